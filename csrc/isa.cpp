@@ -1,0 +1,28 @@
+// Which instruction sets this machine runs. Kept out of the ISA files: this must run on every machine.
+#include "engine.h"
+
+namespace {
+
+struct SupportedIsas {
+  const Isa* isas[4] = {};  // the last stays null
+
+  SupportedIsas() {
+    int count = 0;
+    isas[count++] = &lt4rec_isa_scalar;
+#if defined(__x86_64__)
+    // These builtins also ask whether the operating system saves the registers.
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has_avx2) isas[count++] = &lt4rec_isa_avx2;
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+      isas[count++] = &lt4rec_isa_avx512;
+#endif
+  }
+};
+
+}  // namespace
+
+extern "C" const Isa* const* lt4rec_supported_isas(void) {
+  static const SupportedIsas supported;
+  return supported.isas;
+}

@@ -1,0 +1,121 @@
+// The module lt4rec_sparse.kernels._engine: addresses and sizes in, status out. The door that checks its arguments is
+// native.py; this file only unpacks integers and lets go of the GIL.
+//
+// METH_FASTCALL on the limited API: one build serves every CPython from 3.10, at 1.5 us a call.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "engine.h"
+
+namespace {
+
+// One per process, chosen when the module loads; only tests and benchmarks change it.
+std::atomic<const Isa*> isa_in_force{nullptr};
+
+// Unpacks exactly `wanted` integers; false with a Python exception set where they are not.
+bool unpack(PyObject* const* args, Py_ssize_t count, int64_t* into, Py_ssize_t wanted) {
+  if (count != wanted) {
+    PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted %zd", count, wanted);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < wanted; ++i) {
+    into[i] = PyLong_AsLongLong(args[i]);
+    if (into[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+template <class T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(isa_in_force.load()->name); }
+
+PyObject* supported_isas(PyObject*, PyObject*) {
+  const Isa* const* isas = lt4rec_supported_isas();
+  Py_ssize_t count = 0;
+  while (isas[count]) ++count;
+  PyObject* names = PyTuple_New(count);
+  for (Py_ssize_t i = 0; names && i < count; ++i) {
+    PyObject* name = PyUnicode_FromString(isas[i]->name);
+    if (!name || PyTuple_SetItem(names, i, name) < 0) Py_CLEAR(names);
+  }
+  return names;
+}
+
+// set_isa(index into supported_isas)
+PyObject* set_isa(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t index;
+  if (!unpack(args, count, &index, 1)) return nullptr;
+  isa_in_force = lt4rec_supported_isas()[index];
+  Py_RETURN_NONE;
+}
+
+// prepack_f32(layers, count, blob or 0, capacity) -> bytes
+PyObject* prepack_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[4], bytes;
+  if (!unpack(args, count, a, 4)) return nullptr;
+  char message[MESSAGE_BYTES] = "";
+  Py_BEGIN_ALLOW_THREADS;
+  bytes = lt4rec_prepack_f32(address<const CanonicalLayer>(a[0]), a[1], address<uint8_t>(a[2]), a[3], message);
+  Py_END_ALLOW_THREADS;
+  if (bytes == -1) PyErr_SetString(PyExc_ValueError, message);
+  if (bytes == -2) PyErr_NoMemory();
+  return bytes < 0 ? nullptr : PyLong_FromLongLong(bytes);
+}
+
+// sparse_mlp_f32(blob, bytes, x, batch, in_features, x_stride, out, outputs, out_stride, threads) -> status
+PyObject* sparse_mlp_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[10];
+  if (!unpack(args, count, a, 10)) return nullptr;
+  const Isa* isa_now = isa_in_force;
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = lt4rec_sparse_mlp_f32(isa_now, address<const uint8_t>(a[0]), a[1], address<const float>(a[2]), a[3], a[4], a[5],
+                                 address<float>(a[6]), a[7], a[8], a[9]);
+  Py_END_ALLOW_THREADS;
+  return PyLong_FromLong(status);
+}
+
+// describe(blob, bytes) -> (in_features, outputs, tasks, layers, nnz, stored, bytes), or None for no blob of ours
+PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[2];
+  if (!unpack(args, count, a, 2)) return nullptr;
+  const auto* blob = address<const uint8_t>(a[0]);
+  if (lt4rec_check_blob(blob, a[1]) != STATUS_OK) Py_RETURN_NONE;
+  BlobHeader header;
+  std::memcpy(&header, blob, sizeof(header));
+  return Py_BuildValue("(IIIIKKK)", header.in_features, header.outputs, header.tasks, header.layers,
+                       (unsigned long long)header.nnz, (unsigned long long)header.stored,
+                       (unsigned long long)header.bytes);
+}
+
+#define FASTCALL(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, nullptr},
+    {"supported_isas", supported_isas, METH_NOARGS, nullptr},
+    {"set_isa", FASTCALL(set_isa), nullptr},
+    {"prepack_f32", FASTCALL(prepack_f32), nullptr},
+    {"sparse_mlp_f32", FASTCALL(sparse_mlp_f32), nullptr},
+    {"describe", FASTCALL(describe), nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_engine", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__engine(void) {
+  for (const Isa* const* fastest = lt4rec_supported_isas(); *fastest; ++fastest) isa_in_force = *fastest;
+  PyObject* module = PyModule_Create(&definition);
+  if (module && (PyModule_AddIntConstant(module, "STATUS_BAD_BLOB", STATUS_BAD_BLOB) < 0 ||
+                 PyModule_AddIntConstant(module, "STATUS_BAD_SHAPE", STATUS_BAD_SHAPE) < 0 ||
+                 PyModule_AddIntConstant(module, "STATUS_NO_MEMORY", STATUS_NO_MEMORY) < 0))
+    Py_CLEAR(module);
+  return module;
+}

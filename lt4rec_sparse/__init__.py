@@ -1,0 +1,19 @@
+"""Sparse kernels, training and serving for LT4REC: one shared ranking network, one lottery-ticket mask per task."""
+
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse.serving import Ranker, load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Mask",
+    "MaskedLinear",
+    "MaskedMLP",
+    "Ranker",
+    "SparseLinear",
+    "SparseMLP",
+    "freeze",
+    "load",
+    "save",
+]

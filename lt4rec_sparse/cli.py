@@ -1,0 +1,155 @@
+"""The command line: `lt4rec-sparse run`, `simulate`, `score`, `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+    rich_markup_mode="markdown",
+)
+
+
+@app.command()
+def run(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder in KuaiRand's layout, or with Parquet or CSV files and a schema.toml; else simulated."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; a run that stopped goes on there.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds of pruning a task.")] = 4,
+    density: Annotated[float, typer.Option(help="Share of the hidden weights alive after the last round.")] = 0.2,
+    batch_size: Annotated[int, typer.Option(help="Impressions a batch.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
+    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
+) -> None:
+    """Find a ticket per task, train one shared network, freeze it, and report it against its opponents."""
+    from lt4rec_sparse.experiments.run import run as run_experiment
+    from lt4rec_sparse.experiments.settings import RunSettings
+
+    with one_line_errors():
+        settings = RunSettings(seeds, embedding_dim, widths(hidden), learning_rate, epochs, batch_size, rounds, density)
+        out = out or Path("runs") / (data.resolve().name if data else "simulated")
+        with progress_bars() as progress:
+            report = run_experiment(data, out, settings, progress)
+        Console().print(f"[bold]{report}[/bold], report.html, model.safetensors, metrics.jsonl")
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    impressions: Annotated[int, typer.Option(help="Rows of the log.")] = 120_000,
+    conflict: Annotated[float, typer.Option(help="How far the tasks' private parts oppose each other, 0 to 1.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Write a click log with planted truth: Parquet files and their schema.toml."""
+    from lt4rec_sparse.data import SimulatorConfig
+    from lt4rec_sparse.data import simulate as write_log
+
+    with one_line_errors():
+        write_log(SimulatorConfig(impressions=impressions, conflict=conflict, seed=seed), out)
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
+    candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with the model's feature columns.")],
+    out: Annotated[Path, typer.Argument(help="The Parquet file to write: one column a task.")],
+) -> None:
+    """Score a file of candidates."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lt4rec_sparse.data import read_candidates
+    from lt4rec_sparse.files import whole_file
+    from lt4rec_sparse.serving import load
+
+    with one_line_errors():
+        ranker = load(model)
+        scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
+        with whole_file(out) as temporary:
+            pq.write_table(pa.table(dict(scores)), temporary)
+
+
+@app.command()
+def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")]) -> None:
+    """Show what an artefact holds: tasks, fields, layers, densities, bytes."""
+    from lt4rec_sparse.serving import load
+
+    with one_line_errors():
+        ranker = load(model)
+    console = Console(highlight=False)
+    console.print(f"tasks: {', '.join(ranker.tasks)}")
+    console.print(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
+    for i, layer in enumerate(ranker.mlp.hidden):
+        density = {task: f"{layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks}
+        rows, columns = layer.weight.shape
+        console.print(f"layer {i}: {columns} -> {rows}, kept by {density}, {layer.weight.nbytes:,} bytes")
+    console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {ranker.mlp.prepacked_nbytes:,}")
+    console.print(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error of the user's input into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        typer.echo(f"lt4rec-sparse: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar a stage while it runs, and a line once it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    started: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in started:
+                started[stage] = bars.add_task(stage, total=total)
+            bars.update(started[stage], completed=done, total=total)
+            if done == total:
+                bars.stop_task(started[stage])
+                if not console.is_terminal:
+                    console.print(f"done: {stage}", highlight=False)
+
+        yield progress
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Return "512,256,128" as numbers.
+
+    Raises:
+        ValueError: If a part is no number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="lt4rec-sparse")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""A click log with a planted truth: the same files as a real one, and the best score any model could reach on it.
+
+Users and videos have features; every feature value has hidden factors. Three scores come from products of user and
+video factors and from the context: one shared by both tasks, one of the clicks alone, one of the watching alone.
+
+```text
+click ~ Bernoulli(sigmoid(bias  + strength * (sqrt(shared) * common + sqrt(1 - shared) * clicking)))
+watch ~ Beta with mean sigmoid(... strength * (sqrt(shared) * common + sqrt(1 - shared) * watching))
+watching = -conflict * clicking + sqrt(1 - conflict^2) * own
+```
+
+So `shared` says how much the tasks have in common, and `conflict` how much the rest pulls them apart. As in real logs
+there are missing values, exact duplicates, durations of zero and, on late days, videos that no training day has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lt4rec_sparse.data.folders import whole_folder
+from lt4rec_sparse.data.source import SCHEMA_FILE
+from lt4rec_sparse.features import Schema
+from lt4rec_sparse.metrics import AUC
+
+TRUTH = "truth.json"
+FIRST_DAY = date(2024, 1, 1)
+FACTORS = 6
+SEGMENTS, AGES, CATEGORIES, TAGS, TABS, HOURS = 16, 6, 20, 40, 5, 24
+VIDEOS_PER_AUTHOR = 4
+MOST_TAGS = 4
+# With these two the best AUC is about 0.78, as on real logs, and the best MSE about half of a constant's.
+STRENGTH = 1.25
+WATCH_CONCENTRATION = 5.0
+WATCH_BIAS = 0.3
+LONG_VIEW = 0.6
+NEW_VIDEOS, MISSING, DUPLICATES, ZERO_DURATIONS = 0.15, 0.02, 0.02, 0.015
+MS_PER_HOUR = 3_600_000
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    """Size and difficulty of a simulated log.
+
+    Attributes:
+        users: Number of users.
+        videos: Number of videos; some of them appear only on later days.
+        impressions: Rows before duplicates.
+        days: Days of the log, at least 5: the last two are test, the two before validation.
+        click_rate: Share of clicks.
+        shared: Share of each task's signal that both have in common, in [0, 1].
+        conflict: How strongly the rest of the two is opposed, in [0, 1].
+        seed: The same seed gives the same files.
+    """
+
+    users: int = 4_000
+    videos: int = 1_500
+    impressions: int = 120_000
+    days: int = 12
+    click_rate: float = 0.35
+    shared: float = 0.5
+    conflict: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"users": 1, "videos": 10, "impressions": 100, "days": 5}
+        for name, wanted in least.items():
+            if getattr(self, name) < wanted:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least {wanted}")
+        for name in ("shared", "conflict"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number in [0, 1]")
+        if not 0 < self.click_rate < 1:
+            raise ValueError(f"click_rate: got {self.click_rate}, wanted a number in (0, 1)")
+
+
+def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
+    """Write a simulated log, its side tables, `schema.toml` and `truth.json`, and return the latter's content.
+
+    `truth.json` holds what the true probabilities score on the test days, which no model can beat but by luck
+    (`ctr_auc`, `cvr_mse`), the same for the best `constant`, and the `config`. A folder of the same one is kept.
+
+    Raises:
+        DataError: If the folder holds something else.
+    """
+    earlier = folder / TRUTH
+    if earlier.is_file():
+        truth: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
+        if truth["config"] == asdict(config):
+            return truth
+    rng = np.random.default_rng(config.seed)
+    users, videos = _users(rng, config), _videos(rng, config)
+    log = _impressions(rng, config, videos)
+    _outcomes(rng, config, users, videos, log)
+    schema = files("lt4rec_sparse.data").joinpath("simulator.toml").read_text(encoding="utf-8")
+    with whole_folder(folder, TRUTH) as fresh:
+        (fresh / SCHEMA_FILE).write_text(schema, encoding="utf-8")
+        first_test_day = config.days - Schema.from_toml(fresh / SCHEMA_FILE).split.test_days
+        truth = {"config": asdict(config), **_best_scores(log, log["day"] >= first_test_day)}
+        _write(rng, config, fresh, users, videos, log)
+        (fresh / TRUTH).write_text(json.dumps(truth, indent=1), encoding="utf-8")
+    return truth
+
+
+def _users(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
+    return {
+        "segment": rng.integers(SEGMENTS, size=config.users),
+        # -1 is missing: it has no factors, so the truth does not know it either.
+        "age": np.where(rng.random(config.users) < MISSING, -1, rng.integers(AGES, size=config.users)),
+        "activity": rng.lognormal(size=config.users),
+    }
+
+
+def _videos(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
+    count = config.videos
+    upload_day = np.where(
+        rng.random(count) < NEW_VIDEOS, rng.integers(1, config.days, count), rng.integers(-30, 1, count)
+    )
+    has_tag = np.zeros((count, TAGS), np.bool_)
+    drawn = rng.integers(TAGS, size=(count, MOST_TAGS))
+    used = np.arange(MOST_TAGS) < rng.integers(MOST_TAGS + 1, size=(count, 1))
+    has_tag[np.nonzero(used)[0], drawn[used]] = True
+    return {
+        "author": rng.integers(max(1, count // VIDEOS_PER_AUTHOR), size=count),
+        "category": np.where(rng.random(count) < MISSING, -1, rng.integers(CATEGORIES, size=count)),
+        "has_tag": has_tag,
+        "duration_ms": np.clip(rng.lognormal(10.3, 0.8, count), 3_000, 600_000).astype(np.int64),
+        "upload_day": upload_day,
+    }
+
+
+def _impressions(rng: np.random.Generator, config: SimulatorConfig, videos: dict[str, Any]) -> dict[str, Any]:
+    """Draw who sees what and when: active users, popular videos that are already there, mostly in the evening."""
+    day = np.sort(rng.integers(config.days, size=config.impressions))
+    popularity = 1 / (rng.permutation(config.videos) + 10) ** 0.8
+    video = np.empty(config.impressions, np.int64)
+    for today in range(config.days):
+        there = popularity * (videos["upload_day"] <= today)
+        rows = day == today
+        video[rows] = rng.choice(config.videos, rows.sum(), p=there / there.sum())
+    activity = rng.lognormal(size=config.users)
+    by_hour = 1 + np.sin(np.arange(HOURS) / HOURS * np.pi) ** 2
+    hour = rng.choice(HOURS, config.impressions, p=by_hour / by_hour.sum())
+    log = {
+        "day": day,
+        "user": rng.choice(config.users, config.impressions, p=activity / activity.sum()),
+        "video": video,
+        "hour": hour,
+        "tab": rng.choice(TABS, config.impressions, p=np.arange(TABS, 0, -1) / np.arange(TABS + 1).sum()),
+        "time_ms": (day * HOURS + hour) * MS_PER_HOUR + rng.integers(MS_PER_HOUR, size=config.impressions),
+    }
+    order = np.argsort(log["time_ms"], kind="stable")
+    return {name: column[order] for name, column in log.items()}
+
+
+def _outcomes(
+    rng: np.random.Generator,
+    config: SimulatorConfig,
+    users: dict[str, Any],
+    videos: dict[str, Any],
+    log: dict[str, Any],
+) -> None:
+    """Add the true probabilities and what was drawn from them."""
+    common, clicking, own = (_score(rng, users, videos, log) for _ in range(3))
+    watching = -config.conflict * clicking + np.sqrt(1 - config.conflict**2) * own
+    both, alone = np.sqrt(config.shared), np.sqrt(1 - config.shared)
+    click_logit = STRENGTH * (both * common + alone * clicking)
+    log["truth_click"] = _sigmoid(click_logit + _bias(click_logit, config.click_rate))
+    log["truth_watch"] = _sigmoid(WATCH_BIAS + STRENGTH * (both * common + alone * watching))
+    clicked = rng.random(len(click_logit)) < log["truth_click"]
+    mean = log["truth_watch"]
+    watched = rng.beta(WATCH_CONCENTRATION * mean, WATCH_CONCENTRATION * (1 - mean))
+    ratio = np.where(clicked, watched, 0.05 * rng.random(len(mean)))  # without a click a glance at the start
+    duration = videos["duration_ms"][log["video"]]
+    log["is_click"] = clicked.astype(np.int64)
+    log["long_view"] = (clicked & (ratio > LONG_VIEW)).astype(np.int64)
+    log["play_time_ms"] = (ratio * duration).astype(np.int64)
+    log["duration_ms"] = np.where(rng.random(len(mean)) < ZERO_DURATIONS, 0, duration)
+
+
+def _score(rng: np.random.Generator, users: dict[str, Any], videos: dict[str, Any], log: dict[str, Any]) -> Floats:
+    """Return one score a row, of mean 0 and deviation 1: products of hidden factors, and effects of the context."""
+    user = _factors(rng, SEGMENTS)[users["segment"]] + _factors(rng, AGES)[users["age"]]
+    tags = videos["has_tag"] / np.maximum(videos["has_tag"].sum(1, keepdims=True), 1)
+    video = _factors(rng, CATEGORIES)[videos["category"]] + tags @ _factors(rng, TAGS)[:-1]
+    products = (user[log["user"]] * video[log["video"]]).sum(1) / np.sqrt(FACTORS)
+    author = rng.normal(scale=0.5, size=videos["author"].max() + 1)[videos["author"]]
+    context = rng.normal(scale=0.5, size=HOURS)[log["hour"]] + rng.normal(scale=0.5, size=TABS)[log["tab"]]
+    length = 0.5 * rng.normal() * (np.log(videos["duration_ms"]) - 10.3)
+    score: Floats = products + context + (author + length)[log["video"]]
+    standard: Floats = (score - score.mean()) / score.std()
+    return standard
+
+
+def _factors(rng: np.random.Generator, count: int) -> Floats:
+    """Return a row of factors per value, and a last one of zeros: index -1, a missing value."""
+    return np.concatenate([rng.normal(size=(count, FACTORS)), np.zeros((1, FACTORS))])
+
+
+def _bias(logits: Floats, rate: float) -> float:
+    """Return the bias at which the mean probability is `rate`, by bisection."""
+    low, high = -30.0, 30.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(logits + middle).mean() < rate else (low, middle)
+    return low
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    probabilities: Floats = 1 / (1 + np.exp(-logits))
+    return probabilities
+
+
+def _best_scores(log: dict[str, Any], test: NDArray[np.bool_]) -> dict[str, Any]:
+    probability, clicked = log["truth_click"][test], log["is_click"][test]
+    auc = AUC()
+    auc.update(np.log(probability / (1 - probability)), clicked.astype(np.float64), log["user"][test])
+    watched = test & (log["is_click"] > 0) & (log["duration_ms"] > 0)
+    ratio = log["play_time_ms"][watched] / log["duration_ms"][watched]
+    best = float(((log["truth_watch"][watched] - ratio) ** 2).mean())
+    constant = {"ctr_auc": 0.5, "cvr_mse": float(ratio.var())}
+    return {"ctr_auc": auc.compute(), "cvr_mse": best, "constant": constant}
+
+
+def _write(
+    rng: np.random.Generator,
+    config: SimulatorConfig,
+    folder: Path,
+    users: dict[str, Any],
+    videos: dict[str, Any],
+    log: dict[str, Any],
+) -> None:
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": np.arange(config.users),
+                "segment": _names("segment", users["segment"]),
+                "age_range": _names("age", users["age"]),
+                "activity": pa.array(users["activity"], mask=rng.random(config.users) < MISSING),
+            }
+        ),
+        folder / "users.parquet",
+    )
+    dates = [(FIRST_DAY + timedelta(days=day)).isoformat() for day in range(-30, config.days)]
+    pq.write_table(
+        pa.table(
+            {
+                "video_id": np.arange(config.videos),
+                "author_id": videos["author"],
+                "category": _names("category", videos["category"]),
+                "tags": [[f"tag {tag}" for tag in np.flatnonzero(row)] for row in videos["has_tag"]],
+                "upload_date": [dates[day + 30] for day in videos["upload_day"]],
+            }
+        ),
+        folder / "videos.parquet",
+    )
+    (folder / "log").mkdir()
+    # Some rows come twice, next to each other, as where a client sends an event again.
+    repeats = 1 + (rng.random(config.impressions) < DUPLICATES)
+    start_ms = (FIRST_DAY - date(1970, 1, 1)).days * HOURS * MS_PER_HOUR
+    renamed = {"user": "user_id", "video": "video_id"}
+    for day in range(config.days):
+        rows = np.repeat(np.arange(config.impressions), repeats * (log["day"] == day))
+        columns = {renamed.get(name, name): column[rows] for name, column in log.items() if name != "day"}
+        columns |= {"date": [dates[day + 30]] * len(rows), "time_ms": start_ms + columns["time_ms"]}
+        pq.write_table(pa.table(columns), folder / "log" / f"{dates[day + 30]}.parquet")
+
+
+def _names(kind: str, codes: Ints) -> Any:
+    return pa.array([f"{kind} {code}" if code >= 0 else None for code in codes.tolist()], pa.string())

@@ -1,0 +1,203 @@
+"""One seed of the whole method: every model of the comparison over the same start, rows, batches and epochs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lt4rec_sparse.data import Prepared
+from lt4rec_sparse.experiments.settings import RunSettings
+from lt4rec_sparse.features import EncodedFeatures, Task
+from lt4rec_sparse.files import whole_file, write_whole
+from lt4rec_sparse.lottery import Ticket, best_ticket, one_for_all, random_like, random_uniform, search_tickets
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import CrossedEmbeddings
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.ranking import HardSharing, SparseSharing, loss_of
+from lt4rec_sparse.training import evaluate, train
+
+Progress = Callable[[str, int, int], None]
+Log = Callable[[dict[str, Any]], None]
+
+SINGLE, HARD, SPARSE = "single-task", "hard sharing", "sparse sharing"
+RANDOM_LIKE, RANDOM_UNIFORM = "random masks, tickets' layer densities", "random masks, uniform density"
+ONE_TICKET, ONE_RANDOM = "one mask for all: a ticket", "one mask for all: random"
+MAIN_METRIC = {"binary": "auc", "ratio": "mse"}
+HIGHER_IS_BETTER = {"auc": True, "mse": False}
+
+
+class SeedRun:
+    """Trains, or reads back what was trained before, all arms of one seed.
+
+    Args:
+        prepared: The data.
+        settings: Of the run.
+        seed: Of the initial weights, the order of the batches and the random masks.
+        folder: Where this seed's tickets and trained states stand.
+        log: Takes a record for each training loss and metric.
+        progress: Called with a stage's name, batches done and batches in all.
+    """
+
+    def __init__(
+        self, prepared: Prepared, settings: RunSettings, seed: int, folder: Path, log: Log, progress: Progress
+    ) -> None:
+        self.prepared, self.settings, self.seed, self.folder = prepared, settings, seed, folder
+        self._log, self._progress = log, progress
+        self.tasks = {task.name: task for task in prepared.schema.tasks}
+        self.kinds = {name: task.kind for name, task in self.tasks.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._train_rows = prepared.stream("train", settings.batch_size, seed=seed, shuffle=True)
+        self._validation = prepared.stream("validation", 4096, seed=0, shuffle=False)
+        self._start = self._new(SparseSharing, tuple(self.tasks)).state_dict()
+
+    def run(self) -> dict[str, Any]:
+        """Return the seed's result: test metrics of each arm, the tickets' curves, seconds of each stage."""
+        done = self.folder / "result.json"
+        if done.exists():
+            result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            return result
+        tickets = {task: self.search(task) for task in self.tasks}
+        best = {task: self.best(tickets[task], task).mask for task in self.tasks}
+        generator = torch.Generator().manual_seed(self.seed)
+        first = next(iter(best))
+        uniform = random_uniform(best, generator)
+        masks = {
+            SPARSE: best,
+            RANDOM_LIKE: random_like(best, generator),
+            RANDOM_UNIFORM: uniform,
+            ONE_TICKET: one_for_all(best, first),
+            ONE_RANDOM: one_for_all(uniform, first),
+        }
+        arms = {HARD: self._train_arm(HARD, self._new(HardSharing, tuple(self.tasks)))}
+        for arm, chosen in masks.items():
+            arms[arm] = self._train_arm(arm, self.sparse_sharing(chosen))
+        test = self.prepared.stream("test", 4096, seed=0, shuffle=False)
+        metrics = {SINGLE: evaluate(self._single_tasks(), test, self.kinds)}
+        metrics |= {arm: evaluate(model, test, self.kinds) for arm, model in arms.items()}
+        for arm, by_slice in metrics.items():
+            self._log({"seed": self.seed, "stage": arm, "split": "test", "metrics": by_slice})
+        result = {
+            "seed": self.seed,
+            "test": metrics,
+            "tickets": {t: [_ticket_record(x) for x in found] for t, found in tickets.items()},
+            "best_level": {task: self.best(tickets[task], task).level for task in self.tasks},
+            "seconds": self._seconds(),
+        }
+        write_whole(done, json.dumps(result, indent=1))
+        return result
+
+    def search(self, task: str) -> list[Ticket]:
+        """Search the tickets of one task (Algorithm 1, lines 1 to 9); level 0 is the single-task baseline."""
+        model = self._new(SparseSharing, (task,))
+        start = model.state_dict()
+
+        def train_and_judge(level: int) -> dict[str, float]:
+            stage = f"search {task}, level {level}"
+            self._train(stage, model, (task,))
+            if level == 0:
+                _save_state(model, self._state_file(f"{SINGLE} {task}"))
+            return self._judge(stage, model, (task,))[task]
+
+        s = self.settings
+        folder = self.folder / "tickets" / task
+        return search_tickets(task, model, model.mlp, start, train_and_judge, s.rounds, s.density, folder)
+
+    def best(self, tickets: list[Ticket], task: str) -> Ticket:
+        """Return the task's best pruned ticket by its main metric on the validation split."""
+        metric = MAIN_METRIC[self.tasks[task].kind]
+        return best_ticket(tickets, metric, HIGHER_IS_BETTER[metric])
+
+    def sparse_sharing(self, masks: Mapping[str, Mask]) -> SparseSharing:
+        """Return the shared network at its start, each task behind its mask."""
+        model: SparseSharing = self._new(SparseSharing, tuple(self.tasks))
+        for task, mask in masks.items():
+            model.mlp.set_mask(mask, task)
+        return model
+
+    def trained_sparse_sharing(self) -> SparseSharing:
+        """Return the trained sparse sharing model of this seed."""
+        model: SparseSharing = self._new(SparseSharing, tuple(self.tasks))
+        model.load_state_dict(load_file(self._state_file(SPARSE)))
+        return model.eval()
+
+    def _new(self, kind: Callable[..., Any], tasks: tuple[str, ...]) -> Any:
+        torch.manual_seed(self.seed)
+        encoder = self.prepared.encoder
+        inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, self.settings.embedding_dim)
+        model = kind(inputs, tasks, self.settings.hidden)
+        if kind is SparseSharing and tasks != tuple(self.tasks):
+            # Every task searches its mask in the network that all of them will share: same start, its own head.
+            own = model.state_dict()
+            model.load_state_dict({name: own[name] if name.endswith(".masks") else self._start[name] for name in own})
+        return model
+
+    def _single_tasks(self) -> Callable[[EncodedFeatures, str], Tensor]:
+        models = {}
+        for task in self.tasks:
+            models[task] = self._new(SparseSharing, (task,)).eval()
+            models[task].load_state_dict(load_file(self._state_file(f"{SINGLE} {task}")))
+        return lambda features, task: models[task](features, task)
+
+    def _train_arm(self, arm: str, model: nn.Module) -> nn.Module:
+        state = self._state_file(arm)
+        if not state.exists():
+            self._train(arm, model, tuple(self.tasks))
+            self._judge(arm, model, tuple(self.tasks))
+            _save_state(model, state)
+        model.load_state_dict(load_file(state))
+        return model
+
+    def _train(self, stage: str, model: nn.Module, tasks: tuple[str, ...]) -> None:
+        started = perf_counter()
+        name = f"seed {self.seed}: {stage}"
+        train(
+            model,
+            MaskedAdam(model, self.settings.learning_rate),
+            self._train_rows,
+            {task: loss_of(self.tasks[task].kind) for task in tasks},
+            self.settings.epochs,
+            checkpoint=self.folder / "checkpoint.pt",
+            log=lambda record: self._log({"seed": self.seed, "stage": stage, "split": "train", **record}),
+            progress=lambda done, total: self._progress(name, done, total),
+        )
+        seconds = self._seconds() | {stage: perf_counter() - started}
+        write_whole(self.folder / "seconds.json", json.dumps(seconds, indent=1))
+
+    def _judge(self, stage: str, model: nn.Module, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        by_slice = evaluate(model, self._validation, {task: self.kinds[task] for task in tasks})
+        self._log({"seed": self.seed, "stage": stage, "split": "validation", "metrics": by_slice})
+        return by_slice["all"]
+
+    def _state_file(self, arm: str) -> Path:
+        return self.folder / f"{arm.replace(', ', '_').replace(': ', '_').replace(' ', '_')}.state.safetensors"
+
+    def _seconds(self) -> dict[str, float]:
+        path = self.folder / "seconds.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def task_metric(task: Task) -> tuple[str, bool]:
+    """Return a task's main metric and whether higher is better."""
+    metric = MAIN_METRIC[task.kind]
+    return metric, HIGHER_IS_BETTER[metric]
+
+
+def _ticket_record(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "level": ticket.level,
+        "density": ticket.mask.density,
+        "layer_density": ticket.mask.layer_density(),
+        "validation": dict(ticket.metrics),
+    }
+
+
+def _save_state(model: nn.Module, path: Path) -> None:
+    with whole_file(path) as temporary:
+        save_file(model.state_dict(), temporary)

@@ -1,0 +1,107 @@
+"""The report's pictures. Colours follow the entity: a task has one colour everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from lt4rec_sparse.experiments.arms import MAIN_METRIC
+
+# A colour-blind safe order (Okabe and Ito); grey is what no task owns.
+TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+SHARED, DEAD = "#56b4e9", "#d9d9d9"
+
+mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
+
+
+def plot_tickets(results: dict[str, Any], path: Path) -> None:
+    """Figure 4: each task's validation metric against the share of weights that remain, a line a seed."""
+    kinds = results["data"]["tasks"]
+    figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(kinds)))
+    for axis, (task, kind), colour in zip(axes, kinds.items(), TASK_COLOURS, strict=False):
+        metric = MAIN_METRIC[kind]
+        for seed in results["seeds"]:
+            curve = seed["tickets"][task]
+            x = [100 * ticket["density"] for ticket in curve]
+            y = [ticket["validation"][metric] for ticket in curve]
+            axis.plot(x, y, marker="o", color=colour, alpha=0.8, linewidth=1.5, markersize=4)
+            best = seed["best_level"][task]
+            axis.plot(x[best], y[best], marker="o", markersize=10, markerfacecolor="none", color="black")
+        axis.set_xscale("log")
+        axis.set_xticks(x, [f"{value:.0f}" for value in x], minor=False)
+        axis.minorticks_off()
+        axis.invert_xaxis()
+        better = "higher" if metric == "auc" else "lower"
+        axis.set(
+            xlabel="hidden weights remaining, %",
+            ylabel=f"validation {metric.upper()}",
+            title=f"{task} ({better} is better)",
+        )
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path)
+
+
+def plot_ownership(results: dict[str, Any], path: Path) -> None:
+    """Figure 3, counted: who owns the weights of each layer, as stacked bars."""
+    layers = results["frozen"]["ownership"]
+    owners = list(next(iter(layers.values())))
+    colours = {"shared": SHARED, "dead": DEAD}
+    colours |= {f"{task} only": colour for task, colour in zip(results["data"]["tasks"], TASK_COLOURS, strict=False)}
+    figure = Figure(figsize=(7.5, 0.9 + 0.5 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    names = [f"{name.replace('layers.', 'layer ')}\n{sum(c.values()):,} weights" for name, c in layers.items()]
+    left = np.zeros(len(layers))
+    for owner in owners:
+        share = np.array([100 * counts[owner] / sum(counts.values()) for counts in layers.values()])
+        axis.barh(names, share, left=left, color=colours[owner], label=owner, height=0.65)
+        for y, (start, width) in enumerate(zip(left, share, strict=True)):
+            if width >= 5:
+                axis.text(start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9)
+        left += share
+    axis.invert_yaxis()
+    axis.set(xlabel="% of the layer's weights", xlim=(0, 100))
+    axis.legend(ncols=len(owners), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path)
+
+
+def plot_latency(results: dict[str, Any], path: Path) -> None:
+    """Median time of a request against its candidates, sparse and dense, whole request and MLP alone."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    styles = {
+        "dense": ("#555555", "-"),
+        "sparse": (TASK_COLOURS[0], "-"),
+        "dense, MLP alone": ("#555555", "--"),
+        "sparse, MLP alone": (TASK_COLOURS[0], "--"),
+    }
+    sizes = sorted({record["candidates"] for record in results["frozen"]["latency"]})
+    for name, (colour, line) in styles.items():
+        records = [record for record in results["frozen"]["latency"] if record["path"] == name]
+        axis.plot(
+            [r["candidates"] for r in records],
+            [r["median_us"] for r in records],
+            line,
+            color=colour,
+            marker="o",
+            label=name,
+        )
+        axis.fill_between(
+            [r["candidates"] for r in records],
+            [r["p20_us"] for r in records],
+            [r["p80_us"] for r in records],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.set(xlabel="candidates a request", ylabel="microseconds (median, p20 to p80)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,111 @@
+"""The whole length of the product: a click log in, a frozen ranker and a report out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lt4rec_sparse.data import Prepared, SimulatorConfig, prepare, simulate
+from lt4rec_sparse.experiments.arms import SeedRun
+from lt4rec_sparse.experiments.frozen import freeze_and_compare
+from lt4rec_sparse.experiments.report import write_report
+from lt4rec_sparse.experiments.settings import RunSettings, pin_settings
+from lt4rec_sparse.files import write_whole
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    data: Path | None, out: Path, settings: RunSettings, progress: Progress = lambda stage, done, total: None
+) -> Path:
+    """Prepare the data, search tickets, train every arm, freeze, measure and report; continue where a run stopped.
+
+    The folder `out` then holds `report.md`, `report.html` and `plots/`; `model.safetensors`, the frozen sparse sharing
+    model of seed 0; `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round; `metrics.jsonl`;
+    `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`, the prepared log.
+
+    Args:
+        data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
+        out: The run folder.
+        settings: What to do.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        SettingsError: If `out` holds a run of other data or settings.
+        SchemaError, DataError: If the data are not what their schema says.
+    """
+    started = perf_counter()
+    source = out / "simulated" if data is None else data
+    if data is None:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (source / "truth.json").exists():
+            progress("simulate", 0, 1)
+            simulate(SimulatorConfig(), source)
+            progress("simulate", 1, 1)
+    prepared = prepare(source, out / "data", progress=progress)
+    pin_settings(out, "simulated" if data is None else data.name, settings)
+    log = MetricsLog(out / "metrics.jsonl")
+    seeds = []
+    first: SeedRun | None = None
+    for seed in range(settings.seeds):
+        seed_run = SeedRun(prepared, settings, seed, out / f"seed_{seed}", log, progress)
+        first = first or seed_run
+        seeds.append(seed_run.run())
+    assert first is not None
+    progress("freeze and measure", 0, 1)
+    frozen = freeze_and_compare(first, out / "model.safetensors")
+    progress("freeze and measure", 1, 1)
+    results: dict[str, Any] = {
+        "data": _facts(prepared, source, simulated=data is None),
+        "config": json.loads((out / "config.json").read_text(encoding="utf-8")),
+        "seeds": seeds,
+        "frozen": frozen,
+        "seconds_this_run": perf_counter() - started,
+    }
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return write_report(results, out)
+
+
+class MetricsLog:
+    """Appends records to a JSONL file; a record that a resumed run repeats is written once.
+
+    Args:
+        path: The file; made when the first record comes. A line cut short by a crash is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            write_whole(path, "".join(whole))
+        self._seen = {_identity(json.loads(line)) for line in whole}
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Append a record, unless one of the same seed, stage, split, task and epoch stands there."""
+        if _identity(record) not in self._seen:
+            self._seen.add(_identity(record))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in ("seed", "stage", "split", "task", "epoch"))
+
+
+def _facts(prepared: Prepared, source: Path, simulated: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": "simulated click log" if simulated else source.name,
+        "counts": prepared.counts,
+        "tasks": {task.name: task.kind for task in prepared.schema.tasks},
+        "fields": [field.column for field in prepared.encoder.fields],
+    }
+    if simulated:
+        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
+    return facts

@@ -1,0 +1,69 @@
+"""The settings of a run: everything that a result depends on besides the data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import write_whole
+
+
+class SettingsError(InputError):
+    """A setting outside its range, or a run folder that was made with others."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run does; the defaults follow the paper and its published code where they fit a public log.
+
+    Attributes:
+        seeds: How many seeds, from 0 on; each is a whole search and training.
+        embedding_dim: Width of an embedding.
+        hidden: Widths of the MLP's hidden layers.
+        learning_rate: Of Adam.
+        epochs: Epochs of every training: a round of the search, a baseline, the joint training.
+        batch_size: Impressions a batch.
+        rounds: Rounds of pruning a task.
+        density: Share of the hidden weights alive after the last round.
+    """
+
+    seeds: int = 1
+    embedding_dim: int = 16
+    hidden: tuple[int, ...] = (512, 256, 128)
+    learning_rate: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 1024
+    rounds: int = 4
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "embedding_dim", "epochs", "batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if not self.hidden or min(self.hidden) < 1:
+            raise SettingsError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
+        if not 0 < self.density < 1:
+            raise SettingsError(f"density: got {self.density}, wanted more than 0 and less than 1")
+        if not self.learning_rate > 0:
+            raise SettingsError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+
+
+def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:
+    """Write `config.json` into a new run folder, or check that an old one was made with the same settings.
+
+    More seeds than before are welcome: the run adds them.
+
+    Raises:
+        SettingsError: If the folder holds a run of other data or settings (the first difference is named).
+    """
+    path = folder / "config.json"
+    wanted: dict[str, Any] = {"data": data, **json.loads(json.dumps(asdict(settings)))}
+    if path.exists():
+        got = json.loads(path.read_text(encoding="utf-8"))
+        for key in wanted:
+            if key != "seeds" and got.get(key) != wanted[key]:
+                raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {wanted[key]}; choose another --out")
+    write_whole(path, json.dumps(wanted, indent=1) + "\n")

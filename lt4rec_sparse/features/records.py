@@ -1,0 +1,57 @@
+"""Between parsed TOML or JSON and frozen dataclasses: the annotations are the format, and nothing else is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class SchemaError(ValueError):
+    """A schema contradicts itself; the message is one line: where, what was found, what was wanted."""
+
+
+def to_plain(value: Any) -> Any:
+    """Return the result of `asdict` with lists for tuples and without what is None, which TOML cannot say."""
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items() if item is not None}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(value: Any, hint: Any, where: str) -> Any:
+    """Return parsed `value` as the annotated type `hint`: a dataclass, `tuple[X, ...]`, literal, union or scalar.
+
+    Raises:
+        SchemaError: If a key is unknown or absent, or a value is not of its type; the message begins with `where`.
+    """
+    if is_dataclass(hint):
+        return _record(value, hint, where)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise SchemaError(f"{where}: got {value!r}, wanted a list")
+        return tuple(from_plain(item, get_args(hint)[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise SchemaError(f"{where}: got {value!r}, wanted one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    accepted = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if type(value) not in accepted:  # `type`, not isinstance: true is no 1
+        wanted = " or ".join(kind.__name__ for kind in accepted if kind is not NoneType)
+        raise SchemaError(f"{where}: got {value!r}, wanted {wanted}")
+    return value
+
+
+def _record(value: Any, cls: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise SchemaError(f"{where}: got {value!r}, wanted a table")
+    if isinstance(value.get("name"), str):
+        where = f"{where} {value['name']!r}"
+    hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
+    for key in value:
+        if key not in known:
+            raise SchemaError(f"{where}: key {key!r} is unknown, wanted one of {', '.join(known)}")
+    for key, field in known.items():
+        if key not in value and field.default is MISSING:
+            raise SchemaError(f"{where}: key {key!r} is absent, wanted {', '.join(known)}")
+    return cls(**{key: from_plain(item, hints[key], f"{where}: {key}") for key, item in value.items()})

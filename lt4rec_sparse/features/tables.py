@@ -1,0 +1,298 @@
+"""From a raw value to its id in an embedding table: a vocabulary, a hash, or a quantile bucket.
+
+Id 0 is a missing value everywhere and is given by the encoder; a table sees only values that are there. In a
+vocabulary id 1 is any value unseen in training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import pairwise, repeat
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+MISSING, UNSEEN = 0, 1
+Array = NDArray[Any]
+Ids = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+# Merging costs a sort; pending counts wait until there are this many, or as many as the vocabulary has values.
+MERGE_AT = 1 << 20
+# A sketch of this many points places a quantile within 1e-5 of its rank.
+SKETCH_POINTS = 1 << 17
+
+
+class Table(Protocol):
+    """Ids of one embedding table, all in `[1, size)` for values that are there."""
+
+    @property
+    def size(self) -> int:
+        """Rows of the embedding table, the missing one included."""
+
+    def lookup(self, values: Array) -> Ids:
+        """Return the id of every value: `[n]` int64, object (str) or float64 in, `[n]` int64 out."""
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return what was fitted; the class reads it back with `from_arrays`."""
+
+
+class Fit(Protocol):
+    """Training values streamed in, a table out."""
+
+    def add(self, values: Array) -> None:
+        """Count the values of one chunk; missing ones are left out by the caller."""
+
+    def table(self) -> Table:
+        """Return the table of all values added so far."""
+
+
+class IntVocabulary:
+    """Known integers. Ids follow `keys`, which the fit orders by descending count, then value."""
+
+    def __init__(self, keys: Ids) -> None:
+        self.keys = keys
+        self._order = np.argsort(keys, kind="stable")
+        self._sorted = keys[self._order]
+
+    @property
+    def size(self) -> int:
+        """Missing, unseen, and one id a key."""
+        return len(self.keys) + 2
+
+    def lookup(self, values: Array) -> Ids:
+        """Return ids by binary search."""
+        ids = np.full(len(values), UNSEEN, np.int64)
+        if len(self.keys):
+            place = np.minimum(np.searchsorted(self._sorted, values), len(self.keys) - 1)
+            known = self._sorted[place] == values
+            ids[known] = self._order[place[known]] + 2
+        return ids
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return `keys`, int64 in id order."""
+        return {"keys": self.keys}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Array]) -> IntVocabulary:
+        """Read `to_arrays` back."""
+        return cls(_checked(arrays, "keys", np.int64))
+
+
+class StringVocabulary:
+    """Known strings, in id order as in `IntVocabulary`."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = tuple(keys)
+        self._ids = {key: index + 2 for index, key in enumerate(self.keys)}
+
+    @property
+    def size(self) -> int:
+        """Missing, unseen, and one id a key."""
+        return len(self.keys) + 2
+
+    def lookup(self, values: Array) -> Ids:
+        """Return ids from a dict."""
+        return np.fromiter(map(self._ids.get, values, repeat(UNSEEN)), np.int64, len(values))
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the keys as one run of UTF-8 `bytes` (uint8) and where each begins and ends (`offsets`, int64)."""
+        encoded = [key.encode("utf-8", "surrogatepass") for key in self.keys]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return {"bytes": np.frombuffer(b"".join(encoded), np.uint8), "offsets": offsets}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Array]) -> StringVocabulary:
+        """Read `to_arrays` back."""
+        data, offsets = _checked(arrays, "bytes", np.uint8).tobytes(), _checked(arrays, "offsets", np.int64)
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"offsets: got no ascending cut of {len(data)} bytes, wanted 0 first and {len(data)} last")
+        cuts = offsets.tolist()
+        return cls([data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(cuts)])
+
+
+class HashTable:
+    """Any value, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """As declared by the schema."""
+        return self._size
+
+    def lookup(self, values: Array) -> Ids:
+        """Return ids by splitmix64 (int64 values) or the first 8 bytes of blake2b (strings)."""
+        slots: Ids = (hash64(values) % np.uint64(self._size - 1)).astype(np.int64)
+        return slots + 1
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return nothing: a hash is not fitted."""
+        return {}
+
+    def add(self, values: Array) -> None:
+        """Learn nothing from training values."""
+
+    def table(self) -> HashTable:
+        """Return the table itself: it is its own fit."""
+        return self
+
+
+class QuantileTable:
+    """Buckets of a dense value between fixed cuts: id `1 + number of cuts below the value`."""
+
+    def __init__(self, cuts: NDArray[np.float64]) -> None:
+        self.cuts = cuts
+
+    @property
+    def size(self) -> int:
+        """Missing, and one bucket more than there are cuts."""
+        return len(self.cuts) + 2
+
+    def lookup(self, values: Array) -> Ids:
+        """Return ids; a value on a cut is in the bucket below it, so that a heavy tie gets a bucket of its own."""
+        below: Ids = np.searchsorted(self.cuts, values, side="left")
+        return below + 1
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return `cuts`, float64, ascending."""
+        return {"cuts": self.cuts}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Array]) -> QuantileTable:
+        """Read `to_arrays` back."""
+        cuts = _checked(arrays, "cuts", np.float64)
+        if not (np.diff(cuts) > 0).all():
+            raise ValueError("cuts: got an unsorted array, wanted ascending values")
+        return cls(cuts)
+
+
+class IntFit:
+    """Counts of integers, merged by sorting."""
+
+    def __init__(self, min_count: int) -> None:
+        self._min_count = min_count
+        self._histogram = _Histogram(np.int64)
+
+    def add(self, values: Array) -> None:
+        """Count one chunk."""
+        self._histogram.add(values)
+
+    def table(self) -> IntVocabulary:
+        """Return the values seen at least `min_count` times."""
+        keys, counts = self._histogram.merged()
+        keys, counts = keys[counts >= self._min_count], counts[counts >= self._min_count]
+        return IntVocabulary(keys[np.lexsort((keys, -counts))])
+
+
+class StringFit:
+    """Counts of strings."""
+
+    def __init__(self, min_count: int) -> None:
+        self._min_count = min_count
+        self._counts: Counter[str] = Counter()
+
+    def add(self, values: Array) -> None:
+        """Count one chunk."""
+        self._counts.update(values.tolist())
+
+    def table(self) -> StringVocabulary:
+        """Return the values seen at least `min_count` times."""
+        kept = (key for key, count in self._counts.items() if count >= self._min_count)
+        return StringVocabulary(sorted(kept, key=lambda key: (-self._counts[key], key)))
+
+
+class QuantileFit:
+    """Quantiles of a stream: exact up to `SKETCH_POINTS` distinct values, then of that many equal parts."""
+
+    def __init__(self, buckets: int) -> None:
+        self._buckets = buckets
+        self._histogram = _Histogram(np.float64, limit=SKETCH_POINTS)
+
+    def add(self, values: Array) -> None:
+        """Count one chunk."""
+        self._histogram.add(values)
+
+    def table(self) -> QuantileTable:
+        """Return the cuts at `1/buckets, 2/buckets, ...`; equal cuts merge, and none lies at the largest value."""
+        values, counts = self._histogram.merged()
+        if not len(values):
+            return QuantileTable(values)
+        below = np.cumsum(counts)
+        ranks = np.arange(1, self._buckets) * below[-1] / self._buckets
+        cuts = np.unique(values[np.searchsorted(below, ranks)])
+        return QuantileTable(cuts[cuts < values[-1]])
+
+
+class _Histogram:
+    """Distinct values and their counts, of a stream, in memory bounded by `limit` where there is one."""
+
+    def __init__(self, dtype: type[np.generic], limit: int | None = None) -> None:
+        self._values: Array = np.empty(0, dtype)
+        self._counts = np.empty(0, np.int64)
+        self._limit = limit
+        self._pending: list[tuple[Array, Ids]] = []
+        self._waiting = 0
+
+    def add(self, values: Array) -> None:
+        distinct, counts = np.unique(values, return_counts=True)
+        self._pending.append((distinct, counts))
+        self._waiting += len(distinct)
+        if self._waiting > max(MERGE_AT, len(self._values)):
+            self._merge()
+
+    def merged(self) -> tuple[Array, Ids]:
+        self._merge()
+        return self._values, self._counts
+
+    def _merge(self) -> None:
+        values = np.concatenate([self._values, *(values for values, _ in self._pending)])
+        counts = np.concatenate([self._counts, *(counts for _, counts in self._pending)])
+        self._pending, self._waiting = [], 0
+        self._values, place = np.unique(values, return_inverse=True)
+        self._counts = np.zeros(len(self._values), np.int64)
+        np.add.at(self._counts, place.reshape(-1), counts)
+        if self._limit is not None and len(self._values) > self._limit:
+            self._thin(self._limit)
+
+    def _thin(self, points: int) -> None:
+        """Keep the values at `points` equal steps of rank; each takes the count of the values it stands for."""
+        below = np.cumsum(self._counts)
+        ranks = np.arange(1, points + 1) * below[-1] // points
+        kept = np.unique(np.searchsorted(below, ranks))
+        self._counts = np.diff(below[kept], prepend=0)
+        self._values = self._values[kept]
+
+
+def hash64(values: Array) -> Hashes:
+    """Hash `[n]` values: splitmix64 of int64, or the first 8 little-endian bytes of blake2b of UTF-8 strings.
+
+    Both are fixed for ever: a served model's hashed ids depend on them.
+    """
+    if values.dtype != np.object_:
+        return _splitmix64(values.astype(np.int64).view(np.uint64))
+    distinct = {value: _blake2b8(value) for value in set(values.tolist())}
+    return np.fromiter(map(distinct.__getitem__, values), np.uint64, len(values))
+
+
+def _splitmix64(x: Hashes) -> Hashes:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Hashes = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+def _blake2b8(value: str) -> int:
+    return int.from_bytes(blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _checked(arrays: dict[str, Array], name: str, dtype: type[np.generic]) -> Array:
+    array = arrays.get(name)
+    if array is None or array.ndim != 1 or array.dtype != dtype:
+        got = "nothing" if array is None else f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"{name}: got {got}, wanted one dimension of {np.dtype(dtype)}")
+    return array

@@ -1,0 +1,1 @@
+"""Kernels, each held against `reference`, the specification. Reached through `lt4rec_sparse.ops` only."""

@@ -1,0 +1,254 @@
+"""The CPU engine of csrc/: a whole multi-task MLP in one call, prepacked weights in, all heads out.
+
+The extension is optional at build time. Without it this module still imports, `is_available()` is False and
+`absence_reason()` says why; everything else then raises.
+
+The environment variable `LT4REC_SPARSE_ISA` forces an instruction set (`scalar`, `avx2`, `avx512`) for the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_engine: Any
+_absence_reason = ""
+try:
+    from lt4rec_sparse.kernels import _engine  # type: ignore[attr-defined, no-redef, unused-ignore]
+except ImportError as error:
+    _engine = None
+    _absence_reason = str(error)
+
+_ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
+
+
+class PackLayer(NamedTuple):
+    """One layer in canonical CSR: `activation(x @ W.T + bias)`; all tensors contiguous on the CPU.
+
+    Columns ascend strictly within a row. A kept weight may be 0; it still meets its activation.
+    """
+
+    crow_indices: Tensor  # int32 [out_features + 1]
+    col_indices: Tensor  # int32 [nnz]
+    values: Tensor  # float32 [nnz]
+    bias: Tensor | None  # float32 [out_features]
+    in_features: int
+    activation: str  # "none", "relu" or "sigmoid"
+
+
+def is_available() -> bool:
+    """Whether the engine was built for this installation."""
+    return _engine is not None
+
+
+def absence_reason() -> str:
+    """Why the engine is absent, as the import put it; empty where it is present."""
+    return _absence_reason
+
+
+def isa() -> str:
+    """Name the instruction set in force: the best that this machine has, unless one was forced."""
+    return str(_present().isa())
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Name the instruction sets of this build that this machine runs, slowest first."""
+    return tuple(_present().supported_isas())
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Force an instruction set for the whole process, for tests and benchmarks.
+
+    Raises:
+        ValueError: If this machine or this build lacks it.
+    """
+    before = isa()
+    _force_isa(name)
+    try:
+        yield
+    finally:
+        _force_isa(before)
+
+
+def prepack(tasks: Sequence[Sequence[PackLayer]]) -> Tensor:
+    """Lay out the layers of all tasks for the kernels: one blob for every batch size and instruction set.
+
+    The blob is private to this build of the engine and can be copied, but is not for the disk: that takes the
+    canonical format. Its byte specification stands in csrc/engine.h.
+
+    Args:
+        tasks: For each task its layers in order; all tasks read the same `x`.
+
+    Returns:
+        `[bytes]`, uint8.
+
+    Raises:
+        ValueError: If a layer is not canonical CSR, or the layers do not chain.
+    """
+    engine = _present()
+    if not tasks or not all(tasks):
+        raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
+    in_features = tasks[0][0].in_features
+    rows = []
+    for t, layers in enumerate(tasks):
+        wanted = in_features
+        for i, layer in enumerate(layers):
+            where = f"tasks[{t}][{i}]"
+            if layer.in_features != wanted:
+                raise ValueError(f"{where}.in_features: got {layer.in_features}, wanted {wanted}")
+            rows.append(_canonical_layer(layer, where, is_head=i == len(layers) - 1))
+            wanted = layer.crow_indices.numel() - 1
+    table = torch.tensor(rows, dtype=torch.int64)
+    size = engine.prepack_f32(table.data_ptr(), len(rows), 0, 0)
+    blob = torch.empty(size, dtype=torch.uint8)
+    engine.prepack_f32(table.data_ptr(), len(rows), blob.data_ptr(), size)
+    return blob
+
+
+def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None) -> None:
+    """Write all tasks' heads for `x` into `out`.
+
+    A row's result depends on that row alone: it is equal to the bit for every batch size, thread count and
+    instruction set. Pruned weights never meet an activation, so they cannot turn its Inf into NaN.
+
+    Args:
+        x: `[batch, in_features]`, float32, CPU; rows may be strided, elements of a row not.
+        prepacked: What `prepack` returned; its contents are trusted.
+        out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
+        threads: Upper bound; None takes `torch.get_num_threads()`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
+        MemoryError: If scratch memory runs out; `out` is undefined then.
+    """
+    engine = _present()
+    _check_matrix("x", x)
+    _check_matrix("out", out)
+    batch, in_features = x.shape
+    outputs = out.shape[1]
+    if out.shape[0] != batch:
+        raise ValueError(f"out: got batch {out.shape[0]}, wanted {batch}")
+    if batch > 1 and out.stride(0) < outputs:
+        raise ValueError(f"out: got row stride {out.stride(0)}, wanted at least {outputs}: rows overlap")
+    if threads is None:
+        threads = torch.get_num_threads()
+    elif threads < 1:
+        raise ValueError(f"threads: got {threads}, wanted at least 1")
+    blob, size = _blob_address(prepacked)
+    status = engine.sparse_mlp_f32(
+        blob, size, x.data_ptr(), batch, in_features, x.stride(0), out.data_ptr(), outputs, out.stride(0), threads
+    )
+    if status == engine.STATUS_BAD_BLOB:
+        raise ValueError(_NO_BLOB)
+    if status == engine.STATUS_BAD_SHAPE:
+        facts = describe(prepacked)
+        raise ValueError(
+            f"x, out: got in_features {in_features} and outputs {outputs}, "
+            f"wanted {facts['in_features']} and {facts['outputs']}"
+        )
+    if status == engine.STATUS_NO_MEMORY:
+        raise MemoryError("no scratch memory for sparse_mlp")
+
+
+def describe(prepacked: Tensor) -> dict[str, int]:
+    """Read a blob's header: in_features, outputs, tasks, layers, nnz, stored (kept and padding), bytes.
+
+    Raises:
+        ValueError: If `prepacked` is no blob of this build.
+    """
+    facts = _present().describe(*_blob_address(prepacked))
+    if facts is None:
+        raise ValueError(_NO_BLOB)
+    return dict(zip(("in_features", "outputs", "tasks", "layers", "nnz", "stored", "bytes"), facts, strict=True))
+
+
+_NO_BLOB = "prepacked: got no blob of this build of the engine, wanted what prepack() returned, 8-byte aligned"
+
+
+def _present() -> Any:
+    if _engine is None:
+        raise RuntimeError(f"the native engine is absent: {_absence_reason}")
+    return _engine
+
+
+def _force_isa(name: str) -> None:
+    supported = supported_isas()
+    if name not in supported:
+        raise ValueError(f"isa: got {name!r}, wanted one that this machine runs: {', '.join(supported)}")
+    _present().set_isa(supported.index(name))
+
+
+def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, ...]:
+    """The nine integers of CanonicalLayer in csrc/engine.h, with every length checked; contents are checked there."""
+    out_features = layer.crow_indices.numel() - 1
+    if layer.in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"{where}: got in_features {layer.in_features}, out_features {out_features}, wanted at least 1"
+        )
+    if layer.activation not in _ACTIVATIONS:
+        raise ValueError(f"{where}.activation: got {layer.activation!r}, wanted one of {', '.join(_ACTIVATIONS)}")
+    nnz = layer.col_indices.numel()
+    _check_vector(f"{where}.crow_indices", layer.crow_indices, torch.int32, out_features + 1)
+    _check_vector(f"{where}.col_indices", layer.col_indices, torch.int32, nnz)
+    _check_vector(f"{where}.values", layer.values, torch.float32, nnz)
+    if layer.bias is not None:
+        _check_vector(f"{where}.bias", layer.bias, torch.float32, out_features)
+    return (
+        layer.crow_indices.data_ptr(),
+        layer.col_indices.data_ptr(),
+        layer.values.data_ptr(),
+        0 if layer.bias is None else layer.bias.data_ptr(),
+        layer.in_features,
+        out_features,
+        nnz,
+        _ACTIVATIONS[layer.activation],
+        is_head,
+    )
+
+
+def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+    if tensor.shape != (numel,):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted ({numel},)")
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: got {tensor.dtype} on {tensor.device}, contiguous {tensor.is_contiguous()}, "
+            f"wanted contiguous {dtype} on cpu"
+        )
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"{name}: got {tensor.ndim} dimensions, wanted 2")
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted torch.float32 on cpu")
+    # The stride of a dimension of size 1 means nothing and may be anything.
+    if tensor.shape[1] != 1 and tensor.stride(1) != 1:
+        raise ValueError(f"{name}: got strides {tensor.stride()}, wanted 1 within a row")
+
+
+def _blob_address(prepacked: Tensor) -> tuple[int, int]:
+    if prepacked.dtype != torch.uint8 or prepacked.device.type != "cpu" or not prepacked.is_contiguous():
+        raise ValueError(
+            f"prepacked: got {prepacked.dtype} on {prepacked.device}, contiguous {prepacked.is_contiguous()}, "
+            "wanted contiguous uint8 on cpu"
+        )
+    return prepacked.data_ptr(), prepacked.numel()
+
+
+def _obey_environment() -> None:
+    wanted = os.environ.get("LT4REC_SPARSE_ISA")
+    if wanted is None:
+        return
+    try:
+        _force_isa(wanted)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"LT4REC_SPARSE_ISA: {error}") from error
+
+
+_obey_environment()

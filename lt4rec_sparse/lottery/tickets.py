@@ -1,0 +1,102 @@
+"""Mask search: Algorithm 1, lines 1 to 9. Train, prune, rewind; each level's mask is judged where it was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.lottery.pruning import level_nnz, prune_by_magnitude
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import MaskedMLP
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A mask of one task at one level of pruning, and how the network trained through it did.
+
+    Attributes:
+        task: The task's name.
+        level: Rounds of pruning that made the mask; 0 is the full mask.
+        mask: The kept weights.
+        metrics: Of the task, on the validation split, after training through the mask from the saved start.
+    """
+
+    task: str
+    level: int
+    mask: Mask
+    metrics: Mapping[str, float]
+
+
+def search_tickets(
+    task: str,
+    model: nn.Module,
+    mlp: MaskedMLP,
+    start: Mapping[str, Tensor],
+    train_and_judge: Callable[[int], Mapping[str, float]],
+    rounds: int,
+    density: float,
+    folder: Path,
+) -> list[Ticket]:
+    """Find one task's tickets: `rounds` rounds of train, prune by global magnitude, rewind everything to the start.
+
+    A level that was finished before is read back from `folder`, so an interrupted search continues where it stopped.
+    Each level leaves `level_<i>.mask.safetensors` and, once judged, `level_<i>.json`.
+
+    Args:
+        task: The task's name.
+        model: The single-task model, which contains `mlp`.
+        mlp: Whose one mask is searched.
+        start: The state to rewind to, embeddings included.
+        train_and_judge: Trains the model from where it stands through the mask it has, at this level, and returns the
+            task's validation metrics.
+        rounds: How many rounds of pruning.
+        density: Of the last level.
+        folder: Where the tickets stand.
+
+    Returns:
+        One ticket a level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
+
+    Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
+    tickets = []
+    for level in range(rounds + 1):
+        judged, saved = folder / f"level_{level}.json", folder / f"level_{level}.mask.safetensors"
+        following = folder / f"level_{level + 1}.mask.safetensors"
+        if saved.exists():
+            mask = Mask.load(saved)
+        else:
+            mask.save(saved)
+        if not judged.exists():
+            model.load_state_dict(start)
+            mlp.set_mask(mask)
+            metrics = train_and_judge(level)
+            if level < rounds:
+                nnz = level_nnz(mask.size, density, rounds, level + 1)
+                prune_by_magnitude(mlp.masked_weights(), mask, nnz).save(following)
+            record = {"task": task, "level": level, "density": mask.density, "metrics": dict(metrics)}
+            write_whole(judged, json.dumps(record, indent=1))
+        record = json.loads(judged.read_text(encoding="utf-8"))
+        tickets.append(Ticket(task, level, mask, record["metrics"]))
+    return tickets
+
+
+def best_ticket(tickets: Sequence[Ticket], metric: str, higher_is_better: bool) -> Ticket:
+    """Return the pruned ticket with the best metric; of equals, the sparser.
+
+    The full mask is not a choice: the paper gives it up for computation and storage even where it is best.
+
+    Raises:
+        ValueError: If no ticket is pruned.
+    """
+    pruned = [ticket for ticket in tickets if ticket.level > 0]
+    if not pruned:
+        raise ValueError("tickets: got no pruned one, wanted at least one round")
+    sign = 1 if higher_is_better else -1
+    return max(pruned, key=lambda ticket: (sign * ticket.metrics[metric], ticket.level))

@@ -1,0 +1,7 @@
+"""Modules: masked ones are trained (`masked`), sparse ones are served (`sparse`), inputs are both."""
+
+from lt4rec_sparse.nn.inputs import CrossedEmbeddings
+from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP, freeze
+
+__all__ = ["CrossedEmbeddings", "MaskedLinear", "MaskedMLP", "SparseLinear", "SparseMLP", "freeze"]

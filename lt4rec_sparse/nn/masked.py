@@ -1,0 +1,193 @@
+"""Layers that are trained through a mask a task: drop-ins for `nn.Linear` and for an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse import ops
+from lt4rec_sparse.masks import Mask
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer that each task sees through its own mask: `y = x @ (weight * mask_task).T + bias`.
+
+    With no `tasks` it is a drop-in for `nn.Linear` with one mask, at first all True.
+
+    Example:
+        >>> layer = MaskedLinear(4, 2)
+        >>> layer.set_mask(torch.zeros(2, 4, dtype=torch.bool))
+        >>> torch.equal(layer(torch.ones(3, 4)), layer.bias.expand(3, 2))
+        True
+
+    Args:
+        in_features: Width of `x`.
+        out_features: Width of `y`.
+        bias: Whether there is a bias; it is never masked.
+        tasks: The tasks' names.
+        device: As in `nn.Linear`.
+        dtype: As in `nn.Linear`.
+
+    Source: LT4REC (arXiv 2008.09872), section 2.2.
+    """
+
+    masks: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        tasks: Sequence[str] = ("task",),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.tasks = check_tasks(tasks)
+        planes = torch.ones(len(tasks), out_features, in_features, dtype=torch.bool, device=device)
+        self.register_buffer("masks", planes)
+
+    def mask(self, task: str | None = None) -> Tensor:
+        """Return one task's mask: bool `[out_features, in_features]`, True = kept.
+
+        Raises:
+            ValueError: If there is no such task, or none is named and there are several.
+        """
+        return self.masks[task_index(self.tasks, task)]
+
+    def set_mask(self, mask: Tensor, task: str | None = None) -> None:
+        """Set one task's mask: bool `[out_features, in_features]`, True = kept; copied.
+
+        Raises:
+            ValueError: If the shape or dtype is another, or the task is unknown.
+        """
+        if mask.shape != self.weight.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: got {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(self.weight.shape)}, True = kept"
+            )
+        self.masks[task_index(self.tasks, task)] = mask.to(self.masks.device)
+
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Apply the layer through one task's mask.
+
+        Args:
+            x: `[..., in_features]`, dtype and device of the weight.
+            task: The task's name; may be left out where there is one.
+
+        Returns:
+            `[..., out_features]`, dtype of `x`.
+        """
+        return ops.masked_linear(x, self.weight, self.mask(task), self.bias)
+
+    def extra_repr(self) -> str:
+        """Show the tasks and how much each keeps."""
+        density = ", ".join(f"{t}={self.mask(t).float().mean().item():.1%}" for t in self.tasks)
+        return f"{super().extra_repr()}, density: {density}"
+
+
+class MaskedMLP(nn.Module):
+    """One shared MLP, a mask and a head a task: `h = relu(h @ (weight * mask_task).T + bias)`, then the task's head.
+
+    Only the hidden weights are masked, never biases and heads. With no `tasks` it is a drop-in for an MLP.
+
+    Example:
+        >>> mlp = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
+        >>> mlp(torch.ones(3, 8), task="cvr").shape, mlp(torch.ones(3, 8)).shape
+        (torch.Size([3, 1]), torch.Size([3, 2]))
+
+    Args:
+        in_features: Width of `x`.
+        hidden: Widths of the hidden layers.
+        out_features: Width of each task's head.
+        tasks: The tasks' names.
+
+    Source: LT4REC (arXiv 2008.09872), section 2.2 and Algorithm 1, `sNET * mask`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int] = (512, 256, 128),
+        out_features: int = 1,
+        tasks: Sequence[str] = ("task",),
+    ) -> None:
+        super().__init__()
+        if not hidden:
+            raise ValueError("hidden: got no layer, wanted at least one width")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.tasks = check_tasks(tasks)
+        widths = (in_features, *hidden)
+        self.layers = nn.ModuleList(
+            MaskedLinear(k, n, tasks=self.tasks) for k, n in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.heads = nn.ModuleDict({task: nn.Linear(hidden[-1], out_features) for task in self.tasks})
+
+    def masked_layers(self) -> list[MaskedLinear]:
+        """Return the hidden layers, input first."""
+        return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
+
+    def masked_weights(self) -> dict[str, Tensor]:
+        """Return the weights that masks apply to, by the layer names that masks use."""
+        return {f"layers.{i}": layer.weight for i, layer in enumerate(self.masked_layers())}
+
+    def mask(self, task: str | None = None) -> Mask:
+        """Return one task's mask over all hidden layers."""
+        return Mask({f"layers.{i}": layer.mask(task) for i, layer in enumerate(self.masked_layers())})
+
+    def set_mask(self, mask: Mask, task: str | None = None) -> None:
+        """Set one task's mask over all hidden layers.
+
+        Raises:
+            ValueError: If the mask names other layers or shapes than `masked_weights`, or the task is unknown.
+        """
+        wanted = {name: (w.shape[0], w.shape[1]) for name, w in self.masked_weights().items()}
+        if mask.shapes != wanted:
+            raise ValueError(f"mask: got layers {mask.shapes}, wanted {wanted}")
+        for name, layer in zip(wanted, self.masked_layers(), strict=True):
+            layer.set_mask(mask[name], task)
+
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Run one task's subnetwork, or all of them.
+
+        Args:
+            x: `[batch, in_features]`.
+            task: The task's name; None runs every task.
+
+        Returns:
+            Logits: `[batch, out_features]` of the task, or those of all tasks side by side,
+            `[batch, tasks * out_features]`.
+        """
+        if task is None:
+            return torch.cat([self(x, name) for name in self.tasks], dim=-1)
+        task_index(self.tasks, task)
+        for layer in self.layers:
+            x = torch.relu(layer(x, task))
+        logits: Tensor = self.heads[task](x)
+        return logits
+
+
+def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks' names as a tuple.
+
+    Raises:
+        ValueError: If there is none, or one stands twice.
+    """
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names")
+    return tuple(tasks)
+
+
+def task_index(tasks: tuple[str, ...], task: str | None) -> int:
+    """Return which of the tasks is named; None names the only one.
+
+    Raises:
+        ValueError: If there is no such task, or none is named and there are several.
+    """
+    if task is None and len(tasks) == 1:
+        return 0
+    if task not in tasks:
+        raise ValueError(f"task: got {task!r}, wanted one of {', '.join(tasks)}")
+    return tasks.index(task)

@@ -1,0 +1,226 @@
+"""The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once.
+
+The device picks the kernel. On the CPU `masked_linear` is eager torch and `sparse_mlp` is the native engine of `csrc/`;
+tests and benchmarks force one of the engine's instruction sets through `kernels.native.forced_isa`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.formats import SharedWeight
+from lt4rec_sparse.kernels import native, reference
+
+_library = torch.library.Library("lt4rec_sparse", "DEF")
+_library.define("masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define("masked_linear_dgrad(Tensor dy, Tensor weight, Tensor mask) -> Tensor")
+_library.define("masked_linear_wgrad(Tensor dy, Tensor x, Tensor mask) -> Tensor")
+_library.define("sparse_mlp(Tensor x, Tensor prepacked, int outputs) -> Tensor")
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer through a mask: `y = x @ (weight * mask).T + bias`.
+
+    A pruned weight contributes nothing and receives no gradient, whatever its value:
+    `dW = (dy.T @ x) * mask`.
+
+    Args:
+        x: `[..., in_features]`; float64, float32, float16 or bfloat16.
+        weight: `[out_features, in_features]`, dtype and device of `x`.
+        mask: `[out_features, in_features]`, bool; True keeps the weight.
+        bias: `[out_features]`, dtype and device of `x`.
+
+    Returns:
+        `[..., out_features]`, dtype of `x`.
+
+    Raises:
+        ValueError: If a shape, dtype or device disagrees with `x`.
+
+    Source: LT4REC (arXiv 2008.09872), section 2.2, `sNET * mask`.
+
+    Example:
+        >>> x, weight = torch.ones(2, 3), torch.ones(1, 3)
+        >>> masked_linear(x, weight, torch.tensor([[True, False, True]])).tolist()
+        [[2.0], [2.0]]
+    """
+    _check_masked_linear(x, weight, mask, bias)
+    if x.dim() == 2:
+        return _masked_linear(x, weight, mask, bias)
+    rows = _masked_linear(x.reshape(-1, x.shape[-1]), weight, mask, bias)
+    return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class SparseLayer(NamedTuple):
+    """One layer of a frozen MLP for all tasks: `activation(x @ (weight * mask_task).T + bias)`.
+
+    `bias` is `[out_features]`, or None; `activation` is "none", "relu" or "sigmoid".
+    """
+
+    weight: SharedWeight
+    bias: Tensor | None
+    activation: str
+
+
+def prepack(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> Tensor | None:
+    """Make what this machine's sparse MLP kernel wants from the canonical weights; once, at load.
+
+    Args:
+        tasks: For each task its layers, each with the name of the task whose plane of the weight it reads.
+
+    Returns:
+        uint8, private to the kernel; or None without the native engine (one warning: the reference serves instead,
+        with the same results, more slowly).
+    """
+    if not native.is_available():
+        warnings.warn(
+            f"the native CPU engine is absent ({native.absence_reason()}): sparse MLPs run dense in torch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return native.prepack([[_pack_layer(layer, task) for layer, task in layers] for layers in tasks])
+
+
+def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
+    """Run all tasks' sparse MLPs over one `x`, in one call: `h = activation(h @ (weight * mask_task).T + bias)`.
+
+    Inference only. A pruned weight does not read its activation: `0 * inf` is not formed, where a dense product of
+    masked weights would give NaN.
+
+    Args:
+        x: `[batch, in_features]`, float32 on the CPU; rows may be strided.
+        prepacked: What `prepack` made, uint8.
+        outputs: The sum of the tasks' last `out_features`, as prepacked.
+
+    Returns:
+        `[batch, outputs]`, float32; the tasks side by side, in the order of `prepack`.
+
+    Raises:
+        ValueError: If `x` is not `[batch, in_features]`.
+        TypeError: If `x` is not float32 on the CPU.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 on cpu")
+    return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
+
+
+def cpu_engine() -> str:
+    """Name what runs `sparse_mlp` on this machine's CPU: an instruction set of the native engine, or "reference"."""
+    return native.isa() if native.is_available() else "reference"
+
+
+def sparse_mlp_dense(x: Tensor, tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> Tensor:
+    """Run the reference of `sparse_mlp` on the canonical weights, dense: where there is no kernel for the device."""
+    return reference.sparse_mlp(
+        x,
+        [
+            [
+                reference.DenseLayer(
+                    layer.weight.to_dense(task).to(x),
+                    None if layer.bias is None else layer.bias.to(x),
+                    layer.activation,
+                )
+                for layer, task in layers
+            ]
+            for layers in tasks
+        ],
+    )
+
+
+def _pack_layer(layer: SparseLayer, task: str) -> native.PackLayer:
+    csr = layer.weight.csr(task)
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    return native.PackLayer(csr.crow_indices, csr.col_indices, csr.values.float(), bias, csr.shape[1], layer.activation)
+
+
+def _masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, torch.ops.lt4rec_sparse.masked_linear(x, weight, mask, bias))
+
+
+def _check_masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [out_features, in_features]")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}], the weight's in_features")
+    if mask.shape != weight.shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted {tuple(weight.shape)}, that of the weight")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: got {mask.dtype}, wanted torch.bool, True = kept")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, wanted ({weight.shape[0]},), the weight's out_features")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{name}: got {other.dtype}, wanted {x.dtype}, that of x")
+    for name, other in (("weight", weight), ("mask", mask), ("bias", bias)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: got device {other.device}, wanted {x.device}, that of x")
+
+
+_library.impl("masked_linear", reference.masked_linear, "CompositeExplicitAutograd")
+_library.impl("masked_linear_dgrad", reference.masked_linear_dgrad, "CompositeExplicitAutograd")
+_library.impl("masked_linear_wgrad", reference.masked_linear_wgrad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lt4rec_sparse::masked_linear")
+def _masked_linear_fake(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("lt4rec_sparse::masked_linear_dgrad")
+def _masked_linear_dgrad_fake(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("lt4rec_sparse::masked_linear_wgrad")
+def _masked_linear_wgrad_fake(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    return dy.new_empty(mask.shape)
+
+
+def _masked_linear_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, mask, _ = inputs
+    ctx.save_for_backward(x, weight, mask)
+
+
+def _masked_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+    x, weight, mask = ctx.saved_tensors
+    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
+    return (
+        torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, weight, mask) if needs_x else None,
+        torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, x, mask) if needs_weight else None,
+        None,
+        dy.sum(0) if needs_bias else None,
+    )
+
+
+torch.library.register_autograd(
+    "lt4rec_sparse::masked_linear", _masked_linear_backward, setup_context=_masked_linear_setup
+)
+
+
+def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(x.shape[0], outputs)
+    native.sparse_mlp(rows, prepacked, y)
+    return y
+
+
+_library.impl("sparse_mlp", _sparse_mlp_cpu, "CPU")
+
+
+@torch.library.register_fake("lt4rec_sparse::sparse_mlp")
+def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+def _sparse_mlp_backward(ctx: Any, dy: Tensor) -> None:
+    raise RuntimeError("sparse_mlp: got a backward pass, wanted inference only: train the MaskedMLP it was frozen from")
+
+
+torch.library.register_autograd("lt4rec_sparse::sparse_mlp", _sparse_mlp_backward)

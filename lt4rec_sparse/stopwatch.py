@@ -1,0 +1,50 @@
+"""The one stopwatch: contestants timed in interleaved rounds, so that a drifting machine drifts for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Timing(NamedTuple):
+    """Time of one call, in microseconds, over the rounds of a measurement."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], rounds: int = 15, round_us: float = 20_000.0
+) -> dict[str, Timing]:
+    """Time each contestant once a round, for `rounds` rounds, in the order given.
+
+    In a round a contestant is called often enough to fill `round_us` (found in a first round that does not count), and
+    the round's time is the mean of those calls.
+
+    Args:
+        contestants: Name -> what to call.
+        rounds: How many rounds count.
+        round_us: How long each contestant's part of a round should last, in microseconds.
+
+    Returns:
+        Name -> its timing; compare only within one result.
+    """
+    calls = {}
+    for name, call in contestants.items():
+        call()  # warm: first touches of memory, lazy set-up
+        start = time.perf_counter()
+        call()
+        once_us = (time.perf_counter() - start) * 1e6
+        calls[name] = max(1, int(round_us / max(once_us, 0.1)))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) * 1e6 / calls[name])
+    return {name: Timing(*np.percentile(times, [50, 20, 80]).tolist()) for name, times in samples.items()}

@@ -1,0 +1,26 @@
+"""Settings of all tests: replayable examples, no deadline (a first call may compile or page in)."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill `torch.empty` with NaN, so that a result that was never written does not pass for zero."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure() -> None:
+    if os.environ.get("LT4REC_SPARSE_REQUIRE_NATIVE") == "1":
+        from lt4rec_sparse.kernels import native
+
+        assert native.is_available(), native.absence_reason()

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
+
+from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
+
+
+def masked_mlp(widths, tasks, density, seed):
+    torch.manual_seed(seed)
+    mlp = MaskedMLP(widths[0], widths[1:], tasks=tasks)
+    generator = torch.Generator().manual_seed(seed)
+    for task in tasks:
+        shapes = mlp.mask(task).shapes
+        mlp.set_mask(Mask.random(shapes, {n: round(r * c * density) for n, (r, c) in shapes.items()}, generator), task)
+    return mlp
+
+
+def oracle_layers(mlp: MaskedMLP, task: str, head: str):
+    mask = mlp.mask(task)
+    layers = [Layer(x.weight.detach() * mask[f"layers.{i}"], x.bias.detach(), "relu") for i, x in enumerate(mlp.layers)]
+    return [*layers, Layer(mlp.heads[task].weight.detach(), mlp.heads[task].bias.detach(), head)]
+
+
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    n_tasks=st.integers(1, 3),
+    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    batch=st.sampled_from([0, 1, 7, 8, 33, 64, 65]),
+    seed=st.integers(0, 2**31),
+    sigmoid=st.booleans(),
+)
+def test_frozen_equals_masked_for_every_task(widths, n_tasks, density, batch, seed, sigmoid):
+    tasks = tuple(f"task{i}" for i in range(n_tasks))
+    mlp = masked_mlp(widths, tasks, density, seed)
+    frozen = freeze(mlp, sigmoid=sigmoid)
+    assert isinstance(frozen, SparseMLP)
+    x = torch.randn(batch, widths[0], generator=torch.Generator().manual_seed(seed))
+    y = frozen(x)
+    for i, task in enumerate(tasks):
+        reference = mlp_reference(x, oracle_layers(mlp, task, "sigmoid" if sigmoid else "none"))
+        assert_rounding(y[:, i : i + 1], reference)
+        logits = mlp(x, task).detach()
+        assert_rounding(torch.sigmoid(logits) if sigmoid else logits, reference)
+
+
+def test_the_papers_mlp_is_exact_on_integers():
+    mlp = masked_mlp((256, 64, 32, 16), ("ctr", "cvr"), 0.2, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mlp.parameters():
+        parameter.data = small_integers(*parameter.shape, generator=generator).clamp(-1, 1)
+    x = small_integers(100, 256, generator=generator)
+    assert_exact(freeze(mlp)(x), mlp(x).detach())
+
+
+def test_masked_linear_freezes_too():
+    layer = MaskedLinear(9, 4, tasks=("a", "b"))
+    layer.set_mask(torch.rand(4, 9, generator=torch.Generator().manual_seed(0)) < 0.4, "a")
+    frozen = freeze(layer)
+    assert isinstance(frozen, SparseLinear)
+    x = torch.randn(5, 9)
+    for i, task in enumerate(("a", "b")):
+        reference = mlp_reference(x, [Layer(layer.weight.detach() * layer.mask(task), layer.bias.detach(), "none")])
+        assert_rounding(frozen(x)[:, 4 * i : 4 * i + 4], reference)
+
+
+def test_masked_layers_inside_a_model_are_replaced_and_the_model_is_left_alone():
+    model = torch.nn.ModuleDict({"tower": torch.nn.Sequential(MaskedMLP(6, (5, 4)), torch.nn.Sigmoid())})
+    frozen = freeze(model)
+    assert isinstance(frozen["tower"][0], SparseMLP)
+    assert isinstance(model["tower"][0], MaskedMLP)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_freezing_copies_the_weights():
+    mlp = MaskedMLP(6, (5, 4))
+    frozen, x = freeze(mlp), torch.ones(2, 6)
+    before = frozen(x).clone()
+    for parameter in mlp.parameters():
+        parameter.data.zero_()
+    assert_exact(frozen(x), before)
+
+
+def test_a_model_without_masked_layers_is_refused():
+    with pytest.raises(ValueError, match="model: got a Linear without masked layers"):
+        freeze(torch.nn.Linear(2, 2))
+
+
+def test_a_wrong_width_is_named():
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 5\), wanted \[batch, 6\]"):
+        freeze(MaskedMLP(6, (5, 4)))(torch.ones(2, 5))
+
+
+def test_compressed_is_smaller_and_says_so():
+    frozen = freeze(masked_mlp((256, 128, 64), ("ctr", "cvr"), 0.1, 0))
+    dense = 4 * (256 * 128 + 128 * 64)
+    assert frozen.nbytes < dense / 3
+    assert "union density" in repr(frozen)

@@ -1,0 +1,92 @@
+"""The only two numerical assertions of this test suite, and nothing to tune in them.
+
+1. `assert_exact`: small-integer inputs, for which every order of summation gives the same float32 sum.
+2. `assert_rounding`: the elementwise bound `|y - ref64| <= 6 sqrt(k) u_acc (|x| @ |W|.T) + u_out |ref64|`
+   (Ipsen & Zhou, arXiv:1906.10465). A wrong index breaks it, where a mean, an RMS or a cosine sees nothing.
+
+`mlp_reference` carries the second bound through the layers of an MLP: an error `e` that enters a layer leaves it
+as at most `e @ |W|.T`, ReLU is 1-Lipschitz, the sigmoid is 1/4-Lipschitz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+class Bounded(NamedTuple):
+    """A float64 reference and, elementwise, how far a correct result may lie from it."""
+
+    value: Tensor
+    bound: Tensor
+
+
+class Layer(NamedTuple):
+    """One layer of a dense reference MLP: `activation(x @ weight.T + bias)`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str  # "relu", "sigmoid" or "none"
+
+
+def small_integers(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Integers in [-3, 3]: products and sums of them are exact in float32 up to 1.8 million terms."""
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def assert_exact(y: Tensor, reference: Tensor) -> None:
+    """Fail unless `y` equals `reference` in shape, dtype and every element; NaN equals nothing."""
+    assert y.shape == reference.shape, f"shape: got {tuple(y.shape)}, wanted {tuple(reference.shape)}"
+    assert y.dtype == reference.dtype, f"dtype: got {y.dtype}, wanted {reference.dtype}"
+    wrong = ~(y == reference)
+    assert not wrong.any(), _where("exact", y, reference, wrong)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype) -> Bounded:
+    """`x @ weight.T + bias` in float64, with the bound of a sum accumulated in `accumulate`."""
+    return _linear(Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64)), weight, bias, accumulate)
+
+
+def mlp_reference(x: Tensor, layers: Sequence[Layer], accumulate: torch.dtype = torch.float32) -> Bounded:
+    """A whole MLP in float64, with the rounding bound carried from layer to layer."""
+    u = UNIT_ROUNDOFF[accumulate]
+    h = Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64))
+    for layer in layers:
+        h = _linear(h, layer.weight, layer.bias, accumulate)
+        if layer.activation == "relu":
+            h = Bounded(h.value.relu(), h.bound)
+        elif layer.activation == "sigmoid":
+            # 1 / (1 + exp(-z)) rounds in exp, the sum and the quotient: three operations, each within an ulp (2u).
+            h = Bounded(h.value.sigmoid(), h.bound / 4 + 3 * 2 * u)
+    return h
+
+
+def assert_rounding(y: Tensor, reference: Bounded) -> None:
+    """Fail unless every element of `y` lies within its bound plus the rounding of its own dtype."""
+    value, bound = reference
+    assert y.shape == value.shape, f"shape: got {tuple(y.shape)}, wanted {tuple(value.shape)}"
+    limit = bound + UNIT_ROUNDOFF[y.dtype] * value.abs()
+    wrong = ~((y.double() - value).abs() <= limit)
+    assert not wrong.any(), _where("rounding bound", y, value, wrong)
+
+
+def _linear(x: Bounded, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype) -> Bounded:
+    w = weight.double()
+    terms = w.shape[1] + (bias is not None)
+    value, magnitude = x.value @ w.T, (x.value.abs() + x.bound) @ w.abs().T
+    if bias is not None:
+        value, magnitude = value + bias.double(), magnitude + bias.double().abs()
+    return Bounded(value, x.bound @ w.abs().T + 6 * terms**0.5 * UNIT_ROUNDOFF[accumulate] * magnitude)
+
+
+def _where(rule: str, y: Tensor, reference: Tensor, wrong: Tensor) -> str:
+    first = tuple(int(i) for i in wrong.nonzero()[0])
+    return (
+        f"{rule}: {int(wrong.sum())} of {wrong.numel()} elements wrong; "
+        f"first at {first}: got {y[first].item()!r}, wanted {reference[first].item()!r}"
+    )

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt4rec_sparse.masks import Mask, overlap, ownership, pack_bits, unpack_bits
+
+SHAPES = {"layers.0": (5, 9), "layers.1": (3, 5)}
+
+
+def random_mask(seed: int, density: float = 0.5) -> Mask:
+    generator = torch.Generator().manual_seed(seed)
+    return Mask.random(SHAPES, {n: round(r * c * density) for n, (r, c) in SHAPES.items()}, generator)
+
+
+@given(st.integers(0, 70), st.integers(0, 4), st.integers(0, 2**31))
+def test_bits_round_trip(columns, rows, seed):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    bits = pack_bits(mask)
+    assert bits.shape == (rows, (columns + 7) // 8)
+    assert bits.dtype == torch.uint8
+    assert torch.equal(unpack_bits(bits, columns), mask)
+
+
+def test_bit_order_is_least_significant_first():
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    mask[0, [0, 3, 9]] = True
+    assert pack_bits(mask).tolist() == [[0b1001, 0b10]]
+
+
+def test_padding_bits_must_be_zero():
+    with pytest.raises(ValueError, match="padding bit beyond column 2"):
+        unpack_bits(torch.tensor([[0b1000]], dtype=torch.uint8), 3)
+
+
+def test_unpack_names_the_wanted_byte_count():
+    with pytest.raises(ValueError, match=r"wanted torch.uint8 \[..., 2\]"):
+        unpack_bits(torch.zeros(1, 1, dtype=torch.uint8), 9)
+
+
+def test_counts():
+    mask = Mask({"a": torch.tensor([[True, False], [True, True]]), "b": torch.zeros(1, 4, dtype=torch.bool)})
+    assert (mask.nnz, mask.size, mask.density) == (3, 8, 3 / 8)
+    assert mask.layer_density() == {"a": 0.75, "b": 0.0}
+
+
+def test_a_mask_does_not_follow_the_tensor_it_was_made_from():
+    kept = torch.ones(2, 2, dtype=torch.bool)
+    mask = Mask({"a": kept})
+    kept[0, 0] = False
+    assert mask.nnz == 4
+
+
+def test_random_counts_are_exact_and_seeded():
+    assert random_mask(0).layer_nnz() == {"layers.0": 22, "layers.1": 8}
+    assert random_mask(0) == random_mask(0)
+    assert random_mask(0) != random_mask(1)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_save_and_load_are_identical(tmp_path_factory, seed, density):
+    path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
+    mask = random_mask(seed, density)
+    mask.save(path)
+    assert Mask.load(path) == mask
+
+
+def test_load_refuses_a_damaged_file(tmp_path):
+    path = tmp_path / "mask.safetensors"
+    random_mask(0).save(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="not a readable mask"):
+        Mask.load(path)
+
+
+def test_overlap_and_ownership():
+    a = Mask({"w": torch.tensor([[True, True, False, False]])})
+    b = Mask({"w": torch.tensor([[True, False, True, False]])})
+    assert overlap(a, b) == {"w": 1 / 3}
+    assert ownership({"ctr": a, "cvr": b}) == {"w": {"shared": 1, "ctr only": 1, "cvr only": 1, "dead": 1}}
+
+
+@given(st.lists(st.integers(0, 2**31), min_size=1, max_size=4))
+def test_owners_add_up_to_the_layer(seeds):
+    counts = ownership({f"task{i}": random_mask(seed) for i, seed in enumerate(seeds)})
+    assert {name: sum(c.values()) for name, c in counts.items()} == {"layers.0": 45, "layers.1": 15}
+
+
+def test_subset():
+    full = Mask.full(SHAPES)
+    assert random_mask(0).is_subset(full)
+    assert not full.is_subset(random_mask(0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "got no layer"),
+        ({"a": torch.ones(2, dtype=torch.bool)}, r"mask of a: got shape \(2,\)"),
+    ],
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match=message):
+        Mask(layers)
+
+
+def test_float_masks_are_refused():
+    with pytest.raises(TypeError, match=r"mask of a: got dtype torch.float32, wanted torch.bool"):
+        Mask({"a": torch.ones(2, 2)})
+
+
+def test_different_layers_do_not_compare():
+    with pytest.raises(ValueError, match="masks over different layers"):
+        overlap(Mask({"a": torch.ones(1, 1, dtype=torch.bool)}), Mask({"b": torch.ones(1, 1, dtype=torch.bool)}))

@@ -1,0 +1,176 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Layer, assert_exact, assert_rounding, linear_reference, mlp_reference, small_integers
+
+from lt4rec_sparse import ops
+from lt4rec_sparse.formats import SharedWeight
+from lt4rec_sparse.kernels import native, reference
+
+SHAPES = [(0, 3, 2), (1, 1, 1), (7, 33, 5), (64, 100, 31)]
+
+
+def problem(batch, k, n, density=0.3, dtype=torch.float32, seed=0, integers=False):
+    generator = torch.Generator().manual_seed(seed)
+    if integers:
+        x, weight = (small_integers(*shape, generator=generator, dtype=dtype) for shape in ((batch, k), (n, k)))
+        bias = small_integers(n, generator=generator, dtype=dtype)
+    else:
+        x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((batch, k), (n, k), (n,)))
+    return x, weight, torch.rand(n, k, generator=generator) < density, bias
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_masked_linear_is_exact_on_integers(shape, density):
+    x, weight, mask, bias = problem(*shape, density, integers=True)
+    wanted = (x.double() @ (weight * mask).double().T + bias.double()).float()
+    assert_exact(ops.masked_linear(x, weight, mask, bias), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_linear_is_within_the_rounding_bound(shape, dtype):
+    x, weight, mask, bias = problem(*shape, dtype=dtype)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    y = ops.masked_linear(x, weight, mask, bias)
+    assert_rounding(y, linear_reference(x, weight * mask, bias, accumulate))
+
+
+def test_masked_gradients_are_exact_on_integers():
+    x, weight, mask, bias = problem(9, 17, 6, integers=True)
+    dy = small_integers(9, 6, generator=torch.Generator().manual_seed(5))
+    x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
+    ops.masked_linear(x, weight, mask, bias).backward(dy)
+    assert_exact(x.grad, dy @ (weight * mask).detach())
+    assert_exact(weight.grad, (dy.T @ x.detach()) * mask)
+    assert_exact(bias.grad, dy.sum(0))
+
+
+def test_a_pruned_weight_contributes_nothing_even_if_it_is_nan():
+    x, weight, mask, bias = problem(4, 6, 3, density=0.5, integers=True)
+    poisoned = weight.masked_fill(~mask, float("nan"))
+    assert_exact(ops.masked_linear(x, poisoned, mask, bias), ops.masked_linear(x, weight, mask, bias))
+
+
+def test_leading_dimensions_as_in_torch_linear():
+    x, weight, mask, _ = problem(12, 5, 4, integers=True)
+    flat = ops.masked_linear(x, weight, mask)
+    assert_exact(ops.masked_linear(x.view(3, 4, 5), weight, mask), flat.view(3, 4, 4))
+    assert_exact(ops.masked_linear(x[0], weight, mask), flat[0])
+
+
+def test_gradcheck_in_float64():
+    x, weight, mask, bias = problem(3, 5, 4, dtype=torch.float64)
+    inputs = (x.requires_grad_(), weight.requires_grad_(), mask, bias.requires_grad_())
+    # Only kept weights have a gradient, by definition; the check perturbs the kept ones through a product.
+    assert torch.autograd.gradcheck(ops.masked_linear, inputs)
+
+
+def test_opcheck_masked_linear():
+    x, weight, mask, bias = problem(6, 7, 5)
+    arguments = (x.requires_grad_(), weight.requires_grad_(), mask, bias.requires_grad_())
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear, arguments)
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_dgrad, (torch.randn(6, 5), weight.detach(), mask))
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_wgrad, (torch.randn(6, 5), x.detach(), mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 4)}, r"x: got shape \(2, 4\), wanted \[..., 3\]"),
+        ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask: got shape \(3, 2\), wanted \(2, 3\)"),
+        ({"mask": torch.ones(2, 3)}, "mask: got torch.float32, wanted torch.bool"),
+        ({"bias": torch.ones(3)}, r"bias: got shape \(3,\), wanted \(2,\)"),
+        ({"weight": torch.ones(2, 3, dtype=torch.float64)}, "weight: got torch.float64, wanted torch.float32"),
+        ({"weight": torch.ones(3)}, r"weight: got shape \(3,\)"),
+        ({"weight": torch.ones(2, 3, device="meta")}, "weight: got device meta, wanted cpu"),
+    ],
+)
+def test_masked_linear_refuses(change, message):
+    good = {"x": torch.ones(2, 3), "weight": torch.ones(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool), "bias": None}
+    with pytest.raises(ValueError, match=message):
+        ops.masked_linear(**(good | change))
+
+
+def sparse_problem(widths, tasks=("ctr", "cvr"), density=0.3, seed=0, integers=False):
+    """A frozen MLP a task: paths for `prepack`, and the same layers for the oracle."""
+    generator = torch.Generator().manual_seed(seed)
+    paths, oracle = {task: [] for task in tasks}, {task: [] for task in tasks}
+    for i, (k, n) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        make = small_integers if integers else lambda *s, generator: torch.randn(*s, generator=generator) / s[-1] ** 0.5
+        weight, bias = make(n, k, generator=generator), make(n, generator=generator)
+        masks = {task: torch.rand(n, k, generator=generator) < density for task in tasks}
+        activation = "relu" if i < len(widths) - 2 else "none"
+        layer = ops.SparseLayer(SharedWeight.from_dense(weight, masks), bias, activation)
+        for task in tasks:
+            paths[task].append((layer, task))
+            oracle[task].append(Layer(weight * masks[task], bias, activation))
+    return list(paths.values()), list(oracle.values())
+
+
+needs_engine = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+
+
+@needs_engine
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    batch=st.integers(0, 70),
+    density=st.sampled_from([0.0, 0.2, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_sparse_mlp_is_within_the_rounding_bound(widths, batch, density, seed):
+    paths, oracle = sparse_problem(widths, density=density, seed=seed)
+    x = torch.randn(batch, widths[0], generator=torch.Generator().manual_seed(seed))
+    outputs = 2 * widths[-1]
+    for y in (ops.sparse_mlp(x, ops.prepack(paths), outputs), ops.sparse_mlp_dense(x, paths)):
+        for i, layers in enumerate(oracle):
+            assert_rounding(y[:, i * widths[-1] : (i + 1) * widths[-1]], mlp_reference(x, layers))
+
+
+@needs_engine
+def test_sparse_mlp_takes_strided_rows_and_columns():
+    paths, _ = sparse_problem([6, 5, 1], integers=True)
+    prepacked = ops.prepack(paths)
+    wide = small_integers(9, 12, generator=torch.Generator().manual_seed(1))
+    for x in (wide[:, 3:9], wide[:, ::2], wide[:, :6].T.contiguous().T):
+        assert_exact(ops.sparse_mlp(x, prepacked, 2), ops.sparse_mlp(x.contiguous(), prepacked, 2))
+
+
+@needs_engine
+def test_opcheck_sparse_mlp():
+    paths, _ = sparse_problem([6, 5, 1])
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.lt4rec_sparse.sparse_mlp, (torch.randn(4, 6), ops.prepack(paths), 2), test_utils=tests
+    )
+
+
+@needs_engine
+def test_sparse_mlp_has_no_backward_pass():
+    paths, _ = sparse_problem([6, 5, 1])
+    y = ops.sparse_mlp(torch.randn(4, 6, requires_grad=True), ops.prepack(paths), 2)
+    with pytest.raises(RuntimeError, match="wanted inference only"):
+        y.sum().backward()
+
+
+@needs_engine
+def test_sparse_mlp_refuses_what_it_cannot_read():
+    prepacked = ops.prepack(sparse_problem([6, 5, 1])[0])
+    with pytest.raises(ValueError, match=r"x: got shape \(6,\), wanted \[batch, in_features\]"):
+        ops.sparse_mlp(torch.ones(6), prepacked, 2)
+    with pytest.raises(TypeError, match=r"x: got torch\.float64 on cpu"):
+        ops.sparse_mlp(torch.ones(2, 6, dtype=torch.float64), prepacked, 2)
+
+
+def test_without_the_engine_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    paths, _ = sparse_problem([6, 5, 1])
+    with pytest.warns(RuntimeWarning, match="sparse MLPs run dense in torch"):
+        assert ops.prepack(paths) is None
+
+
+def test_reference_activations():
+    layer = reference.DenseLayer(torch.eye(2), None, "sigmoid")
+    assert_exact(reference.sparse_mlp(torch.zeros(1, 2), [[layer]]), torch.full((1, 2), 0.5))
