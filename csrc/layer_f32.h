@@ -4,12 +4,12 @@
 // `Vector` gives: Type, kWidth (floats), load, store (aligned), broadcast, fma, relu.
 
 // Adds one slice's kept weights within one block, kRows rows at a time: kRows * kVectors accumulators and one weight
-// must fit the register file, and at least eight accumulators hide the latency of the multiply-add.
+// must fit the register file. Eight accumulators hide the latency of the multiply-add; narrow tiles have only four.
 template <class Vector, int kVectors, int kRows>
 __attribute__((always_inline)) inline void add_slice(const Slice& slice, const Step* steps, const float* bias,
                                                      const float* x_block, float* y, bool has_relu) {
   constexpr int kLanes = Vector::kWidth * kVectors;
-  constexpr int kStride = kLanes < 16 ? 16 : kLanes;
+  constexpr int kStride = kLanes < 16 ? 16 : kLanes;  // lane_stride(kLanes)
   // The arrays below live in registers only if their loops vanish, hence the unrolling pragmas.
 #pragma GCC unroll 4
   for (int first = 0; first < SLICE_ROWS; first += kRows) {
@@ -45,7 +45,7 @@ __attribute__((always_inline)) inline void add_slice(const Slice& slice, const S
 template <class Vector, int kVectors, int kRows>
 void add_layer(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y) {
   constexpr int kLanes = Vector::kWidth * kVectors;
-  constexpr int kStride = kLanes < 16 ? 16 : kLanes;
+  constexpr int kStride = kLanes < 16 ? 16 : kLanes;  // lane_stride(kLanes)
   const int64_t blocks = block_count(layer->in_features);
   const auto* block_slices = reinterpret_cast<const uint32_t*>(blob + layer->block_slices);
   const auto* slice = reinterpret_cast<const Slice*>(blob + layer->slices);

@@ -24,3 +24,21 @@ def pytest_configure() -> None:
         from lt4rec_sparse.kernels import native
 
         assert native.is_available(), native.absence_reason()
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A small simulated click log: a folder like a user's."""
+    from lt4rec_sparse.data import SimulatorConfig, simulate
+
+    folder = tmp_path_factory.mktemp("small") / "log"
+    simulate(SimulatorConfig(users=300, videos=120, impressions=9_000, days=6), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_log(small_folder, tmp_path_factory):
+    """The same, prepared."""
+    from lt4rec_sparse.data import prepare
+
+    return prepare(small_folder, tmp_path_factory.mktemp("small_prepared") / "out")

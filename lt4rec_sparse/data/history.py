@@ -1,7 +1,7 @@
 """What each group (user) did on earlier days: a bounded list of past values, looked up before the day is added.
 
-The order of calls is the proof that nothing leaks: `bags` for the rows of a day sees only days that were closed by
-`add_day` before, and a day is added after its last row was read.
+The order of calls is the proof that nothing leaks: `bags` and `rates` for the rows of a day see only days that were
+closed by `add_day` before, and a day is added after its last row was read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from lt4rec_sparse.features import History
 from lt4rec_sparse.features.tables import Array, Ids, IntVocabulary
@@ -18,6 +19,7 @@ from lt4rec_sparse.features.tables import Array, Ids, IntVocabulary
 # Bags of strings are compared by their text, joined by a character that text does not hold.
 JOINT = "\x1f"
 NOTHING = -1
+Floats = NDArray[np.float64]
 
 
 class PastRows:
@@ -32,6 +34,7 @@ class PastRows:
         self._index = IntVocabulary(np.empty(0, np.int64))
         self._codes = {name: np.empty((0, history.length), np.int64) for name in history.columns}
         self._known = {name: _Bags() for name in history.columns}
+        self._seen = np.empty((0, 2), np.int64)  # per group: rows that count, and all rows
 
     def bags(self, groups: Ids) -> dict[str, tuple[Array, Ids]]:
         """Return for rows of the groups `[n]` the past values of every column, oldest first.
@@ -40,27 +43,42 @@ class PastRows:
             By column `(values [nnz], offsets [n + 1])`; an unknown group has empty bags.
         """
         slots = self._index.lookup(groups) - 2
-        return {name: self._known[name].gather(_rows(codes, slots)) for name, codes in self._codes.items()}
+        return {
+            name: self._known[name].gather(_rows(codes, slots, unknown=NOTHING)) for name, codes in self._codes.items()
+        }
 
-    def add_day(self, groups: Ids, columns: dict[str, Any]) -> None:
+    def rates(self, groups: Ids) -> tuple[Floats, Floats]:
+        """Return for rows of the groups `[n]` how many of their past rows count, and the share (NaN without any)."""
+        slots = self._index.lookup(groups) - 2
+        seen = _rows(self._seen, slots, unknown=0)
+        count, rows = seen[:, 0].astype(np.float64), seen[:, 1]
+        return count, np.divide(count, rows, out=np.full(len(groups), np.nan), where=rows > 0)
+
+    def add_day(self, groups: Ids, counts: NDArray[np.bool_], columns: dict[str, Any]) -> None:
         """Close a day.
 
         Args:
-            groups: `[n]` int64, the group of each row that counts, in the order of the day.
-            columns: The history's columns of these rows, Arrow arrays of values or of lists.
+            groups: `[n]` int64, the group of each row, in the order of the day.
+            counts: `[n]`, which rows count.
+            columns: The history's columns of the rows that count, Arrow arrays of values or of lists.
         """
         fresh = np.setdiff1d(groups, self._index.keys)
         self._index = IntVocabulary(np.concatenate([self._index.keys, fresh]))
+        self._seen = np.concatenate([self._seen, np.zeros((len(fresh), 2), np.int64)])
         slots = self._index.lookup(groups) - 2
+        self._seen += np.stack(
+            [np.bincount(rows, minlength=len(self._seen)) for rows in (slots[counts], slots)], axis=1
+        )
+        slots = slots[counts]
         order = np.argsort(slots, kind="stable")
-        active, begins, counts = np.unique(slots[order], return_index=True, return_counts=True)
+        active, begins, lengths = np.unique(slots[order], return_index=True, return_counts=True)
         # Age 0 is the last row of its group on this day; what is older than the list is long goes.
-        age = np.repeat(begins + counts, counts) - 1 - np.arange(len(order))
+        age = np.repeat(begins + lengths, lengths) - 1 - np.arange(len(order))
         young = age < self._length
-        row = np.repeat(np.arange(len(active)), counts)[young]
+        row = np.repeat(np.arange(len(active)), lengths)[young]
         kept, place = order[young], self._length - 1 - age[young]
         # What was at place p + (rows of today) moves to place p.
-        source = np.arange(self._length) + counts[:, None]
+        source = np.arange(self._length) + lengths[:, None]
         for name, column in columns.items():
             codes = np.concatenate([self._codes[name], np.full((len(fresh), self._length), NOTHING, np.int64)])
             old = np.take_along_axis(codes[active], np.minimum(source, self._length - 1), axis=1)
@@ -70,11 +88,12 @@ class PastRows:
             self._codes[name] = codes
 
 
-def _rows(codes: Ids, slots: Ids) -> Ids:
-    """Return `codes[slots]`, a row of nothing for a slot below 0."""
-    if not len(codes):
-        return np.full((len(slots), codes.shape[1]), NOTHING, np.int64)
-    return np.where(slots[:, None] >= 0, codes[slots], NOTHING)
+def _rows(table: Ids, slots: Ids, unknown: int) -> Ids:
+    """Return `table[slots]`, and a row of `unknown` for a slot below 0."""
+    rows = np.full((len(slots), table.shape[1]), unknown, np.int64)
+    known = slots >= 0
+    rows[known] = table[slots[known]]
+    return rows
 
 
 class _Bags:
@@ -82,7 +101,6 @@ class _Bags:
 
     def __init__(self) -> None:
         self._codes: dict[Any, int] = {}
-        self._parts: list[Array] = []
         self._values: Array = np.empty(0, np.int64)
         self._ends = np.zeros(1, np.int64)
 

@@ -21,6 +21,8 @@ from lt4rec_sparse.features.tables import Ids, IntVocabulary, StringVocabulary, 
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+# Groups of some rows, which of them count for a history, and the history's columns of those.
+Events = tuple[Ids, Bools, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ class RowReader:
         pasts = {history.name: PastRows(history) for history in self._schema.histories}
         last = max(map(self._log.days.index, days), default=-1)
         for day in self._log.days[: last + 1]:
-            events = {name: list[tuple[Ids, dict[str, Any]]]() for name in pasts}
+            events = {name: list[Events]() for name in pasts}
             for batch in self._log.read(day):
                 columns = self._columns(day, batch)
                 groups = _group_ids(columns[self._schema.group.column])
                 for history in self._schema.histories:
                     counts = np.nan_to_num(_floats(columns[history.when])) != 0
                     kept = {name: columns[name].filter(pa.array(counts)) for name in history.columns}
-                    events[history.name].append((groups[counts], kept))
+                    events[history.name].append((groups, counts, kept))
                 if day in days:
                     yield self._rows(day, columns, groups, pasts)
             for name, past in pasts.items():
@@ -96,7 +98,10 @@ class RowReader:
 
     def _rows(self, day: str, columns: Mapping[str, Any], groups: Ids, pasts: Mapping[str, PastRows]) -> Rows:
         features = {column.name: raw_column(columns[column.name]) for column in self._schema.columns}
-        for name, past in pasts.items():
+        for history in self._schema.histories:
+            name, past = history.name, pasts[history.name]
+            if history.rates:
+                features |= dict(zip((f"{name}_count", f"{name}_rate"), past.rates(groups), strict=True))
             features |= {f"{name}_{column}": bags for column, bags in past.bags(groups).items()}
         slices = {
             part.name: pc.fill_null(pc.equal(columns[part.column], part.value), False).to_numpy(zero_copy_only=False)
@@ -182,9 +187,10 @@ def _floats(column: Any) -> NDArray[np.float64]:
     return np.array(column.to_numpy(zero_copy_only=False), np.float64)
 
 
-def _joined(events: list[tuple[Ids, dict[str, Any]]]) -> tuple[Ids, dict[str, Any]]:
-    groups = np.concatenate([groups for groups, _ in events])
-    return groups, {name: pa.concat_arrays([columns[name] for _, columns in events]) for name in events[0][1]}
+def _joined(events: list[Events]) -> Events:
+    groups, counts, columns = zip(*events, strict=True)
+    joined = {name: pa.concat_arrays([part[name] for part in columns]) for name in columns[0]}
+    return np.concatenate(groups), np.concatenate(counts), joined
 
 
 def _days_since(day: str, name: str, column: Any) -> Any:

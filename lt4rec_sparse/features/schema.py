@@ -19,6 +19,7 @@ from lt4rec_sparse.features.records import SchemaError, from_plain, to_plain
 ValueType = Literal["int", "string"]
 # Prepared data stores ids as int32.
 MAX_IDS = 1 << 31
+RATE_BUCKETS = 16
 
 
 def _repeated(names: Iterable[str]) -> str | None:
@@ -170,12 +171,17 @@ class History:
 
     `when` may be an outcome: yesterday's outcome is known today. The bags are multi-valued columns named
     `<name>_<column>` in the table of `<column>`, oldest value first.
+
+    A mean-pooled bag of a few values hides how often; with `rates` there are two dense columns besides, over all
+    earlier days: `<name>_count`, how many such rows the group had, and `<name>_rate`, their share of all its rows
+    (missing before the first).
     """
 
     name: str
     when: str
     columns: tuple[str, ...]
     length: int = 10
+    rates: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -228,14 +234,20 @@ class Schema:
 
     @property
     def features(self) -> tuple[Column, ...]:
-        """Every input of a model: the declared columns, then the bags of the histories."""
+        """Every input of a model: the declared columns, then the rates and the bags of the histories."""
         declared = {column.name: column for column in self.columns}
+        rates = (
+            Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS)
+            for history in self.histories
+            if history.rates
+            for what in ("count", "rate")
+        )
         bags = (
             replace(declared[name], name=f"{history.name}_{name}", kind="multi")
             for history in self.histories
             for name in history.columns
         )
-        return (*self.columns, *bags)
+        return (*self.columns, *rates, *bags)
 
     @property
     def forbidden(self) -> frozenset[str]:
@@ -295,7 +307,7 @@ class Schema:
                 raise SchemaError(f"history {history.name!r}: got column {stray!r}, wanted a categorical feature")
         twice = _repeated(column.name for column in self.features)
         if twice is not None:
-            raise SchemaError(f"column {twice!r}: is also the name of a history's bag, wanted one of the two")
+            raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
 
     def _check_tables(self) -> None:
         rules: dict[str, Column] = {}

@@ -33,7 +33,7 @@ SCHEMA: dict[str, Any] = {
         {"name": "ctr", "kind": "binary", "label": "click"},
         {"name": "cvr", "kind": "ratio", "label": "play", "divide_by": "length", "rows": ["click"]},
     ],
-    "histories": [{"name": "past", "when": "click", "columns": ["video", "tags"], "length": 2}],
+    "histories": [{"name": "past", "when": "click", "columns": ["video", "tags"], "length": 2, "rates": True}],
     "slices": [{"name": "video_1", "column": "video", "value": 1}],
 }
 USERS = {"user": [1, 2], "town": ["Ulm", None]}

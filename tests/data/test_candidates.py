@@ -19,6 +19,8 @@ CANDIDATES = {
     "tags": ["a, b", None, "zzz"],
     "town": ["Ulm", None, "Bonn"],
     "length": [10.0, None, 0.0],
+    "past_count": [3, 0, None],
+    "past_rate": [0.5, None, 1.0],
     "past_video": ["1,2", "", "2"],
     "past_tags": ["a", "b,a", ""],
 }

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_exact, small_integers
+
+from lt4rec_sparse.features import EncodedFeatures
+from lt4rec_sparse.nn import CrossedEmbeddings
+
+FIELDS = [("video", "video", False), ("tags", "tag", True), ("past", "video", True), ("hour", "hour", False)]
+SIZES = {"video": 5, "tag": 4, "hour": 3}
+
+
+def naive(inputs: CrossedEmbeddings, single, bags) -> torch.Tensor:
+    """Row by row, field by field; single-valued fields first."""
+    starts = {"video": 0, "tag": 5, "hour": 9}
+    rows = []
+    for row, ids in enumerate(single):
+        embedded = [inputs.embedding[starts[t] + i] for t, i in zip(("video", "hour"), ids, strict=True)]
+        for table, field in zip(("tag", "video"), bags, strict=True):
+            values = [inputs.embedding[starts[table] + i] for i in field[row]]
+            embedded.append(torch.stack(values).mean(0) if values else torch.zeros(inputs.dim))
+        dots = [embedded[i] @ embedded[j] for i in range(4) for j in range(i + 1, 4)]
+        rows.append(torch.cat([*embedded, torch.stack(dots)]))
+    return torch.stack(rows) if rows else torch.zeros(0, inputs.out_features)
+
+
+def encoded(single, bags) -> EncodedFeatures:
+    lengths = [len(bag) for field in bags for bag in field]
+    return EncodedFeatures(
+        torch.tensor(single, dtype=torch.int32).view(-1, 2),
+        torch.tensor([i for field in bags for bag in field for i in bag], dtype=torch.int32),
+        torch.tensor([0, *lengths]).cumsum(0),
+    )
+
+
+# One or two values a bag, so that a mean of small integers is exact.
+rows = st.lists(
+    st.tuples(
+        st.tuples(st.integers(0, 4), st.integers(0, 2)),
+        st.lists(st.integers(0, 3), max_size=2),
+        st.lists(st.integers(0, 4), max_size=2),
+    ),
+    max_size=6,
+)
+
+
+@given(rows)
+def test_equals_a_naive_implementation(batch):
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    inputs.embedding.data = small_integers(12, 3, generator=torch.Generator().manual_seed(0))
+    single, bags = [row[0] for row in batch], [[row[1] for row in batch], [row[2] for row in batch]]
+    assert_exact(inputs(encoded(single, bags)).detach(), naive(inputs, single, bags).detach())
+
+
+def test_width():
+    assert CrossedEmbeddings(FIELDS, SIZES, dim=3).out_features == 4 * 3 + 6
+
+
+def test_a_field_without_a_table_size_is_named():
+    with pytest.raises(ValueError, match=r"without sizes for tables \['tag'\]"):
+        CrossedEmbeddings(FIELDS, {"video": 5, "hour": 3})
