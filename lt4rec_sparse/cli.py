@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lt4rec_sparse.errors import InputError
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -30,20 +32,30 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; a run that stopped goes on there.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
-    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 2,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every training: 1, or 2 on the simulated log.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of pruning a task.")] = 4,
     density: Annotated[float, typer.Option(help="Share of the hidden weights alive after the last round.")] = 0.2,
-    batch_size: Annotated[int, typer.Option(help="Impressions a batch.")] = 1024,
+    batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 512 simulated.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
 ) -> None:
     """Find a ticket per task, train one shared network, freeze it, and report it against its opponents."""
     from lt4rec_sparse.experiments.run import run as run_experiment
-    from lt4rec_sparse.experiments.settings import RunSettings
+    from lt4rec_sparse.experiments.settings import SIMULATED, RunSettings
 
     with one_line_errors():
-        settings = RunSettings(seeds, embedding_dim, widths(hidden), learning_rate, epochs, batch_size, rounds, density)
+        default = RunSettings() if data else SIMULATED
+        settings = RunSettings(
+            seeds=seeds,
+            embedding_dim=embedding_dim,
+            hidden=widths(hidden),
+            learning_rate=learning_rate,
+            epochs=default.epochs if epochs is None else epochs,
+            batch_size=default.batch_size if batch_size is None else batch_size,
+            rounds=rounds,
+            density=density,
+        )
         out = out or Path("runs") / (data.resolve().name if data else "simulated")
         with progress_bars() as progress:
             report = run_experiment(data, out, settings, progress)
@@ -109,7 +121,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn an error of the user's input into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (InputError, FileNotFoundError, PermissionError) as error:
         typer.echo(f"lt4rec-sparse: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 
@@ -138,12 +150,12 @@ def widths(text: str) -> tuple[int, ...]:
     """Return "512,256,128" as numbers.
 
     Raises:
-        ValueError: If a part is no number.
+        InputError: If a part is no number.
     """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
+        raise InputError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
 
 
 def main() -> None:

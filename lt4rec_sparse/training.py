@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.metrics import Metric, metrics_of
@@ -86,7 +87,7 @@ def train(
         progress: Called after each batch with batches done and batches in all.
 
     Raises:
-        ValueError: If a loss is NaN or infinite (the batch and task are named).
+        InputError: If a loss is NaN or infinite (the batch and task are named).
     """
     cursor, sums = Cursor(), _no_sums(losses)
     if checkpoint is not None and checkpoint.exists():
@@ -99,7 +100,7 @@ def train(
                 loss = _step(model, optimizer, batch, task, loss_of_task)
                 if loss is not None:
                     if not torch.isfinite(loss):
-                        raise ValueError(
+                        raise InputError(
                             f"loss of {task}: got {loss.item()} in epoch {epoch}, batch {index}, wanted a number"
                         )
                     sums[task] = (sums[task][0] + loss.item(), sums[task][1] + 1)

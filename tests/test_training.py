@@ -43,7 +43,7 @@ def test_training_learns(small_log):
     assert records[2]["train_loss"] < records[0]["train_loss"]
 
 
-class Interrupted(Exception):
+class MachineGoneError(Exception):
     """Stands for a machine that goes away."""
 
 
@@ -52,7 +52,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
     def go(model, checkpoint, stop=None):
         def progress(done, total):
             if done == stop:
-                raise Interrupted
+                raise MachineGoneError
 
         stream = small_log.stream("train", 512, seed=3)
         assert 4 < len(stream) < 9, "the stops above stand for the first epoch, its end and the second"
@@ -73,7 +73,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
     whole, cut, resumed = new_model(small_log), new_model(small_log), new_model(small_log)
     records = go(whole, None)
     checkpoint = tmp_path / "checkpoint.pt"
-    with pytest.raises(Interrupted):
+    with pytest.raises(MachineGoneError):
         go(cut, checkpoint, stop_after)
     assert go(resumed, checkpoint)[-2:] == records[-2:]
     assert states_equal(whole, resumed)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.data.folders import whole_folder
 from lt4rec_sparse.data.source import SCHEMA_FILE
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import Schema
 from lt4rec_sparse.metrics import AUC
 
@@ -78,12 +79,12 @@ class SimulatorConfig:
         least = {"users": 1, "videos": 10, "impressions": 100, "days": 5}
         for name, wanted in least.items():
             if getattr(self, name) < wanted:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least {wanted}")
+                raise InputError(f"{name}: got {getattr(self, name)}, wanted at least {wanted}")
         for name in ("shared", "conflict"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number in [0, 1]")
+                raise InputError(f"{name}: got {getattr(self, name)}, wanted a number in [0, 1]")
         if not 0 < self.click_rate < 1:
-            raise ValueError(f"click_rate: got {self.click_rate}, wanted a number in (0, 1)")
+            raise InputError(f"click_rate: got {self.click_rate}, wanted a number in (0, 1)")
 
 
 def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:

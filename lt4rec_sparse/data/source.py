@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -30,7 +31,7 @@ NULL_TEXTS = ["", "NA", "N/A", "NULL", "null", "NaN", "nan"]
 ARROW_TYPES = {"int": pa.int64(), "string": pa.string()}
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set is not what its schema says; the message is one line: file, column, what was found and wanted."""
 
 

@@ -26,9 +26,21 @@ from lt4rec_sparse.training import evaluate, train
 Progress = Callable[[str, int, int], None]
 Log = Callable[[dict[str, Any]], None]
 
-SINGLE, HARD, SPARSE = "single-task", "hard sharing", "sparse sharing"
-RANDOM_LIKE, RANDOM_UNIFORM = "random masks, tickets' layer densities", "random masks, uniform density"
-ONE_TICKET, ONE_RANDOM = "one mask for all: a ticket", "one mask for all: random"
+# The arms, by the name of their files; `TITLES` is what a report calls them.
+SINGLE, HARD, SPARSE, SPARSE_LAST = "single_task", "hard_sharing", "sparse_sharing", "sparse_sharing_last"
+RANDOM_LIKE, RANDOM_UNIFORM, RANDOM_LAST = "random_like", "random_uniform", "random_last"
+ONE_TICKET, ONE_RANDOM = "one_mask_ticket", "one_mask_random"
+TITLES = {
+    SINGLE: "single-task",
+    HARD: "hard sharing",
+    SPARSE: "sparse sharing: best tickets",
+    RANDOM_LIKE: "random masks: densities of the best tickets' layers",
+    RANDOM_UNIFORM: "random masks: uniform density of the best tickets",
+    ONE_TICKET: "one mask for all: the first task's best ticket",
+    ONE_RANDOM: "one mask for all: random, uniform density",
+    SPARSE_LAST: "sparse sharing: last tickets",
+    RANDOM_LAST: "random masks: uniform density of the last tickets",
+}
 MAIN_METRIC = {"binary": "auc", "ratio": "mse"}
 HIGHER_IS_BETTER = {"auc": True, "mse": False}
 
@@ -65,6 +77,7 @@ class SeedRun:
             return result
         tickets = {task: self.search(task) for task in self.tasks}
         best = {task: self.best(tickets[task], task).mask for task in self.tasks}
+        last = {task: found[-1].mask for task, found in tickets.items()}
         generator = torch.Generator().manual_seed(self.seed)
         first = next(iter(best))
         uniform = random_uniform(best, generator)
@@ -74,6 +87,8 @@ class SeedRun:
             RANDOM_UNIFORM: uniform,
             ONE_TICKET: one_for_all(best, first),
             ONE_RANDOM: one_for_all(uniform, first),
+            SPARSE_LAST: last,
+            RANDOM_LAST: random_uniform(last, generator),
         }
         arms = {HARD: self._train_arm(HARD, self._new(HardSharing, tuple(self.tasks)))}
         for arm, chosen in masks.items():
@@ -99,10 +114,10 @@ class SeedRun:
         start = model.state_dict()
 
         def train_and_judge(level: int) -> dict[str, float]:
-            stage = f"search {task}, level {level}"
+            stage = f"search.{task}.level_{level}"
             self._train(stage, model, (task,))
             if level == 0:
-                _save_state(model, self._state_file(f"{SINGLE} {task}"))
+                _save_state(model, self._state_file(f"{SINGLE}.{task}"))
             return self._judge(stage, model, (task,))[task]
 
         s = self.settings
@@ -142,7 +157,7 @@ class SeedRun:
         models = {}
         for task in self.tasks:
             models[task] = self._new(SparseSharing, (task,)).eval()
-            models[task].load_state_dict(load_file(self._state_file(f"{SINGLE} {task}")))
+            models[task].load_state_dict(load_file(self._state_file(f"{SINGLE}.{task}")))
         return lambda features, task: models[task](features, task)
 
     def _train_arm(self, arm: str, model: nn.Module) -> nn.Module:
@@ -176,7 +191,7 @@ class SeedRun:
         return by_slice["all"]
 
     def _state_file(self, arm: str) -> Path:
-        return self.folder / f"{arm.replace(', ', '_').replace(': ', '_').replace(' ', '_')}.state.safetensors"
+        return self.folder / f"{arm}.state.safetensors"
 
     def _seconds(self) -> dict[str, float]:
         path = self.folder / "seconds.json"

@@ -13,7 +13,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 
 from lt4rec_sparse.experiments import plots
-from lt4rec_sparse.experiments.arms import HARD, MAIN_METRIC, SINGLE, SPARSE
+from lt4rec_sparse.experiments.arms import MAIN_METRIC, SINGLE, SPARSE, TITLES
 from lt4rec_sparse.files import write_whole
 
 PLOTS = {"tickets": plots.plot_tickets, "ownership": plots.plot_ownership, "latency": plots.plot_latency}
@@ -112,7 +112,7 @@ def _accuracy(results: dict[str, Any], part: str) -> str:
         header += [f"{task} {MAIN_METRIC[kind].upper()}", "against single-task"]
     rows = []
     for arm in results["seeds"][0]["test"]:
-        row = [f"**{arm}**" if arm == SPARSE else arm]
+        row = [f"**{TITLES[arm]}**" if arm == SPARSE else TITLES[arm]]
         for task, kind in tasks.items():
             row += [_spread(_values(results, arm, part, task)), _against(results, arm, part, task, kind)]
         rows.append(row)
@@ -165,9 +165,9 @@ def _verdict(results: dict[str, Any]) -> str:
                 better = mean[SPARSE] > mean[other] if metric == "auc" else mean[SPARSE] < mean[other]
                 comparisons.append((other, better))
         losses = [other for other, better in comparisons if not better]
-        against = f" It loses to: {'; '.join(losses)}." if losses else " It loses to none."
+        against = f" It loses to {'; '.join(TITLES[arm] for arm in losses)}." if losses else " It loses to none."
         standing = f"{place} of {len(ranked)} by {metric.upper()}"
-        lines.append(f"- **{task}**: sparse sharing through the tickets is {standing}.{against}")
+        lines.append(f"- **{task}**: sparse sharing through the best tickets is {standing}.{against}")
     if len(results["seeds"]) > 1:
         note = "\n\nDifferences are paired over seeds; behind ± stands their standard error."
     else:
@@ -263,8 +263,8 @@ def _seconds(results: dict[str, Any]) -> str:
     stages = results["seeds"][0]["seconds"]
     search = {stage: value for stage, value in stages.items() if stage.startswith("search")}
     rows = [["mask search, all tasks and levels (level 0 is the single-task baseline)", f"{sum(search.values()):.0f}"]]
-    rows += [[stage, f"{value:.0f}"] for stage, value in stages.items() if stage not in search]
-    text = f"Seconds of training, seed 0; {HARD}, {SPARSE} and the controls train all tasks jointly."
+    rows += [[TITLES[stage], f"{value:.0f}"] for stage, value in stages.items() if stage not in search]
+    text = "Seconds of training, seed 0; every arm below the search trains all tasks jointly."
     return f"{text}\n\n{table(['stage', 's'], rows)}"
 
 

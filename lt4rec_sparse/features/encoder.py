@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import raw as raw_columns
 from lt4rec_sparse.features.encoded import EncodedFeatures
 from lt4rec_sparse.features.schema import Column, Schema
@@ -133,11 +134,11 @@ class FeatureEncoder:
         first: tuple[str, int] | None = None
         for column in (*self._single, *self._multi):
             if column.name not in columns:
-                raise ValueError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
+                raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
             rows = raw_columns.rows_of(column, columns[column.name])
             name, wanted = first = first or (column.name, rows)
             if rows != wanted:
-                raise ValueError(f"column {column.name!r}: got {rows} rows, wanted {wanted} as in {name!r}")
+                raise InputError(f"column {column.name!r}: got {rows} rows, wanted {wanted} as in {name!r}")
         return first[1] if first else 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features.schema import Column
 from lt4rec_sparse.features.tables import Array, Ids
 
@@ -161,7 +162,7 @@ def _there(values: Array) -> Present:
     return np.fromiter((value is not None and value == value for value in values), np.bool_, len(values))
 
 
-def _refuse(column: Column, got: Any, wanted: str) -> ValueError:
+def _refuse(column: Column, got: Any, wanted: str) -> InputError:
     shown = repr(got)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return ValueError(f"column {column.name!r}: got {shown} ({type(got).__name__}), wanted {wanted}")
+    return InputError(f"column {column.name!r}: got {shown} ({type(got).__name__}), wanted {wanted}")

@@ -7,8 +7,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lt4rec_sparse.errors import InputError
 
-class SchemaError(ValueError):
+
+class SchemaError(InputError):
     """A schema contradicts itself; the message is one line: where, what was found, what was wanted."""
 
 

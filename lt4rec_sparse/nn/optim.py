@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lt4rec_sparse.nn.masked import MaskedLinear
 
 
-class _State(NamedTuple):
-    """What Adam remembers of each masked weight, all of the weight's shape."""
+class _Part(NamedTuple):
+    """The weights of one layer that the same tasks own: all of them live in the same time."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    age: Tensor  # steps in which the weight took part, float32
+    layer: MaskedLinear
+    owners: frozenset[str]
+    places: Tensor  # int64 [n], into the flattened weight
+    values: nn.Parameter  # [n], what Adam steps; the weight itself between two steps
 
 
 class MaskedAdam:
@@ -27,15 +28,15 @@ class MaskedAdam:
     happen to it, its momentum, its decay and its bias correction included. Parameters that are not masked (embeddings,
     biases, heads) take the plain step, those without gradient none.
 
-    `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `w -= lr (m / (1 - b1^age)) / (sqrt(v / (1 - b2^age)) + eps)`,
-    with `g` the gradient plus `weight_decay * w`, for kept weights only; `age` counts the weight's own steps.
+    Weights that the same tasks own share their time, so they are gathered into one vector, stepped by torch's Adam,
+    and put back; momentum is stored for kept weights only.
 
     Args:
-        model: Its `MaskedLinear` layers' weights are stepped through their masks.
-        learning_rate: `lr`.
-        betas: `(b1, b2)`.
-        eps: `eps`.
-        weight_decay: The L2 factor.
+        model: Its `MaskedLinear` layers' weights are stepped through the masks that they have now.
+        learning_rate: As in `torch.optim.Adam`.
+        betas: As in `torch.optim.Adam`.
+        eps: As in `torch.optim.Adam`.
+        weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient.
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980).
     """
@@ -48,61 +49,52 @@ class MaskedAdam:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
-        # A layer that every task keeps whole has nothing to protect, and takes torch's fused step.
-        self._layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, MaskedLinear) and not bool(module.masks.all())
-        }
-        masked = {id(layer.weight) for layer in self._layers.values()}
-        self._states = {
-            name: _State(*(torch.zeros_like(layer.weight, requires_grad=False) for _ in range(3)))
-            for name, layer in self._layers.items()
-        }
-        self._kept = {
-            (name, task): layer.mask(task).flatten().nonzero().squeeze(1)
-            for name, layer in self._layers.items()
-            for task in layer.tasks
-        }
-        free = [parameter for parameter in model.parameters() if id(parameter) not in masked]
-        self._free = torch.optim.Adam(free, learning_rate, betas, eps, weight_decay, fused=True)
+        masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+        # A layer that every task keeps whole has nothing to protect, and takes the plain step.
+        pruned = [layer for layer in masked if not bool(layer.masks.all())]
+        self._parts = [part for layer in pruned for part in _parts(layer)]
+        self._pruned = [layer.weight for layer in pruned]
+        gathered = {id(weight) for weight in self._pruned}
+        free = [parameter for parameter in model.parameters() if id(parameter) not in gathered]
+        values = [part.values for part in self._parts]
+        self._adam = torch.optim.Adam([*free, *values], learning_rate, betas, eps, weight_decay, fused=True)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self._free.zero_grad(set_to_none=True)
-        for layer in self._layers.values():
-            layer.weight.grad = None
+        self._adam.zero_grad(set_to_none=True)
+        for weight in self._pruned:
+            weight.grad = None
 
     @torch.no_grad()
     def step(self, task: str) -> None:
         """Move what `task` owns, by the gradients of its loss."""
-        self._free.step()
-        b1, b2 = self.betas
-        for name, layer in self._layers.items():
-            if layer.weight.grad is None:
-                continue
-            kept, state = self._kept[name, task], self._states[name]
-            weight, grad, m, v, age = (
-                t.view(-1).index_select(0, kept) for t in (layer.weight.data, layer.weight.grad.contiguous(), *state)
-            )
-            if self.weight_decay:
-                grad.add_(weight, alpha=self.weight_decay)
-            m.lerp_(grad, 1 - b1)
-            v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-            age.add_(1)
-            denominator = (v / (1 - b2**age)).sqrt_().add_(self.eps)
-            weight.sub_((m / (1 - b1**age)).div_(denominator).mul_(self.learning_rate))
-            for whole, part in zip((layer.weight.data, *state), (weight, m, v, age), strict=True):
-                whole.view(-1).index_copy_(0, kept, part)
+        moved = [part for part in self._parts if task in part.owners and part.layer.weight.grad is not None]
+        for layer, _, places, values in moved:
+            assert layer.weight.grad is not None
+            torch.index_select(layer.weight.view(-1), 0, places, out=values.data)
+            values.grad = layer.weight.grad.reshape(-1).index_select(0, places)
+        self._adam.step()
+        for layer, _, places, values in moved:
+            layer.weight.view(-1).index_copy_(0, places, values)
+            values.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {"free": self._free.state_dict(), "masked": {n: s._asdict() for n, s in self._states.items()}}
+        return self._adam.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint of the same model with the same masks."""
-        self._free.load_state_dict(copy.deepcopy(state["free"]))  # torch would share the tensors
-        for name, own in self._states.items():
-            for key, tensor in own._asdict().items():
-                tensor.copy_(state["masked"][name][key])
+        self._adam.load_state_dict(copy.deepcopy(state))  # torch would share the tensors
+
+
+def _parts(layer: MaskedLinear) -> list[_Part]:
+    # Owners as the bits of one number: tasks are few, and weights with equal numbers form a part.
+    bits = torch.tensor([1 << i for i in range(len(layer.tasks))]).view(-1, 1, 1)
+    owners = (layer.masks * bits).sum(0).flatten()
+    parts = []
+    for number in torch.unique(owners).tolist():
+        names = frozenset(task for i, task in enumerate(layer.tasks) if number >> i & 1)
+        if names:
+            places = (owners == number).nonzero().squeeze(1)
+            parts.append(_Part(layer, names, places, nn.Parameter(layer.weight.detach().view(-1)[places])))
+    return parts
