@@ -35,7 +35,7 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="Epochs of every training: 1, or 2 on the simulated log.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of pruning a task.")] = 4,
     density: Annotated[float, typer.Option(help="Share of the hidden weights alive after the last round.")] = 0.2,
-    batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 512 simulated.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 256 simulated.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
@@ -65,7 +65,7 @@ def run(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    impressions: Annotated[int, typer.Option(help="Rows of the log.")] = 120_000,
+    impressions: Annotated[int, typer.Option(help="Rows of the log.")] = 80_000,
     conflict: Annotated[float, typer.Option(help="How far the tasks' private parts oppose each other, 0 to 1.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:

@@ -68,7 +68,7 @@ class SimulatorConfig:
 
     users: int = 4_000
     videos: int = 1_500
-    impressions: int = 120_000
+    impressions: int = 80_000
     days: int = 12
     click_rate: float = 0.35
     shared: float = 0.5

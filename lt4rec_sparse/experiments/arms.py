@@ -136,10 +136,10 @@ class SeedRun:
             model.mlp.set_mask(mask, task)
         return model
 
-    def trained_sparse_sharing(self) -> SparseSharing:
-        """Return the trained sparse sharing model of this seed."""
+    def trained_sparse_sharing(self, arm: str) -> SparseSharing:
+        """Return the trained model of an arm that is one shared network behind masks."""
         model: SparseSharing = self._new(SparseSharing, tuple(self.tasks))
-        model.load_state_dict(load_file(self._state_file(SPARSE)))
+        model.load_state_dict(load_file(self._state_file(arm)))
         return model.eval()
 
     def _new(self, kind: Callable[..., Any], tasks: tuple[str, ...]) -> Any:

@@ -24,14 +24,14 @@ from lt4rec_sparse.stopwatch import interleaved
 REQUESTS = (1, 32, 256, 1024)
 
 
-def freeze_and_compare(seed_run: SeedRun, path: Path) -> dict[str, Any]:
-    """Freeze a seed's sparse sharing model to `path`, load it back, and hold it against the model that was trained.
+def freeze_and_compare(seed_run: SeedRun, arm: str, path: Path) -> dict[str, Any]:
+    """Freeze an arm of sparse sharing to `path`, load it back, and hold it against the model that was trained.
 
     Returns:
         Overlap and ownership of the masks per layer, bytes, the largest difference of scores over the test split,
         and request latencies against dense torch, timed in one interleaved run.
     """
-    model = seed_run.trained_sparse_sharing()
+    model = seed_run.trained_sparse_sharing(arm)
     frozen = freeze(model.mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
     save(Ranker(seed_run.prepared.encoder, copy.deepcopy(model.inputs), frozen), path)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from lt4rec_sparse.experiments.arms import MAIN_METRIC
+from lt4rec_sparse.experiments.arms import MAIN_METRIC, SPARSE, SPARSE_LAST, TITLES
 
 # A colour-blind safe order (Okabe and Ito); grey is what no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -48,7 +48,7 @@ def plot_tickets(results: dict[str, Any], path: Path) -> None:
 
 def plot_ownership(results: dict[str, Any], path: Path) -> None:
     """Figure 3, counted: who owns the weights of each layer, as stacked bars."""
-    layers = results["frozen"]["ownership"]
+    layers = results["frozen"][SPARSE]["ownership"]
     owners = list(next(iter(layers.values())))
     colours = {"shared": SHARED, "dead": DEAD}
     colours |= {f"{task} only": colour for task, colour in zip(results["data"]["tasks"], TASK_COLOURS, strict=False)}
@@ -70,38 +70,24 @@ def plot_ownership(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_latency(results: dict[str, Any], path: Path) -> None:
-    """Median time of a request against its candidates, sparse and dense, whole request and MLP alone."""
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    styles = {
-        "dense": ("#555555", "-"),
-        "sparse": (TASK_COLOURS[0], "-"),
-        "dense, MLP alone": ("#555555", "--"),
-        "sparse, MLP alone": (TASK_COLOURS[0], "--"),
-    }
-    sizes = sorted({record["candidates"] for record in results["frozen"]["latency"]})
-    for name, (colour, line) in styles.items():
-        records = [record for record in results["frozen"]["latency"] if record["path"] == name]
-        axis.plot(
-            [r["candidates"] for r in records],
-            [r["median_us"] for r in records],
-            line,
-            color=colour,
-            marker="o",
-            label=name,
-        )
-        axis.fill_between(
-            [r["candidates"] for r in records],
-            [r["p20_us"] for r in records],
-            [r["p80_us"] for r in records],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set(xlabel="candidates a request", ylabel="microseconds (median, p20 to p80)")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    """Median time of a request against its candidates: sparse at both densities and dense, whole and MLP alone."""
+    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (title, (dense, sparse)) in zip(axes, paths.items(), strict=True):
+        lines = {"dense torch": (SPARSE, dense, "#555555")}
+        lines |= {TITLES[arm]: (arm, sparse, c) for arm, c in zip((SPARSE, SPARSE_LAST), TASK_COLOURS, strict=False)}
+        for label, (arm, name, colour) in lines.items():
+            records = [record for record in results["frozen"][arm]["latency"] if record["path"] == name]
+            sizes = [record["candidates"] for record in records]
+            axis.plot(sizes, [r["median_us"] for r in records], color=colour, marker="o", label=label)
+            low, high = ([r[key] for r in records] for key in ("p20_us", "p80_us"))
+            axis.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_yscale("log")
+        axis.set(xlabel="candidates a request", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="microseconds (median, p20 to p80)")
+    axes[0].legend(frameon=False)
     figure.savefig(path)

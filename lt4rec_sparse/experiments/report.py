@@ -57,6 +57,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
         "## Accuracy on the test days",
         *(_accuracy(results, name) for name in results["seeds"][0]["test"][SINGLE]),
         _verdict(results),
+        _further(results),
         "## Tickets: how far can each task be pruned?",
         _tickets(results),
         "![Validation metric of each task against the weights that remain](plots/tickets.png)",
@@ -83,19 +84,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _head(results: dict[str, Any]) -> str:
     data, config = results["data"], results["config"]
-    counts = data["counts"]
     hidden = "-".join(str(width) for width in config["hidden"])
-    lines = [
-        f"# LT4REC, sparse: {data['name']}",
-        f"{_count(counts)}. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
-        f"{config['epochs']} epochs of batches of {config['batch_size']} for every model; "
-        f"{config['rounds']} rounds to {config['density']:.0%} of the hidden weights; {_seeds(results)}.",
+    epochs = "one epoch" if config["epochs"] == 1 else f"{config['epochs']} epochs"
+    text = (
+        f"{data['counts']['rows_read']:,} impressions, {data['counts']['duplicates']:,} of them duplicates that were "
+        f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; {epochs} of batches "
+        f"of {config['batch_size']} for every model; {config['rounds']} rounds of pruning to {config['density']:.0%} of "
+        f"the hidden weights; {_seeds(results)}."
+    )
+    header = [
+        "split",
+        "days",
+        "impressions",
+        *(part for task in data["tasks"] for part in (f"{task} rows", "mean label")),
     ]
-    return "\n\n".join(lines)
-
-
-def _count(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')}: {value:,}" for key, value in counts.items() if isinstance(value, int))
+    rows = []
+    for split in ("train", "validation", "test"):
+        counts = data["counts"][split]
+        days = counts["days"]
+        row = [split, days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}", f"{counts['rows']:,}"]
+        for task in data["tasks"]:
+            row += [f"{counts['tasks'][task]['rows']:,}", f"{counts['tasks'][task]['label_mean']:.3f}"]
+        rows.append(row)
+    return f"# LT4REC, sparse: {data['name']}\n\n{text}\n\n{table(header, rows)}"
 
 
 def _seeds(results: dict[str, Any]) -> str:
@@ -106,6 +117,18 @@ def _seeds(results: dict[str, Any]) -> str:
 
 
 def _accuracy(results: dict[str, Any], part: str) -> str:
+    caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
+    truth = _truth(results) if part == "all" else ""
+    return f"{caption}.\n\n{accuracy_table(results, part)}{truth}"
+
+
+def accuracy_table(results: dict[str, Any], part: str) -> str:
+    """Return Table 2 as Markdown: each arm's main metric on the test days, and its difference to single-task.
+
+    Args:
+        results: The contents of `results.json`.
+        part: "all" rows, or the name of a slice.
+    """
     tasks = results["data"]["tasks"]
     header = ["model"]
     for task, kind in tasks.items():
@@ -116,9 +139,25 @@ def _accuracy(results: dict[str, Any], part: str) -> str:
         for task, kind in tasks.items():
             row += [_spread(_values(results, arm, part, task)), _against(results, arm, part, task, kind)]
         rows.append(row)
-    caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
-    truth = _truth(results) if part == "all" else ""
-    return f"{caption}.\n\n{table(header, rows)}{truth}"
+    return table(header, rows)
+
+
+def _further(results: dict[str, Any]) -> str:
+    """Every other metric, over all rows: how well scores rank within a user, and whether they can be taken at face."""
+    arms = results["seeds"][0]["test"]
+    columns = [
+        (task, metric)
+        for task, kind in results["data"]["tasks"].items()
+        for metric in arms[SINGLE]["all"][task]
+        if metric != MAIN_METRIC[kind]
+    ]
+    rows = []
+    for arm in arms:
+        values = ([seed["test"][arm]["all"][task][metric] for seed in results["seeds"]] for task, metric in columns)
+        rows.append([TITLES[arm], *(f"{np.mean(value):.4f}" for value in values)])
+    header = ["model", *(f"{task} {metric.replace('_', ' ')}" for task, metric in columns)]
+    text = "Means over the seeds, all rows. Calibration is predicted over observed: 1 is right."
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def _truth(results: dict[str, Any]) -> str:
@@ -192,7 +231,7 @@ def _tickets(results: dict[str, Any]) -> str:
 
 
 def _ownership(results: dict[str, Any]) -> str:
-    frozen = results["frozen"]
+    frozen = results["frozen"][SPARSE]
     owners = list(next(iter(frozen["ownership"].values())))
     header = ["layer", "weights", *owners, *(f"overlap {pair}" for pair in frozen["overlap"])]
     rows = []
@@ -200,63 +239,60 @@ def _ownership(results: dict[str, Any]) -> str:
         total = sum(counts.values())
         shares = [f"{counts[owner] / total:.1%}" for owner in owners]
         rows.append([name, f"{total:,}", *shares, *(f"{pair[name]:.2f}" for pair in frozen["overlap"].values())])
-    return f"Seed 0. Overlap is intersection over union of the masks.\n\n{table(header, rows)}"
+    text = "Best tickets of seed 0. Overlap is intersection over union of the masks."
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def _served(results: dict[str, Any]) -> str:
-    parts = ", ".join(f"{task} {value:.1e}" for task, value in results["frozen"]["largest_difference"].items())
-    return (
+    rows = [
+        [TITLES[arm], *(f"{value:.1e}" for value in frozen["largest_difference"].values())]
+        for arm, frozen in results["frozen"].items()
+    ]
+    text = (
         "Largest difference between the probability that the loaded artefact serves and the one of the trained, masked "
-        f"model, over all rows of the test days: {parts}."
+        "model in torch, over all rows of the test days."
     )
+    return f"{text}\n\n{table(['model', *results['data']['tasks']], rows)}"
 
 
 def _bytes(results: dict[str, Any]) -> str:
-    sizes = results["frozen"]["bytes"]
-    rows = [[name, f"{value:,}", f"{value / 1e6:.2f}"] for name, value in sizes.items()]
-    share = sizes["embeddings"] / sizes["artefact on disk"]
-    dense = sizes["dense, one model a task: embeddings"] + sizes["dense, one model a task: MLPs"]
-    ratio = dense / sizes["artefact on disk"]
-    mlp = sizes["dense, one model a task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
-    return (
-        f"The artefact is {ratio:.1f}x smaller than one dense fp32 model a task ({dense:,} bytes), its MLP {mlp:.1f}x; "
-        f"{share:.0%} of the artefact are embeddings.\n\n{table(['what', 'bytes', 'MB'], rows)}"
-    )
+    models = list(results["frozen"].values())
+    header = ["bytes", *(TITLES[arm] for arm in results["frozen"])]
+    rows = [[name, *(f"{model['bytes'][name]:,}" for model in models)] for name in models[0]["bytes"]]
+    lines = []
+    for arm, model in results["frozen"].items():
+        sizes = model["bytes"]
+        dense = sizes["dense, one model a task: embeddings"] + sizes["dense, one model a task: MLPs"]
+        mlp = sizes["dense, one model a task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
+        lines.append(
+            f"- {TITLES[arm]}: the artefact is {dense / sizes['artefact on disk']:.1f}x smaller than one dense fp32 "
+            f"model a task, its MLP {mlp:.1f}x; {sizes['embeddings'] / sizes['artefact on disk']:.0%} of it are "
+            "embeddings."
+        )
+    return "\n".join(lines) + f"\n\n{table(header, rows)}"
 
 
 def _latency(results: dict[str, Any]) -> str:
-    records = results["frozen"]["latency"]
-    header = [
-        "candidates",
-        "sparse, µs",
-        "dense, µs",
-        "dense / sparse",
-        "MLP: sparse, µs",
-        "MLP: dense, µs",
-        "MLP: dense / sparse",
-    ]
-    rows = []
-    for size in sorted({record["candidates"] for record in records}):
-        us = {record["path"]: record["median_us"] for record in records if record["candidates"] == size}
-        whole, alone = us["dense"] / us["sparse"], us["dense, MLP alone"] / us["sparse, MLP alone"]
-        rows.append(
-            [
-                str(size),
-                f"{us['sparse']:.0f}",
-                f"{us['dense']:.0f}",
-                f"{whole:.2f}",
-                f"{us['sparse, MLP alone']:.0f}",
-                f"{us['dense, MLP alone']:.0f}",
-                f"{alone:.2f}",
-            ]
-        )
-    frozen = results["frozen"]
+    frozen = next(iter(results["frozen"].values()))
     text = (
         f"All tasks, fp32, {frozen['threads']} threads, engine: {frozen['engine']}; interleaved, medians. "
         "Dense is torch with the masks multiplied in beforehand; both read ids that are encoded already and embed them "
         "alike. Above 1, sparse is faster."
     )
-    return f"{text}\n\n{table(header, rows)}"
+    header = ["candidates", "sparse, µs", "dense, µs", "ratio", "MLP: sparse, µs", "MLP: dense, µs", "ratio"]
+    tables = (f"{TITLES[arm]}:\n\n{table(header, _times(x['latency']))}" for arm, x in results["frozen"].items())
+    return "\n\n".join((text, *tables))
+
+
+def _times(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for size in sorted({record["candidates"] for record in records}):
+        us = {record["path"]: record["median_us"] for record in records if record["candidates"] == size}
+        row = [str(size)]
+        for sparse, dense in (("sparse", "dense"), ("sparse, MLP alone", "dense, MLP alone")):
+            row += [f"{us[sparse]:.0f}", f"{us[dense]:.0f}", f"{us[dense] / us[sparse]:.2f}"]
+        rows.append(row)
+    return rows
 
 
 def _seconds(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from lt4rec_sparse.data import Prepared, SimulatorConfig, prepare, simulate
-from lt4rec_sparse.experiments.arms import SeedRun
+from lt4rec_sparse.experiments.arms import SPARSE, SPARSE_LAST, SeedRun
 from lt4rec_sparse.experiments.frozen import freeze_and_compare
 from lt4rec_sparse.experiments.report import write_report
 from lt4rec_sparse.experiments.settings import RunSettings, pin_settings
@@ -17,15 +17,18 @@ from lt4rec_sparse.files import write_whole
 
 Progress = Callable[[str, int, int], None]
 
+ARTEFACTS = {SPARSE: "model.safetensors", SPARSE_LAST: "model_last.safetensors"}
+
 
 def run(
     data: Path | None, out: Path, settings: RunSettings, progress: Progress = lambda stage, done, total: None
 ) -> Path:
     """Prepare the data, search tickets, train every arm, freeze, measure and report; continue where a run stopped.
 
-    The folder `out` then holds `report.md`, `report.html` and `plots/`; `model.safetensors`, the frozen sparse sharing
-    model of seed 0; `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round; `metrics.jsonl`;
-    `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`, the prepared log.
+    The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing models of seed 0,
+    `model.safetensors` through the best tickets and `model_last.safetensors` through the last, sparsest ones;
+    `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round; `metrics.jsonl`; `results.json`, all
+    figures of the report; `config.json`, the resolved settings; `data/`, the prepared log.
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
@@ -59,7 +62,7 @@ def run(
         seeds.append(seed_run.run())
     assert first is not None
     progress("freeze and measure", 0, 1)
-    frozen = freeze_and_compare(first, out / "model.safetensors")
+    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in ARTEFACTS.items()}
     progress("freeze and measure", 1, 1)
     results: dict[str, Any] = {
         "data": _facts(prepared, source, simulated=data is None),

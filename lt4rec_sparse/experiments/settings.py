@@ -54,7 +54,7 @@ class RunSettings:
             raise SettingsError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
 
 
-SIMULATED = RunSettings(epochs=2, batch_size=512)
+SIMULATED = RunSettings(epochs=2, batch_size=256)
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:

@@ -1,0 +1,31 @@
+"""`python -m bench cpu | keep RUN NAME | readme`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from bench import cpu, readme, record
+
+USAGE = "usage: python -m bench cpu | keep RUN_FOLDER NAME | readme"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one suite; return the exit code."""
+    match arguments:
+        case ["cpu"]:
+            cpu.run()
+        case ["keep", folder, name]:
+            results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            print(record.write(name, {"machine": record.machine(), "results": results}))
+        case ["readme"]:
+            readme.write()
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

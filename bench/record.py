@@ -1,0 +1,56 @@
+"""What a committed result says of where it was measured, so that a figure can be judged and made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Return commit, processor, cores, instruction sets, threads and versions."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def write(name: str, record: dict[str, Any]) -> Path:
+    """Write `results/<name>.json` and return its path."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read `results/<name>.json`."""
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """Name the processor as Linux does, with family and model where the name says nothing."""
+    facts = dict(
+        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if ":" in line
+    )
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']}, stepping {facts['stepping']})"
