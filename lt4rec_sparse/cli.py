@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lt4rec_sparse.errors import InputError
 
+# Click's own in older versions of typer, a copy within typer in newer ones.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, each of which answers bad input in one line."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Parse a command's arguments and run it."""
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -44,22 +59,21 @@ def run(
     from lt4rec_sparse.experiments.run import run as run_experiment
     from lt4rec_sparse.experiments.settings import SIMULATED, RunSettings
 
-    with one_line_errors():
-        default = RunSettings() if data else SIMULATED
-        settings = RunSettings(
-            seeds=seeds,
-            embedding_dim=embedding_dim,
-            hidden=widths(hidden),
-            learning_rate=learning_rate,
-            epochs=default.epochs if epochs is None else epochs,
-            batch_size=default.batch_size if batch_size is None else batch_size,
-            rounds=rounds,
-            density=density,
-        )
-        out = out or Path("runs") / (data.resolve().name if data else "simulated")
-        with progress_bars() as progress:
-            report = run_experiment(data, out, settings, progress)
-        Console().print(f"[bold]{report}[/bold], report.html, model.safetensors, metrics.jsonl")
+    default = RunSettings() if data else SIMULATED
+    settings = RunSettings(
+        seeds=seeds,
+        embedding_dim=embedding_dim,
+        hidden=widths(hidden),
+        learning_rate=learning_rate,
+        epochs=default.epochs if epochs is None else epochs,
+        batch_size=default.batch_size if batch_size is None else batch_size,
+        rounds=rounds,
+        density=density,
+    )
+    out = out or Path("runs") / (data.resolve().name if data else "simulated")
+    with progress_bars() as progress:
+        report = run_experiment(data, out, settings, progress)
+    typer.echo(f"{report}, report.html, model.safetensors, metrics.jsonl")
 
 
 @app.command()
@@ -73,8 +87,7 @@ def simulate(
     from lt4rec_sparse.data import SimulatorConfig
     from lt4rec_sparse.data import simulate as write_log
 
-    with one_line_errors():
-        write_log(SimulatorConfig(impressions=impressions, conflict=conflict, seed=seed), out)
+    write_log(SimulatorConfig(impressions=impressions, conflict=conflict, seed=seed), out)
 
 
 @app.command()
@@ -91,11 +104,12 @@ def score(
     from lt4rec_sparse.files import whole_file
     from lt4rec_sparse.serving import load
 
-    with one_line_errors():
-        ranker = load(model)
-        scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
-        with whole_file(out) as temporary:
-            pq.write_table(pa.table(dict(scores)), temporary)
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+    ranker = load(model)
+    scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
+    with whole_file(out) as temporary:
+        pq.write_table(pa.table(dict(scores)), temporary)
 
 
 @app.command()
@@ -103,9 +117,8 @@ def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safe
     """Show what an artefact holds: tasks, fields, layers, densities, bytes."""
     from lt4rec_sparse.serving import load
 
-    with one_line_errors():
-        ranker = load(model)
-    console = Console(highlight=False)
+    ranker = load(model)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"tasks: {', '.join(ranker.tasks)}")
     console.print(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
     for i, layer in enumerate(ranker.mlp.hidden):
@@ -121,8 +134,11 @@ def one_line_errors() -> Iterator[None]:
     """Turn an error of the user's input into one line on stderr and exit code 2."""
     try:
         yield
-    except (InputError, FileNotFoundError, PermissionError) as error:
-        typer.echo(f"lt4rec-sparse: {' '.join(str(error).split())}", err=True)
+    except BrokenPipeError:
+        raise  # whoever read the output has enough of it; typer ends quietly
+    except (InputError, OSError, UsageError) as error:
+        text = error.format_message() if isinstance(error, UsageError) else str(error)
+        typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
         raise typer.Exit(2) from error
 
 

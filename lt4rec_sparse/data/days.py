@@ -123,10 +123,27 @@ def _deal(
                             raise DataError(f"{path}: got more than {MAX_DAYS} days, wanted a column of days")
                         file = stack.enter_context(pa.OSFile(str(paths[day]), "wb"))
                         writers[day] = stack.enter_context(pa.ipc.new_stream(file, layout, options=options))
-                    writers[day].write_batch(part.cast(layout))
+                    writers[day].write_batch(_alike(path, part, layout))
                 rows += batch.num_rows
             progress("read log", done + 1, len(source.log))
     return paths, rows
+
+
+def _alike(path: Path, batch: Any, layout: Any) -> Any:
+    """Return a batch in the types of the first one: columns that the schema does not name come as each file has them.
+
+    Raises:
+        DataError: If a value cannot be cast.
+    """
+    columns = []
+    for field in layout:
+        column = batch[field.name]
+        try:
+            columns.append(column.cast(field.type))
+        except pa.ArrowException as error:
+            wanted = f"{field.type} as in the log's first file"
+            raise DataError(f"{path}: column {field.name!r}: got {column.type}, wanted {wanted}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=layout)
 
 
 def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lt4rec_sparse.data.source import DataError
@@ -14,6 +14,8 @@ from lt4rec_sparse.data.source import DataError
 @contextmanager
 def whole_folder(out: Path, marker: str) -> Iterator[Path]:
     """Give an empty folder beside `out` that takes its place on a clean exit, and vanishes otherwise.
+
+    So do the parents that were made for it.
 
     Args:
         out: A new or an empty folder, or an earlier one to be replaced.
@@ -24,6 +26,7 @@ def whole_folder(out: Path, marker: str) -> Iterator[Path]:
     """
     if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
+    made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -35,3 +38,6 @@ def whole_folder(out: Path, marker: str) -> Iterator[Path]:
         fresh.rename(out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds `out`, or what somebody else has put there
+                parent.rmdir()

@@ -83,6 +83,7 @@ def prepare(
     schema: Schema | None = None,
     progress: Progress = silent,
     row_group_rows: int = ROW_GROUP_ROWS,
+    replace: bool = True,
 ) -> Prepared:
     """Read a click log, join, split by day, fit the encoder on the training days and write encoded Parquet.
 
@@ -91,20 +92,24 @@ def prepare(
 
     Args:
         source_folder: A folder of CSV or Parquet files.
-        out: The prepared folder; replaced if it is a stale one.
+        out: The prepared folder.
         schema: See `open_source`.
         progress: Called as `progress(stage, done, total)`.
         row_group_rows: Rows that are read and shuffled together.
+        replace: Whether `out` is replaced if its source, the schema or the layout has changed since.
 
     Raises:
         DataError: If the data is not what the schema says, a split is empty or has no row of a task, or `out` holds
-            something else.
+            something else or must not be replaced.
         SchemaError: If the schema contradicts itself.
     """
     source = open_source(source_folder, schema)
     fingerprint = source.fingerprint(VERSION, row_group_rows)
     if out.exists() and _content(out).get("fingerprint") == fingerprint:
         return Prepared.load(out)
+    if not replace and (out / PREPARED).is_file():
+        changed = f"got data of other files, sizes, times of change, schema or version than {source_folder} has now"
+        raise DataError(f"{out}: {changed}, wanted the same")
     with whole_folder(out, PREPARED) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
@@ -147,7 +152,8 @@ def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]
     held_out = split.validation_days + split.test_days
     if len(days) <= held_out:
         got = f"{len(days)} days ({', '.join(days)})"
-        raise DataError(f"split: got {got}, wanted more than {held_out}: {split} and at least one to train on")
+        wanted = f"{split.validation_days} to validate, {split.test_days} to test, at least 1 to train on"
+        raise DataError(f"split: got {got}, wanted more than {held_out}: {wanted}")
     train, test = len(days) - held_out, len(days) - split.test_days
     return {"train": days[:train], "validation": days[train:test], "test": days[test:]}
 

@@ -125,7 +125,11 @@ class _SideTable:
             parts += [pa.table(batch) for batch in read_file(path, types, columns)]
         if len({tuple(part.column_names) for part in parts}) > 1:
             raise DataError(f"{paths[0].parent}: {' '.join(join.files)} differ in columns, wanted the same in each")
-        table = pa.concat_tables(parts).combine_chunks()
+        if not parts:
+            raise DataError(f"{paths[0].parent}: {' '.join(join.files)}: got no row, wanted a side table")
+        table = pa.concat_tables(parts)
+        # A row without a key is nobody's; a missing int key would turn all of them into floats.
+        table = table.filter(table[join.on].is_valid()).combine_chunks()
         self._keys = _keys(table[join.on].combine_chunks(), join, paths)
         self.columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
 

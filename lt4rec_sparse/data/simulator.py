@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lt4rec_sparse.data.folders import whole_folder
-from lt4rec_sparse.data.source import SCHEMA_FILE
+from lt4rec_sparse.data.source import SCHEMA_FILE, DataError
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import Schema
 from lt4rec_sparse.metrics import AUC
@@ -76,7 +76,7 @@ class SimulatorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"users": 1, "videos": 10, "impressions": 100, "days": 5}
+        least = {"users": 1, "videos": 10, "impressions": 100, "days": 5, "seed": 0}
         for name, wanted in least.items():
             if getattr(self, name) < wanted:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted at least {wanted}")
@@ -98,7 +98,7 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
     """
     earlier = folder / TRUTH
     if earlier.is_file():
-        truth: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
+        truth = _truth(earlier)
         if truth["config"] == asdict(config):
             return truth
     rng = np.random.default_rng(config.seed)
@@ -112,6 +112,21 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
         truth = {"config": asdict(config), **_best_scores(log, log["day"] >= first_test_day)}
         _write(rng, config, fresh, users, videos, log)
         (fresh / TRUTH).write_text(json.dumps(truth, indent=1), encoding="utf-8")
+    return truth
+
+
+def _truth(path: Path) -> dict[str, Any]:
+    """Read `truth.json`.
+
+    Raises:
+        DataError: If it is of something else: the folder that holds it must not be replaced.
+    """
+    try:
+        truth: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        truth = None
+    if not isinstance(truth, dict) or "config" not in truth:
+        raise DataError(f"{path}: got no truth of a simulated log, wanted a new, an empty or an earlier folder")
     return truth
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -28,6 +29,7 @@ SCHEMA_FILE = "schema.toml"
 # Text of about 150,000 rows of a wide log: large enough to be fast, small next to a day of any log.
 CSV_BLOCK_BYTES = 16 << 20
 NULL_TEXTS = ["", "NA", "N/A", "NULL", "null", "NaN", "nan"]
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error)
 ARROW_TYPES = {"int": pa.int64(), "string": pa.string()}
 
 
@@ -126,15 +128,20 @@ def column_names(path: Path) -> list[str]:
     """Return the names of a file's columns.
 
     Raises:
-        DataError: If the file cannot be read.
+        DataError: If the file cannot be read, or two columns have the same name.
     """
     try:
         if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
-        with _open_csv(path, None) as reader:
-            return list(reader.schema.names)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            names = list(pq.read_schema(path).names)
+        else:
+            with _open_csv(path, None) as reader:
+                names = list(reader.schema.names)
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: column {twice!r}: got two of this name, wanted one")
+    return names
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
@@ -150,7 +157,7 @@ def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) 
         else:
             with _open_csv(path, columns) as reader:
                 yield from (_typed(path, batch, types) for batch in reader)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -165,10 +172,14 @@ def _schema_of(folder: Path) -> Schema:
 
 
 def _matches(folder: Path, pattern: str) -> list[Path]:
+    if not pattern or Path(pattern).is_absolute():
+        raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder")
     return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
 
 
 def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+    if not patterns:
+        raise DataError(f"{folder}: got a list of files without any, wanted at least one pattern")
     paths: list[Path] = []
     for pattern in patterns:
         matches = _matches(folder, pattern)
@@ -204,10 +215,14 @@ def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
             except (pa.ArrowException, TypeError) as error:
                 got = str(error).splitlines()[0]
                 raise DataError(f"{path}: column {name!r}: {got}, wanted {types[name].arrow}") from error
-        elif pa.types.is_nested(column.type) and not pa.types.is_list(column.type):
+        elif pa.types.is_nested(column.type) and not _is_list(column.type):
             raise DataError(f"{path}: column {name!r}: got {column.type}, wanted values or lists of values")
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _cast(column: Any, wanted: RawType) -> Any:

@@ -111,7 +111,6 @@ class SeedRun:
     def search(self, task: str) -> list[Ticket]:
         """Search the tickets of one task (Algorithm 1, lines 1 to 9); level 0 is the single-task baseline."""
         model = self._new(SparseSharing, (task,))
-        start = model.state_dict()
 
         def train_and_judge(level: int) -> dict[str, float]:
             stage = f"search.{task}.level_{level}"
@@ -122,7 +121,7 @@ class SeedRun:
 
         s = self.settings
         folder = self.folder / "tickets" / task
-        return search_tickets(task, model, model.mlp, start, train_and_judge, s.rounds, s.density, folder)
+        return search_tickets(task, model, model.mlp, train_and_judge, s.rounds, s.density, folder)
 
     def best(self, tickets: list[Ticket], task: str) -> Ticket:
         """Return the task's best pruned ticket by its main metric on the validation split."""

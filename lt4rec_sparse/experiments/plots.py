@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def plot_tickets(results: dict[str, Any], path: Path) -> None:
     kinds = results["data"]["tasks"]
     figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(kinds)))
-    for axis, (task, kind), colour in zip(axes, kinds.items(), TASK_COLOURS, strict=False):
+    for axis, (task, kind), colour in zip(axes, kinds.items(), cycle(TASK_COLOURS), strict=False):
         metric = MAIN_METRIC[kind]
         for seed in results["seeds"]:
             curve = seed["tickets"][task]
@@ -51,7 +52,8 @@ def plot_ownership(results: dict[str, Any], path: Path) -> None:
     layers = results["frozen"][SPARSE]["ownership"]
     owners = list(next(iter(layers.values())))
     colours = {"shared": SHARED, "dead": DEAD}
-    colours |= {f"{task} only": colour for task, colour in zip(results["data"]["tasks"], TASK_COLOURS, strict=False)}
+    tasks = zip(results["data"]["tasks"], cycle(TASK_COLOURS), strict=False)
+    colours |= {f"{task} only": colour for task, colour in tasks}
     figure = Figure(figsize=(7.5, 0.9 + 0.5 * len(layers)), layout="constrained")
     axis = figure.subplots()
     names = [f"{name.replace('layers.', 'layer ')}\n{sum(c.values()):,} weights" for name, c in layers.items()]

@@ -196,16 +196,10 @@ def _verdict(results: dict[str, Any]) -> str:
     for task, kind in results["data"]["tasks"].items():
         metric = MAIN_METRIC[kind]
         mean = {arm: float(np.mean(_values(results, arm, "all", task))) for arm in results["seeds"][0]["test"]}
-        ranked = sorted(mean, key=lambda arm: -mean[arm] if metric == "auc" else mean[arm])
-        place = ranked.index(SPARSE) + 1
-        comparisons = []
-        for other in mean:
-            if other != SPARSE:
-                better = mean[SPARSE] > mean[other] if metric == "auc" else mean[SPARSE] < mean[other]
-                comparisons.append((other, better))
-        losses = [other for other, better in comparisons if not better]
+        # A tie is no loss: where the best ticket is the last one, two arms are the same model.
+        losses = [arm for arm in mean if (mean[arm] > mean[SPARSE] if metric == "auc" else mean[arm] < mean[SPARSE])]
         against = f" It loses to {'; '.join(TITLES[arm] for arm in losses)}." if losses else " It loses to none."
-        standing = f"{place} of {len(ranked)} by {metric.upper()}"
+        standing = f"{len(losses) + 1} of {len(mean)} by {metric.upper()}"
         lines.append(f"- **{task}**: sparse sharing through the best tickets is {standing}.{against}")
     if len(results["seeds"]) > 1:
         note = "\n\nDifferences are paired over seeds; behind ± stands their standard error."

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lt4rec_sparse.data import Prepared, SimulatorConfig, prepare, simulate
+from torch import nn
+
+from lt4rec_sparse.data import Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.experiments.arms import SPARSE, SPARSE_LAST, SeedRun
 from lt4rec_sparse.experiments.frozen import freeze_and_compare
 from lt4rec_sparse.experiments.report import write_report
-from lt4rec_sparse.experiments.settings import RunSettings, pin_settings
+from lt4rec_sparse.experiments.settings import RunSettings, check_settings, pin_settings
+from lt4rec_sparse.features import Schema, SchemaError
 from lt4rec_sparse.files import write_whole
 
 Progress = Callable[[str, int, int], None]
@@ -40,19 +44,25 @@ def run(
         The path of `report.md`.
 
     Raises:
-        SettingsError: If `out` holds a run of other data or settings.
-        SchemaError, DataError: If the data are not what their schema says.
+        SettingsError: If `out` holds a run of other settings.
+        DataError: If `out` holds a run of other data, or the data are not what their schema says.
+        SchemaError: If the schema contradicts itself, or a name in it cannot be one here.
     """
     started = perf_counter()
     source = out / "simulated" if data is None else data
+    name = "simulated" if data is None else data.resolve().name
+    begun = check_settings(out, name, settings)
     if data is None:
         out.mkdir(parents=True, exist_ok=True)
         if not (source / "truth.json").exists():
             progress("simulate", 0, 1)
             simulate(SimulatorConfig(), source)
             progress("simulate", 1, 1)
-    prepared = prepare(source, out / "data", progress=progress)
-    pin_settings(out, "simulated" if data is None else data.name, settings)
+    schema = open_source(source).schema
+    _check_names(schema)
+    # What was trained before is of the data as they were then.
+    prepared = prepare(source, out / "data", schema, progress, replace=not begun)
+    pin_settings(out, name, settings)
     log = MetricsLog(out / "metrics.jsonl")
     seeds = []
     first: SeedRun | None = None
@@ -102,9 +112,21 @@ def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(key) for key in ("seed", "stage", "split", "task", "epoch"))
 
 
+def _check_names(schema: Schema) -> None:
+    """Refuse names that a run has no place for, before hours of work."""
+    for task in schema.tasks:
+        # A task names a folder of tickets and a part of the models, where "keys" or "train" is a method.
+        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict, task.name):
+            raise SchemaError(
+                f"task {task.name!r}: got a name that no model's part can have, wanted letters, digits, _ and -"
+            )
+    if any(part.name == "all" for part in schema.slices):
+        raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")
+
+
 def _facts(prepared: Prepared, source: Path, simulated: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "name": "simulated click log" if simulated else source.name,
+        "name": "simulated click log" if simulated else source.resolve().name,
         "counts": prepared.counts,
         "tasks": {task.name: task.kind for task in prepared.schema.tasks},
         "fields": [field.column for field in prepared.encoder.fields],

@@ -11,6 +11,9 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 
 
+CONFIG = "config.json"
+
+
 class SettingsError(InputError):
     """A setting outside its range, or a run folder that was made with others."""
 
@@ -57,19 +60,36 @@ class RunSettings:
 SIMULATED = RunSettings(epochs=2, batch_size=256)
 
 
-def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:
-    """Write `config.json` into a new run folder, or check that an old one was made with the same settings.
+def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
+    """Return whether a run was begun in the folder, and check that it was one of the same data and settings.
 
     More seeds than before are welcome: the run adds them.
 
     Raises:
-        SettingsError: If the folder holds a run of other data or settings (the first difference is named).
+        SettingsError: If it was a run of other data or settings (the first difference is named), or no run.
     """
-    path = folder / "config.json"
-    wanted: dict[str, Any] = {"data": data, **json.loads(json.dumps(asdict(settings)))}
-    if path.exists():
-        got = json.loads(path.read_text(encoding="utf-8"))
-        for key in wanted:
-            if key != "seeds" and got.get(key) != wanted[key]:
-                raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {wanted[key]}; choose another --out")
-    write_whole(path, json.dumps(wanted, indent=1) + "\n")
+    path = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder}: got a file, wanted a folder for the run")
+    if not path.exists():
+        return False
+    try:
+        got: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        got = None
+    if not isinstance(got, dict):
+        raise SettingsError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
+    for key, value in _config(data, settings).items():
+        if key != "seeds" and got.get(key) != value:
+            raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
+    return True
+
+
+def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:
+    """Write `config.json`: from here on the folder is a run of these data and settings."""
+    write_whole(folder / CONFIG, json.dumps(_config(data, settings), indent=1) + "\n")
+
+
+def _config(data: str, settings: RunSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {"data": data, **json.loads(json.dumps(asdict(settings)))}
+    return config

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery.pruning import level_nnz, prune_by_magnitude
@@ -36,13 +37,14 @@ def search_tickets(
     task: str,
     model: nn.Module,
     mlp: MaskedMLP,
-    start: Mapping[str, Tensor],
     train_and_judge: Callable[[int], Mapping[str, float]],
     rounds: int,
     density: float,
     folder: Path,
 ) -> list[Ticket]:
     """Find one task's tickets: `rounds` rounds of train, prune by global magnitude, rewind everything to the start.
+
+    The start is the state in which the model comes, embeddings included.
 
     A level that was finished before is read back from `folder`, so an interrupted search continues where it stopped.
     Each level leaves `level_<i>.mask.safetensors` and, once judged, `level_<i>.json`.
@@ -51,7 +53,6 @@ def search_tickets(
         task: The task's name.
         model: The single-task model, which contains `mlp`.
         mlp: Whose one mask is searched.
-        start: The state to rewind to, embeddings included.
         train_and_judge: Trains the model from where it stands through the mask it has, at this level, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
@@ -64,6 +65,7 @@ def search_tickets(
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    start = copy.deepcopy(model.state_dict())  # the state itself would follow the training
     mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
     tickets = []
     for level in range(rounds + 1):

@@ -34,9 +34,8 @@ class Recorder:
 def search(folder, fail_at=None, rounds=3):
     torch.manual_seed(0)
     mlp = MaskedMLP(8, hidden=(6, 4))
-    start = {name: t.clone() for name, t in mlp.state_dict().items()}
     recorder = Recorder(mlp, fail_at)
-    return recorder, lambda: search_tickets("ctr", mlp, mlp, start, recorder, rounds, 0.2, folder)
+    return recorder, lambda: search_tickets("ctr", mlp, mlp, recorder, rounds, 0.2, folder)
 
 
 def test_every_round_rewinds_everything_and_prunes_what_was_trained(tmp_path):
