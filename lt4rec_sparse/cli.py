@@ -21,7 +21,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 class Commands(typer.core.TyperGroup):
     """The commands, each of which answers bad input in one line."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Parse a command's arguments and run it."""
         with one_line_errors():
             return super().invoke(ctx)
@@ -137,7 +137,7 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read the output has enough of it; typer ends quietly
     except (InputError, OSError, UsageError) as error:
-        text = error.format_message() if isinstance(error, UsageError) else str(error)
+        text = getattr(error, "format_message", error.__str__)()  # the latter leaves out which option it was
         typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
         raise typer.Exit(2) from error
 

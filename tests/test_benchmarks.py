@@ -1,4 +1,4 @@
-"""Cases for pytest-benchmark, so that two builds can be compared: `pytest tests/test_benchmarks.py --benchmark-enable`."""
+"""Cases for pytest-benchmark, to compare two builds: `pytest tests/test_benchmarks.py --benchmark-enable`."""
 
 import pytest
 import torch

@@ -152,8 +152,8 @@ def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]
     held_out = split.validation_days + split.test_days
     if len(days) <= held_out:
         got = f"{len(days)} days ({', '.join(days)})"
-        wanted = f"{split.validation_days} to validate, {split.test_days} to test, at least 1 to train on"
-        raise DataError(f"split: got {got}, wanted more than {held_out}: {wanted}")
+        parts = f"{split.validation_days} to validate, {split.test_days} to test, at least 1 to train on"
+        raise DataError(f"split: got {got}, wanted more than {held_out}: {parts}")
     train, test = len(days) - held_out, len(days) - split.test_days
     return {"train": days[:train], "validation": days[train:test], "test": days[test:]}
 

@@ -1,4 +1,4 @@
-"""One seed of the whole method: every model of the comparison over the same start, rows, batches and epochs."""
+"""One seed of the whole method: every model over the same rows, batches and epochs, and the start that they share."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def plot_ownership(results: dict[str, Any], path: Path) -> None:
     colours = {"shared": SHARED, "dead": DEAD}
     tasks = zip(results["data"]["tasks"], cycle(TASK_COLOURS), strict=False)
     colours |= {f"{task} only": colour for task, colour in tasks}
-    figure = Figure(figsize=(7.5, 0.9 + 0.5 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.7 + 0.5 * len(layers) + 0.2 * -(-len(owners) // 4)), layout="constrained")
     axis = figure.subplots()
     names = [f"{name.replace('layers.', 'layer ')}\n{sum(c.values()):,} weights" for name, c in layers.items()]
     left = np.zeros(len(layers))
@@ -67,7 +67,7 @@ def plot_ownership(results: dict[str, Any], path: Path) -> None:
         left += share
     axis.invert_yaxis()
     axis.set(xlabel="% of the layer's weights", xlim=(0, 100))
-    axis.legend(ncols=len(owners), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.legend(ncols=min(4, len(owners)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path)
 
 

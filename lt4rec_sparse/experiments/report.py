@@ -44,7 +44,7 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
         plot(results, folder / "plots" / f"{name}.png")
     text = "\n\n".join(section for section in _sections(results) if section) + "\n"
     write_whole(folder / "report.md", text)
-    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     title = html.escape(f"LT4REC, sparse: {results['data']['name']}")
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>{body}"
     write_whole(folder / "report.html", re.sub(r'src="(plots/[a-z]+\.png)"', lambda m: _inline(folder / m[1]), page))
@@ -88,9 +88,9 @@ def _head(results: dict[str, Any]) -> str:
     epochs = "one epoch" if config["epochs"] == 1 else f"{config['epochs']} epochs"
     text = (
         f"{data['counts']['rows_read']:,} impressions, {data['counts']['duplicates']:,} of them duplicates that were "
-        f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; {epochs} of batches "
-        f"of {config['batch_size']} for every model; {config['rounds']} rounds of pruning to {config['density']:.0%} of "
-        f"the hidden weights; {_seeds(results)}."
+        f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; {epochs} of "
+        f"batches of {config['batch_size']} for every model; {config['rounds']} rounds of pruning to "
+        f"{config['density']:.0%} of the hidden weights; {_seeds(results)}."
     )
     header = [
         "split",

@@ -116,10 +116,8 @@ def _check_names(schema: Schema) -> None:
     """Refuse names that a run has no place for, before hours of work."""
     for task in schema.tasks:
         # A task names a folder of tickets and a part of the models, where "keys" or "train" is a method.
-        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict, task.name):
-            raise SchemaError(
-                f"task {task.name!r}: got a name that no model's part can have, wanted letters, digits, _ and -"
-            )
+        if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict(), task.name):
+            raise SchemaError(f"task {task.name!r}: got a name that is taken or no word, wanted letters, digits, _, -")
     if any(part.name == "all" for part in schema.slices):
         raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")
 

@@ -10,7 +10,6 @@ from typing import Any
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 
-
 CONFIG = "config.json"
 
 

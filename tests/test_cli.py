@@ -1,0 +1,528 @@
+"""The command line: what it answers to good input, and its one line to bad input, after which nothing has changed."""
+
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from lt4rec_sparse.cli import app
+from lt4rec_sparse.data import Prepared, SimulatorConfig, prepare
+from lt4rec_sparse.data.days import log_columns, partition
+from lt4rec_sparse.data.progress import silent
+from lt4rec_sparse.data.rows import RowReader
+from lt4rec_sparse.data.source import open_source
+from lt4rec_sparse.experiments import frozen
+from lt4rec_sparse.experiments import run as run_module
+from lt4rec_sparse.serving import load
+
+TINY = ("--hidden", "16,8", "--embedding-dim", 4, "--rounds", 1, "--epochs", 1, "--batch-size", 1024)
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="lt4rec-sparse")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # what a user would see as a traceback
+    return result
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refusal(*arguments):
+    """Return the one line that bad input is answered with, after `lt4rec-sparse: `."""
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("done: ")]  # stages before it
+    assert line == result.stderr.splitlines()[-1]
+    assert line.startswith("lt4rec-sparse: ")
+    return line.removeprefix("lt4rec-sparse: ")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished `run` without data of the user's; tests do not change it."""
+    out, threads = tmp_path_factory.mktemp("runs") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)  # several only wait for each other over so small a model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "interleaved", partial(frozen.interleaved, rounds=1, round_us=1.0))
+        small = partial(SimulatorConfig, users=300, videos=120, impressions=9_000, days=6)
+        patch.setattr(run_module, "SimulatorConfig", small)
+        result = invoke("run", "--out", out, *TINY)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0
+    assert result.stdout == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl\n"
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("done: ") for line in lines)
+    assert (lines[0], lines[-1]) == ("done: simulate", "done: freeze and measure")
+    return out
+
+
+# Good input
+
+
+def test_run_without_data_simulates_some(finished):
+    report = (finished / "report.md").read_text()
+    assert report.startswith("# LT4REC, sparse: simulated click log\n")
+    assert "The best that the planted truth allows" in report
+    assert (finished / "simulated" / "schema.toml").is_file()
+
+
+def test_simulate_writes_a_data_set(tmp_path):
+    assert invoke("simulate", tmp_path / "a" / "log", "--impressions", 500, "--seed", 3).exit_code == 0
+    folder = tmp_path / "a" / "log"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "log",
+        "schema.toml",
+        "truth.json",
+        "users.parquet",
+        "videos.parquet",
+    ]
+    assert pq.read_table(folder / "log").num_rows >= 500
+    before = contents(folder)
+    assert invoke("simulate", folder, "--impressions", 500, "--seed", 3).exit_code == 0
+    assert contents(folder) == before
+
+
+def candidates_of(source_folder, days, scratch):
+    """Return the rows of these days as candidates, every history of theirs included."""
+    source = open_source(source_folder)
+    scratch.mkdir()
+    log = partition(source, scratch, 1 << 20, silent)
+    parts = RowReader(source, log, log_columns(source)).read(frozenset(days))
+    return pa.concat_tables(pa.table({name: arrow(column) for name, column in part.features.items()}) for part in parts)
+
+
+def arrow(column):
+    if isinstance(column, tuple):
+        return pa.ListArray.from_arrays(pa.array(column[1], pa.int32()), pa.array(column[0]))
+    return pa.array(np.ma.getdata(column), mask=np.ma.getmaskarray(column), from_pandas=True)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_scores_of_a_file_are_those_of_training(finished, tmp_path, kind):
+    prepared = Prepared.load(finished / "data")
+    test = prepared.counts["test"]
+    table = candidates_of(finished / "simulated", test["days"], tmp_path / "scratch")
+    path = tmp_path / f"candidates.{kind}"
+    if kind == "parquet":
+        pq.write_table(table.append_column("of no feature", pa.nulls(len(table))), path)
+    else:
+        bags = {name: table[name].to_pylist() for name in table.column_names if pa.types.is_list(table[name].type)}
+        texts = {name: [",".join(map(str, bag)) for bag in column] for name, column in bags.items()}
+        pyarrow.csv.write_csv(pa.table({name: texts.get(name, table[name]) for name in table.column_names}), path)
+    assert invoke("score", finished / "model.safetensors", path, tmp_path / "scores.parquet").exit_code == 0
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    assert scores.column_names == ["ctr", "cvr"]
+    (batch,) = prepared.stream("test", test["rows"], shuffle=False).epoch(0)
+    served = load(finished / "model.safetensors").score_encoded(batch.features).numpy()
+    assert np.array_equal(np.stack([column.to_numpy() for column in scores.columns], 1), served)
+
+
+def test_no_candidates_have_no_scores(finished, tmp_path):
+    table = candidates_of(finished / "simulated", ["2024-01-06"], tmp_path / "scratch")
+    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    assert invoke("score", finished / "model.safetensors", tmp_path / "none.parquet", tmp_path / "s").exit_code == 0
+    assert pq.read_table(tmp_path / "s").num_rows == 0
+
+
+def test_inspect_shows_what_an_artefact_holds(finished):
+    ranker = load(finished / "model.safetensors")
+    result = invoke("inspect", finished / "model.safetensors")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "tasks: ctr, cvr"
+    fields = lines[1].removeprefix("fields: ").split(", ")
+    assert set(fields) == {column.name for column in ranker.encoder.schema.features}
+    layer = ranker.mlp.hidden[1].weight
+    density = layer.mask("ctr").float().mean().item()
+    assert lines[3].startswith(f"layer 1: 16 -> 8, kept by {{'ctr': '{density:.1%}', ")
+    assert lines[4].startswith(f"MLP: {ranker.mlp.nbytes:,} bytes")
+    assert lines[5] == f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes"
+    assert len(lines) == 6
+
+
+def test_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("run", "simulate", "score", "inspect"))
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "16,x"], "--hidden: got '16,x', wanted widths such as 512,256,128"),
+        (["--hidden", ""], "--hidden: got '', wanted widths"),
+        (["--hidden", "16,0"], r"hidden: got \(16, 0\), wanted at least one width, each at least 1"),
+        (["--hidden", "-16"], r"hidden: got \(-16,\), wanted"),
+        (["--density", "0"], "density: got 0.0, wanted more than 0 and less than 1"),
+        (["--density", "1.5"], "density: got 1.5, wanted more than 0 and less than 1"),
+        (["--density", "nan"], "density: got nan, wanted"),
+        (["--density", "few"], "Invalid value for '--density': "),
+        (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
+        (["--seeds", "two"], "Invalid value for '--seeds': "),
+        (["--rounds", "0"], "rounds: got 0, wanted at least 1"),
+        (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
+        (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),
+        (["--embedding-dim", "0"], "embedding_dim: got 0, wanted at least 1"),
+        (["--depth", "3"], "No such option: --depth"),
+        (["surplus"], "unexpected extra argument.*surplus"),
+    ],
+)
+def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, message):
+    line = refusal("run", "--data", small_folder, "--out", tmp_path / "out", *arguments)
+    assert re.search(message, line)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate"], "Missing argument"),
+        (["simulate", "{tmp}/log", "--impressions", "10"], "impressions: got 10, wanted at least 100"),
+        (["simulate", "{tmp}/log", "--conflict", "1.5"], r"conflict: got 1.5, wanted a number in \[0, 1\]"),
+        (["simulate", "{tmp}/log", "--seed", "-1"], "seed: got -1, wanted at least 0"),
+        (["score", "{tmp}/model.safetensors"], "Missing argument"),
+        (["train"], "No such command 'train'"),
+    ],
+)
+def test_a_wrong_argument_of_another_command_is_named(tmp_path, arguments, message):
+    assert re.search(message, refusal(*(argument.format(tmp=tmp_path) for argument in arguments)))
+    assert not contents(tmp_path)
+
+
+def test_simulate_replaces_nothing_of_the_users(tmp_path):
+    (tmp_path / "file").write_text("thesis")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("thesis")
+    before = contents(tmp_path)
+    assert "file: got files without truth.json, wanted" in refusal("simulate", tmp_path / "file")
+    assert "folder: got files without truth.json, wanted" in refusal("simulate", folder)
+    assert "File exists" in refusal("simulate", tmp_path / "file" / "below")
+    assert contents(tmp_path) == before
+    (folder / "truth.json").write_text('{"whose": "not ours"}')
+    before = contents(tmp_path)
+    assert "truth.json: got no truth of a simulated log, wanted" in refusal("simulate", folder)
+    assert contents(tmp_path) == before
+
+
+# Bad data: each case changes one thing of a good folder
+
+
+def log_files(folder):
+    return sorted((folder / "log").glob("*.parquet"))
+
+
+def edited(path, change):
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def with_column(name, values):
+    """Return a table's change: a column replaced, or added, with `values(old column or rows)`."""
+
+    def change(table):
+        if name in table.column_names:
+            return table.set_column(table.column_names.index(name), name, values(table[name]))
+        return table.append_column(name, values(table))
+
+    return change
+
+
+def with_schema(old, new):
+    def change(folder):
+        text = (folder / "schema.toml").read_text()
+        assert old in text
+        (folder / "schema.toml").write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def in_log(change, *files):
+    def change_folder(folder):
+        for index in files or range(len(log_files(folder))):
+            edited(log_files(folder)[index], change)
+
+    return change_folder
+
+
+def twice(table):
+    return pa.Table.from_arrays([*table.columns, table["tab"]], names=[*table.column_names, "tab"])
+
+
+def note_of_another_type(folder):
+    in_log(with_column("note", lambda table: pa.array([1] * len(table))), 0, 2, 3, 4, 5)(folder)
+    in_log(with_column("note", lambda table: pa.array(["one"] * len(table))), 1)(folder)
+
+
+def zeroes_within(folder):
+    content = log_files(folder)[2].read_bytes()
+    log_files(folder)[2].write_bytes(content[:1_000] + bytes(2_000) + content[3_000:])
+
+
+def as_csv(header, row=""):
+    def change(folder):
+        (folder / "log.csv").write_bytes(f"{header}\n{row}\n".encode("latin-1"))
+        with_schema('log = ["log/*.parquet"]', 'log = ["log.csv"]')(folder)
+
+    return change
+
+
+def outcome_as_a_feature(folder):
+    with (folder / "schema.toml").open("a") as file:
+        file.write('\n[[columns]]\nname = "play_time_ms"\nkind = "dense"\n')
+
+
+NAN = float("nan")
+BAD_DATA = {
+    "no schema": (lambda folder: (folder / "schema.toml").unlink(), "log: got no data set, wanted schema.toml, or"),
+    "no TOML": (lambda folder: (folder / "schema.toml").write_text("name =\n= 1\n"), r"schema\.toml: Invalid value"),
+    "unknown key": (
+        with_schema("rates = true", "rate = true"),
+        r"schema\.toml: .*'clicked': key 'rate' is unknown, wanted one of name, when",
+    ),
+    "outcome as a feature": (outcome_as_a_feature, r"schema\.toml: column 'play_time_ms': .*is an outcome, wanted"),
+    "no files": (with_schema('log = ["log/*.parquet"]', "log = []"), "log: got a list of files without any, wanted"),
+    "files elsewhere": (
+        with_schema("log/*.parquet", "/log/*.parquet"),
+        r"log: got file pattern '/log/\*\.parquet', wanted one relative",
+    ),
+    "absent files": (with_schema("videos.parquet", "films.parquet"), r"log: got no file 'films\.parquet', wanted"),
+    "garbage": (
+        lambda folder: log_files(folder)[2].write_bytes(b"garbage" * 100),
+        r"log/2024-01-03\.parquet: got .*, wanted Parquet",
+    ),
+    "empty file": (lambda folder: (folder / "users.parquet").write_bytes(b""), r"users\.parquet: got .*wanted Parquet"),
+    "truncated": (
+        lambda folder: os.truncate(log_files(folder)[2], 5_000),
+        r"log/2024-01-03\.parquet: got .*, wanted Parquet",
+    ),
+    "zeroes within": (zeroes_within, r"log/2024-01-03\.parquet: got .*, wanted Parquet"),
+    "CSV of another encoding": (as_csv("user_id,caf\xe9"), r"log\.csv: got .*utf-8.*, wanted CSV"),
+    "CSV of one endless line": (as_csv("x" * 200_000), r"log\.csv: got field larger than .*, wanted CSV"),
+    "CSV with a short row": (as_csv("user_id,date", "1"), r"log\.csv: got .*Expected 2 columns, got 1.*, wanted CSV"),
+    "column absent from the log": (
+        in_log(lambda table: table.drop_columns(["is_click"])),
+        r"log/2024-01-01\.parquet: column 'is_click' is absent, wanted it in the log \(label of ctr\)",
+    ),
+    "column absent from one file": (
+        in_log(lambda table: table.drop_columns(["hour"]), 3),
+        r"log/2024-01-04\.parquet: column 'hour' is in one of this and 2024-01-01\.parquet, wanted the same",
+    ),
+    "column absent everywhere": (
+        lambda folder: edited(folder / "users.parquet", lambda table: table.drop_columns(["segment"])),
+        r"log: column 'segment' is absent, wanted it in one of .*users\.parquet",
+    ),
+    "column twice": (in_log(twice), r"2024-01-01\.parquet: column 'tab': got two of this name, wanted one"),
+    "types that differ": (
+        note_of_another_type,
+        r"2024-01-02\.parquet: column 'note': got string, wanted int64 as in the log's first file",
+    ),
+    "side table without rows": (
+        lambda folder: edited(folder / "users.parquet", lambda table: table.slice(0, 0)),
+        r"log: users\.parquet: got no row, wanted a side table",
+    ),
+    "label out of range": (
+        in_log(with_column("is_click", lambda column: pa.array([7] * len(column))), 1),
+        r"2024-01-02\.parquet: column 'is_click': got 7.0, wanted 0 or 1 for task 'ctr'",
+    ),
+    "label of another type": (
+        in_log(with_column("is_click", lambda column: pa.array(["yes"] * len(column))), 1),
+        r"2024-01-02\.parquet: column 'is_click': .*'yes'.*, wanted double",
+    ),
+    "no label in a split": (
+        in_log(with_column("is_click", lambda column: pa.array([NAN] * len(column))), 4, 5),
+        r"split 'test': got \d+ rows and none of task 'ctr', wanted some of every task",
+    ),
+    "too few days": (
+        lambda folder: [path.unlink() for path in log_files(folder)[4:]],
+        r"split: got 4 days \(2024-01-01, .*\), wanted more than 4: 2 to validate, 2 to test, at least 1 to train on",
+    ),
+    "no date": (
+        lambda folder: edited(
+            folder / "videos.parquet", with_column("upload_date", lambda column: pa.array(["May"] * len(column)))
+        ),
+        "column 'upload_date': got 'May', wanted a date such as",
+    ),
+    "task of no name": (with_schema('name = "ctr"', 'name = "c.tr"'), "task 'c.tr': got a name"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_named_and_leaves_nothing(small_folder, tmp_path, change, message):
+    folder = shutil.copytree(small_folder, tmp_path / "log")
+    change(folder)
+    before = contents(tmp_path)
+    assert re.search(message, refusal("run", "--data", folder, "--out", tmp_path / "runs" / "out", *TINY))
+    assert contents(tmp_path) == before
+
+
+def test_no_folder_is_no_data(tmp_path):
+    (tmp_path / "file").touch()
+    before = contents(tmp_path)
+    for name in ("absent", "file"):
+        line = refusal("run", "--data", tmp_path / name, "--out", tmp_path / "out")
+        assert line == f"{tmp_path / name}: got no folder, wanted a data set"
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", [None, NAN])
+def test_a_missing_label_takes_a_row_from_its_task_only(small_folder, tmp_path, missing):
+    folder = shutil.copytree(small_folder, tmp_path / "log")
+    whole = prepare(folder, tmp_path / "whole").counts["train"]
+
+    def without_labels_by_day(table):
+        labels = [1.0 if hour < 12 else missing for hour in table["hour"].to_pylist()]
+        return with_column("is_click", lambda column: pa.array(labels, pa.float64(), from_pandas=False))(table)
+
+    in_log(without_labels_by_day, 0, 1)(folder)
+    part = prepare(folder, tmp_path / "part").counts["train"]
+    assert part["rows"] == whole["rows"]
+    table = pa.concat_tables([pq.read_table(path) for path in log_files(folder)[:2]])
+    distinct = table.group_by(table.column_names).aggregate([])
+    mornings = sum(hour < 12 for hour in distinct["hour"].to_pylist())
+    assert part["tasks"]["ctr"] == {"rows": mornings, "label_mean": 1}
+
+
+def test_a_side_table_row_without_a_key_is_nobodys(small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "log")
+    # Beyond 2^53 a float does not tell one id from the next, and a missing key would make floats of them.
+    far = pa.scalar(1 << 60, pa.int64())
+    shift = with_column("user_id", lambda column: pc.add(column.cast(pa.int64()), far))
+    in_log(shift)(folder)
+    edited(folder / "users.parquet", shift)
+    nobody = {name: pa.nulls(2, kind) for name, kind in zip(*_layout(folder / "users.parquet"), strict=True)}
+    prepare(folder, tmp_path / "whole")
+    edited(folder / "users.parquet", lambda table: pa.concat_tables([table, pa.table(nobody)]))
+    prepare(folder, tmp_path / "part")
+    whole, part = (Prepared.load(tmp_path / name).stream("test", 1 << 20).epoch(0) for name in ("whole", "part"))
+    assert torch.equal(next(whole).features.single, next(part).features.single)
+
+
+def _layout(path):
+    schema = pq.read_schema(path)
+    return schema.names, schema.types
+
+
+def test_out_of_other_settings_is_refused_and_kept(finished):
+    before = contents(finished)
+    line = refusal("run", "--out", finished, *TINY, "--density", "0.5")
+    assert line == f"{finished}/config.json: got density = 0.2, wanted 0.5; choose another --out"
+    line = refusal("run", "--data", finished / "simulated", "--out", finished, *TINY, "--rounds", "2")
+    assert "got rounds = 1, wanted 2" in line
+    assert contents(finished) == before
+
+
+def test_out_that_is_no_run_is_refused_and_kept(small_folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").touch()
+    before = contents(tmp_path)
+    line = refusal("run", "--data", small_folder, "--out", tmp_path / "file")
+    assert line == f"{tmp_path / 'file'}: got a file, wanted a folder for the run"
+    line = refusal("run", "--data", small_folder, "--out", tmp_path)
+    assert line == f"{tmp_path / 'data'}: got files without prepared.json, wanted a new, an empty or an earlier folder"
+    assert contents(tmp_path) == before
+
+
+# Bad artefacts and candidates
+
+
+def truncated(content):
+    return content[:-1_000]
+
+
+def altered(content):
+    return content[:-1_000] + bytes([content[-1_000] ^ 1]) + content[-999:]
+
+
+def foreign(content):
+    return b"This is no artefact."
+
+
+@pytest.mark.parametrize("command", ["inspect", "score"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncated, "model: got a damaged file .*, wanted an artefact"),
+        (altered, "model: the contents do not match their checksum, wanted an unaltered artefact"),
+        (foreign, "model: got a damaged file .*, wanted an artefact"),
+        (None, "model: no such file, wanted an artefact"),
+    ],
+)
+def test_a_bad_artefact_is_refused(finished, tmp_path, command, change, message):
+    path = tmp_path / "model"
+    if change:
+        path.write_bytes(change((finished / "model.safetensors").read_bytes()))
+    before = contents(tmp_path)
+    rest = () if command == "inspect" else (tmp_path / "candidates.parquet", tmp_path / "scores.parquet")
+    assert re.search(message, refusal(command, path, *rest))
+    assert contents(tmp_path) == before
+
+
+def test_inspect_refuses_other_safetensors(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    line = refusal("inspect", tmp_path / "other.safetensors")
+    assert line.endswith("other.safetensors: got safetensors of another kind, wanted an artefact of lt4rec_sparse")
+    assert "no such file, wanted an artefact" in refusal("inspect", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def candidates(finished, tmp_path_factory):
+    return candidates_of(finished / "simulated", ["2024-01-06"], tmp_path_factory.mktemp("candidates") / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "candidates.parquet: got .*, wanted Parquet"),
+        (lambda table: b"garbage" * 10, "candidates.parquet: got .*, wanted Parquet"),
+        (
+            lambda table: table.drop_columns(["clicked_rate"]),
+            "candidates.parquet: column 'clicked_rate' is absent, wanted every feature of the model",
+        ),
+        (
+            with_column("video_id", lambda column: pa.array([f"video {i}" for i in range(len(column))])),
+            "candidates.parquet: column 'video_id': .*'video \\d+'.*, wanted int64",
+        ),
+        (
+            with_column("tags", lambda column: pa.array(np.arange(len(column)))),
+            "candidates.parquet: column 'tags': .*wanted list<item: string>",
+        ),
+        (twice, "candidates.parquet: column 'tab': got two of this name, wanted one"),
+    ],
+    ids=["missing", "garbage", "column absent", "another type", "no list", "column twice"],
+)
+def test_bad_candidates_are_named(finished, candidates, tmp_path, change, message):
+    path = tmp_path / "candidates.parquet"
+    if change:
+        table = change(candidates)
+        path.write_bytes(table) if isinstance(table, bytes) else pq.write_table(table, path)
+    before = contents(tmp_path)
+    line = refusal("score", finished / "model.safetensors", path, tmp_path / "scores.parquet")
+    assert re.search(message, line)
+    assert contents(tmp_path) == before
+
+
+def test_scores_need_a_place(finished, candidates, tmp_path):
+    pq.write_table(candidates, tmp_path / "candidates.parquet")
+    before = contents(tmp_path)
+    for out in (tmp_path, tmp_path / "absent" / "scores.parquet", Path(tmp_path / "candidates.parquet" / "scores")):
+        line = refusal("score", finished / "model.safetensors", tmp_path / "candidates.parquet", out)
+        assert line == f"OUT: got '{out}', wanted a file in a folder that exists"
+    assert contents(tmp_path) == before
