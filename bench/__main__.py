@@ -1,14 +1,15 @@
-"""`python -m bench cpu | keep RUN NAME | readme`."""
+"""`python -m bench cpu | keep RUN NAME | commands COMMAND SECONDS ... | readme`."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from bench import cpu, readme, record
 
-USAGE = "usage: python -m bench cpu | keep RUN_FOLDER NAME | readme"
+USAGE = "usage: python -m bench cpu | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
 
 
 def main(arguments: list[str]) -> int:
@@ -19,6 +20,11 @@ def main(arguments: list[str]) -> int:
         case ["keep", folder, name]:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             print(record.write(name, {"machine": record.machine(), "results": results}))
+            for plot in ("tickets", "latency"):
+                shutil.copy(Path(folder) / "plots" / f"{plot}.png", record.RESULTS / f"{name}_{plot}.png")
+        case ["commands", *timed]:
+            commands = [{"command": c, "seconds": float(s)} for c, s in zip(timed[::2], timed[1::2], strict=True)]
+            print(record.write("commands", {"machine": record.machine(), "commands": commands}))
         case ["readme"]:
             readme.write()
         case _:

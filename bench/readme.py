@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import record
 from bench.cpu import ratio
-from lt4rec_sparse.experiments.arms import TITLES
+from lt4rec_sparse.experiments.arms import SPARSE_LAST, TITLES
 from lt4rec_sparse.experiments.report import accuracy_table, table
 
 README = Path(__file__).parents[1] / "README.md"
@@ -29,6 +29,17 @@ def generated() -> str:
         if found != 1:
             raise ValueError(f"{README}: got {found} parts 'results: {name}', wanted 1")
     return text
+
+
+def _headline() -> str:
+    at = {c["sparsity"]: c for c in record.read("cpu")["cases"] if c["batch"] == 256 and c["threads"] == 2}
+    sizes = record.read("kuairand_pure")["results"]["frozen"][SPARSE_LAST]["bytes"]
+    smaller = sizes["dense, one model a task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
+    return (
+        f"- **{ratio(at[0.8]):.1f}x / {ratio(at[0.9]):.1f}x** the speed of dense torch at 80 % / 90 % sparsity "
+        "(256 candidates, fp32, 2 threads).\n"
+        f"- **{smaller:.1f}x** smaller: the MLP of two KuaiRand tasks at 20 % density against a dense MLP each."
+    )
 
 
 def _kuairand() -> str:
@@ -86,6 +97,7 @@ def _where(machine: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "headline": _headline,
     "kuairand": _kuairand,
     "speed": _speed,
     "bytes": _bytes,
