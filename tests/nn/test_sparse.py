@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse.kernels import native
 
 
 def masked_mlp(widths, tasks, density, seed):
@@ -81,6 +82,17 @@ def test_freezing_copies_the_weights():
     for parameter in mlp.parameters():
         parameter.data.zero_()
     assert_exact(frozen(x), before)
+
+
+def test_without_the_engine_the_reference_serves_the_same(monkeypatch):
+    mlp = masked_mlp((20, 9, 5), ("ctr", "cvr"), 0.4, 0)
+    x = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    with pytest.warns(RuntimeWarning, match="run dense in torch"):
+        frozen = freeze(mlp, sigmoid=True)
+    assert frozen.prepacked_nbytes == 0
+    for i, task in enumerate(mlp.tasks):
+        assert_rounding(frozen(x)[:, i : i + 1], mlp_reference(x, oracle_layers(mlp, task, "sigmoid")))
 
 
 def test_a_model_without_masked_layers_is_refused():
