@@ -177,7 +177,7 @@ class SeedRun:
             self._train_rows,
             {task: loss_of(self.tasks[task].kind) for task in tasks},
             self.settings.epochs,
-            checkpoint=self.folder / "checkpoint.pt",
+            checkpoint=self.folder / f"{stage}.checkpoint.pt",
             log=lambda record: self._log({"seed": self.seed, "stage": stage, "split": "train", **record}),
             progress=lambda done, total: self._progress(name, done, total),
         )

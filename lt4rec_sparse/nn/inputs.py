@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lt4rec_sparse.features import EncodedFeatures
-
-
-class Field(NamedTuple):
-    """One input field: its column, the embedding table it reads, and whether it holds several values a row."""
-
-    column: str
-    table: str
-    multi: bool
+from lt4rec_sparse.features import EncodedFeatures, Field
 
 
 class CrossedEmbeddings(nn.Module):

@@ -248,7 +248,7 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
         if stop == STOPS[0]:
             assert not out.exists()
         if stop == STOPS[1]:
-            assert (out / "seed_0" / "checkpoint.pt").exists()
+            assert list((out / "seed_0").glob("*.checkpoint.pt"))
         if stop == STOPS[2]:
             # Level 0 stands, and level 1 goes on behind the checkpoint after two batches.
             assert calls[0] == ("seed 0: search.ctr.level_1", 3)
@@ -258,7 +258,7 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
         assert (out / file).read_bytes() == (finished / file).read_bytes()
     lines, wanted = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (out, finished))
     assert lines == wanted
-    assert not list(out.rglob("*.tmp")) + list(out.rglob("checkpoint.pt"))
+    assert not list(out.rglob("*.tmp")) + list(out.rglob("*checkpoint.pt"))
 
 
 def test_a_finished_run_trains_nothing(small_folder, finished, again):
