@@ -48,6 +48,10 @@ def _kuairand() -> str:
     return "\n\n".join(parts)
 
 
+def _simulated() -> str:
+    return accuracy_table(record.read("simulated")["results"], "all")
+
+
 def _speed() -> str:
     cpu = record.read("cpu")
     rows = []
@@ -99,6 +103,7 @@ def _where(machine: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "kuairand": _kuairand,
+    "simulated": _simulated,
     "speed": _speed,
     "bytes": _bytes,
     "served": _served,

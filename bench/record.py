@@ -19,7 +19,10 @@ def machine() -> dict[str, Any]:
     """Return commit, processor, cores, instruction sets, threads and versions."""
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        # What is written from results does not make the code another.
+        "clean": not _git(
+            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results", ":!/README.md"
+        ),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

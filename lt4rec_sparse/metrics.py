@@ -26,8 +26,8 @@ class Metric(Protocol):
 class AUC:
     """Area under the ROC curve, from a histogram of 65,536 logit bins a class; a tie counts one half.
 
-    Bins are 0.0005 wide over logits in [-16, 16], which holds the error under 1e-6 where scores are spread; scores
-    beyond share the outermost bins. NaN without both classes.
+    Bins are 0.0005 wide over logits in [-16, 16]; scores beyond share the outermost bins. The error is at most half the
+    share of (positive, negative) pairs that fall into one bin together. NaN without both classes.
     """
 
     BINS = 1 << 16
@@ -37,7 +37,13 @@ class AUC:
         self.counts = np.zeros((2, self.BINS), np.int64)
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows; a label over 0.5 is positive."""
+        """Take in rows; a label over 0.5 is positive.
+
+        Raises:
+            ValueError: If a logit is NaN.
+        """
+        if np.isnan(logits).any():
+            raise ValueError(f"logits: got {int(np.isnan(logits).sum())} NaN of {len(logits)}, wanted numbers")
         scaled = (np.clip(logits, -self.RANGE, self.RANGE) + self.RANGE) * ((self.BINS - 1) / (2 * self.RANGE))
         bins = scaled.astype(np.int64)
         positive = labels > 0.5

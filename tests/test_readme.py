@@ -40,3 +40,4 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 def test_a_result_says_where_it_was_measured(name):
     machine = readme.record.read(name)["machine"]
     assert {"commit", "processor", "cores", "torch", "python"} <= set(machine)
+    assert machine["clean"], "record it from a committed tree"

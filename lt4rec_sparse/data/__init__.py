@@ -2,11 +2,13 @@
 
 from lt4rec_sparse.data.batches import Batch, BatchStream
 from lt4rec_sparse.data.candidates import read_candidates
+from lt4rec_sparse.data.layout import SPLITS
 from lt4rec_sparse.data.prepare import Prepared, prepare
 from lt4rec_sparse.data.simulator import SimulatorConfig, simulate
 from lt4rec_sparse.data.source import DataError, kuairand_schema, open_source
 
 __all__ = [
+    "SPLITS",
     "Batch",
     "BatchStream",
     "DataError",

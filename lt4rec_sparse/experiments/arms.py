@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.data import Prepared
 from lt4rec_sparse.experiments.settings import RunSettings
-from lt4rec_sparse.features import EncodedFeatures, Task
+from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.files import whole_file, write_whole
 from lt4rec_sparse.lottery import Ticket, best_ticket, one_for_all, random_like, random_uniform, search_tickets
 from lt4rec_sparse.masks import Mask
@@ -195,12 +195,6 @@ class SeedRun:
     def _seconds(self) -> dict[str, float]:
         path = self.folder / "seconds.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def task_metric(task: Task) -> tuple[str, bool]:
-    """Return a task's main metric and whether higher is better."""
-    metric = MAIN_METRIC[task.kind]
-    return metric, HIGHER_IS_BETTER[metric]
 
 
 def _ticket_record(ticket: Ticket) -> dict[str, Any]:

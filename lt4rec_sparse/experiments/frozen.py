@@ -67,7 +67,6 @@ def _bytes(model: SparseSharing, ranker: Ranker, path: Path) -> dict[str, int]:
     return {
         "dense, one model a task: embeddings": tasks * embedding,
         "dense, one model a task: MLPs": tasks * mlp + head,
-        "dense, embeddings shared, an MLP a task: MLPs": tasks * mlp + head,
         "embeddings": embedding,
         "sparse sharing: MLP, canonical": ranker.mlp.nbytes,
         "sparse sharing: MLP, prepacked in memory": ranker.mlp.prepacked_nbytes,

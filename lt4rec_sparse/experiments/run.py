@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from lt4rec_sparse.data import Prepared, SimulatorConfig, open_source, prepare, simulate
+from lt4rec_sparse.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.experiments.arms import SPARSE, SPARSE_LAST, SeedRun
 from lt4rec_sparse.experiments.frozen import freeze_and_compare
 from lt4rec_sparse.experiments.report import write_report
-from lt4rec_sparse.experiments.settings import RunSettings, check_settings, pin_settings
+from lt4rec_sparse.experiments.settings import RunSettings, check_settings, pin_settings, with_seeds_of
 from lt4rec_sparse.features import Schema, SchemaError
 from lt4rec_sparse.files import write_whole
 
@@ -41,7 +41,7 @@ def run(
         progress: Called with a stage's name, steps done and steps in all.
 
     Returns:
-        The path of `report.md`.
+        The path of `report.md`; it covers every seed that the folder was asked for so far.
 
     Raises:
         SettingsError: If `out` holds a run of other settings.
@@ -52,6 +52,7 @@ def run(
     source = out / "simulated" if data is None else data
     name = "simulated" if data is None else data.resolve().name
     begun = check_settings(out, name, settings)
+    settings = with_seeds_of(out, settings)
     if data is None:
         out.mkdir(parents=True, exist_ok=True)
         if not (source / "truth.json").exists():
@@ -62,6 +63,7 @@ def run(
     _check_names(schema)
     # What was trained before is of the data as they were then.
     prepared = prepare(source, out / "data", schema, progress, replace=not begun)
+    _check_classes(prepared, source)
     pin_settings(out, name, settings)
     log = MetricsLog(out / "metrics.jsonl")
     seeds = []
@@ -120,6 +122,15 @@ def _check_names(schema: Schema) -> None:
             raise SchemaError(f"task {task.name!r}: got a name that is taken or no word, wanted letters, digits, _, -")
     if any(part.name == "all" for part in schema.slices):
         raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")
+
+
+def _check_classes(prepared: Prepared, source: Path) -> None:
+    """Refuse a split in which a binary task has labels of one class only: nothing can be ranked or judged there."""
+    for split in SPLITS:
+        for task in prepared.schema.tasks:
+            mean = prepared.counts[split]["tasks"][task.name]["label_mean"]
+            if task.kind == "binary" and mean in (0, 1):
+                raise DataError(f"{source}: split {split!r}: got only labels {mean:.0f} of {task.name}, wanted 0 and 1")
 
 
 def _facts(prepared: Prepared, source: Path, simulated: bool) -> dict[str, Any]:

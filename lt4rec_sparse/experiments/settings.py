@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,14 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
         if key != "seeds" and got.get(key) != value:
             raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
     return True
+
+
+def with_seeds_of(folder: Path, settings: RunSettings) -> RunSettings:
+    """Return the settings with as many seeds as an earlier run in the folder had: asking for fewer drops none."""
+    path = folder / CONFIG
+    if not path.exists():
+        return settings
+    return replace(settings, seeds=max(settings.seeds, json.loads(path.read_text(encoding="utf-8"))["seeds"]))
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:

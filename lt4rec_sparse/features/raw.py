@@ -112,13 +112,18 @@ def _integers(column: Column, raw: Any) -> tuple[Array, Present]:
             values = np.array(raw, object)
         else:
             present &= ~np.isnan(values)
-            stray = present & (values != np.trunc(values))
+            # From 2^63 on a float is no int64 and would wrap around; infinity is one of those.
+            stray = present & ((values != np.trunc(values)) | (np.abs(values) >= 2.0**63))
             if stray.any():
-                raise _refuse(column, values[stray][0], "int")
+                raise _refuse(column, values[stray][0], "an int of 64 bits")
+    if values.dtype == np.uint64 and (values[present] > np.iinfo(np.int64).max).any():
+        raise _refuse(column, values[present].max(), "an int of 64 bits")
     if values.dtype.kind == "O":
         present &= _there(values)
         for value in values[present]:
-            if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            # 7.0 is 7: a column of ints with a missing one comes as floats from many tools.
+            whole = isinstance(value, float | np.floating) and float(value).is_integer()
+            if not (whole or isinstance(value, int | np.integer)) or isinstance(value, bool):
                 raise _refuse(column, value, "int")
     elif values.dtype.kind not in "iuf":
         raise _refuse(column, values[0], "int")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,12 @@ def best_ticket(tickets: Sequence[Ticket], metric: str, higher_is_better: bool) 
     The full mask is not a choice: the paper gives it up for computation and storage even where it is best.
 
     Raises:
-        ValueError: If no ticket is pruned.
+        ValueError: If no ticket is pruned, or a metric is not a number.
     """
     pruned = [ticket for ticket in tickets if ticket.level > 0]
     if not pruned:
         raise ValueError("tickets: got no pruned one, wanted at least one round")
+    if any(math.isnan(ticket.metrics[metric]) for ticket in pruned):
+        raise ValueError(f"tickets: got {metric} = NaN, wanted validation rows that define it")
     sign = 1 if higher_is_better else -1
     return max(pruned, key=lambda ticket: (sign * ticket.metrics[metric], ticket.level))

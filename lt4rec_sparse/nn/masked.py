@@ -173,10 +173,10 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' names as a tuple.
 
     Raises:
-        ValueError: If there is none, or one stands twice.
+        ValueError: If there is none, one stands twice, or there are more than 62 (owners are bits of an int64).
     """
-    if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names")
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or len(tasks) > 62:
+        raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names, 1 to 62 of them")
     return tuple(tasks)
 
 

@@ -53,8 +53,10 @@ class MaskedAdam:
         # A layer that every task keeps whole has nothing to protect, and takes the plain step.
         pruned = [layer for layer in masked if not bool(layer.masks.all())]
         self._parts = [part for layer in pruned for part in _parts(layer)]
-        self._pruned = [layer.weight for layer in pruned]
-        gathered = {id(weight) for weight in self._pruned}
+        self._pruned = pruned
+        self._masks = [layer.masks.clone() for layer in pruned]
+        self._versions = [layer.masks._version for layer in pruned]
+        gathered = {id(layer.weight) for layer in pruned}
         free = [parameter for parameter in model.parameters() if id(parameter) not in gathered]
         values = [part.values for part in self._parts]
         self._adam = torch.optim.Adam([*free, *values], learning_rate, betas, eps, weight_decay, fused=True)
@@ -62,12 +64,21 @@ class MaskedAdam:
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self._adam.zero_grad(set_to_none=True)
-        for weight in self._pruned:
-            weight.grad = None
+        for layer in self._pruned:
+            layer.weight.grad = None
 
     @torch.no_grad()
     def step(self, task: str) -> None:
-        """Move what `task` owns, by the gradients of its loss."""
+        """Move what `task` owns, by the gradients of its loss.
+
+        Raises:
+            ValueError: If no masked layer knows the task.
+            RuntimeError: If a mask changed since the optimiser was made.
+        """
+        if self._parts and not any(task in part.layer.tasks for part in self._parts):
+            known = sorted({name for part in self._parts for name in part.layer.tasks})
+            raise ValueError(f"task: got {task!r}, wanted one of {', '.join(known)}, the masked layers' tasks")
+        self._check_masks()
         moved = [part for part in self._parts if task in part.owners and part.layer.weight.grad is not None]
         for layer, _, places, values in moved:
             assert layer.weight.grad is not None
@@ -77,6 +88,15 @@ class MaskedAdam:
         for layer, _, places, values in moved:
             layer.weight.view(-1).index_copy_(0, places, values)
             values.grad = None
+
+    def _check_masks(self) -> None:
+        versions = [layer.masks._version for layer in self._pruned]
+        if versions == self._versions:
+            return
+        # Written since, maybe with what stood there before, as when a checkpoint is loaded.
+        if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._pruned, self._masks, strict=True)):
+            raise RuntimeError("masks: got others than when the optimiser was made, wanted a new MaskedAdam for them")
+        self._versions = versions
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -89,12 +109,13 @@ class MaskedAdam:
 
 def _parts(layer: MaskedLinear) -> list[_Part]:
     # Owners as the bits of one number: tasks are few, and weights with equal numbers form a part.
-    bits = torch.tensor([1 << i for i in range(len(layer.tasks))]).view(-1, 1, 1)
+    bits = torch.tensor([1 << i for i in range(len(layer.tasks))], device=layer.masks.device).view(-1, 1, 1)
     owners = (layer.masks * bits).sum(0).flatten()
     parts = []
     for number in torch.unique(owners).tolist():
         names = frozenset(task for i, task in enumerate(layer.tasks) if number >> i & 1)
         if names:
             places = (owners == number).nonzero().squeeze(1)
-            parts.append(_Part(layer, names, places, nn.Parameter(layer.weight.detach().view(-1)[places])))
+            values = nn.Parameter(layer.weight.detach().view(-1)[places])
+            parts.append(_Part(layer, names, places, values))
     return parts

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.formats import SharedWeight
-from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP, task_index
 from lt4rec_sparse.ops import SparseLayer
-
-Module = TypeVar("Module", bound=nn.Module)
 
 ALL = "all"  # the one plane of a head, which belongs to its task alone and keeps every weight
 
@@ -54,23 +51,35 @@ class SparseMLP(nn.Module):
         self.hidden = tuple(hidden)
         self.heads = dict(heads)
         self.tasks = tuple(heads)
+        widths = {head.weight.shape[0] for head in heads.values()}
+        if len(widths) > 1:
+            raise ValueError(f"heads: got out_features {sorted(widths)}, wanted the same for every task")
         self.out_features = sum(head.weight.shape[0] for head in heads.values())
         self.prepacked = ops.prepack(self._paths())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Score every task.
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Score every task, or return one task's part of it.
 
         Args:
-            x: `[batch, in_features]`, float32.
+            x: `[..., in_features]`, float32.
+            task: The task's name; None returns every task. All are computed in any case, in one call.
 
         Returns:
-            `[batch, tasks * out_features]`, float32: the tasks side by side, as `MaskedMLP.forward` without a task.
+            `[..., tasks * out_features]`, float32: the tasks side by side, as `MaskedMLP.forward` without a task; or
+            `[..., out_features]` of the task.
+
+        Raises:
+            ValueError: If the last dimension is another, or there is no such task.
         """
-        if x.dim() != 2 or x.shape[1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self.prepacked is None or x.device.type != "cpu":
-            return ops.sparse_mlp_dense(x, self._paths())
-        return ops.sparse_mlp(x, self.prepacked, self.out_features)
+            y = ops.sparse_mlp_dense(rows, self._paths())
+        else:
+            y = ops.sparse_mlp(rows, self.prepacked, self.out_features)
+        y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +126,7 @@ class SparseLinear(SparseMLP):
         return f"{weight.shape[1]} -> {weight.shape[0]}, tasks={', '.join(self.tasks)}, union nnz={weight.nnz}"
 
 
-def freeze(model: Module, sigmoid: bool = False) -> nn.Module:
+def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     """Return a copy of `model` for serving, every masked layer in it replaced by its compressed form.
 
     `freeze(mlp)(x)` equals `mlp(x)` within rounding, for every task; the copy cannot be trained.
@@ -135,15 +144,19 @@ def freeze(model: Module, sigmoid: bool = False) -> nn.Module:
     Raises:
         ValueError: If the model contains no masked layer.
     """
-    frozen = _freeze_masked(model, sigmoid)
-    if frozen is not None:
-        return frozen
-    result = _copy_without_masked(model)
-    replaced = _freeze_children(model, result, sigmoid)
-    if not replaced:
+    frozen: dict[int, nn.Module] = {}
+    inner: set[int] = set()
+    for module in model.modules():
+        sparse = None if id(module) in inner else _freeze_masked(module, sigmoid)
+        if sparse is not None:
+            frozen[id(module)] = sparse
+            inner |= {id(part) for part in module.modules()}
+    if not frozen:
         raise ValueError(
             f"model: got a {type(model).__name__} without masked layers, wanted a MaskedMLP or MaskedLinear"
         )
+    # As the memo of the copy, the frozen layers take the masked ones' place wherever they are referred to.
+    result: nn.Module = copy.deepcopy(model, frozen)
     return result.eval().requires_grad_(False)
 
 
@@ -174,21 +187,3 @@ def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
             heads[task] = freeze_layer(head, {ALL: kept}, "sigmoid" if sigmoid else "none")
         return SparseMLP(hidden, heads)
     return None
-
-
-def _copy_without_masked(model: Module) -> Module:
-    # The masked layers are replaced right after, so they are shared here instead of copied.
-    masked = [module for module in model.modules() if isinstance(module, MaskedLinear | MaskedMLP)]
-    return copy.deepcopy(model, {id(module): module for module in masked})
-
-
-def _freeze_children(source: nn.Module, target: nn.Module, sigmoid: bool) -> int:
-    replaced = 0
-    for name, child in source.named_children():
-        frozen = _freeze_masked(child, sigmoid)
-        if frozen is not None:
-            setattr(target, name, frozen)
-            replaced += 1
-        else:
-            replaced += _freeze_children(child, target.get_submodule(name), sigmoid)
-    return replaced

@@ -58,7 +58,7 @@ class HardSharing(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs
-        self.mlps = nn.ModuleDict({task: MaskedMLP(inputs.out_features, hidden) for task in tasks})
+        self.mlps = nn.ModuleDict({task: MaskedMLP(inputs.out_features, hidden, tasks=(task,)) for task in tasks})
         self.tasks = tuple(tasks)
 
     def forward(self, features: EncodedFeatures, task: str | None = None) -> Tensor:
@@ -68,4 +68,4 @@ class HardSharing(nn.Module):
             Logits: `[batch, 1]` of one task, or `[batch, tasks]`.
         """
         x = self.inputs(features)
-        return torch.cat([self.mlps[name](x) for name in ([task] if task else self.tasks)], dim=1)
+        return torch.cat([self.mlps[name](x, name) for name in ([task] if task else self.tasks)], dim=1)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from oracle import Layer, assert_rounding, mlp_reference
@@ -17,7 +19,7 @@ from lt4rec_sparse.data import DataError, Prepared
 from lt4rec_sparse.experiments import arms, frozen
 from lt4rec_sparse.experiments.arms import HARD, SINGLE, SPARSE, SPARSE_LAST, TITLES, SeedRun
 from lt4rec_sparse.experiments.run import ARTEFACTS, MetricsLog, run
-from lt4rec_sparse.experiments.settings import RunSettings, SettingsError
+from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, pin_settings, with_seeds_of
 from lt4rec_sparse.features import SchemaError
 from lt4rec_sparse.lottery.pruning import level_nnz
 from lt4rec_sparse.masks import Mask
@@ -383,3 +385,23 @@ def test_the_metrics_log_mends_a_line_cut_short_and_repeats_none(tmp_path):
     log(first | {"epoch": 1})
     log(first | {"epoch": 1})
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_path):
+    folder = tmp_path / "clicked"
+    shutil.copytree(small_folder, folder)
+    for path in (folder / "log").glob("*.parquet"):
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("is_click")
+        ones = pa.array([1] * table.num_rows, table.schema.field("is_click").type)
+        pq.write_table(table.set_column(place, "is_click", ones), path)
+    with pytest.raises(DataError, match="split 'train': got only labels 1 of ctr, wanted 0 and 1"):
+        run(folder, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_fewer_seeds_than_before_drop_none(tmp_path):
+    pin_settings(tmp_path, "log", RunSettings(seeds=3))
+    assert with_seeds_of(tmp_path, RunSettings(seeds=1)).seeds == 3
+    assert with_seeds_of(tmp_path, RunSettings(seeds=4)).seeds == 4
+    assert with_seeds_of(tmp_path / "new", RunSettings(seeds=2)).seeds == 2

@@ -89,6 +89,11 @@ def test_best_ticket_goes_the_right_way_and_is_never_the_full_mask():
     assert best_ticket(tickets_with("mse", [0.1, 0.3, 0.2, 0.25]), "mse", higher_is_better=False).level == 2
 
 
+def test_a_metric_that_is_no_number_chooses_nothing():
+    with pytest.raises(ValueError, match="got auc = NaN"):
+        best_ticket(tickets_with("auc", [0.9, float("nan"), 0.8]), "auc", higher_is_better=True)
+
+
 def test_of_equal_tickets_the_sparser_is_best():
     assert best_ticket(tickets_with("mse", [0.1, 0.2, 0.2, 0.3]), "mse", higher_is_better=False).level == 2
 

@@ -114,6 +114,22 @@ def test_with_full_masks_it_is_torchs_adam():
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+def test_a_task_that_no_layer_knows_is_named():
+    with pytest.raises(ValueError, match="task: got 'crt', wanted one of ctr, cvr"):
+        MaskedAdam(masked_mlp(0)).step("crt")
+
+
+def test_masks_set_later_want_a_new_optimiser():
+    mlp = masked_mlp(0)
+    optimizer, generator = MaskedAdam(mlp), torch.Generator().manual_seed(0)
+    step(mlp, optimizer, "ctr", generator)
+    mlp.set_mask(mlp.mask("ctr"), "ctr")  # the same again: nothing to refuse
+    step(mlp, optimizer, "ctr", generator)
+    mlp.set_mask(mlp.mask("cvr"), "ctr")
+    with pytest.raises(RuntimeError, match="wanted a new MaskedAdam"):
+        step(mlp, optimizer, "ctr", generator)
+
+
 def test_state_round_trip_continues_bit_for_bit():
     whole, resumed = masked_mlp(4), masked_mlp(4)
     first, second = MaskedAdam(whole), MaskedAdam(resumed)

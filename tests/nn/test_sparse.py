@@ -75,6 +75,40 @@ def test_masked_layers_inside_a_model_are_replaced_and_the_model_is_left_alone()
     assert all(p.requires_grad for p in model.parameters())
 
 
+class Twice(torch.nn.Module):
+    """One layer under two names, and once more in a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = MaskedLinear(4, 4)
+        self.b = self.a
+        self.others = [self.a]
+
+    def forward(self, x):
+        return self.others[0](self.b(self.a(x)))
+
+
+def test_every_reference_to_a_layer_is_replaced_and_the_source_stays_trainable():
+    model = Twice()
+    for parameter in model.parameters():
+        parameter.data = small_integers(*parameter.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    frozen = freeze(model)
+    assert isinstance(frozen.a, SparseLinear)
+    assert frozen.a is frozen.b is frozen.others[0]
+    assert model.a.weight.requires_grad
+    x = small_integers(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    assert_exact(frozen(x), model(x).detach())
+
+
+def test_one_task_of_all():
+    mlp = masked_mlp((12, 7, 5), ("ctr", "cvr"), 0.5, 0)
+    frozen, x = freeze(mlp), torch.randn(3, 12)
+    for i, task in enumerate(mlp.tasks):
+        assert_exact(frozen(x, task), frozen(x)[:, i : i + 1])
+    with pytest.raises(ValueError, match="task: got 'like', wanted one of ctr, cvr"):
+        frozen(x, "like")
+
+
 def test_freezing_copies_the_weights():
     mlp = MaskedMLP(6, (5, 4))
     frozen, x = freeze(mlp), torch.ones(2, 6)
@@ -101,7 +135,7 @@ def test_a_model_without_masked_layers_is_refused():
 
 
 def test_a_wrong_width_is_named():
-    with pytest.raises(ValueError, match=r"x: got shape \(2, 5\), wanted \[batch, 6\]"):
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 5\), wanted \[..., 6\]"):
         freeze(MaskedMLP(6, (5, 4)))(torch.ones(2, 5))
 
 
