@@ -178,7 +178,7 @@ class _Counts:
         Raises:
             DataError: If a task has no row.
         """
-        for name, (members, total) in self._tasks.items():
+        for name, (members, _) in self._tasks.items():
             if not members:
                 raise DataError(f"{where}: got {self._rows} rows and none of task {name!r}, wanted some of every task")
         tasks = {name: {"rows": rows, "label_mean": total / rows} for name, (rows, total) in self._tasks.items()}
