@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt4rec_sparse.features import Column, EncodedFeatures, FeatureEncoder, Schema, SchemaError
+from lt4rec_sparse.features.raw import single
 from lt4rec_sparse.features.tables import IntFit, QuantileFit, hash64
 
 
@@ -388,3 +389,18 @@ def test_bags_pool_as_embedding_bag_does(rows: list[dict[str, Any]]) -> None:
         for row in range(encoded.batch):
             wanted = table[torch.tensor(bag(encoded, field, row), dtype=torch.int64)].sum(0)
             assert torch.equal(pooled[field * encoded.batch + row], wanted)
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([np.inf]), np.array([1e300]), np.array([2**63 + 5], np.uint64), [2**63], np.array([1.5])]
+)
+def test_what_is_no_int_of_64_bits_is_refused_in_every_form(values: Any) -> None:
+    with pytest.raises(ValueError, match="column 'video': got"):
+        single(Column("video", type="int"), values)
+
+
+@pytest.mark.parametrize("values", [[7.0, float("nan")], np.array([7.0, np.nan]), [7, None]])
+def test_an_int_column_with_a_missing_value_may_come_as_floats(values: Any) -> None:
+    got, present = single(Column("video", type="int"), values)
+    assert got.tolist() == [7]
+    assert present.tolist() == [True, False]
