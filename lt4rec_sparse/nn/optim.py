@@ -54,8 +54,10 @@ class MaskedAdam:
         pruned = [layer for layer in masked if not bool(layer.masks.all())]
         self._parts = [part for layer in pruned for part in _parts(layer)]
         self._pruned = pruned
-        self._masks = [layer.masks.clone() for layer in pruned]
-        self._versions = [layer.masks._version for layer in pruned]
+        # Of every layer: one that is whole now and pruned later would be stepped past its new mask.
+        self._masked = masked
+        self._masks = [layer.masks.clone() for layer in masked]
+        self._versions = [layer.masks._version for layer in masked]
         gathered = {id(layer.weight) for layer in pruned}
         free = [parameter for parameter in model.parameters() if id(parameter) not in gathered]
         values = [part.values for part in self._parts]
@@ -90,11 +92,11 @@ class MaskedAdam:
             values.grad = None
 
     def _check_masks(self) -> None:
-        versions = [layer.masks._version for layer in self._pruned]
+        versions = [layer.masks._version for layer in self._masked]
         if versions == self._versions:
             return
         # Written since, maybe with what stood there before, as when a checkpoint is loaded.
-        if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._pruned, self._masks, strict=True)):
+        if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._masked, self._masks, strict=True)):
             raise RuntimeError("masks: got others than when the optimiser was made, wanted a new MaskedAdam for them")
         self._versions = versions
 

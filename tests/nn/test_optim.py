@@ -119,13 +119,14 @@ def test_a_task_that_no_layer_knows_is_named():
         MaskedAdam(masked_mlp(0)).step("crt")
 
 
-def test_masks_set_later_want_a_new_optimiser():
-    mlp = masked_mlp(0)
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_masks_set_later_want_a_new_optimiser(density):
+    mlp = masked_mlp(0, density)
     optimizer, generator = MaskedAdam(mlp), torch.Generator().manual_seed(0)
     step(mlp, optimizer, "ctr", generator)
     mlp.set_mask(mlp.mask("ctr"), "ctr")  # the same again: nothing to refuse
     step(mlp, optimizer, "ctr", generator)
-    mlp.set_mask(mlp.mask("cvr"), "ctr")
+    mlp.set_mask(masked_mlp(1).mask("ctr"), "ctr")
     with pytest.raises(RuntimeError, match="wanted a new MaskedAdam"):
         step(mlp, optimizer, "ctr", generator)
 
