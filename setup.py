@@ -13,7 +13,7 @@ setup(
             "lt4rec_sparse.kernels._engine",
             sources=sorted(str(p) for p in CSRC.glob("*.cpp")),
             depends=sorted(str(p) for p in CSRC.glob("*.h")),
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"],
             extra_link_args=["-fopenmp"],
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,

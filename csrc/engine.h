@@ -2,6 +2,15 @@
 //
 // Plain C. No torch, no Python, no state: a prepacked network is one relocatable blob of bytes, and a call reads the
 // blob and x, writes out, and remembers nothing.
+//
+// Two paths through a network, each with a layout of its own:
+//
+//   tables  few rows of the batch at a time (a vector holds 16 output features of one row): for small batches, and
+//           for int8 at every size. The activations of a step are looked up in registers.
+//   slices  64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for large batches.
+//
+// In float32 and bfloat16 both add the same products in the same order, so that a row's result is equal to the bit
+// on either path, at every batch size, thread count and ISA. In int8 sums are integers, and exact.
 #ifndef LT4REC_SPARSE_ENGINE_H
 #define LT4REC_SPARSE_ENGINE_H
 
@@ -11,7 +20,15 @@
 extern "C" {
 #endif
 
-// Tiles: activations as the kernels see them.
+// How a network computes.
+//   F32  float32 throughout.
+//   BF16 weights and the activations that enter a layer are rounded to bfloat16 (to nearest even), products are added
+//        in float32. Denormals count as zero, in and out, as x86's bfloat16 instructions have it.
+//   S8   weights are signed 8-bit with a scale for each output feature; the activations that enter a layer are
+//        unsigned 8-bit with one scale and one zero point, both calibrated. Sums are exact 32-bit integers.
+enum { PRECISION_F32 = 0, PRECISION_BF16 = 1, PRECISION_S8 = 2 };
+
+// --- Slices -------------------------------------------------------------------------------------------------------
 //
 // A tile holds `lanes` rows of the batch (8, 16, 32 or 64), transposed: one tile row per feature, one lane per row of
 // the batch, so that one vector multiply-add serves a whole register of candidates. Features stand in blocks of
@@ -23,7 +40,8 @@ extern "C" {
 // Padding of the weights points at the row of zeros. Were it to point at a feature, 0 * Inf would make a NaN out of
 // an activation that the layer's row does not own.
 //
-// 128 features of 64 lanes are 33 KB: a block of the widest tile stays in a 48 KB L1, and nearly so in one of 32 KB.
+// 128 features of 64 float32 lanes are 33 KB: a block of the widest tile stays in a 48 KB L1, and nearly so in one of
+// 32 KB.
 enum { BLOCK_FEATURES = 128 };
 
 static inline int64_t block_count(int64_t features) { return (features + BLOCK_FEATURES - 1) / BLOCK_FEATURES; }
@@ -33,55 +51,15 @@ static inline int64_t block_features(int64_t features, int64_t first) {
 static inline int64_t tile_row(int64_t feature) { return feature + feature / BLOCK_FEATURES + 1; }
 static inline int64_t tile_rows(int64_t features) { return features + block_count(features); }
 
-// Floats from one tile row to the next. Tiles of 8 lanes keep the rows of 16, because the scaled offset below can
+// Values from one tile row to the next. Tiles of 8 lanes keep the rows of 16, because the scaled offset below can
 // double twice but not halve.
 static inline int64_t lane_stride(int lanes) { return lanes < 16 ? 16 : lanes; }
-
-// The prepacked blob.
-//
-// BlobHeader | LayerRecord[layers], task by task | the sections of each layer. Every section starts at a multiple of
-// BLOB_ALIGNMENT bytes from the blob's start, where the records say; the blob's size is a multiple of it too, so that
-// a blob may end right at the end of a page. Little-endian and private to this build: what goes to disk is the
-// canonical CSR. The only writer is lt4rec_prepack_f32; calls check the header and trust the rest.
-//
-// One blob serves every lane count and every ISA, with the same sums in the same order: each output starts from its
-// bias and adds its kept weights by ascending column, with one fused multiply-add each. Hence results are equal to
-// the bit for every lane count, batch size, thread count and ISA.
-enum { BLOB_VERSION = 1, BLOB_ALIGNMENT = 64 };
-#define BLOB_MAGIC 0x53523354u /* "T3RS" */
-
-typedef struct {
-  uint32_t magic;
-  uint32_t version;
-  uint64_t bytes;         // of the whole blob
-  uint64_t nnz;           // kept weights
-  uint64_t stored;        // kept weights and padding
-  uint32_t in_features;   // of every task's first layer
-  uint32_t outputs;       // sum of out_features over the tasks' last layers
-  uint32_t tasks;
-  uint32_t layers;        // over all tasks
-  uint32_t hidden_rows;   // tile rows of the widest layer's output: the scratch memory that a call needs
-  uint32_t reserved[3];
-} BlobHeader;
-
-enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
-
-typedef struct {
-  uint32_t in_features;
-  uint32_t out_features;
-  uint32_t activation;
-  uint32_t is_head;       // 1: the last layer of its task; its result goes to out, the next layer reads x again
-  uint64_t block_slices;  // byte offset of uint32_t[block_count(in_features)]: how many slices each block has
-  uint64_t slices;        // byte offset of Slice[]: block after block
-  uint64_t steps;         // byte offset of Step[]: slice after slice, without gaps
-  uint64_t bias;          // byte offset of float[SLICE_ROWS * block_slices[0]]: in the order of the first block's slices
-} LayerRecord;
 
 // Four output rows that add their kept weights within one block together. A block's rows are sorted by how many they
 // have, so that the four are nearly equal; the shorter ones are padded. The first and the last block name every row,
 // for the bias and the activation; the others leave out slices without a kept weight.
-// Where out_features is no multiple of four, the missing rows have no bias, only padding, and tile row 0: they write
-// zeros onto the row of zeros.
+// Where there is no multiple of four, the missing rows have no bias, only padding, and tile row 0: they write zeros
+// onto the row of zeros.
 // A slice names its rows in 16 bits: the last feature of MAX_OUT_FEATURES stands in tile row 65535.
 enum { SLICE_ROWS = 4, MAX_OUT_FEATURES = 65027 };
 
@@ -90,19 +68,117 @@ typedef struct {
   uint16_t row[SLICE_ROWS];  // tile rows of the output
 } Slice;
 
-// The next kept weight of each row of a slice: 24 bytes, 6 for each weight.
+// F32: the next kept weight of each row of a slice: 24 bytes, 6 for each weight.
 // Row r's offset stands in bits 16r to 16r + 15: one load fetches four of them, for load slots are what runs out.
-// An offset is 64 * (tile row within the block): the distance in bytes at 16 lanes. At 32 and 64 lanes the distance is
-// offset * 2 and offset * 4, which x86 scales while it adds the address, so that one layout serves all lane counts.
+// An offset is 64 * (tile row within the block): the distance in bytes at 16 lanes of float32. At 32 and 64 lanes the
+// distance is offset * 2 and offset * 4, which x86 scales while it adds the address: one layout for all lane counts.
 // Padding is offset 0 (the row of zeros) and weight 0.
 typedef struct {
   uint64_t offsets;
   float weight[SLICE_ROWS];
-} Step;
+} StepF32;
 
-static inline uint64_t step_offset(const Step* step, int row) { return step->offsets >> (16 * row) & 0xffff; }
+// BF16: the next two kept weights of each row: 32 bytes, 4 for each weight. The second of the two stands first, in
+// the low half, because the instruction adds the product of the high halves before that of the low ones. An offset
+// is the distance in bytes at 32 lanes of bfloat16.
+typedef struct {
+  uint64_t offsets[2];              // [0] of the low halves
+  uint16_t weight[SLICE_ROWS][2];
+} StepBf16;
 
-// One layer in canonical CSR. Addresses travel as integers, so that a caller without C can write this as nine int64.
+static inline uint64_t step_offset(uint64_t offsets, int row) { return offsets >> (16 * row) & 0xffff; }
+
+// --- Tables -------------------------------------------------------------------------------------------------------
+//
+// Sixteen output features make a group: they are the lanes of a vector. A step of a group reads one window of
+// neighbouring activations (32 float32, 64 bfloat16, 64 bytes: what one permutation of registers can look up), and
+// adds up to P kept weights of each feature that lie within it (P = 1, 2, 4 for F32, BF16, S8: a vector of 16, 32, 64
+// products). Each feature takes its kept weights by ascending column; a window starts at, or up to a fixed
+// alignment before, the first one still missing in the group. Features that are ahead of the others wait, and their places in the step are padded.
+//
+// Four groups stand together in a bundle, step by step in turn, so that a single row of the batch has four sums under
+// way; the groups after the last whole bundle stand alone. Features of a hidden layer are ordered by how many kept
+// weights they have (see ordering below), so the groups of a bundle are nearly equally long.
+//
+// The activations of one row of the batch stand in one line with a zero in front of every GAP features (16 in
+// F32, 32 in BF16), for the padding to point at, as above: every window holds one. In S8 padding needs none, for
+// 0 * 255 is 0. A line goes on for a whole window after the last activation.
+enum { GROUP = 16, BUNDLE = 4 };
+enum { WINDOW_F32 = 32, WINDOW_BF16 = 64, WINDOW_S8 = 64 };
+enum { GAP_F32 = 16, GAP_BF16 = 32 };
+enum { MAX_ROWS = 16 };  // of the batch in one call of a table kernel
+
+static inline int64_t line_position(int64_t feature, int64_t gap) { return feature + feature / gap + 1; }
+static inline int64_t padded(int64_t features) { return (features + GROUP - 1) / GROUP * GROUP; }
+
+// --- The blob -----------------------------------------------------------------------------------------------------
+//
+// BlobHeader | LayerRecord[layers], task by task | the sections of each layer. Every section starts at a multiple of
+// BLOB_ALIGNMENT bytes from the blob's start, where the records say; the blob's size is a multiple of it too, so that
+// a blob may end right at the end of a page. Little-endian and private to this build: what goes to disk is the
+// canonical CSR. The only writer is lt4rec_prepack; calls check the header and trust the rest.
+//
+// Ordering: the features of a hidden layer stand in descending order of their kept weights, and the next layer's
+// columns are renumbered to match. Inputs and heads keep their order.
+//
+// Sharing: where several tasks keep the same weights of the first layer, their products are formed once. A SHARED
+// layer has 1 + tasks parts of `part_features` features each: what all tasks keep, then what each keeps beside it.
+// A COMBINED layer of a task has no weights: it adds part 0 and the task's own part.
+enum { BLOB_VERSION = 2, BLOB_ALIGNMENT = 64 };
+#define BLOB_MAGIC 0x53523354u /* "T3RS" */
+
+typedef struct {
+  uint32_t magic;
+  uint32_t version;
+  uint64_t bytes;          // of the whole blob
+  uint64_t slice_bytes;    // of these, in sections that only the slices read
+  uint64_t table_bytes;    // of these, in sections that only the tables read
+  uint64_t nnz;            // kept weights, those that tasks share counted once for each
+  uint64_t products;       // a row's multiply-adds: kept weights, shared ones once, without padding
+  uint64_t slice_products; // the same with padding, as the slices form them
+  uint64_t table_products;
+  uint32_t precision;
+  uint32_t in_features;    // of every task's first layer
+  uint32_t outputs;        // sum of out_features over the tasks' last layers
+  uint32_t tasks;
+  uint32_t layers;         // records
+  uint32_t hidden_features;  // of the widest layer's output, shared layers apart; a multiple of GROUP
+  uint32_t shared_features;  // of the shared layer's output; 0 for none
+  uint32_t reserved;
+} BlobHeader;
+
+enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
+enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
+
+typedef struct {
+  uint32_t kind;
+  uint32_t in_features;
+  uint32_t out_features;   // SHARED: of all parts together
+  uint32_t activation;     // SHARED: none
+  uint32_t is_head;        // 1: the last layer of its task; its result goes to out, the next layer reads x again
+  uint32_t part;           // COMBINED: the task's own part
+  uint32_t part_features;  // SHARED and COMBINED; a multiple of GROUP
+  float inverse_scale;     // S8, of the activations that enter: code = round(x * inverse_scale) + zero_point
+  int32_t zero_point;      // S8: 0 to 255
+  uint32_t reserved;
+  uint64_t bias;           // float[padded(out_features)]; zeros where there is none
+  // Slices (F32, BF16; none in COMBINED).
+  uint64_t block_slices;   // uint32_t[block_count(in_features)]: how many slices each block has
+  uint64_t slices;         // Slice[]: block after block
+  uint64_t steps;          // StepF32[] or StepBf16[]: slice after slice, without gaps
+  uint64_t slice_bias;     // float[SLICE_ROWS * block_slices[0]]: in the order of the first block's slices
+  // Tables (none in COMBINED). One element for each step of each group, bundle after bundle.
+  uint64_t bundle_steps;   // uint32_t[]: steps of each bundle
+  uint64_t windows;        // uint32_t[]: the first activation of the step's window
+  uint64_t indices;        // uint8_t[][GROUP * P]: which activation of the window
+  uint64_t weights;        // float[][16], bfloat16[][32] or int8_t[][64]
+  // S8.
+  uint64_t scale;          // float[padded(out_features)]: of the product; not in SHARED
+  uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
+} LayerRecord;
+
+// One layer in canonical CSR. Addresses travel as integers, so that a caller without C can write this as int64s; the
+// scale travels as the bits of a double.
 typedef struct {
   int64_t crow_indices;  // int32_t[out_features + 1]
   int64_t col_indices;   // int32_t[nnz], strictly ascending within a row
@@ -113,35 +189,67 @@ typedef struct {
   int64_t nnz;
   int64_t activation;
   int64_t is_head;
+  double input_scale;    // S8: what one step of the codes of the activations that enter is worth; above 0
+  int64_t input_zero_point;
 } CanonicalLayer;
 
-enum { MESSAGE_BYTES = 256 };
+enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES_S8 = 32768 };
 
-// Checks `layers` and returns the size of their blob in bytes; writes the blob too where `blob` is not null (8-byte
-// aligned, `capacity` bytes). Returns -1 with the reason in `message` [MESSAGE_BYTES] where the layers are not
-// canonical, -2 where memory or capacity does not suffice.
+// Checks `layers` and returns the size of their blob in bytes, which the caller gives back through lt4rec_free.
+// Returns -1 with the reason in `message` [MESSAGE_BYTES] where the layers are not canonical, -2 where memory does not
+// suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-int64_t lt4rec_prepack_f32(const CanonicalLayer* layers, int64_t count, uint8_t* blob, int64_t capacity,
-                           char* message);
+int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, uint8_t** blob, char* message);
+void lt4rec_free(uint8_t* blob);
 
-// The part of the engine that is written once per instruction set. Kernels do not check; prepack does, once.
+// --- The part of the engine that is written once per instruction set ----------------------------------------------
+//
+// Kernels do not check; prepack does, once. No two arguments overlap.
 typedef struct {
   const char* name;
 
   // y = activation(x @ W^T + bias) for one tile, rows of zeros included; sigmoid is left to the caller.
-  // x and y do not overlap, stand at 64-byte boundaries, and have lane_stride(lanes) floats a row.
-  void (*layer_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes);
+  // x and y stand at 64-byte boundaries; x has lane_stride(lanes) values a row, y as many floats.
+  void (*slices_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes);
+  void (*slices_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes);
+
+  // y[r, :] = x[r, :] @ W^T + bias for `rows` (at most MAX_ROWS) rows of the batch; no activation. y has
+  // padded(out_features) values a row; S8 writes the exact sums, from `start`. Strides in elements.
+  void (*table_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
+                    int64_t y_stride);
+  void (*table_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows,
+                     float* y, int64_t y_stride);
+  void (*table_s8)(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows,
+                   int32_t* y, int64_t y_stride);
 
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns; touches nothing else.
   void (*transpose_f32)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                         int64_t to_stride);
+
+  // Element by element, `count` of them; vectorised by the compiler from one source, elementwise.h.
+  void (*widen_bf16)(const uint16_t* from, int64_t count, float* to);
+  void (*round_bf16)(const float* from, int64_t count, uint16_t* to);  // denormals become zeros, NaN stays NaN
+  // to = relu(a + b + bias), or without relu; `b` and `bias` may be null. A line gets its zeros too.
+  void (*add_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to);
+  void (*line_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* line);
+  void (*line_bf16)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, uint16_t* line);
+  // The code of a NaN is 0; returns whether there was one.
+  int (*quantize_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to);
+  // to = (a + b) * scale + bias, as one fused multiply-add; `b` may be null.
+  void (*dequantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                         float* to);
+
+  // From this many rows of the batch on, slices are faster than tables here, as measured.
+  int slices_from_f32, slices_from_bf16;
 } Isa;
 
 extern const Isa lt4rec_isa_scalar;
 #if defined(__x86_64__)
-extern const Isa lt4rec_isa_avx2;
-extern const Isa lt4rec_isa_avx512;
+extern const Isa lt4rec_isa_avx2;         // AVX2, FMA
+extern const Isa lt4rec_isa_avx512;       // and AVX-512 F, VL, BW
+extern const Isa lt4rec_isa_avx512_vnni;  // and VBMI, VNNI: Ice Lake, Zen 4
+extern const Isa lt4rec_isa_avx512_bf16;  // and BF16: Sapphire Rapids, Zen 4
 #endif
 // An ARM file defines lt4rec_isa_neon, and takes its line here and in isa.cpp.
 
@@ -158,12 +266,24 @@ enum {
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
-// out[b, :] = the heads of all tasks for x[b, :], tasks in order. x is [batch, in_features], out [batch, outputs],
-// both row-major with any row stride (in floats); out overlaps neither x nor the blob. `threads` >= 1 is an upper
-// bound. out is undefined where the status is not STATUS_OK.
-int lt4rec_sparse_mlp_f32(const Isa* isa, const uint8_t* blob, int64_t bytes, const float* x, int64_t batch,
-                          int64_t in_features, int64_t x_stride, float* out, int64_t outputs, int64_t out_stride,
-                          int64_t threads);
+// Which path a call takes. AUTO: by batch size. S8 has only tables.
+enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2 };
+
+typedef struct {
+  const void* x;        // float[batch, in_features], or bfloat16
+  int64_t is_bf16;      // whether x is bfloat16
+  int64_t batch;
+  int64_t in_features;
+  int64_t x_stride;     // elements from one row to the next
+  float* out;           // float[batch, outputs]; overlaps neither x nor the blob
+  int64_t outputs;
+  int64_t out_stride;
+  int64_t threads;      // at least 1; an upper bound
+  int64_t path;
+} SparseMlpCall;
+
+// out[b, :] = the heads of all tasks for x[b, :], tasks in order. out is undefined where the status is not STATUS_OK.
+int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t bytes, const SparseMlpCall* call);
 
 #ifdef __cplusplus
 }

@@ -4,7 +4,7 @@
 namespace {
 
 struct SupportedIsas {
-  const Isa* isas[4] = {};  // the last stays null
+  const Isa* isas[6] = {};  // the last stays null
 
   SupportedIsas() {
     int count = 0;
@@ -12,10 +12,15 @@ struct SupportedIsas {
 #if defined(__x86_64__)
     // These builtins also ask whether the operating system saves the registers.
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx2) isas[count++] = &lt4rec_isa_avx2;
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-      isas[count++] = &lt4rec_isa_avx512;
+    bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has) isas[count++] = &lt4rec_isa_avx2;
+    has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512bw");
+    if (has) isas[count++] = &lt4rec_isa_avx512;
+    has = has && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    if (has) isas[count++] = &lt4rec_isa_avx512_vnni;
+    has = has && __builtin_cpu_supports("avx512bf16");
+    if (has) isas[count++] = &lt4rec_isa_avx512_bf16;
 #endif
   }
 };

@@ -55,43 +55,49 @@ PyObject* set_isa(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// prepack_f32(layers, count, blob or 0, capacity) -> bytes
-PyObject* prepack_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[4], bytes;
-  if (!unpack(args, count, a, 4)) return nullptr;
+// prepack(layers, count, precision) -> bytearray
+PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[3], bytes;
+  if (!unpack(args, count, a, 3)) return nullptr;
   char message[MESSAGE_BYTES] = "";
+  uint8_t* blob;
   Py_BEGIN_ALLOW_THREADS;
-  bytes = lt4rec_prepack_f32(address<const CanonicalLayer>(a[0]), a[1], address<uint8_t>(a[2]), a[3], message);
+  bytes = lt4rec_prepack(address<const CanonicalLayer>(a[0]), a[1], a[2], &blob, message);
   Py_END_ALLOW_THREADS;
   if (bytes == -1) PyErr_SetString(PyExc_ValueError, message);
   if (bytes == -2) PyErr_NoMemory();
-  return bytes < 0 ? nullptr : PyLong_FromLongLong(bytes);
+  if (bytes < 0) return nullptr;
+  PyObject* result = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(blob), Py_ssize_t(bytes));
+  lt4rec_free(blob);
+  return result;
 }
 
-// sparse_mlp_f32(blob, bytes, x, batch, in_features, x_stride, out, outputs, out_stride, threads) -> status
-PyObject* sparse_mlp_f32(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[10];
-  if (!unpack(args, count, a, 10)) return nullptr;
+// sparse_mlp(blob, bytes, x, is_bf16, batch, in_features, x_stride, out, outputs, out_stride, threads, path) -> status
+PyObject* sparse_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[12];
+  if (!unpack(args, count, a, 12)) return nullptr;
   const Isa* isa_now = isa_in_force;
+  const SparseMlpCall call{address<const void>(a[2]), a[3], a[4],  a[5],  a[6], address<float>(a[7]),
+                           a[8],                      a[9], a[10], a[11]};
   int status;
   Py_BEGIN_ALLOW_THREADS;
-  status = lt4rec_sparse_mlp_f32(isa_now, address<const uint8_t>(a[0]), a[1], address<const float>(a[2]), a[3], a[4], a[5],
-                                 address<float>(a[6]), a[7], a[8], a[9]);
+  status = lt4rec_sparse_mlp(isa_now, address<const uint8_t>(a[0]), a[1], &call);
   Py_END_ALLOW_THREADS;
   return PyLong_FromLong(status);
 }
 
-// describe(blob, bytes) -> (in_features, outputs, tasks, layers, nnz, stored, bytes), or None for no blob of ours
+// describe(blob, bytes) -> the header's facts in the order of native.py, or None for no blob of ours
 PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t a[2];
   if (!unpack(args, count, a, 2)) return nullptr;
   const auto* blob = address<const uint8_t>(a[0]);
   if (lt4rec_check_blob(blob, a[1]) != STATUS_OK) Py_RETURN_NONE;
-  BlobHeader header;
-  std::memcpy(&header, blob, sizeof(header));
-  return Py_BuildValue("(IIIIKKK)", header.in_features, header.outputs, header.tasks, header.layers,
-                       (unsigned long long)header.nnz, (unsigned long long)header.stored,
-                       (unsigned long long)header.bytes);
+  BlobHeader h;
+  std::memcpy(&h, blob, sizeof(h));
+  using Long = unsigned long long;
+  return Py_BuildValue("(IIIIIKKKKKKK)", h.precision, h.in_features, h.outputs, h.tasks, h.layers, Long(h.nnz),
+                       Long(h.products), Long(h.slice_products), Long(h.table_products), Long(h.bytes),
+                       Long(h.slice_bytes), Long(h.table_bytes));
 }
 
 #define FASTCALL(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL
@@ -100,8 +106,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, nullptr},
     {"supported_isas", supported_isas, METH_NOARGS, nullptr},
     {"set_isa", FASTCALL(set_isa), nullptr},
-    {"prepack_f32", FASTCALL(prepack_f32), nullptr},
-    {"sparse_mlp_f32", FASTCALL(sparse_mlp_f32), nullptr},
+    {"prepack", FASTCALL(prepack), nullptr},
+    {"sparse_mlp", FASTCALL(sparse_mlp), nullptr},
     {"describe", FASTCALL(describe), nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

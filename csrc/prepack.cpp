@@ -1,74 +1,60 @@
-// Canonical CSR -> the prepacked blob of engine.h. The only place that checks what the kernels trust.
+// Arranged layers -> the blob of engine.h: slices, tables, and where they stand.
 #include <algorithm>
-#include <cstdio>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <numeric>
-#include <vector>
 
-#include "engine.h"
+#include "network.h"
 
 namespace {
 
-// The sections of one layer, before they get their place in the blob.
-struct PackedLayer {
+#include "bf16.h"
+
+using lt4rec::Layer;
+using lt4rec::Matrix;
+
+template <class T>
+std::vector<T> padded_copy(const std::vector<T>& values, int64_t features) {
+  std::vector<T> copy(values);
+  copy.resize(size_t(padded(features)));
+  return copy;
+}
+
+// --- Slices -------------------------------------------------------------------------------------------------------
+
+template <class Step>
+struct PackedSlices {
   std::vector<uint32_t> block_slices;
   std::vector<Slice> slices;
   std::vector<Step> steps;
   std::vector<float> bias;
 };
 
-struct Csr {
-  const int32_t* crow_indices;
-  const int32_t* col_indices;
-  const float* values;
-  const float* bias;
+constexpr int64_t kept_per_step(const StepF32*) { return 1; }
+constexpr int64_t kept_per_step(const StepBf16*) { return 2; }
 
-  explicit Csr(const CanonicalLayer& layer)
-      : crow_indices(reinterpret_cast<const int32_t*>(layer.crow_indices)),
-        col_indices(reinterpret_cast<const int32_t*>(layer.col_indices)),
-        values(reinterpret_cast<const float*>(layer.values)),
-        bias(reinterpret_cast<const float*>(layer.bias)) {}
-};
-
-// Writes the reason and returns false where a kernel would read or write out of place.
-bool is_canonical(const CanonicalLayer& layer, int64_t index, char* message) {
-  const auto refuse = [&](const char* what, int64_t at, int64_t got, const char* wanted, int64_t bound) {
-    std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s[%lld]: got %lld, wanted %s %lld", (long long)index, what,
-                  (long long)at, (long long)got, wanted, (long long)bound);
-    return false;
-  };
-  const Csr csr(layer);
-  if (layer.out_features > MAX_OUT_FEATURES) {
-    std::snprintf(message, MESSAGE_BYTES, "layer %lld: out_features: got %lld, wanted at most %d", (long long)index,
-                  (long long)layer.out_features, MAX_OUT_FEATURES);
-    return false;
-  }
-  const int64_t rows = layer.out_features;
-  if (csr.crow_indices[0] != 0) return refuse("crow_indices", 0, csr.crow_indices[0], "exactly", 0);
-  if (csr.crow_indices[rows] != layer.nnz) return refuse("crow_indices", rows, csr.crow_indices[rows], "nnz", layer.nnz);
-  // All row starts before any column: a start out of range would send the column check astray.
-  for (int64_t row = 0; row < rows; ++row)
-    if (csr.crow_indices[row + 1] < csr.crow_indices[row])
-      return refuse("crow_indices", row + 1, csr.crow_indices[row + 1], "at least", csr.crow_indices[row]);
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t least = 0;
-    for (int64_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i) {
-      const int64_t column = csr.col_indices[i];
-      if (column >= layer.in_features) return refuse("col_indices", i, column, "less than in_features", layer.in_features);
-      if (column < least) return refuse("col_indices", i, column, "ascending within its row, at least", least);
-      least = column + 1;
-    }
-  }
-  return true;
+// The `index`-th kept weight of row r of a slice within one block.
+void place(std::vector<StepF32>::iterator steps, int64_t index, int r, uint64_t offset, float value) {
+  steps[index].offsets |= offset << (16 * r);
+  steps[index].weight[r] = value;
+}
+void place(std::vector<StepBf16>::iterator steps, int64_t index, int r, uint64_t offset, float value) {
+  StepBf16& step = steps[index / 2];
+  const int64_t half = 1 - index % 2;  // the first of two stands in the high half
+  step.offsets[half] |= offset << (16 * r);
+  step.weight[r][half] = bf16_of(value);
 }
 
-PackedLayer pack(const CanonicalLayer& layer) {
-  const Csr csr(layer);
-  const int64_t rows = layer.out_features, blocks = block_count(layer.in_features);
-  PackedLayer packed;
-  std::vector<int32_t> begin(csr.crow_indices, csr.crow_indices + rows);  // of each row in the block at hand
-  std::vector<int32_t> end(begin);
+template <class Step>
+PackedSlices<Step> pack_slices(const Layer& layer) {
+  const Matrix& weight = layer.weight;
+  const int64_t rows = weight.rows(), blocks = block_count(weight.columns);
+  constexpr int64_t kKept = kept_per_step(static_cast<const Step*>(nullptr));
+  PackedSlices<Step> packed;
+  std::vector<int64_t> begin(weight.starts.begin(), weight.starts.end() - 1);  // of each row in the block at hand
+  std::vector<int64_t> end(begin);
   // Whole slices; rows past the last have nothing to add.
   std::vector<int64_t> order(size_t((rows + SLICE_ROWS - 1) / SLICE_ROWS * SLICE_ROWS));
   const auto kept = [&](int64_t row) { return row < rows ? end[size_t(row)] - begin[size_t(row)] : 0; };
@@ -76,8 +62,8 @@ PackedLayer pack(const CanonicalLayer& layer) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t past_block = (block + 1) * BLOCK_FEATURES;
     for (int64_t row = 0; row < rows; ++row) {
-      int32_t& i = end[size_t(row)];
-      while (i < csr.crow_indices[row + 1] && csr.col_indices[i] < past_block) ++i;
+      int64_t& i = end[size_t(row)];
+      while (i < weight.starts[size_t(row) + 1] && weight.column[size_t(i)] < past_block) ++i;
     }
     // Descending, so that a slice's first row is its longest; stable, so that one matrix has one blob.
     std::iota(order.begin(), order.end(), 0);
@@ -86,20 +72,19 @@ PackedLayer pack(const CanonicalLayer& layer) {
     uint32_t slices = 0;
     for (size_t first = 0; first < order.size(); first += SLICE_ROWS) {
       Slice slice{};
-      slice.steps = uint16_t(kept(order[first]));
+      slice.steps = uint16_t((kept(order[first]) + kKept - 1) / kKept);
       if (slice.steps == 0 && block != 0 && block != blocks - 1) break;
       const size_t first_step = packed.steps.size();
       packed.steps.resize(first_step + slice.steps, Step{});  // zeros are padding
       for (int r = 0; r < SLICE_ROWS; ++r) {
         const int64_t row = order[first + size_t(r)];
-        if (block == 0) packed.bias.push_back(row < rows && csr.bias ? csr.bias[row] : 0);
+        if (block == 0) packed.bias.push_back(row < int64_t(layer.bias.size()) ? layer.bias[size_t(row)] : 0);
         if (row >= rows) continue;
         slice.row[r] = uint16_t(tile_row(row));
-        for (int32_t j = 0; j < kept(row); ++j) {
-          const int32_t i = begin[size_t(row)] + j;
-          Step& step = packed.steps[first_step + size_t(j)];
-          step.offsets |= uint64_t(64 * (csr.col_indices[i] % BLOCK_FEATURES + 1)) << (16 * r);
-          step.weight[r] = csr.values[i];
+        for (int64_t j = 0; j < kept(row); ++j) {
+          const auto i = size_t(begin[size_t(row)] + j);
+          const auto offset = uint64_t(64 * (weight.column[i] % BLOCK_FEATURES + 1));
+          place(packed.steps.begin() + int64_t(first_step), j, r, offset, weight.value[i]);
         }
       }
       packed.slices.push_back(slice);
@@ -111,78 +96,271 @@ PackedLayer pack(const CanonicalLayer& layer) {
   return packed;
 }
 
-// Hands out the blob's sections in order; writes only where there is a blob to write to.
-class BlobWriter {
- public:
-  explicit BlobWriter(uint8_t* blob) : blob_(blob) {}
+// --- Tables -------------------------------------------------------------------------------------------------------
 
-  template <class T>
-  uint64_t append(const std::vector<T>& section) {
-    const uint64_t at = bytes_;
-    const size_t size = section.size() * sizeof(T);
-    bytes_ += (size + BLOB_ALIGNMENT - 1) / BLOB_ALIGNMENT * BLOB_ALIGNMENT;
-    if (blob_ && size) std::memcpy(blob_ + at, section.data(), size);
-    return at;
-  }
-  uint64_t bytes() const { return bytes_; }
-
- private:
-  uint8_t* blob_;
-  uint64_t bytes_ = 0;
+template <class Weight>
+struct PackedTable {
+  std::vector<uint32_t> bundle_steps;
+  std::vector<uint32_t> windows;
+  std::vector<uint8_t> indices;
+  std::vector<Weight> weights;
 };
 
-uint64_t write_blob(const CanonicalLayer* layers, const std::vector<PackedLayer>& packed, uint8_t* blob) {
+// What a precision's tables look like: places for each feature in a step, the window, the gap between zeros (0: none),
+// and what a window's start is a multiple of. A load across two cache lines costs two; windows of float32 and bfloat16
+// that begin where a line does need a quarter more steps, and took a quarter less time.
+struct TableF32 {
+  using Weight = float;
+  static constexpr int kPlaces = 1, kWindow = WINDOW_F32, kGap = GAP_F32, kAlignment = 16;
+  static float weight(float value) { return value; }
+};
+struct TableBf16 {
+  using Weight = uint16_t;
+  static constexpr int kPlaces = 2, kWindow = WINDOW_BF16, kGap = GAP_BF16, kAlignment = 32;
+  static uint16_t weight(float value) { return bf16_of(value); }
+};
+struct TableS8 {
+  using Weight = int8_t;
+  static constexpr int kPlaces = 4, kWindow = WINDOW_S8, kGap = 0, kAlignment = 16;
+  static int8_t weight(float value) { return int8_t(value); }
+};
+
+template <class Table>
+int64_t position(int64_t feature) {
+  if constexpr (Table::kGap == 0)
+    return feature;
+  else
+    return line_position(feature, Table::kGap);
+}
+
+// One group's steps, before they take turns with the other groups of their bundle.
+template <class Table>
+PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t first_row) {
+  constexpr int kPlaces = Table::kPlaces;
+  PackedTable<typename Table::Weight> packed;
+  size_t at[GROUP], end[GROUP];
+  for (int64_t r = 0; r < GROUP; ++r) {
+    const bool is_row = first_row + r < weight.rows();
+    at[r] = is_row ? size_t(weight.starts[size_t(first_row + r)]) : 0;
+    end[r] = is_row ? size_t(weight.starts[size_t(first_row + r) + 1]) : 0;
+  }
+  for (;;) {
+    int64_t window = INT64_MAX;
+    for (int r = 0; r < GROUP; ++r)
+      if (at[r] < end[r]) window = std::min(window, position<Table>(weight.column[at[r]]));
+    if (window == INT64_MAX) return packed;
+    window -= window % Table::kAlignment;
+    // Where there are gaps, the first zero at or after the window's start.
+    const int64_t zero = Table::kGap ? (Table::kGap + 1 - window % (Table::kGap + 1)) % (Table::kGap + 1) : 0;
+    packed.windows.push_back(uint32_t(window));
+    packed.indices.resize(packed.indices.size() + GROUP * kPlaces, uint8_t(zero));
+    packed.weights.resize(packed.weights.size() + GROUP * kPlaces, 0);
+    uint8_t* indices = &packed.indices[packed.indices.size() - GROUP * kPlaces];
+    auto* weights = &packed.weights[packed.weights.size() - GROUP * kPlaces];
+    for (int r = 0; r < GROUP; ++r) {
+      for (int place = kPlaces - 1; place >= 0; --place) {  // the last place holds the first weight
+        if (at[r] == end[r]) break;
+        const int64_t index = position<Table>(weight.column[at[r]]) - window;
+        if (index >= Table::kWindow) break;
+        indices[r * kPlaces + place] = uint8_t(index);
+        weights[r * kPlaces + place] = Table::weight(weight.value[at[r]]);
+        ++at[r];
+      }
+    }
+  }
+}
+
+template <class Table>
+PackedTable<typename Table::Weight> pack_table(const Matrix& weight) {
+  constexpr size_t kValues = GROUP * Table::kPlaces;
+  PackedTable<typename Table::Weight> packed;
+  const int64_t groups = padded(weight.rows()) / GROUP;
+  for (int64_t first = 0; first < groups;) {
+    const int64_t bundle = groups - first < BUNDLE ? 1 : BUNDLE;
+    std::vector<PackedTable<typename Table::Weight>> parts;
+    size_t steps = 0;
+    for (int64_t group = first; group < first + bundle; ++group) {
+      parts.push_back(pack_group<Table>(weight, group * GROUP));
+      steps = std::max(steps, parts.back().windows.size());
+    }
+    packed.bundle_steps.push_back(uint32_t(steps));
+    for (size_t step = 0; step < steps; ++step) {
+      for (const auto& part : parts) {
+        if (step < part.windows.size()) {
+          packed.windows.push_back(part.windows[step]);
+          packed.indices.insert(packed.indices.end(), &part.indices[step * kValues], &part.indices[step * kValues] + kValues);
+          packed.weights.insert(packed.weights.end(), &part.weights[step * kValues], &part.weights[step * kValues] + kValues);
+        } else {  // a line begins with a zero
+          packed.windows.push_back(0);
+          packed.indices.resize(packed.indices.size() + kValues);
+          packed.weights.resize(packed.weights.size() + kValues);
+        }
+      }
+    }
+    first += bundle;
+  }
+  return packed;
+}
+
+// --- int8 ---------------------------------------------------------------------------------------------------------
+
+// Rows of weights as codes of -127 to 127, and what one step of each is worth. The parts of a shared layer have their
+// scales in common, for the sums of two parts are added as integers.
+std::vector<float> quantize_rows(Matrix& weight, int64_t part_features) {
+  const int64_t rows = weight.rows();
+  std::vector<float> largest(size_t(part_features ? part_features : rows)), scale;
+  for (int64_t row = 0; row < rows; ++row) {
+    float& most = largest[size_t(row) % largest.size()];
+    for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i)
+      most = std::max(most, std::fabs(weight.value[size_t(i)]));
+  }
+  for (float most : largest) scale.push_back(most / 127);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float step = scale[size_t(row) % scale.size()];
+    for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i) {
+      float& value = weight.value[size_t(i)];
+      value = step > 0 ? std::nearbyint(value / step) : 0;
+      value = std::max(-127.0f, std::min(127.0f, value));
+    }
+  }
+  return scale;
+}
+
+std::vector<int32_t> zero_point_sums(const Layer& layer) {
+  std::vector<int32_t> sums;
+  for (int64_t row = 0; row < layer.weight.rows(); ++row) {
+    int32_t sum = 0;
+    for (int64_t i = layer.weight.starts[size_t(row)]; i < layer.weight.starts[size_t(row) + 1]; ++i)
+      sum -= layer.zero_point * int32_t(layer.weight.value[size_t(i)]);
+    sums.push_back(sum);
+  }
+  return sums;
+}
+
+// --- The blob -----------------------------------------------------------------------------------------------------
+
+// Appends section after section, each at its alignment.
+class BlobWriter {
+ public:
+  template <class T>
+  uint64_t append(const std::vector<T>& section) {
+    const uint64_t at = bytes();
+    const size_t size = section.size() * sizeof(T);
+    blob_.resize(blob_.size() + (size + BLOB_ALIGNMENT - 1) / BLOB_ALIGNMENT * BLOB_ALIGNMENT);
+    if (size) std::memcpy(&blob_[at], section.data(), size);
+    return at;
+  }
+  uint64_t bytes() const { return blob_.size(); }
+  std::vector<uint8_t> take() { return std::move(blob_); }
+
+ private:
+  std::vector<uint8_t> blob_;  // the gaps between sections are zeros: equal networks, equal blobs
+};
+
+template <class Step>
+void append_slices(const Layer& layer, BlobWriter& writer, LayerRecord& record, BlobHeader& header) {
+  const PackedSlices<Step> packed = pack_slices<Step>(layer);
+  const uint64_t before = writer.bytes();
+  record.block_slices = writer.append(packed.block_slices);
+  record.slices = writer.append(packed.slices);
+  record.steps = writer.append(packed.steps);
+  record.slice_bias = writer.append(packed.bias);
+  header.slice_bytes += writer.bytes() - before;
+  header.slice_products += packed.steps.size() * SLICE_ROWS * uint64_t(kept_per_step(static_cast<const Step*>(nullptr)));
+}
+
+template <class Table>
+void append_table(const Layer& layer, BlobWriter& writer, LayerRecord& record, BlobHeader& header) {
+  const auto packed = pack_table<Table>(layer.weight);
+  const uint64_t before = writer.bytes();
+  record.bundle_steps = writer.append(packed.bundle_steps);
+  record.windows = writer.append(packed.windows);
+  record.indices = writer.append(packed.indices);
+  record.weights = writer.append(packed.weights);
+  header.table_bytes += writer.bytes() - before;
+  header.table_products += packed.weights.size();
+}
+
+std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, uint64_t nnz) {
   BlobHeader header{};
   header.magic = BLOB_MAGIC;
   header.version = BLOB_VERSION;
+  header.precision = uint32_t(precision);
   header.in_features = uint32_t(layers[0].in_features);
-  header.layers = uint32_t(packed.size());
-  std::vector<uint8_t> front(sizeof(BlobHeader) + packed.size() * sizeof(LayerRecord));
+  header.layers = uint32_t(layers.size());
+  header.nnz = nnz;
   std::vector<LayerRecord> records;
+  std::vector<float> shared_scale;  // of a part's features
 
-  BlobWriter writer(blob);
-  writer.append(front);  // its place; its contents are known last
-  for (size_t i = 0; i < packed.size(); ++i) {
+  BlobWriter writer;
+  // The place of the header and the records, whose contents are known last.
+  writer.append(std::vector<uint8_t>(sizeof(BlobHeader) + layers.size() * sizeof(LayerRecord)));
+  for (Layer& layer : layers) {
     LayerRecord record{};
-    record.in_features = uint32_t(layers[i].in_features);
-    record.out_features = uint32_t(layers[i].out_features);
-    record.activation = uint32_t(layers[i].activation);
-    record.is_head = uint32_t(layers[i].is_head);
-    record.block_slices = writer.append(packed[i].block_slices);
-    record.slices = writer.append(packed[i].slices);
-    record.steps = writer.append(packed[i].steps);
-    record.bias = writer.append(packed[i].bias);
+    record.kind = layer.kind;
+    record.in_features = uint32_t(layer.in_features);
+    record.out_features = uint32_t(layer.out_features);
+    record.activation = layer.activation;
+    record.is_head = layer.is_head;
+    record.part = layer.part;
+    record.part_features = layer.part_features;
+    record.zero_point = layer.zero_point;
+    if (layer.input_scale > 0) record.inverse_scale = float(1 / layer.input_scale);
+    record.bias = writer.append(padded_copy(layer.bias, layer.out_features));
+    header.products += uint64_t(layer.weight.nnz());
+
+    if (precision == PRECISION_S8) {
+      std::vector<float> scale = shared_scale;
+      if (layer.kind != LAYER_COMBINED) {
+        scale = quantize_rows(layer.weight, layer.part_features);
+        for (float& step : scale) step = float(double(step) * layer.input_scale);
+      }
+      if (layer.kind == LAYER_SHARED) shared_scale = scale;
+      record.scale = writer.append(padded_copy(scale, int64_t(scale.size())));
+      if (layer.kind != LAYER_COMBINED) {
+        record.start = writer.append(padded_copy(zero_point_sums(layer), layer.out_features));
+        append_table<TableS8>(layer, writer, record, header);
+      }
+    } else if (layer.kind != LAYER_COMBINED && precision == PRECISION_BF16) {
+      append_slices<StepBf16>(layer, writer, record, header);
+      append_table<TableBf16>(layer, writer, record, header);
+    } else if (layer.kind != LAYER_COMBINED) {
+      append_slices<StepF32>(layer, writer, record, header);
+      append_table<TableF32>(layer, writer, record, header);
+    }
     records.push_back(record);
 
-    header.nnz += uint64_t(layers[i].nnz);
-    header.stored += packed[i].steps.size() * SLICE_ROWS;
-    header.hidden_rows = std::max(header.hidden_rows, uint32_t(tile_rows(record.out_features)));
+    uint32_t& widest = layer.kind == LAYER_SHARED ? header.shared_features : header.hidden_features;
+    widest = std::max(widest, uint32_t(padded(layer.out_features)));
     if (record.is_head) header.outputs += record.out_features, ++header.tasks;
   }
   header.bytes = writer.bytes();
 
-  std::memcpy(front.data(), &header, sizeof(header));
-  std::memcpy(front.data() + sizeof(header), records.data(), records.size() * sizeof(LayerRecord));
-  BlobWriter(blob).append(front);
-  return header.bytes;
+  std::vector<uint8_t> blob = writer.take();
+  std::memcpy(blob.data(), &header, sizeof(header));
+  std::memcpy(blob.data() + sizeof(header), records.data(), records.size() * sizeof(LayerRecord));
+  return blob;
 }
 
 }  // namespace
 
-extern "C" int64_t lt4rec_prepack_f32(const CanonicalLayer* layers, int64_t count, uint8_t* blob, int64_t capacity,
-                                      char* message) {
+extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, uint8_t** blob,
+                                  char* message) {
+  *blob = nullptr;
   try {
-    std::vector<PackedLayer> packed;
+    uint64_t nnz = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (!is_canonical(layers[i], i, message)) return -1;
-      packed.push_back(pack(layers[i]));
+      if (!lt4rec::is_canonical(layers[i], i, precision, message)) return -1;
+      nnz += uint64_t(layers[i].nnz);
     }
-    const auto bytes = int64_t(write_blob(layers, packed, nullptr));
-    if (blob == nullptr) return bytes;
-    if (bytes > capacity) return -2;
-    std::memset(blob, 0, size_t(bytes));  // the gaps between sections too: equal networks, equal blobs
-    return int64_t(write_blob(layers, packed, blob));
+    const std::vector<uint8_t> written = write_blob(lt4rec::arrange(layers, count), precision, nnz);
+    *blob = static_cast<uint8_t*>(std::aligned_alloc(BLOB_ALIGNMENT, written.size()));
+    if (*blob == nullptr) return -2;
+    std::memcpy(*blob, written.data(), written.size());
+    return int64_t(written.size());
   } catch (const std::bad_alloc&) {
     return -2;
   }
 }
+
+extern "C" void lt4rec_free(uint8_t* blob) { std::free(blob); }

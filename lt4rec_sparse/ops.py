@@ -66,11 +66,27 @@ class SparseLayer(NamedTuple):
     activation: str
 
 
-def prepack(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> Tensor | None:
+class Codes(NamedTuple):
+    """How int8 counts the activations that enter a layer: `code = round(x / scale) + zero_point`, within 0 to 255."""
+
+    scale: float  # above 0
+    zero_point: int  # 0 to 255
+
+
+def prepack(
+    tasks: Sequence[Sequence[tuple[SparseLayer, str]]],
+    precision: str = "fp32",
+    codes: Sequence[Sequence[Codes]] | None = None,
+) -> Tensor | None:
     """Make what this machine's sparse MLP kernel wants from the canonical weights; once, at load.
 
     Args:
         tasks: For each task its layers, each with the name of the task whose plane of the weight it reads.
+        precision: "fp32", "bf16" or "int8", as `kernels.native.prepack` defines them.
+        codes: For each task and layer, how its input is counted; for "int8" only, which needs them.
+
+    Raises:
+        ValueError: If there is no such precision, or "int8" comes without codes.
 
     Returns:
         uint8, private to the kernel; or None without the native engine (one warning: the reference serves instead,
@@ -83,7 +99,15 @@ def prepack(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> Tensor | None
             stacklevel=2,
         )
         return None
-    return native.prepack([[_pack_layer(layer, task) for layer, task in layers] for layers in tasks])
+    if precision == "int8" and codes is None:
+        raise ValueError("codes: got None, wanted codes for each task and layer, as int8 needs them")
+    return native.prepack(
+        [
+            [_pack_layer(layer, task, None if codes is None else codes[t][i]) for i, (layer, task) in enumerate(layers)]
+            for t, layers in enumerate(tasks)
+        ],
+        precision,
+    )
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
@@ -93,8 +117,8 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     masked weights would give NaN.
 
     Args:
-        x: `[batch, in_features]`, float32 on the CPU; rows may be strided.
-        prepacked: What `prepack` made, uint8.
+        x: `[batch, in_features]`, float32 or bfloat16 on the CPU; rows may be strided.
+        prepacked: What `prepack` made, uint8; it decides the precision.
         outputs: The sum of the tasks' last `out_features`, as prepacked.
 
     Returns:
@@ -102,12 +126,12 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
 
     Raises:
         ValueError: If `x` is not `[batch, in_features]`.
-        TypeError: If `x` is not float32 on the CPU.
+        TypeError: If `x` is not float32 or bfloat16 on the CPU.
     """
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 on cpu")
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+        raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
 
 
@@ -134,10 +158,20 @@ def sparse_mlp_dense(x: Tensor, tasks: Sequence[Sequence[tuple[SparseLayer, str]
     )
 
 
-def _pack_layer(layer: SparseLayer, task: str) -> native.PackLayer:
+def _pack_layer(layer: SparseLayer, task: str, codes: Codes | None) -> native.PackLayer:
     csr = layer.weight.csr(task)
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-    return native.PackLayer(csr.crow_indices, csr.col_indices, csr.values.float(), bias, csr.shape[1], layer.activation)
+    scale, zero_point = codes or (0.0, 0)
+    return native.PackLayer(
+        csr.crow_indices,
+        csr.col_indices,
+        csr.values.float(),
+        bias,
+        csr.shape[1],
+        layer.activation,
+        scale,
+        zero_point,
+    )
 
 
 def _masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,7 +240,7 @@ torch.library.register_autograd(
 
 def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     rows = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(x.shape[0], outputs)
+    y = x.new_empty(x.shape[0], outputs, dtype=torch.float32)
     native.sparse_mlp(rows, prepacked, y)
     return y
 
@@ -216,7 +250,7 @@ _library.impl("sparse_mlp", _sparse_mlp_cpu, "CPU")
 
 @torch.library.register_fake("lt4rec_sparse::sparse_mlp")
 def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
-    return x.new_empty(x.shape[0], outputs)
+    return x.new_empty(x.shape[0], outputs, dtype=torch.float32)
 
 
 def _sparse_mlp_backward(ctx: Any, dy: Tensor) -> None:

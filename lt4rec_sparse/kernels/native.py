@@ -3,15 +3,17 @@
 The extension is optional at build time. Without it this module still imports, `is_available()` is False and
 `absence_reason()` says why; everything else then raises.
 
-The environment variable `LT4REC_SPARSE_ISA` forces an instruction set (`scalar`, `avx2`, `avx512`) for the process.
+The environment variable `LT4REC_SPARSE_ISA` forces an instruction set for the process: `scalar`, `avx2`, `avx512`,
+`avx512_vnni` (with VBMI), `avx512_bf16` (with both).
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ except ImportError as error:
     _absence_reason = str(error)
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
+PRECISIONS = ("fp32", "bf16", "int8")
+PATHS = ("auto", "tables", "slices")
 
 
 class PackLayer(NamedTuple):
@@ -39,6 +43,9 @@ class PackLayer(NamedTuple):
     bias: Tensor | None  # float32 [out_features]
     in_features: int
     activation: str  # "none", "relu" or "sigmoid"
+    # Of the activations that enter, in int8 only: code = round(x / input_scale) + input_zero_point, within 0 to 255.
+    input_scale: float = 0.0
+    input_zero_point: int = 0
 
 
 def is_available() -> bool:
@@ -76,22 +83,29 @@ def forced_isa(name: str) -> Iterator[None]:
         _force_isa(before)
 
 
-def prepack(tasks: Sequence[Sequence[PackLayer]]) -> Tensor:
+def prepack(tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32") -> Tensor:
     """Lay out the layers of all tasks for the kernels: one blob for every batch size and instruction set.
 
-    The blob is private to this build of the engine and can be copied, but is not for the disk: that takes the
-    canonical format. Its byte specification stands in csrc/engine.h.
+    Where several tasks keep the same weights of the first layer, the blob holds those once, and their products with
+    `x` are formed once. The blob is private to this build of the engine and can be copied, but is not for the disk:
+    that takes the canonical format. Its byte specification stands in csrc/engine.h.
 
     Args:
         tasks: For each task its layers in order; all tasks read the same `x`.
+        precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
+            float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
+            with the layers' input_scale and input_zero_point, summed exactly.
 
     Returns:
         `[bytes]`, uint8.
 
     Raises:
-        ValueError: If a layer is not canonical CSR, or the layers do not chain.
+        ValueError: If a layer is not canonical CSR, the layers do not chain, there is no such precision, or a layer
+            cannot have it (in int8: an input_scale that is not above 0, a weight that is not finite).
     """
     engine = _present()
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if not tasks or not all(tasks):
         raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
     in_features = tasks[0][0].in_features
@@ -105,31 +119,33 @@ def prepack(tasks: Sequence[Sequence[PackLayer]]) -> Tensor:
             rows.append(_canonical_layer(layer, where, is_head=i == len(layers) - 1))
             wanted = layer.crow_indices.numel() - 1
     table = torch.tensor(rows, dtype=torch.int64)
-    size = engine.prepack_f32(table.data_ptr(), len(rows), 0, 0)
-    blob = torch.empty(size, dtype=torch.uint8)
-    engine.prepack_f32(table.data_ptr(), len(rows), blob.data_ptr(), size)
-    return blob
+    blob = engine.prepack(table.data_ptr(), len(rows), PRECISIONS.index(precision))
+    return torch.frombuffer(blob, dtype=torch.uint8).clone()  # the clone is aligned to 64 bytes
 
 
-def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None) -> None:
+def sparse_mlp(
+    x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Literal["auto", "tables", "slices"] = "auto"
+) -> None:
     """Write all tasks' heads for `x` into `out`.
 
-    A row's result depends on that row alone: it is equal to the bit for every batch size, thread count and
-    instruction set. Pruned weights never meet an activation, so they cannot turn its Inf into NaN.
+    A row's result depends on that row alone: it is equal to the bit for every batch size, thread count, path and
+    instruction set. Pruned weights never meet an activation, so they cannot turn its Inf into NaN. In int8 a row with
+    a NaN yields NaN, and an Inf counts as the largest activation there is.
 
     Args:
-        x: `[batch, in_features]`, float32, CPU; rows may be strided, elements of a row not.
+        x: `[batch, in_features]`, float32 or bfloat16, CPU; rows may be strided, elements of a row not.
         prepacked: What `prepack` returned; its contents are trusted.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
+        path: Which of the two kernels for a layer; "auto" takes the faster one for the batch. int8 has only tables.
 
     Raises:
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
         MemoryError: If scratch memory runs out; `out` is undefined then.
     """
     engine = _present()
-    _check_matrix("x", x)
-    _check_matrix("out", out)
+    _check_matrix("x", x, (torch.float32, torch.bfloat16))
+    _check_matrix("out", out, (torch.float32,))
     batch, in_features = x.shape
     outputs = out.shape[1]
     if out.shape[0] != batch:
@@ -141,8 +157,19 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
     elif threads < 1:
         raise ValueError(f"threads: got {threads}, wanted at least 1")
     blob, size = _blob_address(prepacked)
-    status = engine.sparse_mlp_f32(
-        blob, size, x.data_ptr(), batch, in_features, x.stride(0), out.data_ptr(), outputs, out.stride(0), threads
+    status = engine.sparse_mlp(
+        blob,
+        size,
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        batch,
+        in_features,
+        x.stride(0),
+        out.data_ptr(),
+        outputs,
+        out.stride(0),
+        threads,
+        PATHS.index(path),
     )
     if status == engine.STATUS_BAD_BLOB:
         raise ValueError(_NO_BLOB)
@@ -150,14 +177,31 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
         facts = describe(prepacked)
         raise ValueError(
             f"x, out: got in_features {in_features} and outputs {outputs}, "
-            f"wanted {facts['in_features']} and {facts['outputs']}"
+            f"wanted {facts.in_features} and {facts.outputs}"
         )
     if status == engine.STATUS_NO_MEMORY:
         raise MemoryError("no scratch memory for sparse_mlp")
 
 
-def describe(prepacked: Tensor) -> dict[str, int]:
-    """Read a blob's header: in_features, outputs, tasks, layers, nnz, stored (kept and padding), bytes.
+class Prepacked(NamedTuple):
+    """A blob's header."""
+
+    precision: str
+    in_features: int
+    outputs: int
+    tasks: int
+    layers: int  # a layer that tasks share counts once more than they are
+    nnz: int  # kept weights of all tasks
+    products: int  # multiply-adds of one row of the batch: what tasks share counts once
+    slice_products: int  # the same, with padding, on the path for large batches
+    table_products: int  # and on the path for small ones
+    nbytes: int
+    slice_nbytes: int  # of these, read by one path only
+    table_nbytes: int
+
+
+def describe(prepacked: Tensor) -> Prepacked:
+    """Read a blob's header.
 
     Raises:
         ValueError: If `prepacked` is no blob of this build.
@@ -165,7 +209,7 @@ def describe(prepacked: Tensor) -> dict[str, int]:
     facts = _present().describe(*_blob_address(prepacked))
     if facts is None:
         raise ValueError(_NO_BLOB)
-    return dict(zip(("in_features", "outputs", "tasks", "layers", "nnz", "stored", "bytes"), facts, strict=True))
+    return Prepacked(PRECISIONS[facts[0]], *facts[1:])
 
 
 _NO_BLOB = "prepacked: got no blob of this build of the engine, wanted what prepack() returned, 8-byte aligned"
@@ -185,7 +229,7 @@ def _force_isa(name: str) -> None:
 
 
 def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, ...]:
-    """The nine integers of CanonicalLayer in csrc/engine.h, with every length checked; contents are checked there."""
+    """The eleven words of CanonicalLayer in csrc/engine.h, with every length checked; contents are checked there."""
     out_features = layer.crow_indices.numel() - 1
     if layer.in_features < 1 or out_features < 1:
         raise ValueError(
@@ -209,6 +253,8 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         nnz,
         _ACTIVATIONS[layer.activation],
         is_head,
+        *struct.unpack("<q", struct.pack("<d", layer.input_scale)),
+        layer.input_zero_point,
     )
 
 
@@ -222,11 +268,12 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> 
         )
 
 
-def _check_matrix(name: str, tensor: Tensor) -> None:
+def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.ndim != 2:
         raise ValueError(f"{name}: got {tensor.ndim} dimensions, wanted 2")
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted torch.float32 on cpu")
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu":
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted {wanted} on cpu")
     # The stride of a dimension of size 1 means nothing and may be anything.
     if tensor.shape[1] != 1 and tensor.stride(1) != 1:
         raise ValueError(f"{name}: got strides {tensor.stride()}, wanted 1 within a row")

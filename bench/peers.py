@@ -1,0 +1,579 @@
+"""The opponents of the CPU engine: what else runs a pruned MLP on this machine, each at its best and none unchecked.
+
+An opponent gets what helps it. Weights are packed, models compiled and buffers bound before the clock starts, for one
+batch size. bf16 opponents of torch get an `x` that is bf16 already, where every other converts or quantises inside its
+time. int8 ones are calibrated on `x` too, so nothing clips. Sparse ones take the weights' zeros, keep activations as
+`[features, batch]` between layers and may hand back a transposed view.
+
+`peers` finds out which opponents this machine has and says of each other why not:
+
+- The extra `bench` installs onnx, ONNX Runtime, OpenVINO and scipy.
+- SparseProp has no wheel, and its build wants pybind11 beside it: with the environment active,
+  `pip install pybind11 setuptools && pip install --no-build-isolation sparseprop`.
+- DeepSparse (evaluation licence) wants Python 3.8 to 3.11 and an old onnx, so it runs in a Python of its own:
+  `python3.11 -m venv deepsparse && deepsparse/bin/pip install deepsparse 'numpy<2'`, and
+  `LT4REC_BENCH_DEEPSPARSE_PYTHON=deepsparse/bin/python`.
+
+`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` in the environment takes AMX away from torch and from OpenVINO; ONNX Runtime
+(MLAS) has no such switch. `threads` goes to every runtime with a setting of its own; torch's is the caller's
+(`torch.set_num_threads`), SparseProp's is OpenMP's, scipy has one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lt4rec_sparse.stopwatch import Timing, interleaved
+from tests.oracle import UNIT_ROUNDOFF, Bounded, Layer, assert_rounding
+
+Array = NDArray[Any]
+
+DEEPSPARSE_PYTHON = "LT4REC_BENCH_DEEPSPARSE_PYTHON"
+DEEPSPARSE_RUN_S = 0.01  # one command to the other process, whose pipe takes some 50 us, lasts this long
+
+
+class Peer(NamedTuple):
+    """One opponent, ready to be timed on the `x` it was made for."""
+
+    name: str
+    precision: str  # "fp32", "bf16" or "int8"
+    kind: str  # "dense" or "sparse"
+    run: Callable[[], object]  # makes `calls` forward passes
+    scores: Callable[[], Tensor]  # what a pass gives, `[batch, out_features]`
+    calls: int = 1
+
+
+class Absent(NamedTuple):
+    """An opponent that this machine does not have, and why."""
+
+    name: str
+    reason: str
+
+
+class UnavailableError(Exception):
+    """An opponent that is installed in part, or cannot take this MLP."""
+
+
+class WrongError(Exception):
+    """An opponent whose scores are not the MLP's."""
+
+
+class Case(NamedTuple):
+    """What an opponent is made from."""
+
+    layers: Sequence[Layer]
+    x: Tensor
+    threads: int
+    folder: Path  # for models, gone with the opponents
+    stack: ExitStack  # for what must end with the opponents
+
+
+class Made(NamedTuple):
+    """What only its maker knows of a `Peer`."""
+
+    run: Callable[[], object]
+    scores: Callable[[], Tensor]
+    calls: int = 1
+
+
+@contextmanager
+def peers(
+    layers: Sequence[Layer], x: Tensor, threads: int, names: Collection[str] | None = None
+) -> Iterator[tuple[list[Peer], list[Absent]]]:
+    """Make the opponents for one MLP and one batch, check each, and leave nothing running behind them.
+
+    An opponent whose scores are not the MLP's is absent too: its time would say nothing.
+
+    Args:
+        layers: The MLP; pruned weights are zeros in place, `[out_features, in_features]`, float32.
+        x: `[batch, in_features]`, float32, row-major.
+        threads: How many threads a runtime with its own setting gets.
+        names: Of `NAMES`, those to make; None makes all.
+
+    Yields:
+        The opponents found, and those that are not, each with its reason.
+    """
+    present, absent = [], []
+    with ExitStack() as stack:
+        case = Case(layers, x, threads, Path(stack.enter_context(TemporaryDirectory())), stack)
+        references = {precision: reference(layers, x, precision) for precision in ("fp32", "bf16", "int8")}
+        for name in NAMES if names is None else names:
+            precision, kind, make = _MAKERS[name]
+            try:
+                with torch.inference_mode():
+                    peer = Peer(name, precision, kind, *make(case))
+                check(peer, references[precision])
+            except (ImportError, UnavailableError, WrongError) as error:
+                absent.append(Absent(name, str(error)))
+            else:
+                present.append(peer)
+        yield present, absent
+
+
+def check(peer: Peer, expected: Bounded) -> None:
+    """Raise `WrongError` unless every score lies within its bound; `expected` is the `reference` of its precision."""
+    with torch.inference_mode():
+        scores = peer.scores()
+    try:
+        assert_rounding(scores, expected)
+    except AssertionError as error:
+        raise WrongError(f"wrong scores, so not timed: {error}") from None
+
+
+def timings(contestants: Sequence[Peer], **settings: Any) -> dict[str, Timing]:
+    """Time a forward pass of each in interleaved rounds; `settings` are those of `stopwatch.interleaved`."""
+    with torch.inference_mode():
+        measured = interleaved({peer.name: peer.run for peer in contestants}, **settings)
+    return {peer.name: Timing(*(us / peer.calls for us in measured[peer.name])) for peer in contestants}
+
+
+def reference(layers: Sequence[Layer], x: Tensor, precision: str) -> Bounded:
+    """Return the MLP in float64 and how far a correct opponent of this precision may lie from it, elementwise.
+
+    The worst case carried from layer to layer (`tests.oracle.mlp_reference`) is as large as the scores themselves for
+    four wide layers, in fp32 too, so it would accept anything. But roundings are many and independent: where a value v
+    enters the score with slope dy/dv and is off by a uniform error of at most d(v), which is sub-Gaussian with its
+    variance d(v)^2 / 3, to first order
+
+        P(|y - ref64| > 6 sqrt(sum of (dy/dv d(v))^2 / 3)) < 2 exp(-6^2 / 2) = 3e-8,
+
+    with slopes from back propagation. Rounded are x, the weights, the biases, each layer's sum and what its activation
+    makes of it; fp32 and bf16 by d(v) = u |v|, int8 by half a step of 8 bits over the tensor's range. Further there are
+    the k additions of a sum, each at most u_fp32 (|h| @ |W|.T + |b|). Which of these an opponent rounds is its own
+    business; that it is this MLP which was timed is ours.
+    """
+    hs, zs = _forward(layers, x)
+    seen_hs, seen_zs = _forward(layers, _calibration(x))
+    off = partial(_off, precision)
+    variance = torch.zeros_like(hs[-1])
+    for out in range(variance.shape[1]):
+        slope = torch.zeros_like(variance)
+        slope[:, out] = 1
+        for i, layer in reversed(list(enumerate(layers))):
+            weight, bias = layer.weight.double(), _bias(layer).double()
+            magnitude = hs[i].abs() @ weight.abs().T + bias.abs()
+            additions = weight.shape[1] ** 0.5 * UNIT_ROUNDOFF[torch.float32] * magnitude
+            activated = off(hs[i + 1], seen_hs[i + 1]) + _ACTIVATION_ERROR[layer.activation]
+            variance[:, out] += (slope * activated).square().sum(1)
+            slope = slope * _SLOPES[layer.activation](zs[i])
+            sums = off(zs[i], seen_zs[i]).square() + off(bias, bias).square() + additions.square()
+            variance[:, out] += (slope.square() * sums).sum(1)
+            variance[:, out] += (slope.square() @ off(weight, weight).square() * hs[i].square()).sum(1)
+            slope = slope @ weight
+        variance[:, out] += (slope * off(hs[0], seen_hs[0])).square().sum(1)
+    return Bounded(hs[-1], 6 * (variance / 3).sqrt())
+
+
+def _forward(layers: Sequence[Layer], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return x and what every layer makes of it, and every layer's sum, in float64."""
+    hs, zs = [x.double()], []
+    for layer in layers:
+        zs.append(F.linear(hs[-1], layer.weight.double(), _bias(layer).double()))
+        hs.append(_ACTIVATIONS[layer.activation](zs[-1].clone()))
+    return hs, zs
+
+
+def _calibration(x: Tensor) -> Tensor:
+    """Return `x`, so that nothing clips, and for a small batch the same rows with their columns shifted.
+
+    The range of a single row would end at its own score, and a clipped score is right however wrong it was before.
+    """
+    return torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))])
+
+
+def _off(precision: str, values: Tensor, seen: Tensor) -> Tensor:
+    """Return how far rounding takes each value at most, where `seen` gave int8 its range; zero is exact."""
+    if precision == "int8":
+        return _step(seen) / 2 * (values != 0)
+    return UNIT_ROUNDOFF[_DTYPES[precision]] * values.abs()
+
+
+def _step(seen: Tensor) -> Tensor:
+    """Return the step of 8 bits over zero and the range of `seen`."""
+    return ((seen.max().clamp(min=0) - seen.min().clamp(max=0)) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# In place: a float64 caller clones.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "sigmoid": torch.sigmoid_,
+    "none": lambda z: z,
+}
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: (z > 0).double(),
+    "sigmoid": lambda z: z.sigmoid() * (1 - z.sigmoid()),
+    "none": torch.ones_like,
+}
+# 1 / (1 + exp(-z)) is three operations, each within an ulp of 1, and a rational approximation is no better.
+_ACTIVATION_ERROR = {"relu": 0.0, "sigmoid": 3 * 2 * UNIT_ROUNDOFF[torch.float32], "none": 0.0}
+
+
+def _torch(case: Case, dtype: torch.dtype) -> Made:
+    """Chain `F.linear` and in-place activations."""
+    x = case.x.to(dtype)
+    layers = [(w.to(dtype), None if b is None else b.to(dtype), _ACTIVATIONS[a]) for w, b, a in case.layers]
+
+    def run() -> Tensor:
+        h = x
+        for weight, bias, activation in layers:
+            h = activation(F.linear(h, weight, bias))
+        return h
+
+    return Made(run, lambda: run().float())
+
+
+def _onednn(case: Case, dtype: torch.dtype) -> Made:
+    """Chain oneDNN's fused layers on packed weights, as inductor's freezing does."""
+    if not torch.backends.mkldnn.is_available():
+        raise UnavailableError("this torch is built without oneDNN")
+    x, batch = case.x.to(dtype), len(case.x)
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight.default, torch.ops.mkldnn._linear_pointwise.default
+    layers = [(pack(w.to(dtype), batch), None if b is None else b.to(dtype), a) for w, b, a in case.layers]
+
+    def run() -> Tensor:
+        h = x
+        for weight, bias, activation in layers:
+            h = linear(h, weight, bias, activation, [], "")
+        return h
+
+    return Made(run, lambda: run().float())
+
+
+def _mkl(case: Case) -> Made:
+    """Chain MKL's packed sgemm, which inductor's freezing takes for float32."""
+    if not torch.backends.mkl.is_available():
+        raise UnavailableError("this torch is built without MKL")
+    x, batch = case.x, len(case.x)
+    pack, linear = torch.ops.mkl._mkl_reorder_linear_weight.default, torch.ops.mkl._mkl_linear.default
+    layers = [(pack(w, batch), w, b, _ACTIVATIONS[a]) for w, b, a in case.layers]
+
+    def run() -> Tensor:
+        h = x
+        for packed, weight, bias, activation in layers:
+            h = activation(linear(h, packed, weight, bias, batch))
+        return h
+
+    return Made(run, run)
+
+
+def _torch_csr(case: Case) -> Made:
+    """Chain torch's CSR (MKL's, where torch has it); int32 indices, since int64 are twice the bytes to read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        dense = [layer.weight.to_sparse_csr() for layer in case.layers]
+        weights = [
+            torch.sparse_csr_tensor(
+                w.crow_indices().int(), w.col_indices().int(), w.values(), w.shape, check_invariants=False
+            )
+            for w in dense
+        ]
+    single = len(case.x) == 1  # a matrix-vector product is a kernel of its own, and twice as fast
+    multiply = torch.addmv if single else torch.addmm
+    biases = [_bias(layer) if single else _bias(layer)[:, None] for layer in case.layers]
+    layers = list(zip(weights, biases, (_ACTIVATIONS[layer.activation] for layer in case.layers), strict=True))
+
+    def run() -> Tensor:
+        h = case.x[0] if single else case.x.t().contiguous()  # [features, batch]
+        for weight, bias, activation in layers:
+            h = activation(multiply(bias, weight, h))
+        return h[None] if single else h.t()
+
+    return Made(run, run)
+
+
+def _onnxruntime(case: Case, model: Callable[[Case], Path]) -> Made:
+    """Run a session with both ends bound, which leaves no tensor to make in a call."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    # Its threads spin while a call lasts, and not into the next contestant's time.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
+    y = _result(case)
+    ends = ort.OrtValue.ortvalue_from_numpy(case.x.numpy()), ort.OrtValue.ortvalue_from_numpy(y)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ends[0])
+    binding.bind_ortvalue_output("y", ends[1])
+    run = partial(session.run_with_iobinding, binding)
+    return Made(run, lambda: _after(run, ends[1].numpy()))
+
+
+def _openvino(case: Case, model: Callable[[Case], Path], precision: str) -> Made:
+    """Run one request for ever, on memory it shares with us."""
+    import openvino as ov
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": case.threads,
+        "NUM_STREAMS": 1,
+    }
+    request = ov.Core().compile_model(model(case), "CPU", settings).create_infer_request()
+    y = _result(case)
+    # The request does not keep what it is given: who holds `ends` keeps the memory.
+    ends = ov.Tensor(case.x.numpy(), shared_memory=True), ov.Tensor(y, shared_memory=True)
+    request.set_input_tensor(ends[0])
+    request.set_output_tensor(ends[1])
+    run = partial(request.infer, share_outputs=True)
+    return Made(run, lambda: _after(run, ends[1].data))
+
+
+def _after(run: Callable[[], object], y: Array) -> Tensor:
+    run()
+    return torch.from_numpy(y.copy())
+
+
+def _result(case: Case) -> Array:
+    return np.full((len(case.x), len(case.layers[-1].weight)), np.nan, dtype=np.float32)
+
+
+def _gemm_model(case: Case) -> Path:
+    """Write the MLP as float32 Gemms of a fixed batch, which OpenVINO takes better than an open one."""
+    from onnx import helper
+
+    nodes: list[Any] = []
+    constants: dict[str, Any] = {}
+    h = "x"
+    for i, layer in enumerate(case.layers):
+        terms = {f"weight{i}": layer.weight} | ({} if layer.bias is None else {f"bias{i}": layer.bias})
+        constants |= {name: term.numpy() for name, term in terms.items()}
+        nodes.append(helper.make_node("Gemm", [h, *terms], [f"z{i}"], transB=1))
+        nodes.append(helper.make_node(_ONNX[layer.activation], [f"z{i}"], [f"h{i}"]))
+        h = f"h{i}"
+    return _save(case, "gemm", nodes, constants)
+
+
+def _int8_model(case: Case) -> Path:
+    """Quantise `_gemm_model` statically: u8 activations, s8 weights a scale a row, as QuantizeLinear pairs (QDQ)."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quant_pre_process,
+        quantize_static,
+    )
+
+    class Rows(CalibrationDataReader):
+        """The calibration rows, a batch at a time: the model's batch is fixed."""
+
+        def __init__(self) -> None:
+            self.rows = iter([{"x": rows.numpy()} for rows in _calibration(case.x).split(len(case.x))])
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self.rows, None)
+
+    prepared, path = case.folder / "prepared.onnx", case.folder / "int8.onnx"
+    if not path.exists():
+        quant_pre_process(_gemm_model(case), prepared, skip_optimization=True, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            path,
+            Rows(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+    return path
+
+
+def _integer_model(case: Case) -> Path:
+    """Write the MLP as SparseML exports it, the one int8 graph that DeepSparse runs sparse.
+
+    A layer is QuantizeLinear, MatMulInteger, an int32 Add, Cast and Mul; weights have one scale a matrix. Any other
+    graph of the same MLP falls back to the dense ONNX Runtime that is built into it.
+    """
+    from onnx import TensorProto, helper
+
+    nodes: list[Any] = []
+    constants: dict[str, Any] = {}
+    h = "x"
+    for i, (layer, values) in enumerate(zip(case.layers, _forward(case.layers, _calibration(case.x))[0], strict=False)):
+        step = _step(values).item()
+        weight_step = max(layer.weight.abs().max().item() / 127, float(np.finfo(np.float32).tiny))
+        constants |= {
+            f"step{i}": np.float32(step),
+            f"zero{i}": np.uint8(round(-min(values.min().item(), 0.0) / step)),
+            f"weight{i}": np.ascontiguousarray((layer.weight / weight_step).round().to(torch.int8).t().numpy()),
+            f"weight_zero{i}": np.int8(0),
+            f"bias{i}": (_bias(layer).double() / (step * weight_step)).round().to(torch.int32).numpy(),
+            f"scale{i}": np.float32(step * weight_step),
+        }
+        nodes += [
+            helper.make_node("QuantizeLinear", [h, f"step{i}", f"zero{i}"], [f"q{i}"]),
+            helper.make_node("MatMulInteger", [f"q{i}", f"weight{i}", f"zero{i}", f"weight_zero{i}"], [f"product{i}"]),
+            helper.make_node("Add", [f"product{i}", f"bias{i}"], [f"sum{i}"]),
+            helper.make_node("Cast", [f"sum{i}"], [f"cast{i}"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"cast{i}", f"scale{i}"], [f"z{i}"]),
+            helper.make_node(_ONNX[layer.activation], [f"z{i}"], [f"h{i}"]),
+        ]
+        h = f"h{i}"
+    return _save(case, "integer", nodes, constants)
+
+
+_ONNX = {"relu": "Relu", "sigmoid": "Sigmoid", "none": "Identity"}
+
+
+def _save(case: Case, name: str, nodes: list[Any], constants: dict[str, Any]) -> Path:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes[-1].output[0] = "y"
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, list(case.x.shape)),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(case.x), len(case.layers[-1].weight)]),
+    ]
+    initializers = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    graph = helper.make_graph(nodes, name, ends[:1], ends[1:], initializers)
+    # The newest versions that DeepSparse 1.8 reads; nothing newer is of use here.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path = case.folder / f"{name}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def _bias(layer: Layer) -> Tensor:
+    return torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+
+
+def _scipy_csr(case: Case) -> Made:
+    """Chain scipy's CSR times dense."""
+    from scipy.sparse import csr_array
+
+    weights = [csr_array(layer.weight.numpy()) for layer in case.layers]
+    biases = [_bias(layer).numpy()[:, None] for layer in case.layers]
+
+    def multiply(i: int, h: Array) -> Array:
+        z = weights[i] @ h
+        z += biases[i]
+        return z
+
+    return _transposed(case, multiply)
+
+
+def _sparseprop(case: Case) -> Made:
+    """Chain SparseProp's forward kernel bare: its module would transpose the activations at every layer."""
+    from scipy.sparse import csr_array
+    from sparseprop import backend
+
+    weights = [csr_array(layer.weight.numpy()) for layer in case.layers]
+    biases = [_bias(layer).numpy()[:, None] for layer in case.layers]
+
+    def multiply(i: int, h: Array) -> Array:
+        w, z = weights[i], np.repeat(biases[i], h.shape[1], axis=1)
+        backend.sparse_linear_vectorized_forward(h, w.indptr, w.indices, w.data, z)  # adds to z
+        return z
+
+    return _transposed(case, multiply)
+
+
+def _transposed(case: Case, multiply: Callable[[int, Array], Array]) -> Made:
+    """Chain `multiply(layer, h) -> z` on `[features, batch]`."""
+    from scipy.special import expit
+
+    in_place: dict[str, Callable[[Array], object]] = {
+        "relu": lambda z: np.maximum(z, 0, out=z),
+        "sigmoid": lambda z: expit(z, out=z),
+        "none": lambda z: z,
+    }
+    activations = [in_place[layer.activation] for layer in case.layers]
+
+    def run() -> Array:
+        h = np.ascontiguousarray(case.x.numpy().T)
+        for i, activation in enumerate(activations):
+            h = multiply(i, h)
+            activation(h)
+        return h.T
+
+    return Made(run, lambda: torch.from_numpy(run().copy()))
+
+
+def _deepsparse(case: Case, model: Callable[[Case], Path]) -> Made:
+    """Run DeepSparse in its own Python; a command there is many calls, so that the pipe is not in the time."""
+    python = os.environ.get(DEEPSPARSE_PYTHON, "")
+    if shutil.which(python) is None:
+        raise UnavailableError(f"{DEEPSPARSE_PYTHON} names no Python that has DeepSparse: got {python!r}")
+    path = model(case)
+    x, y, log = (path.with_suffix(suffix) for suffix in (".x.npy", ".y.npy", ".log"))
+    np.save(x, case.x.numpy())
+    child = case.stack.enter_context(
+        subprocess.Popen(
+            [python, "-c", _DEEPSPARSE, str(path), str(x), str(y), str(case.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=case.stack.enter_context(log.open("w")),
+            env=os.environ | {"NM_DISABLE_ANALYTICS": "True"},
+            text=True,
+        )
+    )
+    assert child.stdin is not None and child.stdout is not None
+    commands, answers = child.stdin, child.stdout
+    if not answers.readline():
+        last = log.read_text().strip().rpartition("\n")[2]
+        raise UnavailableError(f"DeepSparse's Python ended with code {child.wait()}: {last}")
+
+    def run(calls: int) -> None:
+        print(calls, file=commands, flush=True)
+        if not answers.readline():
+            raise RuntimeError(f"DeepSparse's Python ended with code {child.wait()}")
+
+    start = time.perf_counter()
+    run(8)
+    calls = max(1, round(DEEPSPARSE_RUN_S * 8 / (time.perf_counter() - start)))
+    return Made(partial(run, calls), lambda: torch.from_numpy(np.load(y)), calls)
+
+
+# Ends when its stdin does. The engine prints a banner where the answers go, unless it is led away.
+_DEEPSPARSE = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import deepsparse, numpy
+model, x, y, threads = sys.argv[1:]
+x = [numpy.load(x)]
+engine = deepsparse.Engine(model, batch_size=len(x[0]), num_cores=int(threads))
+numpy.save(y, engine.run(x)[0])
+print("ready", file=answers, flush=True)
+for calls in sys.stdin:
+    for _ in range(int(calls)):
+        engine.run(x, val_inp=False)
+    print("done", file=answers, flush=True)
+"""
+
+_MAKERS: dict[str, tuple[str, str, Callable[[Case], Made]]] = {
+    "torch fp32": ("fp32", "dense", partial(_torch, dtype=torch.float32)),
+    "mkl fp32": ("fp32", "dense", _mkl),
+    "onednn fp32": ("fp32", "dense", partial(_onednn, dtype=torch.float32)),
+    "onnxruntime fp32": ("fp32", "dense", partial(_onnxruntime, model=_gemm_model)),
+    "openvino fp32": ("fp32", "dense", partial(_openvino, model=_gemm_model, precision="f32")),
+    "torch bf16": ("bf16", "dense", partial(_torch, dtype=torch.bfloat16)),
+    "onednn bf16": ("bf16", "dense", partial(_onednn, dtype=torch.bfloat16)),
+    "openvino bf16": ("bf16", "dense", partial(_openvino, model=_gemm_model, precision="bf16")),
+    "onnxruntime int8": ("int8", "dense", partial(_onnxruntime, model=_int8_model)),
+    "openvino int8": ("int8", "dense", partial(_openvino, model=_int8_model, precision="f32")),
+    "torch csr fp32": ("fp32", "sparse", _torch_csr),
+    "scipy csr fp32": ("fp32", "sparse", _scipy_csr),
+    "sparseprop fp32": ("fp32", "sparse", _sparseprop),
+    "deepsparse fp32": ("fp32", "sparse", partial(_deepsparse, model=_gemm_model)),
+    "deepsparse int8": ("int8", "sparse", partial(_deepsparse, model=_integer_model)),
+}
+NAMES = tuple(_MAKERS)

@@ -1,0 +1,80 @@
+// What happens between layers, element by element: plain loops that the compiler vectorises for the ISA file that
+// includes this, as it does slices.h. Fused multiply-adds are written out and nothing else is fused (the build says
+// -ffp-contract=off), so every ISA rounds alike.
+
+#include "bf16.h"
+
+// As torch.relu: a NaN passes.
+inline float relu(float v) { return 0.0f > v ? 0.0f : v; }
+
+void widen_bf16(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float_of(uint32_t{from[i]} << 16);
+}
+
+void round_bf16(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = bf16_of(from[i]);
+}
+
+// The four cases are four loops: a test inside would keep the compiler from vectorising.
+template <class Store>
+inline void add(const float* a, const float* b, const float* bias, int64_t count, bool has_relu, Store store) {
+  if (b && bias) {
+    for (int64_t i = 0; i < count; ++i) store(i, has_relu ? relu(a[i] + b[i] + bias[i]) : a[i] + b[i] + bias[i]);
+  } else if (b) {
+    for (int64_t i = 0; i < count; ++i) store(i, has_relu ? relu(a[i] + b[i]) : a[i] + b[i]);
+  } else if (bias) {
+    for (int64_t i = 0; i < count; ++i) store(i, has_relu ? relu(a[i] + bias[i]) : a[i] + bias[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) store(i, has_relu ? relu(a[i]) : a[i]);
+  }
+}
+
+void add_f32(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
+  add(a, b, bias, count, has_relu, [to](int64_t i, float v) { to[i] = v; });
+}
+
+// The features between two gaps at a time, each time with the zero in front of them; and the zero after the last.
+template <int64_t kGap, class T, class Convert>
+inline void add_line(const float* a, const float* b, const float* bias, int64_t count, bool has_relu, T* line,
+                     Convert convert) {
+  const auto part = [=](int64_t first, int64_t size) {
+    T* to = line + line_position(first, kGap);
+    to[-1] = 0;
+    add(a + first, b ? b + first : nullptr, bias ? bias + first : nullptr, size, has_relu,
+        [=](int64_t i, float v) { to[i] = convert(v); });
+  };
+  int64_t first = 0;
+  for (; first + kGap <= count; first += kGap) part(first, kGap);
+  if (first < count) part(first, count - first), first += kGap;
+  line[line_position(first, kGap) - 1] = 0;
+}
+
+void line_f32(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* line) {
+  add_line<GAP_F32>(a, b, bias, count, has_relu, line, [](float v) { return v; });
+}
+
+void line_bf16(const float* a, const float* b, const float* bias, int64_t count, int has_relu, uint16_t* line) {
+  add_line<GAP_BF16>(a, b, bias, count, has_relu, line, [](float v) { return bf16_of(v); });
+}
+
+// A NaN fails the first comparison and becomes 0; infinities end at the ends.
+int quantize_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
+  const auto zero = float(zero_point);
+  int nans = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = from[i], code = __builtin_rintf(v * inverse_scale) + zero;
+    const float above = code > 0 ? code : 0;
+    to[i] = uint8_t(int32_t(above < 255 ? above : 255));
+    nans |= v != v;
+  }
+  return nans;
+}
+
+void dequantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                    float* to) {
+  if (b) {
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(float(a[i] + b[i]), scale[i], bias[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(float(a[i]), scale[i], bias[i]);
+  }
+}

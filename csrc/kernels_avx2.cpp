@@ -1,0 +1,190 @@
+// Eight floats a register, sixteen registers. Two rows of a slice of 32 lanes at a time; windows are read by gathers
+// and byte shuffles.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels_avx2.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace {
+
+struct Ymm {
+  using Type = __m256;
+  static constexpr int kWidth = 8;
+  static Type load(const float* p) { return _mm256_load_ps(p); }
+  static void store(float* p, Type v) { _mm256_store_ps(p, v); }
+  static Type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+  // max returns its second operand where one is NaN: in this order NaN passes, as through torch.relu.
+  static Type relu(Type v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static Type load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Type broadcast_bf16(uint16_t v) { return _mm256_castsi256_ps(_mm256_set1_epi32(int32_t(uint32_t{v} << 16))); }
+};
+
+// Sixteen sums in two registers.
+struct Floats {
+  __m256 low, high;
+};
+struct Words {
+  __m256i low, high;
+};
+
+__m256i bytes_to_words(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+Floats load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+void store_floats(float* p, const Floats& v) {
+  _mm256_storeu_ps(p, v.low);
+  _mm256_storeu_ps(p + 8, v.high);
+}
+
+struct TableF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = Floats;
+  struct Operands {
+    Words index;
+    Floats weight;
+  };
+  static constexpr int64_t kIndexBytes = GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return load_floats(p); }
+  static void store_sum(float* p, const Sum& v) { store_floats(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    return {{bytes_to_words(indices), bytes_to_words(indices + 8)},
+            load_floats(reinterpret_cast<const float*>(weights))};
+  }
+  static Sum add(const Sum& sum, const float* window, const Operands& o) {
+    return {_mm256_fmadd_ps(o.weight.low, _mm256_i32gather_ps(window, o.index.low, 4), sum.low),
+            _mm256_fmadd_ps(o.weight.high, _mm256_i32gather_ps(window, o.index.high, 4), sum.high)};
+  }
+};
+
+// A pair of bfloat16 weights is one 32-bit word, a pair of indices one of 16 bits. A gather fetches the activation at
+// the index and its right neighbour, which the shift drops.
+struct TableBf16 {
+  using Activation = uint16_t;
+  using Value = float;
+  using Sum = Floats;
+  struct Operands {
+    Words index, weight;
+  };
+  static constexpr int64_t kIndexBytes = 2 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return load_floats(p); }
+  static void store_sum(float* p, const Sum& v) { store_floats(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    const auto* index = reinterpret_cast<const __m128i*>(indices);
+    const auto* weight = reinterpret_cast<const __m256i*>(weights);
+    return {{_mm256_cvtepu16_epi32(_mm_loadu_si128(index)), _mm256_cvtepu16_epi32(_mm_loadu_si128(index + 1))},
+            {_mm256_loadu_si256(weight), _mm256_loadu_si256(weight + 1)}};
+  }
+  static __m256 look_up(const uint16_t* window, __m256i index) {
+    const __m256i pairs = _mm256_i32gather_epi32(reinterpret_cast<const int*>(window), index, 2);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  }
+  static __m256 add(__m256 sum, const uint16_t* window, __m256i index, __m256i weight) {
+    const __m256 first = _mm256_castsi256_ps(_mm256_and_si256(weight, _mm256_set1_epi32(int(0xffff0000))));
+    const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(weight, 16));
+    sum = _mm256_fmadd_ps(first, look_up(window, _mm256_srli_epi32(index, 8)), sum);
+    return _mm256_fmadd_ps(second, look_up(window, _mm256_and_si256(index, _mm256_set1_epi32(0xff))), sum);
+  }
+  static Sum add(const Sum& sum, const uint16_t* window, const Operands& o) {
+    return {add(sum.low, window, o.index.low, o.weight.low), add(sum.high, window, o.index.high, o.weight.high)};
+  }
+};
+
+// The window of 64 bytes is four tables of sixteen, of which a byte shuffle looks up one. It yields 0 where the index
+// has its high bit set, which (index ^ 16 t) + 0x70 has unless the index points into table t.
+// Products go through 16-bit words: the 8-bit multiply-add saturates.
+struct TableS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = Words;
+  struct Operands {
+    Words index, weight;
+  };
+  static constexpr int64_t kIndexBytes = 4 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const int32_t* p) {
+    const auto* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+  }
+  static void store_sum(int32_t* p, const Sum& v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, v.high);
+  }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    const auto *index = reinterpret_cast<const __m256i*>(indices), *weight = reinterpret_cast<const __m256i*>(weights);
+    return {{_mm256_loadu_si256(index), _mm256_loadu_si256(index + 1)},
+            {_mm256_loadu_si256(weight), _mm256_loadu_si256(weight + 1)}};
+  }
+  static __m256i add(__m256i sum, const uint8_t* window, __m256i index, __m256i weight) {
+    __m256i codes = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(window) + t);
+      const __m256i within = _mm256_add_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(char(16 * t))),
+                                             _mm256_set1_epi8(0x70));
+      codes = _mm256_or_si256(codes, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), within));
+    }
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(weight, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(weight, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  }
+  static Sum add(const Sum& sum, const uint8_t* window, const Operands& o) {
+    return {add(sum.low, window, o.index.low, o.weight.low), add(sum.high, window, o.index.high, o.weight.high)};
+  }
+};
+
+#include "elementwise.h"
+#include "slices.h"
+#include "table.h"
+#include "transpose_avx.h"
+
+void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 8: return add_slices<SlicesF32, Ymm, 1, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesF32, Ymm, 2, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesF32, Ymm, 4, 2>(blob, layer, x, y);
+    default: return add_slices<SlicesF32, Ymm, 8, 1>(blob, layer, x, y);
+  }
+}
+
+void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+  if (lanes == 32) return add_slices<SlicesBf16, Ymm, 4, 2>(blob, layer, x, y);
+  return add_slices<SlicesBf16, Ymm, 8, 1>(blob, layer, x, y);
+}
+
+void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
+               int64_t y_stride) {
+  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
+                int64_t y_stride) {
+  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+}  // namespace
+
+extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride,
+                                     int rows, int32_t* y, int64_t y_stride) {
+  run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
+extern "C" const Isa lt4rec_isa_avx2 = {
+    "avx2",     slices_f32, slices_bf16, table_f32, table_bf16,  lt4rec_table_s8_avx2, transpose_f32, widen_bf16,
+    round_bf16, add_f32,    line_f32,    line_bf16, quantize_u8, dequantize_s32,
+    /*slices_from_f32=*/3, /*slices_from_bf16=*/9};
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,215 @@
+// Sixteen floats a register, thirty-two registers: a whole slice of 64 lanes in sixteen accumulators.
+//
+// Built three times, each a superset of the one before: kernels_avx512.cpp, kernels_avx512_vnni.cpp,
+// kernels_avx512_bf16.cpp say which instructions there are.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels_avx2.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target(LT4REC_TARGET))), apply_to = function)
+#else
+#define LT4REC_PRAGMA(words) _Pragma(#words)
+#define LT4REC_PRAGMA_OF(words) LT4REC_PRAGMA(words)
+LT4REC_PRAGMA_OF(GCC target(LT4REC_TARGET))
+#endif
+
+namespace {
+
+struct Zmm {
+  using Type = __m512;
+  static constexpr int kWidth = 16;
+  static Type load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Type v) { _mm512_store_ps(p, v); }
+  static Type broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
+  // max returns its second operand where one is NaN: in this order NaN passes, as through torch.relu.
+  // The mask is full, and spares a false warning: GCC 12 builds the plain form on an undefined register.
+  static Type relu(Type v) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), v); }
+  static Type load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+  }
+  static Type broadcast_bf16(uint16_t v) { return _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(uint32_t{v} << 16))); }
+};
+
+// Eight lanes need half a register: the narrow one loads on more ports, and costs half on CPUs that split the wide.
+struct Ymm {
+  using Type = __m256;
+  static constexpr int kWidth = 8;
+  static Type load(const float* p) { return _mm256_load_ps(p); }
+  static void store(float* p, Type v) { _mm256_store_ps(p, v); }
+  static Type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+  static Type relu(Type v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+};
+
+struct TableF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = __m512;
+  struct Operands {
+    __m512i index;
+    __m512 weight;
+  };
+  static constexpr int64_t kIndexBytes = GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Sum v) { _mm512_storeu_ps(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(indices));
+    return {_mm512_maskz_cvtepu8_epi32(0xffff, index), _mm512_loadu_ps(weights)};
+  }
+  static Sum add(Sum sum, const float* window, const Operands& o) {
+    const __m512 x = _mm512_permutex2var_ps(_mm512_loadu_ps(window), o.index, _mm512_loadu_ps(window + 16));
+    return _mm512_fmadd_ps(o.weight, x, sum);
+  }
+};
+
+struct TableBf16 {
+  using Activation = uint16_t;
+  using Value = float;
+  using Sum = __m512;
+  struct Operands {
+    __m512i index, weight;
+  };
+  static constexpr int64_t kIndexBytes = 2 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Sum v) { _mm512_storeu_ps(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices))),
+            _mm512_loadu_si512(weights)};
+  }
+  static __m512i look_up(const uint16_t* window, const Operands& o) {
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(window), o.index, _mm512_loadu_si512(window + 32));
+  }
+#ifdef LT4REC_HAS_BF16
+  static Sum add(Sum sum, const uint16_t* window, const Operands& o) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(look_up(window, o)), reinterpret_cast<__m512bh>(o.weight));
+  }
+#else
+  static __m512 high(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  static __m512 low(__m512i v) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, v, 16)); }
+  static Sum add(Sum sum, const uint16_t* window, const Operands& o) {
+    const __m512i x = look_up(window, o);
+    return _mm512_fmadd_ps(low(o.weight), low(x), _mm512_fmadd_ps(high(o.weight), high(x), sum));
+  }
+#endif
+};
+
+#ifdef LT4REC_HAS_VNNI
+// One permutation looks up 64 codes, one dot product adds 64 products: two instructions for each row of the batch.
+struct TableS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = __m512i;
+  struct Operands {
+    __m512i index, weight;
+  };
+  static constexpr int64_t kIndexBytes = 4 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_sum(int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    return {_mm512_loadu_si512(indices), _mm512_loadu_si512(weights)};
+  }
+  static Sum add(Sum sum, const uint8_t* window, const Operands& o) {
+    const __m512i codes = _mm512_maskz_permutexvar_epi8(~__mmask64{0}, o.index, _mm512_loadu_si512(window));
+    return _mm512_dpbusd_epi32(sum, codes, o.weight);
+  }
+};
+#endif
+
+#include "elementwise.h"
+#include "slices.h"
+#include "table.h"
+#include "transpose_avx.h"
+
+void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 8: return add_slices<SlicesF32, Ymm, 1, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesF32, Zmm, 1, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesF32, Zmm, 2, 4>(blob, layer, x, y);
+    default: return add_slices<SlicesF32, Zmm, 4, 4>(blob, layer, x, y);
+  }
+}
+
+#ifdef LT4REC_HAS_BF16
+// Both weights of a step in one instruction. Interleaving two tile rows leaves the lanes of each pair of accumulators
+// in the order lanes 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, 20-23, 28-31, which the last pass puts right.
+struct PairsBf16 {
+  using Step = StepBf16;
+  using Activation = uint16_t;
+
+  template <class Vector, int kVectors, int kStride>
+  __attribute__((always_inline)) static void add(const Step& step, int r, const uint16_t* x_block, __m512* sum) {
+    const auto* block = reinterpret_cast<const char*>(x_block);
+    const char* second = block + step_offset(step.offsets[0], r) * (kStride / 32);
+    const char* first = block + step_offset(step.offsets[1], r) * (kStride / 32);
+    int32_t weights;
+    __builtin_memcpy(&weights, step.weight[r], sizeof(weights));
+    const auto weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(weights));
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v += 2) {
+      const __m512i a = _mm512_load_si512(second + 32 * v), b = _mm512_load_si512(first + 32 * v);
+      sum[v] = _mm512_dpbf16_ps(sum[v], reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)), weight);
+      sum[v + 1] = _mm512_dpbf16_ps(sum[v + 1], reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(a, b)), weight);
+    }
+  }
+};
+
+void restore_lanes(float* y, int64_t values) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (float* p = y; p < y + values; p += 32) {
+    const __m512 a = _mm512_load_ps(p), b = _mm512_load_ps(p + 16);
+    _mm512_store_ps(p, _mm512_permutex2var_ps(a, low, b));
+    _mm512_store_ps(p + 16, _mm512_permutex2var_ps(a, high, b));
+  }
+}
+
+void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+  if (lanes == 32)
+    add_slices<PairsBf16, Zmm, 2, 4>(blob, layer, x, y);
+  else
+    add_slices<PairsBf16, Zmm, 4, 4>(blob, layer, x, y);
+  restore_lanes(y, tile_rows(layer->out_features) * lanes);
+}
+#else
+void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+  if (lanes == 32) return add_slices<SlicesBf16, Zmm, 2, 4>(blob, layer, x, y);
+  return add_slices<SlicesBf16, Zmm, 4, 4>(blob, layer, x, y);
+}
+#endif
+
+void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
+               int64_t y_stride) {
+  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
+                int64_t y_stride) {
+  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+#ifdef LT4REC_HAS_VNNI
+void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
+              int64_t y_stride) {
+  run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+#else
+constexpr auto table_s8 = lt4rec_table_s8_avx2;
+#endif
+
+}  // namespace
+
+extern "C" const Isa LT4REC_ISA = {
+    LT4REC_ISA_NAME, slices_f32, slices_bf16, table_f32, table_bf16,  table_s8, transpose_f32, widen_bf16,
+    round_bf16,      add_f32,    line_f32,    line_bf16, quantize_u8, dequantize_s32,
+    /*slices_from_f32=*/9, /*slices_from_bf16=*/17};
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,41 @@
+// A network between its canonical layers and its blob: checked, ordered, and with the tasks' first layer shared.
+#ifndef LT4REC_SPARSE_NETWORK_H
+#define LT4REC_SPARSE_NETWORK_H
+
+#include <vector>
+
+#include "engine.h"
+
+namespace lt4rec {
+
+// CSR; columns ascend within a row.
+struct Matrix {
+  int64_t columns = 0;
+  std::vector<int64_t> starts{0};  // of each row, and the end of the last
+  std::vector<int32_t> column;
+  std::vector<float> value;
+
+  int64_t rows() const { return int64_t(starts.size()) - 1; }
+  int64_t nnz() const { return int64_t(column.size()); }
+  void end_row() { starts.push_back(nnz()); }
+};
+
+struct Layer {
+  uint32_t kind = LAYER_LINEAR;
+  Matrix weight;            // none in COMBINED
+  std::vector<float> bias;  // out_features, or none
+  int64_t in_features = 0, out_features = 0;
+  uint32_t activation = ACTIVATION_NONE, is_head = 0;
+  uint32_t part = 0, part_features = 0;  // as in LayerRecord
+  double input_scale = 0;
+  int32_t zero_point = 0;
+};
+
+// Writes the reason and returns false where a kernel would read or write out of place.
+bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message);
+
+// Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
+std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count);
+
+}  // namespace lt4rec
+#endif

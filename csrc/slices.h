@@ -1,0 +1,104 @@
+// The loops over slices that the vector ISAs share. An ISA file includes this inside its own anonymous namespace and
+// behind its target pragma: the code takes that file's instruction set and no copy of it is visible to another.
+//
+// `Vector` gives: Type, kWidth (floats), load, store (aligned), broadcast, fma, relu, load_bf16, broadcast_bf16.
+
+// Where the tile row of a slice's row begins.
+template <int kStride, class T>
+inline T* row_of(T* y, const Slice& slice, int row) {
+  return y + slice.row[row] * kStride;
+}
+
+struct SlicesF32 {
+  using Step = StepF32;
+  using Activation = float;
+
+  // One kept weight of row r: sum[v] += weight * x.
+  template <class Vector, int kVectors, int kStride>
+  __attribute__((always_inline)) static void add(const Step& step, int r, const float* x_block,
+                                                 typename Vector::Type* sum) {
+    const uint64_t distance = step_offset(step.offsets, r) * (kStride / 16);
+    const auto* x_row = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x_block) + distance);
+    const typename Vector::Type weight = Vector::broadcast(step.weight + r);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] = Vector::fma(weight, Vector::load(x_row + v * Vector::kWidth), sum[v]);
+  }
+};
+
+struct SlicesBf16 {
+  using Step = StepBf16;
+  using Activation = uint16_t;
+
+  // Two kept weights of row r, the high half first, as the bfloat16 instruction of x86 adds them.
+  template <class Vector, int kVectors, int kStride>
+  __attribute__((always_inline)) static void add(const Step& step, int r, const uint16_t* x_block,
+                                                 typename Vector::Type* sum) {
+#pragma GCC unroll 2
+    for (int half = 1; half >= 0; --half) {
+      const uint64_t distance = step_offset(step.offsets[half], r) * (kStride / 32);
+      const auto* x_row = reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(x_block) + distance);
+      const typename Vector::Type weight = Vector::broadcast_bf16(step.weight[r][half]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] = Vector::fma(weight, Vector::load_bf16(x_row + v * Vector::kWidth), sum[v]);
+    }
+  }
+};
+
+// Adds one slice's kept weights within one block, kRows rows at a time: kRows * kVectors accumulators and one weight
+// must fit the register file. Eight accumulators hide the latency of the multiply-add; narrow tiles have only four.
+template <class Slices, class Vector, int kVectors, int kRows>
+__attribute__((always_inline)) inline void add_slice(const Slice& slice, const typename Slices::Step* steps,
+                                                     const float* bias, const typename Slices::Activation* x_block,
+                                                     float* y, bool has_relu) {
+  constexpr int kLanes = Vector::kWidth * kVectors;
+  constexpr int kStride = kLanes < 16 ? 16 : kLanes;  // lane_stride(kLanes)
+  // The arrays below live in registers only if their loops vanish, hence the unrolling pragmas.
+#pragma GCC unroll 4
+  for (int first = 0; first < SLICE_ROWS; first += kRows) {
+    typename Vector::Type sum[kRows][kVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float* y_row = row_of<kStride>(y, slice, first + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = bias ? Vector::broadcast(bias + first + r) : Vector::load(y_row + v * Vector::kWidth);
+    }
+    for (const typename Slices::Step* step = steps; step < steps + slice.steps; ++step) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) Slices::template add<Vector, kVectors, kStride>(*step, first + r, x_block, sum[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      float* y_row = row_of<kStride>(y, slice, first + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        Vector::store(y_row + v * Vector::kWidth, has_relu ? Vector::relu(sum[r][v]) : sum[r][v]);
+    }
+  }
+}
+
+template <class Slices, class Vector, int kVectors, int kRows>
+void add_slices(const uint8_t* blob, const LayerRecord* layer, const typename Slices::Activation* x, float* y) {
+  constexpr int kLanes = Vector::kWidth * kVectors;
+  constexpr int kStride = kLanes < 16 ? 16 : kLanes;  // lane_stride(kLanes)
+  const int64_t blocks = block_count(layer->in_features);
+  const auto* block_slices = reinterpret_cast<const uint32_t*>(blob + layer->block_slices);
+  const auto* slice = reinterpret_cast<const Slice*>(blob + layer->slices);
+  const auto* step = reinterpret_cast<const typename Slices::Step*>(blob + layer->steps);
+  const auto* bias = reinterpret_cast<const float*>(blob + layer->slice_bias);
+
+  for (int64_t row = 0; row < tile_rows(layer->out_features); row += BLOCK_FEATURES + 1)
+    for (int lane = 0; lane < kLanes; ++lane) y[row * kStride + lane] = 0;
+
+  for (int64_t block = 0; block < blocks; ++block) {
+    const typename Slices::Activation* x_block = x + block * (BLOCK_FEATURES + 1) * kStride;
+    const bool has_relu = layer->activation == ACTIVATION_RELU && block == blocks - 1;
+    for (uint32_t s = 0; s < block_slices[block]; ++s) {
+      add_slice<Slices, Vector, kVectors, kRows>(*slice, step, block == 0 ? bias + s * SLICE_ROWS : nullptr, x_block, y,
+                                                 has_relu);
+      step += slice->steps;
+      ++slice;
+    }
+  }
+}
