@@ -1,91 +1,307 @@
-"""The sparse CPU engine against dense torch fp32: one task, MLP 1024-512-256-128-1 with a sigmoid, uniform masks.
+"""The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
-Dense torch stands for the strongest dense opponent in fp32 here: weights with their zeros in place, `F.linear` and an
-in-place ReLU under `inference_mode`. Both sides read row-major rows and write row-major scores, so the engine's
-transposes are inside its time. A case is timed only after it passed the oracle's rounding bound.
+All read row-major rows and write row-major scores, so the engine's transposes are inside its time. Contestants of a
+case run in interleaved rounds; each is timed only after its scores passed a gate: the engine in fp32 the oracle's
+rounding bound, in bf16 and int8 the bound that `peers.reference` gives every opponent of that precision.
+
+Four suites make up the record: uniform masks over batch, sparsity and threads; the real tickets of a run, where one is
+given; the same weights hot and cold; and what is not about opponents: prepacking, two tasks, break-even.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench import record
-from lt4rec_sparse import Mask, MaskedMLP, freeze
+from bench.peers import NAMES, Peer, check, peers, reference, timings
+from bench.roofline import roofline
+from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse.experiments.report import table
 from lt4rec_sparse.ops import cpu_engine
 from lt4rec_sparse.stopwatch import interleaved
 from tests.oracle import Layer, assert_rounding, mlp_reference
 
 IN_FEATURES, HIDDEN = 1024, (512, 256, 128)
-BATCHES = (1, 8, 32, 64, 256, 1024, 4096)
-SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+GRID = (
+    *((b, s) for b in (1, 4, 8, 16) for s in (0.8, 0.9)),
+    *((b, s) for b in (64, 256, 1024, 4096) for s in (0.8, 0.9, 0.95)),
+)
+SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents run too, the slowest of all
+PRECISIONS = ("fp32", "bf16", "int8")
+COLD_SWEEP_BYTES = 256 << 20  # more than any cache, written between two calls
+OVERLAP = 0.6  # of two tasks' masks, intersection over union
 
 
-def run(seed: int = 0) -> None:
-    """Measure every batch, sparsity and thread count; print the table and write `results/cpu.json`."""
-    cases = []
+def run(run_folder: Path | None = None, seed: int = 0) -> None:
+    """Measure all suites and write `results/cpu.json`; `run_folder` is a run whose tickets are measured too."""
     threads_before = torch.get_num_threads()
-    for threads in sorted({1, threads_before}):
-        torch.set_num_threads(threads)
-        for sparsity in SPARSITIES:
-            mlp = masked_mlp(sparsity, seed)
-            cases += [
-                {"threads": threads, "sparsity": sparsity, "batch": batch, **_case(mlp, batch, seed)}
-                for batch in BATCHES
-            ]
-    torch.set_num_threads(threads_before)
-    net = f"{IN_FEATURES}-{'-'.join(map(str, HIDDEN))}-1"
-    path = record.write(
-        "cpu", {"machine": record.machine(), "engine": cpu_engine(), "mlp": net, "seed": seed, "cases": cases}
-    )
-    _print(cases, f"{net}, fp32, engine {cpu_engine()}: dense torch / sparse, medians of interleaved rounds")
-    Console().print(path)
+    result: dict[str, Any] = {
+        "machine": record.machine(),
+        "roofline": roofline()._asdict(),
+        "engine": cpu_engine(),
+        "mlp": f"{IN_FEATURES}-{'-'.join(map(str, HIDDEN))}-1",
+        "seed": seed,
+        "cases": [],
+        "absent": {},
+    }
+    try:
+        for threads in sorted({1, threads_before}):
+            torch.set_num_threads(threads)
+            for batch, sparsity in GRID:
+                mask = uniform_mask(sparsity, seed)
+                names = [n for n in NAMES if batch in SPARSE_PEERS_AT or not _is_sparse(n)]
+                case = _case(mask, batch, threads, names, seed)
+                result["absent"] |= case.pop("absent")
+                result["cases"].append({"threads": threads, "sparsity": sparsity, "batch": batch, **case})
+                Console().print(_line(result["cases"][-1]))
+        result["tickets"] = [] if run_folder is None else _tickets(run_folder, seed)
+        torch.set_num_threads(1)
+        result["cold"] = [_cold(batch, sparsity, seed) for batch in (1, 8) for sparsity in (0.8, 0.9, 0.95)]
+        result["break_even"] = _break_even(seed)
+        result["prepack"] = [_prepack(sparsity, seed) for sparsity in (0.8, 0.9, 0.95)]
+        result["two_tasks"] = [_two_tasks(batch, 0.8, seed) for batch in (1, 8, 64, 256, 1024)]
+    finally:
+        torch.set_num_threads(threads_before)
+    Console().print(record.write("cpu", result))
+    Console(width=160).print(report(result), markup=False)
 
 
-def masked_mlp(sparsity: float, seed: int) -> MaskedMLP:
-    """Return the paper's MLP with a uniform random mask of exactly this sparsity in every layer."""
-    torch.manual_seed(seed)
-    mlp = MaskedMLP(IN_FEATURES, HIDDEN)
-    shapes = mlp.mask().shapes
+def uniform_mask(sparsity: float, seed: int) -> Mask:
+    """Return a uniform random mask of exactly this sparsity in every hidden layer."""
+    shapes = MaskedMLP(IN_FEATURES, HIDDEN).mask().shapes
     nnz = {name: round(rows * columns * (1 - sparsity)) for name, (rows, columns) in shapes.items()}
-    mlp.set_mask(Mask.random(shapes, nnz, torch.Generator().manual_seed(seed)))
+    return Mask.random(shapes, nnz, torch.Generator().manual_seed(seed))
+
+
+def masked_mlp(masks: dict[str, Mask], seed: int) -> MaskedMLP:
+    """Return an MLP of the masks' shapes with these masks."""
+    torch.manual_seed(seed)
+    shapes = [shape for _, shape in next(iter(masks.values())).shapes.items()]
+    mlp = MaskedMLP(shapes[0][1], [rows for rows, _ in shapes], tasks=tuple(masks))
+    for task, mask in masks.items():
+        mlp.set_mask(mask, task)
     return mlp
 
 
-def _case(mlp: MaskedMLP, batch: int, seed: int) -> dict[str, Any]:
-    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
+def _case(mask: Mask, batch: int, threads: int, names: Sequence[str], seed: int) -> dict[str, Any]:
+    """Time the engine in every precision and the opponents `names` in one interleaved run."""
+    mlp = masked_mlp({"task": mask}, seed)
+    layers = _layers(mlp)
+    x = torch.randn(batch, layers[0].weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    with peers(layers, x, threads, names) as (present, absent):
+        ours = _ours(mlp, layers, x)
+        measured = timings([*ours, *present])
+    return {
+        "nnz": sum(int((layer.weight != 0).sum()) for layer in layers),
+        "contestants": {
+            peer.name: {"precision": peer.precision, "kind": peer.kind, **measured[peer.name]._asdict()}
+            for peer in (*ours, *present)
+        },
+        "absent": dict(absent),
+    }
+
+
+def _ours(mlp: MaskedMLP, layers: Sequence[Layer], x: Tensor) -> list[Peer]:
+    """Return the engine in each precision, checked."""
+    frozen = freeze(mlp, sigmoid=True)
+    assert isinstance(frozen, SparseMLP)
+    frozen = frozen.calibrated(torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))]))
+    ours = []
+    for precision in PRECISIONS:
+        sparse, out = frozen.to_precision(precision), torch.empty(len(x), frozen.out_features)
+        scores = partial(_scored, sparse, x, out)
+        ours.append(Peer(f"ours {precision}", precision, "ours", partial(sparse.score_into, x, out), scores))
+        if precision == "fp32":
+            assert_rounding(scores(), mlp_reference(x, layers))
+        else:
+            check(ours[-1], reference(layers, x, precision))
+    return ours
+
+
+def _scored(sparse: SparseMLP, x: Tensor, out: Tensor) -> Tensor:
+    sparse.score_into(x, out)
+    return out
+
+
+def _layers(mlp: MaskedMLP) -> list[Layer]:
     hidden = ((layer.weight.detach() * layer.mask(), layer.bias.detach()) for layer in mlp.masked_layers())
     layers = [Layer(weight, bias, "relu") for weight, bias in hidden]
     head = mlp.heads["task"]
-    layers.append(Layer(head.weight.detach(), head.bias.detach(), "sigmoid"))
-    sparse = freeze(mlp, sigmoid=True)
-    assert_rounding(sparse(x), mlp_reference(x, layers))
+    return [*layers, Layer(head.weight.detach(), head.bias.detach(), "sigmoid")]
+
+
+def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Time the last tickets of a run's first seed: as skewed as pruning makes them."""
+    cases = []
+    for task_folder in sorted((run_folder / "seed_0" / "tickets").iterdir()):
+        levels = sorted(task_folder.glob("level_*.mask.safetensors"), key=lambda p: int(p.name.split(".")[0][6:]))
+        mask = Mask.load(levels[-1])
+        dense = [n for n in NAMES if not _is_sparse(n)]
+        torch.set_num_threads(1)
+        for batch in (1, 8, 64, 256, 1024):
+            case = _case(mask, batch, 1, dense, seed)
+            case.pop("absent")
+            cases.append(
+                {"task": task_folder.name, "threads": 1, "batch": batch, "density": mask.layer_density(), **case}
+            )
+    return cases
+
+
+def _cold(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
+    """Time single calls between which every cache is overwritten, and the same calls hot."""
+    mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
+    layers = _layers(mlp)
+    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
+    sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
+    with peers(layers, x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
+        contestants = [*_ours(mlp, layers, x), *present]
+        hot = timings(contestants)
+        cold = timings(contestants, rounds=9, before=lambda: sweep.fill(1))
+    return {
+        "batch": batch,
+        "sparsity": sparsity,
+        "contestants": {
+            peer.name: {
+                "precision": peer.precision,
+                "kind": peer.kind,
+                "hot": hot[peer.name]._asdict(),
+                "cold": cold[peer.name]._asdict(),
+            }
+            for peer in contestants
+        },
+    }
+
+
+def _break_even(seed: int, batch: int = 256) -> dict[str, float | None]:
+    """Return for each precision the sparsity from which the engine is faster than the best dense opponent."""
+    sparsities = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8)
+    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
+    contestants = []
+    for sparsity in sparsities:
+        mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
+        contestants += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, _layers(mlp), x)]
+    with peers(_layers(mlp), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
+        measured = timings([*contestants, *present])
+    found: dict[str, float | None] = {}
+    for precision in PRECISIONS:
+        dense = min(measured[p.name].median_us for p in present if p.precision == precision)
+        ours = [measured[f"ours {precision} {s}"].median_us / dense for s in sparsities]
+        faster = [i for i, time_ratio in enumerate(ours) if time_ratio < 1]
+        if not faster:
+            found[precision] = None
+        elif faster[0] == 0:
+            found[precision] = sparsities[0]
+        else:  # between the last that was slower and the first that was faster
+            i = faster[0]
+            share = (ours[i - 1] - 1) / (ours[i - 1] - ours[i])
+            found[precision] = sparsities[i - 1] + share * (sparsities[i] - sparsities[i - 1])
+    return found
+
+
+def _prepack(sparsity: float, seed: int) -> dict[str, Any]:
+    """Time prepacking, from the canonical format to the blob, and size both."""
+    frozen = freeze(masked_mlp({"task": uniform_mask(sparsity, seed)}, seed), sigmoid=True)
+    assert isinstance(frozen, SparseMLP)
+    frozen = frozen.calibrated(torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(seed)))
+    measured = interleaved({precision: partial(frozen.to_precision, precision) for precision in PRECISIONS})
+    return {
+        "sparsity": sparsity,
+        "canonical_bytes": frozen.nbytes,
+        "precisions": {
+            precision: {"bytes": frozen.to_precision(precision).prepacked_nbytes, **measured[precision]._asdict()}
+            for precision in PRECISIONS
+        },
+    }
+
+
+def _two_tasks(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
+    """Time two tasks whose masks overlap by OVERLAP against the first of them alone."""
+    one = uniform_mask(sparsity, seed)
+    two = _overlapping(one, OVERLAP, seed + 1)
+    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
+    contestants: dict[str, Callable[[], object]] = {}
+    for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):
+        frozen = freeze(masked_mlp(masks, seed), sigmoid=True)
+        assert isinstance(frozen, SparseMLP)
+        frozen = frozen.calibrated(x)
+        for precision in PRECISIONS:
+            out = torch.empty(batch, frozen.out_features)
+            contestants[f"{name} {precision}"] = partial(frozen.to_precision(precision).score_into, x, out)
     with torch.inference_mode():
-        timings = interleaved({"sparse": partial(sparse, x), "dense": partial(_dense, x, layers)})
-    return {name: timing._asdict() for name, timing in timings.items()}
+        measured = interleaved(contestants)
+    return {
+        "batch": batch,
+        "sparsity": sparsity,
+        "overlap": OVERLAP,
+        "contestants": {n: t._asdict() for n, t in measured.items()},
+    }
 
 
-def _dense(x: Tensor, layers: list[Layer]) -> Tensor:
-    for layer in layers[:-1]:
-        x = torch.relu_(F.linear(x, layer.weight, layer.bias))
-    return torch.sigmoid_(F.linear(x, layers[-1].weight, layers[-1].bias))
+def _overlapping(mask: Mask, overlap: float, seed: int) -> Mask:
+    """Return a random mask of the same counts, whose intersection with `mask` over their union is `overlap`."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for name, tensor in mask.items():
+        nnz = int(tensor.sum())
+        common = round(nnz * 2 * overlap / (1 + overlap))
+        inside, outside = tensor.flatten().nonzero()[:, 0], (~tensor).flatten().nonzero()[:, 0]
+        chosen = torch.zeros(tensor.numel(), dtype=torch.bool)
+        chosen[inside[torch.randperm(len(inside), generator=generator)[:common]]] = True
+        chosen[outside[torch.randperm(len(outside), generator=generator)[: nnz - common]]] = True
+        kept[name] = chosen.view_as(tensor)
+    return Mask(kept)
 
 
-def _print(cases: list[dict[str, Any]], title: str) -> None:
-    table = Table("threads", "sparsity", *(f"batch {batch}" for batch in BATCHES), title=title)
-    for threads in sorted({case["threads"] for case in cases}):
-        for sparsity in SPARSITIES:
-            row = [c for c in cases if c["threads"] == threads and c["sparsity"] == sparsity]
-            table.add_row(str(threads), f"{sparsity:.2f}", *(f"{ratio(case):.2f}" for case in row))
-    Console(width=140).print(table)
+def _is_sparse(name: str) -> bool:
+    return any(word in name for word in ("csr", "sparseprop", "deepsparse"))
 
 
-def ratio(case: dict[str, Any]) -> float:
-    """Return how many times faster sparse was than dense."""
-    return float(case["dense"]["median_us"] / case["sparse"]["median_us"])
+def best(case: dict[str, Any], kind: str, precisions: Sequence[str]) -> tuple[str, float]:
+    """Return the fastest contestant of a kind among these precisions, and its median in microseconds."""
+    found = {
+        name: float(c["median_us"])
+        for name, c in case["contestants"].items()
+        if c["kind"] == kind and c["precision"] in precisions
+    }
+    name = min(found, key=lambda n: found[n])
+    return name, found[name]
+
+
+def ratio(case: dict[str, Any], precision: str) -> float:
+    """Return how many times faster the engine, in this precision or a finer one, was than the best dense opponent."""
+    finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
+    return best(case, "dense", [precision])[1] / best(case, "ours", finer)[1]
+
+
+def _line(case: dict[str, Any]) -> str:
+    times = ", ".join(f"{name} {c['median_us']:.1f}" for name, c in case["contestants"].items())
+    return f"batch {case['batch']}, sparsity {case['sparsity']}, threads {case['threads']}: {times}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the tables of a record as Markdown."""
+    parts = [f"{result['mlp']}, engine {result['engine']}: best dense opponent / engine, medians of interleaved rounds"]
+    for precision in PRECISIONS:
+        parts += [f"### Against dense {precision}", speed_table(result, precision)]
+    parts += ["### Absent opponents", "\n".join(f"- {name}: {why}" for name, why in result["absent"].items()) or "none"]
+    return "\n\n".join(parts)
+
+
+def speed_table(result: dict[str, Any], precision: str) -> str:
+    """Return the ratios to the best dense opponent of a precision: rows threads and sparsity, columns batch."""
+    batches = sorted({case["batch"] for case in result["cases"]})
+    rows = []
+    for threads in sorted({case["threads"] for case in result["cases"]}):
+        for sparsity in sorted({case["sparsity"] for case in result["cases"]}):
+            at = {c["batch"]: c for c in result["cases"] if c["threads"] == threads and c["sparsity"] == sparsity}
+            cells = [f"{ratio(at[batch], precision):.1f}" if batch in at else "" for batch in batches]
+            rows.append([str(threads), f"{sparsity:.0%}", *cells])
+    return table(["threads", "sparsity", *(f"batch {batch}" for batch in batches)], rows)

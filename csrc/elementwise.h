@@ -57,19 +57,6 @@ void line_bf16(const float* a, const float* b, const float* bias, int64_t count,
   add_line<GAP_BF16>(a, b, bias, count, has_relu, line, [](float v) { return bf16_of(v); });
 }
 
-// A NaN fails the first comparison and becomes 0; infinities end at the ends.
-int quantize_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
-  const auto zero = float(zero_point);
-  int nans = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float v = from[i], code = __builtin_rintf(v * inverse_scale) + zero;
-    const float above = code > 0 ? code : 0;
-    to[i] = uint8_t(int32_t(above < 255 ? above : 255));
-    nans |= v != v;
-  }
-  return nans;
-}
-
 void dequantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                     float* to) {
   if (b) {

@@ -144,6 +144,7 @@ struct TableS8 {
 };
 
 #include "elementwise.h"
+#include "quantize.h"
 #include "slices.h"
 #include "table.h"
 #include "transpose_avx.h"
@@ -181,7 +182,7 @@ extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* lay
 
 extern "C" const Isa lt4rec_isa_avx2 = {
     "avx2",     slices_f32, slices_bf16, table_f32, table_bf16,  lt4rec_table_s8_avx2, transpose_f32, widen_bf16,
-    round_bf16, add_f32,    line_f32,    line_bf16, quantize_u8, dequantize_s32,
+    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
     /*slices_from_f32=*/3, /*slices_from_bf16=*/9};
 
 #ifdef __clang__

@@ -126,6 +126,61 @@ struct TableS8 {
 #include "table.h"
 #include "transpose_avx.h"
 
+// Codes from values, not yet clamped. Above a million the conversion might overflow to the other end; a NaN passes the
+// minimum, which returns its second operand then, and converts to the least integer there is.
+inline __m512i codes_of(__m512 v, __m512 inverse_scale, __m512i zero_point) {
+  const __m512 scaled = _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(1e6f), _mm512_mul_ps(v, inverse_scale));
+  return _mm512_add_epi32(_mm512_maskz_cvtps_epi32(0xffff, scaled), zero_point);
+}
+
+// Calls `codes(first, lanes)` for sixteen features at a time, clamps the codes of sixty-four, and writes each half of
+// them twice (see HALF_S8).
+template <class Codes>
+__attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* line, Codes codes) {
+  // Packing works within 128 bits and leaves the sixteens interleaved by fours.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t first = 0; first < count; first += WINDOW_S8) {
+    __m512i sixteen[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t left = count - first - 16 * i;
+      sixteen[i] = codes(first + 16 * i, left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1u << left) - 1 : 0));
+    }
+    const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(sixteen[0], sixteen[1]),
+                                               _mm512_packs_epi32(sixteen[2], sixteen[3]));
+    const __m512i all = _mm512_maskz_permutexvar_epi32(0xffff, order, packed);
+    uint8_t* to = line + 2 * first;
+    _mm512_storeu_si512(to, all);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + WINDOW_S8), _mm512_maskz_extracti64x4_epi64(0xff, all, 1));
+    if (first) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to - HALF_S8), _mm512_maskz_extracti64x4_epi64(0xff, all, 0));
+  }
+}
+
+int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  const __m512 inverse = _mm512_set1_ps(inverse_scale);
+  const __m512i zero = _mm512_set1_epi32(zero_point);
+  __mmask16 nans = 0;
+  write_line(count, line, [&](int64_t first, __mmask16 lanes) {
+    const __m512 v = _mm512_maskz_loadu_ps(lanes, from + first);
+    nans |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return codes_of(v, inverse, zero);
+  });
+  return nans != 0;
+}
+
+void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                    int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  const __m512 inverse = _mm512_set1_ps(inverse_scale);
+  const __m512i zero = _mm512_set1_epi32(zero_point);
+  write_line(count, line, [&](int64_t first, __mmask16 lanes) {
+    __m512i sum = _mm512_maskz_loadu_epi32(lanes, a + first);
+    if (b) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(lanes, b + first));
+    const __m512 v = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, sum), _mm512_maskz_loadu_ps(lanes, scale + first),
+                                     _mm512_maskz_loadu_ps(lanes, bias + first));
+    return codes_of(has_relu ? Zmm::relu(v) : v, inverse, zero);
+  });
+}
+
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
     case 8: return add_slices<SlicesF32, Ymm, 1, 4>(blob, layer, x, y);
@@ -206,8 +261,8 @@ constexpr auto table_s8 = lt4rec_table_s8_avx2;
 
 extern "C" const Isa LT4REC_ISA = {
     LT4REC_ISA_NAME, slices_f32, slices_bf16, table_f32, table_bf16,  table_s8, transpose_f32, widen_bf16,
-    round_bf16,      add_f32,    line_f32,    line_bf16, quantize_u8, dequantize_s32,
-    /*slices_from_f32=*/9, /*slices_from_bf16=*/17};
+    round_bf16,      add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
+    /*slices_from_f32=*/13, /*slices_from_bf16=*/25};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -6,6 +6,7 @@
 namespace {
 
 #include "elementwise.h"
+#include "quantize.h"
 
 // Denormals count as zero, as in x86's bfloat16 instructions. (On x86 the caller has told the processor so already.)
 float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
@@ -130,5 +131,5 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 
 extern "C" const Isa lt4rec_isa_scalar = {
     "scalar",    slices_f32, slices_bf16, table_f32,   table_bf16,     table_s8, transpose_f32, widen_bf16,
-    round_bf16,  add_f32,    line_f32,    line_bf16,   quantize_u8,    dequantize_s32,
+    round_bf16,  add_f32,    line_f32,    line_bf16,   dequantize_s32, line_u8, requantize_s32,
     /*slices_from_f32=*/5, /*slices_from_bf16=*/9};

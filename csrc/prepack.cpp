@@ -106,32 +106,32 @@ struct PackedTable {
   std::vector<Weight> weights;
 };
 
-// What a precision's tables look like: places for each feature in a step, the window, the gap between zeros (0: none),
-// and what a window's start is a multiple of. A load across two cache lines costs two; windows of float32 and bfloat16
-// that begin where a line does need a quarter more steps, and took a quarter less time.
+// What a precision's tables look like: places for each feature in a step, the window, and what its start is a
+// multiple of. Positions are counted as windows count: with gaps, without the second copies of int8.
 struct TableF32 {
   using Weight = float;
-  static constexpr int kPlaces = 1, kWindow = WINDOW_F32, kGap = GAP_F32, kAlignment = 16;
+  static constexpr int kPlaces = 1, kWindow = WINDOW_F32, kAlignment = 16;
   static float weight(float value) { return value; }
+  static int64_t position(int64_t feature) { return line_position(feature, GAP_F32); }
+  static int64_t zero_after(int64_t position) { return (GAP_F32 + 1 - position % (GAP_F32 + 1)) % (GAP_F32 + 1); }
+  static int64_t line_offset(int64_t window) { return window; }
 };
 struct TableBf16 {
   using Weight = uint16_t;
-  static constexpr int kPlaces = 2, kWindow = WINDOW_BF16, kGap = GAP_BF16, kAlignment = 32;
+  static constexpr int kPlaces = 2, kWindow = WINDOW_BF16, kAlignment = 32;
   static uint16_t weight(float value) { return bf16_of(value); }
+  static int64_t position(int64_t feature) { return line_position(feature, GAP_BF16); }
+  static int64_t zero_after(int64_t position) { return (GAP_BF16 + 1 - position % (GAP_BF16 + 1)) % (GAP_BF16 + 1); }
+  static int64_t line_offset(int64_t window) { return window; }
 };
 struct TableS8 {
   using Weight = int8_t;
-  static constexpr int kPlaces = 4, kWindow = WINDOW_S8, kGap = 0, kAlignment = 16;
+  static constexpr int kPlaces = 4, kWindow = WINDOW_S8, kAlignment = HALF_S8;
   static int8_t weight(float value) { return int8_t(value); }
+  static int64_t position(int64_t feature) { return feature; }
+  static int64_t zero_after(int64_t) { return 0; }
+  static int64_t line_offset(int64_t window) { return window / HALF_S8 * WINDOW_S8; }
 };
-
-template <class Table>
-int64_t position(int64_t feature) {
-  if constexpr (Table::kGap == 0)
-    return feature;
-  else
-    return line_position(feature, Table::kGap);
-}
 
 // One group's steps, before they take turns with the other groups of their bundle.
 template <class Table>
@@ -147,12 +147,11 @@ PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t fir
   for (;;) {
     int64_t window = INT64_MAX;
     for (int r = 0; r < GROUP; ++r)
-      if (at[r] < end[r]) window = std::min(window, position<Table>(weight.column[at[r]]));
+      if (at[r] < end[r]) window = std::min(window, Table::position(weight.column[at[r]]));
     if (window == INT64_MAX) return packed;
     window -= window % Table::kAlignment;
-    // Where there are gaps, the first zero at or after the window's start.
-    const int64_t zero = Table::kGap ? (Table::kGap + 1 - window % (Table::kGap + 1)) % (Table::kGap + 1) : 0;
-    packed.windows.push_back(uint32_t(window));
+    const int64_t zero = Table::zero_after(window);
+    packed.windows.push_back(uint32_t(Table::line_offset(window)));
     packed.indices.resize(packed.indices.size() + GROUP * kPlaces, uint8_t(zero));
     packed.weights.resize(packed.weights.size() + GROUP * kPlaces, 0);
     uint8_t* indices = &packed.indices[packed.indices.size() - GROUP * kPlaces];
@@ -160,7 +159,7 @@ PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t fir
     for (int r = 0; r < GROUP; ++r) {
       for (int place = kPlaces - 1; place >= 0; --place) {  // the last place holds the first weight
         if (at[r] == end[r]) break;
-        const int64_t index = position<Table>(weight.column[at[r]]) - window;
+        const int64_t index = Table::position(weight.column[at[r]]) - window;
         if (index >= Table::kWindow) break;
         indices[r * kPlaces + place] = uint8_t(index);
         weights[r * kPlaces + place] = Table::weight(weight.value[at[r]]);

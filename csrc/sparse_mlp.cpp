@@ -89,7 +89,8 @@ float sigmoid(float v) { return 1 / (1 + std::exp(-v)); }
 struct LinesF32 {
   using Activation = float;
   using Value = float;
-  static constexpr int64_t kGap = GAP_F32, kWindow = WINDOW_F32;
+  static constexpr int64_t kWindow = WINDOW_F32;
+  static int64_t positions(int64_t features) { return line_position(features, GAP_F32) + 1; }
 
   static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, float* line) {
     net.isa->line_f32(x, nullptr, nullptr, count, false, line);
@@ -101,7 +102,7 @@ struct LinesF32 {
   }
   // a + b, with the bias that only a sum of two parts still lacks.
   static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
-                   float*, float* line) {
+                   float* line) {
     const float* bias = b ? net.floats(layer.bias) : nullptr;
     net.isa->line_f32(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
@@ -113,7 +114,8 @@ struct LinesF32 {
 
 struct LinesBf16 : LinesF32 {
   using Activation = uint16_t;
-  static constexpr int64_t kGap = GAP_BF16, kWindow = WINDOW_BF16;
+  static constexpr int64_t kWindow = WINDOW_BF16;
+  static int64_t positions(int64_t features) { return line_position(features, GAP_BF16) + 1; }
 
   static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, uint16_t* line) {
     net.isa->line_bf16(x, nullptr, nullptr, count, false, line);
@@ -124,7 +126,7 @@ struct LinesBf16 : LinesF32 {
     net.isa->table_bf16(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
   static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
-                   float*, uint16_t* line) {
+                   uint16_t* line) {
     const float* bias = b ? net.floats(layer.bias) : nullptr;
     net.isa->line_bf16(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
@@ -133,21 +135,20 @@ struct LinesBf16 : LinesF32 {
 struct LinesS8 {
   using Activation = uint8_t;
   using Value = int32_t;
-  static constexpr int64_t kGap = 0, kWindow = WINDOW_S8;
+  static constexpr int64_t kWindow = WINDOW_S8;
+  static int64_t positions(int64_t features) { return 2 * (features + HALF_S8); }
 
   static bool load(const Network& net, const LayerRecord& layer, const float* x, int64_t count, uint8_t* line) {
-    return net.isa->quantize_u8(x, count, layer.inverse_scale, layer.zero_point, line);
+    return net.isa->line_u8(x, count, layer.inverse_scale, layer.zero_point, line);
   }
   static void multiply(const Network& net, const LayerRecord& layer, const uint8_t* x, int64_t x_stride, int rows,
                        int32_t* y, int64_t y_stride) {
     net.isa->table_s8(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
   static void next(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b,
-                   const LayerRecord& following, float* real, uint8_t* line) {
-    const int64_t count = padded(layer.out_features);
-    net.isa->dequantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), count, real);
-    if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(real, nullptr, nullptr, count, true, real);
-    net.isa->quantize_u8(real, count, following.inverse_scale, following.zero_point, line);
+                   const LayerRecord& following, uint8_t* line) {
+    net.isa->requantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), padded(layer.out_features),
+                            layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point, line);
   }
   static void head(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, float* to) {
     net.isa->dequantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
@@ -163,8 +164,7 @@ class TablePath {
  public:
   // A line, its gaps, and the window that may hang over its end; a multiple of 64 bytes.
   static int64_t line_length(int64_t features) {
-    const int64_t positions = Lines::kGap ? line_position(features, Lines::kGap) + 1 : features;
-    return (positions + Lines::kWindow + 63) / 64 * 64;
+    return (Lines::positions(features) + Lines::kWindow + 63) / 64 * 64;
   }
   static int64_t scratch_bytes(const BlobHeader& header) {
     const int64_t lines = line_length(header.in_features) + 2 * line_length(header.hidden_features);
@@ -210,7 +210,7 @@ class TablePath {
           for (uint32_t j = 0; j < layer.out_features; ++j) real_[j] = sigmoid(real_[j]);
           Lines::load(net_, net_.layers[i + 1], real_, layer.out_features, line);
         } else if (!layer.is_head) {
-          Lines::next(net_, layer, a, b, net_.layers[i + 1], real_, line);
+          Lines::next(net_, layer, a, b, net_.layers[i + 1], line);
         } else {
           float* to = call.out + (begin + r) * call.out_stride + column;
           Lines::head(net_, layer, a, b, to);

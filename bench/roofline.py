@@ -1,0 +1,91 @@
+"""What one core of this machine reaches, to hold a kernel's time against: bytes read and operations done in a second.
+
+Every figure is measured through a library that comes close to the machine's limit, in its best round, since whatever
+disturbs a round makes it slower. The limit itself lies a little above.
+
+- Read bandwidth: BLAS's dot product over two vectors, ascending, again and again: two 64-byte loads for every fused
+  multiply-add, and nothing stored. A call reads 8 KB of each, so that it stays in one thread; its own cost is in the
+  figure, which only L1's shows. A cache is read over a third of its size, since it holds other things too, and those
+  of the core's other hardware thread; the last one over four times the cache before it, for on a rented machine
+  strangers fill the rest. DRAM is read over four times the last cache.
+- Floating point: `torch.mm` of two square matrices. fp32 is what vector multiply-adds reach; bf16 takes AMX where there
+  is one. Two hardware threads of a core share both: what the other one does is in the figure, as it is in a kernel's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+DOT = 2048  # floats of a vector in one call: two of 8 KB fit a third of L1, and BLAS needs more to start threads
+READ_BYTES = 400_000_000  # in one timed call, some 2 ms in L1
+SIZE = 2048  # of the square matrices, whose product takes long beside the cost of a call
+ROUNDS = 7  # in some of which nobody else runs, on a shared machine
+
+
+class Roofline(NamedTuple):
+    """One core; gbps is 1e9 bytes a second, gflops 1e9 multiplications and additions a second."""
+
+    read_gbps: dict[str, float]  # "L1", "L2", "L3" and so on, then "DRAM"
+    working_set_bytes: dict[str, int]  # over which each was read
+    fp32_gflops: float
+    bf16_gflops: float
+
+
+def roofline() -> Roofline:
+    """Measure this machine with one thread; some seconds, and four times the last cache in memory."""
+    caches = cache_bytes()
+    sets = {name: size // 3 for name, size in caches.items()}
+    *_, before, last = caches
+    sets |= {last: min(sets[last], 4 * caches[before]), "DRAM": 4 * caches[last]}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return Roofline(
+            {name: read_gbps(size) for name, size in sets.items()}, sets, gflops(torch.float32), gflops(torch.bfloat16)
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cache_bytes() -> dict[str, int]:
+    """Return the size of every data cache of the first core, as Linux tells it: `{"L1": 49152, ...}`."""
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[f"L{level}"] = int(size.removesuffix("K")) * 1024
+    return sizes
+
+
+def read_gbps(working_set: int) -> float:
+    """Return the bandwidth of reading `working_set` bytes over and over; 16 KB at least."""
+    dots = max(1, working_set // (2 * 4 * DOT))
+    passes = max(1, READ_BYTES // (2 * 4 * DOT * dots))
+    a, b = np.ones((dots, 1, DOT), np.float32), np.ones((dots, DOT, 1), np.float32)
+    # A broadcast axis has stride 0: the same bytes again, without a call from Python.
+    again = np.broadcast_to(a, (passes, *a.shape)), np.broadcast_to(b, (passes, *b.shape))
+    y = np.empty((passes, dots, 1, 1), np.float32)
+    return (a.nbytes + b.nbytes) * passes / _best_s(lambda: np.matmul(*again, out=y)) / 1e9
+
+
+def gflops(dtype: torch.dtype) -> float:
+    """Return what `torch.mm` reaches with the threads torch has."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(SIZE, SIZE, generator=generator).to(dtype) for _ in range(2))
+    return 2 * SIZE**3 / _best_s(lambda: torch.mm(a, b)) / 1e9
+
+
+def _best_s(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

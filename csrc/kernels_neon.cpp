@@ -1,0 +1,191 @@
+// Four floats a register, thirty-two registers. Windows are looked up by byte shuffles, which read four registers at
+// once. Baseline ARMv8-A: neither the dot products nor the bfloat16 of later processors.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "engine.h"
+
+namespace {
+
+struct Quad {
+  using Type = float32x4_t;
+  static constexpr int kWidth = 4;
+  static Type load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, Type v) { vst1q_f32(p, v); }
+  static Type broadcast(const float* p) { return vld1q_dup_f32(p); }
+  static Type fma(Type a, Type b, Type c) { return vfmaq_f32(c, a, b); }
+  // What is below zero becomes zero; NaN and -0 pass, as through torch.relu. A maximum would make +0 of -0.
+  static Type relu(Type v) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltzq_f32(v))); }
+  static Type load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static Type broadcast_bf16(uint16_t v) { return vreinterpretq_f32_u32(vdupq_n_u32(uint32_t{v} << 16)); }
+};
+
+// Places of elements -> those of the bytes, or of the byte pairs, that each consists of: 2i and 2i + 1 for each i.
+uint8x16x2_t halves(uint8x16_t index) {
+  const uint8x16_t first = vshlq_n_u8(index, 1);
+  return vzipq_u8(first, vorrq_u8(first, vdupq_n_u8(1)));
+}
+
+// A window of 128 bytes is two tables of 64. The first lookup yields 0 where the index is not its own, the second
+// leaves what is there.
+uint8x16_t look_up(const uint8x16x4_t& low, const uint8x16x4_t& high, uint8x16_t index) {
+  return vqtbx4q_u8(vqtbl4q_u8(low, index), high, vsubq_u8(index, vdupq_n_u8(64)));
+}
+
+struct TableF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = float32x4x4_t;
+  struct Operands {
+    uint8x16_t index[4];
+    float32x4x4_t weight;
+  };
+  static constexpr int64_t kIndexBytes = GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return vld1q_f32_x4(p); }
+  static void store_sum(float* p, const Sum& v) { vst1q_f32_x4(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    const uint8x16x2_t pairs = halves(vld1q_u8(indices));
+    const uint8x16x2_t first = halves(pairs.val[0]), second = halves(pairs.val[1]);
+    return {{first.val[0], first.val[1], second.val[0], second.val[1]},
+            vld1q_f32_x4(reinterpret_cast<const float*>(weights))};
+  }
+  static Sum add(Sum sum, const float* window, const Operands& o) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(window);
+    const uint8x16x4_t low = vld1q_u8_x4(bytes), high = vld1q_u8_x4(bytes + 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      sum.val[i] = vfmaq_f32(sum.val[i], o.weight.val[i], vreinterpretq_f32_u8(look_up(low, high, o.index[i])));
+    return sum;
+  }
+};
+
+// A pair of bfloat16 is one 32-bit word, whose high half comes first.
+struct TableBf16 {
+  using Activation = uint16_t;
+  using Value = float;
+  using Sum = float32x4x4_t;
+  struct Operands {
+    uint8x16_t index[4];
+    uint32x4x4_t weight;
+  };
+  static constexpr int64_t kIndexBytes = 2 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const float* p) { return vld1q_f32_x4(p); }
+  static void store_sum(float* p, const Sum& v) { vst1q_f32_x4(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    const uint8x16x2_t first = halves(vld1q_u8(indices)), second = halves(vld1q_u8(indices + 16));
+    return {{first.val[0], first.val[1], second.val[0], second.val[1]},
+            vld1q_u32_x4(reinterpret_cast<const uint32_t*>(weights))};
+  }
+  static float32x4_t high(uint32x4_t v) { return vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000))); }
+  static float32x4_t low(uint32x4_t v) { return vreinterpretq_f32_u32(vshlq_n_u32(v, 16)); }
+  static Sum add(Sum sum, const uint16_t* window, const Operands& o) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(window);
+    const uint8x16x4_t first = vld1q_u8_x4(bytes), second = vld1q_u8_x4(bytes + 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t x = vreinterpretq_u32_u8(look_up(first, second, o.index[i])), weight = o.weight.val[i];
+      sum.val[i] = vfmaq_f32(vfmaq_f32(sum.val[i], high(weight), high(x)), low(weight), low(x));
+    }
+    return sum;
+  }
+};
+
+// One lookup fetches the codes of four features. A product of 8 bits each fits 16 signed ones: 255 * 127 < 2^15.
+struct TableS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = int32x4x4_t;
+  struct Operands {
+    uint8x16x4_t index;
+    int8x16x4_t weight;
+  };
+  static constexpr int64_t kIndexBytes = 4 * GROUP, kWeightBytes = 4 * GROUP;
+  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
+  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
+  static Operands load(const uint8_t* indices, const uint8_t* weights) {
+    return {vld1q_u8_x4(indices), vld1q_s8_x4(reinterpret_cast<const int8_t*>(weights))};
+  }
+  // The sums of two products each.
+  static int32x4_t pairs(uint8x8_t codes, int8x8_t weight) {
+    return vpaddlq_s16(vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(codes)), vmovl_s8(weight)));
+  }
+  static Sum add(Sum sum, const uint8_t* window, const Operands& o) {
+    const uint8x16x4_t bytes = vld1q_u8_x4(window);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t codes = vqtbl4q_u8(bytes, o.index.val[i]);
+      const int32x4_t low = pairs(vget_low_u8(codes), vget_low_s8(o.weight.val[i]));
+      const int32x4_t high = pairs(vget_high_u8(codes), vget_high_s8(o.weight.val[i]));
+      sum.val[i] = vaddq_s32(sum.val[i], vpaddq_s32(low, high));
+    }
+    return sum;
+  }
+};
+
+#include "elementwise.h"
+#include "quantize.h"
+#include "slices.h"
+#include "table.h"
+
+// Sixteen accumulators: four under way for each of up to four multiply-add units.
+void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 8: return add_slices<SlicesF32, Quad, 2, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesF32, Quad, 4, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesF32, Quad, 8, 2>(blob, layer, x, y);
+    default: return add_slices<SlicesF32, Quad, 16, 1>(blob, layer, x, y);
+  }
+}
+
+void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+  if (lanes == 32) return add_slices<SlicesBf16, Quad, 8, 2>(blob, layer, x, y);
+  return add_slices<SlicesBf16, Quad, 16, 1>(blob, layer, x, y);
+}
+
+void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
+               int64_t y_stride) {
+  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
+                int64_t y_stride) {
+  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
+              int64_t y_stride) {
+  run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
+// Interleaving rows 0 and 2, and rows 1 and 3, is half a transposition: twice is a whole one.
+inline void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  float32x4_t row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) row[i] = vld1q_f32(from + i * from_stride);
+#pragma GCC unroll 2
+  for (int time = 0; time < 2; ++time) {
+    const float32x4x2_t even = vzipq_f32(row[0], row[2]), odd = vzipq_f32(row[1], row[3]);
+    row[0] = even.val[0], row[1] = even.val[1], row[2] = odd.val[0], row[3] = odd.val[1];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) vst1q_f32(to + i * to_stride, row[i]);
+}
+
+void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                   int64_t to_stride) {
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int64_t c = 0; c < whole_columns; c += 4)
+    for (int64_t r = 0; r < whole_rows; r += 4)
+      transpose_4x4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+}  // namespace
+
+extern "C" const Isa lt4rec_isa_neon = {
+    "neon",     slices_f32, slices_bf16, table_f32, table_bf16,  table_s8, transpose_f32, widen_bf16,
+    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
+    /*slices_from_f32=*/5, /*slices_from_bf16=*/9};
+#endif

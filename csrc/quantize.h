@@ -1,0 +1,34 @@
+// Lines of int8 codes, for the ISAs that leave it to the compiler; included as elementwise.h is, and after it.
+
+// A NaN fails the first comparison and becomes 0; infinities end at the ends.
+inline uint8_t code_of(float v, float inverse_scale, float zero_point) {
+  const float code = __builtin_rintf(v * inverse_scale) + zero_point;
+  const float above = code > 0 ? code : 0;
+  return uint8_t(int32_t(above < 255 ? above : 255));
+}
+
+// Every HALF_S8 codes stand twice: at the start of a window and at the end of the one before.
+template <class Code>
+inline void write_line(int64_t count, uint8_t* line, Code code) {
+  for (int64_t first = 0; first < count; first += HALF_S8) {
+    const int64_t left = count - first, size = left < HALF_S8 ? left : int64_t{HALF_S8};
+    uint8_t* to = line + 2 * first;
+    for (int64_t i = 0; i < size; ++i) to[i] = code(first + i);
+    if (first) __builtin_memcpy(to - HALF_S8, to, HALF_S8);
+  }
+}
+
+int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  int nans = 0;
+  for (int64_t i = 0; i < count; ++i) nans |= from[i] != from[i];
+  write_line(count, line, [=](int64_t i) { return code_of(from[i], inverse_scale, float(zero_point)); });
+  return nans;
+}
+
+void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                    int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  write_line(count, line, [=](int64_t i) {
+    const float v = __builtin_fmaf(float(b ? a[i] + b[i] : a[i]), scale[i], bias[i]);
+    return code_of(has_relu ? relu(v) : v, inverse_scale, float(zero_point));
+  });
+}
