@@ -23,7 +23,8 @@ extern "C" {
 // How a network computes.
 //   F32  float32 throughout.
 //   BF16 weights and the activations that enter a layer are rounded to bfloat16 (to nearest even), products are added
-//        in float32. Denormals count as zero, in and out, as x86's bfloat16 instructions have it.
+//        in float32. Denormals count as zero, in and out, as x86's bfloat16 instructions have it. (A sum at most
+//        2^-151 below the least normal number is that number on x86, which rounds first, and zero on ARM.)
 //   S8   weights are signed 8-bit with a scale for each output feature; the activations that enter a layer are
 //        unsigned 8-bit with one scale and one zero point, both calibrated. Sums are exact 32-bit integers.
 enum { PRECISION_F32 = 0, PRECISION_BF16 = 1, PRECISION_S8 = 2 };
@@ -72,7 +73,7 @@ typedef struct {
 // Row r's offset stands in bits 16r to 16r + 15: one load fetches four of them, for load slots are what runs out.
 // An offset is 64 * (tile row within the block): the distance in bytes at 16 lanes of float32. At 32 and 64 lanes the
 // distance is offset * 2 and offset * 4, which x86 scales while it adds the address: one layout for all lane counts.
-// Padding is offset 0 (the row of zeros) and weight 0.
+// Padding is offset 0 (the row of zeros) and weight -0: a product of -0 changes no sum, not even the sign of a zero.
 typedef struct {
   uint64_t offsets;
   float weight[SLICE_ROWS];
@@ -259,7 +260,9 @@ extern const Isa lt4rec_isa_avx512;       // and AVX-512 F, VL, BW
 extern const Isa lt4rec_isa_avx512_vnni;  // and VBMI, VNNI: Ice Lake, Zen 4
 extern const Isa lt4rec_isa_avx512_bf16;  // and BF16: Sapphire Rapids, Zen 4
 #endif
-// An ARM file defines lt4rec_isa_neon, and takes its line here and in isa.cpp.
+#if defined(__aarch64__)
+extern const Isa lt4rec_isa_neon;
+#endif
 
 // The ISAs of this build that this machine runs, slowest first, ended by null.
 const Isa* const* lt4rec_supported_isas(void);

@@ -21,6 +21,8 @@ struct SupportedIsas {
     if (has) isas[count++] = &lt4rec_isa_avx512_vnni;
     has = has && __builtin_cpu_supports("avx512bf16");
     if (has) isas[count++] = &lt4rec_isa_avx512_bf16;
+#elif defined(__aarch64__)
+    isas[count++] = &lt4rec_isa_neon;  // every AArch64 has it
 #endif
   }
 };

@@ -50,6 +50,7 @@ struct TableF32 {
   using Activation = float;
   using Value = float;
   using Sum = Floats;
+  static constexpr int kSums = 4;
   struct Operands {
     Words index;
     Floats weight;
@@ -73,6 +74,7 @@ struct TableBf16 {
   using Activation = uint16_t;
   using Value = float;
   using Sum = Floats;
+  static constexpr int kSums = 4;
   struct Operands {
     Words index, weight;
   };
@@ -107,6 +109,7 @@ struct TableS8 {
   using Activation = uint8_t;
   using Value = int32_t;
   using Sum = Words;
+  static constexpr int kSums = 4;
   struct Operands {
     Words index, weight;
   };

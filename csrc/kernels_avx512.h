@@ -49,6 +49,7 @@ struct TableF32 {
   using Activation = float;
   using Value = float;
   using Sum = __m512;
+  static constexpr int kSums = 16;
   struct Operands {
     __m512i index;
     __m512 weight;
@@ -70,6 +71,7 @@ struct TableBf16 {
   using Activation = uint16_t;
   using Value = float;
   using Sum = __m512;
+  static constexpr int kSums = 16;
   struct Operands {
     __m512i index, weight;
   };
@@ -105,6 +107,7 @@ struct TableS8 {
   using Activation = uint8_t;
   using Value = int32_t;
   using Sum = __m512i;
+  static constexpr int kSums = 16;
   struct Operands {
     __m512i index, weight;
   };

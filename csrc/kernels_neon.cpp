@@ -36,6 +36,7 @@ struct TableF32 {
   using Activation = float;
   using Value = float;
   using Sum = float32x4x4_t;
+  static constexpr int kSums = 4;
   struct Operands {
     uint8x16_t index[4];
     float32x4x4_t weight;
@@ -64,6 +65,7 @@ struct TableBf16 {
   using Activation = uint16_t;
   using Value = float;
   using Sum = float32x4x4_t;
+  static constexpr int kSums = 4;
   struct Operands {
     uint8x16_t index[4];
     uint32x4x4_t weight;
@@ -95,6 +97,7 @@ struct TableS8 {
   using Activation = uint8_t;
   using Value = int32_t;
   using Sum = int32x4x4_t;
+  static constexpr int kSums = 4;
   struct Operands {
     uint8x16x4_t index;
     int8x16x4_t weight;
@@ -127,7 +130,7 @@ struct TableS8 {
 #include "slices.h"
 #include "table.h"
 
-// Sixteen accumulators: four under way for each of up to four multiply-add units.
+// Eight accumulators, or sixteen: up to four multiply-adds under way in each of four units.
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
     case 8: return add_slices<SlicesF32, Quad, 2, 4>(blob, layer, x, y);
@@ -184,8 +187,9 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 
 }  // namespace
 
+// Where slices begin is an estimate from counted instructions: no ARM machine was at hand.
 extern "C" const Isa lt4rec_isa_neon = {
-    "neon",     slices_f32, slices_bf16, table_f32, table_bf16,  table_s8, transpose_f32, widen_bf16,
-    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
-    /*slices_from_f32=*/5, /*slices_from_bf16=*/9};
+    "neon",     slices_f32, slices_bf16, table_f32, table_bf16,     table_s8, transpose_f32, widen_bf16,
+    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8,  requantize_s32,
+    /*slices_from_f32=*/4, /*slices_from_bf16=*/17};
 #endif

@@ -8,7 +8,7 @@ namespace {
 #include "elementwise.h"
 #include "quantize.h"
 
-// Denormals count as zero, as in x86's bfloat16 instructions. (On x86 the caller has told the processor so already.)
+// Denormals count as zero, as in x86's bfloat16 instructions. (Where a processor can be told so, the caller has.)
 float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 float fma_bf16(uint16_t weight, uint16_t x, float sum) {
   return flushed(std::fma(flushed(float_of(uint32_t{weight} << 16)), flushed(float_of(uint32_t{x} << 16)), sum));

@@ -35,6 +35,12 @@ struct PackedSlices {
 constexpr int64_t kept_per_step(const StepF32*) { return 1; }
 constexpr int64_t kept_per_step(const StepBf16*) { return 2; }
 
+// -0 times the row of zeros is -0, and to add that changes nothing, not even the sign of a zero.
+constexpr StepF32 padding(const StepF32*) { return {0, {-0.0f, -0.0f, -0.0f, -0.0f}}; }
+constexpr StepBf16 padding(const StepBf16*) {
+  return {{0, 0}, {{0x8000, 0x8000}, {0x8000, 0x8000}, {0x8000, 0x8000}, {0x8000, 0x8000}}};
+}
+
 // The `index`-th kept weight of row r of a slice within one block.
 void place(std::vector<StepF32>::iterator steps, int64_t index, int r, uint64_t offset, float value) {
   steps[index].offsets |= offset << (16 * r);
@@ -75,7 +81,7 @@ PackedSlices<Step> pack_slices(const Layer& layer) {
       slice.steps = uint16_t((kept(order[first]) + kKept - 1) / kKept);
       if (slice.steps == 0 && block != 0 && block != blocks - 1) break;
       const size_t first_step = packed.steps.size();
-      packed.steps.resize(first_step + slice.steps, Step{});  // zeros are padding
+      packed.steps.resize(first_step + slice.steps, padding(static_cast<const Step*>(nullptr)));
       for (int r = 0; r < SLICE_ROWS; ++r) {
         const int64_t row = order[first + size_t(r)];
         if (block == 0) packed.bias.push_back(row < int64_t(layer.bias.size()) ? layer.bias[size_t(row)] : 0);
@@ -111,6 +117,7 @@ struct PackedTable {
 struct TableF32 {
   using Weight = float;
   static constexpr int kPlaces = 1, kWindow = WINDOW_F32, kAlignment = 16;
+  static constexpr float kPadding = -0.0f;
   static float weight(float value) { return value; }
   static int64_t position(int64_t feature) { return line_position(feature, GAP_F32); }
   static int64_t zero_after(int64_t position) { return (GAP_F32 + 1 - position % (GAP_F32 + 1)) % (GAP_F32 + 1); }
@@ -119,6 +126,7 @@ struct TableF32 {
 struct TableBf16 {
   using Weight = uint16_t;
   static constexpr int kPlaces = 2, kWindow = WINDOW_BF16, kAlignment = 32;
+  static constexpr uint16_t kPadding = 0x8000;  // -0
   static uint16_t weight(float value) { return bf16_of(value); }
   static int64_t position(int64_t feature) { return line_position(feature, GAP_BF16); }
   static int64_t zero_after(int64_t position) { return (GAP_BF16 + 1 - position % (GAP_BF16 + 1)) % (GAP_BF16 + 1); }
@@ -127,6 +135,7 @@ struct TableBf16 {
 struct TableS8 {
   using Weight = int8_t;
   static constexpr int kPlaces = 4, kWindow = WINDOW_S8, kAlignment = HALF_S8;
+  static constexpr int8_t kPadding = 0;
   static int8_t weight(float value) { return int8_t(value); }
   static int64_t position(int64_t feature) { return feature; }
   static int64_t zero_after(int64_t) { return 0; }
@@ -153,7 +162,7 @@ PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t fir
     const int64_t zero = Table::zero_after(window);
     packed.windows.push_back(uint32_t(Table::line_offset(window)));
     packed.indices.resize(packed.indices.size() + GROUP * kPlaces, uint8_t(zero));
-    packed.weights.resize(packed.weights.size() + GROUP * kPlaces, 0);
+    packed.weights.resize(packed.weights.size() + GROUP * kPlaces, Table::kPadding);
     uint8_t* indices = &packed.indices[packed.indices.size() - GROUP * kPlaces];
     auto* weights = &packed.weights[packed.weights.size() - GROUP * kPlaces];
     for (int r = 0; r < GROUP; ++r) {
@@ -192,7 +201,7 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& weight) {
         } else {  // a line begins with a zero
           packed.windows.push_back(0);
           packed.indices.resize(packed.indices.size() + kValues);
-          packed.weights.resize(packed.weights.size() + kValues);
+          packed.weights.resize(packed.weights.size() + kValues, Table::kPadding);
         }
       }
     }
@@ -305,6 +314,10 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
     record.part_features = layer.part_features;
     record.zero_point = layer.zero_point;
     if (layer.input_scale > 0) record.inverse_scale = float(1 / layer.input_scale);
+    // Denormals count as zero; a row that adds nothing to its bias would keep one.
+    if (precision == PRECISION_BF16)
+      for (float& bias : layer.bias)
+        if (std::fabs(bias) < 0x1p-126f) bias = 0;
     record.bias = writer.append(padded_copy(layer.bias, layer.out_features));
     header.products += uint64_t(layer.weight.nnz());
 

@@ -20,7 +20,7 @@ struct SlicesF32 {
     const uint64_t distance = step_offset(step.offsets, r) * (kStride / 16);
     const auto* x_row = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x_block) + distance);
     const typename Vector::Type weight = Vector::broadcast(step.weight + r);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sum[v] = Vector::fma(weight, Vector::load(x_row + v * Vector::kWidth), sum[v]);
   }
 };
@@ -38,7 +38,7 @@ struct SlicesBf16 {
       const uint64_t distance = step_offset(step.offsets[half], r) * (kStride / 32);
       const auto* x_row = reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(x_block) + distance);
       const typename Vector::Type weight = Vector::broadcast_bf16(step.weight[r][half]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         sum[v] = Vector::fma(weight, Vector::load_bf16(x_row + v * Vector::kWidth), sum[v]);
     }
@@ -60,7 +60,7 @@ __attribute__((always_inline)) inline void add_slice(const Slice& slice, const t
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const float* y_row = row_of<kStride>(y, slice, first + r);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] = bias ? Vector::broadcast(bias + first + r) : Vector::load(y_row + v * Vector::kWidth);
     }
@@ -71,7 +71,7 @@ __attribute__((always_inline)) inline void add_slice(const Slice& slice, const t
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       float* y_row = row_of<kStride>(y, slice, first + r);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         Vector::store(y_row + v * Vector::kWidth, has_relu ? Vector::relu(sum[r][v]) : sum[r][v]);
     }

@@ -27,20 +27,34 @@ struct Network {
 // themselves.
 class FlushedDenormals {
  public:
-#if defined(__x86_64__)
-  explicit FlushedDenormals(bool is_wanted) : before_(_mm_getcsr()) {
-    constexpr unsigned kFlushResults = 0x8000, kOperandsAreZero = 0x0040;
-    if (is_wanted) _mm_setcsr(before_ | kFlushResults | kOperandsAreZero);
+  explicit FlushedDenormals(bool is_wanted) : before_(control()) {
+    if (is_wanted) set_control(before_ | kFlush);
   }
-  ~FlushedDenormals() { _mm_setcsr(before_); }
+  ~FlushedDenormals() { set_control(before_); }
   FlushedDenormals(const FlushedDenormals&) = delete;
   FlushedDenormals& operator=(const FlushedDenormals&) = delete;
 
  private:
-  unsigned before_;
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlush = 0x8000 | 0x0040;  // results, operands
+  static uint64_t control() { return _mm_getcsr(); }
+  static void set_control(uint64_t bits) { _mm_setcsr(unsigned(bits)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = 1 << 24;  // FZ: results and operands
+  static uint64_t control() {
+    uint64_t bits;
+    asm volatile("mrs %0, fpcr" : "=r"(bits));
+    return bits;
+  }
+  // "memory": neither a load nor a store moves past it.
+  static void set_control(uint64_t bits) { asm volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
 #else
-  explicit FlushedDenormals(bool) {}
+  static constexpr uint64_t kFlush = 0;
+  static uint64_t control() { return 0; }
+  static void set_control(uint64_t) {}
 #endif
+
+  uint64_t before_;
 };
 
 // Aligned pieces of one thread's scratch memory, which stays with the thread: to get as much from the system and give

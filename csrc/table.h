@@ -1,7 +1,8 @@
 // The loops over tables that the vector ISAs share; included as slices.h is.
 //
 // `Table` gives: Activation, Sum (sixteen of them), Value (of y), Operands, kIndexBytes, kWeightBytes (of a step),
-// load_sum, store_sum, load (a step's operands), add (their products with the activations of one window).
+// kSums (that fill the registers), load_sum, store_sum, load (a step's operands), add (their products with the
+// activations of one window).
 
 // kGroups groups of one bundle for kRows rows of the batch: as many sums under way, and each step's operands are
 // fetched once for all rows.
@@ -33,11 +34,11 @@ __attribute__((always_inline)) inline void add_groups(int64_t steps, int64_t bun
     for (int r = 0; r < kRows; ++r) Table::store_sum(y + r * y_stride + g * GROUP, sum[g][r]);
 }
 
-// Four rows of a bundle's four groups fill sixteen registers; more rows take the groups one by one.
+// A bundle's four groups together while their sums fit the registers; more rows take the groups one by one.
 template <class Table, int kRows>
 void add_table(const uint8_t* blob, const LayerRecord* layer, const typename Table::Value* bias,
                const typename Table::Activation* x, int64_t x_stride, typename Table::Value* y, int64_t y_stride) {
-  constexpr int kGroups = kRows <= 4 ? BUNDLE : 1;
+  constexpr int kGroups = kRows * BUNDLE <= Table::kSums ? BUNDLE : 1;
   const auto* bundle_steps = reinterpret_cast<const uint32_t*>(blob + layer->bundle_steps);
   const auto* windows = reinterpret_cast<const uint32_t*>(blob + layer->windows);
   const uint8_t* indices = blob + layer->indices;
