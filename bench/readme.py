@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.cpu import ratio
+from bench.cpu import PRECISIONS, best, ratio, speed_table
 from lt4rec_sparse.experiments.arms import SPARSE_LAST, TITLES
 from lt4rec_sparse.experiments.report import accuracy_table, table
 
@@ -32,12 +32,15 @@ def generated() -> str:
 
 
 def _headline() -> str:
-    at = {c["sparsity"]: c for c in record.read("cpu")["cases"] if c["batch"] == 256 and c["threads"] == 2}
+    at = {c["sparsity"]: c for c in record.read("cpu")["cases"] if c["batch"] == 256 and c["threads"] == 1}
     sizes = record.read("kuairand_pure")["results"]["frozen"][SPARSE_LAST]["bytes"]
     smaller = sizes["dense, one model a task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
+    speeds = " and ".join(
+        f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** the speed of the best dense {p} engine"
+        for p in ("fp32", "int8")
+    )
     return (
-        f"- **{ratio(at[0.8]):.1f}x / {ratio(at[0.9]):.1f}x** the speed of dense torch at 80 % / 90 % sparsity "
-        "(256 candidates, fp32, 2 threads).\n"
+        f"- {speeds}, at 80 % / 90 % sparsity (256 candidates, one thread).\n"
         f"- **{smaller:.1f}x** smaller: the MLP of two KuaiRand tasks at 20 % density against a dense MLP each."
     )
 
@@ -54,13 +57,66 @@ def _simulated() -> str:
 
 def _speed() -> str:
     cpu = record.read("cpu")
+    parts = []
+    for precision in PRECISIONS:
+        opponents = sorted({best(case, "dense", [precision])[0] for case in cpu["cases"]})
+        parts += [f"Against dense {precision} (the fastest of {', '.join(opponents)}):", speed_table(cpu, precision)]
+    versions = ", ".join(f"{name} {version}" for name, version in cpu["machine"]["peers"].items())
+    parts.append(f"{cpu['mlp']}, {_where(cpu['machine'])}, {versions}, engine {cpu['engine']}.")
+    return "\n\n".join(parts)
+
+
+def _microseconds() -> str:
     rows = []
-    for threads in sorted({case["threads"] for case in cpu["cases"]}):
-        for sparsity in (0.8, 0.9):
-            at = {c["batch"]: c for c in cpu["cases"] if c["threads"] == threads and c["sparsity"] == sparsity}
-            rows.append([str(threads), f"{sparsity:.0%}", *(f"{ratio(at[batch]):.1f}" for batch in (1, 32, 256, 1024))])
-    header = ["threads", "sparsity", "batch 1", "32", "256", "1024"]
-    return f"{table(header, rows)}\n\n{cpu['mlp']}, {_where(cpu['machine'])}, engine {cpu['engine']}."
+    for case in record.read("cpu")["cases"]:
+        if case["threads"] == 1 and case["sparsity"] == 0.9:
+            ours = [f"{case['contestants'][f'ours {p}']['median_us']:,.0f}" for p in PRECISIONS]
+            dense = [f"{us:,.0f} ({name})" for name, us in (best(case, "dense", [p]) for p in PRECISIONS)]
+            rows.append([str(case["batch"]), *ours, *dense])
+    return table(["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)], rows)
+
+
+def _engine() -> str:
+    cpu = record.read("cpu")
+    prepack = [
+        [f"{case['sparsity']:.0%}", f"{case['canonical_bytes']:,}"]
+        + [
+            f"{case['precisions'][p]['bytes']:,} in {case['precisions'][p]['median_us'] / 1e3:.1f} ms"
+            for p in PRECISIONS
+        ]
+        for case in cpu["prepack"]
+    ]
+    two = []
+    for case in cpu["two_tasks"]:
+        times = {name: c["median_us"] for name, c in case["contestants"].items()}
+        two.append(
+            [str(case["batch"]), *(f"{times[f'two tasks {p}'] / times[f'one task {p}']:.2f}" for p in PRECISIONS)]
+        )
+    tickets = [
+        [case["task"], str(case["batch"]), *(f"{ratio(case, p):.1f}" for p in PRECISIONS)] for case in cpu["tickets"]
+    ]
+    cold = []
+    for case in cpu["cold"]:
+        temperatures = {
+            t: {"contestants": {n: {**c, **c[t]} for n, c in case["contestants"].items()}} for t in ("hot", "cold")
+        }
+        cells = [f"{ratio(temperatures[t], p):.1f}" for p in PRECISIONS for t in ("hot", "cold")]
+        cold.append([str(case["batch"]), f"{case['sparsity']:.0%}", *cells])
+    even = ", ".join(f"{p} {'not reached' if s is None else f'{s:.0%}'}" for p, s in cpu["break_even"].items())
+    overlap = cpu["two_tasks"][0]["overlap"]
+    return "\n\n".join(
+        [
+            f"Sparsity from which sparse beats the best dense of its precision, at 256 candidates: {even}.",
+            f"Time of two tasks whose masks overlap by {overlap:.0%} (80 % sparsity), over that of one:",
+            table(["batch", *PRECISIONS], two),
+            "Real tickets (KuaiRand, last level), speed against the best dense of each precision:",
+            table(["task", "batch", *PRECISIONS], tickets),
+            "Hot, and with every cache overwritten between calls (DRAM-cold), against the best dense likewise:",
+            table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
+            "Bytes on disk, and prepacked in memory:",
+            table(["sparsity", "canonical", *PRECISIONS], prepack),
+        ]
+    )
 
 
 def _bytes() -> str:
@@ -105,6 +161,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kuairand": _kuairand,
     "simulated": _simulated,
     "speed": _speed,
+    "microseconds": _microseconds,
+    "engine": _engine,
     "bytes": _bytes,
     "served": _served,
     "commands": _commands,

@@ -6,12 +6,15 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,6 +32,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "peers": {name: version(name) for name in PEERS if find_spec(name)},
     }
 
 
@@ -46,7 +50,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS)
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     return done.stdout.strip()
 
 

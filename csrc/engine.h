@@ -95,7 +95,8 @@ static inline uint64_t step_offset(uint64_t offsets, int row) { return offsets >
 // neighbouring activations (32 float32, 64 bfloat16, 64 bytes: what one permutation of registers can look up), and
 // adds up to P kept weights of each feature that lie within it (P = 1, 2, 4 for F32, BF16, S8: a vector of 16, 32, 64
 // products). Each feature takes its kept weights by ascending column; a window starts at the first one still
-// missing in the group, or a little before. Features that are ahead of the others wait, and their places in the step are padded.
+// missing in the group, or a little before. Features that are ahead of the others wait, and their places in the step
+// are padded.
 //
 // Four groups stand together in a bundle, step by step in turn, so that a single row of the batch has four sums under
 // way; the groups after the last whole bundle stand alone. Features of a hidden layer are ordered by how many kept

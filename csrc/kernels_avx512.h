@@ -155,7 +155,8 @@ __attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* li
     uint8_t* to = line + 2 * first;
     _mm512_storeu_si512(to, all);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + WINDOW_S8), _mm512_maskz_extracti64x4_epi64(0xff, all, 1));
-    if (first) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to - HALF_S8), _mm512_maskz_extracti64x4_epi64(0xff, all, 0));
+    const __m256i half = _mm512_maskz_extracti64x4_epi64(0xff, all, 0);
+    if (first) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to - HALF_S8), half);
   }
 }
 

@@ -228,7 +228,8 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
   }
   const int64_t rows = layer.out_features;
   if (csr.crow_indices[0] != 0) return refuse("crow_indices", 0, csr.crow_indices[0], "exactly", 0);
-  if (csr.crow_indices[rows] != layer.nnz) return refuse("crow_indices", rows, csr.crow_indices[rows], "nnz", layer.nnz);
+  if (csr.crow_indices[rows] != layer.nnz)
+    return refuse("crow_indices", rows, csr.crow_indices[rows], "nnz", layer.nnz);
   // All row starts before any column: a start out of range would send the column check astray.
   for (int64_t row = 0; row < rows; ++row)
     if (csr.crow_indices[row + 1] < csr.crow_indices[row])

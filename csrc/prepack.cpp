@@ -179,16 +179,16 @@ PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t fir
 }
 
 template <class Table>
-PackedTable<typename Table::Weight> pack_table(const Matrix& weight) {
+PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
   constexpr size_t kValues = GROUP * Table::kPlaces;
   PackedTable<typename Table::Weight> packed;
-  const int64_t groups = padded(weight.rows()) / GROUP;
+  const int64_t groups = padded(matrix.rows()) / GROUP;
   for (int64_t first = 0; first < groups;) {
     const int64_t bundle = groups - first < BUNDLE ? 1 : BUNDLE;
     std::vector<PackedTable<typename Table::Weight>> parts;
     size_t steps = 0;
     for (int64_t group = first; group < first + bundle; ++group) {
-      parts.push_back(pack_group<Table>(weight, group * GROUP));
+      parts.push_back(pack_group<Table>(matrix, group * GROUP));
       steps = std::max(steps, parts.back().windows.size());
     }
     packed.bundle_steps.push_back(uint32_t(steps));
@@ -196,8 +196,10 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& weight) {
       for (const auto& part : parts) {
         if (step < part.windows.size()) {
           packed.windows.push_back(part.windows[step]);
-          packed.indices.insert(packed.indices.end(), &part.indices[step * kValues], &part.indices[step * kValues] + kValues);
-          packed.weights.insert(packed.weights.end(), &part.weights[step * kValues], &part.weights[step * kValues] + kValues);
+          const auto index = part.indices.begin() + int64_t(step * kValues);
+          const auto weight = part.weights.begin() + int64_t(step * kValues);
+          packed.indices.insert(packed.indices.end(), index, index + int64_t(kValues));
+          packed.weights.insert(packed.weights.end(), weight, weight + int64_t(kValues));
         } else {  // a line begins with a zero
           packed.windows.push_back(0);
           packed.indices.resize(packed.indices.size() + kValues);
@@ -274,7 +276,8 @@ void append_slices(const Layer& layer, BlobWriter& writer, LayerRecord& record, 
   record.steps = writer.append(packed.steps);
   record.slice_bias = writer.append(packed.bias);
   header.slice_bytes += writer.bytes() - before;
-  header.slice_products += packed.steps.size() * SLICE_ROWS * uint64_t(kept_per_step(static_cast<const Step*>(nullptr)));
+  const auto kept = uint64_t(kept_per_step(static_cast<const Step*>(nullptr)));
+  header.slice_products += packed.steps.size() * SLICE_ROWS * kept;
 }
 
 template <class Table>

@@ -66,7 +66,8 @@ __attribute__((always_inline)) inline void add_slice(const Slice& slice, const t
     }
     for (const typename Slices::Step* step = steps; step < steps + slice.steps; ++step) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) Slices::template add<Vector, kVectors, kStride>(*step, first + r, x_block, sum[r]);
+      for (int r = 0; r < kRows; ++r)
+        Slices::template add<Vector, kVectors, kStride>(*step, first + r, x_block, sum[r]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {

@@ -281,8 +281,9 @@ class SlicePath {
 
  public:
   static int64_t scratch_bytes(const BlobHeader& header, int lanes) {
-    const int64_t stride = lane_stride(lanes), input = tile_rows(header.in_features) * stride,
-                  hidden = tile_rows(header.hidden_features) * stride, shared = tile_rows(header.shared_features) * stride;
+    const int64_t stride = lane_stride(lanes), input = tile_rows(header.in_features) * stride;
+    const int64_t hidden = tile_rows(header.hidden_features) * stride;
+    const int64_t shared = tile_rows(header.shared_features) * stride;
     return (input + 2 * hidden + shared) * int64_t{sizeof(float)} + (input + hidden) * int64_t{sizeof(Activation)} +
            MAX_ROWS * header.in_features * int64_t{sizeof(float)} + 8 * 64;
   }
@@ -390,7 +391,8 @@ class SlicePath {
       const float* own = shared_ + tile_row(int64_t{layer.part} * layer.part_features + feature) * stride;
       float biases[64];
       for (int lane = 0; lane < lanes; ++lane) biases[lane] = bias[feature];
-      net_.isa->add_f32(common, own, biases, lanes, layer.activation == ACTIVATION_RELU, y + tile_row(feature) * stride);
+      float* sum = y + tile_row(feature) * stride;
+      net_.isa->add_f32(common, own, biases, lanes, layer.activation == ACTIVATION_RELU, sum);
     }
   }
 
