@@ -106,6 +106,24 @@ std::vector<int64_t> kept_weights(const CanonicalLayer& layer) {
   return kept;
 }
 
+// The largest absolute weight of each row, over all of `layers`, whose rows are as many.
+std::vector<float> largest_weights(const std::vector<const CanonicalLayer*>& layers) {
+  std::vector<float> largest(size_t(layers[0]->out_features));
+  for (const CanonicalLayer* layer : layers) {
+    const Csr csr(*layer);
+    for (size_t row = 0; row < largest.size(); ++row)
+      for (int32_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i)
+        largest[row] = std::max(largest[row], std::fabs(csr.values[i]));
+  }
+  return largest;
+}
+
+std::vector<float> in_order(const std::vector<float>& values, const Positions& positions) {
+  std::vector<float> ordered;
+  for (int32_t row : inverse(positions)) ordered.push_back(values[size_t(row)]);
+  return ordered;
+}
+
 // What the tasks' first layers have in common: for each row, the columns and values that all of them keep.
 Matrix common_weights(const std::vector<const CanonicalLayer*>& tasks) {
   Matrix common;
@@ -163,9 +181,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, Positions& p
   const CanonicalLayer& first = *tasks[0];
   const auto count = int64_t(tasks.size());
   for (const CanonicalLayer* task : tasks)
-    if (task->out_features != first.out_features || task->input_scale != first.input_scale ||
-        task->input_zero_point != first.input_zero_point)
-      return {};
+    if (task->out_features != first.out_features) return {};
   const int64_t part_features = padded(first.out_features);
   if (count < 2 || (count + 1) * part_features > MAX_OUT_FEATURES) return {};
   const Matrix common = common_weights(tasks);
@@ -188,6 +204,8 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, Positions& p
   layer.part_features = uint32_t(part_features);
   layer.input_scale = first.input_scale;
   layer.zero_point = int32_t(first.input_zero_point);
+  layer.largest = in_order(largest_weights(tasks), positions);
+  layer.largest.resize(size_t(part_features));
   append_part(common, nullptr, positions, part_features, layer.weight);
   for (const CanonicalLayer* task : tasks) append_part(common, task, positions, part_features, layer.weight);
   return layer;
@@ -247,6 +265,16 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
   return true;
 }
 
+bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message) {
+  if (layer.input_scale == first.input_scale && layer.input_zero_point == first.input_zero_point) return true;
+  std::snprintf(message, MESSAGE_BYTES,
+                "layer %lld: input_scale, input_zero_point: got %g, %lld, wanted %g, %lld, those of the first layer: "
+                "all tasks read the same x",
+                (long long)index, layer.input_scale, (long long)layer.input_zero_point, first.input_scale,
+                (long long)first.input_zero_point);
+  return false;
+}
+
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count) {
   std::vector<const CanonicalLayer*> firsts;
   for (int64_t i = 0; i < count; ++i)
@@ -258,6 +286,10 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count) {
   const bool is_shared = shared.kind == LAYER_SHARED;
   const uint32_t part_features = shared.part_features;
   if (is_shared) arranged.push_back(std::move(shared));
+
+  bool is_one_width = true;
+  for (const CanonicalLayer* first : firsts)
+    is_one_width = is_one_width && first->out_features == layers[0].out_features;
 
   Positions columns;
   uint32_t task = 0;
@@ -276,6 +308,9 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count) {
     if (is_first) columns = in_place(from.in_features);
     Positions rows = from.is_head ? in_place(from.out_features) : by_kept_weights(kept_weights(from));
     arranged.push_back(linear(from, columns, rows));
+    // Whether products are shared must not show in the result.
+    const bool is_alone = !is_first || !is_one_width;
+    arranged.back().largest = in_order(largest_weights(is_alone ? std::vector{&from} : firsts), rows);
     columns = std::move(rows);
   }
   return arranged;

@@ -27,12 +27,16 @@ struct Layer {
   int64_t in_features = 0, out_features = 0;
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
   uint32_t part = 0, part_features = 0;  // as in LayerRecord
+  std::vector<float> largest;            // S8: of each row's weights, by absolute value; repeats from part to part
   double input_scale = 0;
   int32_t zero_point = 0;
 };
 
 // Writes the reason and returns false where a kernel would read or write out of place.
 bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message);
+
+// The same where two layers that read x, which becomes codes once, would count it in two ways.
+bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message);
 
 // Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count);

@@ -214,18 +214,12 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
 
 // --- int8 ---------------------------------------------------------------------------------------------------------
 
-// Rows of weights as codes of -127 to 127, and what one step of each is worth. The parts of a shared layer have their
-// scales in common, for the sums of two parts are added as integers.
-std::vector<float> quantize_rows(Matrix& weight, int64_t part_features) {
-  const int64_t rows = weight.rows();
-  std::vector<float> largest(size_t(part_features ? part_features : rows)), scale;
-  for (int64_t row = 0; row < rows; ++row) {
-    float& most = largest[size_t(row) % largest.size()];
-    for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i)
-      most = std::max(most, std::fabs(weight.value[size_t(i)]));
-  }
+// Rows of weights as codes of -127 to 127, and what one step of each row's is worth. The parts of a shared layer have
+// their scales in common, for the sums of two parts are added as integers.
+std::vector<float> quantize_rows(Matrix& weight, const std::vector<float>& largest) {
+  std::vector<float> scale;
   for (float most : largest) scale.push_back(most / 127);
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < weight.rows(); ++row) {
     const float step = scale[size_t(row) % scale.size()];
     for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i) {
       float& value = weight.value[size_t(i)];
@@ -327,7 +321,7 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
     if (precision == PRECISION_S8) {
       std::vector<float> scale = shared_scale;
       if (layer.kind != LAYER_COMBINED) {
-        scale = quantize_rows(layer.weight, layer.part_features);
+        scale = quantize_rows(layer.weight, layer.largest);
         for (float& step : scale) step = float(double(step) * layer.input_scale);
       }
       if (layer.kind == LAYER_SHARED) shared_scale = scale;
@@ -366,6 +360,8 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
     uint64_t nnz = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (!lt4rec::is_canonical(layers[i], i, precision, message)) return -1;
+      const bool reads_x = i == 0 || layers[i - 1].is_head;
+      if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
       nnz += uint64_t(layers[i].nnz);
     }
     const std::vector<uint8_t> written = write_blob(lt4rec::arrange(layers, count), precision, nnz);

@@ -1,7 +1,7 @@
 """Sparse kernels, training and serving for LT4REC: one shared ranking network, one lottery-ticket mask per task."""
 
 from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.nn import MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse.nn import MaskedLinear, MaskedMLP, Plan, PlannedMLP, SparseLinear, SparseMLP, freeze
 from lt4rec_sparse.serving import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -10,6 +10,8 @@ __all__ = [
     "Mask",
     "MaskedLinear",
     "MaskedMLP",
+    "Plan",
+    "PlannedMLP",
     "Ranker",
     "SparseLinear",
     "SparseMLP",

@@ -95,6 +95,7 @@ def score(
     model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
     candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with the model's feature columns.")],
     out: Annotated[Path, typer.Argument(help="The Parquet file to write: one column a task.")],
+    precision: Annotated[str, typer.Option(help="How the MLP computes: fp32, bf16 or int8.")] = "fp32",
 ) -> None:
     """Score a file of candidates."""
     import pyarrow as pa
@@ -106,7 +107,7 @@ def score(
 
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
-    ranker = load(model)
+    ranker = load(model, precision)
     scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
     with whole_file(out) as temporary:
         pq.write_table(pa.table(dict(scores)), temporary)
@@ -114,7 +115,8 @@ def score(
 
 @app.command()
 def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")]) -> None:
-    """Show what an artefact holds: tasks, fields, layers, densities, bytes."""
+    """Show what an artefact holds: tasks, fields, layers, densities, precisions, bytes."""
+    from lt4rec_sparse.ops import PRECISIONS
     from lt4rec_sparse.serving import load
 
     ranker = load(model)
@@ -125,7 +127,11 @@ def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safe
         density = {task: f"{layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks}
         rows, columns = layer.weight.shape
         console.print(f"layer {i}: {columns} -> {rows}, kept by {density}, {layer.weight.nbytes:,} bytes")
-    console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {ranker.mlp.prepacked_nbytes:,}")
+    is_calibrated = ranker.mlp.codes is not None
+    kinds = [precision for precision in PRECISIONS if is_calibrated or precision != "int8"]
+    prepacked = ", ".join(f"{kind} {ranker.mlp.to_precision(kind).prepacked_nbytes:,}" for kind in kinds)
+    console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {prepacked}")
+    console.print(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
     console.print(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
 
 

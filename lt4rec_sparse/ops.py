@@ -7,7 +7,7 @@ tests and benchmarks force one of the engine's instruction sets through `kernels
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.kernels import native, reference
+
+PRECISIONS = native.PRECISIONS  # what `prepack` can make
+Network = native.Network  # `sparse_mlp_out` of one prepacked network, with all looked up that does not change
+X_DTYPES = (torch.float32, torch.bfloat16)  # what `sparse_mlp` reads, in every precision
 
 _library = torch.library.Library("lt4rec_sparse", "DEF")
 _library.define("masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor")
@@ -82,16 +86,21 @@ def prepack(
 
     Args:
         tasks: For each task its layers, each with the name of the task whose plane of the weight it reads.
-        precision: "fp32", "bf16" or "int8", as `kernels.native.prepack` defines them.
-        codes: For each task and layer, how its input is counted; for "int8" only, which needs them.
-
-    Raises:
-        ValueError: If there is no such precision, or "int8" comes without codes.
+        precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
+            float32; "int8": weights as signed 8-bit codes with a scale for each output feature, activations as
+            unsigned 8-bit codes, summed exactly.
+        codes: For each task and layer, how its input is counted, `x` alike for all tasks; "int8" needs them, others
+            pass over them.
 
     Returns:
         uint8, private to the kernel; or None without the native engine (one warning: the reference serves instead,
-        with the same results, more slowly).
+        more slowly).
+
+    Raises:
+        ValueError: If there is no such precision, "int8" comes without codes or with several for `x`, or a layer
+            cannot have it.
     """
+    layers = _with_codes(tasks, precision, codes)
     if not native.is_available():
         warnings.warn(
             f"the native CPU engine is absent ({native.absence_reason()}): sparse MLPs run dense in torch",
@@ -99,15 +108,7 @@ def prepack(
             stacklevel=2,
         )
         return None
-    if precision == "int8" and codes is None:
-        raise ValueError("codes: got None, wanted codes for each task and layer, as int8 needs them")
-    return native.prepack(
-        [
-            [_pack_layer(layer, task, None if codes is None else codes[t][i]) for i, (layer, task) in enumerate(layers)]
-            for t, layers in enumerate(tasks)
-        ],
-        precision,
-    )
+    return native.prepack([[_pack_layer(*layer) for layer in path] for path in layers], precision)
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
@@ -130,9 +131,26 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     """
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+    if x.dtype not in X_DTYPES or x.device.type != "cpu":
         raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
+
+
+def sparse_mlp_out(x: Tensor, prepacked: Tensor, out: Tensor) -> None:
+    """Run `sparse_mlp` into memory that is there already, without the boundary of an operator.
+
+    For small requests, whose time is mostly Python's: autograd, `torch.compile` and fake tensors do not see it. Who
+    calls often makes a `Network` of it: `Network(prepacked).sparse_mlp(x, out)`.
+
+    Args:
+        x: `[batch, in_features]`, float32 or bfloat16 on the CPU; rows may be strided, elements of a row not.
+        prepacked: What `prepack` made.
+        out: `[batch, outputs]`, float32 on the CPU; rows may be strided. Must not overlap `x`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or stride is another.
+    """
+    native.sparse_mlp(x, prepacked, out)
 
 
 def cpu_engine() -> str:
@@ -140,38 +158,72 @@ def cpu_engine() -> str:
     return native.isa() if native.is_available() else "reference"
 
 
-def sparse_mlp_dense(x: Tensor, tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> Tensor:
-    """Run the reference of `sparse_mlp` on the canonical weights, dense: where there is no kernel for the device."""
-    return reference.sparse_mlp(
-        x,
-        [
-            [
-                reference.DenseLayer(
-                    layer.weight.to_dense(task).to(x),
-                    None if layer.bias is None else layer.bias.to(x),
-                    layer.activation,
-                )
-                for layer, task in layers
-            ]
-            for layers in tasks
-        ],
-    )
+def sparse_mlp_dense(
+    x: Tensor,
+    tasks: Sequence[Sequence[tuple[SparseLayer, str]]],
+    precision: str = "fp32",
+    codes: Sequence[Sequence[Codes]] | None = None,
+) -> Tensor:
+    """Run the reference of `sparse_mlp` on the canonical weights, dense: where there is no kernel for the device.
+
+    Args:
+        x: `[batch, in_features]`, float32 or bfloat16.
+        tasks: As in `prepack`.
+        precision: As in `prepack`.
+        codes: As in `prepack`.
+
+    Returns:
+        `[batch, outputs]`, float32.
+
+    Raises:
+        ValueError: If there is no such precision, or "int8" comes without codes or with several for `x`.
+        TypeError: If `x` is neither float32 nor bfloat16.
+    """
+    if x.dtype not in X_DTYPES:
+        raise TypeError(f"x: got {x.dtype}, wanted torch.float32 or torch.bfloat16")
+    paths = _with_codes(tasks, precision, codes)
+    return reference.sparse_mlp(x.float(), [[_dense_layer(x, *layer) for layer in path] for path in paths], precision)
+
+
+def layer_inputs(x: Tensor, layers: Sequence[tuple[SparseLayer, str]]) -> Iterator[Tensor]:
+    """Yield what enters each layer of one task's MLP, in the float32 of the reference; `x` comes first.
+
+    Args:
+        x: `[batch, in_features]`.
+        layers: One element of `prepack`'s `tasks`.
+    """
+    for layer, task in layers:
+        yield x
+        x = reference.sparse_mlp(x.float(), [[_dense_layer(x, layer, task, None)]])
+
+
+def _with_codes(
+    tasks: Sequence[Sequence[tuple[SparseLayer, str]]], precision: str, codes: Sequence[Sequence[Codes]] | None
+) -> list[list[tuple[SparseLayer, str, Codes | None]]]:
+    """Return each task's layers with their codes, in int8, and without them otherwise."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    if precision != "int8":
+        return [[(*layer, None) for layer in layers] for layers in tasks]
+    if codes is None:
+        raise ValueError("codes: got None, wanted codes for each task and layer, as int8 needs them")
+    if len({of_task[0] for of_task in codes}) > 1:  # x becomes codes once
+        raise ValueError(f"codes: got {[of_task[0] for of_task in codes]} for x, wanted the same for all tasks")
+    pairs = zip(tasks, codes, strict=True)
+    return [[(*layer, code) for layer, code in zip(*pair, strict=True)] for pair in pairs]
 
 
 def _pack_layer(layer: SparseLayer, task: str, codes: Codes | None) -> native.PackLayer:
     csr = layer.weight.csr(task)
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-    scale, zero_point = codes or (0.0, 0)
-    return native.PackLayer(
-        csr.crow_indices,
-        csr.col_indices,
-        csr.values.float(),
-        bias,
-        csr.shape[1],
-        layer.activation,
-        scale,
-        zero_point,
-    )
+    parts = (csr.crow_indices, csr.col_indices, csr.values.float(), bias)
+    return native.PackLayer(*parts, csr.shape[1], layer.activation, *(codes or ()))
+
+
+def _dense_layer(x: Tensor, layer: SparseLayer, task: str, codes: Codes | None) -> reference.DenseLayer:
+    weight = layer.weight.to_dense(task).to(x.device, torch.float32)
+    bias = None if layer.bias is None else layer.bias.to(x.device, torch.float32)
+    return reference.DenseLayer(weight, bias, layer.activation, *([] if codes is None else [codes]))
 
 
 def _masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,15 +274,16 @@ def _masked_linear_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor 
     ctx.save_for_backward(x, weight, mask)
 
 
-def _masked_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+def _masked_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask = ctx.saved_tensors
-    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
-    return (
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    grads = (
         torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, weight, mask) if needs_x else None,
         torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, x, mask) if needs_weight else None,
         None,
-        dy.sum(0) if needs_bias else None,
+        dy.sum(0) if ctx.needs_input_grad[-1] else None,
     )
+    return grads[: len(ctx.needs_input_grad)]  # torch leaves a bias of None out
 
 
 torch.library.register_autograd(

@@ -18,7 +18,10 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int = 15, round_us: float = 20_000.0
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    round_us: float = 20_000.0,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time each contestant once a round, for `rounds` rounds, in the order given.
 
@@ -29,6 +32,7 @@ def interleaved(
         contestants: Name -> what to call.
         rounds: How many rounds count.
         round_us: How long each contestant's part of a round should last, in microseconds.
+        before: Called before every timed call, outside its time, such as to empty the caches; a round is one call then.
 
     Returns:
         Name -> its timing; compare only within one result.
@@ -39,10 +43,12 @@ def interleaved(
         start = time.perf_counter()
         call()
         once_us = (time.perf_counter() - start) * 1e6
-        calls[name] = max(1, int(round_us / max(once_us, 0.1)))
+        calls[name] = 1 if before else max(1, int(round_us / max(once_us, 0.1)))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
+            if before:
+                before()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 call()

@@ -5,7 +5,9 @@
    (Ipsen & Zhou, arXiv:1906.10465). A wrong index breaks it, where a mean, an RMS or a cosine sees nothing.
 
 `mlp_reference` carries the second bound through the layers of an MLP: an error `e` that enters a layer leaves it
-as at most `e @ |W|.T`, ReLU is 1-Lipschitz, the sigmoid is 1/4-Lipschitz.
+as at most `e @ |W|.T`, ReLU is 1-Lipschitz, the sigmoid is 1/4-Lipschitz. Where operands are rounded before they are
+multiplied, `x` and the weights are known, and the reference rounds them too; what a hidden layer yields is known to
+its bound only, and rounding it adds `u_operand |h|`.
 """
 
 from __future__ import annotations
@@ -52,12 +54,26 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, accumulate:
     return _linear(Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64)), weight, bias, accumulate)
 
 
-def mlp_reference(x: Tensor, layers: Sequence[Layer], accumulate: torch.dtype = torch.float32) -> Bounded:
-    """A whole MLP in float64, with the rounding bound carried from layer to layer."""
+def mlp_reference(
+    x: Tensor,
+    layers: Sequence[Layer],
+    accumulate: torch.dtype = torch.float32,
+    operands: torch.dtype | None = None,
+) -> Bounded:
+    """A whole MLP in float64, with the rounding bound carried from layer to layer.
+
+    Args:
+        x: `[batch, in_features]`.
+        layers: In order.
+        accumulate: In which products are formed and added.
+        operands: To which weights and the activations that enter a layer are rounded first; None leaves them.
+    """
     u = UNIT_ROUNDOFF[accumulate]
-    h = Bounded(x.double(), torch.zeros_like(x, dtype=torch.float64))
-    for layer in layers:
-        h = _linear(h, layer.weight, layer.bias, accumulate)
+    h = Bounded(_rounded(x, operands).double(), torch.zeros_like(x, dtype=torch.float64))
+    for i, layer in enumerate(layers):
+        if operands is not None and i > 0:
+            h = Bounded(h.value, h.bound + UNIT_ROUNDOFF[operands] * (h.value.abs() + h.bound))
+        h = _linear(h, _rounded(layer.weight, operands), layer.bias, accumulate)
         if layer.activation == "relu":
             h = Bounded(h.value.relu(), h.bound)
         elif layer.activation == "sigmoid":
@@ -73,6 +89,10 @@ def assert_rounding(y: Tensor, reference: Bounded) -> None:
     limit = bound + UNIT_ROUNDOFF[y.dtype] * value.abs()
     wrong = ~((y.double() - value).abs() <= limit)
     assert not wrong.any(), _where("rounding bound", y, value, wrong)
+
+
+def _rounded(v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return v if dtype is None else v.to(dtype)
 
 
 def _linear(x: Bounded, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype) -> Bounded:

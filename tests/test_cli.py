@@ -24,7 +24,8 @@ from lt4rec_sparse.data.rows import RowReader
 from lt4rec_sparse.data.source import open_source
 from lt4rec_sparse.experiments import frozen
 from lt4rec_sparse.experiments import run as run_module
-from lt4rec_sparse.serving import load
+from lt4rec_sparse.nn import SparseMLP
+from lt4rec_sparse.serving import Ranker, load, save
 
 TINY = ("--hidden", "16,8", "--embedding-dim", 4, "--rounds", 1, "--epochs", 1, "--batch-size", 1024)
 
@@ -130,6 +131,19 @@ def test_scores_of_a_file_are_those_of_training(finished, tmp_path, kind):
     assert np.array_equal(np.stack([column.to_numpy() for column in scores.columns], 1), served)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_scores_in_a_precision(finished, tmp_path, precision):
+    prepared = Prepared.load(finished / "data")
+    table = candidates_of(finished / "simulated", prepared.counts["test"]["days"], tmp_path / "scratch")
+    path, out = tmp_path / "candidates.parquet", tmp_path / "scores.parquet"
+    pq.write_table(table, path)
+    assert invoke("score", finished / "model.safetensors", path, out, "--precision", precision).exit_code == 0
+    (batch,) = prepared.stream("test", len(table), shuffle=False).epoch(0)
+    served = load(finished / "model.safetensors", precision).score_encoded(batch.features).numpy()
+    scores = pq.read_table(out)
+    assert np.array_equal(np.stack([column.to_numpy() for column in scores.columns], 1), served)
+
+
 def test_no_candidates_have_no_scores(finished, tmp_path):
     table = candidates_of(finished / "simulated", ["2024-01-06"], tmp_path / "scratch")
     pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
@@ -148,9 +162,25 @@ def test_inspect_shows_what_an_artefact_holds(finished):
     layer = ranker.mlp.hidden[1].weight
     density = layer.mask("ctr").float().mean().item()
     assert lines[3].startswith(f"layer 1: 16 -> 8, kept by {{'ctr': '{density:.1%}', ")
-    assert lines[4].startswith(f"MLP: {ranker.mlp.nbytes:,} bytes")
-    assert lines[5] == f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes"
-    assert len(lines) == 6
+    blobs = {name: ranker.mlp.to_precision(name).prepacked_nbytes for name in ("fp32", "bf16", "int8")}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in blobs.items())
+    assert lines[4] == f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {sizes}"
+    assert lines[5] == "calibrated for int8: yes"
+    assert lines[6] == f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes"
+    assert len(lines) == 7
+
+
+@pytest.fixture
+def uncalibrated(finished, tmp_path):
+    ranker = load(finished / "model.safetensors")
+    save(Ranker(ranker.encoder, ranker.inputs, SparseMLP(ranker.mlp.hidden, ranker.mlp.heads)), tmp_path / "old")
+    return tmp_path / "old"
+
+
+def test_inspect_says_where_there_are_no_codes(uncalibrated):
+    lines = invoke("inspect", uncalibrated).stdout.splitlines()
+    assert re.search(r"prepacked in memory: fp32 [\d,]+, bf16 [\d,]+$", lines[4])
+    assert lines[5] == "calibrated for int8: no"
 
 
 def test_help_names_every_command():
@@ -516,6 +546,17 @@ def test_bad_candidates_are_named(finished, candidates, tmp_path, change, messag
     before = contents(tmp_path)
     line = refusal("score", finished / "model.safetensors", path, tmp_path / "scores.parquet")
     assert re.search(message, line)
+    assert contents(tmp_path) == before
+
+
+def test_a_precision_that_cannot_be_is_refused(finished, uncalibrated, candidates, tmp_path):
+    pq.write_table(candidates, tmp_path / "candidates.parquet")
+    before = contents(tmp_path)
+    rest = (tmp_path / "candidates.parquet", tmp_path / "scores.parquet", "--precision")
+    line = refusal("score", finished / "model.safetensors", *rest, "fp8")
+    assert line == "precision: got 'fp8', wanted one of fp32, bf16, int8"
+    line = refusal("score", uncalibrated, *rest, "int8")
+    assert line == f"{uncalibrated}: got an artefact without codes, wanted a calibrated one for int8"
     assert contents(tmp_path) == before
 
 

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from lt4rec_sparse.experiments import plots
 from lt4rec_sparse.experiments.arms import MAIN_METRIC, SINGLE, SPARSE, TITLES
 from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.nn.quantization import TOLERANCE
 
 PLOTS = {"tickets": plots.plot_tickets, "ownership": plots.plot_ownership, "latency": plots.plot_latency}
 
@@ -66,6 +67,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
         "![Shares of shared, private and dead weights in each layer](plots/ownership.png)",
         "## Is the served model the trained one?",
         _served(results),
+        _precision(results),
         "## Bytes",
         _bytes(results),
         "## Time of a request",
@@ -247,6 +249,39 @@ def _served(results: dict[str, Any]) -> str:
         "model in torch, over all rows of the test days."
     )
     return f"{text}\n\n{table(['model', *results['data']['tasks']], rows)}"
+
+
+def _precision(results: dict[str, Any]) -> str:
+    """What each precision of the artefacts serves; nothing where a run of an older version did not judge them."""
+    if not all("precisions" in frozen for frozen in results["frozen"].values()):
+        return ""
+    tasks = results["data"]["tasks"]
+    text = (
+        "Test days, scores as served; the MLP alone in microseconds a request, as timed below; int8 calibrated on "
+        "training rows. A precision is accepted if on the validation days it loses at most "
+        f"{TOLERANCE['auc']} of AUC against fp32 and raises the MSE by {TOLERANCE['mse']:.1%} at most."
+    )
+    header = ["precision"]
+    for task, kind in tasks.items():
+        header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
+    parts = [f"## Precision\n\n{text}"]
+    for arm, frozen in results["frozen"].items():
+        sizes = sorted({record["candidates"] for record in frozen["latency"]})
+        us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+        rows = []
+        for precision, judged in frozen["precisions"].items():
+            row = [precision]
+            for task, kind in tasks.items():
+                value, fp32 = (x["test"][task][MAIN_METRIC[kind]] for x in (judged, frozen["precisions"]["fp32"]))
+                relative = MAIN_METRIC[kind] == "mse"
+                row += [f"{value:.5f}", f"{value / fp32 - 1:+.3%}" if relative else f"{value - fp32:+.5f}"]
+            path = "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
+            row += [f"{max(judged['largest_difference'].values()):.1e}"]
+            row += [f"{us[path, size]:.0f}" for size in sizes]
+            rows.append([*row, f"{judged['prepacked_bytes']:,}", "yes" if judged["accepted"] else "no"])
+        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "bytes", "accepted"]
+        parts.append(f"{TITLES[arm]}:\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
 
 
 def _bytes(results: dict[str, Any]) -> str:

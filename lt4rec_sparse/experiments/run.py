@@ -30,7 +30,8 @@ def run(
     """Prepare the data, search tickets, train every arm, freeze, measure and report; continue where a run stopped.
 
     The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing models of seed 0,
-    `model.safetensors` through the best tickets and `model_last.safetensors` through the last, sparsest ones;
+    `model.safetensors` through the best tickets and `model_last.safetensors` through the last, sparsest ones, both
+    calibrated for int8;
     `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round; `metrics.jsonl`; `results.json`, all
     figures of the report; `config.json`, the resolved settings; `data/`, the prepared log.
 

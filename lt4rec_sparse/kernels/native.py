@@ -29,6 +29,8 @@ except ImportError as error:
 _ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
 PRECISIONS = ("fp32", "bf16", "int8")
 PATHS = ("auto", "tables", "slices")
+Path = Literal["auto", "tables", "slices"]
+_ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackLayer(NamedTuple):
@@ -123,9 +125,72 @@ def prepack(tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32") -> Te
     return torch.frombuffer(blob, dtype=torch.uint8).clone()  # the clone is aligned to 64 bytes
 
 
-def sparse_mlp(
-    x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Literal["auto", "tables", "slices"] = "auto"
-) -> None:
+class Network:
+    """A prepacked network, ready to be called: what a call would otherwise look up every time.
+
+    Args:
+        prepacked: What `prepack` returned; its contents are trusted.
+
+    Raises:
+        ValueError: If it is no blob of this build.
+    """
+
+    def __init__(self, prepacked: Tensor) -> None:
+        self.facts = describe(prepacked)
+        self._prepacked = prepacked  # whose memory the address stays good for
+        self._blob = _blob_address(prepacked)
+        self._call = _present().sparse_mlp
+
+    def __reduce__(self) -> tuple[type[Network], tuple[Tensor]]:
+        """Make copies anew: each holds the address of its own memory."""
+        return type(self), (self._prepacked,)
+
+    def sparse_mlp(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
+        """Write all tasks' heads for `x` into `out`; see the function of this name."""
+        # Every look at a tensor costs as much as a layer for one candidate: those that pass take the short way.
+        if not (x.is_cpu and out.is_cpu and out.dtype is torch.float32 and x.dtype in _ACTIVATION_DTYPES):
+            _check_matrix("x", x, _ACTIVATION_DTYPES)
+            _check_matrix("out", out, (torch.float32,))
+        x_shape, out_shape = x.shape, out.shape
+        if len(x_shape) != 2 or x_shape[1] != self.facts.in_features:
+            raise ValueError(f"x: got shape {tuple(x_shape)}, wanted [batch, {self.facts.in_features}]")
+        batch, in_features = x_shape
+        outputs = self.facts.outputs
+        if len(out_shape) != 2 or out_shape[0] != batch or out_shape[1] != outputs:
+            raise ValueError(f"out: got shape {tuple(out_shape)}, wanted [{batch}, {outputs}]")
+        x_stride, out_stride = in_features, outputs
+        if not x.is_contiguous():
+            _check_matrix("x", x, _ACTIVATION_DTYPES)
+            x_stride = x.stride(0)
+        if not out.is_contiguous():
+            _check_matrix("out", out, (torch.float32,))
+            out_stride = out.stride(0)
+            if batch > 1 and out_stride < outputs:
+                raise ValueError(f"out: got row stride {out_stride}, wanted at least {outputs}: rows overlap")
+        if threads is None:
+            threads = torch.get_num_threads()
+        elif threads < 1:
+            raise ValueError(f"threads: got {threads}, wanted at least 1")
+        status = self._call(
+            *self._blob,
+            x.data_ptr(),
+            x.dtype is torch.bfloat16,
+            batch,
+            in_features,
+            x_stride,
+            out.data_ptr(),
+            outputs,
+            out_stride,
+            threads,
+            PATHS.index(path),
+        )
+        if status == _engine.STATUS_NO_MEMORY:
+            raise MemoryError("no scratch memory for sparse_mlp")
+        if status:  # the header was read when this object was made: someone wrote over it
+            raise ValueError(_NO_BLOB)
+
+
+def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
     """Write all tasks' heads for `x` into `out`.
 
     A row's result depends on that row alone: it is equal to the bit for every batch size, thread count, path and
@@ -134,7 +199,7 @@ def sparse_mlp(
 
     Args:
         x: `[batch, in_features]`, float32 or bfloat16, CPU; rows may be strided, elements of a row not.
-        prepacked: What `prepack` returned; its contents are trusted.
+        prepacked: What `prepack` returned; its contents are trusted. Who calls often makes a `Network` of it.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
         path: Which of the two kernels for a layer; "auto" takes the faster one for the batch. int8 has only tables.
@@ -143,44 +208,7 @@ def sparse_mlp(
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
         MemoryError: If scratch memory runs out; `out` is undefined then.
     """
-    engine = _present()
-    _check_matrix("x", x, (torch.float32, torch.bfloat16))
-    _check_matrix("out", out, (torch.float32,))
-    batch, in_features = x.shape
-    outputs = out.shape[1]
-    if out.shape[0] != batch:
-        raise ValueError(f"out: got batch {out.shape[0]}, wanted {batch}")
-    if batch > 1 and out.stride(0) < outputs:
-        raise ValueError(f"out: got row stride {out.stride(0)}, wanted at least {outputs}: rows overlap")
-    if threads is None:
-        threads = torch.get_num_threads()
-    elif threads < 1:
-        raise ValueError(f"threads: got {threads}, wanted at least 1")
-    blob, size = _blob_address(prepacked)
-    status = engine.sparse_mlp(
-        blob,
-        size,
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        batch,
-        in_features,
-        x.stride(0),
-        out.data_ptr(),
-        outputs,
-        out.stride(0),
-        threads,
-        PATHS.index(path),
-    )
-    if status == engine.STATUS_BAD_BLOB:
-        raise ValueError(_NO_BLOB)
-    if status == engine.STATUS_BAD_SHAPE:
-        facts = describe(prepacked)
-        raise ValueError(
-            f"x, out: got in_features {in_features} and outputs {outputs}, "
-            f"wanted {facts.in_features} and {facts.outputs}"
-        )
-    if status == engine.STATUS_NO_MEMORY:
-        raise MemoryError("no scratch memory for sparse_mlp")
+    Network(prepacked).sparse_mlp(x, out, threads, path)
 
 
 class Prepacked(NamedTuple):

@@ -13,9 +13,10 @@ from torch import Tensor
 class DenseLayer(NamedTuple):
     """One layer of an MLP with its pruned weights as zeros: `activation(x @ weight.T + bias)`."""
 
-    weight: Tensor
+    weight: Tensor  # float32
     bias: Tensor | None
     activation: str
+    codes: tuple[float, int] = (0.0, 0)  # in int8: scale and zero point of the activations that enter
 
 
 ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu, "sigmoid": torch.sigmoid}
@@ -36,12 +37,51 @@ def masked_linear_wgrad(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return (dy.T @ x).masked_fill(~mask, 0)
 
 
-def sparse_mlp(x: Tensor, tasks: Sequence[Sequence[DenseLayer]]) -> Tensor:
-    """Each task's MLP over the same `x`, outputs side by side: `[batch, sum of out_features]`."""
+def linear(x: Tensor, layer: DenseLayer) -> Tensor:
+    """`x @ weight.T + bias` in float32."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def linear_bf16(x: Tensor, layer: DenseLayer) -> Tensor:
+    """The same of `x` and weights rounded to bfloat16, to nearest even; denormals are zeros; summed in float32."""
+    x, weight = (t.masked_fill(t.abs() < 2.0**-126, 0).bfloat16().float() for t in (x, layer.weight))
+    return F.linear(x, weight, layer.bias)
+
+
+def linear_int8(x: Tensor, layer: DenseLayer, row_scale: Tensor) -> Tensor:
+    """The same of `x` as codes of 0 to 255 and weights as codes of -127 to 127; the sums are exact integers.
+
+    Product and bias round once to float64 and once to float32, where a kernel's fused multiply-add rounds once: a
+    last bit that differs where the first rounding makes a tie, one time in some 2^29.
+    """
+    scale, zero_point = layer.codes
+    codes = ((x * torch.tensor(1 / scale).to(x)).round() + zero_point).clamp(0, 255)
+    weight = (layer.weight / row_scale[:, None]).round().clamp(-127, 127).masked_fill(row_scale[:, None] == 0, 0)
+    sums = ((codes.double() - zero_point) @ weight.double().T).float()
+    product = sums.double() * (row_scale.double() * scale).float().double()
+    return (product if layer.bias is None else product + layer.bias.double()).float()
+
+
+def row_scales(layers: Sequence[DenseLayer]) -> Tensor:
+    """What one step of the weights' int8 codes is worth in each row, `[out_features]`: `max |weight| / 127`."""
+    return torch.stack([layer.weight.abs().amax(1) for layer in layers]).amax(0) / 127
+
+
+def sparse_mlp(x: Tensor, tasks: Sequence[Sequence[DenseLayer]], precision: str = "fp32") -> Tensor:
+    """Each task's MLP over the same `x`, outputs side by side: `[batch, sum of out_features]`.
+
+    In int8 the tasks count `x` alike, and their first layers, where these are of one width, share their row scales.
+    """
+    firsts = [layers[0] for layers in tasks]
+    is_shared = len({len(layer.weight) for layer in firsts}) == 1
     outputs = []
     for layers in tasks:
         h = x
-        for layer in layers:
-            h = ACTIVATIONS[layer.activation](F.linear(h, layer.weight, layer.bias))
+        for i, layer in enumerate(layers):
+            if precision == "int8":
+                z = linear_int8(h, layer, row_scales(firsts if i == 0 and is_shared else [layer]))
+            else:
+                z = linear_bf16(h, layer) if precision == "bf16" else linear(h, layer)
+            h = ACTIVATIONS[layer.activation](z)
         outputs.append(h)
     return torch.cat(outputs, dim=1)

@@ -2,6 +2,16 @@
 
 from lt4rec_sparse.nn.inputs import CrossedEmbeddings
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.plan import Plan, PlannedMLP
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP, freeze
 
-__all__ = ["CrossedEmbeddings", "MaskedLinear", "MaskedMLP", "SparseLinear", "SparseMLP", "freeze"]
+__all__ = [
+    "CrossedEmbeddings",
+    "MaskedLinear",
+    "MaskedMLP",
+    "Plan",
+    "PlannedMLP",
+    "SparseLinear",
+    "SparseMLP",
+    "freeze",
+]

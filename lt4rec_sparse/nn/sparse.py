@@ -6,7 +6,7 @@ A `MaskedMLP` is trained and never served; a `SparseMLP` is served and never tra
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lt4rec_sparse import ops
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP, task_index
-from lt4rec_sparse.ops import SparseLayer
+from lt4rec_sparse.nn.quantization import calibrate, check_codes
+from lt4rec_sparse.ops import Codes, SparseLayer
 
 ALL = "all"  # the one plane of a head, which belongs to its task alone and keeps every weight
 
@@ -28,12 +29,23 @@ class SparseMLP(nn.Module):
     Args:
         hidden: The hidden layers, input first, all with the same tasks.
         heads: Task name -> its last layer, `[out_features, hidden[-1]]`, of one plane; in the order of the outputs.
+        precision: How it computes: "fp32", "bf16" or "int8" (`ops.prepack`). The canonical weights are kept as they
+            are, so that any precision can be made from any other.
+        codes: Task name -> how int8 counts the activations that enter each layer, the head's last; None where that is
+            not calibrated.
 
     Raises:
-        ValueError: If widths do not chain or tasks differ between layers.
+        ValueError: If widths do not chain, tasks differ between layers, there is no such precision, codes are not
+            valid, or "int8" comes without codes.
     """
 
-    def __init__(self, hidden: Sequence[SparseLayer], heads: dict[str, SparseLayer]) -> None:
+    def __init__(
+        self,
+        hidden: Sequence[SparseLayer],
+        heads: dict[str, SparseLayer],
+        precision: str = "fp32",
+        codes: Mapping[str, Sequence[Codes]] | None = None,
+    ) -> None:
         super().__init__()
         width = hidden[0].weight.shape[1] if hidden else next(iter(heads.values())).weight.shape[1]
         self.in_features = width
@@ -55,13 +67,19 @@ class SparseMLP(nn.Module):
         if len(widths) > 1:
             raise ValueError(f"heads: got out_features {sorted(widths)}, wanted the same for every task")
         self.out_features = sum(head.weight.shape[0] for head in heads.values())
-        self.prepacked = ops.prepack(self._paths())
+        self.precision: str = precision
+        self.codes: dict[str, tuple[Codes, ...]] | None = None
+        if codes is not None:
+            check_codes(codes, self.tasks, len(self.hidden) + 1)
+            self.codes = {task: tuple(codes[task]) for task in self.tasks}
+        self.prepacked = ops.prepack(self._paths(), precision, self._codes())
+        self._network = None if self.prepacked is None else ops.Network(self.prepacked)
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.
 
         Args:
-            x: `[..., in_features]`, float32.
+            x: `[..., in_features]`, float32 or bfloat16.
             task: The task's name; None returns every task. All are computed in any case, in one call.
 
         Returns:
@@ -70,16 +88,54 @@ class SparseMLP(nn.Module):
 
         Raises:
             ValueError: If the last dimension is another, or there is no such task.
+            TypeError: If `x` is neither float32 nor bfloat16.
         """
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self.prepacked is None or x.device.type != "cpu":
-            y = ops.sparse_mlp_dense(rows, self._paths())
+            y = ops.sparse_mlp_dense(rows, self._paths(), self.precision, self._codes())
         else:
             y = ops.sparse_mlp(rows, self.prepacked, self.out_features)
         y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
+
+    def score_into(self, x: Tensor, out: Tensor) -> None:
+        """Write every task's scores into `out`, with as little of Python and torch in between as there can be.
+
+        For inference alone: autograd and `torch.compile` do not see it.
+
+        Args:
+            x: `[batch, in_features]`, float32 or bfloat16; rows may be strided, elements of a row not.
+            out: `[batch, tasks * out_features]`, float32; rows may be strided. Must not overlap `x`.
+
+        Raises:
+            ValueError: If a shape, dtype, device or stride is another.
+        """
+        if self._network is not None and x.is_cpu:
+            self._network.sparse_mlp(x, out)
+            return
+        y = self(x)
+        if out.shape != y.shape:
+            raise ValueError(f"out: got shape {tuple(out.shape)}, wanted {tuple(y.shape)}")
+        out.copy_(y)
+
+    def to_precision(self, precision: str) -> SparseMLP:
+        """Return the same MLP in another precision; both share the canonical weights.
+
+        Example:
+            >>> mlp = freeze(MaskedMLP(8, hidden=(4, 2)))
+            >>> mlp.calibrated(torch.rand(100, 8)).to_precision("int8").precision
+            'int8'
+
+        Raises:
+            ValueError: If there is no such precision, or "int8" is asked of an MLP that is not calibrated.
+        """
+        return self._remade(precision, self.codes)
+
+    def calibrated(self, x: Tensor) -> SparseMLP:
+        """Return the same MLP, in the same precision, with codes for int8 from representative inputs (`calibrate`)."""
+        return self._remade(self.precision, calibrate(self, x))
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +151,16 @@ class SparseMLP(nn.Module):
         """Show widths, tasks and densities."""
         shapes = " -> ".join(str(layer.weight.shape[0]) for layer in self.hidden)
         union = [f"{layer.weight.nnz / (layer.weight.shape[0] * layer.weight.shape[1]):.1%}" for layer in self.hidden]
-        return f"{self.in_features} -> {shapes}, tasks={', '.join(self.tasks)}, union density: {', '.join(union)}"
+        return (
+            f"{self.in_features} -> {shapes}, tasks={', '.join(self.tasks)}, {self.precision}, "
+            f"union density: {', '.join(union)}"
+        )
+
+    def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
+        return SparseMLP(self.hidden, self.heads, precision, codes).eval()
+
+    def _codes(self) -> list[tuple[Codes, ...]] | None:
+        return None if self.codes is None else [self.codes[task] for task in self.tasks]
 
     def _paths(self) -> list[list[tuple[SparseLayer, str]]]:
         return [[*((layer, task) for layer in self.hidden), (head, ALL)] for task, head in self.heads.items()]
@@ -107,10 +172,23 @@ class SparseLinear(SparseMLP):
     Args:
         weight: `[out_features, in_features]` for all its tasks; their outputs stand side by side.
         bias: `[out_features]`, or None.
+        precision: As of `SparseMLP`.
+        codes: As of `SparseMLP`.
     """
 
-    def __init__(self, weight: SharedWeight, bias: Tensor | None) -> None:
-        super().__init__((), {task: SparseLayer(weight, bias, "none") for task in weight.tasks})
+    def __init__(
+        self,
+        weight: SharedWeight,
+        bias: Tensor | None,
+        precision: str = "fp32",
+        codes: Mapping[str, Sequence[Codes]] | None = None,
+    ) -> None:
+        heads = {task: SparseLayer(weight, bias, "none") for task in weight.tasks}
+        super().__init__((), heads, precision, codes)
+
+    def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
+        layer = next(iter(self.heads.values()))
+        return SparseLinear(layer.weight, layer.bias, precision, codes).eval()
 
     def _paths(self) -> list[list[tuple[SparseLayer, str]]]:
         return [[(layer, task)] for task, layer in self.heads.items()]
@@ -122,8 +200,8 @@ class SparseLinear(SparseMLP):
 
     def extra_repr(self) -> str:
         """Show widths, tasks and density."""
-        weight = next(iter(self.heads.values())).weight
-        return f"{weight.shape[1]} -> {weight.shape[0]}, tasks={', '.join(self.tasks)}, union nnz={weight.nnz}"
+        weight, tasks = next(iter(self.heads.values())).weight, ", ".join(self.tasks)
+        return f"{weight.shape[1]} -> {weight.shape[0]}, tasks={tasks}, {self.precision}, union nnz={weight.nnz}"
 
 
 def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:

@@ -8,8 +8,10 @@ Tensors (names and bit order of compressed-tensors where it has them):
 - `encoder.<name>`: vocabularies and bucket borders.
 
 Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
-`encoder` (its description and the schema) and `sha256` over all else: the metadata without it and each tensor's name,
-dtype, shape and bytes.
+`encoder` (its description and the schema), where the MLP is calibrated for int8 `codes` (task -> [scale, zero point] of
+each layer, the head's last), and `sha256` over all else: the metadata without it and each tensor's name, dtype, shape
+and bytes. Weights are float32 whatever the precision: that is chosen when the artefact is loaded. Codes came without a
+new version, for old files do without them and old readers pass over them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.nn import CrossedEmbeddings, SparseMLP
 from lt4rec_sparse.nn.sparse import ALL
-from lt4rec_sparse.ops import SparseLayer
+from lt4rec_sparse.ops import PRECISIONS, Codes, SparseLayer
 from lt4rec_sparse.serving.ranker import Ranker
 
 KEY = "lt4rec_sparse"
@@ -67,13 +69,15 @@ def save(ranker: Ranker, path: str | Path) -> None:
         "dim": ranker.inputs.dim,
         "encoder": description,
     }
+    if ranker.mlp.codes is not None:
+        meta["codes"] = ranker.mlp.codes
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     meta["sha256"] = _digest(meta, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})
 
 
-def load(path: str | Path) -> Ranker:
+def load(path: str | Path, precision: str = "fp32") -> Ranker:
     """Read a ranker that `save` wrote, check it in full, and prepack it for this machine.
 
     Example:
@@ -81,11 +85,16 @@ def load(path: str | Path) -> Ranker:
 
     Args:
         path: The file.
+        precision: How its MLP shall compute: "fp32", "bf16" or "int8".
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ArtefactError: If the file is truncated, altered, of another kind or of another version.
+        ArtefactError: If the file is truncated, altered, of another kind or of another version; if it holds no codes
+            and is to run in int8.
+        InputError: If there is no such precision.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, wanted an artefact (model.safetensors)")
     try:
@@ -102,13 +111,15 @@ def load(path: str | Path) -> Ranker:
         raise ArtefactError(f"{path}: got version {got}, wanted {VERSION}")
     if meta.pop("sha256", None) != _digest(meta, tensors):
         raise ArtefactError(f"{path}: the contents do not match their checksum, wanted an unaltered artefact")
+    if precision == "int8" and meta.get("codes") is None:
+        raise ArtefactError(f"{path}: got an artefact without codes, wanted a calibrated one for int8")
     try:
-        return _ranker(meta, tensors)
+        return _ranker(meta, tensors, precision)
     except (KeyError, ValueError, TypeError) as error:
         raise ArtefactError(f"{path}: got contents that do not fit together: {error!r}") from error
 
 
-def _ranker(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Ranker:
+def _ranker(meta: dict[str, Any], tensors: dict[str, Tensor], precision: str) -> Ranker:
     tasks = tuple(meta["tasks"])
     hidden = []
     for i, layer in enumerate(meta["layers"]):
@@ -132,7 +143,10 @@ def _ranker(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Ranker:
     encoder = FeatureEncoder.from_arrays(arrays, meta["encoder"])
     inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, meta["dim"])
     inputs.load_state_dict({"embedding": tensors["inputs.embedding"]})
-    return Ranker(encoder, inputs, SparseMLP(hidden, heads))
+    codes = meta.get("codes")
+    if codes is not None:
+        codes = {task: [Codes(*code) for code in of_task] for task, of_task in dict(codes).items()}
+    return Ranker(encoder, inputs, SparseMLP(hidden, heads, precision, codes))
 
 
 def _bias(layer: SparseLayer) -> Tensor:

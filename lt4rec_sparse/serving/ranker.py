@@ -41,6 +41,19 @@ class Ranker:
         self.mlp = mlp
         self.tasks = mlp.tasks
 
+    @property
+    def precision(self) -> str:
+        """How the MLP computes: "fp32", "bf16" or "int8"."""
+        return self.mlp.precision
+
+    def to_precision(self, precision: str) -> Ranker:
+        """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
+
+        Raises:
+            ValueError: If there is no such precision, or "int8" is asked of a ranker that is not calibrated.
+        """
+        return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
+
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.
 
@@ -60,5 +73,7 @@ class Ranker:
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures) -> Tensor:
         """Score encoded candidates: `[batch, tasks]`, float32."""
-        scores: Tensor = self.mlp(self.inputs(features))
+        x: Tensor = self.inputs(features)
+        scores = x.new_empty(len(x), self.mlp.out_features)
+        self.mlp.score_into(x, scores)
         return scores

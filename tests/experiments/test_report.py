@@ -82,6 +82,30 @@ def results_of(*tests, kinds=KINDS, **data):
     }
 
 
+def with_precisions(results):
+    """Add what newer runs hold: each precision's metrics, as much worse as it is lower."""
+    for frozen in results["frozen"].values():
+        frozen["precisions"] = {}
+        for i, precision in enumerate(("fp32", "bf16", "int8")):
+            metrics = {
+                task: {"auc": 0.7 - i / 1000} if kind == "binary" else {"mse": 0.2 + i / 1000}
+                for task, kind in results["data"]["tasks"].items()
+            }
+            frozen["precisions"][precision] = {
+                "validation": metrics,
+                "test": metrics,
+                "largest_difference": {task: i / 100 / (j + 1) for j, task in enumerate(results["data"]["tasks"])},
+                "prepacked_bytes": 3_000 - 1_000 * i,
+                "accepted": precision != "int8",
+            }
+            frozen["latency"] += [
+                {"candidates": size, "path": f"sparse {precision}, MLP alone", "median_us": 40.0 * size / (i + 1)}
+                for size in (1, 32)
+                if i
+            ]
+    return results
+
+
 def rows_of(markdown):
     """Return a Markdown table as first cell -> the others; emphasis goes."""
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -188,6 +212,25 @@ def test_every_part_of_the_report_has_its_numbers(words):
     assert "2.0x smaller than one dense fp32 model a task, its MLP 4.0x; 67% of it are embeddings" in text
     assert tables["mask search, all tasks and levels (level 0 is the single-task baseline)"] == ["5"]
     assert tables["hard sharing"] == ["7"]
+
+
+def test_precisions_stand_beside_fp32(words):
+    text = words(with_precisions(results_of(TEST)))
+    assert "it loses at most 0.0005 of AUC against fp32 and raises the MSE by 0.2% at most" in text
+    (section,) = re.findall(r"^## Precision\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert all(f"{TITLES[arm]}:" in section for arm in (SPARSE, SPARSE_LAST))
+    rows = rows_of(section)
+    assert rows["precision"][:4] == ["ctr AUC", "against fp32", "cvr MSE", "against fp32"]
+    assert rows["precision"][4:] == ["largest difference of a score", "µs at 1", "µs at 32", "bytes", "accepted"]
+    assert rows["fp32"] == ["0.70000", "+0.00000", "0.20000", "+0.000%", "0.0e+00", "40", "1280", "3,000", "yes"]
+    assert rows["bf16"] == ["0.69900", "-0.00100", "0.20100", "+0.500%", "1.0e-02", "20", "640", "2,000", "yes"]
+    assert rows["int8"] == ["0.69800", "-0.00200", "0.20200", "+1.000%", "2.0e-02", "13", "427", "1,000", "no"]
+    # A precision more is no other path of the tables and plots that there were.
+    assert rows_of(text)["32"] == ["1600", "3200", "2.00", "1280", "640", "0.50"]
+
+
+def test_results_without_precisions_are_reported_without_them(words):
+    assert "Precision" not in words(results_of(TEST))
 
 
 def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path):

@@ -166,6 +166,58 @@ def test_the_artefact_serves_the_trained_model(finished, arm, file):
             assert_rounding(torch.sigmoid(model(batch.features, task)).detach(), reference)
 
 
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
+def test_every_precision_is_judged_by_what_it_serves(finished, arm, file):
+    judged, trained = results_of(finished)["frozen"][arm]["precisions"], seed_run(finished)
+    assert list(judged) == ["fp32", "bf16", "int8"]
+    fp32 = load(finished / file)
+    for precision, found in judged.items():
+        ranker = load(finished / file, precision)
+        assert found["prepacked_bytes"] == ranker.mlp.prepacked_nbytes
+        for split in ("validation", "test"):
+            rows = trained.prepared.counts[split]["rows"]
+            (batch,) = trained.prepared.stream(split, rows, shuffle=False).epoch(0)
+            scores, labels, own = ranker.score_encoded(batch.features), batch.labels["cvr"], batch.rows["cvr"]
+            assert set(found[split]) == {"ctr", "cvr"}
+            # Through logits and back, in float64: no score here is so near to 0 or 1 as to be cut.
+            mse = (scores[own, 1].double() - labels[own].double()).square().mean().item()
+            assert found[split]["cvr"] == {"mse": pytest.approx(mse, rel=1e-9)}
+            clicked = batch.labels["ctr"] > 0.5
+            pairs = scores[clicked, 0][:, None].double() - scores[~clicked, 0].double()
+            auc = (pairs > 0).double().mean() + (pairs == 0).double().mean() / 2
+            shared_bins = (torch.logit(scores[clicked, 0])[:, None] - torch.logit(scores[~clicked, 0])).abs() < 0.0005
+            assert abs(found[split]["ctr"]["auc"] - auc) <= shared_bins.double().mean()
+        difference = (scores - fp32.score_encoded(batch.features)).abs().amax(0)
+        assert found["largest_difference"] == dict(zip(TASKS, difference.tolist(), strict=True))
+        assert (precision == "fp32") == (max(found["largest_difference"].values()) == 0)
+    assert judged["fp32"]["accepted"]
+
+
+def test_precisions_are_accepted_on_validation(finished, monkeypatch):
+    served = {"fp32": (0.7, 0.1), "bf16": (0.6996, 0.1001), "int8": (0.71, 0.1003)}
+    metrics = {
+        "validation": {name: {"ctr": {"auc": auc}, "cvr": {"mse": mse}} for name, (auc, mse) in served.items()},
+        "test": {name: {"ctr": {"auc": 0.5}, "cvr": {"mse": 0.9}} for name in served},
+    }
+    monkeypatch.setattr(frozen, "_served", lambda run, rankers, split: (metrics[split], {name: {} for name in rankers}))
+    rankers = {name: load(finished / "model.safetensors", name) for name in served}
+    judged = frozen._precisions(seed_run(finished), rankers)
+    assert {precision: found["accepted"] for precision, found in judged.items()} == {
+        "fp32": True,
+        "bf16": True,
+        "int8": False,
+    }
+
+
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
+def test_the_artefact_is_calibrated_on_training_rows(finished, arm, file):
+    run, codes = seed_run(finished), load(finished / file).mlp.codes
+    stream = run.prepared.stream("train", frozen.CALIBRATION_ROWS, shuffle=True)
+    with torch.inference_mode():
+        x = run.trained_sparse_sharing(arm).inputs(next(stream.epoch(0)).features)
+    assert load(finished / file).mlp.calibrated(x).codes == codes
+
+
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_rows(small_log, tmp_path, monkeypatch):
     starts = []
 

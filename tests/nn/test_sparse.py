@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,6 +8,7 @@ from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_in
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
 from lt4rec_sparse.kernels import native
+from lt4rec_sparse.ops import PRECISIONS
 
 
 def masked_mlp(widths, tasks, density, seed):
@@ -127,6 +130,102 @@ def test_without_the_engine_the_reference_serves_the_same(monkeypatch):
     assert frozen.prepacked_nbytes == 0
     for i, task in enumerate(mlp.tasks):
         assert_rounding(frozen(x)[:, i : i + 1], mlp_reference(x, oracle_layers(mlp, task, "sigmoid")))
+
+
+def wide_mlp(tasks=("ctr", "cvr"), sigmoid=False):
+    """So wide that the engine multiplies once what tasks share, as the reference of int8 has it; and calibrated."""
+    frozen = freeze(masked_mlp((300, 24, 17), tasks, 0.6, 0), sigmoid)
+    return frozen.calibrated(torch.randn(200, 300, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_shares_the_canonical_weights_and_leads_back(precision):
+    mlp, x = wide_mlp(), torch.randn(9, 300)
+    other = mlp.to_precision(precision)
+    assert (other.precision, other.codes) == (precision, mlp.codes)
+    assert (other.hidden, other.heads) == (mlp.hidden, mlp.heads)
+    assert other.nbytes == mlp.nbytes
+    assert precision in repr(other)
+    assert_exact(other.to_precision("fp32")(x), mlp(x))
+    assert not other.training
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch", [0, 1, 7, 70])
+def test_scoring_into_memory_is_scoring(batch, precision, x_dtype):
+    mlp = wide_mlp(sigmoid=True).to_precision(precision)
+    x = torch.randn(batch, 300, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    out = torch.full((batch, 4), float("nan"))
+    mlp.score_into(x, out[:, 1:3])
+    assert_exact(out[:, 1:3], mlp(x))
+    assert out[:, [0, 3]].isnan().all()
+
+
+def without_engine(make):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "is_available", lambda: False)
+        with pytest.warns(RuntimeWarning, match="run dense in torch"):
+            return make()
+
+
+needs_engine = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+
+
+@needs_engine
+def test_without_the_engine_int8_scores_are_the_same():
+    mlp, x = wide_mlp(), torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    reference = without_engine(lambda: mlp.to_precision("int8"))
+    assert reference.prepacked is None
+    assert_exact(reference(x), mlp.to_precision("int8")(x))
+    out = torch.empty(20, 2)
+    reference.score_into(x, out)
+    assert_exact(out, reference(x))
+    with pytest.raises(ValueError, match=r"out: got shape \(1, 2\), wanted \(20, 2\)"):
+        reference.score_into(x, out[:1])
+
+
+@needs_engine
+def test_without_the_engine_bf16_is_as_exact_on_integers():
+    mlp = masked_mlp((80, 40), ("ctr", "cvr"), 0.5, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mlp.parameters():
+        parameter.data = small_integers(*parameter.shape, generator=generator).clamp(-1, 1)
+    x = small_integers(30, 80, generator=generator)  # and hidden activations below 256, which are bfloat16s
+    frozen = freeze(mlp).to_precision("bf16")
+    assert_exact(frozen(x), mlp(x).detach())
+    assert_exact(without_engine(lambda: frozen.to_precision("bf16"))(x), mlp(x).detach())
+
+
+def test_a_linear_layer_has_precisions_too():
+    layer = MaskedLinear(9, 4, tasks=("a", "b"))
+    layer.set_mask(torch.rand(4, 9, generator=torch.Generator().manual_seed(0)) < 0.4, "a")
+    x = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    int8 = freeze(layer).calibrated(x).to_precision("int8")
+    assert isinstance(int8, SparseLinear)
+    assert set(int8.codes) == {"a", "b"}
+    assert int8(x).shape == (50, 8)
+    assert "int8" in repr(int8)
+
+
+def test_int8_wants_codes():
+    mlp = freeze(MaskedMLP(6, (5, 4)))
+    with pytest.raises(ValueError, match="codes: got None, wanted codes for each task and layer, as int8 needs them"):
+        mlp.to_precision("int8")
+    with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
+        mlp.to_precision("fp16")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_copy_stands_on_its_own(precision):
+    mlp, x, out = wide_mlp().to_precision(precision), torch.randn(3, 300), torch.empty(3, 2)
+    wanted = mlp(x)
+    copied = copy.deepcopy(mlp)
+    if mlp.prepacked is not None:
+        mlp.prepacked.zero_()
+    copied.score_into(x, out)
+    assert_exact(out, wanted)
+    assert_exact(copied(x), wanted)
 
 
 def test_a_model_without_masked_layers_is_refused():

@@ -13,10 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lt4rec_sparse import Ranker, freeze, load, save
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import CrossedEmbeddings
+from lt4rec_sparse.ops import PRECISIONS
 from lt4rec_sparse.ranking import SparseSharing
 from lt4rec_sparse.serving import ArtefactError
+from lt4rec_sparse.serving.artefact import _digest
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,91 @@ def test_other_safetensors_are_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
     with pytest.raises(ArtefactError, match="safetensors of another kind"):
         load(tmp_path / "m.safetensors")
+
+
+# Precisions
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, artefact, small_log, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibrated") / "model.safetensors"
+    with torch.inference_mode():
+        rows = model.inputs(next(small_log.stream("train", 1000).epoch(0)).features)
+    ranker = load(artefact)
+    save(Ranker(ranker.encoder, ranker.inputs, ranker.mlp.calibrated(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_artefact_is_loaded_in_any_precision(calibrated, artefact, small_log, precision):
+    ranker, uncalibrated = load(calibrated, precision), load(artefact)
+    assert ranker.precision == ranker.mlp.precision == precision
+    features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
+    scores = ranker.score_encoded(features)
+    assert_exact(scores, load(calibrated).to_precision(precision).score_encoded(features))
+    assert_exact(scores, ranker.mlp(ranker.inputs(features)))
+    # Codes change nothing but int8, and no precision changes the weights.
+    assert_exact(ranker.to_precision("fp32").score_encoded(features), uncalibrated.score_encoded(features))
+    assert torch.equal(scores, uncalibrated.score_encoded(features)) == (precision == "fp32")
+
+
+def test_codes_are_kept_to_the_bit(calibrated, tmp_path):
+    first = load(calibrated)
+    save(first.to_precision("int8"), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == calibrated.read_bytes()
+    again = load(tmp_path / "again.safetensors")
+    assert again.mlp.codes == first.mlp.codes
+    assert [len(codes) for codes in again.mlp.codes.values()] == [3, 3]
+
+
+def test_without_codes_the_file_is_as_before_there_were_any(artefact, calibrated, tmp_path):
+    keys = {"version", "tasks", "layers", "dim", "encoder", "sha256"}
+    for path, wanted in ((artefact, keys), (calibrated, keys | {"codes"})):
+        with safe_open(path, "pt") as file:
+            meta = json.loads(file.metadata()["lt4rec_sparse"])
+        assert set(meta) == wanted
+        assert meta["version"] == 1
+
+
+def test_int8_without_codes_is_refused(artefact):
+    with pytest.raises(ArtefactError, match="got an artefact without codes, wanted a calibrated one for int8"):
+        load(artefact, "int8")
+    assert load(artefact, "bf16").precision == "bf16"
+
+
+def test_an_unknown_precision_is_refused(calibrated):
+    with pytest.raises(InputError, match="precision: got 'fp8', wanted one of fp32, bf16, int8"):
+        load(calibrated, "fp8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"ctr": [[0.1, 3]] * 3},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3]] * 2},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.0, 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [float("nan"), 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [float("inf"), 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], ["0.1", 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1, 256]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1, 2.5]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.2, 3], [0.1, 3], [0.1, 3]]},
+        {"ctr": 1, "cvr": 2},
+        [1, 2],
+        "codes",
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(calibrated, tmp_path, codes, precision):
+    def change(meta, tensors):
+        meta["codes"] = codes
+        del meta["sha256"]
+        meta["sha256"] = _digest(meta, tensors)
+
+    path = rewritten(calibrated, tmp_path / "m.safetensors", change)
+    with pytest.raises(ArtefactError, match=r"m\.safetensors: got contents that do not fit together"):
+        load(path, precision)
 
 
 def test_a_ranker_wants_probabilities(model, small_log):

@@ -1,0 +1,90 @@
+"""Layers of a frozen MLP as dense matrix products of torch: the opponent that a plan measures the engine against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt4rec_sparse.ops import SparseLayer
+
+Product = Callable[[Tensor], Tensor]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# oneDNN chooses the packed layout for one batch and runs any other with it: as fast, here, as with one of their own.
+_PACKED_BATCH = 64
+
+
+def dense_kernels(precision: str) -> tuple[str, ...]:
+    """Name the ways in which this machine's torch multiplies by a dense weight in `precision`.
+
+    Returns:
+        Of "dense", `F.linear` as it is, and "onednn", the weight packed by oneDNN and a ReLU in its epilogue.
+        None in int8, and none in bf16 where the CPU has no bfloat16 arithmetic: torch emulates it there.
+    """
+    if precision not in _DTYPES:
+        return ()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if precision == "bf16" and not (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return ()
+    return ("dense", "onednn") if has_onednn else ("dense",)
+
+
+class DenseLayer:
+    """One layer for all tasks, its masks multiplied in beforehand: `activation(h @ (weight * mask_task).T + bias)`.
+
+    In bf16 weights, biases and activations are bfloat16, and so is the result: sums are float32 and rounded once.
+
+    Args:
+        tasks: For each task the layer, with the name of the task whose plane of the weight it reads.
+        reads_x: Whether all tasks read the same input. Their weights then stand in one matrix, if their activations
+            are the same: one product instead of several.
+        kernel: "dense" or "onednn"; one of `dense_kernels(precision)`.
+        precision: "fp32" or "bf16".
+    """
+
+    def __init__(self, tasks: Sequence[tuple[SparseLayer, str]], reads_x: bool, kernel: str, precision: str) -> None:
+        dtype = _DTYPES[precision]
+        make = _packed_product if kernel == "onednn" else _product
+        weights = [layer.weight.to_dense(task).to(dtype) for layer, task in tasks]
+        biases = [
+            torch.zeros(layer.weight.shape[0], dtype=dtype) if layer.bias is None else layer.bias.to(dtype)
+            for layer, _ in tasks
+        ]
+        activations = [layer.activation for layer, _ in tasks]
+        if reads_x and len(set(activations)) == 1:
+            weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], activations[:1]
+        self.nbytes = sum(part.nbytes for part in (*weights, *biases))
+        self._products = [make(*parts) for parts in zip(weights, biases, activations, strict=True)]
+        self._dtype = dtype
+
+    def __call__(self, hs: Sequence[Tensor]) -> list[Tensor]:
+        """Apply the layer.
+
+        Args:
+            hs: `[batch, in_features]` for each task; or one, which all tasks read.
+
+        Returns:
+            `[batch, out_features]` for each task, or `[batch, tasks * out_features]`; of this layer's dtype.
+        """
+        hs = [h.to(self._dtype) for h in hs]
+        if len(hs) < len(self._products):
+            hs *= len(self._products)
+        return [product(h) for product, h in zip(self._products, hs, strict=True)]
+
+
+def _product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+    activate = {"none": lambda y: y, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[activation]
+    return lambda h: activate(F.linear(h, weight, bias))
+
+
+def _packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+    # What torch.compile makes of a frozen Linear on the CPU (torch/_inductor/fx_passes/mkldnn_fusion.py).
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_BATCH)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    epilogue = "relu" if activation == "relu" else "none"
+    if activation == "sigmoid":  # torch's, for oneDNN's is another approximation
+        return lambda h: torch.sigmoid_(linear(h, packed, bias, epilogue, [], ""))
+    return lambda h: linear(h, packed, bias, epilogue, [], "")
