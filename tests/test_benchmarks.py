@@ -1,7 +1,7 @@
 """Cases for pytest-benchmark, one layer at a time, to compare two builds or two machines.
 
-`pytest tests/test_benchmarks.py --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. No verdict:
-that is in the interleaved ratios of `python -m bench cpu`.
+`pytest tests/test_benchmarks.py --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. No
+verdict: that is in the interleaved ratios of `python -m bench cpu`.
 """
 
 from __future__ import annotations

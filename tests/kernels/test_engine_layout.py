@@ -1,234 +1,503 @@
-"""The engine's door: the prepacked blob, refusals, guard pages, and the choice of the instruction set."""
+"""The prepacked blob, read byte by byte as csrc/engine.h specifies it and by no line of the engine's own.
+
+Both layouts of every layer must give back each kept weight once, in its place and in its order, and nothing else.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import mmap
-import os
-import resource
-import subprocess
-import sys
-from collections.abc import Callable
+import functools
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from oracle import assert_exact
+from kernels.networks import (
+    MaskedLayer,
+    Task,
+    is_shared,
+    prepack,
+    random_layer,
+    random_mask,
+    random_task,
+    rounded_to_bf16,
+)
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lt4rec_sparse import kernels
 from lt4rec_sparse.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
 
+Array = NDArray[Any]
 
-def full_layer(in_features: int, out_features: int, activation: str = "none") -> native.PackLayer:
-    """Every weight kept and 1, no bias: each output is the sum of the row."""
-    nnz = in_features * out_features
-    return native.PackLayer(
-        torch.arange(0, nnz + 1, in_features, dtype=torch.int32),
-        torch.arange(in_features, dtype=torch.int32).repeat(out_features),
-        torch.ones(nnz),
-        None,
-        in_features,
-        activation,
+HEADER = struct.Struct("<2I7Q8I")
+RECORD = struct.Struct("<7IfiI11Q")
+BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
+LINEAR, SHARED, COMBINED = range(3)
+ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+class Header(NamedTuple):
+    magic: int
+    version: int
+    bytes: int
+    slice_bytes: int
+    table_bytes: int
+    nnz: int
+    products: int
+    slice_products: int
+    table_products: int
+    precision: int
+    in_features: int
+    outputs: int
+    tasks: int
+    layers: int
+    hidden_features: int
+    shared_features: int
+    reserved: int
+
+
+class Record(NamedTuple):
+    kind: int
+    in_features: int
+    out_features: int
+    activation: int
+    is_head: int
+    part: int
+    part_features: int
+    inverse_scale: float
+    zero_point: int
+    reserved: int
+    bias: int
+    block_slices: int
+    slices: int
+    steps: int
+    slice_bias: int
+    bundle_steps: int
+    windows: int
+    indices: int
+    weights: int
+    scale: int
+    start: int
+
+
+class Table(NamedTuple):
+    """How a precision's tables look."""
+
+    places: int  # of each feature in a step
+    window: int
+    dtype: str  # of the weights as stored
+    gap: int  # features between two zeros; 0: no zeros, but windows one after the other, which overlap by a half
+
+    def feature_at(self, window: int, index: int) -> int | None:
+        """Return the feature at a place of a window; None where a zero stands."""
+        if self.gap == 0:
+            assert window % self.window == 0
+            return window // 2 + index
+        position = window + index
+        return None if position % (self.gap + 1) == 0 else position - position // (self.gap + 1) - 1
+
+    def last_window(self, features: int) -> int:
+        """Return where the last window begins that holds an activation: a line goes on for a whole window."""
+        if self.gap == 0:
+            return (features - 1) // (self.window // 2) * self.window
+        return features - 1 + (features - 1) // self.gap + 1
+
+
+TABLES = {"fp32": Table(1, 32, "<f4", 16), "bf16": Table(2, 64, "<u2", 32), "int8": Table(4, 64, "i1", 0)}
+SLICE_STEPS = {
+    "fp32": np.dtype([("offsets", "<u8", (1,)), ("weight", "<f4", (SLICE_ROWS, 1))]),
+    "bf16": np.dtype([("offsets", "<u8", (2,)), ("weight", "<u2", (SLICE_ROWS, 2))]),
+}
+SLICE = np.dtype([("steps", "<u2"), ("row", "<u2", (SLICE_ROWS,))])
+
+
+class Weights:
+    """What a layout holds: the columns of each row as they come, and their weights."""
+
+    def __init__(self, rows: int, columns: int, dtype: str) -> None:
+        self.columns: list[list[int]] = [[] for _ in range(rows)]
+        self.dense = np.zeros((rows, columns), dtype)
+        self.products = 0  # padding included
+
+    def put(self, row: int, column: int, weight: Any) -> None:
+        self.columns[row].append(column)
+        self.dense[row, column] = weight
+
+
+class Blob:
+    """A blob, its header and records unpacked; notes every section that is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.bytes = tensor.numpy()
+        self.header = Header(*HEADER.unpack_from(self.bytes))
+        self.precision = PRECISIONS[self.header.precision]
+        end_of_records = HEADER.size + self.header.layers * RECORD.size
+        records = self.bytes[HEADER.size : end_of_records].tobytes()
+        self.records = [Record(*fields) for fields in RECORD.iter_unpack(records)]
+        self.sections = {(0, end_of_records, "head")}
+
+    def section(self, at: int, dtype: Any, count: int, kind: str = "") -> Array:
+        dtype = np.dtype(dtype)
+        self.sections.add((at, at + count * dtype.itemsize, kind))
+        return np.frombuffer(self.bytes, dtype, count, at)
+
+    def slices(self, record: Record) -> tuple[Weights, Array]:
+        """Read the weights, and each row's bias."""
+        steps_dtype = SLICE_STEPS[self.precision]
+        held = Weights(record.out_features, record.in_features, steps_dtype["weight"].base.str)
+        bias = np.full(record.out_features, np.nan, "<f4")
+        blocks = blocks_of(record.in_features)
+        block_slices = self.section(record.block_slices, "<u4", blocks, "slice").tolist()
+        slices = self.section(record.slices, SLICE, sum(block_slices), "slice")
+        steps = self.section(record.steps, steps_dtype, int(slices["steps"].sum()), "slice")
+        slice_bias = self.section(record.slice_bias, "<f4", SLICE_ROWS * block_slices[0], "slice")
+        held.products = steps["weight"].size
+        at_slice = at_step = 0
+        for block, count in enumerate(block_slices):
+            named = []
+            for piece in slices[at_slice : at_slice + count]:
+                for r, tile_row in enumerate(piece["row"].tolist()):
+                    row = None if tile_row == 0 else feature_of_tile_row(tile_row)
+                    named += [] if row is None else [row]
+                    length = self._slice_row(held, steps[at_step : at_step + piece["steps"]], r, row, block)
+                    assert r > 0 or int(piece["steps"]) - 1 < length, "a slice's first row is its longest"
+                at_step += int(piece["steps"])
+            if block == 0:
+                rows = [int(r) for r in slices["row"][:count].ravel()]
+                for tile_row, value in zip(rows, slice_bias, strict=True):
+                    if tile_row == 0:
+                        assert value == 0, "a missing row has no bias"
+                    else:
+                        bias[feature_of_tile_row(tile_row)] = value
+            assert len(set(named)) == len(named), "a block names a row once"
+            if block in (0, blocks - 1):
+                assert sorted(named) == list(range(record.out_features)), "the first and the last block name every row"
+            at_slice += count
+        return held, bias
+
+    def _slice_row(self, held: Weights, steps: Array, r: int, row: int | None, block: int) -> float:
+        """Read row `r` of a slice within one block; return how many steps its kept weights take."""
+        kept = 0
+        for position, (step, half) in enumerate(itertools.product(steps, reversed(range(steps["offsets"].shape[1])))):
+            offset, weight = int(step["offsets"][half]) >> (16 * r) & 0xFFFF, step["weight"][r, half]
+            assert offset % 64 == 0
+            if offset == 0:  # the row of zeros
+                assert is_zero(weight)
+                continue
+            assert row is not None, "a missing row has only padding"
+            assert position == kept, "padding stands behind the kept weights"
+            kept += 1
+            held.put(row, block * BLOCK_FEATURES + offset // 64 - 1, weight)
+        return kept / steps["offsets"].shape[1]
+
+    def tables(self, record: Record) -> Weights:
+        table = TABLES[self.precision]
+        held = Weights(padded(record.out_features), record.in_features, table.dtype)
+        groups = padded(record.out_features) // GROUP
+        bundles = [range(g, g + BUNDLE) for g in range(0, groups - BUNDLE + 1, BUNDLE)]
+        bundles += [range(g, g + 1) for g in range(len(bundles) * BUNDLE, groups)]
+        bundle_steps = self.section(record.bundle_steps, "<u4", len(bundles), "table")
+        elements = sum(int(steps) * len(bundle) for steps, bundle in zip(bundle_steps, bundles, strict=True))
+        windows = self.section(record.windows, "<u4", elements, "table")
+        shape = (elements, GROUP, table.places)
+        indices = self.section(record.indices, "u1", elements * GROUP * table.places, "table").reshape(shape)
+        weights = self.section(record.weights, table.dtype, elements * GROUP * table.places, "table").reshape(shape)
+        held.products = weights.size
+        groups_in_turn = [
+            group
+            for steps, bundle in zip(bundle_steps, bundles, strict=True)
+            for _ in range(int(steps))
+            for group in bundle
+        ]
+        for at, (group, window) in enumerate(zip(groups_in_turn, windows.tolist(), strict=True)):
+            assert window <= table.last_window(record.in_features)
+            for feature, place in itertools.product(range(GROUP), reversed(range(table.places))):
+                index, weight = int(indices[at, feature, place]), weights[at, feature, place]
+                assert index < table.window
+                column = table.feature_at(window, index)
+                if column is None:  # a zero, the last of which stands behind the last activation
+                    assert is_zero(weight)
+                    assert window + index <= table.last_window(record.in_features) + table.gap
+                elif table.gap > 0 or weight != 0:
+                    held.put(group * GROUP + feature, column, weight)
+        return held
+
+
+def blocks_of(features: int) -> int:
+    return -(-features // BLOCK_FEATURES)
+
+
+def padded(features: int) -> int:
+    return -(-features // GROUP) * GROUP
+
+
+def feature_of_tile_row(row: int) -> int:
+    assert row % (BLOCK_FEATURES + 1) != 0, "a row of zeros"
+    return row - row // (BLOCK_FEATURES + 1) - 1
+
+
+def is_zero(weight: Any) -> bool:
+    """0 or -0, also as the bits of a bfloat16."""
+    return bool(weight & 0x7FFF == 0 if isinstance(weight, np.uint16) else weight == 0)
+
+
+class Expected(NamedTuple):
+    """A layer in the order of the blob."""
+
+    kind: int
+    weight: Tensor  # [out_features, in_features], 0 where pruned; none in a combined layer
+    mask: Tensor
+    bias: Tensor | None
+    layer: MaskedLayer  # whose activation and codes it has
+    is_head: bool
+    part: int = 0
+
+
+def arranged(tasks: Sequence[Task], shared: bool) -> Iterator[Expected]:
+    """The layers in the order of the records, their features by descending kept weights, inputs and heads apart."""
+    in_place = torch.arange(tasks[0][0].mask.shape[1])
+    shared_rows = in_place
+    if shared:
+        firsts = [task[0] for task in tasks]
+        kept = torch.stack([first.mask.sum(dim=1) for first in firsts]).sum(dim=0)
+        has_head = any(len(task) == 1 for task in tasks)
+        shared_rows = torch.arange(len(kept)) if has_head else kept.argsort(descending=True, stable=True)
+        bits = torch.stack([first.weight.view(torch.int32) for first in firsts])
+        common = torch.stack([first.mask for first in firsts]).all(dim=0) & (bits == bits[0]).all(dim=0)
+        masks = [common, *(first.mask & ~common for first in firsts)]
+        weights = [
+            torch.where(mask, first.weight, 0.0) for mask, first in zip(masks, [firsts[0], *firsts], strict=True)
+        ]
+        yield Expected(
+            SHARED,
+            torch.cat([grown(weight[shared_rows]) for weight in weights]),
+            torch.cat([grown(mask[shared_rows]) for mask in masks]),
+            None,
+            firsts[0]._replace(activation="none"),
+            False,
+        )
+    for t, task in enumerate(tasks):
+        columns = in_place
+        for i, layer in enumerate(task):
+            is_head = i == len(task) - 1
+            kept = layer.mask.sum(dim=1)
+            rows = torch.arange(len(kept)) if is_head else kept.argsort(descending=True, stable=True)
+            if shared and i == 0:
+                rows = shared_rows
+                nothing = torch.zeros(len(rows), 0)
+                yield Expected(COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, is_head, 1 + t)
+            else:
+                weight, mask = layer.weight[rows][:, columns], layer.mask[rows][:, columns]
+                weight = torch.where(mask, weight, 0.0)
+                yield Expected(LINEAR, weight, mask, chosen(layer.bias, rows), layer, is_head)
+            columns = rows
+
+
+def grown(rows: Tensor) -> Tensor:
+    """Whole groups of rows."""
+    return torch.cat([rows, rows.new_zeros(padded(len(rows)) - len(rows), rows.shape[1])])
+
+
+def chosen(bias: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if bias is None else bias[rows]
+
+
+def as_stored(weight: Tensor, precision: str) -> Array:
+    if precision == "bf16":
+        return (rounded_to_bf16(weight).view(torch.int32) >> 16).short().numpy().view("<u2")
+    return weight.numpy()
+
+
+@functools.cache
+def networks() -> dict[str, list[Task]]:
+    """Every kind of layer, and sizes around every boundary."""
+    common = random_mask(40, 150, 0.3, seed=5)
+    of_all = random_layer(torch.ones_like(common), "relu", seed=6, integers=False)
+
+    def first(t: int) -> MaskedLayer:
+        mask = common | random_mask(40, 150, 0.2, seed=7 + t)
+        return of_all._replace(weight=of_all.weight * mask, mask=mask, bias=torch.arange(40.0) + t)
+
+    zeros = random_layer(random_mask(70, 140, 0.5, seed=1), "none", seed=2)
+    return {
+        "one weight": [[random_layer(torch.ones(1, 1, dtype=torch.bool), "none", seed=1)]],
+        "deep": [random_task((300, 140, 66, 17, 1), 0.25, seed=1, head="sigmoid", integers=False)],
+        "several": [random_task((33, 20, 3), 0.5, seed=1), random_task((33, 64), 0.5, seed=9)],
+        "dead": [[random_layer(torch.zeros(5, 260, dtype=torch.bool), "relu", seed=1)]],
+        "full": [random_task((129, 130, 2), 1.0, seed=1, integers=False)],
+        "no bias": [[random_layer(random_mask(18, 40, 0.4, seed=2), "relu", seed=3, bias=False)]],
+        "kept zeros": [[zeros._replace(weight=zeros.weight * random_mask(70, 140, 0.5, seed=3))]],
+        "shared": [[first(0), *random_task((40, 20, 3), 0.4, seed=3)], [first(1), *random_task((40, 6), 0.4, seed=4)]],
+        "shared heads": [[first(0), *random_task((40, 7), 0.4, seed=3)], [first(1)], [first(2)]],
+    } | {f"{i} x {o}": [random_task((i, o, 2), 0.4, seed=i + o)] for i in (15, 17, 32, 65, 128) for o in (4, 16, 81)}
+
+
+@functools.cache
+def packed(name: str, precision: str) -> tuple[Blob, list[Expected]]:
+    tensor = prepack(networks()[name], precision)
+    return Blob(tensor), list(arranged(networks()[name], is_shared(tensor)))
+
+
+of_every_network = pytest.mark.parametrize(
+    ("name", "precision"), list(itertools.product(networks(), PRECISIONS)), ids=str
+)
+
+
+@of_every_network
+def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
+    tasks = networks()[name]
+    blob, layers = packed(name, precision)
+    header = blob.header
+    parts = [layer for layer in layers if layer.kind == SHARED]
+    assert bool(parts) == name.startswith("shared")
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 2)
+    assert header.bytes == len(blob.bytes)
+    assert header.bytes % ALIGNMENT == 0
+    assert header.nnz == sum(int(layer.mask.sum()) for task in tasks for layer in task)
+    assert header.products == sum(int(layer.mask.sum()) for layer in layers)
+    assert PRECISIONS[header.precision] == precision
+    assert header.in_features == tasks[0][0].mask.shape[1]
+    assert header.outputs == sum(len(task[-1].mask) for task in tasks)
+    assert (header.tasks, header.layers) == (len(tasks), len(layers))
+    assert header.hidden_features == max(padded(len(layer.mask)) for task in tasks for layer in task)
+    assert header.shared_features == (len(parts[0].mask) if parts else 0)
+    assert header.reserved == 0
+
+
+@of_every_network
+def test_the_records_say_what_was_packed(name: str, precision: str) -> None:
+    blob, layers = packed(name, precision)
+    for record, expected in zip(blob.records, layers, strict=True):
+        out_features = (
+            len(expected.bias) if expected.kind == COMBINED and expected.bias is not None else len(expected.mask)
+        )
+        part_features = blob.header.shared_features // (1 + len(networks()[name])) if expected.kind != LINEAR else 0
+        assert (record.kind, record.out_features, record.is_head) == (expected.kind, out_features, expected.is_head)
+        assert (record.part, record.part_features) == (expected.part, part_features)
+        assert record.in_features == expected.layer.mask.shape[1]
+        assert record.activation == ACTIVATIONS[expected.layer.activation]
+        # Codes mean something in int8 alone, and travel in every precision.
+        assert record.inverse_scale == torch.tensor(1 / expected.layer.input_scale, dtype=torch.float32).item()
+        assert record.zero_point == expected.layer.input_zero_point
+        assert record.reserved == 0
+
+
+@of_every_network
+def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precision: str) -> None:
+    blob, layers = packed(name, precision)
+    for record, expected in zip(blob.records, layers, strict=True):
+        if expected.kind == COMBINED:
+            sections = (*record[record._fields.index("block_slices") : record._fields.index("scale")], record.start)
+            assert not any(sections), "a combined layer has no weights"
+            continue
+        rows = [row.nonzero().flatten().tolist() for row in expected.mask]
+        table = blob.tables(record)
+        if precision == "int8":
+            codes, _ = codes_of(expected, record.part_features)
+            assert np.array_equal(table.dense[: len(rows)], codes.numpy())
+            assert all(columns == sorted(columns) for columns in table.columns)
+        else:
+            weight = as_stored(expected.weight, precision)
+            slices, bias = blob.slices(record)
+            assert slices.columns == rows
+            assert table.columns == rows + [[]] * (len(table.columns) - len(rows))
+            assert np.array_equal(bits_of(slices.dense), bits_of(weight))
+            assert np.array_equal(bits_of(table.dense[: len(rows)]), bits_of(weight))
+            assert np.array_equal(bias, (torch.zeros(len(rows)) if expected.bias is None else expected.bias).numpy())
+
+
+@of_every_network
+def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: str) -> None:
+    blob, layers = packed(name, precision)
+    step_of_parts = torch.empty(0)
+    for record, expected in zip(blob.records, layers, strict=True):
+        whole = padded(record.out_features)
+        bias = torch.zeros(whole)
+        if expected.bias is not None:
+            bias[: record.out_features] = expected.bias
+        assert np.array_equal(blob.section(record.bias, "<f4", whole), bias.numpy())
+        if precision != "int8":
+            assert (record.scale, record.start) == (0, 0)
+            continue
+        if expected.kind != COMBINED:
+            codes, step_of_parts = codes_of(expected, record.part_features)
+            start = torch.zeros(whole, dtype=torch.int32)
+            start[: len(codes)] = -expected.layer.input_zero_point * codes.sum(dim=1, dtype=torch.int32)
+            assert np.array_equal(blob.section(record.start, "<i4", whole), start.numpy())
+        if expected.kind == SHARED:
+            assert record.scale == 0
+            continue
+        scale = torch.zeros(whole)
+        scale[: len(step_of_parts)] = (step_of_parts.double() * expected.layer.input_scale).float()
+        assert np.array_equal(blob.section(record.scale, "<f4", whole), scale.numpy())
+
+
+def codes_of(expected: Expected, part_features: int) -> tuple[Tensor, Tensor]:
+    """A layer's weights as int8, and what one step of each output feature is worth."""
+    largest = expected.weight.abs().amax(dim=1)
+    if expected.kind == SHARED:
+        largest = largest.view(-1, part_features).amax(dim=0)
+    step = largest / 127
+    of_row = step.repeat(len(expected.weight) // len(step))[:, None]
+    codes = torch.where(of_row > 0, (expected.weight / of_row).round(), 0.0)
+    return codes.to(torch.int8), step
+
+
+def bits_of(weight: Array) -> Array:
+    """To tell -0 from 0."""
+    return np.ascontiguousarray(weight).view(f"<u{weight.itemsize}")
+
+
+@of_every_network
+def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str) -> None:
+    tensor = prepack(networks()[name], precision)
+    blob = Blob(tensor)
+    products = dict.fromkeys(("slices", "tables"), 0)
+    for record in blob.records:
+        blob.section(record.bias, "<f4", padded(record.out_features))
+        if precision == "int8" and record.kind != SHARED:
+            blob.section(record.scale, "<f4", padded(record.out_features))
+        if record.kind == COMBINED:
+            continue
+        products["tables"] += blob.tables(record).products
+        if precision == "int8":
+            blob.section(record.start, "<i4", padded(record.out_features))
+        else:
+            products["slices"] += blob.slices(record)[0].products
+    assert (blob.header.slice_products, blob.header.table_products) == (products["slices"], products["tables"])
+    end = 0
+    sizes = dict.fromkeys(("slice", "table", "head", ""), 0)
+    for first, past, kind in sorted(blob.sections):
+        assert first % ALIGNMENT == 0
+        assert first == -(-end // ALIGNMENT) * ALIGNMENT, "a section begins where the one before it ends"
+        assert not blob.bytes[end:first].any(), "what lies between sections is zeros"
+        sizes[kind] += -(-(past - first) // ALIGNMENT) * ALIGNMENT
+        end = past
+    assert len(blob.bytes) == -(-end // ALIGNMENT) * ALIGNMENT
+    assert not blob.bytes[end:].any()
+    assert (blob.header.slice_bytes, blob.header.table_bytes) == (sizes["slice"], sizes["table"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_describe_reads_the_header(precision: str) -> None:
+    blob, _ = packed("shared", precision)
+    header = blob.header
+    assert native.describe(torch.from_numpy(blob.bytes)) == (
+        precision,
+        header.in_features,
+        header.outputs,
+        header.tasks,
+        header.layers,
+        header.nnz,
+        header.products,
+        header.slice_products,
+        header.table_products,
+        header.bytes,
+        header.slice_bytes,
+        header.table_bytes,
     )
-
-
-@pytest.fixture
-def blob() -> Tensor:
-    return native.prepack([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]])
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def test_describe_counts_what_is_stored(blob: Tensor) -> None:
-    facts = native.describe(blob)
-    # Slices of four: 6 rows are stored as 8 of 10 weights, 2 as 4 of 6, 1 as 4 of 10.
-    assert facts == {
-        "in_features": 10,
-        "outputs": 3,
-        "tasks": 2,
-        "layers": 3,
-        "nnz": 60 + 12 + 10,
-        "stored": 80 + 24 + 40,
-        "bytes": blob.numel(),
-    }
-
-
-def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
-    again = native.prepack([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]])
-    assert torch.equal(again, blob)
-    moved = torch.zeros(blob.numel() + 8, dtype=torch.uint8)[8:]
-    moved.copy_(blob)
-    x, out = torch.ones(3, 10), torch.empty(3, 3)
-    native.sparse_mlp(x, moved, out)
-    assert_exact(out, torch.tensor([60.0, 60.0, 10.0]).expand(3, 3))
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda blob: blob[:0],
-        lambda blob: blob[:32],
-        lambda blob: blob[:-64],
-        lambda blob: torch.cat([blob, blob.new_zeros(64)]),
-        lambda blob: torch.zeros_like(blob),
-        lambda blob: torch.cat([blob[:4], blob[4:5] + 1, blob[5:]]),
-        lambda blob: torch.cat([blob.new_zeros(1), blob])[1:],
-        lambda blob: blob.float(),
-        lambda blob: torch.stack([blob, blob], dim=1)[:, 0],
-    ],
-    ids=["empty", "header cut", "cut", "longer", "no magic", "version", "misaligned", "dtype", "strided"],
-)
-def test_what_is_no_blob_is_refused(blob: Tensor, spoil: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match="prepacked: got"):
-        native.sparse_mlp(torch.ones(1, 10), spoil(blob), torch.empty(1, 3))
-    with pytest.raises(ValueError, match="prepacked: got"):
-        native.describe(spoil(blob))
-
-
-@pytest.mark.parametrize(
-    ("x", "out", "threads", "message"),
-    [
-        (torch.ones(2, 11), torch.empty(2, 3), 1, "got in_features 11 and outputs 3, wanted 10 and 3"),
-        (torch.ones(2, 10), torch.empty(2, 4), 1, "got in_features 10 and outputs 4, wanted 10 and 3"),
-        (torch.ones(2, 10), torch.empty(3, 3), 1, "out: got batch 3, wanted 2"),
-        (torch.ones(10), torch.empty(1, 3), 1, "x: got 1 dimensions, wanted 2"),
-        (torch.ones(2, 10).double(), torch.empty(2, 3), 1, r"x: got torch.float64 on cpu, wanted torch.float32"),
-        (torch.ones(2, 10), torch.empty(2, 3).double(), 1, r"out: got torch.float64 on cpu"),
-        (torch.ones(2, 10, device="meta"), torch.empty(2, 3), 1, "x: got torch.float32 on meta"),
-        (torch.ones(10, 2).T, torch.empty(2, 3), 1, r"x: got strides \(1, 2\), wanted 1 within a row"),
-        (torch.ones(2, 10), torch.empty(3).expand(2, 3), 1, "out: got row stride 0, wanted at least 3"),
-        (torch.ones(2, 10), torch.empty(2, 3), 0, "threads: got 0, wanted at least 1"),
-    ],
-)
-def test_a_wrong_argument_is_refused_in_one_line(
-    blob: Tensor, x: Tensor, out: Tensor, threads: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        native.sparse_mlp(x, blob, out, threads)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"crow_indices": ints(1, 3, 6)}, r"layer 0: crow_indices\[0\]: got 1, wanted exactly 0"),
-        ({"crow_indices": ints(0, 3, 5)}, r"layer 0: crow_indices\[2\]: got 5, wanted nnz 6"),
-        ({"crow_indices": ints(0, 7, 6)}, r"layer 0: crow_indices\[2\]: got 6, wanted at least 7"),
-        ({"crow_indices": ints(0, -1, 6)}, r"layer 0: crow_indices\[1\]: got -1, wanted at least 0"),
-        ({"col_indices": ints(0, 1, 3, 0, 1, 2)}, r"col_indices\[2\]: got 3, wanted less than in_features 3"),
-        (
-            {"col_indices": ints(0, 1, 1, 0, 1, 2)},
-            r"col_indices\[2\]: got 1, wanted ascending within its row, at least 2",
-        ),
-        ({"col_indices": ints(-1, 1, 2, 0, 1, 2)}, r"col_indices\[0\]: got -1"),
-        ({"col_indices": torch.arange(6)}, r"tasks\[0\]\[0\].col_indices: got torch.int64"),
-        ({"crow_indices": ints()}, "out_features -1, wanted at least 1"),
-        ({"crow_indices": ints(0)}, "out_features 0, wanted at least 1"),
-        ({"crow_indices": ints(0, 3, 6)[None]}, r"crow_indices: got shape \(1, 3\), wanted \(3,\)"),
-        ({"values": torch.ones(5)}, r"values: got shape \(5,\), wanted \(6,\)"),
-        ({"values": torch.ones(12)[::2]}, "contiguous False"),
-        ({"bias": torch.ones(3)}, r"bias: got shape \(3,\), wanted \(2,\)"),
-        ({"in_features": 0}, "got in_features 0"),
-        ({"activation": "tanh"}, "activation: got 'tanh', wanted one of none, relu, sigmoid"),
-    ],
-)
-def test_a_layer_that_is_not_canonical_is_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        native.prepack([[full_layer(3, 2)._replace(**change)]])
-
-
-def test_layers_that_do_not_chain_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tasks\[0\]\[1\].in_features: got 4, wanted 2"):
-        native.prepack([[full_layer(3, 2), full_layer(4, 1)]])
-    with pytest.raises(ValueError, match=r"tasks\[1\]\[0\].in_features: got 4, wanted 3"):
-        native.prepack([[full_layer(3, 2)], [full_layer(4, 1)]])
-    with pytest.raises(ValueError, match=r"tasks: got layer counts \[1, 0\]"):
-        native.prepack([[full_layer(3, 2)], []])
-    with pytest.raises(ValueError, match="tasks: got layer counts"):
-        native.prepack([])
-
-
-def test_more_rows_than_a_slice_can_name_are_refused() -> None:
-    dead = full_layer(1, 1)._replace(col_indices=ints(), values=torch.ones(0))
-    widest = native.prepack([[dead._replace(crow_indices=torch.zeros(65028, dtype=torch.int32))]])
-    assert native.describe(widest)["outputs"] == 65027
-    with pytest.raises(ValueError, match="out_features: got 65028, wanted at most 65027"):
-        native.prepack([[dead._replace(crow_indices=torch.zeros(65029, dtype=torch.int32))]])
-
-
-def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor) -> None:
-    stored, hidden_rows = blob[24:32].view(torch.int64), blob[48:52].view(torch.int32)  # BlobHeader of csrc/engine.h
-    assert (stored.item(), hidden_rows.item()) == (80 + 24 + 40, 6 + 1)
-    stored.fill_(10**9)  # enough work for a second thread
-    hidden_rows.fill_(2**31 - 1)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (2**37, limits[1]))  # two tiles of 64 lanes would take eight times that
-    try:
-        for threads in (1, 2):
-            with pytest.raises(MemoryError):
-                native.sparse_mlp(torch.ones(200, 10), blob, torch.empty(200, 3), threads)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-def before_guard_page(tensor: Tensor) -> Tensor:
-    """A copy that ends where an inaccessible page begins: one byte read or written past it kills the process."""
-    size = tensor.numel() * tensor.element_size()
-    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, usable + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    prot_none = 0
-    failed = ctypes.CDLL(None, use_errno=True).mprotect(
-        ctypes.c_void_p(start + usable), ctypes.c_size_t(mmap.PAGESIZE), prot_none
-    )
-    assert not failed, os.strerror(ctypes.get_errno())
-    guarded = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=usable - size)
-    return guarded.view(tensor.shape).copy_(tensor)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 3), (8, 8, 8), (16, 130, 16), (64, 128, 64), (65, 257, 129)])
-def test_nothing_is_touched_past_the_end(shape: tuple[int, int, int]) -> None:
-    batch, in_features, out_features = shape
-    prepacked = before_guard_page(native.prepack([[full_layer(in_features, out_features)]]))
-    x, out = before_guard_page(torch.ones(batch, in_features)), before_guard_page(torch.zeros(batch, out_features))
-    for name in native.supported_isas():
-        with native.forced_isa(name):
-            native.sparse_mlp(x, prepacked, out.fill_(float("nan")), threads=2)
-            assert_exact(out, torch.full((batch, out_features), float(in_features)))
-
-
-def test_forcing_an_isa_lasts_as_long_as_its_context() -> None:
-    before = native.isa()
-    with native.forced_isa("scalar"):
-        assert native.isa() == "scalar"
-    assert native.isa() == before == native.supported_isas()[-1]
-    with pytest.raises(ValueError, match="isa: got 'mmx', wanted one that this machine runs: scalar"):
-        native.forced_isa("mmx").__enter__()
-    assert native.isa() == before
-
-
-@pytest.mark.parametrize(("wanted", "printed"), [("scalar", "scalar"), ("mmx", "LT4REC_SPARSE_ISA: isa: got 'mmx'")])
-def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str) -> None:
-    command = [sys.executable, "-c", "from lt4rec_sparse.kernels import native; print(native.isa())"]
-    environment = os.environ | {"LT4REC_SPARSE_ISA": wanted}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert printed in done.stdout + done.stderr
-    assert (done.returncode == 0) == (wanted == "scalar")
-
-
-def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(kernels, "_engine")
-    monkeypatch.setitem(sys.modules, "lt4rec_sparse.kernels._engine", None)
-    spec = importlib.util.spec_from_file_location("native_without_engine", native.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
-    assert not bare.is_available()
-    assert "_engine" in bare.absence_reason()
-    with pytest.raises(RuntimeError, match="the native engine is absent"):
-        bare.prepack([[full_layer(3, 2)]])
