@@ -199,7 +199,8 @@ typedef struct {
   int64_t input_zero_point;
 } CanonicalLayer;
 
-enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES_S8 = 32768 };
+// Sums of int8 products must fit 32 bits; above 16 million inputs a tile would not fit most memories.
+enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 32768 };
 
 // Checks `layers` and returns the size of their blob in bytes, which the caller gives back through lt4rec_free.
 // Returns -1 with the reason in `message` [MESSAGE_BYTES] where the layers are not canonical, -2 where memory does not

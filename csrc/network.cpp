@@ -226,21 +226,29 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
   };
   const Csr csr(layer);
   if (layer.out_features > MAX_OUT_FEATURES) return refuse_size("out_features", layer.out_features, MAX_OUT_FEATURES);
+  if (layer.in_features > MAX_IN_FEATURES) return refuse_size("in_features", layer.in_features, MAX_IN_FEATURES);
   if (precision == PRECISION_S8) {
     if (layer.in_features > MAX_IN_FEATURES_S8)
       return refuse_size("in_features in int8", layer.in_features, MAX_IN_FEATURES_S8);
-    // Written so that a NaN is refused.
-    if (!(layer.input_scale > 0 && layer.input_scale < 3e38)) {
-      std::snprintf(message, MESSAGE_BYTES, "layer %lld: input_scale: got %g, wanted above 0 and finite",
-                    (long long)index, layer.input_scale);
+    // Both become float32. Written so that a NaN is refused.
+    if (!(layer.input_scale > 0 && std::isfinite(float(layer.input_scale)) &&
+          std::isfinite(float(1 / layer.input_scale)))) {
+      std::snprintf(message, MESSAGE_BYTES,
+                    "layer %lld: input_scale: got %g, wanted above 0 and finite, as its inverse", (long long)index,
+                    layer.input_scale);
       return false;
     }
-    for (int64_t i = 0; i < layer.nnz; ++i) {
-      if (std::isfinite(csr.values[i])) continue;
-      std::snprintf(message, MESSAGE_BYTES, "layer %lld: values[%lld]: got %g, wanted finite values in int8",
-                    (long long)index, (long long)i, double(csr.values[i]));
-      return false;
-    }
+    const auto is_finite = [&](const char* what, const float* values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (std::isfinite(values[i])) continue;
+        std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s[%lld]: got %g, wanted finite values in int8",
+                      (long long)index, what, (long long)i, double(values[i]));
+        return false;
+      }
+      return true;
+    };
+    if (!is_finite("values", csr.values, layer.nnz)) return false;
+    if (csr.bias && !is_finite("bias", csr.bias, layer.out_features)) return false;
     if (layer.input_zero_point < 0 || layer.input_zero_point > 255)
       return refuse("input_zero_point", 0, layer.input_zero_point, "0 to", 255);
   }

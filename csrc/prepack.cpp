@@ -325,7 +325,7 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
         for (float& step : scale) step = float(double(step) * layer.input_scale);
       }
       if (layer.kind == LAYER_SHARED) shared_scale = scale;
-      record.scale = writer.append(padded_copy(scale, int64_t(scale.size())));
+      if (layer.kind != LAYER_SHARED) record.scale = writer.append(padded_copy(scale, int64_t(scale.size())));
       if (layer.kind != LAYER_COMBINED) {
         record.start = writer.append(padded_copy(zero_point_sums(layer), layer.out_features));
         append_table<TableS8>(layer, writer, record, header);

@@ -171,6 +171,8 @@ class Network:
             threads = torch.get_num_threads()
         elif threads < 1:
             raise ValueError(f"threads: got {threads}, wanted at least 1")
+        if path not in PATHS:
+            raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
         status = self._call(
             *self._blob,
             x.data_ptr(),

@@ -18,6 +18,7 @@ from kernels.networks import (
     MaskedLayer,
     Task,
     is_shared,
+    largest_of_first,
     prepack,
     random_layer,
     random_mask,
@@ -254,6 +255,7 @@ class Expected(NamedTuple):
     mask: Tensor
     bias: Tensor | None
     layer: MaskedLayer  # whose activation and codes it has
+    largest: Tensor  # of each row's weights, for int8; of a part's rows, where parts repeat them
     is_head: bool
     part: int = 0
 
@@ -279,6 +281,7 @@ def arranged(tasks: Sequence[Task], shared: bool) -> Iterator[Expected]:
             torch.cat([grown(mask[shared_rows]) for mask in masks]),
             None,
             firsts[0]._replace(activation="none"),
+            grown(largest_of_first(tasks, tasks[0])[shared_rows]),
             False,
         )
     for t, task in enumerate(tasks):
@@ -287,20 +290,23 @@ def arranged(tasks: Sequence[Task], shared: bool) -> Iterator[Expected]:
             is_head = i == len(task) - 1
             kept = layer.mask.sum(dim=1)
             rows = torch.arange(len(kept)) if is_head else kept.argsort(descending=True, stable=True)
+            largest = layer.weight.abs().amax(dim=1) if i else largest_of_first(tasks, task)
             if shared and i == 0:
                 rows = shared_rows
                 nothing = torch.zeros(len(rows), 0)
-                yield Expected(COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, is_head, 1 + t)
+                yield Expected(
+                    COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, largest[rows], is_head, 1 + t
+                )
             else:
                 weight, mask = layer.weight[rows][:, columns], layer.mask[rows][:, columns]
                 weight = torch.where(mask, weight, 0.0)
-                yield Expected(LINEAR, weight, mask, chosen(layer.bias, rows), layer, is_head)
+                yield Expected(LINEAR, weight, mask, chosen(layer.bias, rows), layer, largest[rows], is_head)
             columns = rows
 
 
 def grown(rows: Tensor) -> Tensor:
     """Whole groups of rows."""
-    return torch.cat([rows, rows.new_zeros(padded(len(rows)) - len(rows), rows.shape[1])])
+    return torch.cat([rows, rows.new_zeros(padded(len(rows)) - len(rows), *rows.shape[1:])])
 
 
 def chosen(bias: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -398,8 +404,7 @@ def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precisi
         rows = [row.nonzero().flatten().tolist() for row in expected.mask]
         table = blob.tables(record)
         if precision == "int8":
-            codes, _ = codes_of(expected, record.part_features)
-            assert np.array_equal(table.dense[: len(rows)], codes.numpy())
+            assert np.array_equal(table.dense[: len(rows)], codes_of(expected).numpy())
             assert all(columns == sorted(columns) for columns in table.columns)
         else:
             weight = as_stored(expected.weight, precision)
@@ -414,7 +419,6 @@ def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precisi
 @of_every_network
 def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: str) -> None:
     blob, layers = packed(name, precision)
-    step_of_parts = torch.empty(0)
     for record, expected in zip(blob.records, layers, strict=True):
         whole = padded(record.out_features)
         bias = torch.zeros(whole)
@@ -425,7 +429,7 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
             assert (record.scale, record.start) == (0, 0)
             continue
         if expected.kind != COMBINED:
-            codes, step_of_parts = codes_of(expected, record.part_features)
+            codes = codes_of(expected)
             start = torch.zeros(whole, dtype=torch.int32)
             start[: len(codes)] = -expected.layer.input_zero_point * codes.sum(dim=1, dtype=torch.int32)
             assert np.array_equal(blob.section(record.start, "<i4", whole), start.numpy())
@@ -433,19 +437,14 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
             assert record.scale == 0
             continue
         scale = torch.zeros(whole)
-        scale[: len(step_of_parts)] = (step_of_parts.double() * expected.layer.input_scale).float()
+        scale[: record.out_features] = ((expected.largest / 127).double() * expected.layer.input_scale).float()
         assert np.array_equal(blob.section(record.scale, "<f4", whole), scale.numpy())
 
 
-def codes_of(expected: Expected, part_features: int) -> tuple[Tensor, Tensor]:
-    """A layer's weights as int8, and what one step of each output feature is worth."""
-    largest = expected.weight.abs().amax(dim=1)
-    if expected.kind == SHARED:
-        largest = largest.view(-1, part_features).amax(dim=0)
-    step = largest / 127
-    of_row = step.repeat(len(expected.weight) // len(step))[:, None]
-    codes = torch.where(of_row > 0, (expected.weight / of_row).round(), 0.0)
-    return codes.to(torch.int8), step
+def codes_of(expected: Expected) -> Tensor:
+    """A layer's weights as int8."""
+    step = (expected.largest / 127).repeat(len(expected.weight) // len(expected.largest))[:, None]
+    return torch.where(step > 0, (expected.weight / step).round(), 0.0).to(torch.int8)
 
 
 def bits_of(weight: Array) -> Array:

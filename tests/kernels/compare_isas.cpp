@@ -1,0 +1,238 @@
+// Compares every ISA that this machine runs with the scalar definition, to the bit: random networks through the
+// engine's door on both paths, and the functions between layers one by one. Plain C++, so that it also runs where
+// there is no Python: under an emulator, or on a board.
+//
+//   compare_isas [networks = 120]
+//
+// Prints a checksum of all results, which is the same on every processor. Ends with 1 at the first difference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "engine.h"
+
+namespace {
+
+// The same numbers with every standard library.
+class Draw {
+ public:
+  explicit Draw(uint32_t seed) : engine_(seed) {}
+  int64_t below(int64_t bound) { return int64_t(engine_()) % bound; }
+  int64_t between(int64_t least, int64_t most) { return least + below(most - least + 1); }
+  float of_unit() { return float(below(2'000'001) - 1'000'000) / 1'000'000; }
+  // Every kind of float: denormals, infinities, NaN.
+  float of_any_bits() {
+    const uint32_t bits = uint32_t(below(int64_t{1} << 32));
+    float v;
+    std::memcpy(&v, &bits, sizeof(v));
+    return v;
+  }
+
+ private:
+  std::mt19937 engine_;
+};
+
+// A NaN's sign and payload are the processor's choice.
+bool is_same(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
+bool is_same(uint16_t a, uint16_t b) {
+  constexpr uint16_t kMagnitude = 0x7fff, kInfinity = 0x7f80;
+  return a == b || ((a & kMagnitude) > kInfinity && (b & kMagnitude) > kInfinity);
+}
+
+[[noreturn]] void fail(const char* isa, const char* what, long long seed, size_t at) {
+  std::printf("%s: %s of seed %lld differs from the scalar one at %zu\n", isa, what, seed, at);
+  std::exit(1);
+}
+
+template <class T>
+void compare(const char* isa, const char* what, int64_t seed, const std::vector<T>& got, const std::vector<T>& wanted) {
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (!is_same(got[i], wanted[i])) fail(isa, what, seed, i);
+}
+
+class Checksum {
+ public:
+  void add(float v) {
+    uint32_t bits = 0;
+    if (!std::isnan(v)) std::memcpy(&bits, &v, sizeof(v));
+    sum_ = (sum_ ^ bits) * 0x100000001b3;
+  }
+  unsigned long long value() const { return sum_; }
+
+ private:
+  uint64_t sum_ = 0xcbf29ce484222325;
+};
+
+// --- The functions between layers ---------------------------------------------------------------------------------
+
+constexpr size_t kRoom = 24 * 24;
+
+// Of what `function` writes, the first `count` values; `untouched` where it must not write.
+template <class T, class Function>
+void compare_function(const Isa& isa, const char* what, int64_t seed, size_t count, T untouched, Function function) {
+  std::vector<T> got(kRoom, untouched), wanted(kRoom, untouched);
+  function(isa, got.data());
+  function(lt4rec_isa_scalar, wanted.data());
+  wanted.resize(count);
+  compare(isa.name, what, seed, got, wanted);
+}
+
+void compare_functions(const Isa& isa, uint32_t seed) {
+  Draw draw(seed);
+  const int64_t count = draw.between(0, 130), rows = draw.between(0, 20), columns = draw.between(0, 20);
+  const auto line_f32 = size_t(line_position(count, GAP_F32)), line_bf16 = size_t(line_position(count, GAP_BF16));
+  std::vector<float> a(kRoom), b(kRoom), c(kRoom);
+  std::vector<uint16_t> halves(kRoom);
+  std::vector<int32_t> sums(kRoom), others(kRoom);
+  for (size_t i = 0; i < kRoom; ++i) {
+    a[i] = draw.below(2) ? draw.of_unit() : draw.of_any_bits();
+    b[i] = draw.below(8) ? draw.of_unit() : draw.of_any_bits();
+    c[i] = draw.below(8) ? draw.of_unit() : draw.of_any_bits();
+    halves[i] = uint16_t(draw.below(0x10000));
+    sums[i] = int32_t(draw.between(-1'000'000'000, 1'000'000'000));
+    others[i] = int32_t(draw.between(-1'000'000'000, 1'000'000'000));
+  }
+  const float* more = draw.below(2) ? b.data() : nullptr;
+  const float* bias = draw.below(2) ? c.data() : nullptr;
+  const int32_t* other = draw.below(2) ? others.data() : nullptr;
+  const int has_relu = int(draw.below(2));
+
+  compare_function(isa, "transpose_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.transpose_f32(a.data(), 22, rows, columns, to, 23);
+  });
+  compare_function(isa, "widen_bf16", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.widen_bf16(halves.data(), count, to);
+  });
+  compare_function(isa, "round_bf16", seed, kRoom, uint16_t{7}, [&](const Isa& on, uint16_t* to) {
+    on.round_bf16(a.data(), count, to);
+  });
+  compare_function(isa, "add_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.add_f32(a.data(), more, bias, count, has_relu, to);
+  });
+  compare_function(isa, "line_f32", seed, line_f32, 7.0f, [&](const Isa& on, float* to) {
+    on.line_f32(a.data(), more, bias, count, has_relu, to);
+  });
+  compare_function(isa, "line_bf16", seed, line_bf16, uint16_t{7}, [&](const Isa& on, uint16_t* to) {
+    on.line_bf16(a.data(), more, bias, count, has_relu, to);
+  });
+  compare_function(isa, "dequantize_s32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.dequantize_s32(sums.data(), other, b.data(), c.data(), count, to);
+  });
+}
+
+// --- Networks -----------------------------------------------------------------------------------------------------
+
+struct Layer {
+  std::vector<int32_t> crow_indices{0}, col_indices;
+  std::vector<float> values, bias;
+
+  // Layers of one `weights` seed keep almost the same weights, as tasks that share do.
+  Layer(Draw& draw, uint32_t weights, int64_t in_features, int64_t out_features, float scale) {
+    Draw common(weights);
+    const int64_t percents[] = {0, 5, 30, 60, 100}, percent = percents[common.below(5)];
+    for (int64_t row = 0; row < out_features; ++row) {
+      for (int64_t column = 0; column < in_features; ++column) {
+        const float value = common.of_unit() * scale;
+        if (common.below(100) >= percent || draw.below(20) == 0) continue;
+        col_indices.push_back(int32_t(column));
+        values.push_back(value);
+      }
+      crow_indices.push_back(int32_t(col_indices.size()));
+      bias.push_back(draw.of_unit() * scale * scale);
+    }
+  }
+};
+
+struct Network {
+  std::vector<Layer> layers;
+  std::vector<CanonicalLayer> records;
+  int64_t in_features, outputs = 0;
+  float scale;  // of x and the first layers
+
+  Network(Draw& draw, int64_t precision) : in_features(draw.between(1, 280)) {
+    // A product of two tiny values is denormal, or nearly so. Codes of int8 would all be alike.
+    scale = precision != PRECISION_S8 && draw.below(3) == 0 ? 0x1p-63f : 1;
+    const bool is_shared = draw.below(2);
+    const auto weights = uint32_t(draw.below(1'000'000));
+    const int64_t tasks = draw.between(1, 3), first_features = draw.between(1, 70);
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t depth = draw.between(1, 3);
+      int64_t in = in_features;
+      for (int64_t i = 0; i < depth; ++i) {
+        const bool is_first = i == 0, is_head = i == depth - 1;
+        const int64_t out = is_first && is_shared ? first_features : draw.between(1, is_head ? 20 : 150);
+        layers.emplace_back(draw, is_first && is_shared ? weights : uint32_t(draw.below(1'000'000)), in, out,
+                            is_first ? scale : 1);
+        CanonicalLayer record{};
+        record.in_features = in;
+        record.out_features = out;
+        record.nnz = int64_t(layers.back().values.size());
+        record.activation = draw.below(3);
+        record.is_head = is_head;
+        record.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
+        record.input_zero_point = is_first ? 128 : draw.below(256);
+        records.push_back(record);
+        if (is_head) outputs += out;
+        in = out;
+      }
+    }
+    for (size_t i = 0; i < records.size(); ++i) {
+      records[i].crow_indices = reinterpret_cast<int64_t>(layers[i].crow_indices.data());
+      records[i].col_indices = reinterpret_cast<int64_t>(layers[i].col_indices.data());
+      records[i].values = reinterpret_cast<int64_t>(layers[i].values.data());
+      records[i].bias = draw.below(4) ? reinterpret_cast<int64_t>(layers[i].bias.data()) : 0;
+    }
+  }
+};
+
+void compare_network(uint32_t seed, Checksum& checksum) {
+  Draw draw(seed);
+  const int64_t precision = seed % 3;
+  const Network network(draw, precision);
+  char message[MESSAGE_BYTES];
+  uint8_t* blob;
+  const auto layers = int64_t(network.records.size());
+  const int64_t bytes = lt4rec_prepack(network.records.data(), layers, precision, &blob, message);
+  if (bytes < 0) fail("prepack", message, seed, 0);
+
+  const int64_t batch = draw.between(1, 70), x_stride = network.in_features + draw.below(3),
+                out_stride = network.outputs + draw.below(3), threads = draw.between(1, 2);
+  const int64_t one_poisoned_in = draw.below(2) ? 300 : INT64_MAX;
+  std::vector<float> x(size_t(batch * x_stride) + 1);
+  std::vector<uint16_t> x_bf16(x.size());
+  for (float& v : x) v = draw.below(one_poisoned_in) ? draw.of_unit() * network.scale : draw.of_any_bits();
+  lt4rec_isa_scalar.round_bf16(x.data(), int64_t(x.size()), x_bf16.data());
+  const bool is_bf16 = draw.below(2);
+  const void* from = is_bf16 ? static_cast<const void*>(x_bf16.data() + 1) : x.data() + 1;
+
+  const auto run = [&](const Isa& isa, int64_t path) {
+    std::vector<float> out(size_t(batch * out_stride), 7.0f);
+    const SparseMlpCall call{from,       is_bf16,         batch,      network.in_features, x_stride,
+                             out.data(), network.outputs, out_stride, threads,             path};
+    if (lt4rec_sparse_mlp(&isa, blob, bytes, &call) != STATUS_OK) fail(isa.name, "the call", seed, 0);
+    return out;
+  };
+  const std::vector<float> tables = run(lt4rec_isa_scalar, PATH_TABLES), slices = run(lt4rec_isa_scalar, PATH_SLICES);
+  compare("slices", "the result", seed, slices, tables);
+  for (float v : tables) checksum.add(v);
+  for (const Isa* const* isa = lt4rec_supported_isas() + 1; *isa; ++isa) {
+    compare((*isa)->name, "the tables' result", seed, run(**isa, PATH_TABLES), tables);
+    compare((*isa)->name, "the slices' result", seed, run(**isa, PATH_SLICES), slices);
+  }
+  lt4rec_free(blob);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto networks = uint32_t(argc > 1 ? std::atoi(argv[1]) : 120);
+  for (const Isa* const* isa = lt4rec_supported_isas() + 1; *isa; ++isa)  // the first is scalar itself
+    for (uint32_t seed = 0; seed < 10 * networks; ++seed) compare_functions(**isa, seed);
+  Checksum checksum;
+  for (uint32_t seed = 0; seed < networks; ++seed) compare_network(seed, checksum);
+  for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa) std::printf("%s ", (*isa)->name);
+  std::printf("agree on %u networks, checksum %016llx\n", networks, checksum.value());
+}

@@ -1,0 +1,184 @@
+"""Random networks for the engine, what it must make of them to the last bit, and every way through it."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from oracle import Layer, small_integers
+from torch import Tensor
+
+from lt4rec_sparse.kernels import native
+
+# What a machine of this kind may run.
+ISAS = (
+    ("scalar", "neon")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+)
+PATHS = (("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables"))
+INPUT_CODES = (0.05, 117)  # of x, in int8: the first layers of all tasks have these in common
+
+
+class Kernel(NamedTuple):
+    """One way through the engine; the fixture `kernel` has its instruction set in force."""
+
+    precision: str
+    path: str
+    isa: str
+
+    def run(self, x: Tensor, prepacked: Tensor, threads: int = 1) -> Tensor:
+        out = torch.full((len(x), native.describe(prepacked).outputs), torch.nan)
+        native.sparse_mlp(x, prepacked, out, threads, self.path)
+        return out
+
+
+KERNELS = [Kernel(precision, path, isa) for (precision, path), isa in itertools.product(PATHS, ISAS)]
+
+
+class MaskedLayer(NamedTuple):
+    """One layer; its weight is 0 where it is pruned, and a kept weight may be 0 too."""
+
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor | None
+    activation: str
+    input_scale: float = INPUT_CODES[0]
+    input_zero_point: int = INPUT_CODES[1]
+
+    def pack(self) -> native.PackLayer:
+        """Compress to canonical CSR, by mask and never by `!= 0`."""
+        crow_indices = F.pad(self.mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
+        col_indices = self.mask.nonzero()[:, 1].int()
+        values = self.weight[self.mask]
+        codes = (self.input_scale, self.input_zero_point)
+        return native.PackLayer(
+            crow_indices, col_indices, values, self.bias, self.mask.shape[1], self.activation, *codes
+        )
+
+    def dense(self) -> Layer:
+        """Drop the mask, for the oracle."""
+        return Layer(self.weight, self.bias, self.activation)
+
+
+Task = Sequence[MaskedLayer]
+
+
+def random_mask(out_features: int, in_features: int, density: float, seed: int) -> Tensor:
+    return torch.rand(out_features, in_features, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def random_layer(mask: Tensor, activation: str, seed: int, *, integers: bool = True, bias: bool = True) -> MaskedLayer:
+    generator = torch.Generator().manual_seed(seed)
+    draw = small_integers if integers else torch.randn
+    weight, offset = draw(*mask.shape, generator=generator), draw(mask.shape[0], generator=generator)
+    scale = 1 if integers else (2 / max(1, mask.sum() / len(mask))) ** 0.5
+    return MaskedLayer(weight * mask * scale, mask, offset if bias else None, activation)
+
+
+def random_task(
+    features: Sequence[int],
+    density: float,
+    seed: int,
+    head: str = "none",
+    *,
+    integers: bool = True,
+    activation: str = "relu",
+) -> list[MaskedLayer]:
+    """An MLP; a head of one output keeps every weight. In int8 some activations of hidden layers are clipped."""
+    task = []
+    for i, (in_features, out_features) in enumerate(itertools.pairwise(features)):
+        mask = random_mask(out_features, in_features, 1 if out_features == 1 else density, seed + i)
+        layer = random_layer(mask, head if i == len(features) - 2 else activation, seed + i, integers=integers)
+        if i > 0:
+            layer = layer._replace(input_scale=0.02 * 2.0 ** ((seed + i) % 4), input_zero_point=(seed + i) % 3 * 20)
+        task.append(layer)
+    return task
+
+
+def prepack(tasks: Sequence[Task], precision: str) -> Tensor:
+    return native.prepack([[layer.pack() for layer in task] for task in tasks], precision)
+
+
+def is_shared(prepacked: Tensor) -> bool:
+    """Whether the tasks' common weights of the first layer are multiplied once."""
+    facts = native.describe(prepacked)
+    return facts.products < facts.nnz
+
+
+def exact_reference(x: Tensor, tasks: Sequence[Task], precision: str) -> Tensor:
+    """What the engine must yield to the last bit, without sigmoids.
+
+    In fp32 and bf16 for numbers, integers above all, whose sums are exact in every order. In int8 for all numbers.
+    """
+    if precision == "int8":
+        return torch.cat([_int8_reference(x, task, largest_of_first(tasks, task)) for task in tasks], dim=1)
+    operand = rounded_to_bf16 if precision == "bf16" else lambda v: v
+    return torch.cat([_float_reference(x, task, operand) for task in tasks], dim=1)
+
+
+def largest_of_first(tasks: Sequence[Task], task: Task) -> Tensor:
+    """The weights that int8 counts as 127 in each row of a task's first layer.
+
+    First layers of one width have them in common, so that sharing their products changes no result.
+    """
+    is_one_width = len({len(other[0].mask) for other in tasks}) == 1
+    return torch.stack([other[0].weight.abs().amax(dim=1) for other in (tasks if is_one_width else [task])]).amax(dim=0)
+
+
+def rounded_to_bf16(v: Tensor) -> Tensor:
+    """As csrc/engine.h has it: to nearest even, and denormals are zeros."""
+    return torch.where(v.abs() < 2.0**-126, torch.zeros_like(v).copysign(v), v.bfloat16().float())
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`a * b + c` in float32, rounded once.
+
+    A product of two float32 is exact in float64. The sum is rounded to odd there: it keeps a trace of what was lost,
+    so that the rounding to float32 cannot take a number just beside a tie for the tie.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    is_even = total.view(torch.int64) % 2 == 0
+    odd = torch.nextafter(total, torch.where(lost > 0, torch.inf, -torch.inf).double())
+    return torch.where(is_even & (lost != 0), odd, total).float()
+
+
+def _activated(v: Tensor, activation: str) -> Tensor:
+    assert activation in ("none", "relu"), f"no exact reference has a {activation}"
+    return v.relu() if activation == "relu" else v
+
+
+def _float_reference(x: Tensor, task: Task, operand) -> Tensor:
+    h = x.float()
+    for layer in task:
+        h, weight = operand(h).double(), operand(layer.weight).double()
+        if h.isfinite().all():
+            y = h @ weight.T
+        else:  # a pruned weight never meets its activation, a kept 0 does
+            kept = [h[:, columns] @ row[columns] for row, columns in zip(weight, layer.mask, strict=True)]
+            y = torch.stack(kept, dim=1)
+        y = _activated(y if layer.bias is None else y + layer.bias, layer.activation)
+        h = y.float()
+        assert torch.equal(h.double().nan_to_num(), y.nan_to_num()), "the case is not exact in float32"
+    return h
+
+
+def _int8_reference(x: Tensor, task: Task, largest_of_first: Tensor) -> Tensor:
+    h = x.float()
+    for i, layer in enumerate(task):
+        step = (layer.weight.abs().amax(dim=1) if i else largest_of_first) / 127
+        weight = torch.where(step[:, None] > 0, (layer.weight / step[:, None]).round().clamp(-127, 127), 0.0)
+        inverse = torch.tensor(1 / layer.input_scale, dtype=torch.float64).float()
+        codes = ((h * inverse).round() + layer.input_zero_point).nan_to_num(nan=0.0).clamp(0, 255)
+        sums = (codes.double() - layer.input_zero_point) @ weight.double().T  # integers below 2^53: exact
+        scale = (step.double() * layer.input_scale).float()
+        bias = torch.zeros_like(step) if layer.bias is None else layer.bias
+        h = _activated(fused_multiply_add(sums.float(), scale, bias), layer.activation)
+    return torch.where(x.float().isnan().any(dim=1, keepdim=True), torch.nan, h)

@@ -1,0 +1,166 @@
+"""`python -m tests.kernels.sanitize [quick]`: the engine under sanitizers, over a wide set of networks and calls.
+
+Builds csrc/ without Python, with a driver of its own, once for each sanitizer, below `build/sanitize`, and runs it:
+
+- address (AddressSanitizer, UndefinedBehaviorSanitizer): every network, kernel and batch against plain loops; a fuzz of
+  prepack; calls from several threads; sizes and headers for which there is no memory.
+- thread (ThreadSanitizer): callers at the same time, each with a team of threads. `openmp.cpp` takes the place of
+  GCC's OpenMP, which the sanitizer does not see through.
+- release (no sanitizer, the optimisation of setup.py): what neither of them sees, a gather or a load of a vector, and
+  one piece of scratch memory that runs into the next: every argument of every kernel between inaccessible pages.
+
+A silent sanitizer proves nothing, so each must also find the faults that the driver makes on purpose.
+
+`quick` leaves out most networks, does not optimise, and guards the pages under AddressSanitizer instead. Where the
+compiler lacks a sanitizer or the machine does not run it, the exit code is 77 and the reason stands on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+FOLDER = ROOT / "build" / "sanitize"
+NOT_HERE = 77
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+COMPILE = [
+    "-std=c++17",
+    "-g1",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    f"-I{CSRC}",
+]
+
+
+class Build(NamedTuple):
+    """One sanitizer, and what it has to say to."""
+
+    name: str
+    flags: tuple[str, ...]
+    modes: tuple[str, ...]
+    faults: dict[str, str]  # and what its report on each contains
+    has_own_openmp: bool = False
+
+
+ADDRESS = Build(
+    "address",
+    ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
+    ("cases", "threads", "fuzz", "huge", "memory"),
+    {
+        "overrun": "AddressSanitizer: heap-buffer-overflow",
+        "misaligned": "runtime error: load of misaligned address",
+        "page": "AddressSanitizer: SEGV",
+    },
+)
+THREAD = Build(
+    "thread",
+    ("-fsanitize=thread",),
+    ("threads",),
+    {"race": "ThreadSanitizer: data race", "team": "ThreadSanitizer: data race"},
+    has_own_openmp=True,
+)
+RELEASE = Build("release", ("-O3",), ("guarded",), {"page": ""})
+FULL = (
+    ADDRESS._replace(flags=(*ADDRESS.flags, "-O1")),
+    THREAD._replace(flags=(*THREAD.flags, "-O1")),
+    RELEASE,
+)
+QUICK = (
+    ADDRESS._replace(name="address_quick", modes=(*ADDRESS.modes, "guarded")),
+    THREAD._replace(name="thread_quick"),
+)
+
+ENVIRONMENT = {
+    # Without memory the engine must go on, and a gigabyte is none.
+    "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=1024",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Build and run; return the exit code."""
+    if arguments not in ([], ["quick"]):
+        sys.stderr.write("usage: python -m tests.kernels.sanitize [quick]\n")
+        return 2
+    effort = "quick" if arguments else "full"
+    for build in QUICK if arguments else FULL:
+        reason = absence_of(build)
+        if reason:
+            sys.stderr.write(f"{build.name}: {reason}\n")
+            return NOT_HERE
+        sys.stdout.flush()
+        driver = make(build)
+        for mode in build.modes:
+            done = run(driver, mode, effort)
+            if done.returncode:
+                sys.stderr.write(f"{build.name}: {mode} ended with {done.returncode}\n{done.stderr}")
+                return 1
+            sys.stdout.write(f"{build.name}: {done.stdout}")
+        for fault, report in build.faults.items():
+            done = run(driver, fault, effort)
+            if done.returncode == 0 or report not in done.stderr:
+                sys.stderr.write(f"{build.name}: did not find the fault {fault!r}\n{done.stderr}")
+                return 1
+        sys.stdout.write(f"{build.name}: found what is wrong with {', '.join(build.faults)}\n")
+    return 0
+
+
+def absence_of(build: Build) -> str:
+    """Why this machine cannot build or run a program with these flags; empty where it can."""
+    folder = FOLDER / build.name
+    folder.mkdir(parents=True, exist_ok=True)
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    try:
+        command = [*COMPILER, *build.flags, "-fopenmp", str(source), "-o", str(program)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run([program], check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return str(error)
+    except subprocess.CalledProcessError as error:
+        return f"{shlex.join(map(str, error.cmd))} failed: {error.stderr.strip()[:500]}"
+    return ""
+
+
+def make(build: Build) -> Path:
+    """Compile what has changed, two files at a time; return the driver."""
+    folder = FOLDER / build.name
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "module.cpp"] + [HERE / "driver.cpp"]
+    if build.has_own_openmp:
+        sources.append(HERE / "openmp.cpp")
+    newest_header = max(path.stat().st_mtime for path in [*CSRC.glob("*.h"), *HERE.glob("*.h"), Path(__file__)])
+    objects = []
+    commands = []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        if objects[-1].exists() and objects[-1].stat().st_mtime > max(newest_header, source.stat().st_mtime):
+            continue
+        commands.append([*COMPILER, *COMPILE, *build.flags, "-c", str(source), "-o", str(objects[-1])])
+    driver = folder / "driver"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(lambda command: subprocess.run(command, check=False), commands):
+            done.check_returncode()
+    openmp = [] if build.has_own_openmp else ["-fopenmp"]
+    subprocess.run([*COMPILER, *build.flags, *openmp, "-pthread", *map(str, objects), "-o", str(driver)], check=True)
+    return driver
+
+
+def run(driver: Path, mode: str, effort: str) -> subprocess.CompletedProcess[str]:
+    command = [driver, mode, effort]
+    return subprocess.run(command, env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

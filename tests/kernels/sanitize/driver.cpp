@@ -1,0 +1,388 @@
+// Runs the engine for a sanitizer to watch: `driver MODE quick|full`. Prints what it did; any fault ends it.
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "guarded.h"
+
+namespace {
+
+constexpr const char* kPrecisions[] = {"fp32", "bf16", "int8"};
+constexpr const char* kPaths[] = {"auto", "tables", "slices"};
+
+bool is_quick = false;
+int64_t calls = 0;
+
+// One call; x and out may stand anywhere.
+struct Arguments {
+  const void* x;
+  bool is_bf16;
+  int64_t batch, x_stride;
+  float* out;
+  int64_t out_stride, threads, path;
+};
+
+int call(const Isa* isa, const uint8_t* blob, int64_t bytes, const Arguments& a) {
+  const auto& header = *reinterpret_cast<const BlobHeader*>(blob);
+  const SparseMlpCall whole{a.x,   a.is_bf16,      a.batch,      header.in_features, a.x_stride,
+                            a.out, header.outputs, a.out_stride, a.threads,          a.path};
+  return lt4rec_sparse_mlp(isa, blob, bytes, &whole);
+}
+
+std::vector<uint16_t> upper_halves(const std::vector<float>& values) {
+  std::vector<uint16_t> halves;
+  for (float value : values) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    halves.push_back(uint16_t(bits >> 16));
+  }
+  return halves;
+}
+
+// A network, as many rows of x, and what it makes of each of them.
+struct Case {
+  const char* name;
+  Prepacked prepacked;
+  int64_t precision, rows, in_features, outputs;
+  std::vector<float> x, wanted;
+
+  Case(const char* name, const CsrNetwork& network, int64_t precision, int64_t rows, Random& random)
+      : name(name),
+        prepacked(network, precision),
+        precision(precision),
+        rows(rows),
+        in_features(network[0].in_features),
+        outputs(outputs_of(network)),
+        wanted(size_t(rows * outputs)) {
+    CHECK(prepacked.bytes > 0, "%s: %s", name, prepacked.message.c_str());
+    for (int64_t i = 0; i < rows * in_features; ++i) x.push_back(float(below(random, 3) - 1));
+    for (int64_t row = 0; row < rows; ++row) {
+      const std::vector<float> of_row(x.begin() + row * in_features, x.begin() + (row + 1) * in_features);
+      float* out = &wanted[size_t(row * outputs)];
+      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, PATH_TABLES};
+      CHECK(call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "%s", name);
+      if (precision == PRECISION_S8) continue;
+      const std::vector<float> plain = reference(network, of_row, precision == PRECISION_BF16);
+      for (int64_t i = 0; i < outputs; ++i)
+        CHECK(out[i] == plain[size_t(i)], "%s %s row %lld output %lld: got %g, wanted %g", name,
+              kPrecisions[precision], (long long)row, (long long)i, double(out[i]), double(plain[size_t(i)]));
+    }
+  }
+
+  void check(const char* isa, int64_t path, int64_t batch, const float* out, int64_t out_stride) const {
+    for (int64_t row = 0; row < batch; ++row)
+      for (int64_t i = 0; i < outputs; ++i)
+        CHECK(out[row * out_stride + i] == wanted[size_t(row * outputs + i)],
+              "%s %s %s %s batch %lld row %lld output %lld: got %g, wanted %g", name, kPrecisions[precision], isa,
+              kPaths[path], (long long)batch, (long long)row, (long long)i, double(out[row * out_stride + i]),
+              double(wanted[size_t(row * outputs + i)]));
+  }
+};
+
+struct Shape {
+  const char* name;
+  std::vector<std::vector<int>> tasks;
+  double density;
+  bool is_shared;
+};
+
+std::vector<Shape> shapes() {
+  if (is_quick)
+    return {
+        {"odd", {{33, 17, 3}}, 0.4, false},
+        {"several", {{66, 81, 2}, {66, 7}}, 0.3, false},
+        {"shared", {{130, 33, 5}, {130, 33}}, 0.3, true},
+    };
+  return {
+      {"one weight", {{1, 1}}, 1, false},
+      {"odd", {{33, 17, 3}}, 0.4, false},
+      {"blocks", {{129, 257, 5}}, 0.15, false},
+      {"several", {{66, 81, 18, 2}, {66, 7}, {66, 40, 1}}, 0.3, false},
+      {"shared", {{130, 33, 5}, {130, 33, 20, 1}, {130, 33}}, 0.3, true},
+      {"dead", {{70, 9, 3}}, 0, false},
+      {"full", {{65, 64, 16, 15}}, 1, false},
+      {"wide", {{31, 300, 1}}, 0.2, false},
+      {"deep", {{16, 15, 17, 31, 32, 33, 63, 64, 65, 1}}, 0.4, false},
+      {"window edges", {{127, 128, 63, 47}}, 0.1, false},
+      {"shared full", {{64, 65, 5}, {64, 65, 5}, {64, 65, 5}, {64, 65}}, 0.9, true},
+      {"long", {{1025, 40, 2}}, 0.05, false},
+  };
+}
+
+std::vector<int64_t> batches() {
+  if (is_quick) return {1, 3, 8, 9, 16, 17, 33, 65};
+  std::vector<int64_t> all;
+  for (int64_t batch = 1; batch <= 70; ++batch) all.push_back(batch);
+  return all;
+}
+
+// Calls `use(case, isa, path, batch)` for all there is.
+template <class Use>
+void for_all(Use use) {
+  Random random(1);
+  for (const Shape& shape : shapes()) {
+    const CsrNetwork network = random_network(random, shape.tasks, shape.density, shape.is_shared);
+    for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
+      const Case some(shape.name, network, precision, batches().back(), random);
+      CHECK((some.prepacked.header().shared_features > 0) == shape.is_shared, "%s", shape.name);
+      for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
+        for (int64_t path = PATH_TABLES; path <= (precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES); ++path)
+          for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
+    }
+  }
+}
+
+// Rows packed and apart, float32 and bfloat16, each array as long as it must be and no longer.
+void run_cases() {
+  for_all([](const Case& some, const Isa* isa, int64_t path, int64_t batch) {
+    const int64_t apart = batch % 2 * 3, x_stride = some.in_features + apart, out_stride = some.outputs + apart;
+    std::vector<float> x(size_t((batch - 1) * x_stride + some.in_features));
+    std::vector<float> out(size_t((batch - 1) * out_stride + some.outputs));
+    for (int64_t row = 0; row < batch; ++row)
+      std::copy_n(&some.x[size_t(row * some.in_features)], some.in_features, &x[size_t(row * x_stride)]);
+    const std::vector<uint16_t> halves = exactly(upper_halves(x));
+    const bool is_bf16 = batch % 3 == 0;
+    const void* from = is_bf16 ? static_cast<const void*>(halves.data()) : x.data();
+    const Arguments arguments{from, is_bf16, batch, x_stride, out.data(), out_stride, 1, path};
+    CHECK(call(isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "%s", some.name);
+    some.check(isa->name, path, batch, out.data(), out_stride);
+  });
+}
+
+// x, out, the blob and every kernel's arguments between inaccessible pages, at their ends and at their starts.
+void run_guarded() {
+  GuardedPages blob_pages(1 << 22), x_pages(1 << 20), out_pages(1 << 20);
+  for_all([&](const Case& some, const Isa* isa, int64_t path, int64_t batch) {
+    for (const bool is_at_end : {true, false}) {
+      const int64_t x_count = batch * some.in_features;
+      uint8_t* blob = blob_pages.take<uint8_t>(some.prepacked.bytes, is_at_end);
+      std::memcpy(blob, some.prepacked.blob, size_t(some.prepacked.bytes));
+      float* x = x_pages.take<float>(x_count, is_at_end);
+      std::memcpy(x, some.x.data(), size_t(x_count) * sizeof(float));
+      float* out = out_pages.take<float>(batch * some.outputs, is_at_end);
+      const Isa wrapped = guarded::wrap(isa, is_at_end);
+      const Arguments arguments{x, false, batch, some.in_features, out, some.outputs, 1, path};
+      CHECK(call(&wrapped, blob, some.prepacked.bytes, arguments) == STATUS_OK, "%s", some.name);
+      some.check(isa->name, path, batch, out, some.outputs);
+    }
+  });
+}
+
+// Several threads of the caller's, each with a team of its own, on one blob and one x; and prepack among them.
+void run_threads() {
+  Random random(2);
+  // Work enough for a team, also in int8.
+  const CsrNetwork network = random_network(random, {{200, 170, 3}, {200, 170}}, 0.9, true);
+  for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
+    const Case some("threads", network, precision, 70, random);
+    const auto prepack_again = [&] {
+      const Prepacked again(network, precision);
+      CHECK(again.bytes == some.prepacked.bytes, "%lld bytes", (long long)again.bytes);
+      CHECK(std::memcmp(again.blob, some.prepacked.blob, size_t(again.bytes)) == 0, "prepacked twice");
+    };
+    for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa) {
+      const bool is_first = isa == lt4rec_supported_isas();
+      if (is_quick && isa[1] && !is_first) continue;  // the slowest and the fastest
+      for (int64_t path = PATH_TABLES; path <= (precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES); ++path) {
+        std::vector<std::thread> callers;
+        for (int64_t threads : {1, 3, 4}) {
+          ++calls;
+          callers.emplace_back([&, threads] {
+            std::vector<float> out(size_t(some.rows * some.outputs));
+            const Arguments arguments{some.x.data(), false,        some.rows, some.in_features,
+                                      out.data(),    some.outputs, threads,   path};
+            CHECK(call(*isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "threads");
+            some.check((*isa)->name, path, some.rows, out.data(), some.outputs);
+            if (is_first && path == PATH_TABLES && threads > 1) prepack_again();
+          });
+        }
+        for (std::thread& caller : callers) caller.join();
+      }
+    }
+  }
+}
+
+bool is_canonical(const CsrLayer& layer, int64_t precision) {
+  const auto nnz = int64_t(layer.col_indices.size());
+  if (layer.crow_indices.front() != 0 || layer.crow_indices.back() != nnz) return false;
+  for (size_t row = 0; row + 1 < layer.crow_indices.size(); ++row) {
+    if (layer.crow_indices[row] > layer.crow_indices[row + 1]) return false;
+    if (layer.crow_indices[row] < 0 || layer.crow_indices[row + 1] > nnz) return false;
+    for (int32_t i = layer.crow_indices[row]; i < layer.crow_indices[row + 1]; ++i) {
+      const int32_t column = layer.col_indices[size_t(i)];
+      if (column < 0 || column >= layer.in_features) return false;
+      if (i > layer.crow_indices[row] && column <= layer.col_indices[size_t(i) - 1]) return false;
+    }
+  }
+  if (precision != PRECISION_S8) return true;
+  for (float value : layer.values)
+    if (!std::isfinite(value)) return false;
+  for (float value : layer.bias)
+    if (!std::isfinite(value)) return false;
+  return layer.input_scale > 0 && std::isfinite(float(1 / layer.input_scale)) && layer.input_scale < 3e38 &&
+         layer.input_zero_point >= 0 && layer.input_zero_point <= 255;
+}
+
+template <class T>
+T& any_of(Random& random, std::vector<T>& values) {
+  return values[size_t(below(random, int64_t(values.size())))];
+}
+
+// Writes something wrong, or not so wrong, into one layer.
+void mutate(Random& random, CsrNetwork& network) {
+  CsrLayer& layer = any_of(random, network);
+  const int32_t edges[] = {INT32_MIN, -1, 0, 1, int32_t(layer.in_features - 1), int32_t(layer.in_features),
+                           int32_t(layer.col_indices.size()), 1 << 24, INT32_MAX};
+  const int32_t edge = edges[below(random, 9)];
+  const float odd[] = {NAN, INFINITY, -INFINITY, 1e-45f, 3e38f, -0.0f, 127.0f, 1e-30f};
+  const double scales[] = {0, -1, NAN, INFINITY, 1e-320, 1e-40, 3e-39, 1e-30, 1, 1e30, 2.9e38, 1e300};
+  switch (below(random, 8)) {
+    case 0: any_of(random, layer.crow_indices) = edge; break;
+    case 1: {
+      int32_t& start = any_of(random, layer.crow_indices);
+      start = int32_t(uint32_t(start) + uint32_t(below(random, 5)) - 2);  // may wrap around
+      break;
+    }
+    case 2:
+      if (!layer.col_indices.empty()) any_of(random, layer.col_indices) = edge;
+      break;
+    case 3:
+      if (!layer.col_indices.empty())
+        std::swap(any_of(random, layer.col_indices), any_of(random, layer.col_indices));
+      break;
+    case 4:
+      if (!layer.values.empty()) any_of(random, layer.values) = odd[below(random, 8)];
+      break;
+    case 5:
+      if (!layer.bias.empty()) any_of(random, layer.bias) = odd[below(random, 8)];
+      break;
+    case 6: layer.input_scale = scales[below(random, 12)]; break;
+    default: layer.input_zero_point = int64_t(edge) * (chance(random, 0.5) ? 1 : INT32_MAX); break;
+  }
+}
+
+// Every mutant is refused with a reason, or means the same to every kernel.
+void run_fuzz() {
+  Random random(3);
+  int64_t refused = 0;
+  for (int64_t round = 0; round < (is_quick ? 400 : 15000); ++round, ++calls) {
+    const int width = 1 + below(random, 40), hidden = 1 + below(random, 70);
+    std::vector<std::vector<int>> tasks(size_t(1 + below(random, 3)), {width, hidden, 1 + below(random, 5)});
+    if (chance(random, 0.3)) tasks.push_back({width, 1 + below(random, 70)});
+    CsrNetwork network = random_network(random, tasks, 0.4, chance(random, 0.5));
+    for (int mutations = below(random, 4); mutations > 0; --mutations) mutate(random, network);
+    const int64_t precision = below(random, 3);
+    bool is_wanted = true;
+    for (const CsrLayer& layer : network) is_wanted = is_wanted && is_canonical(layer, precision);
+    if (precision == PRECISION_S8)  // x has one code for all tasks
+      for (size_t i = 1; i < network.size(); ++i)
+        if (network[i - 1].is_head)
+          is_wanted = is_wanted && network[i].input_scale == network[0].input_scale &&
+                      network[i].input_zero_point == network[0].input_zero_point;
+    const Prepacked prepacked(network, precision);
+    if (!is_wanted) {
+      ++refused;
+      CHECK(prepacked.bytes == -1 && !prepacked.message.empty() && prepacked.blob == nullptr, "round %lld: accepted",
+            (long long)round);
+      continue;
+    }
+    CHECK(prepacked.bytes > 0, "round %lld: refused: %s", (long long)round, prepacked.message.c_str());
+    const int64_t batch = 1 + below(random, 20), outputs = outputs_of(network);
+    std::vector<float> x(size_t(batch * width)), first;
+    for (float& value : x) value = float(below(random, 7) - 3);
+    for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
+      for (int64_t path = PATH_TABLES; path <= PATH_SLICES; ++path) {
+        std::vector<float> out(size_t(batch * outputs));
+        const Arguments arguments{x.data(), false, batch, width, out.data(), outputs, 1, path};
+        CHECK(call(*isa, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "round %lld", (long long)round);
+        if (first.empty()) first = out;
+        for (size_t i = 0; i < out.size(); ++i)
+          CHECK(out[i] == first[i] || (std::isnan(out[i]) && std::isnan(first[i])), "round %lld %s %s: got %g, wanted %g",
+                (long long)round, (*isa)->name, kPaths[path], double(out[i]), double(first[i]));
+      }
+  }
+  std::printf("%lld refused, ", (long long)refused);
+}
+
+// Sizes that no array has: refused before anything is allocated for them.
+void run_huge() {
+  for (const int64_t in_features : {int64_t{1} << 31, (int64_t{1} << 32) + 1, int64_t{1} << 62}) {
+    CsrNetwork network(1);
+    network[0].crow_indices = {0, 1};
+    network[0].col_indices = {0};
+    network[0].values = {1};
+    network[0].is_head = 1;
+    network[0].in_features = in_features;
+    for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision, ++calls) {
+      const Prepacked prepacked(network, precision);
+      CHECK(prepacked.bytes == -1, "in_features %lld", (long long)in_features);
+    }
+  }
+}
+
+// A header that asks for more scratch memory than there is.
+void run_without_memory() {
+  Random random(4);
+  const CsrNetwork network = random_network(random, {{20, 16, 2}}, 0.5, false);
+  std::vector<float> x(64 * 20), out(64 * 2);
+  for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
+    const Prepacked prepacked(network, precision);
+    auto& header = *reinterpret_cast<BlobHeader*>(prepacked.blob);
+    header.hidden_features = UINT32_MAX / GROUP * GROUP;
+    header.products = 1'000'000'000;  // enough work for several threads
+    for (int64_t path = PATH_TABLES; path <= PATH_SLICES; ++path)
+      for (int64_t threads : {1, 4}) {
+        ++calls;
+        const Arguments arguments{x.data(), false, 64, 20, out.data(), 2, threads, path};
+        const int status = call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments);
+        CHECK(status == STATUS_NO_MEMORY, "%s %s: status %d", kPrecisions[precision], kPaths[path], status);
+      }
+  }
+}
+
+// What a sanitizer must find, or its silence elsewhere says nothing.
+void run_fault(const std::string& fault) {
+  Random random(5);
+  const CsrNetwork network = random_network(random, {{300, 260, 3}}, 0.9, false);
+  const Case some("fault", network, PRECISION_F32, 64, random);
+  std::vector<float> out(some.wanted.size());
+  const auto run = [&](const float* x, int64_t out_stride, int64_t threads) {
+    const Arguments arguments{x, false, some.rows, some.in_features, out.data(), out_stride, threads, PATH_TABLES};
+    call(&lt4rec_isa_scalar, some.prepacked.blob, some.prepacked.bytes, arguments);
+  };
+  if (fault == "overrun") {  // x is one float short
+    const std::vector<float> x(some.x.begin(), some.x.end() - 1);
+    run(x.data(), some.outputs, 1);
+  } else if (fault == "page") {  // the same, and a page comes next
+    GuardedPages pages(1 << 20);
+    run(pages.take<float>(int64_t(some.x.size()) - 1, true), some.outputs, 1);
+  } else if (fault == "misaligned") {
+    const std::vector<uint16_t> halves(10);
+    const char* odd = reinterpret_cast<const char*>(halves.data()) + 1;
+    lt4rec_isa_scalar.widen_bf16(reinterpret_cast<const uint16_t*>(odd), 9, out.data());
+  } else if (fault == "race") {  // two callers, one out
+    std::thread other(run, some.x.data(), some.outputs, 1);
+    run(some.x.data(), some.outputs, 1);
+    other.join();
+  } else if (fault == "team") {  // one row of out for all of a team
+    run(some.x.data(), 0, 4);
+  } else {
+    CHECK(false, "no such fault: %s", fault.c_str());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CHECK(argc == 3, "usage: driver cases|guarded|threads|fuzz|huge|memory|overrun|misaligned|page|race|team quick|full");
+  const std::string mode = argv[1];
+  is_quick = std::string(argv[2]) == "quick";
+  if (mode == "cases") run_cases();
+  else if (mode == "guarded") run_guarded();
+  else if (mode == "threads") run_threads();
+  else if (mode == "fuzz") run_fuzz();
+  else if (mode == "huge") run_huge();
+  else if (mode == "memory") run_without_memory();
+  else run_fault(mode);
+  std::printf("%s: %lld calls\n", mode.c_str(), (long long)calls);
+}

@@ -1,0 +1,125 @@
+"""Arrays between inaccessible pages: one byte read or written out of place kills the process.
+
+`x`, `out` and the blob end where such a page begins, then begin where one ends. A sanitizer sees neither gathers nor
+most vector loads; the hardware does. What stands in an engine's scratch memory is the business of
+`python -m tests.kernels.sanitize`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernels.networks import Kernel, Task, exact_reference, prepack, random_task
+from oracle import assert_exact, small_integers
+from torch import Tensor
+
+from lt4rec_sparse.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+
+PROT_NONE = 0
+
+
+class Pages:
+    """Memory between two inaccessible pages; holds one tensor at a time, at its end or at its start."""
+
+    def __init__(self, size: int) -> None:
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, self.size + 2 * mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        for page in (start, start + mmap.PAGESIZE + self.size):
+            failed = libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), PROT_NONE)
+            assert not failed, os.strerror(ctypes.get_errno())
+
+    def hold(self, tensor: Tensor, at: str, row_stride: int | None = None) -> Tensor:
+        """Copy a tensor here; `row_stride` spreads its rows, of which the last still touches the page."""
+        strides = tensor.stride() if row_stride is None else (row_stride, 1)
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) if tensor.numel() else 0
+        bytes_held = span * tensor.element_size()
+        offset = mmap.PAGESIZE + (self.size - bytes_held if at == "end" else 0)
+        memory = torch.frombuffer(self._memory, dtype=tensor.dtype, count=span, offset=offset)
+        return memory.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+class Case(NamedTuple):
+    prepacked: Tensor
+    x: Tensor
+    wanted: Tensor
+
+
+TASKS: dict[str, list[tuple[int, ...]]] = {
+    "1 x 1": [(1, 1)],
+    "33 x 3": [(33, 3)],
+    "130 x 17 x 65 x 5": [(130, 17, 65, 5)],
+    "several": [(63, 81, 2), (63, 1), (63, 16, 16, 33, 1)],
+    "257 x 129": [(257, 129)],
+}
+
+
+@functools.cache
+def case_of(name: str, precision: str) -> Case:
+    tasks: list[Task] = [random_task(features, 0.3, seed=10 * t) for t, features in enumerate(TASKS[name])]
+    if name == "several":  # as shared weights, too
+        tasks += [[tasks[0][0], *random_task((81, 7), 0.5, seed=50)]]
+    x = small_integers(70, TASKS[name][0][0], generator=torch.Generator().manual_seed(1))
+    return Case(prepack(tasks, precision), x, exact_reference(x, tasks, precision))
+
+
+@functools.cache
+def pages() -> tuple[Pages, Pages, Pages]:
+    return Pages(1 << 22), Pages(1 << 20), Pages(1 << 20)
+
+
+@pytest.mark.parametrize("at", ("end", "start"))
+@pytest.mark.parametrize("name", TASKS)
+def test_nothing_is_touched_out_of_place(kernel: Kernel, name: str, at: str) -> None:
+    case = case_of(name, kernel.precision)
+    blob_pages, x_pages, out_pages = pages()
+    prepacked = blob_pages.hold(case.prepacked, at)
+    for batch in range(1, 71):
+        x = case.x[:batch].bfloat16() if batch % 3 == 0 else case.x[:batch]
+        wanted = case.wanted[:batch]
+        is_strided = batch % 2 == 0
+        x = x_pages.hold(x, at, row_stride=x.shape[1] + 5 if is_strided else None)
+        out = out_pages.hold(
+            torch.full_like(wanted, torch.nan), at, row_stride=wanted.shape[1] + 3 if is_strided else None
+        )
+        native.sparse_mlp(x, prepacked, out, threads=1 + batch % 2, path=kernel.path)
+        assert_exact(out, wanted)
+
+
+@functools.cache
+def case_of_much_work(precision: str) -> Case:
+    task = random_task((401, 320, 37, 3), 1.0, seed=1)
+    task = [layer._replace(weight=layer.weight.sign()) for layer in task]
+    x = small_integers(67, 401, generator=torch.Generator().manual_seed(2)).sign()
+    return Case(prepack([task], precision), x, exact_reference(x, [task], precision))
+
+
+@pytest.mark.parametrize("at", ("end", "start"))
+def test_several_threads_touch_nothing_out_of_place(kernel: Kernel, at: str) -> None:
+    case = case_of_much_work(kernel.precision)
+    blob_pages, x_pages, out_pages = pages()
+    out = out_pages.hold(torch.full_like(case.wanted, torch.nan), at)
+    prepacked = blob_pages.hold(case.prepacked, at)
+    native.sparse_mlp(x_pages.hold(case.x, at), prepacked, out, threads=4, path=kernel.path)
+    assert_exact(out, case.wanted)
+
+
+@pytest.mark.parametrize("at", ("end", "start"))
+@pytest.mark.parametrize("precision", native.PRECISIONS)
+def test_prepack_reads_nothing_out_of_place(precision: str, at: str) -> None:
+    def guarded(layer: native.PackLayer) -> native.PackLayer:
+        arrays = {name: getattr(layer, name) for name in ("crow_indices", "col_indices", "values", "bias")}
+        return layer._replace(**{name: Pages(4 * len(array)).hold(array, at) for name, array in arrays.items()})
+
+    tasks = [random_task((63, 81, 2), 0.3, seed=1), random_task((63, 17), 0.3, seed=2)]
+    held = [[guarded(layer.pack()) for layer in task] for task in tasks]
+    assert torch.equal(native.prepack(held, precision), prepack(tasks, precision))
