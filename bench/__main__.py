@@ -1,4 +1,4 @@
-"""`python -m bench cpu [RUN_FOLDER] | keep RUN NAME | commands COMMAND SECONDS ... | readme`."""
+"""`python -m bench cpu [RUN_FOLDER] | no-amx | keep RUN NAME | commands COMMAND SECONDS ... | readme`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from bench import cpu, readme, record
 
-USAGE = "usage: python -m bench cpu [RUN_FOLDER] | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
+USAGE = (
+    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -19,6 +21,8 @@ def main(arguments: list[str]) -> int:
             cpu.run()
         case ["cpu", run_folder]:
             cpu.run(Path(run_folder))
+        case ["no-amx"]:
+            cpu.run_without_amx()
         case ["keep", folder, name]:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             print(record.write(name, {"machine": record.machine(), "results": results}))

@@ -9,6 +9,7 @@ given; the same weights hot and cold; and what is not about opponents: prepackin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ GRID = (
 )
 SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents run too, the slowest of all
 PRECISIONS = ("fp32", "bf16", "int8")
+ONEDNN_ISA, WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
 COLD_SWEEP_BYTES = 256 << 20  # more than any cache, written between two calls
 OVERLAP = 0.6  # of two tasks' masks, intersection over union
 
@@ -71,6 +73,26 @@ def run(run_folder: Path | None = None, seed: int = 0) -> None:
         torch.set_num_threads(threads_before)
     Console().print(record.write("cpu", result))
     Console(width=160).print(report(result), markup=False)
+
+
+def run_without_amx(seed: int = 0) -> None:
+    """Measure large batches with AMX taken from torch and OpenVINO, as on most processors; `results/cpu_no_amx.json`.
+
+    Raises:
+        RuntimeError: If `ONEDNN_MAX_CPU_ISA` does not say so; ONNX Runtime, which does not obey it, is left out.
+    """
+    if os.environ.get(ONEDNN_ISA) != WITHOUT_AMX:
+        raise RuntimeError(f"{ONEDNN_ISA}: got {os.environ.get(ONEDNN_ISA)!r}, wanted {WITHOUT_AMX!r} before the start")
+    torch.set_num_threads(1)
+    names = [n for n in NAMES if not _is_sparse(n) and n != "onnxruntime int8"]
+    cases = []
+    for batch, sparsity in GRID:
+        if batch in (1, 8, 64, 256, 1024):
+            case = _case(uniform_mask(sparsity, seed), batch, 1, names, seed)
+            case.pop("absent")
+            cases.append({"threads": 1, "sparsity": sparsity, "batch": batch, **case})
+    where = {"machine": record.machine(), "engine": cpu_engine(), ONEDNN_ISA: WITHOUT_AMX, "seed": seed}
+    Console().print(record.write("cpu_no_amx", {**where, "cases": cases}))
 
 
 def uniform_mask(sparsity: float, seed: int) -> Mask:

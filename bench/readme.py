@@ -66,6 +66,14 @@ def _speed() -> str:
     return "\n\n".join(parts)
 
 
+def _no_amx() -> str:
+    without = record.read("cpu_no_amx")
+    parts = []
+    for precision in ("bf16", "int8"):
+        parts += [f"Against dense {precision} of torch and OpenVINO:", speed_table(without, precision)]
+    return "\n\n".join(parts)
+
+
 def _microseconds() -> str:
     rows = []
     for case in record.read("cpu")["cases"]:
@@ -161,6 +169,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kuairand": _kuairand,
     "simulated": _simulated,
     "speed": _speed,
+    "no_amx": _no_amx,
     "microseconds": _microseconds,
     "engine": _engine,
     "bytes": _bytes,
