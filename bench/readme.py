@@ -75,13 +75,25 @@ def _no_amx() -> str:
 
 
 def _microseconds() -> str:
+    cpu = record.read("cpu")
+    peak = cpu["roofline"]["fp32_gflops"]
     rows = []
-    for case in record.read("cpu")["cases"]:
+    for case in cpu["cases"]:
         if case["threads"] == 1 and case["sparsity"] == 0.9:
             ours = [f"{case['contestants'][f'ours {p}']['median_us']:,.0f}" for p in PRECISIONS]
             dense = [f"{us:,.0f} ({name})" for name, us in (best(case, "dense", [p]) for p in PRECISIONS)]
-            rows.append([str(case["batch"]), *ours, *dense])
-    return table(["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)], rows)
+            useful = [
+                2e-3 * case["nnz"] * case["batch"] / case["contestants"][f"ours {p}"]["median_us"] / peak
+                for p in ("fp32", "int8")
+            ]
+            rows.append([str(case["batch"]), *ours, *dense, *(f"{share:.0%}" for share in useful)])
+    header = ["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)]
+    reads = ", ".join(f"{name} {gbps:.0f}" for name, gbps in cpu["roofline"]["read_gbps"].items())
+    note = (
+        f"The last columns: products of kept weights against this core's measured {peak:.0f} GFLOP/s of dense fp32 "
+        f"(bf16 {cpu['roofline']['bf16_gflops']:.0f}; reads, GB/s: {reads})."
+    )
+    return f"{table([*header, 'fp32: of peak', 'int8: of fp32 peak'], rows)}\n\n{note}"
 
 
 def _engine() -> str:

@@ -74,3 +74,49 @@ def test_mlp_bound_accepts_torch_and_rejects_a_dropped_weight(problem):
     head[0, 7] = 0
     with pytest.raises(AssertionError):
         assert_rounding(torch.sigmoid(hidden @ head.T), reference)
+
+
+@pytest.fixture
+def rounded_mlp():
+    """Three layers whose operands are bfloat16, and `x`."""
+    generator = torch.Generator().manual_seed(3)
+    layers = []
+    for k, n in ((300, 128), (128, 60), (60, 2)):
+        weight = torch.randn(n, k, generator=generator) * (2 / (0.3 * k)) ** 0.5
+        weight[torch.rand(n, k, generator=generator) > 0.3] = 0
+        layers.append(Layer(weight, torch.randn(n, generator=generator), "relu" if n > 2 else "none"))
+    return torch.randn(32, 300, generator=generator), layers
+
+
+def in_bfloat16(x, layers):
+    """Operands rounded to bfloat16, products added in float32."""
+    for layer in layers:
+        y = torch.nn.functional.linear(x.bfloat16().float(), layer.weight.bfloat16().float(), layer.bias)
+        x = y.relu() if layer.activation == "relu" else y
+    return x
+
+
+def test_the_bound_of_rounded_operands_accepts_bfloat16_and_no_coarser_rounding(rounded_mlp):
+    x, layers = rounded_mlp
+    reference = mlp_reference(x, layers, operands=torch.bfloat16)
+    assert_rounding(in_bfloat16(x, layers), reference)
+    # Of one layer, whose operands are known, the reference is exact but for the sum.
+    first = mlp_reference(x, layers[:1], operands=torch.bfloat16)
+    assert_rounding(in_bfloat16(x, layers[:1]), first)
+    for wrong in (torch.relu(x @ layers[0].weight.T + layers[0].bias), in_bfloat16(x, layers[:1]).bfloat16().float()):
+        with pytest.raises(AssertionError):
+            assert_rounding(wrong, first)
+
+
+@pytest.mark.parametrize("depth", range(3))
+def test_the_bound_of_rounded_operands_rejects_a_dropped_weight(rounded_mlp, depth):
+    # In the last layer: what a hidden layer's rounding may amount to two layers later hides a single weight, which is
+    # why an engine must be exact on integers too.
+    x, layers = rounded_mlp
+    layers = [*layers[:depth], layers[depth]._replace(activation="none")]
+    reference = mlp_reference(x, layers, operands=torch.bfloat16)
+    weight = layers[depth].weight.clone()
+    weight.view(-1)[weight.abs().argmax()] = 0
+    layers[depth] = layers[depth]._replace(weight=weight)
+    with pytest.raises(AssertionError):
+        assert_rounding(in_bfloat16(x, layers), reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from kernels.networks import (
     MaskedLayer,
     Task,
     exact_reference,
+    fused_multiply_add,
     is_shared,
     prepack,
     random_layer,
@@ -71,6 +73,20 @@ def integers_like(*shape: int, seed: int = 0) -> Tensor:
 
 def normal_like(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_reference_of_int8_rounds_once() -> None:
+    fmaf = ctypes.CDLL(None).fmaf
+    fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
+    a, b = normal_like(4000, seed=1), normal_like(4000, seed=2)
+    # Next to the product, far from it, and where a sum in float64 falls on a tie that it is not.
+    c = torch.cat(
+        [-(a * b)[:1000], normal_like(1000, seed=3) * 2.0**30, normal_like(1000, seed=4) * 2.0**-60, a[3000:]]
+    )
+    a[3000:], b[3000:] = 1 + 2.0**-23, (1 + 2.0**-23) * 2.0**-25
+    y = fused_multiply_add(a, b, c)
+    assert y.tolist() == [fmaf(*abc) for abc in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
+    assert (y != a.double() * b.double() + c.double()).any()
 
 
 # --- Sizes ---
@@ -503,6 +519,38 @@ def test_bfloat16_takes_a_denormal_sum_for_zero_at_once(kernel: Kernel) -> None:
         wanted = torch.where(mask[:, column], total, wanted)
     assert wanted.any()
     assert_exact(kernel.run(x, prepack([[layer]], "bf16")), wanted)
+
+
+def tiny_case_of_much_work() -> tuple[Task, Tensor]:
+    """Work enough for several threads, whose products are denormal, or nearly so."""
+    task = random_task((300, 130, 40), 0.5, seed=3, integers=False)
+    task = [layer._replace(weight=layer.weight * 2.0**-60, bias=layer.bias * 2.0**-127) for layer in task]
+    return task[:1], normal_like(64, 300, seed=4) * 2.0**-64
+
+
+@kernels_of("bf16")
+def test_every_thread_of_bfloat16_takes_denormals_for_zeros(kernel: Kernel) -> None:
+    task, x = tiny_case_of_much_work()
+    prepacked = prepack([task], "bf16")
+    with native.forced_isa("scalar"):
+        wanted = Kernel("bf16", "tables", "scalar").run(x, prepacked)
+    assert (wanted == 0).any()
+    assert (wanted != 0).any()
+    for threads in (1, 2):
+        assert_same_bits(kernel.run(x, prepacked, threads), wanted)
+
+
+@kernels_of("bf16")
+def test_denormals_are_numbers_again_after_a_call(kernel: Kernel) -> None:
+    task, x = tiny_case_of_much_work()
+    blobs = {precision: prepack([task], precision) for precision in ("bf16", "fp32")}
+    in_float32 = kernel._replace(precision="fp32")
+    before = in_float32.run(x, blobs["fp32"], threads=2)
+    assert ((before != 0) & (before.abs() < 2.0**-126)).any()
+    for threads in (1, 2):
+        kernel.run(x, blobs["bf16"], threads)
+        assert (torch.tensor([2.0**-140]) * 2).item() == 2.0**-139
+        assert_same_bits(in_float32.run(x, blobs["fp32"], threads=2), before)
 
 
 @kernels_of("fp32", "bf16")
