@@ -10,7 +10,7 @@ from typing import Any
 from bench import record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
 from lt4rec_sparse.experiments.arms import SPARSE_LAST, TITLES
-from lt4rec_sparse.experiments.report import accuracy_table, table
+from lt4rec_sparse.experiments.report import accuracy_table, precision_section, table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -167,6 +167,10 @@ def _served() -> str:
     return table(["model", "largest difference of a served probability, all test rows"], rows)
 
 
+def _precision() -> str:
+    return precision_section(record.read("kuairand_pure")["results"]).partition("\n\n")[2]
+
+
 def _commands() -> str:
     rows = [[f"`{c['command']}`", f"{c['seconds']:.0f}"] for c in record.read("commands")["commands"]]
     return table(["command, on 2 cores", "seconds"], rows)
@@ -186,5 +190,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "engine": _engine,
     "bytes": _bytes,
     "served": _served,
+    "precision": _precision,
     "commands": _commands,
 }

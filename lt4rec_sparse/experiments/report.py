@@ -67,7 +67,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
         "![Shares of shared, private and dead weights in each layer](plots/ownership.png)",
         "## Is the served model the trained one?",
         _served(results),
-        _precision(results),
+        precision_section(results),
         "## Bytes",
         _bytes(results),
         "## Time of a request",
@@ -251,7 +251,7 @@ def _served(results: dict[str, Any]) -> str:
     return f"{text}\n\n{table(['model', *results['data']['tasks']], rows)}"
 
 
-def _precision(results: dict[str, Any]) -> str:
+def precision_section(results: dict[str, Any]) -> str:
     """What each precision of the artefacts serves; nothing where a run of an older version did not judge them."""
     if not all("precisions" in frozen for frozen in results["frozen"].values()):
         return ""
