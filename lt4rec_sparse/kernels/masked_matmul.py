@@ -1,0 +1,498 @@
+"""Masked matrix products in Triton, for all tasks of one weight in one launch: forward, and both gradients.
+
+Task `t` reads its range of rows of `x` and writes its own rows of `y`:
+
+    y[y_starts[t] + i] = activation(x[x_starts[t] + i] @ (weight * mask_t).T + bias),    0 <= i < lengths[t]
+
+Ranges of `x` may overlap, as in a first layer that all tasks read; the rows of `y` stand task after task. Sums are
+float32, in one order whatever else is in the batch: two calls with the same input give the same bits.
+
+Letters, in kernels only: M rows, N out_features, K in_features, W mask words a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lt4rec_sparse.kernels.launch import Launch
+from lt4rec_sparse.kernels.tiles import Tile, dgrad_tile, forward_tile, wgrad_splits, wgrad_tile
+from lt4rec_sparse.kernels.weight_tile import kept, weight_tile
+
+MAX_TASKS = 8  # of one launch: the ranges of rows are scalars of the kernel
+
+
+@triton.jit
+def pick(values, index, TASKS: tl.constexpr):
+    """Return `values[index]` of a tuple, for an index, or a tensor of them, that only the device knows."""
+    picked = index * 0 + values[0]
+    for i in tl.static_range(1, TASKS):
+        picked = tl.where(index == i, values[i], picked)
+    return picked
+
+
+@triton.jit
+def masked_matmul_fwd_kernel(
+    x_ptr,
+    values_ptr,
+    words_ptr,
+    offsets_ptr,
+    bias_ptr,
+    y_ptr,
+    x_starts,
+    y_starts,
+    lengths,
+    N,
+    K,
+    W,
+    stride_xm,
+    stride_wn,
+    stride_bt,
+    stride_ym,
+    TASKS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # tasks of one program: they read the same rows, so an x tile is loaded once for them
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # A column of the tile is a neuron of a task: BLOCK_N / TOGETHER neurons of one task, then the same of the next.
+    NEURONS: tl.constexpr = BLOCK_N // TOGETHER
+    column = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * NEURONS + column % NEURONS
+    first_task = tl.program_id(2) * TOGETHER
+    task = first_task + column // NEURONS
+    length = pick(lengths, first_task, TASKS)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(1) * BLOCK_M >= length:
+        return
+    has_row = (m < length)[:, None]
+    x_rows = x_ptr + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + k[None, :], mask=has_row if EVEN_K else has_row & (k < K)[None, :], other=0.0)
+        w = weight_tile(
+            values_ptr, words_ptr, offsets_ptr, task, n, k0, N, K, W, stride_wn, TASKS, FORMAT, EVEN_K, BLOCK_N, BLOCK_K
+        )
+        acc = tl.dot(x, w.to(x.dtype).T, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + task * stride_bt + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "relu":
+        acc = tl.where(acc < 0, 0.0, acc)  # NaN stays NaN
+    elif ACTIVATION == "sigmoid":
+        acc = tl.sigmoid(acc)
+    y_rows = (pick(y_starts, task, TASKS)[None, :] + m[:, None]).to(tl.int64)
+    tl.store(y_ptr + y_rows * stride_ym + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=has_row & (n < N)[None, :])
+
+
+@triton.jit
+def masked_matmul_dgrad_kernel(
+    dy_ptr,
+    weight_ptr,
+    words_ptr,
+    dx_ptr,
+    x_starts,
+    y_starts,
+    lengths,
+    M,
+    N,
+    K,
+    W,
+    stride_ym,
+    stride_wn,
+    stride_xm,
+    TASKS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # all tasks read the same rows: a weight tile is loaded once for them
+    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    m0 = tl.program_id(1) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    has_column = (k < K)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    words_of_k = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    if TOGETHER:
+        inside = ((m >= x_starts[0]) & (m < x_starts[0] + lengths[0]))[:, None]
+        for n0 in range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            has_neuron = (n < N)[:, None]
+            w = tl.load(
+                weight_ptr + n[:, None] * stride_wn + k[None, :],
+                mask=(has_neuron if EVEN_K else has_neuron & has_column),
+                other=0.0,
+            )
+            for t in tl.static_range(TASKS):
+                rows = (y_starts[t] - x_starts[t] + m).to(tl.int64)
+                dy = tl.load(
+                    dy_ptr + rows[:, None] * stride_ym + n[None, :],
+                    mask=inside if EVEN_N else inside & (n < N)[None, :],
+                    other=0.0,
+                )
+                words = tl.load(words_ptr + (t * N + n)[:, None] * W + words_of_k[None, :], mask=has_neuron, other=0)
+                masked = tl.where(kept(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy.dtype)
+                acc = tl.dot(dy, masked, acc, input_precision=PRECISION)
+    else:
+        for t in tl.static_range(TASKS):
+            inside = ((m >= x_starts[t]) & (m < x_starts[t] + lengths[t]))[:, None]
+            meets = (m0 < x_starts[t] + lengths[t]) & (m0 + BLOCK_M > x_starts[t])
+            rows = (y_starts[t] - x_starts[t] + m).to(tl.int64)
+            for n0 in range(0, tl.where(meets, N, 0), BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                has_neuron = (n < N)[:, None]
+                w = tl.load(
+                    weight_ptr + n[:, None] * stride_wn + k[None, :],
+                    mask=(has_neuron if EVEN_K else has_neuron & has_column),
+                    other=0.0,
+                )
+                dy = tl.load(
+                    dy_ptr + rows[:, None] * stride_ym + n[None, :],
+                    mask=inside if EVEN_N else inside & (n < N)[None, :],
+                    other=0.0,
+                )
+                words = tl.load(words_ptr + (t * N + n)[:, None] * W + words_of_k[None, :], mask=has_neuron, other=0)
+                masked = tl.where(kept(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy.dtype)
+                acc = tl.dot(dy, masked, acc, input_precision=PRECISION)
+    dx = dx_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
+    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & has_column)
+
+
+@triton.jit
+def masked_matmul_wgrad_kernel(
+    dy_ptr,
+    x_ptr,
+    words_ptr,
+    dw_ptr,
+    x_starts,
+    y_starts,
+    lengths,
+    N,
+    K,
+    W,
+    stride_ym,
+    stride_xm,
+    SPLITS,
+    TASKS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # tasks whose dy stand side by side in one product, 1 or all: an x tile is loaded once
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Split s sums its share of each task's rows into dw[s]; who called adds the shares, in their order.
+    NEURONS: tl.constexpr = BLOCK_N // TOGETHER
+    column = tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * NEURONS + column % NEURONS
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    split = tl.program_id(2)
+    words_of_k = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    total = tl.zeros((NEURONS, BLOCK_K), dtype=tl.float32)
+    for first_task in tl.static_range(0, TASKS, TOGETHER):
+        task = first_task + column // NEURONS
+        share = tl.cdiv(tl.cdiv(lengths[first_task], SPLITS), BLOCK_M) * BLOCK_M
+        end = tl.minimum((split + 1) * share, lengths[first_task])
+        dy_columns = dy_ptr + pick(y_starts, task, TASKS).to(tl.int64)[None, :] * stride_ym + n[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        for m0 in range(split * share, end, BLOCK_M):
+            m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+            has_row = (m < end)[:, None]
+            x = tl.load(
+                x_ptr + (x_starts[first_task] + m)[:, None] * stride_xm + k[None, :],
+                mask=has_row & (k < K)[None, :],
+                other=0.0,
+            )
+            dy = tl.load(dy_columns + m[:, None] * stride_ym, mask=has_row & (n < N)[None, :], other=0.0)
+            acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
+        words = tl.load(
+            words_ptr + (task * N + n)[:, None] * W + words_of_k[None, :], mask=(n < N)[:, None], other=0
+        )
+        acc = tl.where(kept(words, BLOCK_N, BLOCK_K), acc, 0.0)
+        if TOGETHER == 1:
+            total += acc
+        else:
+            total += tl.sum(acc.reshape(TOGETHER, NEURONS, BLOCK_K), axis=0)
+    rows = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    dw = dw_ptr + (split * N + rows).to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (k < K)[None, :])
+
+
+class Weight(NamedTuple):
+    """All tasks' weight as a kernel reads it (`weight_tile`)."""
+
+    format: str  # "premasked", "masked" or "shared"
+    shape: tuple[int, int]  # out_features, in_features
+    values: Tensor
+    words: Tensor | None  # int32 [tasks, out_features, W]
+    offsets: Tensor | None  # int32 [out_features, W / 4], of "shared"
+    tasks: int
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+    precision: str,
+) -> Tensor:
+    """Return `y [sum(lengths), out_features]`, in the dtype of `x`; the weight may be float32 beside a 16-bit `x`."""
+    y = x.new_empty(sum(lengths), weight.shape[0])
+    masked = Weight("masked", (weight.shape[0], weight.shape[1]), _rows(weight), words, None, len(starts))
+    forward_into(_rows(x), masked, bias, y, starts, lengths, activation, precision)
+    return y
+
+
+def forward_into(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    y: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+    precision: str,
+) -> None:
+    """Write `y [sum(lengths), out_features]`; `bias` is `[out_features]`, or `[tasks, out_features]`."""
+    for first in range(0, len(starts), MAX_TASKS):
+        tasks = slice(first, first + MAX_TASKS)
+        part = weight
+        if weight.tasks > MAX_TASKS:
+            part = _of_tasks(weight, tasks)
+        part_bias = bias[tasks] if bias is not None and bias.dim() == 2 else bias
+        y_starts = _y_starts(lengths)[tasks]
+        forward_launch(x, part, part_bias, y, starts[tasks], y_starts, lengths[tasks], activation, precision).run()
+
+
+def forward_launch(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    y: Tensor,
+    x_starts: Sequence[int],
+    y_starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+    precision: str,
+    tile: Tile | None = None,
+) -> Launch:
+    """Make the launch of `masked_matmul_fwd_kernel`, in the table's tile unless one is given."""
+    (n, k), tasks = weight.shape, weight.tasks
+    compressed = weight.format == "shared"
+    together = _together(x_starts, lengths)
+    tile = tile or forward_tile(max(lengths), n * tasks, x.dtype, precision, compressed)
+    return Launch(
+        masked_matmul_fwd_kernel,
+        (_cdiv(n, tile.block_n // together), _cdiv(max(lengths), tile.block_m), tasks // together),
+        {
+            "x_ptr": x,
+            "values_ptr": weight.values,
+            "words_ptr": weight.words,
+            "offsets_ptr": weight.offsets,
+            "bias_ptr": bias,
+            "y_ptr": y,
+            "x_starts": tuple(x_starts),
+            "y_starts": tuple(y_starts),
+            "lengths": tuple(lengths),
+            "N": n,
+            "K": k,
+            "W": 0 if weight.words is None else weight.words.shape[2],
+            "stride_xm": x.stride(0),
+            "stride_wn": 0 if compressed else weight.values.stride(-2),
+            "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
+            "stride_ym": y.stride(0),
+        },
+        {
+            "TASKS": tasks,
+            "TOGETHER": together,
+            "FORMAT": weight.format,
+            "ACTIVATION": activation,
+            "PRECISION": precision,
+            "EVEN_K": k % tile.block_k == 0,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, words: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int, precision: str
+) -> Tensor:
+    """Return `dx [rows, in_features]`, in the dtype of `dy`: the sum of `dy_t @ (weight * mask_t)` over the tasks."""
+    parts = []
+    for first in range(0, len(starts), MAX_TASKS):
+        tasks = slice(first, first + MAX_TASKS)
+        dx = dy.new_empty(rows, weight.shape[1])
+        ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
+        dgrad_launch(_rows(dy), _rows(weight), words[tasks], dx, *ranges, precision).run()
+        parts.append(dx)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def dgrad_launch(
+    dy: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    dx: Tensor,
+    x_starts: Sequence[int],
+    y_starts: Sequence[int],
+    lengths: Sequence[int],
+    precision: str,
+    tile: Tile | None = None,
+) -> Launch:
+    """Make the launch of `masked_matmul_dgrad_kernel`, in the table's tile unless one is given."""
+    n, k = weight.shape
+    tile = tile or dgrad_tile(len(dx), k, dy.dtype, precision)
+    return Launch(
+        masked_matmul_dgrad_kernel,
+        (_cdiv(k, tile.block_k), _cdiv(len(dx), tile.block_m)),
+        {
+            "dy_ptr": dy,
+            "weight_ptr": weight,
+            "words_ptr": words,
+            "dx_ptr": dx,
+            "x_starts": tuple(x_starts),
+            "y_starts": tuple(y_starts),
+            "lengths": tuple(lengths),
+            "M": len(dx),
+            "N": n,
+            "K": k,
+            "W": words.shape[2],
+            "stride_ym": dy.stride(0),
+            "stride_wn": weight.stride(0),
+            "stride_xm": dx.stride(0),
+        },
+        {
+            "TASKS": len(x_starts),
+            "TOGETHER": len(x_starts) > 1 and len(set(zip(x_starts, lengths, strict=True))) == 1,
+            "PRECISION": precision,
+            "EVEN_N": n % tile.block_n == 0,
+            "EVEN_K": k % tile.block_k == 0,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def wgrad(
+    dy: Tensor,
+    x: Tensor,
+    words: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    precision: str,
+) -> Tensor:
+    """Return `dW [out_features, in_features]` in `dtype`: the sum of `(dy_t.T @ x_t) * mask_t` over the tasks."""
+    n, k = dy.shape[1], x.shape[1]
+    shares = []
+    for first in range(0, len(starts), MAX_TASKS):
+        tasks = slice(first, first + MAX_TASKS)
+        tile = wgrad_tile(n, k, x.dtype, precision)
+        splits = wgrad_splits(max(lengths[tasks]), _cdiv(n, tile.block_n) * _cdiv(k, tile.block_k), tile)
+        is_whole = splits == 1 and len(starts) <= MAX_TASKS
+        share = x.new_empty(splits, n, k, dtype=dtype if is_whole else torch.float32)
+        ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
+        wgrad_launch(_rows(dy), _rows(x), words[tasks], share, *ranges, precision, tile).run()
+        shares.append(share)
+    dw = shares[0] if len(shares) == 1 else torch.cat(shares)
+    return dw[0] if len(dw) == 1 else dw.sum(0).to(dtype)
+
+
+def wgrad_launch(
+    dy: Tensor,
+    x: Tensor,
+    words: Tensor,
+    dw: Tensor,
+    x_starts: Sequence[int],
+    y_starts: Sequence[int],
+    lengths: Sequence[int],
+    precision: str,
+    tile: Tile | None = None,
+) -> Launch:
+    """Make the launch of `masked_matmul_wgrad_kernel` into `dw [splits, N, K]`; in the table's tile unless given."""
+    splits, n, k = dw.shape
+    tile = tile or wgrad_tile(n, k, x.dtype, precision)
+    together = _together(x_starts, lengths)
+    return Launch(
+        masked_matmul_wgrad_kernel,
+        (_cdiv(k, tile.block_k), _cdiv(n, tile.block_n // together), splits),
+        {
+            "dy_ptr": dy,
+            "x_ptr": x,
+            "words_ptr": words,
+            "dw_ptr": dw,
+            "x_starts": tuple(x_starts),
+            "y_starts": tuple(y_starts),
+            "lengths": tuple(lengths),
+            "N": n,
+            "K": k,
+            "W": words.shape[2],
+            "stride_ym": dy.stride(0),
+            "stride_xm": x.stride(0),
+            "SPLITS": splits,
+        },
+        {
+            "TASKS": len(x_starts),
+            "TOGETHER": together,
+            "PRECISION": precision,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _together(x_starts: Sequence[int], lengths: Sequence[int]) -> int:
+    """Return how many tasks one program may serve: all that read the same rows, if they divide a tile."""
+    tasks = len(x_starts)
+    is_same = len(set(zip(x_starts, lengths, strict=True))) == 1
+    return tasks if is_same and tasks in (2, 4) else 1
+
+
+def _y_starts(lengths: Sequence[int]) -> list[int]:
+    """Let the tasks' rows stand in `y` one after another."""
+    return [sum(lengths[:t]) for t in range(len(lengths))]
+
+
+def _of_tasks(weight: Weight, tasks: slice) -> Weight:
+    """Return some tasks' part of a weight that is not compressed: the union that compresses is of all of them."""
+    if weight.format == "premasked":
+        values = weight.values[tasks]
+        return weight._replace(values=values, tasks=len(values))
+    assert weight.format == "masked" and weight.words is not None
+    words = weight.words[tasks]
+    return weight._replace(words=words, tasks=len(words))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Return `t` with neighbouring elements in its rows."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
