@@ -192,7 +192,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """
     columns = mask.shape[-1]
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
-    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     return (padded.view(*mask.shape[:-1], (columns + 7) // 8, 8) * weight).sum(-1, dtype=torch.uint8)
 
 
@@ -213,11 +213,33 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
         raise ValueError(
             f"bitmask: got {bits.dtype} {tuple(bits.shape)}, wanted torch.uint8 [..., {(columns + 7) // 8}]"
         )
-    unpacked = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    unpacked = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
     flat = unpacked.flatten(-2).to(torch.bool)
     if flat[..., columns:].any():
         raise ValueError(f"bitmask: a padding bit beyond column {columns - 1} is set, wanted zero")
     return flat[..., :columns]
+
+
+def pack_words(mask: Tensor) -> Tensor:
+    """Pack a bool tensor along its last dimension as GPU kernels read it, 32 columns a word.
+
+    Column `k` is bit `k % 32` of word `k // 32`. Rows are padded with zero bits to 128 columns, so that each starts at
+    a multiple of 16 bytes, and a tile of up to 128 columns never reads beyond its row.
+
+    Args:
+        mask: `[..., columns]`, bool.
+
+    Returns:
+        `[..., 4 ceil(columns / 128)]`, int32.
+    """
+    bits = pack_bits(mask)
+    return torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 16)).view(torch.int32)
+
+
+def unpack_words(words: Tensor, columns: int) -> Tensor:
+    """Undo `pack_words`: bool `[..., columns]`, True = kept. What stands in the padding is not looked at."""
+    bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten(-2)[..., :columns] != 0
 
 
 def _check_same_shapes(a: Mask, b: Mask) -> None:

@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU the Triton kernels are interpreted. Triton reads this when a kernel is defined, so it stands before all.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("default")
 

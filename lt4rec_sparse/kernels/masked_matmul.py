@@ -13,13 +13,13 @@ Letters, in kernels only: M rows, N out_features, K in_features, W mask words a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lt4rec_sparse.kernels.device_weight import Weight
 from lt4rec_sparse.kernels.launch import Launch
 from lt4rec_sparse.kernels.tiles import Tile, dgrad_tile, forward_tile, wgrad_splits, wgrad_tile
 from lt4rec_sparse.kernels.weight_tile import kept, weight_tile
@@ -231,17 +231,6 @@ def masked_matmul_wgrad_kernel(
     tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (k < K)[None, :])
 
 
-class Weight(NamedTuple):
-    """All tasks' weight as a kernel reads it (`weight_tile`)."""
-
-    format: str  # "premasked", "masked" or "shared"
-    shape: tuple[int, int]  # out_features, in_features
-    values: Tensor
-    words: Tensor | None  # int32 [tasks, out_features, W]
-    offsets: Tensor | None  # int32 [out_features, W / 4], of "shared"
-    tasks: int
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -255,7 +244,7 @@ def forward(
     """Return `y [sum(lengths), out_features]`, in the dtype of `x`; the weight may be float32 beside a 16-bit `x`."""
     y = x.new_empty(sum(lengths), weight.shape[0])
     masked = Weight("masked", (weight.shape[0], weight.shape[1]), _rows(weight), words, None, len(starts))
-    forward_into(_rows(x), masked, bias, y, starts, lengths, activation, precision)
+    forward_into(x, masked, bias, y, starts, lengths, activation, precision)
     return y
 
 
@@ -274,7 +263,7 @@ def forward_into(
         tasks = slice(first, first + MAX_TASKS)
         part = weight
         if weight.tasks > MAX_TASKS:
-            part = _of_tasks(weight, tasks)
+            part = weight.of_tasks(tasks)
         part_bias = bias[tasks] if bias is not None and bias.dim() == 2 else bias
         y_starts = _y_starts(lengths)[tasks]
         forward_launch(x, part, part_bias, y, starts[tasks], y_starts, lengths[tasks], activation, precision).run()
@@ -343,7 +332,7 @@ def dgrad(
         tasks = slice(first, first + MAX_TASKS)
         dx = dy.new_empty(rows, weight.shape[1])
         ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
-        dgrad_launch(_rows(dy), _rows(weight), words[tasks], dx, *ranges, precision).run()
+        dgrad_launch(dy, _rows(weight), words[tasks], dx, *ranges, precision).run()
         parts.append(dx)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -415,7 +404,7 @@ def wgrad(
         is_whole = splits == 1 and len(starts) <= MAX_TASKS
         share = x.new_empty(splits, n, k, dtype=dtype if is_whole else torch.float32)
         ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
-        wgrad_launch(_rows(dy), _rows(x), words[tasks], share, *ranges, precision, tile).run()
+        wgrad_launch(dy, x, words[tasks], share, *ranges, precision, tile).run()
         shares.append(share)
     dw = shares[0] if len(shares) == 1 else torch.cat(shares)
     return dw[0] if len(dw) == 1 else dw.sum(0).to(dtype)
@@ -477,16 +466,6 @@ def _together(x_starts: Sequence[int], lengths: Sequence[int]) -> int:
 def _y_starts(lengths: Sequence[int]) -> list[int]:
     """Let the tasks' rows stand in `y` one after another."""
     return [sum(lengths[:t]) for t in range(len(lengths))]
-
-
-def _of_tasks(weight: Weight, tasks: slice) -> Weight:
-    """Return some tasks' part of a weight that is not compressed: the union that compresses is of all of them."""
-    if weight.format == "premasked":
-        values = weight.values[tasks]
-        return weight._replace(values=values, tasks=len(values))
-    assert weight.format == "masked" and weight.words is not None
-    words = weight.words[tasks]
-    return weight._replace(words=words, tasks=len(words))
 
 
 def _rows(t: Tensor) -> Tensor:

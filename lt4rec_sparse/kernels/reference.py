@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lt4rec_sparse.masks import unpack_words
+
 
 class DenseLayer(NamedTuple):
     """One layer of an MLP with its pruned weights as zeros: `activation(x @ weight.T + bias)`."""
@@ -22,19 +24,54 @@ class DenseLayer(NamedTuple):
 ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu, "sigmoid": torch.sigmoid}
 
 
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`y = x @ (weight * mask).T + bias`; a pruned weight contributes nothing, were it NaN."""
-    return F.linear(x, weight.masked_fill(~mask, 0), bias)
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    masks: Tensor,
+    bias: Tensor | None,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """`y_t = activation(x_t @ (weight * mask_t).T + bias)`, the tasks' rows one after another.
+
+    `x_t` is `x[starts[t] : starts[t] + lengths[t]]`. A pruned weight contributes nothing, were it NaN.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    activate = ACTIVATIONS[activation]
+    parts = [
+        activate(F.linear(x[start : start + length], _masked(weight, mask, x.dtype), bias))
+        for mask, start, length in zip(masks, starts, lengths, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def masked_linear_dgrad(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """`dx = dy @ (weight * mask)`."""
-    return dy @ weight.masked_fill(~mask, 0)
+def masked_linear_dgrad(
+    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
+) -> Tensor:
+    """`dx = sum over the tasks of dy_t @ (weight * mask_t)`, each in its rows of `dx [rows, in_features]`."""
+    if len(masks) == 1 and lengths[0] == rows:
+        return dy @ _masked(weight, masks[0], dy.dtype)
+    dx = dy.new_zeros(rows, weight.shape[1])
+    for part, mask, start, length in zip(dy.split(list(lengths)), masks, starts, lengths, strict=True):
+        dx[start : start + length] += part @ _masked(weight, mask, dy.dtype)
+    return dx
 
 
-def masked_linear_wgrad(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """`dW = (dy.T @ x) * mask`: a pruned weight receives no gradient."""
-    return (dy.T @ x).masked_fill(~mask, 0)
+def masked_linear_wgrad(
+    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`dW = sum over the tasks of (dy_t.T @ x_t) * mask_t`: a pruned weight receives no gradient."""
+    parts = [
+        _masked((part.T @ x[start : start + length]).to(dtype), mask, dtype)
+        for part, mask, start, length in zip(dy.split(list(lengths)), masks, starts, lengths, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = mask if mask.dtype == torch.bool else unpack_words(mask, weight.shape[1])
+    return weight.masked_fill(~kept, 0).to(dtype)
 
 
 def linear(x: Tensor, layer: DenseLayer) -> Tensor:

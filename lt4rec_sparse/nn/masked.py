@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.masks import Mask, pack_words
+
+
+class TaskRows(NamedTuple):
+    """Which rows of a batch each task reads, in the order of the tasks: `lengths[t]` rows from `starts[t]` on."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def apart(self) -> TaskRows:
+        """Return where they stand in a result, whose rows are the tasks' one after another."""
+        return TaskRows((0, *accumulate(self.lengths[:-1])), self.lengths)
 
 
 class MaskedLinear(nn.Linear):
     """A linear layer that each task sees through its own mask: `y = x @ (weight * mask_task).T + bias`.
 
     With no `tasks` it is a drop-in for `nn.Linear` with one mask, at first all True.
+
+    Masks change through `set_mask`, or with a loaded state. On a GPU they are read packed, from `mask_words`: a mask
+    that is written in place is packed again before the next call, but inside a compiled graph nothing looks for that.
 
     Example:
         >>> layer = MaskedLinear(4, 2)
@@ -33,7 +49,8 @@ class MaskedLinear(nn.Linear):
     Source: LT4REC (arXiv 2008.09872), section 2.2.
     """
 
-    masks: Tensor
+    masks: Tensor  # bool [tasks, out_features, in_features]
+    mask_words: Tensor  # int32 [tasks, out_features, W], `pack_words` of the masks
 
     def __init__(
         self,
@@ -48,6 +65,8 @@ class MaskedLinear(nn.Linear):
         self.tasks = check_tasks(tasks)
         planes = torch.ones(len(tasks), out_features, in_features, dtype=torch.bool, device=device)
         self.register_buffer("masks", planes)
+        self.register_buffer("mask_words", pack_words(planes), persistent=False)
+        self._packed_version = planes._version
 
     def mask(self, task: str | None = None) -> Tensor:
         """Return one task's mask: bool `[out_features, in_features]`, True = kept.
@@ -68,18 +87,46 @@ class MaskedLinear(nn.Linear):
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(self.weight.shape)}, True = kept"
             )
         self.masks[task_index(self.tasks, task)] = mask.to(self.masks.device)
+        self._pack()
 
-    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Apply the layer through one task's mask.
+    def forward(
+        self, x: Tensor, task: str | None = None, activation: str = "none", rows: TaskRows | None = None
+    ) -> Tensor:
+        """Apply the layer through one task's mask, or through every task's, each to its rows.
 
         Args:
-            x: `[..., in_features]`, dtype and device of the weight.
+            x: `[..., in_features]`, dtype and device of the weight; a lower dtype under autocast.
             task: The task's name; may be left out where there is one.
+            activation: "none", or "relu" in the same kernel.
+            rows: Instead of a task: which rows of `x [rows, in_features]` each task reads.
 
         Returns:
-            `[..., out_features]`, dtype of `x`.
+            `[..., out_features]`, dtype of `x`; of several tasks their rows one after another.
         """
-        return ops.masked_linear(x, self.weight, self.mask(task), self.bias)
+        if rows is not None:
+            return ops.masked_linear_tasks(x, self.weight, self._planes(), self.bias, *rows, activation)
+        plane = self._planes()[task_index(self.tasks, task)]
+        return ops.masked_linear(x, self.weight, plane, self.bias, activation)
+
+    def _planes(self) -> Tensor:
+        """Return the masks as the kernels of the device read them."""
+        if self.masks.device.type == "cpu":
+            return self.masks
+        if not torch.compiler.is_compiling() and self.masks._version != self._packed_version:
+            self._pack()
+        return self.mask_words
+
+    def _pack(self) -> None:
+        words = pack_words(self.masks)
+        if words.device == self.mask_words.device:
+            self.mask_words.copy_(words)  # in place, where captured and compiled graphs read it
+        else:
+            self.mask_words = words  # a state was loaded into a module on the meta device
+        self._packed_version = self.masks._version
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
 
     def extra_repr(self) -> str:
         """Show the tasks and how much each keeps."""
@@ -149,24 +196,51 @@ class MaskedMLP(nn.Module):
         for name, layer in zip(wanted, self.masked_layers(), strict=True):
             layer.set_mask(mask[name], task)
 
-    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Run one task's subnetwork, or all of them.
+    def forward(
+        self, x: Tensor, task: str | None = None, rows: Mapping[str, tuple[int, int]] | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Run one task's subnetwork, or all of them at once.
 
         Args:
             x: `[batch, in_features]`.
-            task: The task's name; None runs every task.
+            task: The task's name; None runs every task: each layer of all of them in one launch on a GPU.
+            rows: Where tasks read parts of the batch only: task -> first row, and the row after the last. With two
+                tasks order the batch [only a | both | only b].
 
         Returns:
-            Logits: `[batch, out_features]` of the task, or those of all tasks side by side,
-            `[batch, tasks * out_features]`.
+            Logits: `[batch, out_features]` of the task; or those of all tasks side by side,
+            `[batch, tasks * out_features]`; or with `rows` task -> `[its rows, out_features]`.
+
+        Raises:
+            ValueError: If there is no such task, both task and rows are given, rows name other tasks, or a range is not
+                inside the batch.
         """
-        if task is None:
-            return torch.cat([self(x, name) for name in self.tasks], dim=-1)
-        task_index(self.tasks, task)
+        if task is not None:
+            if rows is not None:
+                raise ValueError(f"task and rows: got both, {task!r} and {dict(rows)}, wanted one of them")
+            task_index(self.tasks, task)
+            for layer in self.layers:
+                x = layer(x, task, "relu")
+            logits: Tensor = self.heads[task](x)
+            return logits
+        of_tasks = self._task_rows(x.shape[0], rows)
         for layer in self.layers:
-            x = torch.relu(layer(x, task))
-        logits: Tensor = self.heads[task](x)
-        return logits
+            x = layer(x, None, "relu", of_tasks)
+            of_tasks = of_tasks.apart()
+        parts = x.split(list(of_tasks.lengths))
+        scores = {name: self.heads[name](part) for name, part in zip(self.tasks, parts, strict=True)}
+        return scores if rows is not None else torch.cat(list(scores.values()), dim=-1)
+
+    def _task_rows(self, batch: int, rows: Mapping[str, tuple[int, int]] | None) -> TaskRows:
+        if rows is None:
+            return TaskRows((0,) * len(self.tasks), (batch,) * len(self.tasks))
+        if set(rows) != set(self.tasks):
+            raise ValueError(f"rows: got tasks {', '.join(rows)}, wanted {', '.join(self.tasks)}")
+        for name, (start, stop) in rows.items():
+            if not 0 <= start <= stop <= batch:
+                raise ValueError(f"rows of {name}: got {start} to {stop}, wanted some of the {batch} rows of x")
+        ranges = [rows[name] for name in self.tasks]
+        return TaskRows(tuple(start for start, _ in ranges), tuple(stop - start for start, stop in ranges))
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

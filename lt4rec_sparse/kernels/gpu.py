@@ -1,0 +1,83 @@
+"""Masked products on a GPU: which kernels run, by shape, and in which arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.kernels import mask_and_cast, masked_matmul
+from lt4rec_sparse.kernels.tiles import CUBLAS_ROWS
+from lt4rec_sparse.masks import pack_words
+
+PATHS = ("triton", "cublas")
+_forced: ContextVar[str | None] = ContextVar("forced_path", default=None)
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Let every masked product run by "triton" or by "cublas": for tests and benchmarks."""
+    if path not in PATHS:
+        raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    masks: Tensor,
+    bias: Tensor | None,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """`reference.masked_linear` on a GPU."""
+    parts = (_rows(x), weight, _words(masks), bias, starts, lengths, activation)
+    if _path(lengths) == "triton":
+        return masked_matmul.forward(*parts, precision())
+    return mask_and_cast.forward(*parts)
+
+
+def masked_linear_dgrad(
+    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
+) -> Tensor:
+    """`reference.masked_linear_dgrad` on a GPU."""
+    parts = (_rows(dy), weight, _words(masks), starts, lengths, rows)
+    if _path(lengths) == "triton":
+        return masked_matmul.dgrad(*parts, precision())
+    return mask_and_cast.dgrad(*parts)
+
+
+def masked_linear_wgrad(
+    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`reference.masked_linear_wgrad` on a GPU."""
+    parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
+    if _path(lengths) == "triton":
+        return masked_matmul.wgrad(*parts, precision())
+    return mask_and_cast.wgrad(*parts)
+
+
+def precision() -> str:
+    """Name the arithmetic of float32 products, as torch is told: "ieee", or "tf32" where it may be faster."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _path(lengths: Sequence[int]) -> str:
+    return _forced.get() or ("triton" if max(lengths) < CUBLAS_ROWS else "cublas")
+
+
+def _words(masks: Tensor) -> Tensor:
+    return pack_words(masks) if masks.dtype == torch.bool else masks
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Return `t` with neighbouring elements in its rows."""
+    return t if t.stride(1) == 1 else t.contiguous()

@@ -1,0 +1,162 @@
+"""The other way to a masked product: one kernel multiplies the masks in and casts, then cuBLAS.
+
+Reads the weight once and writes a copy for each task, which a large batch pays back: its product has no words to
+expand. The gradient of the weight is cuBLAS' product a task, masked and added up by one kernel. Same arguments and
+results as `masked_matmul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lt4rec_sparse.kernels.launch import Launch
+from lt4rec_sparse.kernels.weight_tile import kept
+
+BLOCK_N, BLOCK_K, WARPS = 16, 128, 4  # 16 rows of 256 to 512 bytes: bound by memory, in any shape
+
+
+@triton.jit
+def mask_and_cast_kernel(
+    weight_ptr, words_ptr, out_ptr, N, K, W, stride_wn, stride_ok, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    # out[task, n, k] = weight[n, k] where task keeps it; programs of axis 2 are tasks.
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    rows = tl.program_id(2).to(tl.int64) * N + n
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    values = tl.load(weight_ptr + n[:, None] * stride_wn + k[None, :], mask=inside, other=0.0)
+    w = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    words = tl.load(words_ptr + rows[:, None] * W + w[None, :], mask=(n < N)[:, None], other=0)
+    values = tl.where(kept(words, BLOCK_N, BLOCK_K), values, 0.0)
+    tl.store(out_ptr + rows[:, None] * stride_ok + k[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mask_and_sum_kernel(
+    products_ptr, words_ptr, dw_ptr, TASKS, N, K, W, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    # dw[n, k] = sum of products[task, n, k] over the tasks that keep it, in their order.
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    w = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for task in range(0, TASKS):
+        rows = (task * N + n).to(tl.int64)
+        products = tl.load(products_ptr + rows[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        words = tl.load(words_ptr + rows[:, None] * W + w[None, :], mask=(n < N)[:, None], other=0)
+        total += tl.where(kept(words, BLOCK_N, BLOCK_K), products, 0.0)
+    dw = dw_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=inside)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """Return `y [sum(lengths), out_features]` (`masked_matmul.forward`)."""
+    masked = mask_and_cast(weight, words, x.dtype)
+    y = x.new_empty(sum(lengths), weight.shape[0])
+    bias = None if bias is None else bias.to(x.dtype)
+    for task, start, length, rows in zip(masked, starts, lengths, y.split(list(lengths)), strict=True):
+        if bias is None:
+            torch.mm(x[start : start + length], task.T, out=rows)
+        else:
+            torch.addmm(bias, x[start : start + length], task.T, out=rows)
+    return y.relu_() if activation == "relu" else y
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, words: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
+) -> Tensor:
+    """Return `dx [rows, in_features]` (`masked_matmul.dgrad`)."""
+    masked = mask_and_cast(weight, words, dy.dtype)
+    if len(masked) == 1 and lengths[0] == rows:
+        return dy @ masked[0]
+    dx = dy.new_zeros(rows, weight.shape[1], dtype=torch.float32)  # the sum over the tasks rounds once
+    for task, start, length, part in zip(masked, starts, lengths, dy.split(list(lengths)), strict=True):
+        dx[start : start + length] += _mm(part, task, torch.float32)
+    return dx.to(dy.dtype)
+
+
+def wgrad(
+    dy: Tensor, x: Tensor, words: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return `dW [out_features, in_features]` in `dtype` (`masked_matmul.wgrad`)."""
+    n, k = dy.shape[1], x.shape[1]
+    parts = zip(dy.split(list(lengths)), starts, lengths, strict=True)
+    products = torch.stack([_mm(part.T, x[start : start + length], dtype) for part, start, length in parts])
+    dw = x.new_empty(n, k, dtype=dtype)
+    mask_and_sum_launch(products, words, dw).run()
+    return dw
+
+
+def mask_and_cast(weight: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `[tasks, out_features, in_features]` in `dtype`, rows padded to 16 bytes; zeros where nothing is kept."""
+    # cuBLAS is slow on rows that do not start at multiples of 16 bytes.
+    n, k = weight.shape
+    out = weight.new_empty(len(words), n, -(-k // 8) * 8, dtype=dtype)[:, :, :k]
+    mask_and_cast_launch(weight if weight.stride(1) == 1 else weight.contiguous(), words, out).run()
+    return out
+
+
+def mask_and_cast_launch(weight: Tensor, words: Tensor, out: Tensor) -> Launch:
+    """Make the launch of `mask_and_cast_kernel` into `out [tasks, N, K]`."""
+    n, k = weight.shape
+    return Launch(
+        mask_and_cast_kernel,
+        (-(-k // BLOCK_K), -(-n // BLOCK_N), len(words)),
+        {
+            "weight_ptr": weight,
+            "words_ptr": words,
+            "out_ptr": out,
+            "N": n,
+            "K": k,
+            "W": words.shape[2],
+            "stride_wn": weight.stride(0),
+            "stride_ok": out.stride(1),
+        },
+        {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
+        WARPS,
+        1,
+    )
+
+
+def mask_and_sum_launch(products: Tensor, words: Tensor, dw: Tensor) -> Launch:
+    """Make the launch of `mask_and_sum_kernel` into `dw [N, K]`."""
+    n, k = dw.shape
+    return Launch(
+        mask_and_sum_kernel,
+        (-(-k // BLOCK_K), -(-n // BLOCK_N)),
+        {
+            "products_ptr": products,
+            "words_ptr": words,
+            "dw_ptr": dw,
+            "TASKS": len(words),
+            "N": n,
+            "K": k,
+            "W": words.shape[2],
+        },
+        {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
+        WARPS,
+        1,
+    )
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `a @ b`, summed in float32 and not rounded to 16 bits on its way to `dtype`."""
+    if a.dtype == dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
