@@ -54,6 +54,9 @@ def run(
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
+    granularity: Annotated[
+        str, typer.Option(help="What pruning takes as one: weight, block16, block32, block64 or neuron.")
+    ] = "weight",
 ) -> None:
     """Find a ticket per task, train one shared network, freeze it, and report it against its opponents."""
     from lt4rec_sparse.experiments.run import run as run_experiment
@@ -69,6 +72,7 @@ def run(
         batch_size=default.batch_size if batch_size is None else batch_size,
         rounds=rounds,
         density=density,
+        granularity=granularity,
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with progress_bars() as progress:

@@ -80,15 +80,16 @@ class SeedRun:
         last = {task: found[-1].mask for task, found in tickets.items()}
         generator = torch.Generator().manual_seed(self.seed)
         first = next(iter(best))
-        uniform = random_uniform(best, generator)
+        granularity = self.settings.granularity
+        uniform = random_uniform(best, generator, granularity)
         masks = {
             SPARSE: best,
-            RANDOM_LIKE: random_like(best, generator),
+            RANDOM_LIKE: random_like(best, generator, granularity),
             RANDOM_UNIFORM: uniform,
             ONE_TICKET: one_for_all(best, first),
             ONE_RANDOM: one_for_all(uniform, first),
             SPARSE_LAST: last,
-            RANDOM_LAST: random_uniform(last, generator),
+            RANDOM_LAST: random_uniform(last, generator, granularity),
         }
         arms = {HARD: self._train_arm(HARD, self._new(HardSharing, tuple(self.tasks)))}
         for arm, chosen in masks.items():
@@ -121,7 +122,7 @@ class SeedRun:
 
         s = self.settings
         folder = self.folder / "tickets" / task
-        return search_tickets(task, model, model.mlp, train_and_judge, s.rounds, s.density, folder)
+        return search_tickets(task, model, model.mlp, train_and_judge, s.rounds, s.density, folder, s.granularity)
 
     def best(self, tickets: list[Ticket], task: str) -> Ticket:
         """Return the task's best pruned ticket by its main metric on the validation split."""

@@ -9,8 +9,10 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.lottery import check_granularity
 
 CONFIG = "config.json"
+_BEFORE_IT_WAS_A_SETTING = {"granularity": "weight"}  # what runs did whose config.json does not name it
 
 
 class SettingsError(InputError):
@@ -33,6 +35,7 @@ class RunSettings:
         batch_size: Impressions a batch.
         rounds: Rounds of pruning a task.
         density: Share of the hidden weights alive after the last round.
+        granularity: What pruning takes as one: a weight, a block or a neuron (`lottery.GRANULARITIES`).
     """
 
     seeds: int = 1
@@ -43,6 +46,7 @@ class RunSettings:
     batch_size: int = 1024
     rounds: int = 4
     density: float = 0.2
+    granularity: str = "weight"
 
     def __post_init__(self) -> None:
         for name in ("seeds", "embedding_dim", "epochs", "batch_size", "rounds"):
@@ -54,6 +58,10 @@ class RunSettings:
             raise SettingsError(f"density: got {self.density}, wanted more than 0 and less than 1")
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+        try:
+            check_granularity(self.granularity)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
 
 SIMULATED = RunSettings(epochs=2, batch_size=256)
@@ -78,6 +86,7 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
         got = None
     if not isinstance(got, dict):
         raise SettingsError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
+    got = _BEFORE_IT_WAS_A_SETTING | got
     for key, value in _config(data, settings).items():
         if key != "seeds" and got.get(key) != value:
             raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")

@@ -2,52 +2,153 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lt4rec_sparse.masks import Mask
 
+GRANULARITIES = ("weight", "block16", "block32", "block64", "neuron")  # what is pruned as one, finest first
 
-def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int) -> Mask:
-    """Keep the `nnz` weights of largest magnitude among those alive, over all layers together.
 
-    One global quantile, as in the paper; the count is exact under ties, where the earlier layer, row and column is
-    kept. What was pruned before stays pruned, whatever its value.
+def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int, granularity: str = "weight") -> Mask:
+    """Keep the tiles of largest magnitude, over all layers together, while they hold at most `nnz` weights.
+
+    One global quantile, as in the paper. A tile is a weight, a square block or a neuron's row of a layer:
+
+    - "weight": single weights by their magnitudes, the paper's S-Weight. Exactly `nnz` survive.
+    - "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first weight,
+      ragged at its last rows and columns. A kernel can skip a dead block.
+    - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`): without
+      its row a neuron is a constant, which is folded into the biases of the layer above.
+
+    The score of a block or a neuron is the mean of its magnitudes: the L1 norm, by which Mao et al. prune at every
+    granularity, over the tile's size, so that a ragged block and a short row are judged as a whole one is. What was
+    pruned before stays pruned and counts as zero in the mean: a tile costs a kernel the same however few of its weights
+    are alive. A tile with any weight alive is alive, and survives with the weights that it has.
+
+    This mean is taken relative to that of the weights alive in its layer (after Molchanov et al.). Means over many
+    weights are nearly alike within a layer; as they are they would order layers, not tiles. At 20 % density they left
+    one neuron of the 512 in the first layer of the KuaiRand network, and 97 and 100 % of the layers above.
+
+    Tiles are taken by descending score; of equal ones the earlier layer, row and column comes first. The longest run
+    of them that holds at most `nnz` weights is kept: the next tile would be one too many. Of blocks and neurons the
+    best of each layer comes before all others and is kept even beyond `nnz`: a layer without any would cut the network.
 
     Example:
         >>> alive = Mask.full({"layers.0": (1, 4)})
         >>> prune_by_magnitude({"layers.0": torch.tensor([[0.5, -2.0, 0.5, 1.0]])}, alive, 3)["layers.0"].tolist()
         [[True, True, False, True]]
+        >>> alive = Mask.full({"layers.0": (2, 2)})
+        >>> prune_by_magnitude({"layers.0": torch.tensor([[4.0, 0.0], [3.0, 3.0]])}, alive, 3, "neuron")["layers.0"]
+        tensor([[False, False],
+                [ True,  True]])
 
     Args:
         weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
         mask: The weights alive.
         nnz: How many are to survive.
+        granularity: One of `GRANULARITIES`.
 
     Returns:
-        A subset of `mask` with `nnz` kept weights.
+        A subset of `mask`.
 
     Raises:
-        ValueError: If `nnz` is negative or more than are alive, layers or shapes disagree, or a weight alive is NaN.
+        ValueError: If there is no such granularity, `nnz` is negative or more than are alive, layers or shapes
+            disagree, or a weight alive is NaN.
 
-    Source: LT4REC (arXiv 2008.09872), Algorithm 1, line 5.
+    Source: LT4REC (arXiv 2008.09872), Algorithm 1, line 5; the score of blocks and neurons: Mao et al. (arXiv
+    1705.08922) and Molchanov et al. (arXiv 1611.06440).
     """
+    check_granularity(granularity)
     if not 0 <= nnz <= mask.nnz:
         raise ValueError(f"nnz: got {nnz}, wanted 0 to {mask.nnz}, the weights alive")
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if shapes != mask.shapes:
-        raise ValueError(f"weights: got layers {shapes}, wanted {mask.shapes}, those of the mask")
-    alive = torch.cat([mask[name].flatten() for name in mask])
-    magnitude = torch.cat([weights[name].detach().cpu().float().abs().flatten() for name in mask])[alive]
-    if magnitude.isnan().any():
-        raise ValueError(f"weights: got {int(magnitude.isnan().sum())} NaN among those alive, wanted numbers")
-    survivors = alive.nonzero().squeeze(1)[magnitude.sort(descending=True, stable=True).indices[:nnz]]
-    kept = torch.zeros_like(alive)
-    kept[survivors] = True
-    sizes = [mask[name].numel() for name in mask]
-    return Mask({name: part.view(mask[name].shape) for name, part in zip(mask, torch.split(kept, sizes), strict=True)})
+    magnitudes = _magnitudes(weights, mask)
+    tiles = {name: tile_shape(granularity, shape) for name, shape in mask.shapes.items()}
+    counts = [_tile_sums(kept, tiles[name]) for name, kept in mask.items()]
+    scores = []
+    for name, magnitude in magnitudes.items():
+        mean = _tile_sums(magnitude, tiles[name]) / _tile_sums(torch.ones_like(magnitude), tiles[name])
+        scores.append(mean if granularity == "weight" else mean / _mean(magnitude, mask[name]))
+    sizes = [count.numel() for count in counts]
+    score, count = (torch.cat([part.flatten() for part in parts]) for parts in (scores, counts))
+    order = score.sort(descending=True, stable=True).indices
+    order = order[count[order] > 0]
+    order, n_best = (order, 0) if granularity == "weight" else _best_of_layers_first(order, sizes)
+    n_kept = max(n_best, int((count[order].cumsum(0) <= nnz).sum()))
+    survives = torch.zeros_like(count, dtype=torch.bool)
+    survives[order[:n_kept]] = True
+    layers = {}
+    for (name, kept), part, of_tiles in zip(mask.items(), torch.split(survives, sizes), counts, strict=True):
+        layers[name] = kept & spread_tiles(part.view(of_tiles.shape), tiles[name], mask.shapes[name])
+    return Mask(layers)
+
+
+def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
+    """Keep at most 2 of each 4 neighbouring columns of a row: those of largest magnitude among the alive.
+
+    Sparse tensor cores compute such a layer at twice the dense rate. The last group of a row is shorter where
+    `in_features` is no multiple of 4, and keeps at most 2 all the same. Of equal magnitudes the earlier column is kept.
+
+    It changes the mask, so nothing here does it unasked. It costs little where masks are sparse: of the groups of a
+    random mask, 0.4 % at 90 % sparsity and 2.7 % at 80 % have more than 2 weights alive. It then prunes 1 to 4 % of
+    the weights alive, the smallest of their groups.
+
+    Example:
+        >>> alive = Mask.full({"layers.0": (1, 5)})
+        >>> project_to_2_4({"layers.0": torch.tensor([[0.5, -2.0, 0.5, 0.1, 0.1]])}, alive)["layers.0"].tolist()
+        [[True, True, False, False, True]]
+
+    Args:
+        weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
+        mask: The weights alive.
+
+    Returns:
+        A subset of `mask`.
+
+    Raises:
+        ValueError: If layers or shapes disagree, or a weight alive is NaN.
+
+    Source: NVIDIA's 2:4 structured sparsity (arXiv 2104.08378).
+    """
+    layers = {}
+    for name, magnitude in _magnitudes(weights, mask).items():
+        rows, columns = magnitude.shape
+        # Below every magnitude, so that what is dead and what pads the last group never takes the place of a zero.
+        padded = F.pad(magnitude.masked_fill(~mask[name], -1), (0, -columns % 4), value=-1)
+        groups = padded.view(rows, (columns + 3) // 4, 4)
+        best = groups.sort(dim=2, descending=True, stable=True).indices[:, :, :2]
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, best, True)
+        layers[name] = kept.flatten(1)[:, :columns] & mask[name]
+    return Mask(layers)
+
+
+def check_granularity(granularity: str) -> None:
+    """Check that there is such a granularity.
+
+    Raises:
+        ValueError: If it is none of `GRANULARITIES`.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity: got {granularity!r}, wanted one of {', '.join(GRANULARITIES)}")
+
+
+def tile_shape(granularity: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of what is pruned as one in a layer of this shape."""
+    if granularity == "weight":
+        return 1, 1
+    if granularity == "neuron":
+        return 1, shape[1]
+    side = int(granularity.removeprefix("block"))
+    return side, side
+
+
+def spread_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Give each weight of a layer the value of its tile: `[rows of tiles, columns of tiles]` -> `shape`."""
+    return values.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[: shape[0], : shape[1]]
 
 
 def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
@@ -63,3 +164,41 @@ def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
     if rounds < 1 or not 0 <= level <= rounds:
         raise ValueError(f"level: got {level} of {rounds} rounds, wanted 0 to the number of rounds, at least one")
     return int(round(size * density ** (level / rounds)))  # noqa: RUF046  # a float power is Any to mypy
+
+
+def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
+    """Return each layer's magnitudes in float32, in the order of the mask; 0 where pruned, whatever the value."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if shapes != mask.shapes:
+        raise ValueError(f"weights: got layers {shapes}, wanted {mask.shapes}, those of the mask")
+    magnitudes = {n: weights[n].detach().cpu().float().abs().masked_fill(~kept, 0) for n, kept in mask.items()}
+    nans = sum(int(magnitude.isnan().sum()) for magnitude in magnitudes.values())
+    if nans:
+        raise ValueError(f"weights: got {nans} NaN among those alive, wanted numbers")
+    return magnitudes
+
+
+def _mean(magnitude: Tensor, kept: Tensor) -> float:
+    """Average over the weights alive; 1 where that is no number to divide by: all zero, none, or one infinite."""
+    mean = magnitude.sum(dtype=torch.float64).item() / max(int(kept.sum()), 1)
+    return mean if 0 < mean < math.inf else 1.0
+
+
+def _best_of_layers_first(order: Tensor, sizes: list[int]) -> tuple[Tensor, int]:
+    """Move the first tile of each layer to the front; return also how many these are. Layer `i` has `sizes[i]`."""
+    layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
+    is_best = torch.zeros_like(order, dtype=torch.bool)
+    for i in range(len(sizes)):
+        is_best[(layer == i).nonzero()[:1]] = True
+    return torch.cat([order[is_best], order[~is_best]]), int(is_best.sum())
+
+
+def _tile_sums(layer: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Sum each tile, `[rows of tiles, columns of tiles]`: counts as int64, magnitudes in float64.
+
+    In float64 the sum of a tile is exact for float32 magnitudes within a factor of some 100,000 of each other, so that
+    equal tiles tie wherever their weights stand.
+    """
+    exact = layer.to(torch.int64 if layer.dtype == torch.bool else torch.float64)
+    padded = F.pad(exact, (0, -layer.shape[1] % tile[1], 0, -layer.shape[0] % tile[0]))
+    return padded.view(padded.shape[0] // tile[0], tile[0], padded.shape[1] // tile[1], tile[1]).sum((1, 3))

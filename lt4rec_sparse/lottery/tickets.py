@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery.pruning import level_nnz, prune_by_magnitude
+from lt4rec_sparse.lottery.pruning import check_granularity, level_nnz, prune_by_magnitude
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
 
@@ -42,6 +42,7 @@ def search_tickets(
     rounds: int,
     density: float,
     folder: Path,
+    granularity: str = "weight",
 ) -> list[Ticket]:
     """Find one task's tickets: `rounds` rounds of train, prune by global magnitude, rewind everything to the start.
 
@@ -57,14 +58,20 @@ def search_tickets(
         train_and_judge: Trains the model from where it stands through the mask it has, at this level, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
-        density: Of the last level.
-        folder: Where the tickets stand.
+        density: Of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less; where a
+            layer has few of them, its last one may keep more (`prune_by_magnitude`).
+        folder: Where the tickets stand. It belongs to one search: none of these arguments is noted there.
+        granularity: What is pruned as one, of `GRANULARITIES`.
 
     Returns:
         One ticket a level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
 
+    Raises:
+        ValueError: If there is no such granularity.
+
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9.
     """
+    check_granularity(granularity)  # before the training that would come first
     folder.mkdir(parents=True, exist_ok=True)
     start = copy.deepcopy(model.state_dict())  # the state itself would follow the training
     mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
@@ -82,7 +89,7 @@ def search_tickets(
             metrics = train_and_judge(level)
             if level < rounds:
                 nnz = level_nnz(mask.size, density, rounds, level + 1)
-                prune_by_magnitude(mlp.masked_weights(), mask, nnz).save(following)
+                prune_by_magnitude(mlp.masked_weights(), mask, nnz, granularity).save(following)
             record = {"task": task, "level": level, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))
         record = json.loads(judged.read_text(encoding="utf-8"))

@@ -3,8 +3,10 @@ import torch
 
 from lt4rec_sparse import MaskedMLP
 from lt4rec_sparse.lottery import (
+    GRANULARITIES,
     Ticket,
     best_ticket,
+    level_nnz,
     one_for_all,
     prune_by_magnitude,
     random_like,
@@ -60,6 +62,34 @@ def test_every_round_rewinds_everything_and_prunes_what_was_trained(tmp_path):
     assert tickets[1].mask == prune_by_magnitude(trained, tickets[0].mask, tickets[1].mask.nnz)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES[1:4])
+def test_a_search_by_blocks_ends_in_blocks(tmp_path, granularity):
+    side = int(granularity.removeprefix("block"))
+    torch.manual_seed(0)
+    mlp = MaskedMLP(4 * side + 3, hidden=(4 * side, 2 * side + 1))
+    trained = []
+
+    def train_and_judge(level):
+        trained.append({name: weight.detach().clone() for name, weight in mlp.masked_weights().items()})
+        return {"auc": 0.5}
+
+    tickets = search_tickets("ctr", mlp, mlp, train_and_judge, 2, 0.2, tmp_path, granularity)
+    for level, (before, after) in enumerate(zip(tickets[:-1], tickets[1:], strict=True)):
+        nnz = level_nnz(before.mask.size, 0.2, 2, level + 1)
+        assert after.mask == prune_by_magnitude(trained[level], before.mask, nnz, granularity)
+        assert nnz - side**2 < after.mask.nnz <= nnz
+    for kept in tickets[-1].mask.values():
+        for rows in kept.split(side):
+            assert all(block.all() or not block.any() for block in rows.split(side, dim=1))
+
+
+def test_a_search_by_no_granularity_trains_nothing(tmp_path):
+    mlp = MaskedMLP(8, hidden=(6, 4))
+    with pytest.raises(ValueError, match="granularity: got 'row', wanted one of"):
+        search_tickets("ctr", mlp, mlp, Recorder(mlp), 1, 0.2, tmp_path / "tickets", "row")
+    assert not (tmp_path / "tickets").exists()
+
+
 @pytest.mark.parametrize("fail_at", [0, 1, 3])
 def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, fail_at):
     wanted = search(tmp_path / "whole")[1]()
@@ -111,3 +141,22 @@ def test_controls_keep_what_they_promise():
     uniform = random_uniform(tickets, generator)
     assert uniform["ctr"].layer_nnz() == {"layers.0": 56, "layers.1": 14}
     assert one_for_all(tickets, "ctr") == {"ctr": tickets["ctr"], "cvr": tickets["ctr"]}
+
+
+@pytest.mark.parametrize("granularity", ["block16", "neuron"])
+def test_controls_of_blocks_are_blocks(granularity):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0": (64, 80), "layers.1": (32, 64)}
+    weights = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    tickets = {"ctr": prune_by_magnitude(weights, Mask.full(shapes), 2200, granularity)}
+    (like,) = random_like(tickets, generator, granularity).values()
+    (uniform,) = random_uniform(tickets, generator, granularity).values()
+    assert like.layer_nnz() == tickets["ctr"].layer_nnz()
+    assert like != tickets["ctr"]
+    for mask in (like, uniform):
+        for kept in mask.values():
+            rows, columns = (16, 16) if granularity == "block16" else (1, kept.shape[1])
+            assert all(b.all() or not b.any() for row in kept.split(rows) for b in row.split(columns, dim=1))
+    for name, kept in uniform.items():
+        size = 256 if granularity == "block16" else kept.shape[1]
+        assert 0 <= round(kept.numel() * tickets["ctr"].density) - uniform.layer_nnz()[name] < size

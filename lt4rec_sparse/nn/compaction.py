@@ -1,0 +1,171 @@
+"""What of a frozen MLP still computes, as smaller dense layers: dead inputs and neurons are gone, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt4rec_sparse.nn.sparse import SparseMLP
+from lt4rec_sparse.ops import SparseLayer
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class CompactLayer(NamedTuple):
+    """One layer of one task: `activation(h @ weight.T + bias)`; pruned weights that remain are zeros."""
+
+    weight: Tensor  # float32 [out_features, in_features]
+    bias: Tensor  # float32 [out_features]
+    activation: str  # "none", "relu" or "sigmoid"
+
+
+@dataclass(frozen=True, eq=False)
+class Compacted:
+    """A frozen MLP without what is dead in it.
+
+    Attributes:
+        names: The tasks' names, in the order of the outputs.
+        columns: int64 `[kept]`, ascending: the columns of `x` that the first layer of any task reads.
+        tasks: For each task its layers, input first, each as wide as the task's own masks leave it. The first layers
+            of all tasks read the same `columns`.
+        shapes_before: For each task `(out_features, in_features)` of the layers that these were.
+    """
+
+    names: tuple[str, ...]
+    columns: Tensor
+    tasks: list[list[CompactLayer]]
+    shapes_before: list[list[tuple[int, int]]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Score every task, in eager torch: what `SparseMLP.forward` of the same MLP returns, but for rounding.
+
+        Args:
+            x: `[batch, in_features]`, float32; all columns, as before.
+
+        Returns:
+            `[batch, tasks * out_features]`, float32.
+        """
+        outputs = []
+        for layers in self.tasks:
+            h = x[:, self.columns]
+            for layer in layers:
+                h = _ACTIVATIONS[layer.activation](F.linear(h, layer.weight, layer.bias))
+            outputs.append(h)
+        return torch.cat(outputs, dim=-1)
+
+    @property
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """For each task `(out_features, in_features)` of its layers."""
+        return [[(layer.weight.shape[0], layer.weight.shape[1]) for layer in layers] for layers in self.tasks]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one row of `x`, all tasks, by dense products."""
+        return _size(self.shapes)
+
+    @property
+    def multiply_adds_before(self) -> int:
+        """The same of the MLP as it was, its masked weights dense in every task."""
+        return _size(self.shapes_before)
+
+    def __str__(self) -> str:
+        """Show each task's widths before and after, and the multiply-adds."""
+        lines = [
+            f"{name}: {_widths(before)} -> {_widths(after)}"
+            for name, before, after in zip(self.names, self.shapes_before, self.shapes, strict=True)
+        ]
+        before, after = self.multiply_adds_before, self.multiply_adds
+        return "\n".join([*lines, f"multiply-adds: {before:,} -> {after:,}, {after / before:.1%}"])
+
+
+def compact(mlp: SparseMLP) -> Compacted:
+    """Drop what no output depends on, and fold what is constant: dense layers of only the neurons that compute.
+
+    For each task alone, by its masks (a kept weight counts, were it zero):
+
+    - A hidden neuron that reads nothing is the constant `activation(bias)`. It is added to the biases of the layer
+      above through the weights that read it, and dropped; those that read only such ones are constants in turn. The
+      sums are float64 and rounded once, when all are folded.
+    - A hidden neuron that nothing reads is dropped, and so are those that only such ones read.
+    - A column of `x` is dropped if no neuron left reads it in any task.
+
+    Compacting the result again would change nothing. Outputs are never dropped, and no layer becomes empty: of a layer
+    without a neuron one stays, whose weights and bias are zeros and which is read through zeros; of `x` without a
+    column that is read, column 0.
+
+    In exact arithmetic, for finite inputs and weights, the result equals the masked MLP in fp32. A NaN or infinity in a
+    column that was dropped reaches no output; in one that was kept it spreads through the zeros of pruned weights,
+    where the engine passes over them.
+
+    What is structured shrinks: neurons pruned whole (`prune_by_magnitude(..., granularity="neuron")`) and dead inputs.
+    At medium densities single weights leave nothing dead.
+
+    Example:
+        >>> from lt4rec_sparse import Mask, MaskedMLP, freeze
+        >>> mlp = MaskedMLP(8, hidden=(4, 2))
+        >>> first = torch.tensor([True, False, False, False])[:, None].expand(4, 8)  # three neurons without fan-in
+        >>> mlp.set_mask(Mask({"layers.0": first, "layers.1": torch.ones(2, 4, dtype=torch.bool)}))
+        >>> print(compact(freeze(mlp)))
+        task: 8-4-2-1 -> 8-1-2-1
+        multiply-adds: 42 -> 12, 28.6%
+
+    Args:
+        mlp: Of any precision; what is made has float32 weights.
+    """
+    paths = mlp._paths()
+    compacted = [_compact_path(path) for path in paths]
+    is_read = torch.stack([inputs for inputs, _ in compacted]).any(0)
+    if not is_read.any():
+        is_read[0] = True
+    columns = is_read.nonzero().squeeze(1)
+    tasks = [[CompactLayer(first.weight[:, columns], *first[1:]), *rest] for _, (first, *rest) in compacted]
+    return Compacted(mlp.tasks, columns, tasks, [[layer.weight.shape for layer, _ in path] for path in paths])
+
+
+def _compact_path(path: Sequence[tuple[SparseLayer, str]]) -> tuple[Tensor, list[CompactLayer]]:
+    """Compact one task's layers; return also which columns of `x` it reads, all of which its first layer still has."""
+    weights = [layer.weight.to_dense(task).float() for layer, task in path]
+    masks = [layer.weight.mask(task) for layer, task in path]
+    biases = [
+        torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().cpu().double()
+        for (layer, _), weight in zip(path, weights, strict=True)
+    ]
+    # Up: each constant goes into the biases above it, after which nothing reads it.
+    for i in range(len(path) - 1):
+        is_constant = ~masks[i].any(1)
+        value = _ACTIVATIONS[path[i][0].activation](biases[i])
+        folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
+        biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
+        masks[i + 1] = masks[i + 1] & ~is_constant
+    # Down: what the layer above does not read, were it a constant, goes. This makes no new constants: what is dropped
+    # was read by nothing.
+    kept = [torch.arange(len(weights[-1]))]
+    for i in reversed(range(len(path) - 1)):
+        is_read = masks[i + 1][kept[0]].any(0)
+        if not is_read.any():
+            is_read[0] = True  # the zero neuron: nothing reads it, and it reads nothing
+            masks[i][0], biases[i][0] = False, 0
+        kept.insert(0, is_read.nonzero().squeeze(1))
+    columns: list[Tensor | slice] = [slice(None), *kept[:-1]]
+    layers = []
+    for (layer, _), weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
+        left = weight.masked_fill(~mask, 0)[rows][:, read]
+        layers.append(CompactLayer(left, bias[rows].float(), layer.activation))
+    return masks[0][kept[0]].any(0), layers
+
+
+def _size(shapes: Sequence[Sequence[tuple[int, int]]]) -> int:
+    return sum(rows * columns for of_task in shapes for rows, columns in of_task)
+
+
+def _widths(shapes: Sequence[tuple[int, int]]) -> str:
+    return "-".join(str(width) for width in (shapes[0][1], *(rows for rows, _ in shapes)))

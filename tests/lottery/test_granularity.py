@@ -1,0 +1,62 @@
+"""Granularity as a setting of a run: on the command line, in a run's folder, and through to the tickets."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lt4rec_sparse.cli import app
+from lt4rec_sparse.experiments import frozen
+from lt4rec_sparse.experiments.run import run
+from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, check_settings, pin_settings
+from lt4rec_sparse.lottery import GRANULARITIES
+from lt4rec_sparse.masks import Mask
+
+WANTED = "granularity: got 'rows', wanted one of weight, block16, block32, block64, neuron"
+
+
+def test_a_granularity_that_there_is_none_of_is_one_line(small_folder, tmp_path):
+    arguments = ["run", "--data", small_folder, "--out", tmp_path / "out", "--granularity", "rows"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert (result.exit_code, result.stderr) == (2, f"lt4rec-sparse: {WANTED}\n")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SettingsError, match=WANTED):
+        RunSettings(granularity="rows")
+
+
+def test_a_run_of_another_granularity_is_refused(tmp_path):
+    pin_settings(tmp_path, "log", RunSettings(granularity="block32"))
+    assert check_settings(tmp_path, "log", RunSettings(granularity="block32"))
+    with pytest.raises(SettingsError, match="got granularity = block32, wanted weight; choose another --out"):
+        check_settings(tmp_path, "log", RunSettings())
+
+
+def test_a_run_from_before_granularity_was_of_single_weights(tmp_path):
+    pin_settings(tmp_path, "log", RunSettings())
+    path = tmp_path / "config.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "granularity"}
+    path.write_text(json.dumps(old))
+    assert check_settings(tmp_path, "log", RunSettings())
+    with pytest.raises(SettingsError, match="got granularity = weight, wanted neuron; choose another --out"):
+        check_settings(tmp_path, "log", RunSettings(granularity="neuron"))
+
+
+def test_a_run_by_neurons_prunes_neurons(small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "interleaved", partial(frozen.interleaved, rounds=1, round_us=1.0))
+    settings = RunSettings(hidden=(16, 8), embedding_dim=4, rounds=1, epochs=1, batch_size=1024, granularity="neuron")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several only wait for each other over so small a model
+    run(small_folder, tmp_path / "run", settings)
+    torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["config"]["granularity"] == "neuron"
+    for task in ("ctr", "cvr"):
+        mask = Mask.load(tmp_path / "run" / "seed_0" / "tickets" / task / "level_1.mask.safetensors")
+        assert 0 < mask.density <= 0.2
+        for kept in mask.values():
+            assert torch.equal(kept.all(1), kept.any(1))
+    for granularity in GRANULARITIES[:-1]:
+        with pytest.raises(SettingsError, match="got granularity = neuron, wanted"):
+            run(small_folder, tmp_path / "run", replace(settings, granularity=granularity))
