@@ -36,6 +36,7 @@ _library.define(
     " -> Tensor"
 )
 _library.define("sparse_mlp(Tensor x, Tensor prepacked, int outputs) -> Tensor")
+_library.define("sparse_mlp_gpu(Tensor x, Tensor[] parts, str layout, int outputs) -> Tensor")
 
 
 def masked_linear(
@@ -220,6 +221,79 @@ def sparse_mlp_out(x: Tensor, prepacked: Tensor, out: Tensor) -> None:
         ValueError: If a shape, dtype, device or stride is another.
     """
     native.sparse_mlp(x, prepacked, out)
+
+
+class GpuParts(NamedTuple):
+    """What `sparse_mlp_gpu` runs: a frozen MLP as prepacked for one chain of GPU kernels."""
+
+    parts: list[Tensor]
+    layout: str  # private to the kernels: how the parts make a network
+    outputs: int
+
+
+def prepack_gpu(
+    tasks: Sequence[Sequence[tuple[SparseLayer, str]]], dtype: torch.dtype, device: torch.device
+) -> GpuParts:
+    """Make what `sparse_mlp_gpu` runs from the canonical weights, in the ways predicted to be fastest; once, at load.
+
+    Args:
+        tasks: As in `prepack`.
+        dtype: Of weights and activations: float32, float16 or bfloat16. Sums are float32.
+        device: Whose kernels run it.
+    """
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    layers = gpu_layers(tasks)
+    network = kernels.prepack(layers, kernels.default_chain(layers, dtype, device), dtype, device)
+    parts, layout = kernels.flatten(network)
+    return GpuParts(parts, layout, sum(path[-1][0].weight.shape[0] for path in tasks))
+
+
+def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
+    """Run all tasks' frozen MLPs on a GPU, in one operator: `h = activation(h @ (weight * mask_task).T + bias)`.
+
+    Inference only. Who serves small requests captures it: `nn.gpu.GpuMLP` holds a CUDA graph for each batch size.
+
+    Args:
+        x: `[batch, in_features]`, float32, float16 or bfloat16; cast to the prepacked dtype.
+        prepacked: What `prepack_gpu` made, on the device of `x`.
+
+    Returns:
+        `[batch, outputs]`, float32; the tasks side by side.
+
+    Raises:
+        ValueError: If `x` is not `[batch, in_features]`.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
+    return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp_gpu(x, *prepacked))
+
+
+def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
+    """Return the layers as `kernels.gpu_network.Layer`: dense on the CPU, all tasks of a layer together.
+
+    Args:
+        tasks: As in `prepack`; layer by layer as wide for every task.
+    """
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    layers = []
+    for of_layer in zip(*tasks, strict=True):
+        weights = [layer.weight for layer, _ in of_layer]
+        is_shared = all(weight is weights[0] for weight in weights)
+        dense = weights[0].to_dense().float() if is_shared else None
+        biases = [
+            torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach().float()
+            for layer, _ in of_layer
+        ]
+        layers.append(
+            kernels.Layer(
+                dense,
+                torch.stack([layer.weight.to_dense(task).float() for layer, task in of_layer]),
+                torch.stack([layer.weight.mask(task) for layer, task in of_layer]),
+                torch.stack(biases),
+                of_layer[0][0].activation,
+            )
+        )
+    return layers
 
 
 def cpu_engine() -> str:
@@ -416,8 +490,22 @@ def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs, dtype=torch.float32)
 
 
+def _sparse_mlp_gpu(x: Tensor, parts: Sequence[Tensor], layout: str, outputs: int) -> Tensor:
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    return cast(Tensor, kernels.unflatten(parts, layout)(x))
+
+
+_library.impl("sparse_mlp_gpu", _sparse_mlp_gpu, "CUDA")
+
+
+@torch.library.register_fake("lt4rec_sparse::sparse_mlp_gpu")
+def _sparse_mlp_gpu_fake(x: Tensor, parts: Sequence[Tensor], layout: str, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs, dtype=torch.float32)
+
+
 def _sparse_mlp_backward(ctx: Any, dy: Tensor) -> None:
     raise RuntimeError("sparse_mlp: got a backward pass, wanted inference only: train the MaskedMLP it was frozen from")
 
 
 torch.library.register_autograd("lt4rec_sparse::sparse_mlp", _sparse_mlp_backward)
+torch.library.register_autograd("lt4rec_sparse::sparse_mlp_gpu", _sparse_mlp_backward)

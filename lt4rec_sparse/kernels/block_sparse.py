@@ -5,20 +5,21 @@ the blocks that are kept there, BLOCK_K / B of them a step: compute and bytes fa
 
     y[y_starts[t] + i] = activation(x[x_starts[t] + i] @ (weight * mask_t).T + bias),    0 <= i < lengths[t]
 
-What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `s B (BLOCK_M + B)` bytes from the L2 cache
-for its tiles of x and of the weight, s bytes an element. At s = 2 that is B / (1 + B / BLOCK_M) operations a byte: 28 at
-B = 32 and BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. Therefore:
+What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `s B (BLOCK_M + B)` bytes from the L2
+cache for its tiles of x and of the weight, s bytes an element. At s = 2 that is `B / (1 + B / BLOCK_M)` operations a
+byte: 28 at B = 32 and BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. So:
 
 - L2 bytes are all that counts, and tiles are tall: at 64 rows it is 21 operations a byte, and 512 rows add 6 % to 28.
-- A tile of one row of blocks is narrow, but x is read `density N / B` times in all: 3.3 times at 10 % of 1024 outputs,
-  where a dense tile of 256 columns reads it 4 times. Two rows of blocks in one program would have an x tile of 19 % of
-  the columns for 2 x 10 %: nothing won. Tasks whose masks overlap do win: `together` reads x once for both, and
-  multiplies a block that one of them lacks by zeros, which the idle tensor cores do for nothing.
+- A tile of one row of blocks is narrow, but x is read `density N / B` times in all: 3.2 times at 10 % of 1024 outputs,
+  where a dense tile of 256 columns reads it 4 times. Two rows of blocks in one program would need 19 % of the columns
+  of x for twice 10 %: little is won. Tasks whose masks overlap do win: `together` reads x once for both, and multiplies
+  a block that one of them lacks by zeros, which the idle tensor cores do for nothing.
 - Two programs on each multiprocessor hide the start of one, three loads that wait for one another, behind the other.
 
-Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32 at 10 %: 241 MB and 44 us a task in
-the first layer, 60 us in all, where cuBLAS at 650 TFLOP/s needs 122 us: 2.0x, and 2.5x with two tasks together that have
-half of their blocks in common. Blocks of 64 give 3.3x and blocks of 16 1.2x. To be measured.
+Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32, 10 % kept: 241 MB and 44 us a
+task in the first layer, 62 us in all, where cuBLAS at 650 TFLOP/s needs 123 us: 2.0x; and 2.4x with two tasks that
+have half of their blocks in common, together in the first layer. Blocks of 64 give 3.2x, blocks of 16 only 1.2x. To be
+measured.
 
 Letters, in kernels only: M rows, N out_features, K in_features, B the side of a block.
 """
@@ -45,18 +46,18 @@ VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # By arithmetic (`tiles.arithmetic`) and by the columns of a program, `together * block`; largest first. `block_k` is a
 # multiple of every block that can have so many columns. Two programs of an entry fit on a multiprocessor of an H200.
 TILES = {
-    ("16", 16): (Tile(256, 16, 64, 8, 3), Tile(64, 16, 128, 4, 4), Tile(16, 16, 128, 4, 4)),
-    ("16", 32): (Tile(256, 32, 64, 8, 3), Tile(64, 32, 128, 4, 4), Tile(16, 32, 128, 4, 4)),
-    ("16", 64): (Tile(256, 64, 64, 8, 2), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
-    ("16", 128): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(16, 128, 64, 4, 4)),
-    ("tf32", 16): (Tile(256, 16, 32, 8, 3), Tile(64, 16, 64, 4, 4), Tile(16, 16, 64, 4, 4)),
-    ("tf32", 32): (Tile(256, 32, 32, 8, 3), Tile(64, 32, 64, 4, 4), Tile(16, 32, 64, 4, 4)),
+    ("16", 16): (Tile(256, 16, 64, 8, 3), Tile(64, 16, 64, 4, 6), Tile(16, 16, 64, 4, 6)),
+    ("16", 32): (Tile(256, 32, 64, 8, 3), Tile(64, 32, 64, 4, 6), Tile(16, 32, 64, 4, 6)),
+    ("16", 64): (Tile(256, 64, 64, 8, 2), Tile(64, 64, 64, 4, 4), Tile(16, 64, 64, 4, 6)),
+    ("16", 128): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(16, 128, 64, 4, 4)),
+    ("tf32", 16): (Tile(256, 16, 32, 8, 3), Tile(64, 16, 32, 4, 6), Tile(16, 16, 32, 4, 6)),
+    ("tf32", 32): (Tile(256, 32, 32, 8, 3), Tile(64, 32, 32, 4, 6), Tile(16, 32, 32, 4, 6)),
     ("tf32", 64): (Tile(128, 64, 64, 8, 2), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-    ("tf32", 128): (Tile(128, 128, 64, 8, 2), Tile(64, 128, 64, 4, 2), Tile(16, 128, 64, 4, 2)),
-    ("fp32", 16): (Tile(128, 16, 32, 8, 2), Tile(32, 16, 32, 4, 2), Tile(16, 16, 32, 4, 2)),
-    ("fp32", 32): (Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)),
-    ("fp32", 64): (Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2)),
-    ("fp32", 128): (Tile(64, 128, 64, 8, 2), Tile(32, 128, 64, 8, 2), Tile(16, 128, 64, 8, 2)),
+    ("tf32", 128): (Tile(64, 128, 64, 8, 2), Tile(64, 128, 64, 8, 2), Tile(16, 128, 64, 4, 2)),
+    ("fp32", 16): (Tile(128, 16, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 32, 4, 3)),
+    ("fp32", 32): (Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 4, 3)),
+    ("fp32", 64): (Tile(64, 64, 64, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
+    ("fp32", 128): (Tile(64, 128, 64, 8, 3), Tile(32, 128, 64, 8, 3), Tile(16, 128, 64, 8, 3)),
 }
 
 
@@ -94,7 +95,7 @@ def block_sparse_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,  # a multiple of B
 ):
-    # Neighbouring programs have the same rows: x, which may exceed the L2 cache, comes from memory once for all of them.
+    # Neighbouring programs have the same rows: x, which may exceed the L2 cache, comes from memory once for all.
     block_row = tl.program_id(0)
     group = tl.program_id(1)
     first_task = group * TOGETHER
@@ -291,9 +292,11 @@ def block_sparse_launch(
     """Make the launch of `block_sparse_fwd_kernel`, in the table's tile unless one is given."""
     n, k = weight.shape
     block_rows, groups = _cdiv(n, weight.block), weight.tasks // weight.together
-    tile = tile or block_sparse_tile(
-        max(lengths), block_rows * groups, weight.together * weight.block, x.dtype, precision
-    )
+    if tile is None:
+        # What Triton tells its compiler, which otherwise copies element by element, through registers.
+        is_aligned = k % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+        columns = weight.together * weight.block
+        tile = block_sparse_tile(max(lengths), block_rows * groups, columns, x.dtype, precision, is_aligned)
     return Launch(
         block_sparse_fwd_kernel,
         (block_rows, groups, _cdiv(max(lengths), tile.block_m)),
@@ -329,14 +332,17 @@ def block_sparse_launch(
     )
 
 
-def block_sparse_tile(rows: int, block_rows: int, columns: int, dtype: torch.dtype, precision: str) -> Tile:
+def block_sparse_tile(
+    rows: int, block_rows: int, columns: int, dtype: torch.dtype, precision: str, is_aligned: bool = True
+) -> Tile:
     """Choose for `rows` of one task, the rows of blocks of all groups, and the columns of a program."""
     tiles = TILES[arithmetic(dtype, precision), columns]
     if rows <= 32:
         return tiles[-1]
-    # Three quarters of the GPU at least: a lower tile would fill it and read the weights more often.
+    # Three quarters of the GPU at least: a lower tile would fill it and read the weights more often. The tallest would
+    # spill where rows are not aligned.
     is_filling = block_rows * _cdiv(rows, tiles[0].block_m) >= MULTIPROCESSORS * 3 // 4
-    return tiles[0] if is_filling else tiles[1]
+    return tiles[0] if is_filling and is_aligned else tiles[1]
 
 
 def _check(weight: Tensor, masks: Tensor, block: int, dtype: torch.dtype, together: int) -> None:

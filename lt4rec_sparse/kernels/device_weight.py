@@ -1,4 +1,4 @@
-"""A weight as the GPU kernels read it: prepacked from the canonical shared format, in one of three layouts.
+"""A weight as the GPU kernels read it, in one of three layouts.
 
 See `weight_tile` for the layouts byte by byte. With the masks multiplied in a weight is fastest to read from the L2
 cache; compressed it is smallest, which counts where a batch is so small that the weights' bytes are its time.
@@ -6,13 +6,11 @@ cache; compressed it is smallest, which counts where a batch is so small that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.masks import pack_words
 
 FORMATS = ("premasked", "masked", "shared")
@@ -30,33 +28,32 @@ class Weight(NamedTuple):
     tasks: int
 
     @classmethod
-    def prepack(
-        cls, weight: SharedWeight, tasks: Sequence[str], format: str, dtype: torch.dtype, device: torch.device
-    ) -> Weight:
-        """Make it from the canonical weight.
+    def prepack(cls, weight: Tensor, masks: Tensor, format: str, dtype: torch.dtype, device: torch.device) -> Weight:
+        """Make it from the weight and the tasks' masks.
 
         Args:
-            weight: What to read.
-            tasks: The planes wanted, in order.
+            weight: `[out_features, in_features]`.
+            masks: `[tasks, out_features, in_features]`, bool, True = kept.
             format: One of `FORMATS`.
             dtype: Of the values.
             device: Where they go.
+
+        Raises:
+            ValueError: If there is no such format.
         """
-        planes = torch.stack([weight.mask(task) for task in tasks])
-        dense = weight.to_dense()
+        tasks, n, k = masks.shape
         if format == "premasked":
-            values = torch.where(planes, dense, 0).to(device, dtype)
-            return cls(format, weight.shape, values, None, None, len(tasks))
-        words = pack_words(planes).to(device)
+            # Chosen, not multiplied: a pruned weight may be NaN.
+            return cls(format, (n, k), torch.where(masks, weight, 0).to(device, dtype), None, None, tasks)
+        words = pack_words(masks).to(device)
         if format == "masked":
-            return cls(format, weight.shape, dense.to(device, dtype), words, None, len(tasks))
+            return cls(format, (n, k), weight.to(device, dtype), words, None, tasks)
         if format != "shared":
             raise ValueError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
-        union = planes.any(0)
-        padded = torch.nn.functional.pad(union, (0, -weight.shape[1] % GROUP))
-        counts = padded.view(weight.shape[0], -1, GROUP).sum(2).flatten()
-        offsets = (counts.cumsum(0) - counts).to(torch.int32).view(weight.shape[0], -1).to(device)
-        return cls(format, weight.shape, dense[union].to(device, dtype), words, offsets, len(tasks))
+        union = masks.any(0)
+        counts = torch.nn.functional.pad(union, (0, -k % GROUP)).view(n, -1, GROUP).sum(2)
+        offsets = (counts.flatten().cumsum(0).view_as(counts) - counts).to(device, torch.int32)
+        return cls(format, (n, k), weight[union].to(device, dtype), words, offsets, tasks)
 
     def of_tasks(self, tasks: slice) -> Weight:
         """Return some tasks' part.

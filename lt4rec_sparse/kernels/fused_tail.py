@@ -4,20 +4,21 @@
     a      = relu(a @ W2_t.T + b2_t)                        W2_t [D2, D1]; or no such layer
     scores[i, t * out + j] = act(a @ head[t, j] + head_bias[t, j])
 
-One program computes BLOCK_M rows of one task, and no activation leaves its SM. Between layers activations are rounded to
-the dtype of `h`; the head multiplies and adds in float32.
+One program computes BLOCK_M rows of one task, and no activation leaves its SM. Between layers activations are rounded
+to the dtype of `h`; the head multiplies and adds in float32.
 
 The plan, for 512-256-128-1 in 16 bits; predictions, nothing here has seen a clock:
 
-- A program reads all weights of its task, 328 KB, and its rows of `h`, 1 KB each: from the L2 cache, at about 64 bytes a
-  clock for one SM and 40 for each of all of them. That is 3 us, where the arithmetic of 64 rows takes 3.5 us on wgmma.
+- A program reads all weights of its task, 328 KB, and its rows of `h`, 1 KB each: from the L2 cache, at about 64 bytes
+  a clock for one SM, and 25 where all of them read. Alone that is 3 us; the arithmetic of 64 rows is 3.5 us of wgmma.
 - The first layer is cut into chunks of BLOCK_N neurons. A chunk is computed over all of D0, and multiplied into the
   second layer's sums at once: so registers hold `[BLOCK_M, BLOCK_N]` and `[BLOCK_M, D2]` float32, never all of D1. A
-  chunk costs one more reading of the rows of `h`; up to 64 rows, BLOCK_N is 256 and there is one chunk.
+  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk.
 - 64 rows: 8 warps, 96 registers a thread of sums, 120 KB of shared memory: three stages of 40 KB, which the second
   layer's operands, 96 KB, use again after the loop. At 128 rows that is too many registers: chunks of 128.
 - Every further program reads the weights again. From a third of the multiprocessors on that takes all the bandwidth of
   the L2 cache, so smaller tiles are for batches that would leave more than two thirds of them idle.
+- So 5, 6 and 14 us for two tasks and batches of 256, 2048 and 8192.
 
 Letters, in kernels only: M rows, D0 to D2 widths, W1 and W2 mask words a row.
 """
@@ -32,26 +33,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lt4rec_sparse.kernels.device_weight import Weight
 from lt4rec_sparse.kernels.launch import Launch
-from lt4rec_sparse.kernels.masked_matmul import Weight
 from lt4rec_sparse.kernels.tiles import MULTIPROCESSORS, Tile, arithmetic
 from lt4rec_sparse.kernels.weight_tile import weight_tile
 
-MAX_HIDDEN = 256  # a wider second layer leaves no registers for its sums, or no shared memory for its weights
+MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or sums than registers hold
 MAX_OUT = 4  # the head is computed output by output, beside the tensor cores
 
 # M rows of a program, N neurons of a chunk of the first hidden layer, K in_features of a step. Largest first.
 TILES = {
     "16": (Tile(128, 128, 32, 8, 4), Tile(64, 256, 64, 8, 3), Tile(32, 256, 64, 8, 3), Tile(16, 256, 64, 8, 4)),
-    "tf32": (Tile(64, 64, 32, 8, 3), Tile(32, 128, 32, 8, 3), Tile(16, 128, 32, 8, 3)),
-    "fp32": (Tile(32, 32, 32, 8, 2), Tile(16, 32, 32, 8, 2)),
+    "tf32": (Tile(64, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3), Tile(16, 128, 32, 8, 3)),
+    "fp32": (Tile(32, 32, 32, 8, 2), Tile(16, 32, 32, 8, 3)),
 }
 # Of compressed values: offsets stand for 128 columns, and what is a neuron of one layer is a column of the next.
 COMPRESSED = {
-    "16": (Tile(64, 128, 128, 8, 2), Tile(32, 128, 128, 8, 2), Tile(16, 128, 128, 8, 2)),
+    "16": (Tile(64, 128, 128, 8, 1), Tile(32, 128, 128, 8, 1), Tile(16, 128, 128, 8, 1)),
     "tf32": (Tile(32, 128, 128, 8, 1), Tile(16, 128, 128, 8, 1)),
-    "fp32": (Tile(16, 128, 128, 8, 1),),
-}
+}  # none for IEEE float32: 128 columns of both operands, which are registers there, spill
 # Programs that make a tile worth its size: those of 16-bit and TF32 tiles wait for the L2 cache (above), those of IEEE
 # float32 for the cores, which only more programs bring in.
 PROGRAMS = {"16": MULTIPROCESSORS // 3, "tf32": MULTIPROCESSORS // 3, "fp32": MULTIPROCESSORS * 3 // 4}
@@ -81,7 +81,7 @@ def relu_layer(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Return `relu(x @ weight.T + bias)` at rows `m` and neurons `n`, in the dtype of `x`; zeros past the last neuron."""
+    """Return `relu(x @ weight.T + bias)` at rows `m` and neurons `n`, in the dtype of `x`; zeros past neuron N."""
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     has_row = (m < M)[:, None]
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm
@@ -229,12 +229,23 @@ class Tail(NamedTuple):
     activation: str  # of the head: "none" or "sigmoid"
 
 
-def fits(widths: Sequence[int]) -> bool:
-    """Say whether a tail can be fused; `widths` are `in_features`, each hidden layer's, and the head's outputs."""
-    if len(widths) not in (3, 4):
+def fits(
+    widths: Sequence[int], dtype: torch.dtype = torch.float16, precision: str = "ieee", is_compressed: bool = False
+) -> bool:
+    """Say whether a tail can be fused.
+
+    Args:
+        widths: `in_features`, each hidden layer's, and the head's outputs.
+        dtype: Of `h` and the weights.
+        precision: Of float32 products: "ieee" or "tf32".
+        is_compressed: Whether a hidden layer's format is "shared".
+    """
+    if len(widths) not in (3, 4) or min(widths) < 1:
         return False
     _, *hidden, out = widths
-    return min(widths) >= 1 and max(hidden) <= MAX_HIDDEN and out <= MAX_OUT
+    if is_compressed and arithmetic(dtype, precision) not in COMPRESSED:
+        return False
+    return all(width <= most for width, most in zip(hidden, MAX_HIDDEN, strict=False)) and out <= MAX_OUT
 
 
 def fused_tail_into(h: Tensor, tail: Tail, scores: Tensor, rows: int, precision: str) -> None:
@@ -298,8 +309,8 @@ def fused_tail_launch(
             "ACTIVATION": tail.activation,
             "PRECISION": precision,
             "BLOCK_M": tile.block_m,
-            # Not under 32 columns, the bits of a word; and compressed values come in 128 columns, however few there are.
-            "BLOCK_D1": tile.block_n if is_compressed else min(tile.block_n, max(32, triton.next_power_of_2(d1))),
+            # Not under 128, which is what compressed values need: so the same sums, bit by bit, in every format.
+            "BLOCK_D1": min(tile.block_n, max(128, triton.next_power_of_2(d1))),
             "BLOCK_D2": max(16, triton.next_power_of_2(d2)),
             "BLOCK_OUT": triton.next_power_of_2(out),
             "BLOCK_K": tile.block_k,

@@ -1,4 +1,4 @@
-"""A kernel launch as a value: made once from tensors, then run; or compiled ahead of time for a GPU that is not there."""
+"""A kernel launch as a value: made from tensors and run, or compiled ahead of time for a GPU that is not there."""
 
 from __future__ import annotations
 

@@ -38,9 +38,7 @@ def mask_and_cast_kernel(
 
 
 @triton.jit
-def mask_and_sum_kernel(
-    products_ptr, words_ptr, dw_ptr, TASKS, N, K, W, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def mask_and_sum_kernel(products_ptr, words_ptr, dw_ptr, TASKS, N, K, W, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # dw[n, k] = sum of products[task, n, k] over the tasks that keep it, in their order.
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(0) * BLOCK_K

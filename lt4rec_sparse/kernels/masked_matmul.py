@@ -50,6 +50,7 @@ def masked_matmul_fwd_kernel(
     N,
     K,
     W,
+    stride_xt,
     stride_xm,
     stride_wn,
     stride_bt,
@@ -75,7 +76,7 @@ def masked_matmul_fwd_kernel(
     if tl.program_id(1) * BLOCK_M >= length:
         return
     has_row = (m < length)[:, None]
-    x_rows = x_ptr + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
+    x_rows = x_ptr + first_task * stride_xt + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -218,9 +219,7 @@ def masked_matmul_wgrad_kernel(
             )
             dy = tl.load(dy_columns + m[:, None] * stride_ym, mask=has_row & (n < N)[None, :], other=0.0)
             acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
-        words = tl.load(
-            words_ptr + (task * N + n)[:, None] * W + words_of_k[None, :], mask=(n < N)[:, None], other=0
-        )
+        words = tl.load(words_ptr + (task * N + n)[:, None] * W + words_of_k[None, :], mask=(n < N)[:, None], other=0)
         acc = tl.where(kept(words, BLOCK_N, BLOCK_K), acc, 0.0)
         if TOGETHER == 1:
             total += acc
@@ -258,15 +257,20 @@ def forward_into(
     activation: str,
     precision: str,
 ) -> None:
-    """Write `y [sum(lengths), out_features]`; `bias` is `[out_features]`, or `[tasks, out_features]`."""
+    """Write `y [sum(lengths), out_features]`.
+
+    `x` is `[rows, in_features]`, or `[tasks, rows, in_features]` where each task has its own; `bias` is
+    `[out_features]`, or `[tasks, out_features]`.
+    """
     for first in range(0, len(starts), MAX_TASKS):
         tasks = slice(first, first + MAX_TASKS)
         part = weight
         if weight.tasks > MAX_TASKS:
             part = weight.of_tasks(tasks)
+        part_x = x[tasks] if x.dim() == 3 else x
         part_bias = bias[tasks] if bias is not None and bias.dim() == 2 else bias
         y_starts = _y_starts(lengths)[tasks]
-        forward_launch(x, part, part_bias, y, starts[tasks], y_starts, lengths[tasks], activation, precision).run()
+        forward_launch(part_x, part, part_bias, y, starts[tasks], y_starts, lengths[tasks], activation, precision).run()
 
 
 def forward_launch(
@@ -284,7 +288,7 @@ def forward_launch(
     """Make the launch of `masked_matmul_fwd_kernel`, in the table's tile unless one is given."""
     (n, k), tasks = weight.shape, weight.tasks
     compressed = weight.format == "shared"
-    together = _together(x_starts, lengths)
+    together = 1 if x.dim() == 3 else _together(x_starts, lengths)
     tile = tile or forward_tile(max(lengths), n * tasks, x.dtype, precision, compressed)
     return Launch(
         masked_matmul_fwd_kernel,
@@ -302,7 +306,8 @@ def forward_launch(
             "N": n,
             "K": k,
             "W": 0 if weight.words is None else weight.words.shape[2],
-            "stride_xm": x.stride(0),
+            "stride_xt": x.stride(0) if x.dim() == 3 else 0,
+            "stride_xm": x.stride(-2),
             "stride_wn": 0 if compressed else weight.values.stride(-2),
             "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
             "stride_ym": y.stride(0),

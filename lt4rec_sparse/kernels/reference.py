@@ -53,7 +53,7 @@ def masked_linear_dgrad(
     if len(masks) == 1 and lengths[0] == rows:
         return dy @ _masked(weight, masks[0], dy.dtype)
     dx = dy.new_zeros(rows, weight.shape[1])
-    for part, mask, start, length in zip(dy.split(list(lengths)), masks, starts, lengths, strict=True):
+    for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True):
         dx[start : start + length] += part @ _masked(weight, mask, dy.dtype)
     return dx
 
@@ -64,7 +64,7 @@ def masked_linear_wgrad(
     """`dW = sum over the tasks of (dy_t.T @ x_t) * mask_t`: a pruned weight receives no gradient."""
     parts = [
         _masked((part.T @ x[start : start + length]).to(dtype), mask, dtype)
-        for part, mask, start, length in zip(dy.split(list(lengths)), masks, starts, lengths, strict=True)
+        for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 

@@ -3,10 +3,11 @@
 The formats, all for a weight `[N, K]` and its tasks:
 
 - "premasked": `values [tasks, N, K]`, each task's copy with zeros where nothing is kept.
-- "masked": `values [N, K]` once, and `words [tasks, N, W]`, int32: bit `k % 32` of word `k // 32` says whether column `k`
-  is kept. `W` is a multiple of 4, so that a row of words starts at 16 bytes; padding bits are zero.
-- "shared": `values [nnz]`, those of the union of the masks row by row; `words` likewise; and `offsets [N, W / 4]`, int32:
-  where each group of 128 columns of a row starts in `values`. Bits a weight: `tasks + 1/4 + 16 (density of the union)`.
+- "masked": `values [N, K]` once, and `words [tasks, N, W]`, int32: bit `k % 32` of word `k // 32` says whether column
+  `k` is kept. `W` is a multiple of 4, so that a row of words starts at 16 bytes; padding bits are zero.
+- "shared": `values [nnz]`, those of the union of the masks row by row; `words` likewise; and `offsets [N, W / 4]`,
+  int32: where each group of 128 columns of a row starts in `values`. Bits a weight, values of 16 bits:
+  `tasks + 1/4 + 16 (density of the union)`.
 
 A word is loaded once for 32 weights and expanded in registers. One load of a word for each weight would fill the shared
 memory of a pipelined loop with copies of masks.
@@ -68,7 +69,7 @@ def weight_tile(
         below = (tl.full((32,), 1, tl.uint32) << shifts.to(tl.uint32)) - 1
         places = starts[:, :, None] + count_bits(union[:, :, None] & below[None, None, :])
         bits = (words[:, :, None] >> shifts[None, None, :]) & 1
-        return tl.load(values_ptr + places, mask=bits != 0, other=0.0).reshape(BLOCK_N, BLOCK_K)
+        values = tl.load(values_ptr + places, mask=bits != 0, other=0.0).reshape(BLOCK_N, BLOCK_K)
     else:
         rows = n if FORMAT == "masked" else task * N + n
         pointers = values_ptr + rows[:, None] * stride_wn + k[None, :]
@@ -78,4 +79,4 @@ def weight_tile(
             words = tl.load(words_ptr + (task * N + n)[:, None] * W + w[None, :], mask=inside, other=0)
             # Chosen, not multiplied: a pruned weight may be NaN.
             values = tl.where(kept(words, BLOCK_N, BLOCK_K), values, 0.0).to(values.dtype)
-        return values
+    return values

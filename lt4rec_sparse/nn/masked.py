@@ -227,7 +227,7 @@ class MaskedMLP(nn.Module):
         for layer in self.layers:
             x = layer(x, None, "relu", of_tasks)
             of_tasks = of_tasks.apart()
-        parts = x.split(list(of_tasks.lengths))
+        parts = torch.split(x, list(of_tasks.lengths))
         scores = {name: self.heads[name](part) for name, part in zip(self.tasks, parts, strict=True)}
         return scores if rows is not None else torch.cat(list(scores.values()), dim=-1)
 

@@ -7,6 +7,8 @@ the layer. A `Plan` holds what a measurement said, and a `PlannedMLP` serves by 
     print(plan)
     plan.save("plan.json")
     served = PlannedMLP(frozen, plan)
+
+That is a CPU's. `nn.gpu` measures a GPU's, and serves by it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
 VERSION = 1
-KERNELS = ("sparse", "dense", "onednn")
+KERNELS = ("sparse", "dense", "onednn")  # of a CPU
+GPU_KERNELS = (  # `kernels.gpu_network` tells what they are
+    *("dense", "apart", "premasked", "masked", "shared", "block16", "block32", "block64", "2:4", "compact"),
+    *("tail premasked", "tail masked", "tail shared"),
+)
+GPU_PRECISIONS = ("bf16", "fp16", "fp32")
 BATCH_SIZES = (1, 8, 64, 256, 1024)
 TIE = 0.02  # one chain differs by as much from one measurement to the next
 DENSITY_DRIFT = 0.1  # of a layer's kept weights: its time changes by as much
@@ -62,7 +69,7 @@ Chain = tuple[Segment, ...]
 class Contestant(NamedTuple):
     """One way through the whole network, measured end to end."""
 
-    name: str  # "sparse <precision>", "dense <precision>" or "mixed"
+    name: str  # "sparse <precision>", "dense <precision>" or "mixed"; on a GPU the kernel that it is named after
     chain: Chain
     timing: Timing
 
@@ -78,8 +85,10 @@ class BatchPlan(NamedTuple):
 class Machine(NamedTuple):
     """What a plan's timings depend on, besides the network."""
 
-    engine: str  # the engine's instruction set, or "reference" without the engine
-    threads: int
+    engine: (
+        str  # the engine's instruction set, or "reference" without the engine; or a GPU's name, and Triton's version
+    )
+    threads: int  # 0 on a GPU
     torch: str
 
 
@@ -143,7 +152,7 @@ class Plan:
             raise ValueError("mlp: got one without codes, wanted a calibrated one for int8: mlp.calibrated(x)")
         runs = {segment: _run(mlp, segment) for segment in _candidates(len(mlp._paths()[0]), precision)}
         batches = tuple(_measure_batch(mlp, runs, batch, precision) for batch in sizes)
-        return cls(_this_machine(), _network(mlp), precision, batches)
+        return cls(_this_machine(), network_of(mlp), precision, batches)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -189,16 +198,19 @@ class Plan:
         """Show every way through the network at every batch size, the winner first."""
         widths = " -> ".join(str(width) for width in (self.network.in_features, *self.network.out_features))
         densities = ", ".join(f"{density:.0%}" for density in self.network.densities)
+        width = max(len(contestant.name) for plan in self.batches for contestant in plan.contestants)
         lines = [
             f"{widths}, densities {densities}, tasks {self.network.tasks}, precision {self.precision}",
-            f"engine {self.machine.engine}, threads {self.machine.threads}, torch {self.machine.torch}",
-            f"{'batch':>5}   {'':<11} {'median us':>10} {'p20':>10} {'p80':>10} {'ratio':>6}  layers",
+            f"engine {self.machine.engine}, "
+            + (f"threads {self.machine.threads}, " if self.machine.threads else "")
+            + f"torch {self.machine.torch}",
+            f"{'batch':>5}   {'':<{width}} {'median us':>10} {'p20':>10} {'p80':>10} {'ratio':>6}  layers",
         ]
         for plan in self.batches:
             best_us = plan.contestants[0].timing.median_us
             for i, (name, chain, timing) in enumerate(plan.contestants):
                 lines.append(
-                    f"{'' if i else plan.batch:>5} {' ' if i else '*'} {name:<11} {timing.median_us:>10.1f} "
+                    f"{'' if i else plan.batch:>5} {' ' if i else '*'} {name:<{width}} {timing.median_us:>10.1f} "
                     f"{timing.p20_us:>10.1f} {timing.p80_us:>10.1f} {timing.median_us / best_us:>6.2f}  "
                     f"{_show(chain)}"
                 )
@@ -229,7 +241,7 @@ class PlannedMLP(nn.Module):
 
     def __init__(self, mlp: SparseMLP, plan: Plan) -> None:
         super().__init__()
-        _check_fits(mlp, plan)
+        check_fits(mlp, plan, _this_machine())
         self.plan = plan
         self.in_features = mlp.in_features
         self.out_features = mlp.out_features
@@ -387,7 +399,7 @@ def _measure_batch(mlp: SparseMLP, runs: Mapping[Segment, _Run], batch: int, pre
             }
         )
     contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, _ranked(contestants), tuple(segments.items()))
+    return BatchPlan(batch, ranked(contestants), tuple(segments.items()))
 
 
 def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:
@@ -402,13 +414,13 @@ def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:
     subsets["mixed"] = list(us)
     chains: dict[str, Chain] = {}
     for name, subset in subsets.items():
-        chain = _fastest_chain({segment: us[segment] for segment in subset})
+        chain = fastest_chain({segment: us[segment] for segment in subset})
         if chain and chain not in chains.values():
             chains[name] = chain
     return chains
 
 
-def _fastest_chain(us: Mapping[Segment, float]) -> Chain:
+def fastest_chain(us: Mapping[Segment, float]) -> Chain:
     """Return the segments that cover all layers in the least time together, or nothing if none do."""
     layers = 1 + max((segment.last for segment in us), default=0)
 
@@ -428,7 +440,7 @@ def _fastest_chain(us: Mapping[Segment, float]) -> Chain:
     return rest(0, ("", ""))[1]
 
 
-def _ranked(contestants: Sequence[Contestant]) -> tuple[Contestant, ...]:
+def ranked(contestants: Sequence[Contestant]) -> tuple[Contestant, ...]:
     """Put the winner first: of those within a tie of the fastest the one given first; then by time."""
     limit = (1 + TIE) * min(x.timing.median_us for x in contestants)
     winner = next(x for x in contestants if x.timing.median_us <= limit)
@@ -462,7 +474,7 @@ def _from_json(raw: Mapping[str, Any]) -> Plan:
 
 def _check_chain(chain: Chain, layers: int) -> None:
     covered = [layer for segment in chain for layer in range(segment.first, segment.last + 1)]
-    known = all(
+    known = all(s.kernel in GPU_KERNELS and s.precision in GPU_PRECISIONS for s in chain) or all(
         s.precision in ops.PRECISIONS and s.kernel in KERNELS and (s.kernel == "sparse" or s.first == s.last)
         for s in chain
     )
@@ -470,8 +482,13 @@ def _check_chain(chain: Chain, layers: int) -> None:
         raise ValueError(f"chain: got {[tuple(s) for s in chain]}, wanted known kernels for layers 0 to {layers - 1}")
 
 
-def _check_fits(mlp: SparseMLP, plan: Plan) -> None:
-    machine, network = _this_machine(), _network(mlp)
+def check_fits(mlp: SparseMLP, plan: Plan, machine: Machine) -> None:
+    """Refuse a plan of another network or machine.
+
+    Raises:
+        InputError: If one of the facts that its timings depend on is another.
+    """
+    network = network_of(mlp)
     facts = {**plan.machine._asdict(), **plan.network._asdict()}
     wanted = {**machine._asdict(), **network._asdict()}
     for name, want in wanted.items():
@@ -486,7 +503,8 @@ def _this_machine() -> Machine:
     return Machine(ops.cpu_engine(), torch.get_num_threads(), str(torch.__version__))
 
 
-def _network(mlp: SparseMLP) -> Network:
+def network_of(mlp: SparseMLP) -> Network:
+    """Return what of a frozen MLP its timings depend on."""
     paths = mlp._paths()
     densities = [
         round(sum(layer.weight.mask(task).float().mean().item() for layer, task in layers) / len(layers), 4)

@@ -21,10 +21,12 @@ ALL = "all"  # the one plane of a head, which belongs to its task alone and keep
 
 
 class SparseMLP(nn.Module):
-    """All tasks' sparse MLPs in one call of the CPU engine, from compressed weights.
+    """All tasks' sparse MLPs in one call of the CPU engine, or in a few launches on a GPU, from compressed weights.
 
     The hidden weights are one `SharedWeight` a layer: the union of the tasks' masks once, a bit plane a task. The
-    engine's own layout is prepacked from them when the module is made, and lives only in memory.
+    engine's own layout is prepacked from them when the module is made, and lives only in memory; a GPU's, where `x` is
+    on one, at the first call there. int8 runs as the dense reference on a GPU. `nn.gpu.GpuMLP` serves there faster, by
+    a measured plan and from CUDA graphs.
 
     Args:
         hidden: The hidden layers, input first, all with the same tasks.
@@ -74,6 +76,7 @@ class SparseMLP(nn.Module):
             self.codes = {task: tuple(codes[task]) for task in self.tasks}
         self.prepacked = ops.prepack(self._paths(), precision, self._codes())
         self._network = None if self.prepacked is None else ops.Network(self.prepacked)
+        self._gpu: dict[torch.device, ops.GpuParts] = {}
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.
@@ -93,7 +96,9 @@ class SparseMLP(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self.prepacked is None or x.device.type != "cpu":
+        if x.device.type == "cuda" and self.precision != "int8":
+            y = ops.sparse_mlp_gpu(rows, self._on_gpu(x.device))
+        elif self.prepacked is None or x.device.type != "cpu":
             y = ops.sparse_mlp_dense(rows, self._paths(), self.precision, self._codes())
         else:
             y = ops.sparse_mlp(rows, self.prepacked, self.out_features)
@@ -155,6 +160,13 @@ class SparseMLP(nn.Module):
             f"{self.in_features} -> {shapes}, tasks={', '.join(self.tasks)}, {self.precision}, "
             f"union density: {', '.join(union)}"
         )
+
+    def _on_gpu(self, device: torch.device) -> ops.GpuParts:
+        """Return what that GPU runs, prepacked at the first call."""
+        if device not in self._gpu:
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            self._gpu[device] = ops.prepack_gpu(self._paths(), dtype, device)
+        return self._gpu[device]
 
     def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
         return SparseMLP(self.hidden, self.heads, precision, codes).eval()

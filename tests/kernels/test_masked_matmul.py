@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import UNIT_ROUNDOFF, Bounded, assert_exact, assert_rounding, linear_reference, small_integers
 
-from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.masks import pack_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -183,9 +182,7 @@ def test_every_tile_of_the_tables_is_exact(table, kind, tile, tasks):
 def test_every_format_gives_the_same(case, format, kind):
     dtype = torch.float16 if kind == "16" else torch.float32
     p = problem(case, dtype)
-    names = [f"task{t}" for t in range(p.tasks)]
-    canonical = SharedWeight.from_dense(p.weight.cpu(), dict(zip(names, p.masks.cpu(), strict=True)))
-    weight = Weight.prepack(canonical, names, format, dtype, DEVICE)
+    weight = Weight.prepack(p.weight, p.masks, format, dtype, DEVICE)
     table = tiles.COMPRESSED if format == "shared" else tiles.FORWARD
     biases = torch.stack([p.bias + t for t in range(p.tasks)])
     wanted = torch.cat([x.double() @ w.double().T + b.double() for (x, w, _), b in zip(p.each(), biases, strict=True)])
@@ -200,10 +197,10 @@ def test_every_format_gives_the_same(case, format, kind):
 
 def test_a_compressed_weight_is_as_small_as_promised():
     generator = torch.Generator().manual_seed(0)
-    masks = {task: torch.rand(512, 1024, generator=generator) < 0.1 for task in ("a", "b")}
-    canonical = SharedWeight.from_dense(torch.randn(512, 1024, generator=generator), masks)
-    weight = Weight.prepack(canonical, ["a", "b"], "shared", torch.bfloat16, DEVICE)
-    assert weight.nbytes == 2 * canonical.nnz + 512 * 1024 * 2 // 8 + 512 * 1024 // 32
+    masks = torch.rand(2, 512, 1024, generator=generator) < 0.1
+    weight = Weight.prepack(torch.randn(512, 1024), masks, "shared", torch.bfloat16, DEVICE)
+    # 16 bits a value of the union, a bit a weight and task, a quarter of a bit for the offsets.
+    assert weight.nbytes == 2 * int(masks.any(0).sum()) + 512 * 1024 * 2 // 8 + 512 * 1024 // 32
     with pytest.raises(ValueError, match="got 2 of a compressed weight"):
         weight.of_tasks(slice(0, 1))
 
@@ -211,9 +208,7 @@ def test_a_compressed_weight_is_as_small_as_promised():
 @every_dtype
 def test_sigmoid_is_within_the_bound_of_its_argument(dtype):
     p = problem("two-tasks-short", dtype)
-    names = ["a", "b"]
-    canonical = SharedWeight.from_dense(p.weight.cpu() / 8, dict(zip(names, p.masks.cpu(), strict=True)))
-    weight = Weight.prepack(canonical, names, "masked", dtype, DEVICE)
+    weight = Weight.prepack(p.weight / 8, p.masks, "masked", dtype, DEVICE)
     y = p.x.new_empty(sum(p.lengths), p.weight.shape[0], dtype=torch.float32)
     masked_matmul.forward_into(p.x, weight, None, y, *p.ranges, "sigmoid", "ieee")
     for (x, w, _), rows in zip(p.each(), y.split(list(p.lengths)), strict=True):

@@ -1,0 +1,311 @@
+"""A frozen MLP on a GPU as one network: a chain of runs over its layers, and what runs there are (`gpu_runs`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt4rec_sparse.kernels import block_sparse, fused_tail
+from lt4rec_sparse.kernels.block_sparse import BlockWeight
+from lt4rec_sparse.kernels.device_weight import FORMATS, Weight
+from lt4rec_sparse.kernels.fused_tail import Tail
+from lt4rec_sparse.kernels.gpu_runs import (
+    ApartRun,
+    BatchedRun,
+    BlockRun,
+    CompactRun,
+    ProductRun,
+    Run,
+    SemiStructuredRun,
+    StackedRun,
+    TailRun,
+)
+from lt4rec_sparse.kernels.masked_matmul import MAX_TASKS
+
+Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
+ALIGNMENT = 64  # columns: rows of x then start where the copies of a tile and cuBLAS want them, and tiles divide them
+MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
+
+
+class Layer(NamedTuple):
+    """One layer of a frozen MLP, dense on the CPU, as runs are prepacked from it."""
+
+    weight: (
+        Tensor | None
+    )  # float32 [out_features, in_features], which the masks select from; None if tasks have their own
+    masked: Tensor  # float32 [tasks, out_features, in_features], zeros where nothing is kept
+    masks: Tensor  # bool, likewise
+    bias: Tensor  # float32 [tasks, out_features]
+    activation: str
+
+
+class CompactLayer(Protocol):
+    """One layer of one task of a compacted MLP: float32 `[out_features, in_features]` and `[out_features]`."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: str
+
+
+class Compacted(Protocol):
+    """What `nn.compaction.compact` returns."""
+
+    columns: Tensor
+    tasks: list[list[Any]]
+
+
+class GpuNetwork(NamedTuple):
+    """A chain of runs over all layers."""
+
+    runs: tuple[Run, ...]
+    in_features: int  # of x as it comes
+    padded: int  # of x as the runs read it
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Score `x [rows, in_features]`, or rows padded with zeros already, for all tasks.
+
+        Returns:
+            `[rows, tasks * out_features]`, float32: the tasks side by side.
+        """
+        x = x.to(self.dtype)
+        if x.shape[1] < self.padded:
+            x = F.pad(x, (0, self.padded - x.shape[1]))
+        h = (x if x.stride(1) == 1 else x.contiguous())[None]
+        for run in self.runs:
+            h = run(h)
+        return h.transpose(0, 1).reshape(h.shape[1], -1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights stand."""
+        return flatten(self)[0][0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and biases, as prepacked."""
+        return sum(part.nbytes for part in flatten(self)[0])
+
+
+def prepack(
+    layers: Sequence[Layer],
+    chain: Sequence[Span],
+    dtype: torch.dtype,
+    device: torch.device,
+    compacted: Compacted | None = None,
+) -> GpuNetwork:
+    """Prepack a frozen MLP for a chain of runs that cover its layers in order."""
+    runs = tuple(prepack_run(layers, span, dtype, device, compacted) for span in chain)
+    return network(runs, layers[0].masked.shape[2], chain[0][0], dtype)
+
+
+def network(runs: tuple[Run, ...], in_features: int, first: str, dtype: torch.dtype) -> GpuNetwork:
+    """Chain runs, of which the first is one of the ways `first`."""
+    return GpuNetwork(runs, in_features, in_features if first == "compact" else padded(in_features), dtype)
+
+
+def prepack_run(
+    layers: Sequence[Layer],
+    span: Span,
+    dtype: torch.dtype,
+    device: torch.device,
+    compacted: Compacted | None = None,
+) -> Run:
+    """Prepack what one run reads."""
+    kernel, first, last = span
+    layer, is_last = layers[first], first == len(layers) - 1
+    tasks = layer.masked.shape[0]
+    bias = layer.bias.to(device, torch.float32)
+    if kernel == "compact":
+        if compacted is None:
+            raise ValueError("compacted: got None, wanted the compacted MLP, for a chain that runs it")
+        return _compact_run(compacted, dtype, device)
+    if kernel.startswith("tail "):
+        return TailRun(_tail(layers[first : last + 1], kernel.removeprefix("tail "), dtype, device))
+    if first == 0:
+        layer = _pad_columns(layer)
+    if kernel in ("dense", "apart"):
+        weight = layer.masked.to(device, dtype)
+        if not is_last:
+            bias = bias.to(dtype)  # cuBLAS reads a bias of the operands' dtype
+        if first == 0:
+            return StackedRun(weight.flatten(0, 1), bias.flatten(), tasks, layer.activation, is_last)
+        if kernel == "apart":
+            return ApartRun(weight, bias, layer.activation)
+        return BatchedRun(weight, bias[:, None], layer.activation, is_last)
+    if kernel in FORMATS:
+        return ProductRun(_weight(layer, kernel, dtype, device), bias, layer.activation, is_last)
+    if kernel.startswith("block"):
+        side = int(kernel.removeprefix("block"))
+        together = tasks if first == 0 and tasks in (2, 4) and tasks * side <= block_sparse.MAX_COLUMNS else 1
+        weight = layer.masked[0] if layer.weight is None else layer.weight
+        return BlockRun(
+            BlockWeight.from_dense(weight.to(device), layer.masks.to(device), side, dtype, together),
+            bias,
+            layer.activation,
+            is_last,
+        )
+    if kernel == "2:4":
+        weights = tuple(torch.sparse.to_sparse_semi_structured(w) for w in layer.masked.to(device, dtype))
+        return SemiStructuredRun(weights, bias.to(dtype), layer.activation)
+    raise ValueError(f"kernel: got {kernel!r}, wanted one of the ways of gpu_network")
+
+
+def spans(
+    layers: Sequence[Layer], dtype: torch.dtype, device: torch.device, is_smaller_compacted: bool
+) -> Iterator[Span]:
+    """Yield every run that fits some of the layers; each layer has at least "dense"."""
+    last = len(layers) - 1
+    if is_smaller_compacted:
+        yield "compact", 0, last
+    for i, layer in enumerate(layers):
+        tasks, n, k = layer.masked.shape
+        yield "dense", i, i
+        if 0 < i < last and tasks > 1:
+            yield "apart", i, i
+        if i == last and layer.weight is None:  # a head is dense, and of a task alone
+            continue
+        for kernel in FORMATS:
+            if layer.weight is not None and not (kernel == "shared" and tasks > MAX_TASKS):
+                yield kernel, i, i
+        if layer.weight is not None:
+            for side in block_sparse.BLOCKS:
+                # The largest side that skips enough: smaller ones read more for the same.
+                if _block_density(layer.masks, side) <= MAX_BLOCK_DENSITY:
+                    yield f"block{side}", i, i
+        is_for_sparse_cores = device.type == "cuda" and dtype != torch.float32 and n % 32 == 0 and k % 64 == 0
+        if i < last and is_for_sparse_cores and _is_2_4(layer.masks):
+            yield "2:4", i, i
+    for first in range(1, last):
+        tail = layers[first:]
+        widths = [tail[0].masked.shape[2], *(layer.masked.shape[1] for layer in tail)]
+        hidden_relu = all(layer.activation == "relu" for layer in tail[:-1])
+        if fused_tail.fits(widths) and hidden_relu and tail[-1].activation in ("none", "sigmoid"):
+            for format in FORMATS:
+                if not (format == "shared" and tail[0].masked.shape[0] > MAX_TASKS):
+                    yield f"tail {format}", first, last
+
+
+def default_chain(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> list[Span]:
+    """Return the chain that paper arithmetic favours: dense layers, then the longest tail that fits, in one launch."""
+    tails = [span for span in spans(layers, dtype, device, False) if span[0] == "tail premasked"]
+    first = min((first for _, first, _ in tails), default=len(layers))
+    chain = [("dense", i, i) for i in range(first)]
+    return [*chain, ("tail premasked", first, len(layers) - 1)] if tails else chain
+
+
+def flatten(value: Any) -> tuple[list[Tensor], str]:
+    """Return a network's tensors, and the rest of it as JSON: what an operator can be given."""
+    parts: list[Tensor] = []
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            parts.append(value)
+            return {"part": len(parts) - 1}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {"type": type(value).__name__, "fields": [walk(item) for item in value]}
+        return [walk(item) for item in value] if isinstance(value, tuple) else value
+
+    return parts, json.dumps(walk(value))
+
+
+def unflatten(parts: Sequence[Tensor], layout: str) -> GpuNetwork:
+    """Undo `flatten`."""
+    network = _build(_layout(layout), parts)
+    assert isinstance(network, GpuNetwork)
+    return network
+
+
+_TYPES = {
+    kind.__name__: kind
+    for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, CompactRun)
+} | {kind.__name__: kind for kind in (Weight, BlockWeight, Tail)}
+
+
+@lru_cache(maxsize=64)
+def _layout(layout: str) -> Any:
+    return json.loads(layout)
+
+
+def _build(value: Any, parts: Sequence[Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_build(item, parts) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "part" in value:
+        return parts[value["part"]]
+    if "dtype" in value:
+        return getattr(torch, value["dtype"])
+    return _TYPES[value["type"]](*(_build(item, parts) for item in value["fields"]))
+
+
+def _weight(layer: Layer, format: str, dtype: torch.dtype, device: torch.device) -> Weight:
+    if layer.weight is None:
+        if format != "premasked":
+            raise ValueError(f"format: got {format} for tasks with weights of their own, wanted premasked")
+        tasks, n, k = layer.masked.shape
+        return Weight(format, (n, k), layer.masked.to(device, dtype), None, None, tasks)
+    return Weight.prepack(layer.weight, layer.masks, format, dtype, device)
+
+
+def _tail(layers: Sequence[Layer], format: str, dtype: torch.dtype, device: torch.device) -> Tail:
+    *hidden, head = layers
+    return Tail(
+        tuple(_weight(layer, format, dtype, device) for layer in hidden),
+        tuple(layer.bias.to(device, torch.float32) for layer in hidden),
+        head.masked.to(device, torch.float32),
+        head.bias.to(device, torch.float32),
+        head.activation,
+    )
+
+
+def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device) -> CompactRun:
+    def put(t: Tensor, is_last: bool = False) -> Tensor:
+        return t.to(device, torch.float32 if is_last else dtype)
+
+    tasks = compacted.tasks
+    activations = tuple(tuple(layer.activation for layer in layers) for layers in tasks)
+    stacked = all(len(layers) > 1 for layers in tasks) and len({names[0] for names in activations}) == 1
+    own = [layers[1:] if stacked else layers for layers in tasks]
+    return CompactRun(
+        compacted.columns.to(device),
+        tuple(tuple(put(layer.weight) for layer in layers) for layers in own),
+        tuple(tuple(put(layer.bias, i == len(layers) - 1) for i, layer in enumerate(layers)) for layers in own),
+        activations,
+        put(torch.cat([layers[0].weight for layers in tasks])) if stacked else None,
+        put(torch.cat([layers[0].bias for layers in tasks])) if stacked else None,
+    )
+
+
+def padded(width: int) -> int:
+    """Return how wide the first layer's runs read an `x` of `width` columns: the rest are zeros."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def _pad_columns(layer: Layer) -> Layer:
+    columns = (0, padded(layer.masked.shape[2]) - layer.masked.shape[2])
+    return layer._replace(
+        weight=None if layer.weight is None else F.pad(layer.weight, columns),
+        masked=F.pad(layer.masked, columns),
+        masks=F.pad(layer.masks, columns),
+    )
+
+
+def _block_density(masks: Tensor, side: int) -> float:
+    """Return the kept blocks over all blocks, all tasks together."""
+    tasks, n, k = masks.shape
+    whole = F.pad(masks, (0, -k % side, 0, -n % side))
+    blocks = whole.view(tasks, -(-n // side), side, -(-k // side), side).any(4).any(2)
+    return float(blocks.float().mean())
+
+
+def _is_2_4(masks: Tensor) -> bool:
+    return bool((masks.view(*masks.shape[:2], -1, 4).sum(-1) <= 2).all())

@@ -1,0 +1,353 @@
+"""Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
+
+    plan = measure_plan(frozen)
+    print(plan)
+    served = GpuMLP(frozen, plan)
+    scores = served(x)
+
+A launch costs some microseconds of the host, and a small batch's kernels no more than that: so every bucket of batch
+sizes is captured once, over buffers that stay, and a request is one copy, one replay and one copy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse import ops
+from lt4rec_sparse.nn.compaction import compact
+from lt4rec_sparse.nn.masked import task_index
+from lt4rec_sparse.nn.plan import (
+    GPU_PRECISIONS,
+    BatchPlan,
+    Chain,
+    Contestant,
+    Machine,
+    Plan,
+    Segment,
+    check_fits,
+    fastest_chain,
+    network_of,
+    ranked,
+)
+from lt4rec_sparse.nn.sparse import SparseMLP
+from lt4rec_sparse.stopwatch import Timing, interleaved
+
+BATCH_SIZES = (1, 64, 256, 1024, 2048, 8192)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
+REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
+
+# Whole networks made of one way, with dense products where it has none, and the best mixture. Ties go to the first.
+_SUBSETS = {
+    "shared": ("shared", "tail shared"),
+    "masked": ("masked", "tail masked"),
+    "premasked": ("premasked", "tail premasked"),
+    "compact": ("compact",),
+    "2:4": ("2:4", "dense", "apart", "tail premasked"),
+    "block": ("block16", "block32", "block64", "dense", "apart", "tail premasked"),
+    "dense": ("dense", "apart"),
+}
+
+
+class GpuMLP(nn.Module):
+    """A frozen MLP that serves from a GPU: takes the place of the `SparseMLP` it is made from.
+
+    For inference alone, one request at a time (a lock sees to it): autograd and `torch.compile` do not see the graphs.
+    A request goes to the smallest bucket that holds it, and is cut where it is larger than all.
+
+    In 16 bits weights and the activations between layers are rounded, sums and logits are float32.
+
+    Args:
+        mlp: The frozen MLP. It is left as it is.
+        plan: What `measure_plan` found for it, or for one like it, on such a GPU; its batch sizes are the buckets. None
+            takes the chain that is predicted to be fastest.
+        precision: Without a plan: "bf16", "fp16" or "fp32".
+        batch_sizes: Without a plan: the buckets, ascending.
+        device: The GPU.
+
+    Raises:
+        InputError: If the plan is of another network, GPU, torch or Triton.
+        ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
+    """
+
+    def __init__(
+        self,
+        mlp: SparseMLP,
+        plan: Plan | None = None,
+        precision: str = "bf16",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        if plan is not None:
+            check_fits(mlp, plan, _machine(device))
+            precision, batch_sizes = plan.precision, [batch.batch for batch in plan.batches]
+        _check(precision, batch_sizes)
+        self.plan = plan
+        self.in_features = mlp.in_features
+        self.out_features = mlp.out_features
+        self.tasks = mlp.tasks
+        self.hidden = mlp.hidden
+        self.heads = mlp.heads
+        self.nbytes = mlp.nbytes
+        self.precision = precision
+        self.device = device
+        self._lock = Lock()
+        ways = _Ways(mlp, DTYPES[precision], device)
+        chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
+        self._networks = {chain: ways.network(chain) for chain in dict.fromkeys(chains)}
+        self._buckets = [_Graphed(self._networks[c], b) for b, c in zip(batch_sizes, chains, strict=True)]
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Score every task, or return one task's part of it.
+
+        Args:
+            x: `[..., in_features]`, of any floating dtype, on the GPU or off it.
+            task: The task's name; None returns every task. All are computed in any case.
+
+        Returns:
+            `[..., tasks * out_features]`, float32, on the GPU, or `[..., out_features]` of the task.
+
+        Raises:
+            ValueError: If the last dimension is another, or there is no such task.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        scores = torch.empty(rows.shape[0], self.out_features, device=self.device)
+        largest = self._buckets[-1].batch
+        with self._lock:
+            for start in range(0, rows.shape[0], largest):
+                part = rows[start : start + largest]
+                self._bucket(part.shape[0]).score_into(part, scores[start : start + largest])
+        y = scores if x.dim() == 2 else scores.reshape(*x.shape[:-1], self.out_features)
+        return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
+
+    def score_into(self, x: Tensor, out: Tensor) -> None:
+        """Write every task's scores into `out`.
+
+        Args:
+            x: `[batch, in_features]`.
+            out: `[batch, tasks * out_features]`, float32, on any device.
+
+        Raises:
+            ValueError: If a shape or dtype is another.
+        """
+        y = self(x)
+        if out.shape != y.shape or out.dtype != y.dtype:
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted {y.dtype} {tuple(y.shape)}")
+        out.copy_(y)
+
+    @property
+    def prepacked_nbytes(self) -> int:
+        """Bytes of the weights as the buckets' chains want them."""
+        return sum(network.nbytes for network in self._networks.values())
+
+    def extra_repr(self) -> str:
+        """Show tasks, precision and buckets."""
+        return (
+            f"tasks={', '.join(self.tasks)}, {self.precision}, batch {', '.join(str(b.batch) for b in self._buckets)}"
+        )
+
+    def _bucket(self, batch: int) -> _Graphed:
+        return self._buckets[bisect_left([bucket.batch for bucket in self._buckets], batch)]
+
+
+def measure_plan(
+    mlp: SparseMLP,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    precision: str = "bf16",
+    device: torch.device | str = "cuda",
+) -> Plan:
+    """Measure the ways to run a frozen MLP on this GPU, weights warm in its L2 cache.
+
+    Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
+    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
+    format, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
+    masks multiplied in beforehand, tasks in one product, CUDA graphs. The winner is never slower than it but by noise.
+
+    Args:
+        mlp: The frozen MLP.
+        batch_sizes: Ascending; the buckets of the `GpuMLP` that serves by it.
+        precision: "bf16", "fp16" or "fp32".
+        device: The GPU.
+
+    Returns:
+        The plan: printable, `save`d and `load`ed like a CPU's.
+
+    Raises:
+        ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
+    """
+    device = torch.device(device)
+    _check(precision, batch_sizes)
+    ways = _Ways(mlp, DTYPES[precision], device)
+    batches = tuple(_measure_batch(ways, batch, precision) for batch in batch_sizes)
+    return Plan(_machine(device), network_of(mlp), precision, batches)
+
+
+class _Ways:
+    """The runs and networks that a frozen MLP can be prepacked for, each prepacked once."""
+
+    def __init__(self, mlp: SparseMLP, dtype: torch.dtype, device: torch.device) -> None:
+        self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+        self.layers = ops.gpu_layers(mlp._paths())
+        self.dtype = dtype
+        self.device = device
+        self.compacted = compact(mlp)
+        self.in_features = mlp.in_features
+        self.default: Chain = self._chain(self._kernels.default_chain(self.layers, dtype, device))
+        self._runs: dict[Segment, Any] = {}
+
+    @property
+    def precision(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def segments(self) -> list[Segment]:
+        """Return every run that fits."""
+        is_smaller = self.compacted.multiply_adds <= WORTH_COMPACTING * self.compacted.multiply_adds_before
+        return list(self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller)))
+
+    def run(self, segment: Segment) -> Callable[[Tensor], Tensor]:
+        """Return one run, prepacked."""
+        if segment not in self._runs:
+            span = (segment.kernel, segment.first, segment.last)
+            parts = (self.layers, span, self.dtype, self.device, self.compacted)
+            self._runs[segment] = self._kernels.prepack_run(*parts)
+        run: Callable[[Tensor], Tensor] = self._runs[segment]
+        return run
+
+    def network(self, chain: Chain) -> Any:
+        """Return the runs of a chain as one network."""
+        runs = tuple(self.run(segment) for segment in chain)
+        return self._kernels.network(runs, self.in_features, chain[0].kernel, self.dtype)
+
+    def example(self, segment: Segment, batch: int, generator: torch.Generator) -> Tensor:
+        """Draw activations as they enter a segment: `[tasks, batch, in_features]`, or those of x."""
+        tasks, _, k = self.layers[segment.first].masked.shape
+        if segment.first == 0:
+            width = k if segment.kernel == "compact" else self._kernels.padded(k)
+            x = torch.randn(1, batch, k, generator=generator)
+            return torch.nn.functional.pad(x, (0, width - k)).to(self.device, self.dtype)
+        return torch.randn(tasks, batch, k, generator=generator).relu_().to(self.device, self.dtype)
+
+    def _chain(self, spans: Any) -> Chain:
+        return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
+
+
+class _Graphed:
+    """One network at one batch size, as a CUDA graph over buffers of its own; the network itself where there is no GPU.
+
+    Rows beyond a request's are those of an earlier one: no row reads another's.
+    """
+
+    def __init__(self, network: Any, batch: int) -> None:
+        self.batch = batch
+        self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
+        self._in_features = network.in_features
+        self._replay, self._scores = _captured(partial(network, self.x))
+
+    def score_into(self, x: Tensor, out: Tensor) -> None:
+        """Score up to `batch` rows."""
+        self.x[: len(x), : self._in_features].copy_(x)
+        self._replay()
+        out.copy_(self._scores[: len(x)])
+
+
+def _captured(call: Callable[[], Tensor], repeats: int = 1) -> tuple[Callable[[], None], Tensor]:
+    """Return what runs `call` again, and where its result then stands."""
+    with torch.inference_mode():
+        result = call()  # compiles; on a GPU more than once, as capture asks for
+        if result.device.type != "cuda":
+            return partial(_again, call, result), result
+        stream = torch.cuda.Stream(result.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(result.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(result.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                result = call()
+        return graph.replay, result
+
+
+def _again(call: Callable[[], Tensor], result: Tensor) -> None:
+    result.copy_(call())
+
+
+def _measure_batch(ways: _Ways, batch: int, precision: str) -> BatchPlan:
+    generator = torch.Generator().manual_seed(0)
+    segments = ways.segments()
+    # Alone they only propose chains: the verdict is the second measurement's, which takes longer.
+    alone = _timed(
+        {s: partial(ways.run(s), ways.example(s, batch, generator)) for s in segments}, ways.device, rounds=5
+    )
+    chains = _chains({segment: timing.median_us for segment, timing in alone.items()})
+    x = torch.randn(batch, ways.in_features, generator=generator).to(ways.device, ways.dtype)
+    ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, rounds=15)
+    contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
+    return BatchPlan(batch, ranked(contestants), tuple(alone.items()))
+
+
+def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[Any, Timing]:
+    """Time calls in interleaved rounds, on a GPU as graphs of several repetitions each."""
+    if device.type != "cuda":
+        return dict(zip(calls, interleaved(_named(calls), rounds=rounds, round_us=1.0).values(), strict=True))
+    graphs = {key: _captured(call, REPEATS)[0] for key, call in calls.items()}
+
+    def waited(replay: Callable[[], None]) -> None:
+        replay()
+        torch.cuda.synchronize(device)
+
+    timings = interleaved(_named({key: partial(waited, replay) for key, replay in graphs.items()}), rounds, 2_000.0)
+    return {key: Timing(*(us / REPEATS for us in timing)) for key, timing in zip(calls, timings.values(), strict=True)}
+
+
+def _named(calls: Mapping[Any, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    return {str(key): call for key, call in calls.items()}
+
+
+def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
+    """Choose the ways through the network to time end to end, in the order that ties prefer; none stands twice."""
+    layers = range(1 + max(segment.last for segment in us))
+    chains: dict[str, Chain] = {}
+    for name, kernels in (*_SUBSETS.items(), ("mixed", tuple({s.kernel for s in us}))):
+        subset = {segment: time for segment, time in us.items() if segment.kernel in kernels}
+        # A head is dense where nothing else of the kind runs it.
+        covered = {layer for segment in subset for layer in range(segment.first, segment.last + 1)}
+        subset |= {s: time for s, time in us.items() if s.kernel == "dense" and s.first not in covered}
+        chain = fastest_chain(subset) if covered | {s.first for s in subset} == set(layers) else ()
+        if chain and chain not in chains.values() and (name == "mixed" or any(s.kernel in kernels for s in chain)):
+            chains[name] = chain
+    return chains
+
+
+def _winner(batch: BatchPlan) -> Chain:
+    return batch.contestants[0].chain
+
+
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine(f"interpreter on {device.type}", 0, str(torch.__version__))
+    triton = importlib.import_module("triton")
+    name = torch.cuda.get_device_name(device)
+    return Machine(f"{name}, triton {triton.__version__}", 0, str(torch.__version__))
+
+
+def _check(precision: str, batch_sizes: Sequence[int]) -> None:
+    if precision not in GPU_PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(GPU_PRECISIONS)}")
+    if not batch_sizes or batch_sizes[0] < 1 or any(a >= b for a, b in pairwise(batch_sizes)):
+        raise ValueError(f"batch_sizes: got {tuple(batch_sizes)}, wanted at least one, ascending from 1")
