@@ -99,7 +99,10 @@ def score(
     model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
     candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with the model's feature columns.")],
     out: Annotated[Path, typer.Argument(help="The Parquet file to write: one column a task.")],
-    precision: Annotated[str, typer.Option(help="How the MLP computes: fp32, bf16 or int8.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="How the MLP computes: fp32, bf16 or int8; on a GPU fp32, bf16 or fp16.")
+    ] = "fp32",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, or a GPU, as cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Score a file of candidates."""
     import pyarrow as pa
@@ -111,7 +114,12 @@ def score(
 
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
-    ranker = load(model, precision)
+    if device == "cpu":
+        ranker = load(model, precision)
+    elif device.partition(":")[0] == "cuda":
+        ranker = load(model).on_gpu(precision, device=device)
+    else:
+        raise InputError(f"device: got {device!r}, wanted cpu or cuda")
     scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
     with whole_file(out) as temporary:
         pq.write_table(pa.table(dict(scores)), temporary)
@@ -133,7 +141,7 @@ def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safe
         console.print(f"layer {i}: {columns} -> {rows}, kept by {density}, {layer.weight.nbytes:,} bytes")
     is_calibrated = ranker.mlp.codes is not None
     kinds = [precision for precision in PRECISIONS if is_calibrated or precision != "int8"]
-    prepacked = ", ".join(f"{kind} {ranker.mlp.to_precision(kind).prepacked_nbytes:,}" for kind in kinds)
+    prepacked = ", ".join(f"{kind} {ranker.to_precision(kind).mlp.prepacked_nbytes:,}" for kind in kinds)
     console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {prepacked}")
     console.print(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
     console.print(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")

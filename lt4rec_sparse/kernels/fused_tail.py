@@ -42,6 +42,7 @@ MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or
 MAX_OUT = 4  # the head is computed output by output, beside the tensor cores
 
 # M rows of a program, N neurons of a chunk of the first hidden layer, K in_features of a step. Largest first.
+# For widths that are multiples of 16: others run too, with loads of one element each, and the larger tiles spill.
 TILES = {
     "16": (Tile(128, 128, 32, 8, 4), Tile(64, 256, 64, 8, 3), Tile(32, 256, 64, 8, 3), Tile(16, 256, 64, 8, 4)),
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3), Tile(16, 128, 32, 8, 3)),

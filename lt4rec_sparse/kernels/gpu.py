@@ -40,7 +40,7 @@ def masked_linear(
 ) -> Tensor:
     """`reference.masked_linear` on a GPU."""
     parts = (_rows(x), weight, _words(masks), bias, starts, lengths, activation)
-    if _path(lengths) == "triton":
+    if _path(lengths, x.shape[1]) == "triton":
         return masked_matmul.forward(*parts, precision())
     return mask_and_cast.forward(*parts)
 
@@ -50,7 +50,7 @@ def masked_linear_dgrad(
 ) -> Tensor:
     """`reference.masked_linear_dgrad` on a GPU."""
     parts = (_rows(dy), weight, _words(masks), starts, lengths, rows)
-    if _path(lengths) == "triton":
+    if _path(lengths, weight.shape[1]) == "triton":
         return masked_matmul.dgrad(*parts, precision())
     return mask_and_cast.dgrad(*parts)
 
@@ -60,7 +60,7 @@ def masked_linear_wgrad(
 ) -> Tensor:
     """`reference.masked_linear_wgrad` on a GPU."""
     parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
-    if _path(lengths) == "triton":
+    if _path(lengths, x.shape[1]) == "triton":
         return masked_matmul.wgrad(*parts, precision())
     return mask_and_cast.wgrad(*parts)
 
@@ -70,8 +70,10 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _path(lengths: Sequence[int]) -> str:
-    return _forced.get() or ("triton" if max(lengths) < CUBLAS_ROWS else "cublas")
+def _path(lengths: Sequence[int], in_features: int) -> str:
+    # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
+    is_for_triton = max(lengths) < CUBLAS_ROWS and in_features % 16 == 0
+    return _forced.get() or ("triton" if is_for_triton else "cublas")
 
 
 def _words(masks: Tensor) -> Tensor:

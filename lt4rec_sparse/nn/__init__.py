@@ -1,5 +1,6 @@
-"""Modules: masked ones are trained (`masked`), sparse ones are served (`sparse`), inputs are both."""
+"""Modules: masked ones are trained (`masked`), sparse ones are served (`sparse`, `gpu`), inputs are both."""
 
+from lt4rec_sparse.nn.gpu import GpuMLP, measure_plan
 from lt4rec_sparse.nn.inputs import CrossedEmbeddings
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.plan import Plan, PlannedMLP
@@ -7,6 +8,7 @@ from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP, freeze
 
 __all__ = [
     "CrossedEmbeddings",
+    "GpuMLP",
     "MaskedLinear",
     "MaskedMLP",
     "Plan",
@@ -14,4 +16,5 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "measure_plan",
 ]

@@ -99,6 +99,7 @@ class GpuMLP(nn.Module):
         self.tasks = mlp.tasks
         self.hidden = mlp.hidden
         self.heads = mlp.heads
+        self.codes = mlp.codes
         self.nbytes = mlp.nbytes
         self.precision = precision
         self.device = device

@@ -71,7 +71,7 @@ def save(ranker: Ranker, path: str | Path) -> None:
     }
     if ranker.mlp.codes is not None:
         meta["codes"] = ranker.mlp.codes
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     meta["sha256"] = _digest(meta, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import EncodedFeatures, FeatureEncoder
-from lt4rec_sparse.nn import CrossedEmbeddings, SparseMLP
+from lt4rec_sparse.nn import CrossedEmbeddings, GpuMLP, Plan, SparseMLP
 
 
 class Ranker:
@@ -26,7 +28,7 @@ class Ranker:
         ValueError: If the widths of `inputs` and `mlp` differ, or a head does not end in a sigmoid.
     """
 
-    def __init__(self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> None:
+    def __init__(self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP | GpuMLP) -> None:
         if inputs.out_features != mlp.in_features:
             raise ValueError(
                 f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, those of the inputs"
@@ -43,16 +45,39 @@ class Ranker:
 
     @property
     def precision(self) -> str:
-        """How the MLP computes: "fp32", "bf16" or "int8"."""
+        """How the MLP computes: "fp32", "bf16" or "int8"; on a GPU "fp16" too, and no int8."""
         return self.mlp.precision
 
     def to_precision(self, precision: str) -> Ranker:
         """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
 
         Raises:
-            ValueError: If there is no such precision, or "int8" is asked of a ranker that is not calibrated.
+            ValueError: If there is no such precision, "int8" is asked of a ranker that is not calibrated, or it is on
+                a GPU.
         """
+        if isinstance(self.mlp, GpuMLP):
+            raise ValueError(f"to_precision: got a ranker on {self.mlp.device}, wanted the one that it was made from")
         return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
+
+    def on_gpu(self, precision: str = "bf16", plan: Plan | None = None, device: torch.device | str = "cuda") -> Ranker:
+        """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
+
+        Args:
+            precision: Of the MLP, without a plan: "bf16", "fp16" or "fp32".
+            plan: From `nn.gpu.measure_plan(ranker.mlp)`; None takes the kernels that are predicted to be fastest.
+            device: The GPU.
+
+        Raises:
+            InputError: If torch sees no such device; or as `GpuMLP`.
+            ValueError: If it is on a GPU already, or there is no such precision.
+        """
+        if isinstance(self.mlp, GpuMLP):
+            raise ValueError(f"on_gpu: got a ranker on {self.mlp.device}, wanted the one that it was made from")
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
+        mlp = GpuMLP(self.mlp, plan, precision, device=device)
+        return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), mlp)
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.
@@ -67,12 +92,14 @@ class Ranker:
         Raises:
             ValueError: If a feature column is missing or has another length than the others.
         """
-        scores = self.score_encoded(self.encoder.encode(batch)).numpy()
+        scores = self.score_encoded(self.encoder.encode(batch)).cpu().numpy()
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
 
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures) -> Tensor:
-        """Score encoded candidates: `[batch, tasks]`, float32."""
+        """Score encoded candidates: `[batch, tasks]`, float32, where the ranker's embeddings are."""
+        if self.inputs.embedding.device.type != "cpu":
+            features = features.to(self.inputs.embedding.device)
         x: Tensor = self.inputs(features)
         scores = x.new_empty(len(x), self.mlp.out_features)
         self.mlp.score_into(x, scores)

@@ -28,7 +28,7 @@ CASES = {
     "one-row": (1, 130, 5, (0,), (1,)),
     "no-row": (0, 33, 5, (0,), (0,)),
     "one-feature": (5, 1, 1, (0,), (5,)),
-    "two-tasks-short": (40, 140, 19, (0, 0), (40, 40)),
+    "two-tasks-short": (40, 141, 19, (0, 0), (40, 40)),
     "two-overlap": (70, 64, 17, (0, 25), (50, 45)),
     "two-apart": (70, 64, 17, (0, 40), (40, 30)),
     "two-one-empty": (40, 64, 17, (0, 40), (40, 0)),
@@ -281,9 +281,10 @@ def test_the_same_input_gives_the_same_bits_twice(dtype):
 
 def test_masks_are_multiplied_in_and_cast_in_one_kernel():
     p = problem("two-tasks-short", torch.float16)
-    masked = mask_and_cast.mask_and_cast(p.weight, p.words, torch.float16)
-    assert_exact(masked, (p.weight * p.masks).half())
+    masked, k = mask_and_cast.mask_and_cast(p.weight, p.words, torch.float16), p.weight.shape[1]
+    assert_exact(masked[:, :, :k], (p.weight * p.masks).half())
     assert masked.stride(1) % 8 == 0  # rows start at 16 bytes, for cuBLAS
+    assert masked.shape[2] > k and not masked[:, :, k:].any()
 
 
 def test_the_path_is_chosen_by_shape(monkeypatch):
@@ -291,8 +292,8 @@ def test_the_path_is_chosen_by_shape(monkeypatch):
     taken = []
     monkeypatch.setattr(masked_matmul, "forward", lambda *parts: taken.append("triton"))
     monkeypatch.setattr(mask_and_cast, "forward", lambda *parts: taken.append("cublas"))
-    for rows in (1, tiles.CUBLAS_ROWS - 1, tiles.CUBLAS_ROWS):
-        gpu.masked_linear(p.x, p.weight, p.words, p.bias, (0,), (rows,), "relu")
-    assert taken == ["triton", "triton", "cublas"]
+    for rows, width in ((1, 64), (tiles.CUBLAS_ROWS - 1, 64), (tiles.CUBLAS_ROWS, 64), (1, 65)):
+        gpu.masked_linear(torch.ones(1, width), p.weight, p.words, p.bias, (0,), (rows,), "relu")
+    assert taken == ["triton", "triton", "cublas", "cublas"]
     with pytest.raises(ValueError, match="path: got 'cuda', wanted one of triton, cublas"), gpu.forced_path("cuda"):
         pass
