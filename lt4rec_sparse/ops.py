@@ -269,7 +269,7 @@ def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
 
 
 def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
-    """Return the layers as `kernels.gpu_network.Layer`: dense on the CPU, all tasks of a layer together.
+    """Return the layers as `kernels.gpu_network.Layer`: dense on the CPU, all tasks of a layer together, aligned.
 
     Args:
         tasks: As in `prepack`; layer by layer as wide for every task.
@@ -293,7 +293,7 @@ def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
                 of_layer[0][0].activation,
             )
         )
-    return layers
+    return cast(list[Any], kernels.align(layers))
 
 
 def cpu_engine() -> str:

@@ -1,6 +1,6 @@
 """The tail of an MLP in Triton, for all tasks in one launch: the hidden layers after the first, and the head.
 
-    a      = relu(h[t * rows + i] @ W1_t.T + b1_t)          W1_t [D1, D0], of any format of `weight_tile`
+    a      = relu(h[t, i] @ W1_t.T + b1_t)                 W1_t [D1, D0], of any format of `weight_tile`
     a      = relu(a @ W2_t.T + b2_t)                        W2_t [D2, D1]; or no such layer
     scores[i, t * out + j] = act(a @ head[t, j] + head_bias[t, j])
 
@@ -133,6 +133,7 @@ def fused_tail_kernel(
     M,
     W1,
     W2,
+    stride_ht,
     stride_hm,
     stride_w1n,
     stride_w2n,
@@ -157,7 +158,7 @@ def fused_tail_kernel(
 ):
     task = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    h_of_task = h_ptr + (task * M).to(tl.int64) * stride_hm
+    h_of_task = h_ptr + task.to(tl.int64) * stride_ht
     n2 = tl.arange(0, BLOCK_D2)
     acc2 = tl.zeros((BLOCK_M, BLOCK_D2), dtype=tl.float32)
     scores = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
@@ -249,23 +250,21 @@ def fits(
     return all(width <= most for width, most in zip(hidden, MAX_HIDDEN, strict=False)) and out <= MAX_OUT
 
 
-def fused_tail_into(h: Tensor, tail: Tail, scores: Tensor, rows: int, precision: str) -> None:
-    """Write the scores of `rows` rows of each task.
+def fused_tail_into(h: Tensor, tail: Tail, scores: Tensor, precision: str) -> None:
+    """Write every task's scores.
 
     Args:
-        h: `[tasks * rows, in_features]`, neighbouring elements in its rows; those of task `t` start at `t * rows`.
+        h: `[tasks, rows, in_features]`, neighbouring elements in its rows.
         tail: Whose widths `fits`, on the device of `h`.
         scores: float32 `[rows, tasks * out]`, task beside task.
-        rows: Of one task.
         precision: Of float32 products: "ieee" or "tf32".
     """
-    fused_tail_launch(h, tail, scores, rows, precision).run()
+    fused_tail_launch(h, tail, scores, precision).run()
 
 
-def fused_tail_launch(
-    h: Tensor, tail: Tail, scores: Tensor, rows: int, precision: str, tile: Tile | None = None
-) -> Launch:
+def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, precision: str, tile: Tile | None = None) -> Launch:
     """Make the launch of `fused_tail_kernel`, in the table's tile unless one is given."""
+    rows = h.shape[1]
     first, second = tail.hidden[0], tail.hidden[1] if len(tail.hidden) == 2 else None
     tasks, out, _ = tail.head.shape
     d1, d0 = first.shape
@@ -291,7 +290,8 @@ def fused_tail_launch(
             "M": rows,
             "W1": _words_a_row(first),
             "W2": _words_a_row(second) if second else 0,
-            "stride_hm": h.stride(0),
+            "stride_ht": h.stride(0),
+            "stride_hm": h.stride(1),
             "stride_w1n": _row_stride(first),
             "stride_w2n": _row_stride(second) if second else 0,
             "stride_b1t": _task_stride(tail.biases[0]),

@@ -15,6 +15,7 @@ from lt4rec_sparse.kernels import block_sparse, fused_tail
 from lt4rec_sparse.kernels.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.device_weight import FORMATS, Weight
 from lt4rec_sparse.kernels.fused_tail import Tail
+from lt4rec_sparse.kernels.gpu import precision
 from lt4rec_sparse.kernels.gpu_runs import (
     ApartRun,
     BatchedRun,
@@ -29,7 +30,9 @@ from lt4rec_sparse.kernels.gpu_runs import (
 from lt4rec_sparse.kernels.masked_matmul import MAX_TASKS
 
 Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
-ALIGNMENT = 64  # columns: rows of x then start where the copies of a tile and cuBLAS want them, and tiles divide them
+# Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too: widths are padded, those
+# of x so that the tiles' steps divide it, by columns of zeros and by neurons whose bias and weights are zeros.
+X_ALIGNMENT, ALIGNMENT = 64, 16
 MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
 
 
@@ -45,14 +48,6 @@ class Layer(NamedTuple):
     activation: str
 
 
-class CompactLayer(Protocol):
-    """One layer of one task of a compacted MLP: float32 `[out_features, in_features]` and `[out_features]`."""
-
-    weight: Tensor
-    bias: Tensor
-    activation: str
-
-
 class Compacted(Protocol):
     """What `nn.compaction.compact` returns."""
 
@@ -64,12 +59,11 @@ class GpuNetwork(NamedTuple):
     """A chain of runs over all layers."""
 
     runs: tuple[Run, ...]
-    in_features: int  # of x as it comes
-    padded: int  # of x as the runs read it
+    padded: int  # columns of x as the runs read it; what comes with fewer is padded with zeros
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Score `x [rows, in_features]`, or rows padded with zeros already, for all tasks.
+        """Score `x [rows, in_features]`, or padded with zeros already, for all tasks.
 
         Returns:
             `[rows, tasks * out_features]`, float32: the tasks side by side.
@@ -93,6 +87,20 @@ class GpuNetwork(NamedTuple):
         return sum(part.nbytes for part in flatten(self)[0])
 
 
+def align(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with every width but the last one's outputs padded."""
+    aligned, columns = [], X_ALIGNMENT
+    for i, layer in enumerate(layers):
+        _, n, k = layer.masked.shape
+        rows = 0 if i == len(layers) - 1 else -n % ALIGNMENT
+        ragged = (0, -k % columns, 0, rows)
+        weight = None if layer.weight is None else F.pad(layer.weight, ragged)
+        masked, masks, bias = F.pad(layer.masked, ragged), F.pad(layer.masks, ragged), F.pad(layer.bias, (0, rows))
+        aligned.append(Layer(weight, masked, masks, bias, layer.activation))
+        columns = ALIGNMENT
+    return aligned
+
+
 def prepack(
     layers: Sequence[Layer],
     chain: Sequence[Span],
@@ -100,14 +108,9 @@ def prepack(
     device: torch.device,
     compacted: Compacted | None = None,
 ) -> GpuNetwork:
-    """Prepack a frozen MLP for a chain of runs that cover its layers in order."""
+    """Prepack a frozen MLP, `align`ed, for a chain of runs that cover its layers in order."""
     runs = tuple(prepack_run(layers, span, dtype, device, compacted) for span in chain)
-    return network(runs, layers[0].masked.shape[2], chain[0][0], dtype)
-
-
-def network(runs: tuple[Run, ...], in_features: int, first: str, dtype: torch.dtype) -> GpuNetwork:
-    """Chain runs, of which the first is one of the ways `first`."""
-    return GpuNetwork(runs, in_features, in_features if first == "compact" else padded(in_features), dtype)
+    return GpuNetwork(runs, layers[0].masked.shape[2], dtype)
 
 
 def prepack_run(
@@ -128,8 +131,6 @@ def prepack_run(
         return _compact_run(compacted, dtype, device)
     if kernel.startswith("tail "):
         return TailRun(_tail(layers[first : last + 1], kernel.removeprefix("tail "), dtype, device))
-    if first == 0:
-        layer = _pad_columns(layer)
     if kernel in ("dense", "apart"):
         weight = layer.masked.to(device, dtype)
         if not is_last:
@@ -186,10 +187,14 @@ def spans(
         tail = layers[first:]
         widths = [tail[0].masked.shape[2], *(layer.masked.shape[1] for layer in tail)]
         hidden_relu = all(layer.activation == "relu" for layer in tail[:-1])
-        if fused_tail.fits(widths) and hidden_relu and tail[-1].activation in ("none", "sigmoid"):
-            for format in FORMATS:
-                if not (format == "shared" and tail[0].masked.shape[0] > MAX_TASKS):
-                    yield f"tail {format}", first, last
+        if not hidden_relu or tail[-1].activation not in ("none", "sigmoid"):
+            continue
+        for format in FORMATS:
+            is_compressed = format == "shared"
+            if is_compressed and tail[0].masked.shape[0] > MAX_TASKS:
+                continue
+            if fused_tail.fits(widths, dtype, precision(), is_compressed):
+                yield f"tail {format}", first, last
 
 
 def default_chain(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> list[Span]:
@@ -268,35 +273,36 @@ def _tail(layers: Sequence[Layer], format: str, dtype: torch.dtype, device: torc
 
 
 def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device) -> CompactRun:
+    tasks = [_aligned(layers) for layers in compacted.tasks]
+    columns = compacted.columns
+    columns = torch.cat(
+        [columns, columns[:1].expand(-len(columns) % ALIGNMENT)]
+    )  # read twice, the second time by zeros
+
     def put(t: Tensor, is_last: bool = False) -> Tensor:
         return t.to(device, torch.float32 if is_last else dtype)
 
-    tasks = compacted.tasks
     activations = tuple(tuple(layer.activation for layer in layers) for layers in tasks)
     stacked = all(len(layers) > 1 for layers in tasks) and len({names[0] for names in activations}) == 1
     own = [layers[1:] if stacked else layers for layers in tasks]
     return CompactRun(
-        compacted.columns.to(device),
-        tuple(tuple(put(layer.weight) for layer in layers) for layers in own),
+        columns.to(device),
+        tuple(tuple(put(layer.masked) for layer in layers) for layers in own),
         tuple(tuple(put(layer.bias, i == len(layers) - 1) for i, layer in enumerate(layers)) for layers in own),
         activations,
-        put(torch.cat([layers[0].weight for layers in tasks])) if stacked else None,
+        put(torch.cat([layers[0].masked for layers in tasks])) if stacked else None,
         put(torch.cat([layers[0].bias for layers in tasks])) if stacked else None,
     )
 
 
-def padded(width: int) -> int:
-    """Return how wide the first layer's runs read an `x` of `width` columns: the rest are zeros."""
-    return -(-width // ALIGNMENT) * ALIGNMENT
-
-
-def _pad_columns(layer: Layer) -> Layer:
-    columns = (0, padded(layer.masked.shape[2]) - layer.masked.shape[2])
-    return layer._replace(
-        weight=None if layer.weight is None else F.pad(layer.weight, columns),
-        masked=F.pad(layer.masked, columns),
-        masks=F.pad(layer.masks, columns),
-    )
+def _aligned(layers: Sequence[Any]) -> list[Layer]:
+    """Pad one task's compact layers as `align` does, those of x too to its hidden widths' alignment."""
+    aligned = []
+    for i, (weight, bias, activation) in enumerate(layers):
+        rows = 0 if i == len(layers) - 1 else -len(weight) % ALIGNMENT
+        padded = F.pad(weight, (0, -weight.shape[1] % ALIGNMENT, 0, rows))
+        aligned.append(Layer(None, padded, padded != 0, F.pad(bias, (0, rows)), activation))
+    return aligned
 
 
 def _block_density(masks: Tensor, side: int) -> float:

@@ -155,8 +155,7 @@ class CompactRun(NamedTuple):
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
         x = h[0]
-        if len(self.columns) < x.shape[1]:
-            x = x.index_select(1, self.columns)
+        x = x.index_select(1, self.columns)
         hs: Sequence[Tensor] = [x] * len(self.weights)
         if self.first is not None and self.first_bias is not None:
             y = _dense(x, self.first, self.first_bias, self.activations[0][0], False)

@@ -46,15 +46,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
 REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
 
-# Whole networks made of one way, with dense products where it has none, and the best mixture. Ties go to the first.
-_SUBSETS = {
-    "shared": ("shared", "tail shared"),
-    "masked": ("masked", "tail masked"),
-    "premasked": ("premasked", "tail premasked"),
-    "compact": ("compact",),
-    "2:4": ("2:4", "dense", "apart", "tail premasked"),
-    "block": ("block16", "block32", "block64", "dense", "apart", "tail premasked"),
-    "dense": ("dense", "apart"),
+ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latter compare
+
+# Whole networks by the ways that they are named after, and those that may help them out; and the best mixture of all.
+# Where two are as fast, the first is chosen: it takes the least memory.
+_DENSE = ("dense", "apart")
+_NETWORKS = {
+    "shared": (("shared", "tail shared"), ()),
+    "masked": (("masked", "tail masked"), ()),
+    "premasked": (("premasked", "tail premasked"), ()),
+    "compact": (("compact",), ()),
+    "2:4": (("2:4",), (*_DENSE, "tail premasked")),
+    "block": (("block16", "block32", "block64"), (*_DENSE, "tail premasked")),
+    "dense": (_DENSE, ()),
 }
 
 
@@ -231,16 +235,14 @@ class _Ways:
     def network(self, chain: Chain) -> Any:
         """Return the runs of a chain as one network."""
         runs = tuple(self.run(segment) for segment in chain)
-        return self._kernels.network(runs, self.in_features, chain[0].kernel, self.dtype)
+        return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
 
     def example(self, segment: Segment, batch: int, generator: torch.Generator) -> Tensor:
         """Draw activations as they enter a segment: `[tasks, batch, in_features]`, or those of x."""
         tasks, _, k = self.layers[segment.first].masked.shape
-        if segment.first == 0:
-            width = k if segment.kernel == "compact" else self._kernels.padded(k)
-            x = torch.randn(1, batch, k, generator=generator)
-            return torch.nn.functional.pad(x, (0, width - k)).to(self.device, self.dtype)
-        return torch.randn(tasks, batch, k, generator=generator).relu_().to(self.device, self.dtype)
+        shape = (1 if segment.first == 0 else tasks, batch, k)
+        h = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        return h if segment.first == 0 else h.relu_()
 
     def _chain(self, spans: Any) -> Chain:
         return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
@@ -255,12 +257,11 @@ class _Graphed:
     def __init__(self, network: Any, batch: int) -> None:
         self.batch = batch
         self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
-        self._in_features = network.in_features
         self._replay, self._scores = _captured(partial(network, self.x))
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
         """Score up to `batch` rows."""
-        self.x[: len(x), : self._in_features].copy_(x)
+        self.x[: len(x), : x.shape[1]].copy_(x)
         self._replay()
         out.copy_(self._scores[: len(x)])
 
@@ -291,13 +292,12 @@ def _again(call: Callable[[], Tensor], result: Tensor) -> None:
 def _measure_batch(ways: _Ways, batch: int, precision: str) -> BatchPlan:
     generator = torch.Generator().manual_seed(0)
     segments = ways.segments()
-    # Alone they only propose chains: the verdict is the second measurement's, which takes longer.
     alone = _timed(
         {s: partial(ways.run(s), ways.example(s, batch, generator)) for s in segments}, ways.device, rounds=5
     )
     chains = _chains({segment: timing.median_us for segment, timing in alone.items()})
     x = torch.randn(batch, ways.in_features, generator=generator).to(ways.device, ways.dtype)
-    ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, rounds=15)
+    ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, ROUNDS)
     contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
     return BatchPlan(batch, ranked(contestants), tuple(alone.items()))
 
@@ -324,15 +324,16 @@ def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
     """Choose the ways through the network to time end to end, in the order that ties prefer; none stands twice."""
     layers = range(1 + max(segment.last for segment in us))
     chains: dict[str, Chain] = {}
-    for name, kernels in (*_SUBSETS.items(), ("mixed", tuple({s.kernel for s in us}))):
-        subset = {segment: time for segment, time in us.items() if segment.kernel in kernels}
-        # A head is dense where nothing else of the kind runs it.
-        covered = {layer for segment in subset for layer in range(segment.first, segment.last + 1)}
-        subset |= {s: time for s, time in us.items() if s.kernel == "dense" and s.first not in covered}
-        chain = fastest_chain(subset) if covered | {s.first for s in subset} == set(layers) else ()
-        if chain and chain not in chains.values() and (name == "mixed" or any(s.kernel in kernels for s in chain)):
+    for name, (own, others) in _NETWORKS.items():
+        allowed = {segment for segment in us if segment.kernel in (*own, *others)}
+        covered = {layer for segment in allowed for layer in range(segment.first, segment.last + 1)}
+        # A layer that nothing of the kind runs, such as the heads, is dense.
+        allowed |= {s for s in us if s.kernel == "dense" and s.first in set(layers) - covered}
+        chain = fastest_chain({segment: us[segment] for segment in allowed})
+        if any(segment.kernel in own for segment in chain):
             chains[name] = chain
-    return chains
+    mixed = fastest_chain(us)
+    return chains if mixed in chains.values() else {**chains, "mixed": mixed}
 
 
 def _winner(batch: BatchPlan) -> Chain:

@@ -87,7 +87,9 @@ def test_every_way_to_run_a_layer_is_exact_on_integers(tasks, precision):
     for name, network in every_way(mlp, precision):
         assert_exact(network(x.to(DEVICE)).cpu(), wanted)
         names.append(name.rsplit(" ", 1)[0].removesuffix(f" {precision}"))
-    assert {"dense", "premasked", "masked", "shared", "tail premasked", "tail masked", "tail shared"} <= set(names)
+    wanted = {"dense", "premasked", "masked", "shared", "tail premasked", "tail masked"}
+    # In IEEE arithmetic compressed weights do not leave room for a tail.
+    assert wanted | ({"tail shared"} if precision != "fp32" else set()) <= set(names)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -207,20 +209,28 @@ def test_a_result_is_the_callers():
     assert_exact(first, kept)
 
 
-def test_a_plan_is_measured_printed_saved_and_served(tmp_path):
-    mlp = frozen(mask=blocks, seed=3)
-    plan = measure_plan(mlp, (1, 20), "fp32", DEVICE)
-    assert [batch.batch for batch in plan.batches] == [1, 20]
+@pytest.fixture
+def short(monkeypatch):
+    """One round of timing: the interpreter is slow, and its times mean nothing."""
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(gpu, "ROUNDS_ALONE", 1)
+        monkeypatch.setattr(gpu, "ROUNDS", 1)
+
+
+def test_a_plan_is_measured_printed_saved_and_served(tmp_path, short):
+    mlp = frozen(20, (32, 16), mask=blocks, seed=3)
+    plan = measure_plan(mlp, (1, 5), "fp32", DEVICE)
+    assert [batch.batch for batch in plan.batches] == [1, 5]
     for batch in plan.batches:
         names = [contestant.name for contestant in batch.contestants]
         assert "dense" in names and len(names) > 3
         assert batch.contestants[0].timing.median_us <= 1.02 * min(c.timing.median_us for c in batch.contestants)
     text = str(plan)
-    assert "* " in text and "dense fp32 0-3" in text and "tail premasked" in text
+    assert "* " in text and " dense " in text and "tail premasked" in text
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     served = GpuMLP(mlp, plan, device=DEVICE)
-    assert_exact(served(rows(25)).cpu(), mlp(rows(25)))
+    assert_exact(served(rows(7, 20)).cpu(), mlp(rows(7, 20)))
 
 
 def test_the_opponent_wins_where_it_is_faster():
@@ -252,8 +262,8 @@ def test_bad_arguments(change, message):
         GpuMLP(frozen(), **good)(rows(2, 36))
 
 
-def test_a_plan_of_another_machine_is_refused():
-    mlp = frozen()
+def test_a_plan_of_another_machine_is_refused(short):
+    mlp = frozen(20, (16,))
     plan = measure_plan(mlp, (1,), "fp32", DEVICE)
     other = dataclasses.replace(plan, machine=plan.machine._replace(engine="GPU of tomorrow"))
     with pytest.raises(InputError, match="plan: got one for engine GPU of tomorrow"):
