@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.nn import CrossedEmbeddings, GpuMLP, Plan, SparseMLP
+from lt4rec_sparse.nn.gpu import BATCH_SIZES
 
 
 class Ranker:
@@ -59,13 +60,20 @@ class Ranker:
             raise ValueError(f"to_precision: got a ranker on {self.mlp.device}, wanted the one that it was made from")
         return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
 
-    def on_gpu(self, precision: str = "bf16", plan: Plan | None = None, device: torch.device | str = "cuda") -> Ranker:
+    def on_gpu(
+        self,
+        precision: str = "bf16",
+        plan: Plan | None = None,
+        device: torch.device | str = "cuda",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+    ) -> Ranker:
         """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
 
         Args:
             precision: Of the MLP, without a plan: "bf16", "fp16" or "fp32".
             plan: From `nn.gpu.measure_plan(ranker.mlp)`; None takes the kernels that are predicted to be fastest.
             device: The GPU.
+            batch_sizes: Without a plan: the request sizes that are captured, ascending (`GpuMLP`).
 
         Raises:
             InputError: If torch sees no such device; or as `GpuMLP`.
@@ -76,7 +84,7 @@ class Ranker:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
-        mlp = GpuMLP(self.mlp, plan, precision, device=device)
+        mlp = GpuMLP(self.mlp, plan, precision, batch_sizes, device)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), mlp)
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
