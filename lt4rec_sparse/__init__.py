@@ -1,12 +1,23 @@
 """Sparse kernels, training and serving for LT4REC: one shared ranking network, one lottery-ticket mask per task."""
 
 from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.nn import MaskedLinear, MaskedMLP, Plan, PlannedMLP, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse.nn import (
+    GpuMLP,
+    MaskedLinear,
+    MaskedMLP,
+    Plan,
+    PlannedMLP,
+    SparseLinear,
+    SparseMLP,
+    freeze,
+    measure_plan,
+)
 from lt4rec_sparse.serving import Ranker, load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GpuMLP",
     "Mask",
     "MaskedLinear",
     "MaskedMLP",
@@ -17,5 +28,6 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "load",
+    "measure_plan",
     "save",
 ]

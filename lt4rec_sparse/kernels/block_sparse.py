@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lt4rec_sparse.kernels.launch import Launch
-from lt4rec_sparse.kernels.masked_matmul import MAX_TASKS, pick
+from lt4rec_sparse.kernels.masked_matmul import MAX_TASKS, coded, pick
 from lt4rec_sparse.kernels.tiles import MULTIPROCESSORS, Tile, arithmetic
 
 BLOCKS = (16, 32, 64)  # sides that wgmma takes as its N, and at least one of its K-steps
@@ -308,9 +308,9 @@ def block_sparse_launch(
             "place_ptr": weight.place,
             "bias_ptr": bias,
             "y_ptr": y,
-            "x_starts": tuple(x_starts),
-            "y_starts": tuple(y_starts),
-            "lengths": tuple(lengths),
+            "x_starts": coded(x_starts),
+            "y_starts": coded(y_starts),
+            "lengths": coded(lengths),
             "N": n,
             "K": k,
             "stride_xm": x.stride(0),

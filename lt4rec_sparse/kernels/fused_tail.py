@@ -116,7 +116,7 @@ def head_sums(a, head_ptr, task, n, N, OUT: tl.constexpr, BLOCK_OUT: tl.constexp
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def fused_tail_kernel(
     h_ptr,
     values1_ptr,
