@@ -65,7 +65,8 @@ _NETWORKS = {
 class GpuMLP(nn.Module):
     """A frozen MLP that serves from a GPU: takes the place of the `SparseMLP` it is made from.
 
-    For inference alone, one request at a time (a lock sees to it): autograd and `torch.compile` do not see the graphs.
+    For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
+    streams, and run one after another.
     A request goes to the smallest bucket that holds it, and is cut where it is larger than all.
 
     In 16 bits weights and the activations between layers are rounded, sums and logits are float32.
@@ -108,6 +109,7 @@ class GpuMLP(nn.Module):
         self.precision = precision
         self.device = device
         self._lock = Lock()
+        self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         ways = _Ways(mlp, DTYPES[precision], device)
         chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
         self._networks = {chain: ways.network(chain) for chain in dict.fromkeys(chains)}
@@ -133,9 +135,13 @@ class GpuMLP(nn.Module):
         scores = torch.empty(rows.shape[0], self.out_features, device=self.device)
         largest = self._buckets[-1].batch
         with self._lock:
+            if self._done is not None:  # a request on another stream may still read the buffers
+                self._done.wait(torch.cuda.current_stream(self.device))
             for start in range(0, rows.shape[0], largest):
                 part = rows[start : start + largest]
                 self._bucket(part.shape[0]).score_into(part, scores[start : start + largest])
+            if self._done is not None:
+                self._done.record(torch.cuda.current_stream(self.device))
         y = scores if x.dim() == 2 else scores.reshape(*x.shape[:-1], self.out_features)
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
