@@ -371,8 +371,9 @@ def _dense_layer(x: Tensor, layer: SparseLayer, task: str, codes: Codes | None) 
 
 def _autocast(x: Tensor) -> Tensor:
     """Return `x` as autocast wants the operands of a matrix product."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
     return x
 
 
@@ -473,6 +474,44 @@ def _masked_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "lt4rec_sparse::masked_linear", _masked_linear_backward, setup_context=_masked_linear_setup
 )
+
+
+# Both gradients are bilinear, in each other's terms: so that gradients of gradients are right, not dropped.
+
+
+def _dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, weight, masks, ctx.starts, ctx.lengths, _ = inputs
+    ctx.save_for_backward(dy, weight, masks)
+
+
+def _dgrad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, weight, masks = ctx.saved_tensors
+    ranges = (ctx.starts, ctx.lengths)
+    d_dy = torch.ops.lt4rec_sparse.masked_linear(g, weight, masks, None, *ranges, "none")
+    return (
+        d_dy,
+        torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, g, masks, *ranges, weight.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, masks, ctx.starts, ctx.lengths, _ = inputs
+    ctx.save_for_backward(dy, x, masks)
+
+
+def _wgrad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, masks = ctx.saved_tensors
+    ranges = (ctx.starts, ctx.lengths)
+    d_dy = torch.ops.lt4rec_sparse.masked_linear(x, g, masks, None, *ranges, "none")
+    return d_dy, torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, g, masks, *ranges, x.shape[0]), None, None, None, None
+
+
+torch.library.register_autograd("lt4rec_sparse::masked_linear_dgrad", _dgrad_backward, setup_context=_dgrad_setup)
+torch.library.register_autograd("lt4rec_sparse::masked_linear_wgrad", _wgrad_backward, setup_context=_wgrad_setup)
 
 
 def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:

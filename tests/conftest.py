@@ -7,7 +7,9 @@ import pytest
 import torch
 
 # Without a GPU the Triton kernels are interpreted. Triton reads this when a kernel is defined, so it stands before all.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)

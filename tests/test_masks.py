@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt4rec_sparse.masks import Mask, overlap, ownership, pack_bits, unpack_bits
+from lt4rec_sparse.masks import Mask, overlap, ownership, pack_bits, pack_words, unpack_bits, unpack_words
 
 SHAPES = {"layers.0": (5, 9), "layers.1": (3, 5)}
 
@@ -36,6 +36,30 @@ def test_padding_bits_must_be_zero():
 def test_unpack_names_the_wanted_byte_count():
     with pytest.raises(ValueError, match=r"wanted torch.uint8 \[..., 2\]"):
         unpack_bits(torch.zeros(1, 1, dtype=torch.uint8), 9)
+
+
+@given(st.integers(1, 300), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2**31))
+def test_words_round_trip(columns, rows, tasks, seed):
+    masks = torch.rand(tasks, rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    words = pack_words(masks)
+    assert words.shape == (tasks, rows, 4 * ((columns + 127) // 128))
+    assert words.dtype == torch.int32
+    assert torch.equal(unpack_words(words, columns), masks)
+    bits = words.view(torch.uint8)
+    assert torch.equal(bits[..., : (columns + 7) // 8], pack_bits(masks))
+    assert not bits[..., (columns + 7) // 8 :].any()  # a kernel's tile reads the padding too
+
+
+@pytest.mark.parametrize("column", [0, 31, 32, 127, 128, 130])
+def test_a_column_is_one_bit_of_one_word(column):
+    mask = torch.zeros(1, 131, dtype=torch.bool)
+    mask[0, column] = True
+    words = [word & 0xFFFFFFFF for word in pack_words(mask)[0].tolist()]
+    assert words == [1 << column % 32 if word == column // 32 else 0 for word in range(8)]
+
+
+def test_unpacking_words_does_not_look_at_the_padding():
+    assert unpack_words(torch.full((1, 4), -1, dtype=torch.int32), 3).tolist() == [[True, True, True]]
 
 
 def test_counts():

@@ -11,6 +11,7 @@ from oracle import Bounded, Layer, assert_exact, assert_rounding, linear_referen
 from lt4rec_sparse import ops
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.kernels import native, reference
+from lt4rec_sparse.masks import pack_words
 
 SHAPES = [(0, 3, 2), (1, 1, 1), (7, 33, 5), (64, 100, 31)]
 
@@ -71,14 +72,161 @@ def test_gradcheck_in_float64():
     # Only kept weights have a gradient, by definition; the check perturbs the kept ones through a product.
     assert torch.autograd.gradcheck(ops.masked_linear, inputs)
     assert torch.autograd.gradcheck(ops.masked_linear, inputs[:3])  # without a bias
+    assert torch.autograd.gradgradcheck(ops.masked_linear, inputs)
 
 
-def test_opcheck_masked_linear():
-    x, weight, mask, bias = problem(6, 7, 5)
-    arguments = (x.requires_grad_(), weight.requires_grad_(), mask, bias.requires_grad_())
-    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear, arguments)
-    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_dgrad, (torch.randn(6, 5), weight.detach(), mask))
-    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_wgrad, (torch.randn(6, 5), x.detach(), mask))
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_gradcheck_of_two_tasks_with_overlapping_rows(activation):
+    x, weight, _, bias = problem(4, 5, 3, dtype=torch.float64)
+    masks = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def apply(x, weight, bias):
+        return ops.masked_linear_tasks(x, weight, masks, bias, (0, 1), (3, 3), activation)
+
+    assert ops.masked_linear_tasks(x, weight, masks, bias, (0, 1), (3, 3)).abs().min() > 1e-3  # no kink is near
+    assert torch.autograd.gradcheck(apply, [t.requires_grad_() for t in (x, weight, bias)])
+    assert torch.autograd.gradgradcheck(apply, [x, weight, bias])
+
+
+# Several tasks at once: their masks, and the rows that each reads of a batch of 6
+
+RANGES = {
+    "one": ((0,), (6,)),
+    "part-of-one": ((1,), (3,)),
+    "same": ((0, 0), (6, 6)),
+    "overlap": ((0, 2), (4, 4)),
+    "apart-one-empty": ((0, 6, 3), (3, 0, 3)),
+}
+every_range = pytest.mark.parametrize(("starts", "lengths"), RANGES.values(), ids=RANGES)
+every_kind_of_mask = pytest.mark.parametrize("kind", [lambda masks: masks, pack_words], ids=["bool", "words"])
+
+
+def tasks_problem(starts, lengths, dtype=torch.float32, weight_dtype=None, integers=True):
+    x, weight, _, bias = problem(6, 7, 5, dtype=dtype, integers=integers)
+    weight, bias = (t.to(weight_dtype or dtype) for t in (weight, bias))
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.rand(len(starts), 5, 7, generator=generator) < 0.5
+    return x, weight, masks, bias, small_integers(sum(lengths), 5, generator=generator, dtype=dtype)
+
+
+@every_range
+@every_kind_of_mask
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tasks_are_exactly_one_task_after_another(starts, lengths, kind, activation, dtype):
+    x, weight, masks, bias, dy = tasks_problem(starts, lengths, dtype, torch.float32)
+    x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
+    ops.masked_linear_tasks(x, weight, kind(masks), bias, starts, lengths, activation).backward(dy)
+    dense = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    parts = [
+        dense[0][start : start + length] @ (dense[1] * mask).T + dense[2]
+        for mask, start, length in zip(masks, starts, lengths, strict=True)
+    ]
+    y = torch.cat([part.relu() if activation == "relu" else part for part in parts])
+    y.backward(dy.double())
+    assert_exact(ops.masked_linear_tasks(x, weight, kind(masks), bias, starts, lengths, activation), y.to(dtype))
+    for ours, wanted in zip((x, weight, bias), dense, strict=True):
+        assert_exact(ours.grad, wanted.grad.to(ours.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_float32_weight_beside_16_bits_is_rounded_where_it_is_read(shape, dtype):
+    x, weight, mask, bias = problem(*shape)
+    x = x.to(dtype)
+    y = ops.masked_linear(x, weight, mask, bias)
+    assert y.dtype == dtype
+    assert_rounding(y, linear_reference(x, (weight * mask).to(dtype), bias.to(dtype), torch.float32))
+
+
+@every_kind_of_mask
+def test_an_activation_is_that_of_the_plain_result(kind):
+    x, weight, mask, bias = problem(9, 17, 6)
+    plain = ops.masked_linear(x, weight, kind(mask), bias)
+    assert_exact(ops.masked_linear(x, weight, kind(mask), bias, "relu"), plain.relu())
+    x[2, 3] = float("nan")
+    assert ops.masked_linear(x, weight, torch.ones_like(mask), bias, "relu")[2].isnan().all()
+
+
+@pytest.mark.parametrize(("starts", "lengths"), [RANGES["one"], RANGES["overlap"]], ids=["one", "overlap"])
+@every_kind_of_mask
+def test_opcheck_masked_linear(starts, lengths, kind):
+    x, weight, masks, bias, dy = tasks_problem(starts, lengths, integers=False)
+    masks, ranges = kind(masks), (list(starts), list(lengths))
+    door = torch.ops.lt4rec_sparse
+    for activation in ("none", "relu"):
+        inputs = (x.clone().requires_grad_(), weight.clone().requires_grad_(), masks, bias.clone().requires_grad_())
+        torch.library.opcheck(door.masked_linear, (*inputs, *ranges, activation))
+    torch.library.opcheck(door.masked_linear_dgrad, (dy, weight, masks, *ranges, len(x)))
+    torch.library.opcheck(door.masked_linear_wgrad, (dy, x, masks, *ranges, torch.float32))
+
+
+def test_opcheck_of_mixed_dtypes():
+    x, weight, masks, bias, dy = tasks_problem(*RANGES["overlap"], torch.bfloat16, torch.float32, integers=False)
+    ranges = [list(values) for values in RANGES["overlap"]]
+    inputs = (x.requires_grad_(), weight.requires_grad_(), masks, bias.requires_grad_())
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear, (*inputs, *ranges, "relu"))
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_wgrad, (dy, x.detach(), masks, *ranges, torch.float32))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_compiled_once_for_every_batch_it_is_exact(tasks):
+    _, weight, masks, bias, _ = tasks_problem((0,) * tasks, (6,) * tasks)
+    weight.requires_grad_()
+
+    def apply(x):
+        if tasks == 1:
+            return ops.masked_linear(x, weight, masks[0], bias, "relu")
+        rows = x.shape[0]
+        return ops.masked_linear_tasks(x, weight, masks, bias, (0, 2), (rows - 1, rows - 2), "relu")
+
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
+    for rows, stance in ((8, "default"), (5, "fail_on_recompile"), (19, "fail_on_recompile")):
+        gradients = []
+        for function in (compiled, apply):
+            x = small_integers(rows, 7, generator=torch.Generator().manual_seed(rows)).requires_grad_()
+            torch._dynamo.mark_dynamic(x, 0)
+            with torch.compiler.set_stance(stance):
+                y = function(x)
+            gradients.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+        for ours, wanted in zip(*gradients, strict=True):
+            assert_exact(ours, wanted)
+
+
+def under_autocast(x, weight, mask, bias, dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
+        return ops.masked_linear(x, weight, mask, bias, "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_x_and_leaves_the_gradients_in_float32(dtype):
+    x, weight, mask, bias = problem(9, 17, 6, integers=True)
+    x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
+    y = under_autocast(x, weight, mask, bias, dtype)
+    y.backward(torch.ones_like(y))
+    wanted = torch.relu(x.double() @ (weight * mask).double().T + bias.double())
+    dx, dw, db = torch.autograd.grad(wanted.sum(), (x, weight, bias))
+    assert_exact(y, wanted.to(dtype))
+    for ours, gradient in ((x.grad, dx), (weight.grad, dw), (bias.grad, db)):
+        assert_exact(ours, gradient)
+
+
+def test_autocast_ends_where_it_is_disabled_and_passes_over_float64():
+    x, weight, mask, bias = problem(9, 17, 6)
+    plain = ops.masked_linear(x, weight, mask, bias, "relu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.masked_linear_tasks(x, weight, mask[None], bias, (0,), (9,)).dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert_exact(ops.masked_linear(x, weight, mask, bias, "relu"), plain)
+    doubles = [t.double() for t in (x, weight, bias)]
+    y = under_autocast(doubles[0], doubles[1], mask, doubles[2])
+    assert_exact(y, ops.masked_linear(doubles[0], doubles[1], mask, doubles[2], "relu"))
+
+
+def test_on_the_meta_device_there_are_shapes():
+    x, weight, mask, bias = (t.to("meta") for t in problem(9, 17, 6))
+    y = ops.masked_linear(x, weight, mask, bias)
+    assert (y.shape, y.dtype, y.device.type) == ((9, 6), torch.float32, "meta")
 
 
 @pytest.mark.parametrize(
@@ -87,16 +235,50 @@ def test_opcheck_masked_linear():
         ({"x": torch.ones(2, 4)}, r"x: got shape \(2, 4\), wanted \[..., 3\]"),
         ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask: got shape \(3, 2\), wanted \(2, 3\)"),
         ({"mask": torch.ones(2, 3)}, "mask: got torch.float32, wanted torch.bool"),
+        ({"mask": torch.ones(2, 1, dtype=torch.int32)}, r"mask: got shape \(2, 1\), wanted \(2, 4\)"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask: got shape \(3,\), wanted \[out_features, in_features\]"),
         ({"bias": torch.ones(3)}, r"bias: got shape \(3,\), wanted \(2,\)"),
         ({"weight": torch.ones(2, 3, dtype=torch.float64)}, "weight: got torch.float64, wanted torch.float32"),
         ({"weight": torch.ones(3)}, r"weight: got shape \(3,\)"),
+        ({"weight": torch.ones(2, 3, dtype=torch.bfloat16)}, "weight: got torch.bfloat16, wanted torch.float32"),
         ({"weight": torch.ones(2, 3, device="meta")}, "weight: got device meta, wanted cpu"),
+        ({"bias": torch.ones(2, dtype=torch.float64)}, "bias: got torch.float64, wanted torch.float32"),
+        ({"bias": torch.ones(2, device="meta")}, "bias: got device meta, wanted cpu"),
+        ({"mask": torch.ones(2, 3, dtype=torch.bool, device="meta")}, "mask: got device meta, wanted cpu"),
+        ({"activation": "sigmoid"}, "activation: got 'sigmoid', wanted none or relu"),
     ],
 )
 def test_masked_linear_refuses(change, message):
     good = {"x": torch.ones(2, 3), "weight": torch.ones(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool), "bias": None}
     with pytest.raises(ValueError, match=message):
         ops.masked_linear(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(1, 4, 3)}, r"x and masks: got shapes \(1, 4, 3\) and \(2, 2, 3\), wanted \[rows"),
+        ({"masks": torch.ones(2, 3, dtype=torch.bool)}, r"x and masks: got shapes \(4, 3\) and \(2, 3\), wanted"),
+        ({"masks": torch.ones(2, 2, 4, dtype=torch.bool)}, r"mask: got shape \(2, 4\), wanted \(2, 3\)"),
+        ({"starts": (0,)}, "starts, lengths: got 1 and 2, wanted 2, one a task"),
+        ({"lengths": (1, 1, 1)}, "starts, lengths: got 2 and 3, wanted 2, one a task"),
+        ({"starts": (0, 3)}, "range: got 2 rows from 3 on, wanted some of the 4 rows of x"),
+        ({"starts": (-1, 0)}, "range: got 4 rows from -1 on"),
+        ({"lengths": (-1, 2)}, "range: got -1 rows from 0 on"),
+        ({"activation": "gelu"}, "activation: got 'gelu', wanted none or relu"),
+    ],
+)
+def test_masked_linear_tasks_refuses(change, message):
+    good = {
+        "x": torch.ones(4, 3),
+        "weight": torch.ones(2, 3),
+        "masks": torch.ones(2, 2, 3, dtype=torch.bool),
+        "bias": None,
+        "starts": (0, 2),
+        "lengths": (4, 2),
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.masked_linear_tasks(**(good | change))
 
 
 def sparse_problem(widths, tasks=("ctr", "cvr"), density=0.3, seed=0, integers=False):

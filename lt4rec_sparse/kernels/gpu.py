@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from lt4rec_sparse.kernels.tiles import CUBLAS_ROWS
 from lt4rec_sparse.masks import pack_words
 
 PATHS = ("triton", "cublas")
-_forced: ContextVar[str | None] = ContextVar("forced_path", default=None)
+_forced: list[str] = []  # not a context variable: autograd runs the backward pass of a GPU in a thread of its own
 
 
 @contextmanager
@@ -22,11 +21,11 @@ def forced_path(path: str) -> Iterator[None]:
     """Let every masked product run by "triton" or by "cublas": for tests and benchmarks."""
     if path not in PATHS:
         raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
-    token = _forced.set(path)
+    _forced.append(path)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def masked_linear(
@@ -39,6 +38,7 @@ def masked_linear(
     activation: str,
 ) -> Tensor:
     """`reference.masked_linear` on a GPU."""
+    bias = None if bias is None else bias.contiguous()
     parts = (_rows(x), weight, _words(masks), bias, starts, lengths, activation)
     if _path(lengths, x.shape[1]) == "triton":
         return masked_matmul.forward(*parts, precision())
@@ -71,13 +71,15 @@ def precision() -> str:
 
 
 def _path(lengths: Sequence[int], in_features: int) -> str:
+    if _forced:
+        return _forced[-1]
     # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
     is_for_triton = max(lengths) < CUBLAS_ROWS and in_features % 16 == 0
-    return _forced.get() or ("triton" if is_for_triton else "cublas")
+    return "triton" if is_for_triton else "cublas"
 
 
 def _words(masks: Tensor) -> Tensor:
-    return pack_words(masks) if masks.dtype == torch.bool else masks
+    return pack_words(masks) if masks.dtype == torch.bool else masks.contiguous()
 
 
 def _rows(t: Tensor) -> Tensor:

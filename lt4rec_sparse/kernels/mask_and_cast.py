@@ -89,11 +89,11 @@ def dgrad(
     """Return `dx [rows, in_features]` (`masked_matmul.dgrad`)."""
     masked, k = mask_and_cast(weight, words, dy.dtype), weight.shape[1]
     if len(masked) == 1 and lengths[0] == rows:
-        return (dy @ masked[0])[:, :k]
+        return (dy @ masked[0])[:, :k].contiguous()
     dx = dy.new_zeros(rows, masked.shape[2], dtype=torch.float32)  # the sum over the tasks rounds once
     for task, start, length, part in zip(masked, starts, lengths, torch.split(dy, list(lengths)), strict=True):
         dx[start : start + length] += _mm(part, task, torch.float32)
-    return dx[:, :k].to(dy.dtype)
+    return dx[:, :k].to(dy.dtype).contiguous()
 
 
 def wgrad(

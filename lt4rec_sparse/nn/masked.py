@@ -124,8 +124,19 @@ class MaskedLinear(nn.Linear):
             self.mask_words = words  # a state was loaded into a module on the meta device
         self._packed_version = self.masks._version
 
+    # Wherever the masks become another tensor, whose version starts anew, they are packed anew.
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MaskedLinear:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._pack()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack()
 
     def extra_repr(self) -> str:
@@ -223,6 +234,9 @@ class MaskedMLP(nn.Module):
                 x = layer(x, task, "relu")
             logits: Tensor = self.heads[task](x)
             return logits
+        if rows is None and len(self.tasks) == 1:
+            only: Tensor = self(x, self.tasks[0])
+            return only
         of_tasks = self._task_rows(x.shape[0], rows)
         for layer in self.layers:
             x = layer(x, None, "relu", of_tasks)
