@@ -1,4 +1,4 @@
-"""`python -m bench cpu [RUN_FOLDER] | no-amx | keep RUN NAME | commands COMMAND SECONDS ... | readme`."""
+"""`python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes | keep RUN NAME | commands ... | readme`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, readme, record
+from bench import cpu, gpu, gpu_bytes, readme, record
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
+    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes"
+    " | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
 )
 
 
@@ -23,6 +24,10 @@ def main(arguments: list[str]) -> int:
             cpu.run(Path(run_folder))
         case ["no-amx"]:
             cpu.run_without_amx()
+        case ["gpu", *options]:
+            return gpu.main(options)
+        case ["gpu-bytes"]:
+            print(gpu_bytes.run())
         case ["keep", folder, name]:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             print(record.write(name, {"machine": record.machine(), "results": results}))

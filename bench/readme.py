@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import gpu, gpu_bytes, record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
 from lt4rec_sparse.experiments.arms import SPARSE_LAST, TITLES
 from lt4rec_sparse.experiments.report import accuracy_table, precision_section, table
@@ -171,6 +171,24 @@ def _precision() -> str:
     return precision_section(record.read("kuairand_pure")["results"]).partition("\n\n")[2]
 
 
+def _gpu() -> str:
+    compiled = record.read("gpu_compiled")["triton"]
+    counts = ", ".join(
+        f"{sum(len(chips) for chips in cases.values())} under Triton {version}" for version, cases in compiled.items()
+    )
+    found = record.read("gpu_bytes")
+    return "\n\n".join(
+        [
+            gpu.readme_section(),
+            f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
+            "spills registers, and their figures are committed, so that a change shows.",
+            f"Bytes of two tasks' hidden weights, how many times smaller than a dense bfloat16 copy a task ({found['mlp']}, "
+            f'masks that overlap by {found["overlap"]:.0%}; or independent ones, "masks apart"):',
+            gpu_bytes.bytes_table(found),
+        ]
+    )
+
+
 def _commands() -> str:
     rows = [[f"`{c['command']}`", f"{c['seconds']:.0f}"] for c in record.read("commands")["commands"]]
     return table(["command, on 2 cores", "seconds"], rows)
@@ -191,5 +209,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "bytes": _bytes,
     "served": _served,
     "precision": _precision,
+    "gpu": _gpu,
     "commands": _commands,
 }

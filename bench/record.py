@@ -15,17 +15,14 @@ import numpy as np
 import torch
 
 PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop")
+COMMIT = "LT4REC_SPARSE_COMMIT"  # of a copied tree; ends in "-dirty" if the tree is another
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Return commit, processor, cores, instruction sets, threads and versions."""
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        # What is written from results does not make the code another.
-        "clean": not _git(
-            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results", ":!/README.md"
-        ),
+        **_source(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -47,6 +44,24 @@ def read(name: str) -> dict[str, Any]:
     """Read `results/<name>.json`."""
     record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return record
+
+
+def _source() -> dict[str, Any]:
+    """Return the commit, and whether the code is that commit's; a copied tree has no git, and its copier says both."""
+    try:
+        return {
+            "commit": _git("rev-parse", "--short=12", "HEAD"),
+            # What is written from results does not make the code another.
+            "clean": not _git(
+                "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results", ":!/README.md"
+            ),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        commit = os.environ.get(COMMIT, "unknown")
+        return {
+            "commit": commit.removesuffix("-dirty"),
+            "clean": COMMIT in os.environ and not commit.endswith("-dirty"),
+        }
 
 
 def _git(*arguments: str) -> str:

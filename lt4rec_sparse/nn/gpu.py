@@ -110,7 +110,7 @@ class GpuMLP(nn.Module):
         self.device = device
         self._lock = Lock()
         self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        ways = _Ways(mlp, DTYPES[precision], device)
+        ways = Ways(mlp, DTYPES[precision], device)
         chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
         self._networks = {chain: ways.network(chain) for chain in dict.fromkeys(chains)}
         self._buckets = [_Graphed(self._networks[c], b) for b, c in zip(batch_sizes, chains, strict=True)]
@@ -202,13 +202,19 @@ def measure_plan(
     """
     device = torch.device(device)
     _check(precision, batch_sizes)
-    ways = _Ways(mlp, DTYPES[precision], device)
+    ways = Ways(mlp, DTYPES[precision], device)
     batches = tuple(_measure_batch(ways, batch, precision) for batch in batch_sizes)
     return Plan(_machine(device), network_of(mlp), precision, batches)
 
 
-class _Ways:
-    """The runs and networks that a frozen MLP can be prepacked for, each prepacked once."""
+class Ways:
+    """The runs and networks that a frozen MLP can be prepacked for, each prepacked once.
+
+    Args:
+        mlp: The frozen MLP.
+        dtype: Of weights and activations.
+        device: Where they run.
+    """
 
     def __init__(self, mlp: SparseMLP, dtype: torch.dtype, device: torch.device) -> None:
         self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
@@ -222,6 +228,7 @@ class _Ways:
 
     @property
     def precision(self) -> str:
+        """The name of the dtype, as plans have it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def segments(self) -> list[Segment]:
@@ -295,7 +302,7 @@ def _again(call: Callable[[], Tensor], result: Tensor) -> None:
     result.copy_(call())
 
 
-def _measure_batch(ways: _Ways, batch: int, precision: str) -> BatchPlan:
+def _measure_batch(ways: Ways, batch: int, precision: str) -> BatchPlan:
     generator = torch.Generator().manual_seed(0)
     segments = ways.segments()
     alone = _timed(

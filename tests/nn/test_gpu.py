@@ -67,7 +67,7 @@ def chain_through(segment, layers):
 
 
 def ways_of(mlp, precision):
-    return gpu._Ways(mlp, gpu.DTYPES[precision], DEVICE)
+    return gpu.Ways(mlp, gpu.DTYPES[precision], DEVICE)
 
 
 def every_way(mlp, precision):

@@ -1,0 +1,59 @@
+"""What two tasks' weights take on a GPU in each format, against a dense bfloat16 copy a task: counted anywhere."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from lt4rec_sparse.experiments.report import table
+from lt4rec_sparse.kernels.block_sparse import BlockWeight
+from lt4rec_sparse.kernels.device_weight import FORMATS, Weight
+
+WIDTHS = (1024, 512, 256, 128)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+OVERLAP = 0.6  # intersection over union
+CPU = torch.device("cpu")
+
+
+def run() -> Path:
+    """Count the bytes of the hidden layers of the benchmark MLP and write the record."""
+    cases = [_case(sparsity) for sparsity in SPARSITIES]
+    mlp = "-".join(str(width) for width in WIDTHS)
+    return record.write("gpu_bytes", {"machine": record.machine(), "mlp": mlp, "overlap": OVERLAP, "cases": cases})
+
+
+def bytes_table(found: dict[str, Any]) -> str:
+    """Return a row a sparsity: how many times smaller each format is than a bfloat16 copy a task."""
+    rows = []
+    for case in found["cases"]:
+        sizes = case["bytes"]
+        rows.append([f"{case['sparsity']:.0%}", *(f"{sizes['premasked'] / size:.1f}x" for size in sizes.values())])
+    return table(["sparsity", *found["cases"][0]["bytes"]], rows)
+
+
+def _case(sparsity: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict.fromkeys((*FORMATS, "shared, masks apart", "block32"), 0)
+    for k, n in pairwise(WIDTHS):
+        weight = torch.randn(n, k, generator=generator)
+        together = _overlapping((n, k), 1 - sparsity, OVERLAP, generator)
+        apart = _overlapping((n, k), 1 - sparsity, (1 - sparsity) / (1 + sparsity), generator)  # independent masks
+        for format in FORMATS:
+            sizes[format] += Weight.prepack(weight, together, format, torch.bfloat16, CPU).nbytes
+        sizes["shared, masks apart"] += Weight.prepack(weight, apart, "shared", torch.bfloat16, CPU).nbytes
+        coarse = _overlapping((n // 32, k // 32), 1 - sparsity, OVERLAP, generator)
+        masks = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+        sizes["block32"] += BlockWeight.from_dense(weight, masks, 32, torch.bfloat16).nbytes
+    return {"sparsity": sparsity, "bytes": sizes}
+
+
+def _overlapping(shape: tuple[int, int], density: float, overlap: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw two masks `[2, *shape]` of a density, whose intersection over union is `overlap`."""
+    both = 2 * density * overlap / (1 + overlap)
+    draw = torch.rand(shape, generator=generator)
+    alone = density - both
+    return torch.stack([draw < density, (draw < both) | ((draw >= density) & (draw < density + alone))])
