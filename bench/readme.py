@@ -182,8 +182,8 @@ def _gpu() -> str:
             gpu.readme_section(),
             f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
             "spills registers, and their figures are committed, so that a change shows.",
-            f"Bytes of two tasks' hidden weights, how many times smaller than a dense bfloat16 copy a task ({found['mlp']}, "
-            f'masks that overlap by {found["overlap"]:.0%}; or independent ones, "masks apart"):',
+            "Two tasks' hidden weights, how many times smaller than a dense bfloat16 copy a task "
+            f'({found["mlp"]}, masks that overlap by {found["overlap"]:.0%}; those of "masks apart" are independent):',
             gpu_bytes.bytes_table(found),
         ]
     )
