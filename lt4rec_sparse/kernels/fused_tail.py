@@ -46,7 +46,7 @@ MAX_OUT = 4  # the head is computed output by output, beside the tensor cores
 TILES = {
     "16": (Tile(128, 128, 32, 8, 4), Tile(64, 256, 64, 8, 3), Tile(32, 256, 64, 8, 3), Tile(16, 256, 64, 8, 4)),
     "tf32": (Tile(64, 128, 32, 8, 3), Tile(32, 128, 32, 8, 3), Tile(16, 128, 32, 8, 3)),
-    "fp32": (Tile(32, 32, 32, 8, 2), Tile(16, 32, 32, 8, 3)),
+    "fp32": (Tile(32, 32, 32, 8, 3), Tile(16, 32, 32, 8, 3)),
 }
 # Of compressed values: offsets stand for 128 columns, and what is a neuron of one layer is a column of the next.
 COMPRESSED = {

@@ -2,8 +2,8 @@
 
 Chosen by counting, not yet by a clock: the largest tile whose programs still fill the GPU, for a large one reads x and
 the weights from the L2 cache less often; and 16 rows for a batch so small that the weights' bytes are all that counts.
-Every entry compiles without spills for sm_80 and sm_90, but for two special cases on sm_80 which
-`tests/kernels/ahead_of_time.py` names; on sm_90 the entries of at least 64 rows run on wgmma.
+Every entry compiles without spills for two tasks on sm_80 and sm_90 (`tests/kernels/ahead_of_time.py`); on sm_90 the
+entries of at least 64 rows run on wgmma.
 """
 
 from __future__ import annotations

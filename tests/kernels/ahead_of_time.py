@@ -12,7 +12,8 @@ diff. With it, figures other than the committed ones are a fault, too. What ever
 code is 1 where one does not. No GPU and no driver is asked for.
 
 To add a kernel, write a function that returns its cases by name, made of META tensors, and append it to `SOURCES`.
-A name says what tells the case from others of its kernel; 0.7 s a chip is what a case adds to the test suite.
+A name says what tells the case from others of its kernel; a second a chip is what a case adds to the test suite. So
+tiles that run the same instructions on sm_90 as on sm_80 are compiled for sm_80 alone (`_chips`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -41,9 +43,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lt4rec_sparse.kernels import mask_and_cast, masked_matmul, tiles
+from lt4rec_sparse.kernels import block_sparse, fused_tail, mask_and_cast, masked_matmul, tiles
+from lt4rec_sparse.kernels.block_sparse import BlockWeight
+from lt4rec_sparse.kernels.device_weight import Weight
+from lt4rec_sparse.kernels.fused_tail import Tail
 from lt4rec_sparse.kernels.launch import Launch
-from lt4rec_sparse.kernels.masked_matmul import Weight
 from lt4rec_sparse.kernels.tiles import Tile
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "gpu_compiled.json"
@@ -59,6 +63,7 @@ COUNTED = {
     "STL": "STL",
 }
 MOST_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
+INSTRUCTION_BYTES = 16
 WIDE_ROWS = 64  # what one wgmma or tcgen05 product has at least
 
 Figures = dict[str, Any]
@@ -70,42 +75,37 @@ class Case(NamedTuple):
     launch: Launch
     arithmetic: str  # of its products, as in the tables of `tiles`; "" where it has none
     rows: int  # of a product: what a wide tensor-core instruction needs 64 of
-    words: int  # int32 that a step of each loop with a product may load, and has to
+    words: tuple[int, ...]  # int32 that a step of a loop with a product loads: one of these, and each is found
     chips: tuple[int, ...] = (80, 90)
-    may_spill: tuple[int, ...] = ()  # of the chips; the figures still tell how much
+    other_batches: tuple[Launch, ...] = ()  # launches that must run the same code
+
+
+DTYPES = {"16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}  # by arithmetic
 
 
 def masked_matmul_cases() -> dict[str, Case]:
     """Return every entry of the tables for a layer 1024-512 of two tasks, and what is special with the largest."""
-    cases = {}
-    half, single = torch.bfloat16, torch.float32
-    dtypes = {"16": half, "tf32": single, "fp32": single}
-    everywhere = (80, 90, 100)
-    for arithmetic, dtype in dtypes.items():
+    cases: dict[str, Case] = {}
+    for arithmetic, dtype in DTYPES.items():
         for i, tile in enumerate(tiles.FORWARD[arithmetic]):
-            chips = everywhere if i == 0 else (80, 90)
-            cases |= _forward("masked", arithmetic, tile, dtype, chips=chips)  # training: the weight is float32
+            # Training: the weight is float32.
+            cases |= _forward("masked", arithmetic, tile, dtype, on_blackwell=i == 0)
         for i, tile in enumerate(tiles.COMPRESSED[arithmetic]):
-            chips = everywhere if i == 0 and arithmetic == "16" else (80, 90)
-            cases |= _forward("shared", arithmetic, tile, dtype, dtype, chips=chips)
+            is_first = i == 0 and arithmetic == "16"
+            cases |= _forward("shared", arithmetic, tile, dtype, dtype, on_blackwell=is_first)
         for i, tile in enumerate(tiles.DGRAD[arithmetic]):
-            cases |= _dgrad(arithmetic, tile, dtype, chips=everywhere if i == 0 and arithmetic == "16" else (80, 90))
+            cases |= _dgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
         for i, tile in enumerate(tiles.WGRAD[arithmetic]):
-            cases |= _wgrad(arithmetic, tile, dtype, chips=everywhere if i == 0 and arithmetic == "16" else (80, 90))
+            cases |= _wgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
+    half, largest = torch.bfloat16, tiles.FORWARD["16"][0]
     for tile in tiles.FORWARD["16"]:
         cases |= _forward("premasked", "16", tile, half, half)  # serving
-    largest = tiles.FORWARD["16"][0]
     cases |= _forward("masked", "16", largest, half, half)
     cases |= _forward("masked", "16", largest, half, ranges="ragged")
-    # K is no multiple of 16, so Triton loads x element by element through registers, and an A100 spills 24 bytes (96
-    # with Triton 3.6). A smaller tile would take more from who has a multiple than it gives here.
-    cases |= _forward("masked", "16", largest, half, in_features=1141, may_spill=(80,))
     cases |= _forward("premasked", "16", largest, torch.float16, torch.float16)
     cases |= _forward("premasked", "16", largest, half, half, ranges="single")
-    cases |= _forward("masked", "tf32", tiles.FORWARD["tf32"][0], single, ranges="ragged")
+    cases |= _forward("masked", "tf32", tiles.FORWARD["tf32"][0], torch.float32, ranges="ragged")
     cases |= _forward("shared", "16", tiles.COMPRESSED["16"][0], half, half, ranges="ragged")
-    # A union of four masks: 36 bytes on an A100 (none with Triton 3.6).
-    cases |= _forward("shared", "16", tiles.COMPRESSED["16"][0], half, half, ranges="four", may_spill=(80,))
     cases |= _dgrad("16", tiles.DGRAD["16"][0], half, ranges="ragged")
     cases |= _wgrad("16", tiles.WGRAD["16"][0], half, ranges="ragged")
     return cases
@@ -114,18 +114,49 @@ def masked_matmul_cases() -> dict[str, Case]:
 def mask_and_cast_cases() -> dict[str, Case]:
     """Return what stands around cuBLAS in training: the cast of the weight, and the sum of its gradients."""
     shape, tasks = (OUT_FEATURES, IN_FEATURES), 2
-    words, of_tile = _words(tasks, IN_FEATURES), mask_and_cast.BLOCK_N * mask_and_cast.BLOCK_K // 32
+    words, of_tile = _words(tasks, *shape), mask_and_cast.BLOCK_N * mask_and_cast.BLOCK_K // 32
     weight = _meta(torch.float32, *shape)
     products = _meta(torch.bfloat16, tasks, *shape)
     cast = mask_and_cast.mask_and_cast_launch(weight, words, products)
     total = mask_and_cast.mask_and_sum_launch(products, words, weight)
     return {
-        "mask_and_cast fp32 to bf16": Case(cast, "", 0, of_tile),
-        "mask_and_sum bf16 to fp32": Case(total, "", 0, of_tile),
+        "mask_and_cast fp32 to bf16": Case(cast, "", 0, (of_tile,)),
+        "mask_and_sum bf16 to fp32": Case(total, "", 0, (of_tile,)),
     }
 
 
-SOURCES: tuple[Callable[[], dict[str, Case]], ...] = (masked_matmul_cases, mask_and_cast_cases)
+def fused_tail_cases() -> dict[str, Case]:
+    """Return every entry of the tables for 512-256-128-1 of two tasks, a tail of one hidden layer, and float16."""
+    cases: dict[str, Case] = {}
+    widths = (512, 256, 128, 1)
+    for arithmetic, dtype in DTYPES.items():
+        for tile in fused_tail.TILES[arithmetic]:
+            for form in ("masked",) if arithmetic == "tf32" else ("premasked", "masked"):
+                cases |= _tail(form, arithmetic, tile, dtype, widths)
+        for tile in fused_tail.COMPRESSED.get(arithmetic, ()):
+            cases |= _tail("shared", arithmetic, tile, dtype, widths)
+    largest = fused_tail.TILES["16"][0]
+    cases |= _tail("premasked", "16", largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
+    cases |= _tail("premasked", "16", largest, torch.float16, widths, on_blackwell=True)
+    return cases
+
+
+def block_sparse_cases() -> dict[str, Case]:
+    """Return every entry of the table, in fp32 the largest of each width, for 1024-512 of two tasks on one x."""
+    cases: dict[str, Case] = {}
+    blocks = {16: (16, 1), 32: (32, 1), 64: (32, 2), 128: (64, 2)}  # by columns: a block's side, tasks together
+    for (arithmetic, columns), entries in block_sparse.TILES.items():
+        for tile in entries[:1] if arithmetic == "fp32" else entries:
+            cases |= _block_sparse(arithmetic, tile, DTYPES[arithmetic], *blocks[columns])
+    return cases
+
+
+SOURCES: tuple[Callable[[], dict[str, Case]], ...] = (
+    masked_matmul_cases,
+    mask_and_cast_cases,
+    fused_tail_cases,
+    block_sparse_cases,
+)
 
 
 @cache
@@ -142,29 +173,46 @@ def cases() -> dict[str, Case]:
 def faults(case: Case, chip: int, figures: Figures) -> Iterator[str]:
     """Yield what a compiled case must not be."""
     for name in ("spill_bytes", "stack_bytes", "LDL", "STL", "serialised"):
-        if figures[name] and (name == "serialised" or chip not in case.may_spill):
+        if figures[name]:
             yield f"{name} {figures[name]}, wanted 0"
     if figures["shared_bytes"] > MOST_SHARED_BYTES[chip]:
         yield f"shared_bytes {figures['shared_bytes']}, a block of sm_{chip} has {MOST_SHARED_BYTES[chip]}"
-    if not figures["words"] or set(figures["words"]) != {case.words}:
-        yield f"int32 loaded a step: {figures['words']}, wanted {case.words} in each loop"
+    if set(figures["words"]) != set(case.words):
+        yield f"int32 loaded a step: {figures['words']}, wanted {case.words}"
     wanted = _instruction(case, chip)
     products = [name for name in ("HGMMA", "HMMA", "TCGEN", "FFMA") if figures[name]]
-    if wanted and wanted not in products:
-        yield f"products by {products}, wanted {wanted}"
-    if case.arithmetic in ("fp32", "") and set(products) - {"FFMA"}:
-        yield f"{products} in float32"
+    if (wanted and wanted not in products) or set(products) - {wanted, "FFMA"}:
+        yield f"products by {products}, wanted {wanted or 'none'}"
 
 
-def compile_case(name: str, chip: int) -> Figures:
-    """Compile one case as its launch would on such a chip, and return the figures."""
+def bind(launch: Launch, chip: int) -> tuple[Any, ...]:
+    """Return a launch's arguments, what they specialise the kernel to, and its settings, as the JIT would.
+
+    Triton's own binder specialises: on dtypes, multiples of 16, ones and None, also inside tuples.
+    """
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", chip, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    settings = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    bound, specialization, settings = binder(**launch.arguments, **launch.constants, **settings)
+    return bound, specialization, settings
+
+
+def compiled_anew(case: Case) -> Iterator[str]:
+    """Yield what would make the JIT compile again for another batch of a case, which it must not."""
+    bound, *key = bind(case.launch, case.chips[0])
+    for launch in case.other_batches:
+        _, *other = bind(launch, case.chips[0])
+        if other != key:
+            changed = [name for name, a, b in zip(bound, key[0], other[0], strict=True) if a != b]
+            yield f"compiled anew for another batch: {', '.join(changed) or 'settings'}"
+
+
+def compile_case(name: str, chip: int) -> tuple[Figures, bytes]:
+    """Compile one case as its launch would on such a chip; return the figures, and the instructions, not yet read."""
     launch = cases()[name].launch
     target = GPUTarget("cuda", chip, 32)
     backend = make_backend(target)
-    # Triton's own binder specialises: on dtypes, multiples of 16, ones and None, also inside tuples.
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    settings = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    bound, specialization, settings = bind(**launch.arguments, **launch.constants, **settings)
+    bound, specialization, settings = bind(launch, chip)
     options, *source = launch.kernel._pack_args(backend, settings, bound, specialization, settings)
     log = StringIO()
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope():
@@ -173,24 +221,51 @@ def compile_case(name: str, chip: int) -> Figures:
         knobs.nvidia.dump_ptxas_log = True
         with redirect_stdout(log):
             compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=options.__dict__)
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        code = subprocess.run([NVDISASM, "--print-code", cubin], capture_output=True, text=True, check=True).stdout
     memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     assert memory and registers, log.getvalue()
-    # "/*0050*/ @P0 EXIT ;"
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code, re.MULTILINE)
-    return {
+    figures = {
         "registers": int(registers[1]),
         "stack_bytes": int(memory[1]),
         "spill_bytes": int(memory[2]) + int(memory[3]),
         "serialised": log.getvalue().count("wgmma.mma_async instructions are serialized"),
         "shared_bytes": compiled.metadata.shared,
         "words": words_a_step(compiled.asm["ttgir"]),
-        "instructions": len(instructions),
-        **{name: sum(bool(re.match(pattern, i)) for i in instructions) for name, pattern in COUNTED.items()},
     }
+    return figures, machine_code(compiled.asm["cubin"])
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """Return the instructions of a compiled kernel: the section .text of an ELF file of 64 bits."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + size * i) for i in range(count)]
+    texts = [
+        cubin[start : start + length]
+        for name, start, length in sections
+        if cubin.startswith(b".text.", sections[names][1] + name)
+    ]
+    assert len(texts) == 1, f"{len(texts)} kernels in one cubin"
+    return texts[0]
+
+
+def count_instructions(codes: Sequence[bytes], chip: int) -> list[Figures]:
+    """Disassemble the kernels of a chip and count: all in one go, for nvdisasm takes 0.4 s to start."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw"
+        raw.write_bytes(b"".join(codes))
+        command = [str(NVDISASM), "--binary", f"SM{chip}", str(raw)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # "/*0050*/ @P0 EXIT ;"
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", text, re.MULTILINE)
+    assert INSTRUCTION_BYTES * len(instructions) == sum(map(len, codes)), "nvdisasm read other than whole instructions"
+    counts, start = [], 0
+    for code in codes:
+        own = instructions[start : start + len(code) // INSTRUCTION_BYTES]
+        start += len(own)
+        named = {name: sum(bool(re.match(pattern, i)) for i in own) for name, pattern in COUNTED.items()}
+        counts.append({"instructions": len(own), **named})
+    return counts
 
 
 @dataclass
@@ -242,10 +317,14 @@ def main(arguments: list[str]) -> int:
     jobs = [(name, chip) for name, case in named.items() for chip in case.chips]
     # Two, for each takes half a gigabyte; fresh ones, for torch has threads by now, which a fork does not take along.
     with ProcessPoolExecutor(2, get_context("spawn")) as workers:
-        figures = list(workers.map(compile_case, *zip(*jobs, strict=True)))
+        figures, codes = zip(*workers.map(compile_case, *zip(*jobs, strict=True)), strict=True)
+    for chip in {chip for _, chip in jobs}:
+        of_chip = [i for i, job in enumerate(jobs) if job[1] == chip]
+        for i, counts in zip(of_chip, count_instructions([codes[i] for i in of_chip], chip), strict=True):
+            figures[i].update(counts)
     record = json.loads(COMMITTED.read_text(encoding="utf-8"))["triton"] if COMMITTED.exists() else {}
     committed = record.get(triton.__version__)
-    complaints = []
+    complaints = [f"{name}: {fault}" for name, case in named.items() for fault in compiled_anew(case)]
     compiled: dict[str, dict[str, Figures]] = {}
     for (name, chip), got in zip(jobs, figures, strict=True):
         compiled.setdefault(name, {})[f"sm_{chip}"] = got
@@ -269,14 +348,19 @@ def main(arguments: list[str]) -> int:
 
 
 RANGES = {
-    # x_starts and lengths, task by task. Tasks of one set of rows share a program; ragged ranges overlap, and no
-    # multiple of 16 helps the compiler.
+    # x_starts and lengths, task by task. Tasks of one set of rows share a program; ragged ranges overlap.
     "single": ((0,), (2048,)),
     "joint": ((0, 0), (2048, 2048)),
-    "four": ((0,) * 4, (2048,) * 4),
     "ragged": ((0, 701), (1399, 1347)),
 }
+# Of other batches: numbers of rows that Triton would compile anew for, were they not hidden from it.
+OTHER_RANGES = {
+    "joint": (((0, 0), (16, 16)), ((0, 0), (1, 1)), ((0, 0), (7, 7))),
+    "ragged": (((0, 16), (16, 32)), ((0, 1), (1, 33)), ((2, 7), (7, 9)), ((0, 1), (1, 0))),
+}
+OTHER_ROWS = (16, 1, 7)
 OUT_FEATURES, IN_FEATURES = 512, 1024
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def _forward(
@@ -286,107 +370,216 @@ def _forward(
     dtype: torch.dtype,
     weight_dtype: torch.dtype = torch.float32,
     ranges: str = "joint",
-    in_features: int = IN_FEATURES,
-    chips: tuple[int, ...] = (80, 90),
-    may_spill: tuple[int, ...] = (),
+    on_blackwell: bool = False,
 ) -> dict[str, Case]:
-    x_starts, lengths = RANGES[ranges]
-    tasks, shape = len(lengths), (OUT_FEATURES, in_features)
-    words = _words(tasks, in_features)
-    weight = {
-        "premasked": Weight(form, shape, _meta(weight_dtype, tasks, *shape), None, None, tasks),
-        "masked": Weight(form, shape, _meta(weight_dtype, *shape), words, None, tasks),
-        "shared": Weight(
-            form,
-            shape,
-            _meta(weight_dtype, 2**17),
-            words,
-            _meta(torch.int32, OUT_FEATURES, words.shape[2] // 4),
-            tasks,
-        ),
-    }[form]
-    launch = masked_matmul.forward_launch(
-        _meta(dtype, 2048, in_features),
-        weight,
-        _meta(torch.float32, tasks, OUT_FEATURES),
-        _meta(dtype, sum(lengths), OUT_FEATURES),
-        x_starts,
-        _y_starts(lengths),
-        lengths,
-        "relu",
-        "tf32" if arithmetic == "tf32" else "ieee",
-        tile,
+    tasks = len(RANGES[ranges][0])
+    weight = _weight(form, weight_dtype, tasks, OUT_FEATURES, IN_FEATURES)
+
+    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+        return masked_matmul.forward_launch(
+            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            weight,
+            _meta(torch.float32, tasks, OUT_FEATURES),
+            _meta(dtype, sum(lengths), OUT_FEATURES),
+            x_starts,
+            _y_starts(lengths),
+            lengths,
+            "relu",
+            _precision(arithmetic),
+            tile,
+        )
+
+    words = _words_of_tile(form, tile.block_n, tile.block_k, tile.warps, tasks)
+    dtypes = _product_dtypes(dtype, weight_dtype)
+    return _of_ranges(
+        f"forward {form}", arithmetic, tile, ranges, dtypes, launch, tile.block_m, words, on_blackwell=on_blackwell
     )
-    of_tile = tile.block_n * tile.block_k // 32
-    # Triton takes a load of fewer elements than threads for cheap, and repeats it for a second layout: the union's.
-    copies = 2 if of_tile < 32 * tile.warps else 1
-    shared = (copies * tasks + 1) * of_tile + tile.block_n  # and offsets
-    budget = {"premasked": 0, "masked": of_tile, "shared": shared}[form]
-    name = _name("forward", form, arithmetic, tile, ranges, dtype, weight_dtype, in_features)
-    return {name: Case(launch, arithmetic, tile.block_m, budget, chips, may_spill)}
 
 
 def _dgrad(
-    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", chips: tuple[int, ...] = (80, 90)
+    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", on_blackwell: bool = False
 ) -> dict[str, Case]:
-    x_starts, lengths = RANGES[ranges]
-    launch = masked_matmul.dgrad_launch(
-        _meta(dtype, sum(lengths), OUT_FEATURES),
-        _meta(torch.float32, OUT_FEATURES, IN_FEATURES),
-        _words(len(lengths), IN_FEATURES),
-        _meta(dtype, 2048, IN_FEATURES),
-        x_starts,
-        _y_starts(lengths),
-        lengths,
-        "tf32" if arithmetic == "tf32" else "ieee",
-        tile,
+    tasks = len(RANGES[ranges][0])
+
+    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+        return masked_matmul.dgrad_launch(
+            _meta(dtype, sum(lengths), OUT_FEATURES),
+            _meta(torch.float32, OUT_FEATURES, IN_FEATURES),
+            _words(tasks, OUT_FEATURES, IN_FEATURES),
+            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            x_starts,
+            _y_starts(lengths),
+            lengths,
+            _precision(arithmetic),
+            tile,
+        )
+
+    products = tasks if launch(*RANGES[ranges]).constants["TOGETHER"] else 1  # a step
+    words = products * tile.block_n * tile.block_k // 32
+    dtypes = _product_dtypes(dtype, torch.float32)
+    return _of_ranges(
+        "dgrad masked", arithmetic, tile, ranges, dtypes, launch, tile.block_m, words, on_blackwell=on_blackwell
     )
-    products = len(lengths) if launch.constants["TOGETHER"] else 1  # a step
-    name = _name("dgrad", "masked", arithmetic, tile, ranges, dtype, torch.float32, IN_FEATURES)
-    return {name: Case(launch, arithmetic, tile.block_m, products * tile.block_n * tile.block_k // 32, chips)}
 
 
 def _wgrad(
-    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", chips: tuple[int, ...] = (80, 90)
+    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", on_blackwell: bool = False
 ) -> dict[str, Case]:
-    x_starts, lengths = RANGES[ranges]
-    launch = masked_matmul.wgrad_launch(
-        _meta(dtype, sum(lengths), OUT_FEATURES),
-        _meta(dtype, 2048, IN_FEATURES),
-        _words(len(lengths), IN_FEATURES),
-        _meta(torch.float32, 4, OUT_FEATURES, IN_FEATURES),
-        x_starts,
-        _y_starts(lengths),
-        lengths,
-        "tf32" if arithmetic == "tf32" else "ieee",
-        tile,
+    tasks = len(RANGES[ranges][0])
+
+    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+        splits = lengths[0] % 17  # of any kind: 8 of the case, and 16, 1 and 7 of other batches
+        return masked_matmul.wgrad_launch(
+            _meta(dtype, sum(lengths), OUT_FEATURES),
+            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            _words(tasks, OUT_FEATURES, IN_FEATURES),
+            _meta(torch.float32, splits, OUT_FEATURES, IN_FEATURES),
+            x_starts,
+            _y_starts(lengths),
+            lengths,
+            _precision(arithmetic),
+            tile,
+        )
+
+    dtypes = _product_dtypes(dtype, torch.float32)  # the words wait behind the loop
+    return _of_ranges(
+        "wgrad masked", arithmetic, tile, ranges, dtypes, launch, tile.block_n, 0, on_blackwell=on_blackwell
     )
-    name = _name("wgrad", "masked", arithmetic, tile, ranges, dtype, torch.float32, IN_FEATURES)
-    return {name: Case(launch, arithmetic, tile.block_n, 0, chips)}  # the words wait behind the loop
 
 
-def _name(
+def _block_sparse(arithmetic: str, tile: Tile, dtype: torch.dtype, block: int, together: int) -> dict[str, Case]:
+    tasks, entries, block_rows = 2, 256, OUT_FEATURES // block
+    weight = BlockWeight(
+        (OUT_FEATURES, IN_FEATURES),
+        block,
+        tasks,
+        together,
+        _meta(dtype, entries, block, block),
+        _meta(torch.int32, tasks // together, block_rows + 1),
+        _meta(torch.int32, entries),
+        _meta(torch.int32, entries, together),
+    )
+
+    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+        return block_sparse.block_sparse_launch(
+            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            weight,
+            _meta(torch.float32, tasks, OUT_FEATURES),
+            _meta(dtype, sum(lengths), OUT_FEATURES),
+            x_starts,
+            _y_starts(lengths),
+            lengths,
+            "relu",
+            _precision(arithmetic),
+            tile,
+        )
+
+    indices = tile.block_k * (1 + together * block)  # a block's column for each of its own, its place for each weight
+    layout = f"block {block} together {together} {DTYPE_NAMES[dtype]}"
+    made = _of_ranges("block_sparse", arithmetic, tile, "joint", layout, launch, tile.block_m, indices)
+    # One chip each: the wide ones are for wgmma, and what is not runs the same on both.
+    return {name: case._replace(chips=case.chips[-1:]) for name, case in made.items()}
+
+
+def _of_ranges(
     kernel: str,
-    form: str,
     arithmetic: str,
     tile: Tile,
     ranges: str,
+    dtypes: str,
+    launch: Callable[[tuple[int, ...], tuple[int, ...]], Launch],
+    rows: int,
+    words: int,
+    on_blackwell: bool = False,
+) -> dict[str, Case]:
+    others = tuple(launch(*other) for other in OTHER_RANGES.get(ranges, ()))
+    chips = _chips(arithmetic, rows, on_blackwell)
+    name = f"{kernel} {arithmetic} {_size(tile)} {ranges} {dtypes}"
+    return {name: Case(launch(*RANGES[ranges]), arithmetic, rows, (words,), chips, others)}
+
+
+def _tail(
+    form: str,
+    arithmetic: str,
+    tile: Tile,
     dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    in_features: int,
-) -> str:
-    short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    dtypes = short[dtype] if dtype == weight_dtype else f"{short[dtype]}*{short[weight_dtype]}"
-    size = f"{tile.block_m}x{tile.block_n}x{tile.block_k} warps {tile.warps} stages {tile.stages}"
-    return f"{kernel} {form} {arithmetic} {size} {ranges} {dtypes} K={in_features}"
+    widths: tuple[int, ...],
+    on_blackwell: bool = False,
+) -> dict[str, Case]:
+    tasks, (d0, *hidden, out) = 2, widths
+    tail = Tail(
+        tuple(_weight(form, dtype, tasks, n, k) for n, k in zip(hidden, widths, strict=False)),
+        tuple(_meta(torch.float32, tasks, n) for n in hidden),
+        _meta(torch.float32, tasks, out, hidden[-1]),
+        _meta(torch.float32, tasks, out),
+        "sigmoid",
+    )
+
+    def launch(rows: int) -> Launch:
+        h, scores = _meta(dtype, tasks, rows, d0), _meta(torch.float32, rows, tasks * out)
+        return fused_tail.fused_tail_launch(h, tail, scores, _precision(arithmetic), tile)
+
+    first = launch(2048)
+    chunk = first.constants["BLOCK_D1"]
+    words = [_words_of_tile(form, chunk, tile.block_k, tile.warps, tasks)]
+    if len(hidden) == 2 and chunk < hidden[0]:  # one chunk is no loop
+        # A step of the loop over chunks fills the inner loop's pipeline, too.
+        filling = (tile.stages - 1) * words[0]
+        words.append(filling + _words_of_tile(form, first.constants["BLOCK_D2"], chunk, tile.warps, tasks))
+    name = f"tail {form} {arithmetic} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
+    chips = _chips(arithmetic, tile.block_m, on_blackwell)
+    others = tuple(map(launch, OTHER_ROWS))
+    return {name: Case(first, arithmetic, tile.block_m, tuple(words), chips, others)}
+
+
+def _chips(arithmetic: str, rows: int, on_blackwell: bool) -> tuple[int, ...]:
+    """Return sm_80, and sm_90 where it has instructions of its own: wide products on tensor cores."""
+    is_wide = rows >= WIDE_ROWS and arithmetic != "fp32"
+    return (80, *((90,) if is_wide else ()), *((100,) if on_blackwell else ()))
+
+
+def _weight(form: str, dtype: torch.dtype, tasks: int, n: int, k: int) -> Weight:
+    if form == "premasked":
+        return Weight(form, (n, k), _meta(dtype, tasks, n, k), None, None, tasks)
+    words = _words(tasks, n, k)
+    if form == "masked":
+        return Weight(form, (n, k), _meta(dtype, n, k), words, None, tasks)
+    return Weight(form, (n, k), _meta(dtype, n * k // 4), words, _meta(torch.int32, n, words.shape[2] // 4), tasks)
+
+
+def _words_of_tile(form: str, block_n: int, block_k: int, warps: int, tasks: int) -> int:
+    """Return how many int32 `weight_tile` loads."""
+    of_tile = block_n * block_k // 32
+    # Triton takes a load of fewer elements than threads for cheap, and repeats it for a second layout: the union's.
+    copies = 2 if of_tile < 32 * warps else 1
+    shared = (copies * tasks + 1) * of_tile + block_n  # and offsets
+    return {"premasked": 0, "masked": of_tile, "shared": shared}[form]
+
+
+def _size(tile: Tile) -> str:
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k} warps {tile.warps} stages {tile.stages}"
+
+
+def _product_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    names = (DTYPE_NAMES[dtype], DTYPE_NAMES[weight_dtype])
+    return names[0] if dtype == weight_dtype else "*".join(names)
+
+
+def _precision(arithmetic: str) -> str:
+    return "tf32" if arithmetic == "tf32" else "ieee"
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _words(tasks: int, in_features: int) -> torch.Tensor:
-    return _meta(torch.int32, tasks, OUT_FEATURES, 4 * -(-in_features // 128))
+def _words(tasks: int, n: int, k: int) -> torch.Tensor:
+    return _meta(torch.int32, tasks, n, 4 * -(-k // 128))
+
+
+def _end(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> int:
+    """Return how many rows `x` has."""
+    return max(start + length for start, length in zip(x_starts, lengths, strict=True))
 
 
 def _y_starts(lengths: tuple[int, ...]) -> tuple[int, ...]:

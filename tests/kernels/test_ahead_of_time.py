@@ -47,7 +47,7 @@ GOOD = {
     **dict.fromkeys(("spill_bytes", "stack_bytes", "LDL", "STL", "serialised", "HMMA", "TCGEN", "FFMA"), 0),
     "HGMMA": 4,
     "shared_bytes": 200_000,
-    "words": [WIDE.words],
+    "words": [*WIDE.words],
 }
 
 
@@ -64,15 +64,59 @@ def test_gates_let_a_good_kernel_pass() -> None:
         {"serialised": 1},
         {"shared_bytes": 227 * 1024 + 1},
         {"words": []},
-        {"words": [WIDE.words, 2 * WIDE.words]},
-        {"words": [32 * WIDE.words]},  # one for each weight
+        {"words": [*WIDE.words, 2 * WIDE.words[0]]},
+        {"words": [32 * WIDE.words[0]]},  # one for each weight
         {"HGMMA": 0, "HMMA": 64},
         {"HGMMA": 0, "FFMA": 64},
+        {"HMMA": 64},  # one product of two
     ],
     ids=str,
 )
 def test_gates_refuse(worse: dict[str, object]) -> None:
     assert len(list(faults(WIDE, 90, GOOD | worse))) == 1
+
+
+def test_each_loop_has_words_of_its_own() -> None:
+    tail = WIDE._replace(words=(128, 896))
+    assert not list(faults(tail, 90, GOOD | {"words": [128, 896, 128]}))
+    assert len(list(faults(tail, 90, GOOD | {"words": [128]}))) == 1
+    assert len(list(faults(tail, 90, GOOD | {"words": [128, 512]}))) == 1
+
+
+# Run apart, too. What the launches hide from the JIT, ranges, rows and splits, is shown to it: it must see each.
+COMPILED_ANEW = """\
+from tests.kernels.ahead_of_time import cases, compiled_anew
+kinds = {}
+for name, case in cases().items():
+    assert not list(compiled_anew(case)), name
+    if case.other_batches:
+        kinds.setdefault(case.launch.kernel.__name__ + " ragged" * ("ragged" in name), case)
+for kind, case in sorted(kinds.items()):
+    bare = dict(case.launch.arguments)
+    for argument in ("lengths", "N"):
+        if argument in bare:
+            seen = {**bare, argument: (32, 33) if argument == "lengths" else 33}
+            changed = list(compiled_anew(case._replace(other_batches=(case.launch._replace(arguments=seen),))))
+            assert changed == [f"compiled anew for another batch: {argument}"], (kind, changed)
+    print(kind, len(case.other_batches))
+"""
+
+
+def test_no_batch_compiles_anew() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED_ANEW]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [
+        "block_sparse_fwd_kernel 3",
+        "fused_tail_kernel 3",
+        "masked_matmul_dgrad_kernel 3",
+        "masked_matmul_dgrad_kernel ragged 4",
+        "masked_matmul_fwd_kernel 3",
+        "masked_matmul_fwd_kernel ragged 4",
+        "masked_matmul_wgrad_kernel 3",
+        "masked_matmul_wgrad_kernel ragged 4",
+    ]
 
 
 def test_gates_refuse_tensor_cores_in_float32_alone() -> None:
