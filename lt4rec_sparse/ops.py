@@ -228,6 +228,7 @@ class GpuParts(NamedTuple):
 
     parts: list[Tensor]
     layout: str  # private to the kernels: how the parts make a network
+    in_features: int
     outputs: int
 
 
@@ -245,7 +246,8 @@ def prepack_gpu(
     layers = gpu_layers(tasks)
     network = kernels.prepack(layers, kernels.default_chain(layers, dtype, device), dtype, device)
     parts, layout = kernels.flatten(network)
-    return GpuParts(parts, layout, sum(path[-1][0].weight.shape[0] for path in tasks))
+    outputs = sum(path[-1][0].weight.shape[0] for path in tasks)
+    return GpuParts(parts, layout, tasks[0][0][0].weight.shape[1], outputs)
 
 
 def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
@@ -262,10 +264,14 @@ def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
 
     Raises:
         ValueError: If `x` is not `[batch, in_features]`.
+        TypeError: If `x` is of another dtype.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
-    return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp_gpu(x, *prepacked))
+    parts, layout, in_features, outputs = prepacked
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {in_features}]")
+    if x.dtype not in (*X_DTYPES, torch.float16):
+        raise TypeError(f"x: got {x.dtype}, wanted torch.float32, torch.float16 or torch.bfloat16")
+    return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp_gpu(x, parts, layout, outputs))
 
 
 def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
@@ -415,9 +421,22 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
     return run
 
 
+def _as_it_is(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the kernel without autocast: the dtypes were chosen at the door, and a gradient's are its forward's."""
+
+    def run(first: Tensor, *rest: Any) -> Tensor:
+        kind = first.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return kernel(first, *rest)
+        with torch.autocast(kind, enabled=False):
+            return kernel(first, *rest)
+
+    return run
+
+
 for _name in ("masked_linear", "masked_linear_dgrad", "masked_linear_wgrad"):
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    _library.impl(_name, _on_gpu(_name), "CUDA")
+    _library.impl(_name, _as_it_is(getattr(reference, _name)), "CompositeExplicitAutograd")
+    _library.impl(_name, _as_it_is(_on_gpu(_name)), "CUDA")
 
 
 @torch.library.register_fake("lt4rec_sparse::masked_linear")

@@ -218,7 +218,7 @@ class BlockWeight(NamedTuple):
     def to_dense(self, task: int) -> Tensor:
         """Return `[out_features, in_features]` of one task, with zeros where nothing is kept."""
         n, k = self.shape
-        rows, columns = _cdiv(n, self.block), _cdiv(k, self.block)
+        rows, columns = triton.cdiv(n, self.block), triton.cdiv(k, self.block)
         group, member = divmod(task, self.together)
         crow = self.crow[group].long()
         entries = slice(int(crow[0]), int(crow[-1]))
@@ -233,7 +233,8 @@ class BlockWeight(NamedTuple):
     def density(self) -> float:
         """Kept blocks over all blocks, of all tasks together."""
         n, k = self.shape
-        return int((self.place >= 0).sum()) / (self.tasks * _cdiv(n, self.block) * _cdiv(k, self.block))
+        blocks = self.tasks * -(-n // self.block) * -(-k // self.block)
+        return int((self.place >= 0).sum()) / blocks
 
     @property
     def nbytes(self) -> int:
@@ -291,7 +292,7 @@ def block_sparse_launch(
 ) -> Launch:
     """Make the launch of `block_sparse_fwd_kernel`, in the table's tile unless one is given."""
     n, k = weight.shape
-    block_rows, groups = _cdiv(n, weight.block), weight.tasks // weight.together
+    block_rows, groups = triton.cdiv(n, weight.block), weight.tasks // weight.together
     if tile is None:
         # What Triton tells its compiler, which otherwise copies element by element, through registers.
         is_aligned = k % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
@@ -299,7 +300,7 @@ def block_sparse_launch(
         tile = block_sparse_tile(max(lengths), block_rows * groups, columns, x.dtype, precision, is_aligned)
     return Launch(
         block_sparse_fwd_kernel,
-        (block_rows, groups, _cdiv(max(lengths), tile.block_m)),
+        (block_rows, groups, triton.cdiv(max(lengths), tile.block_m)),
         {
             "x_ptr": x,
             "values_ptr": weight.values,
@@ -341,7 +342,7 @@ def block_sparse_tile(
         return tiles[-1]
     # Three quarters of the GPU at least: a lower tile would fill it and read the weights more often. The tallest would
     # spill where rows are not aligned.
-    is_filling = block_rows * _cdiv(rows, tiles[0].block_m) >= MULTIPROCESSORS * 3 // 4
+    is_filling = block_rows * triton.cdiv(rows, tiles[0].block_m) >= MULTIPROCESSORS * 3 // 4
     return tiles[0] if is_filling and is_aligned else tiles[1]
 
 
@@ -367,8 +368,4 @@ def _cut(t: Tensor, block: int) -> Tensor:
     """Cut `[tasks, N, K]` into `[tasks, R, C, block, block]`, padded with zeros."""
     tasks, n, k = t.shape
     padded = pad(t, (0, -k % block, 0, -n % block))
-    return padded.view(tasks, _cdiv(n, block), block, _cdiv(k, block), block).transpose(2, 3)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return padded.view(tasks, triton.cdiv(n, block), block, triton.cdiv(k, block), block).transpose(2, 3)

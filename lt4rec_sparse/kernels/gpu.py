@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.kernels import mask_and_cast, masked_matmul
+from lt4rec_sparse.kernels.launch import has_room
 from lt4rec_sparse.kernels.tiles import CUBLAS_ROWS
 from lt4rec_sparse.masks import pack_words
 
@@ -39,8 +40,8 @@ def masked_linear(
 ) -> Tensor:
     """`reference.masked_linear` on a GPU."""
     bias = None if bias is None else bias.contiguous()
-    parts = (_rows(x), weight, _words(masks), bias, starts, lengths, activation)
-    if _path(lengths, x.shape[1]) == "triton":
+    parts = (_rows(x), _rows(weight), _words(masks), bias, starts, lengths, activation)
+    if _path(x, lengths, x.shape[1]) == "triton":
         return masked_matmul.forward(*parts, precision())
     return mask_and_cast.forward(*parts)
 
@@ -49,8 +50,8 @@ def masked_linear_dgrad(
     dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
 ) -> Tensor:
     """`reference.masked_linear_dgrad` on a GPU."""
-    parts = (_rows(dy), weight, _words(masks), starts, lengths, rows)
-    if _path(lengths, weight.shape[1]) == "triton":
+    parts = (_rows(dy), _rows(weight), _words(masks), starts, lengths, rows)
+    if _path(dy, lengths, weight.shape[1]) == "triton":
         return masked_matmul.dgrad(*parts, precision())
     return mask_and_cast.dgrad(*parts)
 
@@ -60,21 +61,21 @@ def masked_linear_wgrad(
 ) -> Tensor:
     """`reference.masked_linear_wgrad` on a GPU."""
     parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
-    if _path(lengths, x.shape[1]) == "triton":
+    if _path(x, lengths, x.shape[1]) == "triton":
         return masked_matmul.wgrad(*parts, precision())
     return mask_and_cast.wgrad(*parts)
 
 
 def precision() -> str:
     """Name the arithmetic of float32 products, as torch is told: "ieee", or "tf32" where it may be faster."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _path(lengths: Sequence[int], in_features: int) -> str:
+def _path(t: Tensor, lengths: Sequence[int], in_features: int) -> str:
     if _forced:
         return _forced[-1]
     # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
-    is_for_triton = max(lengths) < CUBLAS_ROWS and in_features % 16 == 0
+    is_for_triton = max(lengths) < CUBLAS_ROWS and in_features % 16 == 0 and has_room(t.device)
     return "triton" if is_for_triton else "cublas"
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lt4rec_sparse.kernels import block_sparse, fused_tail
 from lt4rec_sparse.kernels.block_sparse import BlockWeight
@@ -27,12 +28,13 @@ from lt4rec_sparse.kernels.gpu_runs import (
     StackedRun,
     TailRun,
 )
-from lt4rec_sparse.kernels.masked_matmul import MAX_TASKS
+from lt4rec_sparse.kernels.launch import has_room
 
 Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
 # Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too: widths are padded, those
 # of x so that the tiles' steps divide it, by columns of zeros and by neurons whose bias and weights are zeros.
 X_ALIGNMENT, ALIGNMENT = 64, 16
+MAX_SHARED, MAX_SHARED_TAIL = 3, 2  # tasks: the planes of more, each read for the union, do not fit in registers
 MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
 
 
@@ -68,13 +70,16 @@ class GpuNetwork(NamedTuple):
         Returns:
             `[rows, tasks * out_features]`, float32: the tasks side by side.
         """
+        if torch.is_autocast_enabled(x.device.type):  # the dtypes are chosen already
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
         x = x.to(self.dtype)
         if x.shape[1] < self.padded:
             x = F.pad(x, (0, self.padded - x.shape[1]))
         h = (x if x.stride(1) == 1 else x.contiguous())[None]
         for run in self.runs:
             h = run(h)
-        return h.transpose(0, 1).reshape(h.shape[1], -1)
+        return h.transpose(0, 1).flatten(1)
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +89,7 @@ class GpuNetwork(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and biases, as prepacked."""
-        return sum(part.nbytes for part in flatten(self)[0])
+        return sum(_nbytes(part) for part in flatten(self)[0])
 
 
 def align(layers: Sequence[Layer]) -> list[Layer]:
@@ -145,14 +150,17 @@ def prepack_run(
     if kernel.startswith("block"):
         side = int(kernel.removeprefix("block"))
         together = tasks if first == 0 and tasks in (2, 4) and tasks * side <= block_sparse.MAX_COLUMNS else 1
-        weight = layer.masked[0] if layer.weight is None else layer.weight
+        if layer.weight is None:
+            raise ValueError(f"{kernel}: got tasks with weights of their own, wanted one weight that their masks share")
         return BlockRun(
-            BlockWeight.from_dense(weight.to(device), layer.masks.to(device), side, dtype, together),
+            BlockWeight.from_dense(layer.weight.to(device), layer.masks.to(device), side, dtype, together),
             bias,
             layer.activation,
             is_last,
         )
     if kernel == "2:4":
+        if not _is_2_4(layer.masks):  # torch would drop what is more, in silence
+            raise ValueError("2:4: got masks that keep more than two of four, wanted lottery.project_to_2_4's")
         weights = tuple(torch.sparse.to_sparse_semi_structured(w) for w in layer.masked.to(device, dtype))
         return SemiStructuredRun(weights, bias.to(dtype), layer.activation)
     raise ValueError(f"kernel: got {kernel!r}, wanted one of the ways of gpu_network")
@@ -173,11 +181,10 @@ def spans(
         if i == last and layer.weight is None:  # a head is dense, and of a task alone
             continue
         for kernel in FORMATS:
-            if layer.weight is not None and not (kernel == "shared" and tasks > MAX_TASKS):
+            if layer.weight is not None and not (kernel == "shared" and tasks > MAX_SHARED):
                 yield kernel, i, i
         if layer.weight is not None:
             for side in block_sparse.BLOCKS:
-                # The largest side that skips enough: smaller ones read more for the same.
                 if _block_density(layer.masks, side) <= MAX_BLOCK_DENSITY:
                     yield f"block{side}", i, i
         is_for_sparse_cores = device.type == "cuda" and dtype != torch.float32 and n % 32 == 0 and k % 64 == 0
@@ -191,7 +198,7 @@ def spans(
             continue
         for format in FORMATS:
             is_compressed = format == "shared"
-            if is_compressed and tail[0].masked.shape[0] > MAX_TASKS:
+            if is_compressed and tail[0].masked.shape[0] > MAX_SHARED_TAIL:
                 continue
             if fused_tail.fits(widths, dtype, precision(), is_compressed):
                 yield f"tail {format}", first, last
@@ -199,10 +206,20 @@ def spans(
 
 def default_chain(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> list[Span]:
     """Return the chain that paper arithmetic favours: dense layers, then the longest tail that fits, in one launch."""
-    tails = [span for span in spans(layers, dtype, device, False) if span[0] == "tail premasked"]
+    fitting = spans(layers, dtype, device, False) if has_room(device) else ()
+    tails = [span for span in fitting if span[0] == "tail premasked"]
     first = min((first for _, first, _ in tails), default=len(layers))
     chain = [("dense", i, i) for i in range(first)]
     return [*chain, ("tail premasked", first, len(layers) - 1)] if tails else chain
+
+
+def fits(run: Run, h: Tensor) -> bool:
+    """Tell whether a run's kernel fits on the device of `h`, by running it once."""
+    try:
+        run(h)
+    except OutOfResources:
+        return False
+    return True
 
 
 def flatten(value: Any) -> tuple[list[Tensor], str]:
@@ -229,7 +246,7 @@ def unflatten(parts: Sequence[Tensor], layout: str) -> GpuNetwork:
     return network
 
 
-_TYPES = {
+_TYPES = {  # a semi-structured tensor is no part that an operator takes, so its run is not among them
     kind.__name__: kind
     for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, CompactRun)
 } | {kind.__name__: kind for kind in (Weight, BlockWeight, Tail)}
@@ -303,6 +320,11 @@ def _aligned(layers: Sequence[Any]) -> list[Layer]:
         padded = F.pad(weight, (0, -weight.shape[1] % ALIGNMENT, 0, rows))
         aligned.append(Layer(None, padded, padded != 0, F.pad(bias, (0, rows)), activation))
     return aligned
+
+
+def _nbytes(part: Tensor) -> int:
+    packed = [getattr(part, name, None) for name in ("packed", "meta")]  # of a semi-structured tensor
+    return sum(t.nbytes for t in packed if t is not None) or part.nbytes
 
 
 def _block_density(masks: Tensor, side: int) -> float:

@@ -27,6 +27,7 @@ from lt4rec_sparse.kernels.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.device_weight import Weight
 from lt4rec_sparse.kernels.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu import precision
+from lt4rec_sparse.kernels.mask_and_cast import matmul
 
 
 class StackedRun(NamedTuple):
@@ -41,7 +42,7 @@ class StackedRun(NamedTuple):
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
         y = _dense(h[0], self.weight, self.bias, self.activation, self.is_last)
-        return y.view(h.shape[1], self.tasks, -1).transpose(0, 1)
+        return y.view(h.shape[1], self.tasks, len(self.bias) // self.tasks).transpose(0, 1)
 
 
 class BatchedRun(NamedTuple):
@@ -56,7 +57,7 @@ class BatchedRun(NamedTuple):
         """Apply it."""
         weight = self.weight.transpose(1, 2)
         if self.is_last:  # logits are not rounded to 16 bits: scores would be full of ties
-            return _activate(_bmm_float(h, weight).add_(self.bias), self.activation)
+            return _activate(matmul(h, weight, torch.float32).add_(self.bias), self.activation)
         return _activate(torch.baddbmm(self.bias, h, weight), self.activation)
 
 
@@ -125,7 +126,7 @@ class TailRun(NamedTuple):
         tasks, out, _ = self.tail.head.shape
         scores = h.new_empty(h.shape[1], tasks * out, dtype=torch.float32)
         fused_tail.fused_tail_into(h, self.tail, scores, precision())
-        return scores.view(-1, tasks, out).transpose(0, 1)
+        return scores.view(h.shape[1], tasks, out).transpose(0, 1)
 
 
 class SemiStructuredRun(NamedTuple):
@@ -175,7 +176,7 @@ Run = StackedRun | BatchedRun | ApartRun | ProductRun | BlockRun | TailRun | Sem
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:
     """`activation(x @ weight.T + bias)`; of a last layer in float32."""
     if is_last:
-        return _activate(_mm_float(x, weight.T).add_(bias), activation)
+        return _activate(matmul(x, weight.T, torch.float32).add_(bias), activation)
     if activation == "relu":
         return torch._addmm_activation(bias, x, weight.T)  # cuBLASLt's epilogue: bias and ReLU
     return _activate(torch.addmm(bias, x, weight.T), activation)
@@ -186,15 +187,3 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu":
 
 def _activate(y: Tensor, activation: str) -> Tensor:
     return _ACTIVATE[activation](y)
-
-
-def _mm_float(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def _bmm_float(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+MOST_SHARED_BYTES = 163 * 1024  # of a block on sm_80, which the tables keep within
 
 
 class Launch(NamedTuple):
@@ -42,3 +45,15 @@ class Launch(NamedTuple):
             num_stages=self.stages,
             enable_fp_fusion=True,
         )
+
+
+@cache
+def has_room(device: torch.device) -> bool:
+    """Tell whether every tile of the tables fits into a block's shared memory there: as on an A100, H100 or B200.
+
+    The consumer chips of the same generations have 99 KB. Interpreted, everything fits.
+    """
+    if device.type != "cuda":
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the field
+    return bool(properties.shared_memory_per_block_optin >= MOST_SHARED_BYTES)

@@ -92,7 +92,7 @@ def dgrad(
         return (dy @ masked[0])[:, :k].contiguous()
     dx = dy.new_zeros(rows, masked.shape[2], dtype=torch.float32)  # the sum over the tasks rounds once
     for task, start, length, part in zip(masked, starts, lengths, torch.split(dy, list(lengths)), strict=True):
-        dx[start : start + length] += _mm(part, task, torch.float32)
+        dx[start : start + length] += matmul(part, task, torch.float32)
     return dx[:, :k].to(dy.dtype).contiguous()
 
 
@@ -103,7 +103,7 @@ def wgrad(
     dw = x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
     x = _aligned(x)
     parts = zip(torch.split(dy, list(lengths)), starts, lengths, strict=True)
-    products = torch.stack([_mm(part.T, x[start : start + length], dtype) for part, start, length in parts])
+    products = torch.stack([matmul(part.T, x[start : start + length], dtype) for part, start, length in parts])
     mask_and_sum_launch(products, words, dw).run()
     return dw
 
@@ -166,8 +166,10 @@ def _aligned(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns)) if columns else x
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `a @ b`, summed in float32 and not rounded to 16 bits on its way to `dtype`."""
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `a @ b`, two matrices or two batches of them, not rounded to 16 bits on its way to `dtype`."""
     if a.dtype == dtype:
         return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+    if not a.is_cuda:
+        return a.to(dtype) @ b.to(dtype)
+    return torch.bmm(a, b, out_dtype=dtype) if a.dim() == 3 else torch.mm(a, b, out_dtype=dtype)

@@ -31,7 +31,7 @@ from lt4rec_sparse.kernels.launch import Launch
 from lt4rec_sparse.kernels.tiles import Tile, dgrad_tile, forward_tile, wgrad_splits, wgrad_tile
 from lt4rec_sparse.kernels.weight_tile import kept, weight_tile
 
-MAX_TASKS = 8  # of one launch: the ranges of rows are scalars of the kernel
+MAX_TASKS = 4  # of one launch: more unrolled products do not fit in registers, and are launched by fours
 
 
 def coded(rows: Sequence[int]) -> tuple[int, ...]:
@@ -98,7 +98,11 @@ def masked_matmul_fwd_kernel(
     if tl.program_id(1) * BLOCK_M >= length:
         return
     has_row = (m < length)[:, None]
-    x_rows = x_ptr + first_task * stride_xt + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
+    x_rows = (
+        x_ptr
+        + first_task.to(tl.int64) * stride_xt
+        + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -115,6 +119,22 @@ def masked_matmul_fwd_kernel(
         acc = tl.sigmoid(acc)
     y_rows = (pick(y_starts, task, TASKS)[None, :] + m[:, None]).to(tl.int64)
     tl.store(y_ptr + y_rows * stride_ym + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=has_row & (n < N)[None, :])
+
+
+@triton.jit
+def weight_of_columns(weight_ptr, n, k, N, K, stride_wn, EVEN_K: tl.constexpr):
+    """Return weights of neurons `n` and columns `k`, the masks not applied."""
+    inside = (n < N)[:, None] if EVEN_K else (n < N)[:, None] & (k < K)[None, :]
+    return tl.load(weight_ptr + n[:, None] * stride_wn + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def under_words(values, words_ptr, task, n, k0, N, W, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return `values [BLOCK_N, BLOCK_K]` where the task keeps the weight, zero elsewhere."""
+    w = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+    words = tl.load(words_ptr + (task * N + n)[:, None] * W + w[None, :], mask=(n < N)[:, None], other=0)
+    # Chosen, not multiplied: a pruned weight may be NaN.
+    return tl.where(kept(words, BLOCK_N, BLOCK_K), values, 0.0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -146,52 +166,31 @@ def masked_matmul_dgrad_kernel(
     k = k0 + tl.arange(0, BLOCK_K)
     m0 = tl.program_id(1) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
-    has_column = (k < K)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    words_of_k = k0 // 32 + tl.arange(0, BLOCK_K // 32)
     if TOGETHER:
         inside = ((m >= at(x_starts, 0)) & (m < at(x_starts, 0) + at(lengths, 0)))[:, None]
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
-            has_neuron = (n < N)[:, None]
-            w = tl.load(
-                weight_ptr + n[:, None] * stride_wn + k[None, :],
-                mask=(has_neuron if EVEN_K else has_neuron & has_column),
-                other=0.0,
-            )
+            w = weight_of_columns(weight_ptr, n, k, N, K, stride_wn, EVEN_K)
             for t in tl.static_range(TASKS):
-                rows = (at(y_starts, t) - at(x_starts, t) + m).to(tl.int64)
-                dy = tl.load(
-                    dy_ptr + rows[:, None] * stride_ym + n[None, :],
-                    mask=inside if EVEN_N else inside & (n < N)[None, :],
-                    other=0.0,
-                )
-                words = tl.load(words_ptr + (t * N + n)[:, None] * W + words_of_k[None, :], mask=has_neuron, other=0)
-                masked = tl.where(kept(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy.dtype)
+                dy_rows = dy_ptr + (at(y_starts, t) - at(x_starts, t) + m).to(tl.int64)[:, None] * stride_ym
+                dy = tl.load(dy_rows + n[None, :], mask=inside if EVEN_N else inside & (n < N)[None, :], other=0.0)
+                masked = under_words(w, words_ptr, t, n, k0, N, W, BLOCK_N, BLOCK_K).to(dy.dtype)
                 acc = tl.dot(dy, masked, acc, input_precision=PRECISION)
     else:
         for t in tl.static_range(TASKS):
-            inside = ((m >= at(x_starts, t)) & (m < at(x_starts, t) + at(lengths, t)))[:, None]
-            meets = (m0 < at(x_starts, t) + at(lengths, t)) & (m0 + BLOCK_M > at(x_starts, t))
-            rows = (at(y_starts, t) - at(x_starts, t) + m).to(tl.int64)
+            start, end = at(x_starts, t), at(x_starts, t) + at(lengths, t)
+            inside = ((m >= start) & (m < end))[:, None]
+            dy_rows = dy_ptr + (at(y_starts, t) - start + m).to(tl.int64)[:, None] * stride_ym
+            meets = (m0 < end) & (m0 + BLOCK_M > start)
             for n0 in range(0, tl.where(meets, N, 0), BLOCK_N):
                 n = n0 + tl.arange(0, BLOCK_N)
-                has_neuron = (n < N)[:, None]
-                w = tl.load(
-                    weight_ptr + n[:, None] * stride_wn + k[None, :],
-                    mask=(has_neuron if EVEN_K else has_neuron & has_column),
-                    other=0.0,
-                )
-                dy = tl.load(
-                    dy_ptr + rows[:, None] * stride_ym + n[None, :],
-                    mask=inside if EVEN_N else inside & (n < N)[None, :],
-                    other=0.0,
-                )
-                words = tl.load(words_ptr + (t * N + n)[:, None] * W + words_of_k[None, :], mask=has_neuron, other=0)
-                masked = tl.where(kept(words, BLOCK_N, BLOCK_K), w, 0.0).to(dy.dtype)
+                w = weight_of_columns(weight_ptr, n, k, N, K, stride_wn, EVEN_K)
+                dy = tl.load(dy_rows + n[None, :], mask=inside if EVEN_N else inside & (n < N)[None, :], other=0.0)
+                masked = under_words(w, words_ptr, t, n, k0, N, W, BLOCK_N, BLOCK_K).to(dy.dtype)
                 acc = tl.dot(dy, masked, acc, input_precision=PRECISION)
     dx = dx_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
-    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & has_column)
+    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -223,7 +222,6 @@ def masked_matmul_wgrad_kernel(
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
-    words_of_k = k0 // 32 + tl.arange(0, BLOCK_K // 32)
     total = tl.zeros((NEURONS, BLOCK_K), dtype=tl.float32)
     for first_task in tl.static_range(0, TASKS, TOGETHER):
         task = first_task + column // NEURONS
@@ -241,8 +239,7 @@ def masked_matmul_wgrad_kernel(
             )
             dy = tl.load(dy_columns + m[:, None] * stride_ym, mask=has_row & (n < N)[None, :], other=0.0)
             acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
-        words = tl.load(words_ptr + (task * N + n)[:, None] * W + words_of_k[None, :], mask=(n < N)[:, None], other=0)
-        acc = tl.where(kept(words, BLOCK_N, BLOCK_K), acc, 0.0)
+        acc = under_words(acc, words_ptr, task, n, k0, N, W, BLOCK_N, BLOCK_K)
         if TOGETHER == 1:
             total += acc
         else:
@@ -264,7 +261,7 @@ def forward(
 ) -> Tensor:
     """Return `y [sum(lengths), out_features]`, in the dtype of `x`; the weight may be float32 beside a 16-bit `x`."""
     y = x.new_empty(sum(lengths), weight.shape[0])
-    masked = Weight("masked", (weight.shape[0], weight.shape[1]), _rows(weight), words, None, len(starts))
+    masked = Weight("masked", (weight.shape[0], weight.shape[1]), weight, words, None, len(starts))
     forward_into(x, masked, bias, y, starts, lengths, activation, precision)
     return y
 
@@ -314,7 +311,7 @@ def forward_launch(
     tile = tile or forward_tile(max(lengths), n * tasks, x.dtype, precision, compressed)
     return Launch(
         masked_matmul_fwd_kernel,
-        (_cdiv(n, tile.block_n // together), _cdiv(max(lengths), tile.block_m), tasks // together),
+        (triton.cdiv(n, tile.block_n // together), triton.cdiv(max(lengths), tile.block_m), tasks // together),
         {
             "x_ptr": x,
             "values_ptr": weight.values,
@@ -359,7 +356,7 @@ def dgrad(
         tasks = slice(first, first + MAX_TASKS)
         dx = dy.new_empty(rows, weight.shape[1])
         ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
-        dgrad_launch(dy, _rows(weight), words[tasks], dx, *ranges, precision).run()
+        dgrad_launch(dy, weight, words[tasks], dx, *ranges, precision).run()
         parts.append(dx)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -380,7 +377,7 @@ def dgrad_launch(
     tile = tile or dgrad_tile(len(dx), k, dy.dtype, precision)
     return Launch(
         masked_matmul_dgrad_kernel,
-        (_cdiv(k, tile.block_k), _cdiv(len(dx), tile.block_m)),
+        (triton.cdiv(k, tile.block_k), triton.cdiv(len(dx), tile.block_m)),
         {
             "dy_ptr": dy,
             "weight_ptr": weight,
@@ -427,7 +424,7 @@ def wgrad(
     for first in range(0, len(starts), MAX_TASKS):
         tasks = slice(first, first + MAX_TASKS)
         tile = wgrad_tile(n, k, x.dtype, precision)
-        splits = wgrad_splits(max(lengths[tasks]), _cdiv(n, tile.block_n) * _cdiv(k, tile.block_k), tile)
+        splits = wgrad_splits(max(lengths[tasks]), triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k), tile)
         is_whole = splits == 1 and len(starts) <= MAX_TASKS
         share = x.new_empty(splits, n, k, dtype=dtype if is_whole else torch.float32)
         ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
@@ -454,7 +451,7 @@ def wgrad_launch(
     together = _together(x_starts, lengths)
     return Launch(
         masked_matmul_wgrad_kernel,
-        (_cdiv(k, tile.block_k), _cdiv(n, tile.block_n // together), splits),
+        (triton.cdiv(k, tile.block_k), triton.cdiv(n, tile.block_n // together), splits),
         {
             "dy_ptr": dy,
             "x_ptr": x,
@@ -493,12 +490,3 @@ def _together(x_starts: Sequence[int], lengths: Sequence[int]) -> int:
 def _y_starts(lengths: Sequence[int]) -> list[int]:
     """Let the tasks' rows stand in `y` one after another."""
     return [sum(lengths[:t]) for t in range(len(lengths))]
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return `t` with neighbouring elements in its rows."""
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -41,7 +41,7 @@ from lt4rec_sparse.nn.plan import (
 from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
-BATCH_SIZES = (1, 64, 256, 1024, 2048, 8192)
+BUCKETS = (1, 64, 256, 1024, 2048, 8192)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
 REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
@@ -66,10 +66,11 @@ class GpuMLP(nn.Module):
     """A frozen MLP that serves from a GPU: takes the place of the `SparseMLP` it is made from.
 
     For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
-    streams, and run one after another.
-    A request goes to the smallest bucket that holds it, and is cut where it is larger than all.
+    streams, and run one after another. A request goes to the smallest bucket that holds it, and is cut where it is
+    larger than all.
 
-    In 16 bits weights and the activations between layers are rounded, sums and logits are float32.
+    In 16 bits weights and the activations between layers are rounded; sums are float32 (as far as
+    `torch.backends.cuda.matmul` lets cuBLAS), and so are logits.
 
     Args:
         mlp: The frozen MLP. It is left as it is.
@@ -89,13 +90,13 @@ class GpuMLP(nn.Module):
         mlp: SparseMLP,
         plan: Plan | None = None,
         precision: str = "bf16",
-        batch_sizes: Sequence[int] = BATCH_SIZES,
+        batch_sizes: Sequence[int] = BUCKETS,
         device: torch.device | str = "cuda",
     ) -> None:
         super().__init__()
         device = torch.device(device)
         if plan is not None:
-            check_fits(mlp, plan, _machine(device))
+            check_fits(mlp, plan, _machine(device, plan.precision))
             precision, batch_sizes = plan.precision, [batch.batch for batch in plan.batches]
         _check(precision, batch_sizes)
         self.plan = plan
@@ -107,13 +108,15 @@ class GpuMLP(nn.Module):
         self.codes = mlp.codes
         self.nbytes = mlp.nbytes
         self.precision = precision
-        self.device = device
         self._lock = Lock()
-        self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        ways = Ways(mlp, DTYPES[precision], device)
+        ways = Ways(mlp, precision, device)
         chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
         self._networks = {chain: ways.network(chain) for chain in dict.fromkeys(chains)}
-        self._buckets = [_Graphed(self._networks[c], b) for b, c in zip(batch_sizes, chains, strict=True)]
+        # Graphs of one stream share cuBLAS' workspace: those of one MLP run one after another, others have another.
+        self._stream = _stream(device)
+        self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._buckets = [_Graphed(self._networks[c], b, self._stream) for b, c in zip(batch_sizes, chains, strict=True)]
+        self.device = self._buckets[0].x.device  # with its index
 
     @torch.inference_mode()
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
@@ -177,7 +180,7 @@ class GpuMLP(nn.Module):
 
 def measure_plan(
     mlp: SparseMLP,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] = BUCKETS,
     precision: str = "bf16",
     device: torch.device | str = "cuda",
 ) -> Plan:
@@ -187,6 +190,7 @@ def measure_plan(
     of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
     format, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
     masks multiplied in beforehand, tasks in one product, CUDA graphs. The winner is never slower than it but by noise.
+    A way whose kernel does not fit on this GPU is left out.
 
     Args:
         mlp: The frozen MLP.
@@ -202,9 +206,9 @@ def measure_plan(
     """
     device = torch.device(device)
     _check(precision, batch_sizes)
-    ways = Ways(mlp, DTYPES[precision], device)
-    batches = tuple(_measure_batch(ways, batch, precision) for batch in batch_sizes)
-    return Plan(_machine(device), network_of(mlp), precision, batches)
+    ways = Ways(mlp, precision, device)
+    batches = tuple(_measure_batch(ways, batch) for batch in batch_sizes)
+    return Plan(_machine(device, precision), network_of(mlp), precision, batches)
 
 
 class Ways:
@@ -212,24 +216,20 @@ class Ways:
 
     Args:
         mlp: The frozen MLP.
-        dtype: Of weights and activations.
+        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
         device: Where they run.
     """
 
-    def __init__(self, mlp: SparseMLP, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, mlp: SparseMLP, precision: str, device: torch.device) -> None:
         self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
         self.layers = ops.gpu_layers(mlp._paths())
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = dtype = DTYPES[precision]
         self.device = device
         self.compacted = compact(mlp)
         self.in_features = mlp.in_features
         self.default: Chain = self._chain(self._kernels.default_chain(self.layers, dtype, device))
         self._runs: dict[Segment, Any] = {}
-
-    @property
-    def precision(self) -> str:
-        """The name of the dtype, as plans have it."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def segments(self) -> list[Segment]:
         """Return every run that fits."""
@@ -250,12 +250,19 @@ class Ways:
         runs = tuple(self.run(segment) for segment in chain)
         return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
 
-    def example(self, segment: Segment, batch: int, generator: torch.Generator) -> Tensor:
-        """Draw activations as they enter a segment: `[tasks, batch, in_features]`, or those of x."""
-        tasks, _, k = self.layers[segment.first].masked.shape
-        shape = (1 if segment.first == 0 else tasks, batch, k)
-        h = torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        return h if segment.first == 0 else h.relu_()
+    def examples(self, batch: int) -> list[Tensor]:
+        """Draw activations as they enter each layer: `[tasks, batch, in_features]`, or those of x."""
+        generator = torch.Generator().manual_seed(0)
+        examples = []
+        for i, layer in enumerate(self.layers):
+            tasks, _, k = layer.masked.shape
+            h = torch.randn(1 if i == 0 else tasks, batch, k, generator=generator).to(self.device, self.dtype)
+            examples.append(h if i == 0 else h.relu_())
+        return examples
+
+    def fits(self, segment: Segment, h: Tensor) -> bool:
+        """Tell whether a run's kernel can be launched on this GPU, by launching it."""
+        return bool(self._kernels.fits(self.run(segment), h))
 
     def _chain(self, spans: Any) -> Chain:
         return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
@@ -267,10 +274,10 @@ class _Graphed:
     Rows beyond a request's are those of an earlier one: no row reads another's.
     """
 
-    def __init__(self, network: Any, batch: int) -> None:
+    def __init__(self, network: Any, batch: int, stream: torch.cuda.Stream | None) -> None:
         self.batch = batch
         self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
-        self._replay, self._scores = _captured(partial(network, self.x))
+        self._replay, self._scores = _captured(partial(network, self.x), stream)
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
         """Score up to `batch` rows."""
@@ -279,22 +286,29 @@ class _Graphed:
         out.copy_(self._scores[: len(x)])
 
 
-def _captured(call: Callable[[], Tensor], repeats: int = 1) -> tuple[Callable[[], None], Tensor]:
-    """Return what runs `call` again, and where its result then stands."""
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _captured(
+    call: Callable[[], Tensor], stream: torch.cuda.Stream | None, repeats: int = 1
+) -> tuple[Callable[[], None], Tensor]:
+    """Return what runs `call` again, and where its result then stands; without a stream there is no graph."""
     with torch.inference_mode():
-        result = call()  # compiles; on a GPU more than once, as capture asks for
-        if result.device.type != "cuda":
+        if stream is None:
+            result = call()
             return partial(_again, call, result), result
-        stream = torch.cuda.Stream(result.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(result.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream(result.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                result = call()
+        with torch.cuda.device(stream.device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # compiles, and makes cuBLAS' handle and workspace of this stream
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of a live server may allocate meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(repeats):
+                    result = call()
         return graph.replay, result
 
 
@@ -302,14 +316,13 @@ def _again(call: Callable[[], Tensor], result: Tensor) -> None:
     result.copy_(call())
 
 
-def _measure_batch(ways: Ways, batch: int, precision: str) -> BatchPlan:
-    generator = torch.Generator().manual_seed(0)
-    segments = ways.segments()
-    alone = _timed(
-        {s: partial(ways.run(s), ways.example(s, batch, generator)) for s in segments}, ways.device, rounds=5
-    )
+def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
+    examples = ways.examples(batch)
+    segments = [segment for segment in ways.segments() if ways.fits(segment, examples[segment.first])]
+    # Alone they only propose chains: the verdict is the second measurement's, which takes longer.
+    alone = _timed({s: partial(ways.run(s), examples[s.first]) for s in segments}, ways.device, ROUNDS_ALONE)
     chains = _chains({segment: timing.median_us for segment, timing in alone.items()})
-    x = torch.randn(batch, ways.in_features, generator=generator).to(ways.device, ways.dtype)
+    x = examples[0][0]
     ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, ROUNDS)
     contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
     return BatchPlan(batch, ranked(contestants), tuple(alone.items()))
@@ -319,7 +332,8 @@ def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, roun
     """Time calls in interleaved rounds, on a GPU as graphs of several repetitions each."""
     if device.type != "cuda":
         return dict(zip(calls, interleaved(_named(calls), rounds=rounds, round_us=1.0).values(), strict=True))
-    graphs = {key: _captured(call, REPEATS)[0] for key, call in calls.items()}
+    stream = _stream(device)
+    graphs = {key: _captured(call, stream, REPEATS)[0] for key, call in calls.items()}
 
     def waited(replay: Callable[[], None]) -> None:
         replay()
@@ -353,12 +367,14 @@ def _winner(batch: BatchPlan) -> Chain:
     return batch.contestants[0].chain
 
 
-def _machine(device: torch.device) -> Machine:
+def _machine(device: torch.device, precision: str) -> Machine:
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu")
+    arithmetic = f", {kernels.precision()}" if precision == "fp32" else ""
     if device.type != "cuda":
-        return Machine(f"interpreter on {device.type}", 0, str(torch.__version__))
+        return Machine(f"interpreter on {device.type}{arithmetic}", 0, str(torch.__version__))
     triton = importlib.import_module("triton")
     name = torch.cuda.get_device_name(device)
-    return Machine(f"{name}, triton {triton.__version__}", 0, str(torch.__version__))
+    return Machine(f"{name}, triton {triton.__version__}{arithmetic}", 0, str(torch.__version__))
 
 
 def _check(precision: str, batch_sizes: Sequence[int]) -> None:

@@ -66,7 +66,7 @@ class MaskedLinear(nn.Linear):
         planes = torch.ones(len(tasks), out_features, in_features, dtype=torch.bool, device=device)
         self.register_buffer("masks", planes)
         self.register_buffer("mask_words", pack_words(planes), persistent=False)
-        self._packed_version = planes._version
+        self._packed = _identity(planes)
 
     def mask(self, task: str | None = None) -> Tensor:
         """Return one task's mask: bool `[out_features, in_features]`, True = kept.
@@ -112,7 +112,7 @@ class MaskedLinear(nn.Linear):
         """Return the masks as the kernels of the device read them."""
         if self.masks.device.type == "cpu":
             return self.masks
-        if not torch.compiler.is_compiling() and self.masks._version != self._packed_version:
+        if not torch.compiler.is_compiling() and _identity(self.masks) != self._packed:
             self._pack()
         return self.mask_words
 
@@ -122,9 +122,9 @@ class MaskedLinear(nn.Linear):
             self.mask_words.copy_(words)  # in place, where captured and compiled graphs read it
         else:
             self.mask_words = words  # a state was loaded into a module on the meta device
-        self._packed_version = self.masks._version
+        self._packed = _identity(self.masks)
 
-    # Wherever the masks become another tensor, whose version starts anew, they are packed anew.
+    # Where the masks become another tensor, it may stand where the old one stood: they are packed anew.
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -255,6 +255,11 @@ class MaskedMLP(nn.Module):
                 raise ValueError(f"rows of {name}: got {start} to {stop}, wanted some of the {batch} rows of x")
         ranges = [rows[name] for name in self.tasks]
         return TaskRows(tuple(start for start, _ in ranges), tuple(stop - start for start, stop in ranges))
+
+
+def _identity(t: Tensor) -> tuple[int, int]:
+    """Tell one content of a tensor from another: which memory it is, and how often that was written."""
+    return (0 if t.is_meta else t.data_ptr()), (0 if t.is_inference() else t._version)
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class SparseMLP(nn.Module):
         """Score every task, or return one task's part of it.
 
         Args:
-            x: `[..., in_features]`, float32 or bfloat16.
+            x: `[..., in_features]`, float32 or bfloat16; on a GPU float16 too.
             task: The task's name; None returns every task. All are computed in any case, in one call.
 
         Returns:
@@ -97,7 +97,7 @@ class SparseMLP(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if x.device.type == "cuda" and self.precision != "int8":
-            y = ops.sparse_mlp_gpu(rows, self._on_gpu(x.device))
+            y = ops.sparse_mlp_gpu(rows, self.prepack_on(x.device))
         elif self.prepacked is None or x.device.type != "cpu":
             y = ops.sparse_mlp_dense(rows, self._paths(), self.precision, self._codes())
         else:
@@ -138,6 +138,16 @@ class SparseMLP(nn.Module):
         """
         return self._remade(precision, self.codes)
 
+    def prepack_on(self, device: torch.device) -> ops.GpuParts:
+        """Return what a GPU runs, prepacked at the first call.
+
+        `forward` calls it. Who compiles or exports the module calls it first, so that it is not traced.
+        """
+        if device not in self._gpu:
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            self._gpu[device] = ops.prepack_gpu(self._paths(), dtype, device)
+        return self._gpu[device]
+
     def calibrated(self, x: Tensor) -> SparseMLP:
         """Return the same MLP, in the same precision, with codes for int8 from representative inputs (`calibrate`)."""
         return self._remade(self.precision, calibrate(self, x))
@@ -160,13 +170,6 @@ class SparseMLP(nn.Module):
             f"{self.in_features} -> {shapes}, tasks={', '.join(self.tasks)}, {self.precision}, "
             f"union density: {', '.join(union)}"
         )
-
-    def _on_gpu(self, device: torch.device) -> ops.GpuParts:
-        """Return what that GPU runs, prepacked at the first call."""
-        if device not in self._gpu:
-            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            self._gpu[device] = ops.prepack_gpu(self._paths(), dtype, device)
-        return self._gpu[device]
 
     def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
         return SparseMLP(self.hidden, self.heads, precision, codes).eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.nn import CrossedEmbeddings, GpuMLP, Plan, SparseMLP
-from lt4rec_sparse.nn.gpu import BATCH_SIZES
+from lt4rec_sparse.nn.gpu import BUCKETS
 
 
 class Ranker:
@@ -65,7 +65,7 @@ class Ranker:
         precision: str = "bf16",
         plan: Plan | None = None,
         device: torch.device | str = "cuda",
-        batch_sizes: Sequence[int] = BATCH_SIZES,
+        batch_sizes: Sequence[int] = BUCKETS,
     ) -> Ranker:
         """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
 
