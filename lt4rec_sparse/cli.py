@@ -1,4 +1,4 @@
-"""The command line: `lt4rec-sparse run`, `simulate`, `score`, `inspect`."""
+"""The command line: `lt4rec-sparse run`, `simulate`, `score`, `plan`, `inspect`."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def score(
         str, typer.Option(help="How the MLP computes: fp32, bf16 or int8; on a GPU fp32, bf16 or fp16.")
     ] = "fp32",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, or a GPU, as cuda or cuda:1.")] = "cpu",
+    plan: Annotated[Path | None, typer.Option(help="What `plan` measured here; it decides the precision.")] = None,
 ) -> None:
     """Score a file of candidates."""
     import pyarrow as pa
@@ -110,19 +111,58 @@ def score(
 
     from lt4rec_sparse.data import read_candidates
     from lt4rec_sparse.files import whole_file
+    from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.serving import load
 
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
-    if device == "cpu":
-        ranker = load(model, precision)
-    elif device.partition(":")[0] == "cuda":
-        ranker = load(model).on_gpu(precision, device=device)
+    measured = None if plan is None else Plan.load(plan)
+    if _is_gpu(device):
+        ranker = load(model).on_gpu(precision, measured, device)
+    elif measured is not None:
+        ranker = load(model).planned(measured)
     else:
-        raise InputError(f"device: got {device!r}, wanted cpu or cuda")
+        ranker = load(model, precision)
     scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
     with whole_file(out) as temporary:
         pq.write_table(pa.table(dict(scores)), temporary)
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, for `score --plan`.")],
+    precision: Annotated[
+        str, typer.Option(help="The lowest allowed: fp32, bf16 or int8; on a GPU the one of all: fp32, bf16 or fp16.")
+    ] = "fp32",
+    device: Annotated[str, typer.Option(help="What to measure: cpu, or a GPU, as cuda or cuda:1.")] = "cpu",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="A request size to measure; as often as wanted, ascending.")
+    ] = None,
+) -> None:
+    """Measure which kernels serve an artefact fastest here, batch size by batch size."""
+    import torch
+
+    from lt4rec_sparse.nn import Plan, SparseMLP, measure_plan
+    from lt4rec_sparse.serving import load
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+    is_gpu = _is_gpu(device)
+    mlp = load(model).mlp
+    assert isinstance(mlp, SparseMLP)
+    if is_gpu and not torch.cuda.is_available():
+        raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
+    sizes = {"batch_sizes": batch} if batch else {}
+    try:
+        if is_gpu:
+            measured = measure_plan(mlp, precision=precision, device=device, **sizes)
+        else:
+            measured = Plan.measure(mlp, precision=precision, **sizes)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    measured.save(out)
+    Console(highlight=False, markup=False, soft_wrap=True).print(str(measured))
 
 
 @app.command()
@@ -145,6 +185,13 @@ def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safe
     console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {prepacked}")
     console.print(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
     console.print(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
+
+
+def _is_gpu(device: str) -> bool:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device: got {device!r}, wanted cpu or cuda")
+    return kind == "cuda"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from lt4rec_sparse.data.rows import RowReader
 from lt4rec_sparse.data.source import open_source
 from lt4rec_sparse.experiments import frozen
 from lt4rec_sparse.experiments import run as run_module
-from lt4rec_sparse.nn import SparseMLP
+from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.serving import Ranker, load, save
 
 TINY = ("--hidden", "16,8", "--embedding-dim", 4, "--rounds", 1, "--epochs", 1, "--batch-size", 1024)
@@ -129,6 +129,34 @@ def test_scores_of_a_file_are_those_of_training(finished, tmp_path, kind):
     (batch,) = prepared.stream("test", test["rows"], shuffle=False).epoch(0)
     served = load(finished / "model.safetensors").score_encoded(batch.features).numpy()
     assert np.array_equal(np.stack([column.to_numpy() for column in scores.columns], 1), served)
+
+
+def test_measures_a_plan_and_scores_by_it(finished, tmp_path):
+    model, plan, out = finished / "model.safetensors", tmp_path / "plan.json", tmp_path / "scores.parquet"
+    measured = invoke("plan", model, plan, "--batch", "1", "--batch", "3")
+    assert measured.exit_code == 0
+    assert str(Plan.load(plan)) in measured.stdout
+    prepared = Prepared.load(finished / "data")
+    table = candidates_of(finished / "simulated", prepared.counts["test"]["days"], tmp_path / "scratch")
+    pq.write_table(table, tmp_path / "candidates.parquet")
+    assert invoke("score", model, tmp_path / "candidates.parquet", out, "--plan", plan).exit_code == 0
+    (batch,) = prepared.stream("test", len(table), shuffle=False).epoch(0)
+    served = load(model).planned(Plan.load(plan)).score_encoded(batch.features).numpy()
+    assert np.array_equal(np.stack([column.to_numpy() for column in pq.read_table(out).columns], 1), served)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "3", "--batch", "1"), "batch_sizes: got (3, 1), wanted at least one, ascending from 1"),
+        (("--precision", "fp8"), "precision: got 'fp8', wanted one of fp32, bf16, int8"),
+        (("--device", "tpu"), "device: got 'tpu', wanted cpu or cuda"),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused(finished, tmp_path, arguments, message):
+    line = refusal("plan", finished / "model.safetensors", tmp_path / "plan.json", *arguments)
+    assert line == message
+    assert not (tmp_path / "plan.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

@@ -211,6 +211,17 @@ def test_autocast_casts_x_and_leaves_the_gradients_in_float32(dtype):
         assert_exact(ours, gradient)
 
 
+def test_a_backward_pass_under_autocast_keeps_the_dtypes_of_its_forward():
+    x, weight, mask, bias = problem(4, 33, 5)
+    x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
+    dy = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(ops.masked_linear(x, weight, mask, bias), (x, weight, bias), dy)
+    y = ops.masked_linear(x, weight, mask, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(torch.autograd.grad(y, (x, weight, bias), dy), wanted, strict=True):
+            assert_exact(got, want)
+
+
 def test_autocast_ends_where_it_is_disabled_and_passes_over_float64():
     x, weight, mask, bias = problem(9, 17, 6)
     plain = ops.masked_linear(x, weight, mask, bias, "relu")

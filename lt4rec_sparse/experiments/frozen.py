@@ -17,7 +17,7 @@ from lt4rec_sparse.experiments.arms import MAIN_METRIC, SeedRun
 from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.masks import overlap, ownership
 from lt4rec_sparse.metrics import metrics_of
-from lt4rec_sparse.nn import GpuMLP, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse.nn import GpuMLP, MaskedMLP, PlannedMLP, SparseMLP, freeze
 from lt4rec_sparse.nn.quantization import is_tolerable
 from lt4rec_sparse.ops import PRECISIONS
 from lt4rec_sparse.ranking import SparseSharing
@@ -163,7 +163,7 @@ def _latency(seed_run: SeedRun, model: SparseSharing, rankers: Mapping[str, Rank
     return records
 
 
-def _score_mlp(mlp: SparseMLP | GpuMLP, x: Tensor) -> Tensor:
+def _score_mlp(mlp: SparseMLP | PlannedMLP | GpuMLP, x: Tensor) -> Tensor:
     """Score as a `Ranker` does."""
     scores = x.new_empty(len(x), mlp.out_features)
     mlp.score_into(x, scores)

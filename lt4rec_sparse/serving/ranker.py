@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.features import EncodedFeatures, FeatureEncoder
-from lt4rec_sparse.nn import CrossedEmbeddings, GpuMLP, Plan, SparseMLP
+from lt4rec_sparse.nn import CrossedEmbeddings, GpuMLP, Plan, PlannedMLP, SparseMLP
 from lt4rec_sparse.nn.gpu import BUCKETS
 
 
@@ -29,7 +29,9 @@ class Ranker:
         ValueError: If the widths of `inputs` and `mlp` differ, or a head does not end in a sigmoid.
     """
 
-    def __init__(self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP | GpuMLP) -> None:
+    def __init__(
+        self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP | PlannedMLP | GpuMLP
+    ) -> None:
         if inputs.out_features != mlp.in_features:
             raise ValueError(
                 f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, those of the inputs"
@@ -53,12 +55,19 @@ class Ranker:
         """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
 
         Raises:
-            ValueError: If there is no such precision, "int8" is asked of a ranker that is not calibrated, or it is on
-                a GPU.
+            ValueError: If there is no such precision, "int8" is asked of a ranker that is not calibrated, or it is
+                planned or on a GPU.
         """
-        if isinstance(self.mlp, GpuMLP):
-            raise ValueError(f"to_precision: got a ranker on {self.mlp.device}, wanted the one that it was made from")
-        return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
+        return Ranker(self.encoder, self.inputs, self._sparse("to_precision").to_precision(precision))
+
+    def planned(self, plan: Plan) -> Ranker:
+        """Return the same ranker with its MLP served by a plan of this CPU: `Plan.measure(ranker.mlp)`.
+
+        Raises:
+            InputError: If the plan is of another network or machine.
+            ValueError: If it is planned, or on a GPU, already.
+        """
+        return Ranker(self.encoder, self.inputs, PlannedMLP(self._sparse("planned"), plan))
 
     def on_gpu(
         self,
@@ -77,15 +86,20 @@ class Ranker:
 
         Raises:
             InputError: If torch sees no such device; or as `GpuMLP`.
-            ValueError: If it is on a GPU already, or there is no such precision.
+            ValueError: If it is planned or on a GPU already, or there is no such precision.
         """
-        if isinstance(self.mlp, GpuMLP):
-            raise ValueError(f"on_gpu: got a ranker on {self.mlp.device}, wanted the one that it was made from")
+        mlp = self._sparse("on_gpu")
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
-        mlp = GpuMLP(self.mlp, plan, precision, batch_sizes, device)
-        return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), mlp)
+        served = GpuMLP(mlp, plan, precision, batch_sizes, device)
+        return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
+
+    def _sparse(self, name: str) -> SparseMLP:
+        if not isinstance(self.mlp, SparseMLP):
+            got = type(self.mlp).__name__
+            raise ValueError(f"{name}: got a ranker that serves by a {got}, wanted the one that it was made from")
+        return self.mlp
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.

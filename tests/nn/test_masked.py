@@ -244,6 +244,19 @@ def test_masks_written_in_place_are_packed_again(move, is_set_before, monkeypatc
         assert words._version == version  # and once
 
 
+def test_masks_that_are_replaced_are_packed_again(monkeypatch):
+    layer = MaskedLinear(130, 3)
+    layer.masks = torch.zeros(1, 3, 130, dtype=torch.bool)
+    assert not planes_elsewhere(layer, monkeypatch).any()
+
+
+def test_a_layer_can_be_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = MaskedLinear(4, 2)
+        layer.set_mask(torch.zeros(2, 4, dtype=torch.bool))
+        assert_exact(layer(torch.ones(3, 4)), layer.bias.expand(3, 2))
+
+
 def test_packed_masks_are_no_part_of_a_checkpoint():
     layer = random_layer()
     assert set(layer.state_dict()) == {"weight", "bias", "masks"}
