@@ -1,8 +1,8 @@
 """The GPU suites: `python -m bench gpu` runs them on a GPU, `python -m bench gpu --dry OUT` rehearses them on a CPU.
 
-Each suite runs in a process of its own, for an illegal access ends a process' CUDA for good, and writes its part after
-every case. A suite has a share of the seconds and drops the cases that come last when they are spent; the record says
-which. `bash bench/gpu.sh` installs, tests and then calls this.
+On a GPU each suite runs in a process of its own, for an illegal access ends a process' CUDA for good. It writes its
+part before and after every case. It has a share of the seconds that are left when it starts, and a minimum, and drops
+the cases that come last when they are spent; the record says which. `bash bench/gpu.sh` installs, tests and calls this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from typing import Any
 from bench import record
 from lt4rec_sparse.experiments.report import table
 
-SUITES = {"assumptions": 0.08, "serving": 0.47, "training": 0.3, "kernels": 0.15}  # name -> share of the seconds
+SUITES = {"assumptions": 0.07, "serving": 0.48, "training": 0.29, "kernels": 0.16}  # name -> share of the seconds
+# To compile and time the first case at least, whatever the suites and steps before have taken.
+MINIMUM_S = {"assumptions": 12.0, "serving": 60.0, "training": 40.0, "kernels": 18.0}
 SECONDS = 270.0
 GRACE_S = 20.0  # for a suite's start and for the case that it is in when its seconds are spent
 NOT_TIMED = "The GPU engine is compiled and interpreted, not yet timed."
@@ -37,16 +38,17 @@ HEADERS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run all suites, or one; return the exit code."""
+    """Run all suites, or some; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench gpu")
     parser.add_argument("--dry", type=Path, metavar="OUT", help="rehearse on the CPU and write OUT")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all suites together")
     parser.add_argument("--steps", type=Path, help="what bench/gpu.sh did before: name, seconds, code, last line")
-    parser.add_argument("--suite", choices=SUITES, help="one suite alone, in this process")
-    parser.add_argument("--part", type=Path, help="where that suite writes")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="these suites alone, in this process")
+    parser.add_argument("--parts", type=Path, help="the folder that they write to")
     options = parser.parse_args(arguments)
-    if options.suite:
-        return run_suite(options.suite, options.seconds, options.part, options.dry is not None)
+    if options.suites:
+        is_dry = options.dry is not None
+        return max(run_suite(s, options.seconds, options.parts / f"{s}.json", is_dry) for s in options.suites)
     result = run(options.seconds, options.dry is not None, _steps(options.steps))
     if options.dry:
         path = options.dry
@@ -59,18 +61,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(seconds: float, is_dry: bool, steps: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Run every suite in a process of its own, a GPU's one after another, and return the record."""
+    """Run every suite, on a GPU each in a process of its own, and return the record."""
     end = time.monotonic() + seconds
     waiting = list(SUITES)
-
-    def run_next(folder: str) -> tuple[str, dict[str, Any]]:
-        left = end - time.monotonic()
-        share = SUITES[waiting[0]] / sum(SUITES[name] for name in waiting)
-        name = waiting.pop(0)
-        return name, _run_alone(name, max(1.0, left * share), Path(folder) / f"{name}.json", is_dry)
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(SUITES) if is_dry else 1) as pool:
-        parts = dict(pool.map(run_next, [folder] * len(SUITES)))
+    parts: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting:
+            left = end - time.monotonic()
+            names, own = (waiting, left) if is_dry else (waiting[:1], seconds_of_next(waiting, left))
+            waiting = waiting[len(names) :]
+            limit = max(own, min(own, left) + GRACE_S)  # who lives on a minimum, the seconds being spent, has no grace
+            parts |= _run_apart(names, own, limit, Path(folder), is_dry)
     device = next((case for case in parts["assumptions"]["cases"] if case["case"] == "device"), {"name": "gpu"})
     return {
         "machine": record.machine(),
@@ -82,21 +83,35 @@ def run(seconds: float, is_dry: bool, steps: Sequence[dict[str, Any]] = ()) -> d
     }
 
 
-def _run_alone(name: str, seconds: float, part: Path, is_dry: bool) -> dict[str, Any]:
-    """Run a suite in a process of its own and return what it wrote, were it only some of its cases."""
+def seconds_of_next(waiting: Sequence[str], left: float) -> float:
+    """Return the first suite's share of what is left: cut to what leaves the others their minimum, its own at least."""
+    name, *others = waiting
+    share = left * SUITES[name] / sum(SUITES[suite] for suite in waiting)
+    return max(MINIMUM_S[name], min(share, left - sum(MINIMUM_S[other] for other in others)))
+
+
+def _run_apart(
+    names: Sequence[str], seconds: float, limit: float, folder: Path, is_dry: bool
+) -> dict[str, dict[str, Any]]:
+    """Run suites in a process, which ends at the limit, and return what each wrote, were it only some of its cases."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "bench", "gpu", "--suite", name, "--part", str(part), "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "bench", "gpu", "--suites", *names, "--parts", str(folder)]
+    command += ["--seconds", str(seconds)]
     environment = dict(os.environ)
     if is_dry:
-        command += ["--dry", str(part)]
+        command += ["--dry", str(folder)]
         environment["TRITON_INTERPRET"] = "1"
     try:
-        code: int | str = subprocess.run(command, env=environment, timeout=seconds + GRACE_S).returncode
+        code: int | str = subprocess.run(command, env=environment, timeout=limit).returncode
     except subprocess.TimeoutExpired:
         code = "ended: out of time"
-    found = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
-    empty: dict[str, Any] = {"cases": [], "failed": [], "dropped": []}
-    return {"code": code, "wall_s": time.monotonic() - start, **empty, **found}
+    parts: dict[str, dict[str, Any]] = {}
+    for name in names:
+        part = folder / f"{name}.json"
+        found = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+        empty: dict[str, Any] = {"cases": [], "failed": [], "dropped": []}
+        parts[name] = {"code": code, "wall_s": time.monotonic() - start, **empty, **found}
+    return parts
 
 
 def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
@@ -109,8 +124,14 @@ def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
     cases: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     waiting = list(suite(setting))
+
+    def write() -> None:
+        dropped = [name for name, _ in waiting]
+        part.write_text(json.dumps({"cases": cases, "failed": failed, "dropped": dropped}), encoding="utf-8")
+
+    write()  # a case that never ends is dropped, with those behind it
     while waiting and time.monotonic() - start < seconds:
-        case, measure = waiting.pop(0)
+        case, measure = waiting[0]
         began = time.monotonic()
         try:
             found = measure()
@@ -119,8 +140,9 @@ def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
             print(f"{name}, {case}: {failed[-1]['error']}", file=sys.stderr)
         else:
             cases.append({"case": case, **found, "seconds": round(time.monotonic() - began, 2)})
-        dropped = [name for name, _ in waiting]
-        part.write_text(json.dumps({"cases": cases, "failed": failed, "dropped": dropped}), encoding="utf-8")
+        waiting.pop(0)
+        write()
+        setting.stopwatch.clear()
     return 1 if failed else 0
 
 

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=455       # seconds for everything; the suites get what is left
 INSTALL_LIMIT=120
-TEST_LIMIT=130
+TEST_LIMIT=150
 TESTS=(
   tests/kernels/test_masked_matmul.py
   tests/kernels/test_block_sparse.py
@@ -19,6 +19,8 @@ TESTS=(
   tests/nn/test_masked_gpu.py
   tests/nn/test_gpu.py
 )
+# Processes of each file, by how many kernels it compiles, 1 to 3 s each: 15 in all and memcheck's, for 16 cores.
+WORKERS=(4 3 4 2 2)
 logs=$(mktemp -d)
 steps=$logs/steps.tsv
 : >"$steps"
@@ -48,7 +50,7 @@ memcheck() {
     note memcheck 0 0 "compute-sanitizer is absent"
     return
   fi
-  mapfile -t ids < <(collected tests/kernels/test_masked_matmul.py | grep short | awk 'NR % 6 == 1' | head -n 12)
+  mapfile -t ids < <(collected tests/kernels/test_masked_matmul.py | grep short | awk 'NR % 3 == 1' | head -n 12)
   for file in "${TESTS[@]:1:2}"; do
     if [ -e "$file" ]; then
       mapfile -t -O "${#ids[@]}" ids < <(collected "$file" | awk 'NR % 17 == 1' | head -n 4)
@@ -85,15 +87,22 @@ if ! awk -F'\t' '$1 == "gpu" && $3 != 0 { exit 1 }' "$steps"; then
 fi
 step install "$INSTALL_LIMIT" "$PYTHON" -m pip install -q -e . --no-build-isolation --no-deps
 
-# Side by side: they wait for the compiler most of the time. The tests ask torch for deterministic algorithms, which
-# cuBLAS has in a workspace of fixed size alone. The warnings of these versions say nothing of the kernels.
-for file in "${TESTS[@]}"; do
+# Side by side: they wait for the compiler most of the time. A file has processes of its own, for an illegal access ends
+# CUDA for all that follows in one. The tests ask torch for deterministic algorithms, which cuBLAS has in a workspace of
+# fixed size alone. The warnings of these versions say nothing of the kernels.
+has_xdist=0
+if "$PYTHON" -c "import xdist" 2>/dev/null; then has_xdist=1; fi
+for i in "${!TESTS[@]}"; do
+  file=${TESTS[$i]}
+  spread=()
+  if [ "$has_xdist" = 1 ]; then spread=(-n "${WORKERS[$i]}" --dist worksteal); fi
   if [ -e "$file" ]; then
-    CUBLAS_WORKSPACE_CONFIG=:4096:8 step "$(basename "$file" .py)" "$TEST_LIMIT" \
-      "$PYTHON" -m pytest -q -W default -p no:cacheprovider "$file" &
+    # One thread each, or 16 processes of 16 threads wait for each other.
+    OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 step "$(basename "$file" .py)" "$TEST_LIMIT" \
+      "$PYTHON" -m pytest -q -W default -p no:cacheprovider ${spread[@]+"${spread[@]}"} "$file" &
   fi
 done
-CUBLAS_WORKSPACE_CONFIG=:4096:8 memcheck &
+OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 memcheck &
 wait
 
 # An installed package of the name would hide the folder tests, which the suites take their oracle from.

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu_stopwatch import PRIORITY
+
 PAD = 8  # elements of 16 bits that make 16 bytes, the alignment that cuBLAS' fast kernels ask for
 
 
@@ -117,8 +119,8 @@ def _compiled(compiler: str) -> Callable[..., Tensor]:
 
 @cache
 def _side(index: int) -> torch.cuda.Stream:
-    """Return a stream for a branch; torch hands out 32 of them in turn, and none may be that of the capture."""
-    return torch.cuda.Stream()
+    """Return a stream for a branch, of the stopwatch's priority: torch hands out 32 in turn, so it is not that one."""
+    return torch.cuda.Stream(priority=PRIORITY)
 
 
 def _in_turn(tasks: Sequence[Layers]) -> tuple[Run, int]:

@@ -27,9 +27,10 @@ from lt4rec_sparse.stopwatch import Timing
 from tests.oracle import Bounded, Layer
 
 NETWORKS = {"narrow": (1024, 512, 256, 128), "wide": (4096, 1024, 512, 256, 128)}
-DRY_NETWORKS = {"narrow": (32, 16, 16, 16)}
+DRY_NETWORKS = {"narrow": (32, 16, 16)}
 TASKS = ("ctr", "cvr")
-LARGE, SMALL = (256, 2048, 8192), (1, 16, 64, 1024)  # batches of one plan
+# Each is the batches of one plan, and the first case of a plan waits for all of it.
+MIDDLE, LARGE, SMALL = (256, 2048), (8192,), (1, 16, 64, 1024)
 FIGURES = ("replayed", "cold", "called", "waited")
 TOWARDS = {"a": "called", "b": "replayed", "c": "called", "b'": "replayed"}  # which figure is an opponent's own
 
@@ -74,17 +75,18 @@ def loads(is_dry: bool) -> list[Load]:
     unstructured = [("narrow", "unstructured", s) for s in (0.9, 0.8, 0.95, 0.5)]
     structures = ("unstructured", "block32", "neuron", "2:4")
     groups = [
+        (*unstructured[0], MIDDLE),
         (*unstructured[0], LARGE),
         ("wide", "block32", 0.9, LARGE),
         ("wide", "unstructured", 0.9, LARGE),
-        *(("narrow", structure, 0.9, LARGE) for structure in structures),
+        *(("narrow", structure, 0.9, batches) for structure in structures for batches in (MIDDLE, LARGE)),
         (*unstructured[0], SMALL),
-        *((*group, LARGE) for group in unstructured),
-        *(("wide", structure, 0.9, LARGE) for structure in structures),
+        *((*group, batches) for group in unstructured for batches in (MIDDLE, LARGE)),
+        *(("wide", structure, 0.9, batches) for structure in structures for batches in (LARGE, MIDDLE)),
         *(("wide", structure, 0.9, SMALL) for structure in ("unstructured", "block32")),
         *(
             (network, structure, sparsity, batches)
-            for batches in (LARGE, SMALL)
+            for batches in (LARGE, MIDDLE, SMALL)
             for sparsity in (0.8, 0.95, 0.5, 0.9)
             for network in NETWORKS
             for structure in structures
@@ -95,7 +97,8 @@ def loads(is_dry: bool) -> list[Load]:
 
 def _ours(load: Load, setting: Setting) -> Ours:
     """Return a plan's ways, prepacked: with `_planned` the one place that knows how `nn.gpu` is used."""
-    batches = (load.batch,) if setting.is_dry else LARGE if load.batch in LARGE else SMALL
+    plans = [(load.batch,)] if setting.is_dry else [MIDDLE, LARGE, SMALL]
+    batches = next(batches for batches in plans if load.batch in batches)
     plan, made, served = _planned(setting, load.network, load.structure, load.sparsity, batches)
     contestants = plan.batches[batches.index(load.batch)].contestants
     networks = {found.name: made.network(found.chain) for found in contestants}
@@ -111,11 +114,11 @@ def _planned(
     # A rehearsal needs a plan, not a good one; the interpreter would take a minute over it.
     with mock.patch.object(gpu, "_timed", _untimed) if setting.is_dry else nullcontext():
         plan = gpu.measure_plan(frozen, batches, setting.precision, setting.device)
-    made = gpu.Ways(frozen, setting.dtype, setting.device)
+    made = gpu.Ways(frozen, setting.precision, setting.device)
     return plan, made, gpu.GpuMLP(frozen, plan, device=setting.device)
 
 
-def _untimed(calls: Mapping[Any, object], device: torch.device, rounds: int) -> dict[Any, Timing]:
+def _untimed(calls: Mapping[Any, object], *_: object) -> dict[Any, Timing]:
     # The later the faster, for those are dense, and quickly interpreted.
     return {key: Timing(*[1.0 / (1 + i)] * 3) for i, key in enumerate(calls)}
 

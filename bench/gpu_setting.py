@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,10 +20,13 @@ FAILURES = (
     WrongError,
     TritonError,
     RuntimeError,  # CUDA's and torch.compile's too
+    ArithmeticError,
     AssertionError,
     AttributeError,
+    ImportError,
     LookupError,
     OSError,
+    subprocess.SubprocessError,  # of compilers
     TypeError,
     ValueError,
 )

@@ -29,6 +29,7 @@ REPEATS = 40  # of a call in one graph, at most
 SWEEPS = 8  # in one graph
 SWEEP_OVER_L2 = 1.2
 STREAM_US = 3_000.0  # of calls in a row
+PRIORITY = -1  # of all streams of the benchmark: equal, so that no branch of a graph goes first
 
 Calls = Mapping[str, Callable[[], object]]
 
@@ -54,15 +55,25 @@ class Stopwatch(Protocol):
     def peak_bytes(self, call: Callable[[], object]) -> int:
         """Return how much more memory a call takes, at its peak, than stands before it."""
 
+    def clear(self) -> None:
+        """Forget all graphs, between cases: what `graphed` returned must not be called again."""
+
 
 class GraphStopwatch:
-    """The stopwatch of a GPU."""
+    """The stopwatch of a GPU.
+
+    Graphs of one stream read the same cuBLAS workspace, and the first that is destroyed may free it under the others
+    (github.com/pytorch/pytorch/issues/193402). So all stay, until `clear` destroys them together.
+    """
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._sweep = torch.empty(int(SWEEP_OVER_L2 * l2_bytes) // 4, device=device)
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        # Torch hands out 32 streams of a priority, over and over. Those of this one are the benchmark's alone, so that
+        # no graph of the library's shares this stream.
+        self._stream = torch.cuda.Stream(device, priority=PRIORITY)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def replayed(self, calls: Calls) -> dict[str, Timing]:
         """Time the GPU, weights warm in its cache."""
@@ -131,6 +142,11 @@ class GraphStopwatch:
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
 
+    def clear(self) -> None:
+        """Forget all graphs, between cases: what `graphed` returned must not be called again."""
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+
     def _capture(self, call: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
         """Return a graph of `repeats` calls, one after another."""
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -139,7 +155,9 @@ class GraphStopwatch:
                 call()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # On the same stream: cuBLAS has a workspace for each, and must not ask for a new one while it is recorded.
+        self._graphs.append(graph)
+        # On the stream of the calls above: cuBLAS takes the workspace that it has there, where on a stream that is new
+        # to it the workspace would come from this graph's own memory, and end with it.
         with torch.cuda.graph(graph, stream=self._stream):
             for _ in range(repeats):
                 call()
@@ -193,6 +211,9 @@ class WallStopwatch:
         """Call, and count nothing."""
         call()
         return 0
+
+    def clear(self) -> None:
+        """Forget nothing: there are no graphs."""
 
 
 def _repeat(call: Callable[[], object], times: int) -> None:

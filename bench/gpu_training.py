@@ -1,7 +1,6 @@
 """A training step on a GPU: forward, both tasks' losses, backward, Adam; ours against the masked MLP in plain torch.
 
-Timed as called, which is what a user sees, and as a graph of whole steps, which is the GPU's part of it. Backward runs
-in the thread of the caller: a forced path is known to that thread alone.
+Timed as called, which is what a user sees, and as a graph of whole steps, which is the GPU's part of it.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ class Step:
         """Take the step."""
         self._adam.zero_grad(set_to_none=True)
         loss = F.binary_cross_entropy_with_logits(self.logits().float(), self._labels)
-        with torch.autograd.set_multithreading_enabled(False):
-            loss.backward()
+        loss.backward()
         self._adam.step()
 
     @property

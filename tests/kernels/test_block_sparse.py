@@ -1,6 +1,7 @@
 """The block-sparse kernel against the oracle, interpreted or on a GPU, and its prepacked weight.
 
-The interpreter's bfloat16 product is wrong, so bfloat16 is tested on a GPU alone.
+On a GPU bfloat16 stands for 16 bits, as whose code float16's is, and float16 elsewhere: the interpreter's product of
+bfloat16 is wrong.
 """
 
 import pytest
@@ -18,7 +19,7 @@ from lt4rec_sparse.kernels.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 
 # batch, in_features, out_features, starts, lengths of the tasks, tasks of one program
 CASES = {
@@ -32,6 +33,9 @@ CASES = {
     "no row at all": (0, 33, 20, (0, 0), (0, 0), 1),
     "four tasks in two pairs": (24, 40, 20, (0, 0, 8, 8), (24, 24, 16, 16), 2),
 }
+# Shapes are the same code in every dtype: float32 goes through a few of them.
+SINGLE = ("odd shapes", "two tasks together")
+EXACT = [(case, HALF) for case in CASES] + [(case, torch.float32) for case in SINGLE]
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, integers: bool = True) -> Tensor:
@@ -74,11 +78,10 @@ def exact(
     return torch.cat(parts).to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("block", block_sparse.BLOCKS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_integers_are_exact(case, block: int, dtype: torch.dtype) -> None:
-    batch, k, n, starts, lengths, together = case
+@pytest.mark.parametrize(("case", "dtype"), EXACT, ids=lambda value: str(value).removeprefix("torch."))
+def test_integers_are_exact(case: str, block: int, dtype: torch.dtype) -> None:
+    batch, k, n, starts, lengths, together = CASES[case]
     x, weight = draw(batch, k, seed=0, dtype=dtype), draw(n, k, seed=1)
     bias = draw(len(starts), n, seed=2, dtype=dtype)
     masks = block_masks(len(starts), n, k, block, 0.5, seed=3)
@@ -86,8 +89,8 @@ def test_integers_are_exact(case, block: int, dtype: torch.dtype) -> None:
     assert_exact(forward(x, packed, bias, starts, lengths, "relu"), exact(x, weight, masks, bias, starts, lengths))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(("block", "activation"), [(16, "sigmoid"), (32, "none"), (64, "relu")])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("block", "activation"), [(16, "sigmoid"), (32, "none")])
 def test_rounding_stays_in_its_bound(block: int, activation: str, dtype: torch.dtype) -> None:
     x, weight = draw(21, 90, seed=0, dtype=dtype, integers=False), draw(50, 90, seed=1, dtype=dtype, integers=False)
     bias, mask = draw(50, seed=2, dtype=dtype, integers=False), block_masks(1, 50, 90, block, 0.6, seed=3)
@@ -101,10 +104,10 @@ def test_rounding_stays_in_its_bound(block: int, activation: str, dtype: torch.d
 @pytest.mark.parametrize("tile", range(3))
 @pytest.mark.parametrize("together", [1, 2])
 def test_every_tile_of_the_table_is_exact(together: int, tile: int, block: int) -> None:
-    x, weight, bias = draw(66, 75, seed=0, dtype=torch.float16), draw(20, 75, seed=1), draw(2, 20, seed=2)
+    x, weight, bias = draw(66, 75, seed=0, dtype=HALF), draw(20, 75, seed=1), draw(2, 20, seed=2)
     masks = block_masks(2, 20, 75, block, 0.6, seed=3)
-    packed = BlockWeight.from_dense(weight, masks, block, torch.float16, together)
-    y = torch.empty(132, 20, dtype=torch.float16, device=DEVICE)
+    packed = BlockWeight.from_dense(weight, masks, block, HALF, together)
+    y = torch.empty(132, 20, dtype=HALF, device=DEVICE)
     chosen = block_sparse.TILES["16", block * together][tile]
     ranges = ([0, 0], [0, 66], [66, 66])
     block_sparse.block_sparse_launch(x, packed, bias, y, *ranges, "relu", "ieee", chosen).run()
@@ -113,11 +116,12 @@ def test_every_tile_of_the_table_is_exact(together: int, tile: int, block: int) 
 
 @settings(max_examples=10)
 @given(
+    # Two of each of what a kernel is compiled for.
     st.integers(1, 40),
-    st.integers(1, 70),
-    st.integers(1, 50),
-    st.integers(1, 4),
-    st.sampled_from(block_sparse.BLOCKS),
+    st.sampled_from([33, 69]),
+    st.sampled_from([18, 49]),
+    st.sampled_from([1, 4]),
+    st.sampled_from([16, 32]),
     st.sampled_from([0.0, 0.02, 0.5, 1.0]),
     st.booleans(),
     st.integers(0, 99),

@@ -1,7 +1,7 @@
 """The Triton kernels of the masked product, forward and backward, against the oracle: interpreted, or on a GPU.
 
-The interpreter's bfloat16 product is wrong, so bfloat16 is tested on a GPU alone. Ids with "short" are what a second
-Triton version is tried with.
+On a GPU bfloat16 stands for 16 bits, as whose code float16's is, and float16 elsewhere: the interpreter's product of
+bfloat16 is wrong. Ids with "short" are what a second Triton version is tried with.
 """
 
 import pytest
@@ -18,7 +18,8 @@ from lt4rec_sparse.kernels import gpu, mask_and_cast, masked_matmul, reference, 
 from lt4rec_sparse.kernels.device_weight import FORMATS, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+DTYPES = [HALF, torch.float32]
 NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.bfloat16: "bf16"}
 PATHS = list(gpu.PATHS)
 
@@ -36,6 +37,13 @@ CASES = {
     "four-tasks": (33, 40, 20, (0, 0, 0, 0), (33, 33, 33, 33)),
     "nine-tasks": (18, 20, 9, tuple(range(0, 18, 2)), (2,) * 9),
 }
+# Shapes are the same code in every dtype: float32 goes through a few of them, and float16 on a GPU through one.
+SINGLE = ("one-task-short", "one-feature", "two-tasks-short", "two-overlap")
+EXACT = [
+    *((case, HALF) for case in CASES),
+    *((case, torch.float32) for case in SINGLE),
+    *([("two-tasks-short", torch.float16)] if DEVICE.type == "cuda" else []),
+]
 
 
 class Problem:
@@ -94,12 +102,10 @@ def problem(case, dtype, **kinds):
     return Problem(*CASES[case], dtype, **kinds)
 
 
-every_case = pytest.mark.parametrize("case", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
 
-@every_dtype
-@every_case
+@pytest.mark.parametrize(("case", "dtype"), EXACT, ids=lambda value: NAMES.get(value, value))
 @pytest.mark.parametrize("path", PATHS)
 def test_forward_and_gradients_are_exact_on_integers(case, dtype, path):
     p = problem(case, dtype)
@@ -110,8 +116,8 @@ def test_forward_and_gradients_are_exact_on_integers(case, dtype, path):
 
 
 @every_dtype
-@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("case", ["one-task-short", "two-tasks-short", "two-overlap"])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("case", ["one-task-short", "two-tasks-short"])
 def test_empty_and_full_masks(case, dtype, density):
     p = problem(case, dtype, density=density)
     assert_exact(p.forward("none", bias=False), p.wanted("none", bias=False))
@@ -121,7 +127,7 @@ def test_empty_and_full_masks(case, dtype, density):
 
 @every_dtype
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("case", ["one-task-short", "two-tasks-short", "two-overlap", "three-tasks"])
+@pytest.mark.parametrize("case", ["two-tasks-short", "two-overlap"])
 def test_forward_is_within_the_rounding_bound(case, dtype, path):
     p = problem(case, dtype, integers=False, weight_dtype=dtype)
     with gpu.forced_path(path):
@@ -147,14 +153,14 @@ def test_forward_is_within_the_rounding_bound(case, dtype, path):
 def every_tile():
     for table in ("FORWARD", "DGRAD", "WGRAD"):
         for kind, entries in getattr(tiles, table).items():
-            for tile in entries:
-                for tasks in (1, 2):
+            for i, tile in enumerate(entries):
+                for tasks in (1, 2) if i == 0 else (2,):
                     yield pytest.param(table, kind, tile, tasks, id=f"{table}-{kind}-{tile.block_m}-{tasks}")
 
 
 @pytest.mark.parametrize(("table", "kind", "tile", "tasks"), list(every_tile()))
 def test_every_tile_of_the_tables_is_exact(table, kind, tile, tasks):
-    dtype = torch.float16 if kind == "16" else torch.float32
+    dtype = HALF if kind == "16" else torch.float32
     precision = "tf32" if kind == "tf32" else "ieee"
     # One tile and a bit in the directions that it cuts, two steps and a bit in that of its loop.
     m, n, k = (size + 3 for size in (tile.block_m, tile.block_n // (2 if tasks == 2 else 1), tile.block_k))
@@ -176,18 +182,24 @@ def test_every_tile_of_the_tables_is_exact(table, kind, tile, tasks):
         assert_exact(dw.sum(0), p.wanted_dw())
 
 
-@pytest.mark.parametrize("kind", list(tiles.COMPRESSED))
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *((case, "16") for case in ("one-task-short", "two-tasks-short", "two-apart", "three-tasks", "four-tasks")),
+        *(("two-tasks-short", kind) for kind in tiles.COMPRESSED if kind != "16"),
+    ],
+)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("case", ["one-task-short", "two-tasks-short", "two-apart", "three-tasks", "four-tasks"])
 def test_every_format_gives_the_same(case, format, kind):
-    dtype = torch.float16 if kind == "16" else torch.float32
+    dtype = HALF if kind == "16" else torch.float32
     p = problem(case, dtype)
     weight = Weight.prepack(p.weight, p.masks, format, dtype, DEVICE)
     table = tiles.COMPRESSED if format == "shared" else tiles.FORWARD
     biases = torch.stack([p.bias + t for t in range(p.tasks)])
     wanted = torch.cat([x.double() @ w.double().T + b.double() for (x, w, _), b in zip(p.each(), biases, strict=True)])
     y_starts = [sum(p.lengths[:t]) for t in range(p.tasks)]
-    for tile in {table[kind][0], table[kind][-1]}:
+    # The largest tile takes the compiler longest: one case of each kind.
+    for tile in {table[kind][0 if case == "two-tasks-short" else -1], table[kind][-1]}:
         y = p.x.new_empty(sum(p.lengths), p.weight.shape[0])
         ranges = (p.starts, y_starts, p.lengths)
         precision = "tf32" if kind == "tf32" else "ieee"
@@ -219,7 +231,7 @@ def test_sigmoid_is_within_the_bound_of_its_argument(dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_pruned_weight_contributes_nothing_even_if_it_is_nan(path):
-    p = problem("two-tasks-short", torch.float16)
+    p = problem("two-tasks-short", HALF)
     poisoned = torch.where(p.masks.any(0), p.weight, torch.nan)
     only = p.masks[0] & ~p.masks[1]  # kept by the first task alone: NaN for neither
     with gpu.forced_path(path):
@@ -243,7 +255,7 @@ def test_nan_and_infinity_spread_as_in_torch(path):
 
 
 def test_rows_may_be_strided_and_masks_bool():
-    p = problem("two-overlap", torch.float16)
+    p = problem("two-overlap", HALF)
     wide = torch.nn.functional.pad(p.x, (3, 5))
     for x in (wide[:, 3 : 3 + p.x.shape[1]], p.x.T.contiguous().T):
         assert not x.is_contiguous()
@@ -252,7 +264,8 @@ def test_rows_may_be_strided_and_masks_bool():
 
 @settings(max_examples=20)
 @given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 40)),
+    # The widths are alike to the compiler: no multiples of 16.
+    shape=st.tuples(st.integers(1, 40), st.sampled_from([21, 70]), st.sampled_from([9, 40])),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
     density=st.sampled_from([0.1, 0.5]),
     seed=st.integers(0, 2**31),
@@ -280,15 +293,15 @@ def test_the_same_input_gives_the_same_bits_twice(dtype):
 
 
 def test_masks_are_multiplied_in_and_cast_in_one_kernel():
-    p = problem("two-tasks-short", torch.float16)
-    masked, k = mask_and_cast.mask_and_cast(p.weight, p.words, torch.float16), p.weight.shape[1]
-    assert_exact(masked[:, :, :k], (p.weight * p.masks).half())
+    p = problem("two-tasks-short", HALF)
+    masked, k = mask_and_cast.mask_and_cast(p.weight, p.words, HALF), p.weight.shape[1]
+    assert_exact(masked[:, :, :k], (p.weight * p.masks).to(HALF))
     assert masked.stride(1) % 8 == 0  # rows start at 16 bytes, for cuBLAS
     assert masked.shape[2] > k and not masked[:, :, k:].any()
 
 
 def test_the_path_is_chosen_by_shape(monkeypatch):
-    p = problem("one-task-short", torch.float16)
+    p = problem("one-task-short", HALF)
     taken = []
     monkeypatch.setattr(masked_matmul, "forward", lambda *parts: taken.append("triton"))
     monkeypatch.setattr(mask_and_cast, "forward", lambda *parts: taken.append("cublas"))
