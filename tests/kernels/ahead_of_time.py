@@ -144,7 +144,7 @@ def fused_tail_cases() -> dict[str, Case]:
 def block_sparse_cases() -> dict[str, Case]:
     """Return the largest entry of each width, in 16 bits all of blocks of 32, for 1024-512 of two tasks on one x.
 
-    The others of a width hold fewer sums a thread, and are launched by the tests on a GPU.
+    The others of a width hold fewer sums a thread.
     """
     cases: dict[str, Case] = {}
     blocks = {16: (16, 1), 32: (32, 1), 64: (32, 2), 128: (64, 2)}  # by columns: a block's side, tasks together
