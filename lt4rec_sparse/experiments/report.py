@@ -88,11 +88,13 @@ def _head(results: dict[str, Any]) -> str:
     data, config = results["data"], results["config"]
     hidden = "-".join(str(width) for width in config["hidden"])
     epochs = "one epoch" if config["epochs"] == 1 else f"{config['epochs']} epochs"
+    granularity = config.get("granularity", "weight")  # which older runs do not have
+    pruned = "" if granularity == "weight" else f", by {granularity}"
     text = (
         f"{data['counts']['rows_read']:,} impressions, {data['counts']['duplicates']:,} of them duplicates that were "
         f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; {epochs} of "
         f"batches of {config['batch_size']} for every model; {config['rounds']} rounds of pruning to "
-        f"{config['density']:.0%} of the hidden weights; {_seeds(results)}."
+        f"{config['density']:.0%} of the hidden weights{pruned}; {_seeds(results)}."
     )
     header = [
         "split",

@@ -196,10 +196,13 @@ def test_the_verdict_is_over_the_mean_of_the_seeds(words):
 
 
 def test_every_part_of_the_report_has_its_numbers(words):
-    text = words(results_of(TEST, truth={"ctr_auc": 0.78, "cvr_mse": 0.05, "config": {}}))
+    results = results_of(TEST, truth={"ctr_auc": 0.78, "cvr_mse": 0.05, "config": {}})
+    text = words(results)
     assert "3,010 impressions, 10 of them duplicates" in text
     assert "one epoch of batches of 512" in text
-    assert "2 rounds of pruning to 20% of the hidden weights" in text
+    assert "2 rounds of pruning to 20% of the hidden weights;" in text
+    results["config"]["granularity"] = "block32"
+    assert "2 rounds of pruning to 20% of the hidden weights, by block32;" in words(results)
     assert "The best that the planted truth allows on these days: ctr_auc 0.7800, cvr_mse 0.0500." in text
     assert text.count("planted truth") == 1  # the slice has none
     assert "The slice `tab_0` of the test days." in text
