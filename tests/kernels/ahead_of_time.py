@@ -12,8 +12,7 @@ diff. With it, figures other than the committed ones are a fault, too. What ever
 code is 1 where one does not. No GPU and no driver is asked for.
 
 To add a kernel, write a function that returns its cases by name, made of META tensors, and append it to `SOURCES`.
-A name says what tells the case from others of its kernel; a second a chip is what a case adds to the test suite. So
-tiles that run the same instructions on sm_90 as on sm_80 are compiled for sm_80 alone (`_chips`).
+A name says what tells the case from others of its kernel; half a second a chip is what a case adds to the test suite.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ def fused_tail_cases() -> dict[str, Case]:
     widths = (512, 256, 128, 1)
     for arithmetic, dtype in DTYPES.items():
         for tile in fused_tail.TILES[arithmetic]:
-            for form in ("masked",) if arithmetic == "tf32" else ("premasked", "masked"):
+            for form in ("premasked", "masked"):
                 cases |= _tail(form, arithmetic, tile, dtype, widths)
         for tile in fused_tail.COMPRESSED.get(arithmetic, ()):
             cases |= _tail("shared", arithmetic, tile, dtype, widths)
@@ -142,14 +141,11 @@ def fused_tail_cases() -> dict[str, Case]:
 
 
 def block_sparse_cases() -> dict[str, Case]:
-    """Return the largest entry of each width, in 16 bits all of blocks of 32, for 1024-512 of two tasks on one x.
-
-    The others of a width hold fewer sums a thread.
-    """
+    """Return every entry of the table for 1024-512 of two tasks on one x."""
     cases: dict[str, Case] = {}
     blocks = {16: (16, 1), 32: (32, 1), 64: (32, 2), 128: (64, 2)}  # by columns: a block's side, tasks together
     for (arithmetic, columns), entries in block_sparse.TILES.items():
-        for tile in entries if (arithmetic, columns) == ("16", 32) else entries[:1]:
+        for tile in entries:
             cases |= _block_sparse(arithmetic, tile, DTYPES[arithmetic], *blocks[columns])
     return cases
 
@@ -479,9 +475,7 @@ def _block_sparse(arithmetic: str, tile: Tile, dtype: torch.dtype, block: int, t
 
     indices = tile.block_k * (1 + together * block)  # a block's column for each of its own, its place for each weight
     layout = f"block {block} together {together} {DTYPE_NAMES[dtype]}"
-    made = _of_ranges("block_sparse", arithmetic, tile, "joint", layout, launch, tile.block_m, indices)
-    # One chip each: the wide ones are for wgmma, and what is not runs the same on both.
-    return {name: case._replace(chips=case.chips[-1:]) for name, case in made.items()}
+    return _of_ranges("block_sparse", arithmetic, tile, "joint", layout, launch, tile.block_m, indices)
 
 
 def _of_ranges(
@@ -496,7 +490,7 @@ def _of_ranges(
     on_blackwell: bool = False,
 ) -> dict[str, Case]:
     others = tuple(launch(*other) for other in OTHER_RANGES.get(ranges, ()))
-    chips = _chips(arithmetic, rows, on_blackwell)
+    chips = (80, 90, 100) if on_blackwell else (80, 90)
     name = f"{kernel} {arithmetic} {_size(tile)} {ranges} {dtypes}"
     return {name: Case(launch(*RANGES[ranges]), arithmetic, rows, (words,), chips, others)}
 
@@ -530,15 +524,9 @@ def _tail(
         filling = (tile.stages - 1) * words[0]
         words.append(filling + _words_of_tile(form, first.constants["BLOCK_D2"], chunk, tile.warps, tasks))
     name = f"tail {form} {arithmetic} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
-    chips = _chips(arithmetic, tile.block_m, on_blackwell)
+    chips = (80, 90, 100) if on_blackwell else (80, 90)
     others = tuple(map(launch, OTHER_ROWS))
     return {name: Case(first, arithmetic, tile.block_m, tuple(words), chips, others)}
-
-
-def _chips(arithmetic: str, rows: int, on_blackwell: bool) -> tuple[int, ...]:
-    """Return sm_80, and sm_90 where it has instructions of its own: wide products on tensor cores."""
-    is_wide = rows >= WIDE_ROWS and arithmetic != "fp32"
-    return (80, *((90,) if is_wide else ()), *((100,) if on_blackwell else ()))
 
 
 def _weight(form: str, dtype: torch.dtype, tasks: int, n: int, k: int) -> Weight:
