@@ -22,6 +22,7 @@ from lt4rec_sparse.kernels.gpu_runs import (
     BatchedRun,
     BlockRun,
     CompactRun,
+    DenseTailRun,
     ProductRun,
     Run,
     SemiStructuredRun,
@@ -33,7 +34,7 @@ from lt4rec_sparse.kernels.launch import has_room
 Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
 # Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too: widths are padded, those
 # of x so that the tiles' steps divide it, by columns of zeros and by neurons whose bias and weights are zeros.
-X_ALIGNMENT, ALIGNMENT = 64, 16
+X_ALIGNMENT, ALIGNMENT, HEAD_ALIGNMENT = 64, 16, 8
 MAX_SHARED, MAX_SHARED_TAIL = 3, 2  # tasks: the planes of more, each read for the union, do not fit in registers
 MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
 
@@ -134,6 +135,8 @@ def prepack_run(
         if compacted is None:
             raise ValueError("compacted: got None, wanted the compacted MLP, for a chain that runs it")
         return _compact_run(compacted, dtype, device)
+    if kernel in ("tail dense", "tail branches"):
+        return _dense_tail(layers[first : last + 1], kernel == "tail branches", dtype, device)
     if kernel.startswith("tail "):
         return TailRun(_tail(layers[first : last + 1], kernel.removeprefix("tail "), dtype, device))
     if kernel in ("dense", "apart"):
@@ -196,6 +199,9 @@ def spans(
         hidden_relu = all(layer.activation == "relu" for layer in tail[:-1])
         if not hidden_relu or tail[-1].activation not in ("none", "sigmoid"):
             continue
+        yield "tail dense", first, last
+        if tail[0].masked.shape[0] > 1 and device.type == "cuda":
+            yield "tail branches", first, last
         for format in FORMATS:
             is_compressed = format == "shared"
             if is_compressed and tail[0].masked.shape[0] > MAX_SHARED_TAIL:
@@ -248,7 +254,7 @@ def unflatten(parts: Sequence[Tensor], layout: str) -> GpuNetwork:
 
 _TYPES = {  # a semi-structured tensor is no part that an operator takes, so its run is not among them
     kind.__name__: kind
-    for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, CompactRun)
+    for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, DenseTailRun, CompactRun)
 } | {kind.__name__: kind for kind in (Weight, BlockWeight, Tail)}
 
 
@@ -286,6 +292,20 @@ def _tail(layers: Sequence[Layer], format: str, dtype: torch.dtype, device: torc
         head.masked.to(device, torch.float32),
         head.bias.to(device, torch.float32),
         head.activation,
+    )
+
+
+def _dense_tail(layers: Sequence[Layer], in_branches: bool, dtype: torch.dtype, device: torch.device) -> DenseTailRun:
+    *hidden, head = layers
+    outputs = head.masked.shape[1]
+    rows = -outputs % HEAD_ALIGNMENT
+    weights = [*(layer.masked for layer in hidden), F.pad(head.masked, (0, 0, 0, rows))]
+    return DenseTailRun(
+        tuple(weight.to(device, dtype) for weight in weights),
+        (*(layer.bias.to(device, dtype) for layer in hidden), F.pad(head.bias, (0, rows)).to(device, torch.float32)),
+        outputs,
+        head.activation,
+        in_branches,
     )
 
 

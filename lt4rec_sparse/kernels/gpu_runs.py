@@ -8,6 +8,8 @@ plans use:
   batched product. "apart": the later ones task by task, each with its ReLU in the product's epilogue.
 - "premasked", "masked", "shared": the Triton product of `masked_matmul`, from that format of `device_weight`.
 - "tail premasked", "tail masked", "tail shared": `fused_tail`, from there to the scores in one launch.
+- "tail dense", "tail branches": the same layers by cuBLAS, task after task with bias and ReLU in the epilogues, or the
+  tasks side by side as branches of a CUDA graph.
 - "block16", "block32", "block64": `block_sparse`.
 - "2:4": torch's semi-structured tensors, on the sparse tensor cores, for masks that keep two of four.
 - "compact": the whole network, as what of it still computes (`nn.compaction`), dense.
@@ -16,6 +18,7 @@ plans use:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -129,6 +132,39 @@ class TailRun(NamedTuple):
         return scores.view(h.shape[1], tasks, out).transpose(0, 1)
 
 
+class DenseTailRun(NamedTuple):
+    """The layers after the first and the head, dense, of each task by itself."""
+
+    weights: tuple[Tensor, ...]  # of each layer [tasks, N, K]; the head's outputs padded, which cuBLAS is slow without
+    biases: tuple[Tensor, ...]  # of each layer [tasks, N]
+    outputs: int  # of the head
+    activation: str  # of the head
+    in_branches: bool
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Apply it."""
+        tasks = range(len(self.weights[0]))
+        if not (self.in_branches and h.is_cuda):
+            return torch.stack([self._task(h[t], t) for t in tasks])
+        main = torch.cuda.current_stream(h.device)
+        sides = _sides(h.device, len(tasks) - 1)
+        parts = []
+        for t, side in zip(tasks[1:], sides, strict=True):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                parts.append(self._task(h[t], t))
+        parts.insert(0, self._task(h[0], 0))
+        for side in sides:
+            main.wait_stream(side)
+        return torch.stack(parts)
+
+    def _task(self, h: Tensor, task: int) -> Tensor:
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = _dense(h, weight[task], bias[task], "none" if i == last else "relu", i == last)
+        return _activate(h[:, : self.outputs], self.activation)
+
+
 class SemiStructuredRun(NamedTuple):
     """A layer on the sparse tensor cores, task by task."""
 
@@ -170,7 +206,15 @@ class CompactRun(NamedTuple):
         return torch.stack(scores)
 
 
-Run = StackedRun | BatchedRun | ApartRun | ProductRun | BlockRun | TailRun | SemiStructuredRun | CompactRun
+Run = (
+    StackedRun | BatchedRun | ApartRun | ProductRun | BlockRun | TailRun | DenseTailRun | SemiStructuredRun | CompactRun
+)
+
+
+@cache
+def _sides(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """Return streams for branches, of a priority of their own: torch hands out 32 of each, in turn."""
+    return tuple(torch.cuda.Stream(device, priority=-1) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:

@@ -50,7 +50,7 @@ ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latt
 
 # Whole networks by the ways that they are named after, and those that may help them out; and the best mixture of all.
 # Where two are as fast, the first is chosen: it takes the least memory.
-_DENSE = ("dense", "apart")
+_DENSE = ("dense", "apart", "tail dense", "tail branches")
 _NETWORKS = {
     "shared": (("shared", "tail shared"), ()),
     "masked": (("masked", "tail masked"), ()),
@@ -189,7 +189,8 @@ def measure_plan(
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
     of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
     format, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
-    masks multiplied in beforehand, tasks in one product, CUDA graphs. The winner is never slower than it but by noise.
+    masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
+    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is never slower than it but by noise.
     A way whose kernel does not fit on this GPU is left out.
 
     Args:

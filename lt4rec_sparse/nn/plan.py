@@ -38,7 +38,7 @@ VERSION = 1
 KERNELS = ("sparse", "dense", "onednn")  # of a CPU
 GPU_KERNELS = (  # `kernels.gpu_network` tells what they are
     *("dense", "apart", "premasked", "masked", "shared", "block16", "block32", "block64", "2:4", "compact"),
-    *("tail premasked", "tail masked", "tail shared"),
+    *("tail premasked", "tail masked", "tail shared", "tail dense", "tail branches"),
 )
 GPU_PRECISIONS = ("bf16", "fp16", "fp32")
 BATCH_SIZES = (1, 8, 64, 256, 1024)
