@@ -41,7 +41,7 @@ def masked_linear(
     """`reference.masked_linear` on a GPU."""
     bias = None if bias is None else bias.contiguous()
     parts = (_rows(x), _rows(weight), _words(masks), bias, starts, lengths, activation)
-    if _path(x, lengths, x.shape[1]) == "triton":
+    if _path(x, lengths, *weight.shape) == "triton":
         return masked_matmul.forward(*parts, precision())
     return mask_and_cast.forward(*parts)
 
@@ -51,7 +51,7 @@ def masked_linear_dgrad(
 ) -> Tensor:
     """`reference.masked_linear_dgrad` on a GPU."""
     parts = (_rows(dy), _rows(weight), _words(masks), starts, lengths, rows)
-    if _path(dy, lengths, weight.shape[1]) == "triton":
+    if _path(dy, lengths, *weight.shape) == "triton":
         return masked_matmul.dgrad(*parts, precision())
     return mask_and_cast.dgrad(*parts)
 
@@ -61,7 +61,7 @@ def masked_linear_wgrad(
 ) -> Tensor:
     """`reference.masked_linear_wgrad` on a GPU."""
     parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
-    if _path(x, lengths, x.shape[1]) == "triton":
+    if _path(x, lengths, dy.shape[1], x.shape[1]) == "triton":
         return masked_matmul.wgrad(*parts, precision())
     return mask_and_cast.wgrad(*parts)
 
@@ -71,11 +71,12 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _path(t: Tensor, lengths: Sequence[int], in_features: int) -> str:
+def _path(t: Tensor, lengths: Sequence[int], out_features: int, in_features: int) -> str:
     if _forced:
         return _forced[-1]
     # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
-    is_for_triton = max(lengths) < CUBLAS_ROWS and in_features % 16 == 0 and has_room(t.device)
+    is_aligned = out_features % 16 == 0 and in_features % 16 == 0
+    is_for_triton = max(lengths) < CUBLAS_ROWS and is_aligned and has_room(t.device)
     return "triton" if is_for_triton else "cublas"
 
 

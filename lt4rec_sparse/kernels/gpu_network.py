@@ -181,18 +181,23 @@ def spans(
         yield "dense", i, i
         if 0 < i < last and tasks > 1:
             yield "apart", i, i
-        if i == last and layer.weight is None:  # a head is dense, and of a task alone
+        if layer.weight is None:  # a head, of a task alone
             continue
         for kernel in FORMATS:
-            if layer.weight is not None and not (kernel == "shared" and tasks > MAX_SHARED):
+            if not (kernel == "shared" and tasks > MAX_SHARED):
                 yield kernel, i, i
-        if layer.weight is not None:
-            for side in block_sparse.BLOCKS:
-                if _block_density(layer.masks, side) <= MAX_BLOCK_DENSITY:
-                    yield f"block{side}", i, i
+        for side in block_sparse.BLOCKS:
+            if _block_density(layer.masks, side) <= MAX_BLOCK_DENSITY:
+                yield f"block{side}", i, i
         is_for_sparse_cores = device.type == "cuda" and dtype != torch.float32 and n % 32 == 0 and k % 64 == 0
         if i < last and is_for_sparse_cores and _is_2_4(layer.masks):
             yield "2:4", i, i
+    yield from tail_spans(layers, dtype, device)
+
+
+def tail_spans(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> Iterator[Span]:
+    """Yield every run of the last layers together, the longest first."""
+    last = len(layers) - 1
     for first in range(1, last):
         tail = layers[first:]
         widths = [tail[0].masked.shape[2], *(layer.masked.shape[1] for layer in tail)]
@@ -212,11 +217,10 @@ def spans(
 
 def default_chain(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> list[Span]:
     """Return the chain that paper arithmetic favours: dense layers, then the longest tail that fits, in one launch."""
-    fitting = spans(layers, dtype, device, False) if has_room(device) else ()
-    tails = [span for span in fitting if span[0] == "tail premasked"]
-    first = min((first for _, first, _ in tails), default=len(layers))
-    chain = [("dense", i, i) for i in range(first)]
-    return [*chain, ("tail premasked", first, len(layers) - 1)] if tails else chain
+    fitting = [span for span in tail_spans(layers, dtype, device) if span[0] == "tail premasked"]
+    tail = fitting[:1] if has_room(device) else []
+    first = tail[0][1] if tail else len(layers)
+    return [*(("dense", i, i) for i in range(first)), *tail]
 
 
 def fits(run: Run, h: Tensor) -> bool:
@@ -312,9 +316,8 @@ def _dense_tail(layers: Sequence[Layer], in_branches: bool, dtype: torch.dtype, 
 def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device) -> CompactRun:
     tasks = [_aligned(layers) for layers in compacted.tasks]
     columns = compacted.columns
-    columns = torch.cat(
-        [columns, columns[:1].expand(-len(columns) % ALIGNMENT)]
-    )  # read twice, the second time by zeros
+    # What pads them is read again, by weights of zero.
+    columns = torch.cat([columns, columns[:1].expand(-len(columns) % ALIGNMENT)])
 
     def put(t: Tensor, is_last: bool = False) -> Tensor:
         return t.to(device, torch.float32 if is_last else dtype)

@@ -352,13 +352,14 @@ def dgrad(
 ) -> Tensor:
     """Return `dx [rows, in_features]`, in the dtype of `dy`: the sum of `dy_t @ (weight * mask_t)` over the tasks."""
     parts = []
+    dtype = dy.dtype if len(starts) <= MAX_TASKS else torch.float32  # the sum over all tasks rounds once
     for first in range(0, len(starts), MAX_TASKS):
         tasks = slice(first, first + MAX_TASKS)
-        dx = dy.new_empty(rows, weight.shape[1])
+        dx = dy.new_empty(rows, weight.shape[1], dtype=dtype)
         ranges = (starts[tasks], _y_starts(lengths)[tasks], lengths[tasks])
         dgrad_launch(dy, weight, words[tasks], dx, *ranges, precision).run()
         parts.append(dx)
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0).to(dy.dtype)
 
 
 def dgrad_launch(

@@ -40,7 +40,7 @@ COMPRESSED = {
     "16": (Tile(128, 64, 128, 8, 2), Tile(64, 32, 128, 4, 2), Tile(16, 16, 128, 2, 2)),
     "tf32": (Tile(64, 64, 128, 8, 1), Tile(32, 32, 128, 4, 1), Tile(16, 16, 128, 2, 1)),
     # A product in IEEE arithmetic holds 128 columns of its operands in registers: one output a thread, or it spills.
-    "fp32": (Tile(16, 16, 128, 8, 1), Tile(16, 16, 128, 8, 1)),
+    "fp32": (Tile(16, 16, 128, 8, 1),),
 }
 # N is what the loop runs over.
 DGRAD = {
@@ -66,13 +66,13 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
 def forward_tile(rows: int, columns: int, dtype: torch.dtype, precision: str, compressed: bool = False) -> Tile:
     """Choose for `rows` of one task, and `columns` output features of all tasks together."""
     tiles = (COMPRESSED if compressed else FORWARD)[arithmetic(dtype, precision)]
-    return _filling(tiles, [(rows, tile.block_m, columns, tile.block_n) for tile in tiles], rows)
+    return _filling(tiles, rows, columns, "block_n")
 
 
 def dgrad_tile(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Tile:
     """Choose for `dx [rows, columns]`."""
     tiles = DGRAD[arithmetic(dtype, precision)]
-    return _filling(tiles, [(rows, tile.block_m, columns, tile.block_k) for tile in tiles], rows)
+    return _filling(tiles, rows, columns, "block_k")
 
 
 def wgrad_tile(out_features: int, in_features: int, dtype: torch.dtype, precision: str) -> Tile:
@@ -86,11 +86,12 @@ def wgrad_splits(rows: int, programs: int, tile: Tile) -> int:
     return max(1, min(MULTIPROCESSORS // max(programs, 1), rows // (8 * tile.block_m)))
 
 
-def _filling(tiles: tuple[Tile, ...], cuts: list[tuple[int, int, int, int]], rows: int) -> Tile:
+def _filling(tiles: tuple[Tile, ...], rows: int, columns: int, side: str) -> Tile:
+    """Return the largest tile, `side` of it columns, whose programs fill the GPU; the last is for few rows alone."""
     if rows <= 32:
         return tiles[-1]
-    for tile, (m, block_m, n, block_n) in zip(tiles[:-1], cuts, strict=False):
+    for tile in tiles[:-1]:
         # Three quarters of the GPU at least: a smaller tile would fill it and read twice as much.
-        if -(-m // block_m) * -(-n // block_n) >= MULTIPROCESSORS * 3 // 4:
+        if -(-rows // tile.block_m) * -(-columns // getattr(tile, side)) >= MULTIPROCESSORS * 3 // 4:
             return tile
-    return tiles[-2]
+    return tiles[-2:][0]

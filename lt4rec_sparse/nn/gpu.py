@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from threading import Lock
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.nn.compaction import compact
+from lt4rec_sparse.nn.compaction import Compacted, compact
 from lt4rec_sparse.nn.masked import task_index
 from lt4rec_sparse.nn.plan import (
     GPU_PRECISIONS,
@@ -225,23 +225,33 @@ class Ways:
         self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
         self.layers = ops.gpu_layers(mlp._paths())
         self.precision = precision
-        self.dtype = dtype = DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.device = device
-        self.compacted = compact(mlp)
-        self.in_features = mlp.in_features
-        self.default: Chain = self._chain(self._kernels.default_chain(self.layers, dtype, device))
+        self._mlp = mlp
         self._runs: dict[Segment, Any] = {}
 
-    def segments(self) -> list[Segment]:
-        """Return every run that fits."""
+    @cached_property
+    def compacted(self) -> Compacted:
+        """The network without what is dead in it."""
+        return compact(self._mlp)
+
+    @property
+    def default(self) -> Chain:
+        """The chain that is predicted to be fastest."""
+        return self._chain(self._kernels.default_chain(self.layers, self.dtype, self.device))
+
+    @cached_property
+    def segments(self) -> Chain:
+        """Every run that fits."""
         is_smaller = self.compacted.multiply_adds <= WORTH_COMPACTING * self.compacted.multiply_adds_before
-        return list(self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller)))
+        return self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller))
 
     def run(self, segment: Segment) -> Callable[[Tensor], Tensor]:
         """Return one run, prepacked."""
         if segment not in self._runs:
             span = (segment.kernel, segment.first, segment.last)
-            parts = (self.layers, span, self.dtype, self.device, self.compacted)
+            compacted = self.compacted if segment.kernel == "compact" else None
+            parts = (self.layers, span, self.dtype, self.device, compacted)
             self._runs[segment] = self._kernels.prepack_run(*parts)
         run: Callable[[Tensor], Tensor] = self._runs[segment]
         return run
@@ -319,7 +329,7 @@ def _again(call: Callable[[], Tensor], result: Tensor) -> None:
 
 def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     examples = ways.examples(batch)
-    segments = [segment for segment in ways.segments() if ways.fits(segment, examples[segment.first])]
+    segments = [segment for segment in ways.segments if ways.fits(segment, examples[segment.first])]
     # Alone they only propose chains: the verdict is the second measurement's, which takes longer.
     alone = _timed({s: partial(ways.run(s), examples[s.first]) for s in segments}, ways.device, ROUNDS_ALONE)
     chains = _chains({segment: timing.median_us for segment, timing in alone.items()})

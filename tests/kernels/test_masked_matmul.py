@@ -305,8 +305,9 @@ def test_the_path_is_chosen_by_shape(monkeypatch):
     taken = []
     monkeypatch.setattr(masked_matmul, "forward", lambda *parts: taken.append("triton"))
     monkeypatch.setattr(mask_and_cast, "forward", lambda *parts: taken.append("cublas"))
-    for rows, width in ((1, 64), (tiles.CUBLAS_ROWS - 1, 64), (tiles.CUBLAS_ROWS, 64), (1, 65)):
-        gpu.masked_linear(torch.ones(1, width), p.weight, p.words, p.bias, (0,), (rows,), "relu")
-    assert taken == ["triton", "triton", "cublas", "cublas"]
+    many = tiles.CUBLAS_ROWS
+    for rows, k, n in ((1, 64, 16), (many - 1, 64, 16), (many, 64, 16), (1, 65, 16), (1, 64, 17)):
+        gpu.masked_linear(torch.ones(1, k), torch.ones(n, k), p.words, p.bias, (0,), (rows,), "relu")
+    assert taken == ["triton", "triton", "cublas", "cublas", "cublas"]
     with pytest.raises(ValueError, match="path: got 'cuda', wanted one of triton, cublas"), gpu.forced_path("cuda"):
         pass

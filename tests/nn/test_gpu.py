@@ -72,7 +72,7 @@ def ways_of(mlp, precision):
 
 def every_way(mlp, precision):
     ways = ways_of(mlp, precision)
-    for segment in ways.segments():
+    for segment in ways.segments:
         yield str(segment), ways.network(chain_through(segment, len(ways.layers)))
 
 
@@ -263,7 +263,7 @@ def test_a_plan_is_measured_printed_saved_and_served(tmp_path, short):
 
 def test_the_opponent_wins_where_it_is_faster():
     mlp = frozen()
-    segments = ways_of(mlp, "fp32").segments()
+    segments = ways_of(mlp, "fp32").segments
     chains = gpu._chains({s: (1.0 if s.kernel == "dense" else 5.0) for s in segments})
     assert chains["dense"] == tuple(Segment("dense", "fp32", i, i) for i in range(4))
     assert "mixed" not in chains  # the best mixture is dense
