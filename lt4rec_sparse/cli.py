@@ -1,4 +1,4 @@
-"""The command line: `lt4rec-sparse run`, `simulate`, `score`, `plan`, `inspect`."""
+"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def run(
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
     granularity: Annotated[
-        str, typer.Option(help="What pruning takes as one: weight, block16, block32, block64 or neuron.")
+        str, typer.Option(help="What pruning takes as one: weight, 2:4, block4, block16, block32, block64 or neuron.")
     ] = "weight",
+    tasks: Annotated[str, typer.Option(help="Names, such as ctr,cvr,like; all but the schema's extra ones.")] = "",
 ) -> None:
     """Find a ticket per task, train one shared network, freeze it, and report it against its opponents."""
     from lt4rec_sparse.experiments.run import run as run_experiment
@@ -73,6 +74,7 @@ def run(
         rounds=rounds,
         density=density,
         granularity=granularity,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with progress_bars() as progress:
@@ -81,17 +83,83 @@ def run(
 
 
 @app.command()
+def experiment(
+    name: Annotated[
+        str, typer.Argument(help="table2, table3, figure4, granularity, cheap, tickets, tasks, or regimes (simulated).")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="A folder in KuaiRand's layout, or with a schema.toml; not for regimes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where all experiments on this log stand; what stopped goes on there.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds of every row.")] = 5,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; one a core.")] = None,
+    executor: Annotated[str, typer.Option(help="processes, ray (where it is installed), or here.")] = "processes",
+    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Impressions a batch.")] = 1024,
+    embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
+    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
+    cross: Annotated[str, typer.Option(help="dlrm, wide_deep or deepfm.")] = "dlrm",
+    products: Annotated[str, typer.Option(help="What products compute in while training.")] = "bfloat16",
+    impressions: Annotated[int, typer.Option(help="Of each simulated log of regimes.")] = 2_000_000,
+) -> None:
+    """Carry out a declared experiment of the paper, or beyond it, over seeds, and write its tables and plots."""
+    from lt4rec_sparse.experiments.experiment import Resources, run_experiment
+    from lt4rec_sparse.experiments.regimes import Regimes, run_regimes
+    from lt4rec_sparse.experiments.trials import Training
+
+    if name == "regimes":
+        if data is not None:
+            raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
+        out = out or Path("runs") / "experiments" / "regimes"
+        with progress_bars() as progress:
+            report = run_regimes(out, seeds, Regimes(impressions), workers, executor, progress)
+        typer.echo(f"{report}, report.html, records.json")
+        return
+    if data is None:
+        raise InputError("--data: got none, wanted a folder with a log")
+    training = Training(
+        hidden=widths(hidden),
+        embedding_dim=embedding_dim,
+        epochs=epochs,
+        batch_size=batch_size,
+        cross=cross,
+        dtype=products,
+    )
+    out = out or Path("runs") / "experiments" / data.resolve().name
+    with progress_bars() as progress:
+        report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress)
+    typer.echo(f"{report}, report.html, records.json")
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     impressions: Annotated[int, typer.Option(help="Rows of the log.")] = 80_000,
-    conflict: Annotated[float, typer.Option(help="How far the tasks' private parts oppose each other, 0 to 1.")] = 0.5,
+    conflict: Annotated[float, typer.Option(help="How far the tasks oppose each other, 0 to 1.")] = 0.5,
+    click_rate: Annotated[float, typer.Option(help="Share of impressions that are clicked.")] = 0.35,
+    watch_rate: Annotated[float | None, typer.Option(help="Share of clicks that are viewed long.")] = None,
+    planted_fields: Annotated[int, typer.Option(help="Fields of each kind and side whose use is known.")] = 0,
+    request_size: Annotated[int, typer.Option(help="Videos shown at once.")] = 1,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Write a click log with planted truth: Parquet files and their schema.toml."""
     from lt4rec_sparse.data import SimulatorConfig
     from lt4rec_sparse.data import simulate as write_log
 
-    write_log(SimulatorConfig(impressions=impressions, conflict=conflict, seed=seed), out)
+    write_log(
+        SimulatorConfig(
+            impressions=impressions,
+            conflict=conflict,
+            click_rate=click_rate,
+            watch_rate=watch_rate,
+            planted_fields=planted_fields,
+            request_size=request_size,
+            seed=seed,
+        ),
+        out,
+    )
 
 
 @app.command()

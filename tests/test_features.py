@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ def schema_dict(**changes: Any) -> dict[str, Any]:
 
 
 SCHEMA = Schema.from_dict(schema_dict())
+SLICE = {"name": "part", "column": "tab", "value": 0}
 ROW = st.fixed_dictionaries(
     {
         "video": st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([2**62, -(2**62)])),
@@ -86,6 +89,32 @@ def test_schema_survives_json() -> None:
     assert Schema.from_dict(json.loads(json.dumps(SCHEMA.to_dict()))) == SCHEMA
 
 
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), st.integers(1, 9))
+def test_schema_survives_toml(text: str, number: int) -> None:
+    columns = [{"name": text, "separator": text}, {"name": "other", "kind": "dense", "buckets": number + 1}]
+    schema = Schema.from_dict(schema_dict(columns=columns, carried=[text], slices=[{**SLICE, "value": number}]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "schema.toml"
+        path.write_bytes(schema.to_toml().encode())
+        assert Schema.from_toml(path) == schema
+
+
+def test_schema_written_before_columns_were_carried_and_tasks_extra() -> None:
+    older = SCHEMA.to_dict()
+    del older["carried"]
+    for task in older["tasks"]:
+        del task["extra"]
+    assert Schema.from_dict(older) == SCHEMA
+
+
+def test_a_carried_outcome_is_no_feature_and_must_be_none() -> None:
+    carried = Schema.from_dict(schema_dict(carried=["play", "price", "length"]))
+    assert carried.features == SCHEMA.features
+    columns = [{"name": "play", "kind": "dense"}]
+    with pytest.raises(SchemaError, match="column 'play': 'play' is an outcome"):
+        Schema.from_dict(schema_dict(columns=columns, carried=["play"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -115,6 +144,8 @@ def test_schema_survives_json() -> None:
             "history 'h': got length=0",
         ),
         ({"tasks": [{"name": "t", "kind": "binary", "label": "l", "divide_by": "d"}]}, "task 't': got divide_by='d'"),
+        ({"tasks": [{"name": "t", "kind": "binary", "label": "l", "extra": True}]}, "got extra tasks only"),
+        ({"carried": ["play", "click", "play"]}, "carried: got 'play' twice"),
         ({"split": {"test_days": 0}}, "got test_days=0, validation_days=2"),
         ({"split": {"train": ["1"]}}, "wanted all three or none"),
         ({"split": {"train": ["1"], "validation": ["2"], "test": ["1"]}}, "day '1' is listed twice"),

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lt4rec_sparse.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, WEIGHT, split_files
+from lt4rec_sparse.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT, split_files
 from lt4rec_sparse.features import EncodedFeatures
 
 # Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
@@ -40,6 +40,7 @@ class Batch:
         weights: Per task, `[batch]` float32.
         groups: `[batch]` int64, the group (user) of each row.
         slices: Per slice of the schema, `[batch]` bool.
+        values: Per carried column of the schema, `[batch]` float64, NaN where missing.
     """
 
     features: EncodedFeatures
@@ -48,6 +49,7 @@ class Batch:
     weights: dict[str, Tensor]
     groups: Tensor
     slices: dict[str, Tensor]
+    values: dict[str, Tensor]
 
     @property
     def batch(self) -> int:
@@ -63,6 +65,7 @@ class Batch:
             _take(self.weights, rows),
             self.groups.index_select(0, rows),
             _take(self.slices, rows),
+            _take(self.values, rows),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -78,6 +81,7 @@ class Batch:
             moved(self.weights),
             self.groups.to(device, non_blocking=non_blocking),
             moved(self.slices),
+            moved(self.values),
         )
 
     @staticmethod
@@ -92,6 +96,7 @@ class Batch:
             _cat([part.weights for part in parts]),
             torch.cat([part.groups for part in parts]),
             _cat([part.slices for part in parts]),
+            _cat([part.values for part in parts]),
         )
 
 
@@ -213,6 +218,7 @@ def _decoded(table: Any) -> Batch:
         _tensors(table, WEIGHT),
         _tensors(table, GROUP)[""],
         _tensors(table, SLICE),
+        _tensors(table, VALUE),
     )
 
 
@@ -237,7 +243,7 @@ def _cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _nbytes(batch: Batch) -> int:
-    parts = (batch.labels, batch.rows, batch.weights, batch.slices)
+    parts = (batch.labels, batch.rows, batch.weights, batch.slices, batch.values)
     return (
         batch.features.nbytes + batch.groups.nbytes + sum(column.nbytes for part in parts for column in part.values())
     )

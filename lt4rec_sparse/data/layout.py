@@ -1,14 +1,14 @@
 """The prepared folder: where its files lie, what its columns are called, and how its encoder is stored.
 
 ```text
-prepared.json                 fingerprint, days of each split, counts
+prepared.json                 fingerprint, states of the source's files, days of each split, counts
 encoder.safetensors           the fitted tables; format and schema as JSON in its metadata
 <split>/part-<number>.parquet one file a day, in order of days; split is train, validation or test
 ```
 
 Columns of a part: `feature.<field>` (int32, or list of int32), and for every task `label.<task>` (float32),
 `member.<task>` (bool: the row belongs to the task), `weight.<task>` (float32); `group` (int64); `slice.<name>` (bool);
-`day` (string).
+`value.<column>` (float64, NaN where missing) for every carried column; `day` (string).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from lt4rec_sparse.features import FeatureEncoder
 
-FEATURE, LABEL, MEMBER, WEIGHT, SLICE = "feature.", "label.", "member.", "weight.", "slice."
+FEATURE, LABEL, MEMBER, WEIGHT, SLICE, VALUE = "feature.", "label.", "member.", "weight.", "slice.", "value."
 GROUP, DAY = "group", "day"
 SPLITS = ("train", "validation", "test")
 PREPARED, ENCODER = "prepared.json", "encoder.safetensors"

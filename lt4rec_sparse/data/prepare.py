@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ from lt4rec_sparse.data.layout import (
     PREPARED,
     SLICE,
     SPLITS,
+    VALUE,
     WEIGHT,
     load_encoder,
     save_encoder,
 )
 from lt4rec_sparse.data.progress import Progress, silent
 from lt4rec_sparse.data.rows import RowReader, Rows
-from lt4rec_sparse.data.source import DataError, open_source
+from lt4rec_sparse.data.source import DataError, FileState, Source, open_source
 from lt4rec_sparse.features import EncodedFeatures, FeatureEncoder, Schema, Split
+from lt4rec_sparse.files import write_whole
 
 # A change of the layout or of what is computed makes older prepared folders stale.
-VERSION = 1
+VERSION = 2
 ROW_GROUP_ROWS = 65_536
 
 
@@ -88,7 +91,8 @@ def prepare(
     """Read a click log, join, split by day, fit the encoder on the training days and write encoded Parquet.
 
     The log is streamed: memory holds one day of it, the side tables, the vocabularies and the histories. `out` appears
-    whole or not at all; if it was prepared from the same files with the same schema, it is opened as it is.
+    whole or not at all; if it was prepared from the same files with the same schema, it is opened as it is. Files are
+    the same if their bytes are: those with the size and time of change of then are believed to be, others are read.
 
     Args:
         source_folder: A folder of CSV or Parquet files.
@@ -105,12 +109,14 @@ def prepare(
     """
     source = open_source(source_folder, schema)
     fingerprint = source.fingerprint(VERSION, row_group_rows)
-    if out.exists() and _content(out).get("fingerprint") == fingerprint:
+    if _is_current(out, source, fingerprint):
         return Prepared.load(out)
     if not replace and (out / PREPARED).is_file():
-        changed = f"got data of other files, sizes, times of change, schema or version than {source_folder} has now"
+        changed = f"got data of other files, contents, schema or version than {source_folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
     with whole_folder(out, PREPARED) as folder:
+        # Before the log is read: a file that changes meanwhile is then another one at the next look.
+        states = source.states()
         scratch = folder / "scratch"
         scratch.mkdir()
         log = partition(source, scratch, row_group_rows, progress)
@@ -124,6 +130,7 @@ def prepare(
         content = {
             "version": VERSION,
             "fingerprint": fingerprint,
+            "files": _plain(states),
             "counts": {
                 "rows_read": log.rows_read,
                 "duplicates": log.duplicates,
@@ -218,6 +225,7 @@ def _table(encoder: FeatureEncoder, rows: Rows) -> Any:
         columns |= {LABEL + name: task.label, MEMBER + name: task.member, WEIGHT + name: task.weight}
     columns[GROUP] = rows.groups
     columns |= {SLICE + name: rows_in for name, rows_in in rows.slices.items()}
+    columns |= {VALUE + name: values for name, values in rows.values.items()}
     columns[DAY] = pa.repeat(rows.day, len(rows.groups))
     return pa.table(columns)
 
@@ -246,6 +254,29 @@ def _told(stream: Iterator[Rows], stage: str, splits: dict[str, tuple[str, ...]]
         if rows.day not in seen:
             seen.add(rows.day)
             progress(stage, len(seen), total)
+
+
+def _is_current(out: Path, source: Source, fingerprint: str) -> bool:
+    """Return whether `out` holds what `prepare` would write, and note new times of unchanged files there."""
+    content = _content(out)
+    if content.get("fingerprint") != fingerprint:
+        return False
+    known = {name: FileState(**state) for name, state in content["files"].items()}
+    states = source.states(known)
+    if _digests(states) != _digests(known):
+        return False
+    if states != known:
+        with suppress(OSError):  # a folder that nobody may write to is as current, and read again next time
+            write_whole(out / PREPARED, json.dumps(content | {"files": _plain(states)}, indent=1))
+    return True
+
+
+def _digests(states: Mapping[str, FileState]) -> dict[str, str]:
+    return {name: state.digest for name, state in states.items()}
+
+
+def _plain(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(state) for name, state in states.items()}
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -36,13 +36,17 @@ class TaskRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and what goes with them."""
+    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and what goes with them.
+
+    Carried columns are `values`, float64 with NaN for what is missing.
+    """
 
     day: str
     features: dict[str, Any]
     tasks: dict[str, TaskRows]
     groups: Ids
     slices: dict[str, Bools]
+    values: dict[str, NDArray[np.float64]]
 
 
 class RowReader:
@@ -108,7 +112,8 @@ class RowReader:
             for part in self._schema.slices
         }
         tasks = {task.name: _task_rows(task, columns) for task in self._schema.tasks}
-        return Rows(day, features, tasks, groups, slices)
+        values = {name: _floats(columns[name]) for name in self._schema.carried}
+        return Rows(day, features, tasks, groups, slices, values)
 
 
 class _SideTable:

@@ -28,6 +28,7 @@ from lt4rec_sparse.features import Column, Schema
 SCHEMA_FILE = "schema.toml"
 # Text of about 150,000 rows of a wide log: large enough to be fast, small next to a day of any log.
 CSV_BLOCK_BYTES = 16 << 20
+DIGEST_BLOCK_BYTES = 1 << 20
 NULL_TEXTS = ["", "NA", "N/A", "NULL", "null", "NaN", "nan"]
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error)
 ARROW_TYPES = {"int": pa.int64(), "string": pa.string()}
@@ -46,6 +47,18 @@ class RawType:
 
 
 @dataclass(frozen=True)
+class FileState:
+    """What a file was at a look: its size, its time of change, and a digest (blake2b) of its bytes.
+
+    A fresh copy has another time and the same digest, so that the content decides and the time only saves reading.
+    """
+
+    size_bytes: int
+    changed_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A folder whose files have been found: those of the log, and those of every side table of the schema."""
 
@@ -55,11 +68,26 @@ class Source:
     joins: tuple[tuple[Path, ...], ...]
 
     def fingerprint(self, *options: object) -> str:
-        """Return a digest of the schema, of every file's name, size and time of change, and of further options."""
-        paths = [*self.log, *(path for join in self.joins for path in join)]
-        stats = [(str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        content = json.dumps([self.schema.to_dict(), stats, options], sort_keys=True)
+        """Return a digest of the schema and of further options; of the files `states` tells."""
+        content = json.dumps([self.schema.to_dict(), options], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def states(self, known: Mapping[str, FileState] | None = None) -> dict[str, FileState]:
+        """Return the state of every file, by its path relative to the folder.
+
+        Args:
+            known: States of an earlier look. A file whose size and time of change are as they were then is not read
+                again: its digest is taken over.
+        """
+        states = {}
+        for path in (*self.log, *(path for join in self.joins for path in join)):
+            name, stat = str(path.relative_to(self.folder)), path.stat()
+            size_bytes, changed_ns = stat.st_size, stat.st_mtime_ns
+            before = (known or {}).get(name)
+            if before is None or (before.size_bytes, before.changed_ns) != (size_bytes, changed_ns):
+                before = FileState(size_bytes, changed_ns, _digest(path))
+            states[name] = before
+        return states
 
 
 def open_source(folder: Path, schema: Schema | None = None) -> Source:
@@ -113,6 +141,9 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
         use(history.when, pa.float64())
     for derived in schema.derived:
         use(derived.days_since, pa.string())
+    for name in schema.carried:
+        if name not in made:
+            use(name, pa.float64())
     for part in schema.slices:
         use(part.column, pa.int64() if isinstance(part.value, int) else pa.string())
     for join in schema.joins:
@@ -269,6 +300,14 @@ def _bags(lists: Any, values: Any, kept: Any) -> Any:
     ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
     counts = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))])
     return pa.ListArray.from_arrays(pa.array(counts[ends], pa.int32()), values.filter(kept))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(DIGEST_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lt4rec_sparse.data import Prepared
-from lt4rec_sparse.experiments.settings import RunSettings
+from lt4rec_sparse.experiments.settings import RunSettings, tasks_of
 from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.files import whole_file, write_whole
 from lt4rec_sparse.lottery import Ticket, best_ticket, one_for_all, random_like, random_uniform, search_tickets
@@ -21,7 +21,7 @@ from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import CrossedEmbeddings
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranking import HardSharing, SparseSharing, loss_of
-from lt4rec_sparse.training import evaluate, train
+from lt4rec_sparse.training import Alternating, TaskLosses, evaluate, train
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[dict[str, Any]], None]
@@ -62,7 +62,7 @@ class SeedRun:
     ) -> None:
         self.prepared, self.settings, self.seed, self.folder = prepared, settings, seed, folder
         self._log, self._progress = log, progress
-        self.tasks = {task.name: task for task in prepared.schema.tasks}
+        self.tasks = {task.name: task for task in tasks_of(prepared.schema, settings.tasks)}
         self.kinds = {name: task.kind for name, task in self.tasks.items()}
         folder.mkdir(parents=True, exist_ok=True)
         self._train_rows = prepared.stream("train", settings.batch_size, seed=seed, shuffle=True)
@@ -176,7 +176,7 @@ class SeedRun:
             model,
             MaskedAdam(model, self.settings.learning_rate),
             self._train_rows,
-            {task: loss_of(self.tasks[task].kind) for task in tasks},
+            Alternating(TaskLosses({task: loss_of(self.tasks[task].kind) for task in tasks})),
             self.settings.epochs,
             checkpoint=self.folder / f"{stage}.checkpoint.pt",
             log=lambda record: self._log({"seed": self.seed, "stage": stage, "split": "train", **record}),

@@ -144,7 +144,7 @@ def _bytes(model: SparseSharing, ranker: Ranker, path: Path) -> dict[str, int]:
 def _latency(seed_run: SeedRun, model: SparseSharing, rankers: Mapping[str, Ranker]) -> list[dict[str, Any]]:
     """Time requests through the loaded artefact and through dense torch with the masks multiplied in beforehand."""
     batch = next(seed_run.prepared.stream("test", max(REQUESTS), seed=0, shuffle=False).epoch(0)).features
-    dense = _premasked(model.mlp)
+    dense = premasked(model.mlp)
     ranker, others = rankers["fp32"], {name: ranker for name, ranker in rankers.items() if name != "fp32"}
     records = []
     for size in REQUESTS:
@@ -154,23 +154,23 @@ def _latency(seed_run: SeedRun, model: SparseSharing, rankers: Mapping[str, Rank
             {
                 "sparse": partial(ranker.score_encoded, features),
                 "dense": partial(_score_dense, model, dense, features),
-                "sparse, MLP alone": partial(_score_mlp, ranker.mlp, x),
+                "sparse, MLP alone": partial(score_mlp, ranker.mlp, x),
                 "dense, MLP alone": partial(dense, x),
-                **{f"sparse {name}, MLP alone": partial(_score_mlp, other.mlp, x) for name, other in others.items()},
+                **{f"sparse {name}, MLP alone": partial(score_mlp, other.mlp, x) for name, other in others.items()},
             }
         )
         records += [{"candidates": size, "path": name, **timing._asdict()} for name, timing in timings.items()]
     return records
 
 
-def _score_mlp(mlp: SparseMLP | PlannedMLP | GpuMLP, x: Tensor) -> Tensor:
+def score_mlp(mlp: SparseMLP | PlannedMLP | GpuMLP, x: Tensor) -> Tensor:
     """Score as a `Ranker` does."""
     scores = x.new_empty(len(x), mlp.out_features)
     mlp.score_into(x, scores)
     return scores
 
 
-def _premasked(mlp: MaskedMLP) -> Callable[[Tensor], Tensor]:
+def premasked(mlp: MaskedMLP) -> Callable[[Tensor], Tensor]:
     """Dense torch at its best: masks multiplied in once, no masking per call, no autograd."""
     paths = []
     for task in mlp.tasks:

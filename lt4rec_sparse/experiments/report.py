@@ -44,11 +44,24 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
     for name, plot in PLOTS.items():
         plot(results, folder / "plots" / f"{name}.png")
     text = "\n\n".join(section for section in _sections(results) if section) + "\n"
+    return write_page(text, f"LT4REC, sparse: {results['data']['name']}", folder)
+
+
+def write_page(text: str, title: str, folder: Path) -> Path:
+    """Write Markdown as `report.md`, and as `report.html` with its pictures within it.
+
+    Args:
+        text: With pictures as `plots/<name>.png`, which stand in the folder.
+        title: Of the HTML page.
+        folder: Where both go.
+
+    Returns:
+        The path of `report.md`.
+    """
     write_whole(folder / "report.md", text)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    title = html.escape(f"LT4REC, sparse: {results['data']['name']}")
-    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>{body}"
-    write_whole(folder / "report.html", re.sub(r'src="(plots/[a-z]+\.png)"', lambda m: _inline(folder / m[1]), page))
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>{body}"
+    write_whole(folder / "report.html", re.sub(r'src="(plots/\w+\.png)"', lambda m: _inline(folder / m[1]), page))
     return folder / "report.md"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,8 +15,14 @@ from lt4rec_sparse.data import SPLITS, DataError, Prepared, SimulatorConfig, ope
 from lt4rec_sparse.experiments.arms import SPARSE, SPARSE_LAST, SeedRun
 from lt4rec_sparse.experiments.frozen import freeze_and_compare
 from lt4rec_sparse.experiments.report import write_report
-from lt4rec_sparse.experiments.settings import RunSettings, check_settings, pin_settings, with_seeds_of
-from lt4rec_sparse.features import Schema, SchemaError
+from lt4rec_sparse.experiments.settings import (
+    RunSettings,
+    check_settings,
+    pin_settings,
+    tasks_of,
+    with_seeds_of,
+)
+from lt4rec_sparse.features import Schema, SchemaError, Task
 from lt4rec_sparse.files import write_whole
 
 Progress = Callable[[str, int, int], None]
@@ -61,10 +67,11 @@ def run(
             simulate(SimulatorConfig(), source)
             progress("simulate", 1, 1)
     schema = open_source(source).schema
+    tasks = tasks_of(schema, settings.tasks)
     _check_names(schema)
     # What was trained before is of the data as they were then.
     prepared = prepare(source, out / "data", schema, progress, replace=not begun)
-    _check_classes(prepared, source)
+    _check_classes(prepared, source, tasks)
     pin_settings(out, name, settings)
     log = MetricsLog(out / "metrics.jsonl")
     seeds = []
@@ -78,7 +85,7 @@ def run(
     frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in ARTEFACTS.items()}
     progress("freeze and measure", 1, 1)
     results: dict[str, Any] = {
-        "data": _facts(prepared, source, simulated=data is None),
+        "data": _facts(prepared, source, tasks, simulated=data is None),
         "config": json.loads((out / "config.json").read_text(encoding="utf-8")),
         "seeds": seeds,
         "frozen": frozen,
@@ -125,20 +132,20 @@ def _check_names(schema: Schema) -> None:
         raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")
 
 
-def _check_classes(prepared: Prepared, source: Path) -> None:
+def _check_classes(prepared: Prepared, source: Path, tasks: Sequence[Task]) -> None:
     """Refuse a split in which a binary task has labels of one class only: nothing can be ranked or judged there."""
     for split in SPLITS:
-        for task in prepared.schema.tasks:
+        for task in tasks:
             mean = prepared.counts[split]["tasks"][task.name]["label_mean"]
             if task.kind == "binary" and mean in (0, 1):
                 raise DataError(f"{source}: split {split!r}: got only labels {mean:.0f} of {task.name}, wanted 0 and 1")
 
 
-def _facts(prepared: Prepared, source: Path, simulated: bool) -> dict[str, Any]:
+def _facts(prepared: Prepared, source: Path, tasks: Sequence[Task], simulated: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": "simulated click log" if simulated else source.resolve().name,
         "counts": prepared.counts,
-        "tasks": {task.name: task.kind for task in prepared.schema.tasks},
+        "tasks": {task.name: task.kind for task in tasks},
         "fields": [field.column for field in prepared.encoder.fields],
     }
     if simulated:

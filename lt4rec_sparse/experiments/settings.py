@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.features import Schema, Task
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import check_granularity
 
 CONFIG = "config.json"
-_BEFORE_IT_WAS_A_SETTING = {"granularity": "weight"}  # what runs did whose config.json does not name it
+_BEFORE_IT_WAS_A_SETTING = {"granularity": "weight", "tasks": []}  # what runs did whose config.json does not name it
 
 
 class SettingsError(InputError):
@@ -36,6 +37,7 @@ class RunSettings:
         rounds: Rounds of pruning a task.
         density: Share of the hidden weights alive after the last round.
         granularity: What pruning takes as one: a weight, a block or a neuron (`lottery.GRANULARITIES`).
+        tasks: Which of the schema's tasks, in that order; none named are all but the extra ones.
     """
 
     seeds: int = 1
@@ -47,6 +49,7 @@ class RunSettings:
     rounds: int = 4
     density: float = 0.2
     granularity: str = "weight"
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("seeds", "embedding_dim", "epochs", "batch_size", "rounds"):
@@ -62,6 +65,20 @@ class RunSettings:
             check_granularity(self.granularity)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+
+def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
+    """Return the tasks that are named, or all of a schema but its extra ones.
+
+    Raises:
+        SettingsError: If the schema has no such task, or one is named twice.
+    """
+    if not named:
+        return tuple(task for task in schema.tasks if not task.extra)
+    by_name = {task.name: task for task in schema.tasks}
+    if len(set(named)) != len(named) or not by_name.keys() >= set(named):
+        raise SettingsError(f"tasks: got {', '.join(named)}, wanted some of {', '.join(by_name)}, each once")
+    return tuple(by_name[name] for name in named)
 
 
 SIMULATED = RunSettings(epochs=2, batch_size=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -19,6 +20,28 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items() if item is not None}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_toml(record: Any) -> str:
+    """Return a dataclass as TOML, without what has its default: `from_plain` reads the parsed text back equal.
+
+    Its fields are text, numbers, tuples of those, dataclasses, or tuples of dataclasses, which hold no further ones.
+    """
+    lines: list[str] = []
+    tables: list[str] = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if value == field.default:
+            continue
+        if is_dataclass(value):
+            tables += ["", f"[{field.name}]", to_toml(value)]
+        elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+            tables += [line for item in value for line in ("", f"[[{field.name}]]", to_toml(item))]
+        else:
+            # TOML's strings are JSON's, but for one control character.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{field.name} = {text}")
+    return "\n".join([*lines, *tables])
 
 
 def from_plain(value: Any, hint: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lt4rec_sparse.features.records import SchemaError, from_plain, to_plain
+from lt4rec_sparse.features.records import SchemaError, from_plain, to_plain, to_toml
 
 ValueType = Literal["int", "string"]
 # Prepared data stores ids as int32.
@@ -149,6 +149,8 @@ class Task:
 
     A row belongs to the task when every column in `rows` is nonzero and the label exists: it is not missing, and with
     `divide_by` the numerator is not negative and the divisor is positive. Other tasks keep the row.
+
+    An `extra` task is prepared as any other, but left out of a run that does not name it.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Task:
     divide_by: str | None = None
     rows: tuple[str, ...] = ()
     weight: str | None = None
+    extra: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "binary" and self.divide_by is not None:
@@ -209,6 +212,9 @@ class Slice:
 class Schema:
     """Everything the data layer, the encoder and a report need to know of one click log.
 
+    Columns in `carried` are numbers that travel with the rows and are no features by that, such as the play time that
+    a replay counts. They may be outcomes; a feature may be carried too.
+
     Raises:
         SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
     """
@@ -225,6 +231,7 @@ class Schema:
     histories: tuple[History, ...] = ()
     derived: tuple[Derived, ...] = ()
     slices: tuple[Slice, ...] = ()
+    carried: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -270,6 +277,10 @@ class Schema:
         schema: Schema = from_plain(data, cls, "schema")
         return schema
 
+    def to_toml(self) -> str:
+        """Return the schema as TOML, which says only what is no default; `Schema.from_toml` reads it back equal."""
+        return to_toml(self) + "\n"
+
     @classmethod
     def from_toml(cls, path: Path | str) -> Schema:
         """Read a schema file; errors begin with its path.
@@ -295,9 +306,14 @@ class Schema:
             twice = _repeated(item.name for item in items)
             if twice is not None:
                 raise SchemaError(f"{kind} {twice!r}: declared twice, wanted one")
+        twice = _repeated(self.carried)
+        if twice is not None:
+            raise SchemaError(f"carried: got {twice!r} twice, wanted each column once")
         if not self.columns or not self.tasks:
             got = f"{len(self.columns)} columns and {len(self.tasks)} tasks"
             raise SchemaError(f"schema {self.name!r}: got {got}, wanted at least 1 each")
+        if all(task.extra for task in self.tasks):
+            raise SchemaError(f"schema {self.name!r}: got extra tasks only, wanted one that every run has")
 
     def _check_histories(self) -> None:
         bags = {column.name for column in self.columns if column.kind != "dense"}

@@ -1,8 +1,8 @@
-"""Controls: masks that a ticket must beat to have been worth its search."""
+"""Controls: masks that a ticket must beat to have been worth its search, and masks that share as much as one likes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ def random_like(
 ) -> dict[str, Mask]:
     """For each task a random mask with its ticket's number of kept weights in every layer.
 
-    Random blocks or neurons for a ticket of these, so that the search alone makes the difference. They come as close
-    to the number as `prune_by_magnitude` does: exactly, where all of a layer's are of one size.
+    Random blocks or neurons for a ticket of these, and 2 of 4 for one of 2:4, so that the search alone makes the
+    difference: such a mask is what `prune_by_magnitude` makes of random magnitudes. It comes as close to the number:
+    exactly for 2:4, and where all of a layer's tiles are of one size.
     """
     return {
         task: _random(ticket.shapes, ticket.layer_nnz(), generator, granularity) for task, ticket in tickets.items()
@@ -40,13 +41,183 @@ def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:
     return dict.fromkeys(masks, masks[task])
 
 
+Scores = Mapping[str, Mapping[str, Tensor]]  # task -> layer name -> [out_features, in_features], larger is better
+
+
+def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
+    """Give every task one mask, from which a weight is pruned only where every task would prune it.
+
+    Every task keeps its best weights by its own scores, as many as the others; the mask is the union. As many are they
+    that the union has exactly `nnz`: where one more of each would be too many, the earlier tasks have one more.
+
+    Example:
+        >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 1, 2, 3]])}}
+        >>> unanimous(scores, 3)["cvr"]["w"].tolist()
+        [[True, True, False, True]]
+
+    Args:
+        scores: Task -> layer name -> `[out_features, in_features]`, such as the magnitudes after the task's training.
+        nnz: Size of the union: a quantile over all layers together, or layer name -> of this layer, a quantile each.
+
+    Returns:
+        Task -> the mask, the same for all.
+
+    Raises:
+        ValueError: If there is no task, layers or shapes disagree, a score is NaN, or `nnz` does not fit.
+
+    Source: Sun et al. (arXiv 2206.04662), DiSparse, with unanimous decisions; the scores are the caller's.
+    """
+    shapes = _check_scores(scores)
+    if isinstance(nnz, int):
+        flat = torch.stack([torch.cat([layer.flatten() for layer in of_task.values()]) for of_task in scores.values()])
+        kept = torch.split(_union(flat, nnz, "all layers"), [rows * columns for rows, columns in shapes.values()])
+    else:
+        kept = tuple(
+            _union(torch.stack([of_task[name].flatten() for of_task in scores.values()]), count, name)
+            for name, count in _check_counts(nnz, shapes).items()
+        )
+    mask = Mask({name: part.view(shape) for (name, shape), part in zip(shapes.items(), kept, strict=True)})
+    return dict.fromkeys(scores, mask)
+
+
+def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str, Mask]:
+    """Give each task a mask that shares exactly a wanted part of its weights with all the others, and no other weight.
+
+    In each layer every task keeps `nnz` weights. `round(shared * nnz)` of them are owned by all tasks, and every other
+    weight by one task at most. Owned by all are first those that are among the `nnz` best of every task, then any, by
+    the sum of their ranks over the tasks. Of the rest, a weight that several tasks want goes to the one that ranks it
+    higher (of equals to the earlier) and has not enough yet; the others take their next best.
+
+    `shared` = 0 makes disjoint masks, 1 one mask for all. How much tickets share by themselves lies between.
+
+    Example:
+        >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 2, 3, 1]])}}
+        >>> {task: mask["w"].int().tolist() for task, mask in separate(scores, {"w": 2}, 0.5).items()}
+        {'ctr': [[1, 1, 0, 0]], 'cvr': [[1, 0, 1, 0]]}
+
+    Args:
+        scores: As in `unanimous`.
+        nnz: Layer name -> how many of its weights each task keeps.
+        shared: The part of these that all tasks own, from 0 to 1.
+
+    Returns:
+        Task -> its mask.
+
+    Raises:
+        ValueError: If `shared` is out of its range, a layer has fewer weights than the tasks are to own together, or as
+            in `unanimous`.
+    """
+    shapes = _check_scores(scores)
+    if not 0 <= shared <= 1:
+        raise ValueError(f"shared: got {shared}, wanted 0 to 1")
+    layers: list[dict[str, Tensor]] = [{} for _ in scores]
+    for name, count in _check_counts(nnz, shapes).items():
+        common = round(shared * count)
+        rows, columns = shapes[name]
+        owned = common + len(scores) * (count - common)
+        if owned > rows * columns:
+            raise ValueError(
+                f"shared: got {shared}, by which {len(scores)} tasks with {count} weights each own {owned} in {name}, "
+                f"wanted at most its {rows * columns}"
+            )
+        ranks = _ranks(torch.stack([of_task[name].flatten() for of_task in scores.values()]))
+        for of_task, kept in zip(layers, _separate(ranks, count, common), strict=True):
+            of_task[name] = kept.view(rows, columns)
+    return {task: Mask(of_task) for task, of_task in zip(scores, layers, strict=True)}
+
+
+def random_separate(
+    shapes: Shapes, nnz: Mapping[str, int], shared: float, generator: torch.Generator, tasks: Sequence[str]
+) -> dict[str, Mask]:
+    """Give each task a random mask, as `separate` makes them: what sharing alone does, whatever is shared.
+
+    Raises:
+        ValueError: As `separate`.
+    """
+    scores = {
+        task: {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for task in tasks
+    }
+    return separate(scores, nnz, shared)
+
+
 def _random(shapes: Shapes, nnz: Mapping[str, int], generator: torch.Generator, granularity: str) -> Mask:
     if granularity == "weight":
         return Mask.random(shapes, nnz, generator)
-    layers: dict[str, Tensor] = {}
+    weights = {}
     for name, shape in shapes.items():
         tile = tile_shape(granularity, shape)
         scores = torch.rand(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]), generator=generator)
-        weights = {name: spread_tiles(scores, tile, shape)}
-        layers |= prune_by_magnitude(weights, Mask.full({name: shape}), nnz[name], granularity)
-    return Mask(layers)
+        weights[name] = spread_tiles(scores, tile, shape)
+    return prune_by_magnitude(weights, Mask.full(shapes), nnz, granularity)
+
+
+def _check_scores(scores: Scores) -> dict[str, tuple[int, int]]:
+    """Return the layers' shapes, the same for every task."""
+    if not scores:
+        raise ValueError("scores: got no task, wanted at least one")
+    by_task = {task: {n: tuple(layer.shape) for n, layer in of_task.items()} for task, of_task in scores.items()}
+    first = next(iter(scores))
+    for task, of_task in scores.items():
+        if by_task[task] != by_task[first] or list(of_task) != list(scores[first]):
+            raise ValueError(f"scores of {task}: got layers {by_task[task]}, wanted {by_task[first]}, those of {first}")
+        nans = sum(int(layer.isnan().sum()) for layer in of_task.values())
+        if nans:
+            raise ValueError(f"scores of {task}: got {nans} NaN, wanted numbers")
+    return {name: (layer.shape[0], layer.shape[1]) for name, layer in scores[first].items()}
+
+
+def _check_counts(nnz: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
+    if set(nnz) != set(shapes):
+        raise ValueError(f"nnz: got layers {list(nnz)}, wanted {list(shapes)}")
+    for name, (rows, columns) in shapes.items():
+        if not 0 <= nnz[name] <= rows * columns:
+            raise ValueError(f"nnz of {name}: got {nnz[name]}, wanted 0 to {rows * columns}")
+    return {name: nnz[name] for name in shapes}
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Rank each task's scores, `[tasks, n]`: 0 is the best; of equal ones the earlier is better."""
+    order = scores.detach().cpu().sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1]).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
+    """Return bool `[n]`: the `nnz` weights that come first when the tasks name their best in turn, `[tasks, n]`."""
+    tasks, n = scores.shape
+    if not 0 <= nnz <= n:
+        raise ValueError(f"nnz of {where}: got {nnz}, wanted 0 to {n}")
+    # When a weight is first named: no two weights at once.
+    named = (_ranks(scores) * tasks + torch.arange(tasks)[:, None]).min(0).values
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[named.sort().indices[:nnz]] = True
+    return kept
+
+
+def _separate(ranks: Tensor, nnz: int, common: int) -> Tensor:
+    """Return bool `[tasks, n]` from ranks `[tasks, n]`."""
+    tasks, n = ranks.shape
+    # Ranks sum to less than tasks * n, so that whatever all tasks want comes first.
+    worth = ranks.sum(0) + (~(ranks < nnz).all(0)) * (tasks * n)
+    is_common = torch.zeros(n, dtype=torch.bool)
+    is_common[worth.sort(stable=True).indices[:common]] = True
+    kept = is_common.repeat(tasks, 1)
+    wanted = nnz - common
+    # The tasks name their best in turn, rank by rank. Until the first of them has enough, each gets what it ranks
+    # higher than the others do. From then on the others go on as if it and what it has were not there.
+    left = list(range(tasks)) if wanted else []
+    free = ~is_common
+    while left:
+        winner = ranks[left].min(0).indices
+        winner = torch.tensor(left)[winner]
+        best = {}
+        for task in left:
+            won = (free & (winner == task)).nonzero().squeeze(1)
+            if len(won) >= wanted:
+                best[task] = won[ranks[task][won].sort().indices[:wanted]]
+        first = min(best, key=lambda task: (int(ranks[task][best[task][-1]]), task))
+        kept[first, best[first]] = True
+        free[best[first]] = False
+        left.remove(first)
+    return kept

@@ -11,17 +11,27 @@ from torch import Tensor
 
 from lt4rec_sparse.masks import Mask
 
-GRANULARITIES = ("weight", "block16", "block32", "block64", "neuron")  # what is pruned as one, finest first
+# What is pruned as one, finest first. Any other square block would go the same way: "block8" is one word more here.
+GRANULARITIES = ("weight", "2:4", "block4", "block16", "block32", "block64", "neuron")
+SCOPES = ("global", "layer")  # what a quantile is taken over: all layers together, as in the paper, or each alone
 
 
-def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int, granularity: str = "weight") -> Mask:
+def prune_by_magnitude(
+    weights: Mapping[str, Tensor], mask: Mask, nnz: int | Mapping[str, int], granularity: str = "weight"
+) -> Mask:
     """Keep the tiles of largest magnitude, over all layers together, while they hold at most `nnz` weights.
 
-    One global quantile, as in the paper. A tile is a weight, a square block or a neuron's row of a layer:
+    One global quantile, as in the paper; where `nnz` names a number a layer, a quantile a layer (`wanted_nnz` makes
+    either of a density). Of a trained network's full mask this is one-shot pruning: nothing more is needed for it.
+
+    A tile is a weight, a square block or a neuron's row of a layer:
 
     - "weight": single weights by their magnitudes, the paper's S-Weight. Exactly `nnz` survive.
-    - "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first weight,
-      ragged at its last rows and columns. A kernel can skip a dead block.
+    - "2:4": single weights, of which at most 2 of 4 neighbouring columns survive: `project_to_2_4`, then the quantile
+      over what it left. Exactly `nnz` survive if it left as many. It leaves at most about half of a layer: what is
+      asked for beyond that is not kept.
+    - "block4", "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first
+      weight, ragged at its last rows and columns. A kernel can skip a dead block.
     - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`): without
       its row a neuron is a constant, which is folded into the biases of the layer above.
 
@@ -50,7 +60,7 @@ def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int, gran
     Args:
         weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
         mask: The weights alive.
-        nnz: How many are to survive.
+        nnz: How many are to survive: of all layers together, or layer name -> of this layer.
         granularity: One of `GRANULARITIES`.
 
     Returns:
@@ -64,8 +74,18 @@ def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int, gran
     1705.08922) and Molchanov et al. (arXiv 1611.06440).
     """
     check_granularity(granularity)
+    if not isinstance(nnz, int):
+        if set(nnz) != set(mask) or set(weights) != set(mask):
+            raise ValueError(f"nnz and weights: got layers {list(nnz)} and {list(weights)}, wanted {list(mask)}")
+        layers: dict[str, Tensor] = {}
+        for name, kept in mask.items():
+            layers |= prune_by_magnitude({name: weights[name]}, Mask({name: kept}), nnz[name], granularity)
+        return Mask(layers)
     if not 0 <= nnz <= mask.nnz:
         raise ValueError(f"nnz: got {nnz}, wanted 0 to {mask.nnz}, the weights alive")
+    if granularity == "2:4":
+        allowed = project_to_2_4(weights, mask)
+        return prune_by_magnitude(weights, allowed, min(nnz, allowed.nnz))
     magnitudes = _magnitudes(weights, mask)
     tiles = {name: tile_shape(granularity, shape) for name, shape in mask.shapes.items()}
     counts = [_tile_sums(kept, tiles[name]) for name, kept in mask.items()]
@@ -75,16 +95,16 @@ def prune_by_magnitude(weights: Mapping[str, Tensor], mask: Mask, nnz: int, gran
         scores.append(mean if granularity == "weight" else mean / _mean(magnitude, mask[name]))
     sizes = [count.numel() for count in counts]
     score, count = (torch.cat([part.flatten() for part in parts]) for parts in (scores, counts))
-    order = score.sort(descending=True, stable=True).indices
-    order = order[count[order] > 0]
+    alive = count.nonzero().squeeze(1)
+    order = alive[score[alive].sort(descending=True, stable=True).indices]
     order, n_best = (order, 0) if granularity == "weight" else _best_of_layers_first(order, sizes)
     n_kept = max(n_best, int((count[order].cumsum(0) <= nnz).sum()))
     survives = torch.zeros_like(count, dtype=torch.bool)
     survives[order[:n_kept]] = True
-    layers = {}
+    kept_tiles = {}
     for (name, kept), part, of_tiles in zip(mask.items(), torch.split(survives, sizes), counts, strict=True):
-        layers[name] = kept & spread_tiles(part.view(of_tiles.shape), tiles[name], mask.shapes[name])
-    return Mask(layers)
+        kept_tiles[name] = kept & spread_tiles(part.view(of_tiles.shape), tiles[name], mask.shapes[name])
+    return Mask(kept_tiles)
 
 
 def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
@@ -136,9 +156,19 @@ def check_granularity(granularity: str) -> None:
         raise ValueError(f"granularity: got {granularity!r}, wanted one of {', '.join(GRANULARITIES)}")
 
 
+def check_scope(scope: str) -> None:
+    """Check that there is such a scope.
+
+    Raises:
+        ValueError: If it is none of `SCOPES`.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope: got {scope!r}, wanted one of {', '.join(SCOPES)}")
+
+
 def tile_shape(granularity: str, shape: tuple[int, int]) -> tuple[int, int]:
     """Return rows and columns of what is pruned as one in a layer of this shape."""
-    if granularity == "weight":
+    if granularity in ("weight", "2:4"):
         return 1, 1
     if granularity == "neuron":
         return 1, shape[1]
@@ -151,8 +181,36 @@ def spread_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) 
     return values.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[: shape[0], : shape[1]]
 
 
+def wanted_nnz(mask: Mask, density: float, scope: str = "global") -> int | dict[str, int]:
+    """Return how many weights `prune_by_magnitude` is to keep for a density: of all layers together, or of each.
+
+    The share is one of all weights, not of those alive, rounded; it is never more than are alive.
+
+    Example:
+        >>> mask = Mask.full({"layers.0": (2, 4), "layers.1": (1, 2)})
+        >>> wanted_nnz(mask, 0.5), wanted_nnz(mask, 0.5, "layer")
+        (5, {'layers.0': 4, 'layers.1': 1})
+
+    Raises:
+        ValueError: If the density is not in (0, 1], or there is no such scope.
+    """
+    check_scope(scope)
+    if scope == "layer":
+        return {n: min(level_nnz(kept.numel(), density, 1, 1), int(kept.sum())) for n, kept in mask.items()}
+    return min(level_nnz(mask.size, density, 1, 1), mask.nnz)
+
+
 def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
-    """Return how many weights are alive after `level` of `rounds` rounds that end at `density`.
+    """Return how many weights are alive after `level` of `rounds` rounds that end at `density` (`level_density`).
+
+    Raises:
+        ValueError: As `level_density`.
+    """
+    return round(size * level_density(density, rounds, level))
+
+
+def level_density(density: float, rounds: int, level: int) -> float:
+    """Return the share of the weights that is alive after `level` of `rounds` rounds that end at `density`.
 
     Each round keeps the same share, `density ** (1 / rounds)`: 4 rounds to 20 % keep 66.87, 44.72, 29.91 and 20 %.
 
@@ -163,7 +221,7 @@ def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
         raise ValueError(f"density: got {density}, wanted more than 0 and at most 1")
     if rounds < 1 or not 0 <= level <= rounds:
         raise ValueError(f"level: got {level} of {rounds} rounds, wanted 0 to the number of rounds, at least one")
-    return int(round(size * density ** (level / rounds)))  # noqa: RUF046  # a float power is Any to mypy
+    return float(density ** (level / rounds))
 
 
 def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:

@@ -9,10 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery.pruning import check_granularity, level_nnz, prune_by_magnitude
+from lt4rec_sparse.lottery.pruning import (
+    check_granularity,
+    check_scope,
+    level_density,
+    prune_by_magnitude,
+    wanted_nnz,
+)
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
 
@@ -43,10 +49,16 @@ def search_tickets(
     density: float,
     folder: Path,
     granularity: str = "weight",
+    scope: str = "global",
+    start: Mapping[str, Tensor] | None = None,
 ) -> list[Ticket]:
-    """Find one task's tickets: `rounds` rounds of train, prune by global magnitude, rewind everything to the start.
+    """Find one task's tickets: `rounds` rounds of train, prune by magnitude, rewind everything to the start.
 
-    The start is the state in which the model comes, embeddings included.
+    The start is the state in which the model comes, embeddings included, or the one that is given: a state after some
+    batches, of this task (late rewinding) or of all tasks (a multi-task warm-up). Its masks are not looked at.
+
+    Level 0 is the single-task baseline: the full mask, from the start on. A baseline that was trained before need not
+    be trained again: at level 0 `train_and_judge` may load its weights and return its metrics.
 
     A level that was finished before is read back from `folder`, so an interrupted search continues where it stopped.
     Each level leaves `level_<i>.mask.safetensors` and, once judged, `level_<i>.json`.
@@ -59,21 +71,26 @@ def search_tickets(
             task's validation metrics.
         rounds: How many rounds of pruning.
         density: Of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less; where a
-            layer has few of them, its last one may keep more (`prune_by_magnitude`).
+            layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps at
+            most half, so that the first ones may be alike.
         folder: Where the tickets stand. It belongs to one search: none of these arguments is noted there.
         granularity: What is pruned as one, of `GRANULARITIES`.
+        scope: What a quantile is taken over, of `SCOPES`: all layers together, as in the paper, or each alone; then
+            every layer of a level keeps the same share.
+        start: The state of `model` that each level is rewound to; None for the one in which it comes.
 
     Returns:
         One ticket a level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
 
     Raises:
-        ValueError: If there is no such granularity.
+        ValueError: If there is no such granularity or scope.
 
-    Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9.
+    Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9; late rewinding: Frankle et al. (arXiv 1912.05671).
     """
     check_granularity(granularity)  # before the training that would come first
+    check_scope(scope)
     folder.mkdir(parents=True, exist_ok=True)
-    start = copy.deepcopy(model.state_dict())  # the state itself would follow the training
+    start = copy.deepcopy(model.state_dict() if start is None else dict(start))  # the model's own follows the training
     mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
     tickets = []
     for level in range(rounds + 1):
@@ -88,7 +105,7 @@ def search_tickets(
             mlp.set_mask(mask)
             metrics = train_and_judge(level)
             if level < rounds:
-                nnz = level_nnz(mask.size, density, rounds, level + 1)
+                nnz = wanted_nnz(mask, level_density(density, rounds, level + 1), scope)
                 prune_by_magnitude(mlp.masked_weights(), mask, nnz, granularity).save(following)
             record = {"task": task, "level": level, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))

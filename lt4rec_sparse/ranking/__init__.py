@@ -1,6 +1,38 @@
-"""The paper's ranking models and their losses."""
+"""The ranking models, by name; what they are trained against, and how their tasks are balanced."""
 
-from lt4rec_sparse.ranking.losses import loss_of
+from lt4rec_sparse.ranking.aitm import AITM, behavioural_calibrator
+from lt4rec_sparse.ranking.balance import UncertaintyWeights, pcgrad
+from lt4rec_sparse.ranking.build import MODELS, build, mlp_multiply_adds
+from lt4rec_sparse.ranking.conflict import Conflict
+from lt4rec_sparse.ranking.esmm import ESMM
+from lt4rec_sparse.ranking.inputs import CROSSES, TaskInputs
+from lt4rec_sparse.ranking.losses import LOSSES, entire_space, joint_logits, loss_of
+from lt4rec_sparse.ranking.mmoe import MMoE
 from lt4rec_sparse.ranking.models import HardSharing, SparseSharing
+from lt4rec_sparse.ranking.multitask import MultiTask
+from lt4rec_sparse.ranking.ple import PLE
+from lt4rec_sparse.ranking.shared_bottom import SharedBottom
 
-__all__ = ["HardSharing", "SparseSharing", "loss_of"]
+__all__ = [
+    "AITM",
+    "CROSSES",
+    "ESMM",
+    "LOSSES",
+    "MODELS",
+    "PLE",
+    "Conflict",
+    "HardSharing",
+    "MMoE",
+    "MultiTask",
+    "SharedBottom",
+    "SparseSharing",
+    "TaskInputs",
+    "UncertaintyWeights",
+    "behavioural_calibrator",
+    "build",
+    "entire_space",
+    "joint_logits",
+    "loss_of",
+    "mlp_multiply_adds",
+    "pcgrad",
+]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.nn import CrossedEmbeddings, MaskedMLP
+from lt4rec_sparse.ranking.inputs import TaskInputs
+from lt4rec_sparse.ranking.multitask import MultiTask
 
 
-class SparseSharing(nn.Module):
+class SparseSharing(MultiTask):
     """One embedding, one cross and one MLP for all tasks; each task sees the MLP through its own mask.
 
     With one task and its mask still full this is the paper's single-task baseline of the same size.
@@ -25,24 +26,18 @@ class SparseSharing(nn.Module):
     """
 
     def __init__(
-        self, inputs: CrossedEmbeddings, tasks: Sequence[str], hidden: Sequence[int] = (512, 256, 128)
+        self, inputs: CrossedEmbeddings | TaskInputs, tasks: Sequence[str], hidden: Sequence[int] = (512, 256, 128)
     ) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.mlp = MaskedMLP(inputs.out_features, hidden, tasks=tasks)
-        self.tasks = self.mlp.tasks
+        super().__init__(inputs, tasks)
+        self.mlp = MaskedMLP(inputs.out_features, hidden, tasks=self.tasks)
 
-    def forward(self, features: EncodedFeatures, task: str | None = None) -> Tensor:
-        """Score a batch.
-
-        Returns:
-            Logits: `[batch, 1]` of one task, or `[batch, tasks]`.
-        """
-        logits: Tensor = self.mlp(self.inputs(features), task)
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        """Run the MLP through the masks of `tasks`: `[batch, len(tasks)]`."""
+        logits: Tensor = self.mlp(x, tasks[0] if len(tasks) == 1 else None)
         return logits
 
 
-class HardSharing(nn.Module):
+class HardSharing(MultiTask):
     """Embedding and cross shared, an MLP of its own for each task.
 
     Args:
@@ -54,18 +49,11 @@ class HardSharing(nn.Module):
     """
 
     def __init__(
-        self, inputs: CrossedEmbeddings, tasks: Sequence[str], hidden: Sequence[int] = (512, 256, 128)
+        self, inputs: CrossedEmbeddings | TaskInputs, tasks: Sequence[str], hidden: Sequence[int] = (512, 256, 128)
     ) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.mlps = nn.ModuleDict({task: MaskedMLP(inputs.out_features, hidden, tasks=(task,)) for task in tasks})
-        self.tasks = tuple(tasks)
+        super().__init__(inputs, tasks)
+        self.mlps = nn.ModuleDict({task: MaskedMLP(inputs.out_features, hidden, tasks=(task,)) for task in self.tasks})
 
-    def forward(self, features: EncodedFeatures, task: str | None = None) -> Tensor:
-        """Score a batch.
-
-        Returns:
-            Logits: `[batch, 1]` of one task, or `[batch, tasks]`.
-        """
-        x = self.inputs(features)
-        return torch.cat([self.mlps[name](x, name) for name in ([task] if task else self.tasks)], dim=1)
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        """Run the MLPs of `tasks`: `[batch, len(tasks)]`."""
+        return torch.cat([self.mlps[task](x, task) for task in tasks], dim=1)

@@ -23,8 +23,8 @@ def assert_same(a: Batch, b: Batch) -> None:
 
 def flat(batch: Batch) -> list[torch.Tensor]:
     features = [batch.features.single, batch.features.multi_values, batch.features.multi_offsets]
-    columns = [column for part in (batch.labels, batch.rows, batch.weights, batch.slices) for column in part.values()]
-    return [*features, *columns, batch.groups]
+    parts = (batch.labels, batch.rows, batch.weights, batch.slices, batch.values)
+    return [*features, *(column for part in parts for column in part.values()), batch.groups]
 
 
 def rows(batches: list[Batch]) -> list[tuple[object, ...]]:
@@ -64,6 +64,8 @@ def test_types_and_shapes(prepared: Prepared) -> None:
     assert batch.features.single.dtype == batch.features.multi_values.dtype == batch.groups.dtype == torch.int64
     assert batch.labels.keys() == batch.rows.keys() == batch.weights.keys() == {"ctr", "cvr"}
     assert batch.labels["cvr"].dtype == batch.weights["cvr"].dtype == torch.float32
+    assert batch.values.keys() == {"play_time_ms", "duration_ms", "truth_click", "truth_watch"}
+    assert {(column.dtype, *column.shape) for column in batch.values.values()} == {(torch.float64, 64)}
     assert batch.rows["cvr"].dtype == batch.slices["tab_0"].dtype == torch.bool
     n_multi = sum(field.multi for field in prepared.encoder.fields)
     assert batch.features.multi_offsets.shape == (n_multi * 64 + 1,)

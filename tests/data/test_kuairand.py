@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.csv
 import pytest
+import torch
 
 from lt4rec_sparse.data import Prepared, kuairand_schema, prepare
 
@@ -35,6 +36,23 @@ def test_ratio_is_on_clicked_rows_with_a_duration(real: Prepared) -> None:
     )
     ratios = sum(real.counts[split]["tasks"]["cvr"]["rows"] for split in ("train", "test"))
     assert 0 < clicks - ratios < 3_500
+
+
+def test_like_and_long_view_are_extra_and_on_every_impression(real: Prepared) -> None:
+    assert [task.name for task in real.schema.tasks if task.extra] == ["like", "long_view"]
+    for split in ("train", "validation", "test"):
+        like, long_view = (real.counts[split]["tasks"][name] for name in ("like", "long_view"))
+        assert like["rows"] == long_view["rows"] == real.counts[split]["rows"]
+        assert 0.01 < like["label_mean"] < 0.03 < 0.25 < long_view["label_mean"] < 0.4
+
+
+def test_carried_times_are_those_of_the_log(real: Prepared) -> None:
+    (batch,) = real.stream("test", 1 << 20, shuffle=False).epoch(0)
+    time, duration, played = (batch.values[name] for name in ("time_ms", "duration_ms", "play_time_ms"))
+    assert (time.diff() >= 0).sum() >= len(time) - 2  # ascending within each of the two days
+    member = batch.rows["cvr"]
+    ratio = (played[member] / duration[member]).clamp(0, 1)
+    assert torch.equal(ratio.float(), batch.labels["cvr"][member])
 
 
 def test_no_feature_is_an_outcome_or_the_user() -> None:

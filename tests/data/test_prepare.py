@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -309,6 +311,78 @@ def test_prepared_once_is_kept_until_something_changes(make: Make, log: Log, tmp
     assert stages
 
 
+def test_files_are_the_same_if_their_bytes_are(make: Make, tmp_path: Path) -> None:
+    folder, schema = make()
+    out = tmp_path / "out"
+    prepare(folder, out, schema)
+    part = out / "train" / "part-00000.parquet"
+    written, moment = part.stat().st_mtime_ns, (folder / "log.csv").stat().st_mtime_ns + 10**9
+    os.utime(folder / "log.csv", ns=(moment, moment))
+    prepare(folder, out, schema, replace=False)
+    assert part.stat().st_mtime_ns == written
+    files = json.loads((out / "prepared.json").read_text())["files"]
+    assert files["log.csv"]["changed_ns"] == moment
+    # A byte is another, and the size as before.
+    (folder / "log.csv").write_bytes((folder / "log.csv").read_bytes().replace(b"2.5", b"3.5"))
+    with pytest.raises(DataError, match=r"out: got data of other files, contents, schema or version than .*, wanted"):
+        prepare(folder, out, schema, replace=False)
+    prepare(folder, out, schema)
+    assert part.stat().st_mtime_ns != written
+
+
+def test_more_or_fewer_files_are_others(make: Make, tmp_path: Path) -> None:
+    folder, schema = make()
+    out = tmp_path / "out"
+    prepare(folder, out, schema)
+    shutil.copy(folder / "log.csv", folder / "log_2.csv")
+    with pytest.raises(DataError, match="got data of other files"):
+        prepare(folder, out, schema, replace=False)
+    (folder / "log_2.csv").unlink()
+    assert prepare(folder, out, schema, replace=False).counts["rows_read"] == 6
+
+
+def test_files_as_they_were_are_not_read_again(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, schema = make()
+    prepare(folder, tmp_path / "out", schema)
+    monkeypatch.setattr("lt4rec_sparse.data.source._digest", None)
+    prepare(folder, tmp_path / "out", schema, replace=False)
+
+
+def test_carried_columns_come_as_they_are(make: Make, log: Log, tmp_path: Path) -> None:
+    # An outcome, a feature, a derived column, one of a side table, and one that is nothing else.
+    carried = ["play", "length", "age", "rank", "moment"]
+    log["play"][2], log["made"] = None, ["2024-02-28"] * 6
+    log["day"] = [20240229] * 2 + [20240301] * 2 + [20240302] * 2
+    users = {"user": [1, 2], "town": ["Ulm", None], "rank": [0.1, 2**53 - 1.0]}
+    folder, schema = make(log, users, carried=carried, derived=[{"name": "age", "days_since": "made"}])
+    prepared = prepare(folder, tmp_path / "out", schema)
+    assert not {"play", "age", "rank", "moment"} & {field.column for field in prepared.encoder.fields}
+    values = [only_batch(prepared, split).values for split in ("train", "validation", "test")]
+    assert all(list(part) == carried and part["play"].dtype == torch.float64 for part in values)
+    whole = {name: torch.cat([part[name] for part in values]).tolist() for name in carried}
+    assert np.array_equal(whole["play"], [5, 5, np.nan, 5, -1, 2.5], equal_nan=True)
+    assert (whole["length"], whole["moment"], whole["age"]) == (log["length"], log["moment"], [1, 1, 2, 2, 3, 3])
+    assert np.array_equal(whole["rank"], [0.1, 2**53 - 1, 0.1, np.nan, 0.1, 2**53 - 1], equal_nan=True)
+
+
+def test_a_schema_carries_numbers_that_are_there(make: Make, tmp_path: Path) -> None:
+    folder, schema = make(carried=["ghost"])
+    with pytest.raises(DataError, match="column 'ghost' is absent"):
+        prepare(folder, tmp_path / "out", schema)
+    folder, schema = make(carried=["town"])
+    with pytest.raises(DataError, match="column 'town' is used as string and as double"):
+        prepare(folder, tmp_path / "out", schema)
+
+
+def test_extra_tasks_are_prepared(make: Make, log: Log, tmp_path: Path) -> None:
+    tasks = [*make()[1].to_dict()["tasks"], {"name": "like", "kind": "binary", "label": "liked", "extra": True}]
+    folder, schema = make(log | {"liked": [0, 1, 0, 1, 0, 1]}, tasks=tasks)
+    prepared = prepare(folder, tmp_path / "out", schema)
+    assert [task.name for task in prepared.schema.tasks if task.extra] == ["like"]
+    assert prepared.counts["test"]["tasks"]["like"] == {"rows": 2, "label_mean": 0.5}
+    assert only_batch(prepared, "test").labels["like"].tolist() == [0.0, 1.0]
+
+
 def test_foreign_folder_is_not_replaced(make: Make, tmp_path: Path) -> None:
     folder, schema = make()
     with pytest.raises(DataError, match=r"source: got files without prepared\.json"):
@@ -322,7 +396,7 @@ def test_prepared_folder_of_another_version(make: Make, tmp_path: Path) -> None:
     out = prepare(folder, tmp_path / "out", schema).folder
     content = json.loads((out / "prepared.json").read_text())
     (out / "prepared.json").write_text(json.dumps(content | {"version": 0}))
-    with pytest.raises(DataError, match=r"got prepared\.json of version 0, wanted 1"):
+    with pytest.raises(DataError, match=r"got prepared\.json of version 0, wanted 2"):
         Prepared.load(out)
 
 

@@ -223,7 +223,7 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_rows(small_log
 
     def only_look(model, optimizer, stream, losses, epochs, **rest):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        starts.append((model, tuple(losses), stream, epochs, state))
+        starts.append((model, losses.names, stream, epochs, state))
         for parameter in model.parameters():
             parameter.data += torch.rand(parameter.shape)  # so that the next start is one only if it was rewound to
 

@@ -15,7 +15,7 @@ from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, check
 from lt4rec_sparse.lottery import GRANULARITIES
 from lt4rec_sparse.masks import Mask
 
-WANTED = "granularity: got 'rows', wanted one of weight, block16, block32, block64, neuron"
+WANTED = "granularity: got 'rows', wanted one of weight, 2:4, block4, block16, block32, block64, neuron"
 
 
 def test_a_granularity_that_there_is_none_of_is_one_line(small_folder, tmp_path):

@@ -3,12 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt4rec_sparse.lottery import GRANULARITIES, level_nnz, project_to_2_4, prune_by_magnitude
+from lt4rec_sparse.lottery import GRANULARITIES, level_nnz, project_to_2_4, prune_by_magnitude, wanted_nnz
 from lt4rec_sparse.masks import Mask
 
 SHAPES = {"layers.0": (6, 8), "layers.1": (4, 6)}
 # No side is a multiple of 16, and two layers are smaller than a block of 32: ragged blocks are everywhere.
 COARSE_SHAPES = {"layers.0": (70, 37), "layers.1": (21, 70), "layers.2": (5, 21)}
+TILED = GRANULARITIES[2:]  # blocks and neurons
 
 
 def weights_of(seed: int, levels: int, shapes=SHAPES) -> dict[str, torch.Tensor]:
@@ -111,7 +112,7 @@ def naive_tiles(weights, mask, nnz, granularity):
 
 @settings(max_examples=25)
 @given(
-    granularity=st.sampled_from(GRANULARITIES[1:]),
+    granularity=st.sampled_from(TILED),
     seed=st.integers(0, 2**31),
     levels=st.integers(0, 3),
     fractions=st.lists(st.floats(0, 1), min_size=1, max_size=3),
@@ -141,7 +142,7 @@ def test_single_weights_are_the_finest_tiles():
     assert pruned[0] == pruned[1] == naive(weights, Mask.full(SHAPES), 30)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES[1:])
+@pytest.mark.parametrize("granularity", TILED)
 @pytest.mark.parametrize("value", [0.1, 0.0, float("inf")])
 def test_of_equal_tiles_the_earlier_survives_and_a_ragged_one_is_no_worse(granularity, value):
     weights = {name: torch.full(shape, value) for name, shape in COARSE_SHAPES.items()}
@@ -177,7 +178,7 @@ def test_how_large_a_layer_is_matters_to_single_weights_alone(granularity):
     scaled = {name: weight * 2.0**i for i, (name, weight) in enumerate(weights.items())}
     full = Mask.full(COARSE_SHAPES)
     pruned, of_scaled = (prune_by_magnitude(w, full, full.nnz // 3, granularity) for w in (weights, scaled))
-    assert (pruned == of_scaled) == (granularity != "weight")
+    assert (pruned == of_scaled) == (granularity in TILED)
 
 
 def test_every_layer_keeps_its_best_neuron():
@@ -227,15 +228,71 @@ def test_two_of_four_costs_a_sparse_random_mask_little(density, broken, lost):
     assert abs(1 - kept.nnz / mask.nnz - lost) < 0.001
 
 
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31), levels=st.integers(1, 30), fractions=st.lists(st.floats(0, 1), min_size=1, max_size=3)
+)
+def test_two_of_four_is_the_quantile_over_what_the_projection_leaves(seed, levels, fractions):
+    mask = Mask.full(SHAPES)
+    for i, fraction in enumerate(fractions):
+        weights, nnz = weights_of(seed + i, levels), int(mask.nnz * fraction)
+        pruned = prune_by_magnitude(weights, mask, nnz, "2:4")
+        allowed = project_to_2_4(weights, mask)
+        assert pruned.nnz == min(nnz, allowed.nnz)
+        assert pruned == naive(weights, allowed, pruned.nnz)
+        for kept in pruned.values():
+            assert all(int(group.sum(1).max()) <= 2 for group in kept.split(4, dim=1))
+        mask = pruned
+    assert (
+        prune_by_magnitude(weights_of(seed, levels), Mask.full(SHAPES), 72, "2:4").nnz == 24 + 16
+    )  # 2 of the last 2 of 6
+
+
+@settings(max_examples=25)
+@given(
+    granularity=st.sampled_from(GRANULARITIES),
+    seed=st.integers(0, 2**31),
+    levels=st.integers(1, 9),
+    densities=st.lists(st.floats(0.01, 1), min_size=1, max_size=3),
+)
+def test_by_layers_is_each_layer_alone(granularity, seed, levels, densities):
+    mask = Mask.full(SHAPES)
+    for i, density in enumerate(sorted(densities, reverse=True)):
+        weights, nnz = weights_of(seed + i, levels), wanted_nnz(mask, density, "layer")
+        pruned = prune_by_magnitude(weights, mask, nnz, granularity)
+        assert pruned.is_subset(mask)
+        for name, kept in mask.items():
+            alone = prune_by_magnitude({name: weights[name]}, Mask({name: kept}), nnz[name], granularity)
+            assert torch.equal(pruned[name], alone[name])
+            if granularity == "weight":
+                assert int(pruned[name].sum()) == nnz[name] == level_nnz(kept.numel(), density, 1, 1)
+        mask = pruned
+
+
+def test_what_is_wanted_is_never_more_than_is_alive():
+    mask = Mask.random(SHAPES, {"layers.0": 48, "layers.1": 3}, torch.Generator().manual_seed(0))
+    assert wanted_nnz(mask, 0.5) == 36
+    assert wanted_nnz(mask, 0.9) == 51
+    assert wanted_nnz(mask, 0.5, "layer") == {"layers.0": 24, "layers.1": 3}
+    with pytest.raises(ValueError, match="scope: got 'row', wanted one of global, layer"):
+        wanted_nnz(mask, 0.5, "row")
+    with pytest.raises(ValueError, match=r"density: got 0.0, wanted more than 0"):
+        wanted_nnz(mask, 0.0)
+
+
 def test_bad_input_is_named():
     weights = weights_of(0, 4)
     with pytest.raises(ValueError, match="nnz: got 73, wanted 0 to 72"):
         prune_by_magnitude(weights, Mask.full(SHAPES), 73)
+    with pytest.raises(ValueError, match="nnz: got 25, wanted 0 to 24"):
+        prune_by_magnitude(weights, Mask.full(SHAPES), {"layers.0": 1, "layers.1": 25})
+    with pytest.raises(ValueError, match=r"nnz and weights: got layers \['layers.1'\] and"):
+        prune_by_magnitude(weights, Mask.full(SHAPES), {"layers.1": 1})
     with pytest.raises(ValueError, match="weights: got layers"):
         prune_by_magnitude({"layers.0": weights["layers.0"]}, Mask.full(SHAPES), 1)
     with pytest.raises(ValueError, match="weights: got layers"):
         project_to_2_4({"layers.0": weights["layers.0"]}, Mask.full(SHAPES))
-    with pytest.raises(ValueError, match="granularity: got 'block8', wanted one of weight, block16, "):
+    with pytest.raises(ValueError, match="granularity: got 'block8', wanted one of weight, 2:4, block4, block16, "):
         prune_by_magnitude(weights, Mask.full(SHAPES), 1, "block8")
     weights["layers.0"][0, 0] = float("nan")
     for granularity in GRANULARITIES:

@@ -7,10 +7,7 @@ from lt4rec_sparse.lottery import (
     Ticket,
     best_ticket,
     level_nnz,
-    one_for_all,
     prune_by_magnitude,
-    random_like,
-    random_uniform,
     search_tickets,
 )
 from lt4rec_sparse.masks import Mask
@@ -62,7 +59,7 @@ def test_every_round_rewinds_everything_and_prunes_what_was_trained(tmp_path):
     assert tickets[1].mask == prune_by_magnitude(trained, tickets[0].mask, tickets[1].mask.nnz)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES[1:4])
+@pytest.mark.parametrize("granularity", GRANULARITIES[2:6])
 def test_a_search_by_blocks_ends_in_blocks(tmp_path, granularity):
     side = int(granularity.removeprefix("block"))
     torch.manual_seed(0)
@@ -81,6 +78,44 @@ def test_a_search_by_blocks_ends_in_blocks(tmp_path, granularity):
     for kept in tickets[-1].mask.values():
         for rows in kept.split(side):
             assert all(block.all() or not block.any() for block in rows.split(side, dim=1))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_search_layer_by_layer_keeps_the_same_share_of_each(tmp_path, granularity):
+    torch.manual_seed(0)
+    mlp = MaskedMLP(8, hidden=(6, 4))
+    # Of ten rounds the first ask for more than half of the weights, and 2:4 has less alive already.
+    tickets = search_tickets("ctr", mlp, mlp, Recorder(mlp), 10, 0.2, tmp_path, granularity, "layer")
+    assert all(after.mask.is_subset(before.mask) for before, after in zip(tickets[:-1], tickets[1:], strict=True))
+    for ticket in tickets:
+        wanted = {"layers.0": level_nnz(48, 0.2, 10, ticket.level), "layers.1": level_nnz(24, 0.2, 10, ticket.level)}
+        if granularity == "weight":
+            assert ticket.mask.layer_nnz() == wanted
+        if granularity == "2:4" and ticket.level:
+            allowed = {"layers.0": 24, "layers.1": 16}  # 2 of the last 2 of 6
+            assert ticket.mask.layer_nnz() == {name: min(nnz, allowed[name]) for name, nnz in wanted.items()}
+
+
+def test_every_level_begins_at_the_start_that_is_given(tmp_path):
+    torch.manual_seed(0)
+    mlp = MaskedMLP(8, hidden=(6, 4))
+    start = {
+        name: value + 1 if value.is_floating_point() else value.clone() for name, value in mlp.state_dict().items()
+    }
+    kept = {name: value.clone() for name, value in start.items()}
+    start["layers.0.masks"][:] = False  # what it says of masks counts for nothing
+    recorder = Recorder(mlp)
+    tickets = search_tickets("ctr", mlp, mlp, recorder, 2, 0.2, tmp_path, start=start)
+    assert [ticket.mask.nnz for ticket in tickets] == [72, round(72 * 0.2**0.5), round(72 * 0.2)]
+    for at_level in recorder.starts:
+        assert all(torch.equal(value, kept[name]) for name, value in at_level.items())
+
+
+def test_a_search_by_no_scope_trains_nothing(tmp_path):
+    mlp = MaskedMLP(8, hidden=(6, 4))
+    with pytest.raises(ValueError, match="scope: got 'row', wanted one of global, layer"):
+        search_tickets("ctr", mlp, mlp, Recorder(mlp), 1, 0.2, tmp_path / "tickets", scope="row")
+    assert not (tmp_path / "tickets").exists()
 
 
 def test_a_search_by_no_granularity_trains_nothing(tmp_path):
@@ -126,37 +161,3 @@ def test_a_metric_that_is_no_number_chooses_nothing():
 
 def test_of_equal_tickets_the_sparser_is_best():
     assert best_ticket(tickets_with("mse", [0.1, 0.2, 0.2, 0.3]), "mse", higher_is_better=False).level == 2
-
-
-def test_controls_keep_what_they_promise():
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"layers.0": (10, 20), "layers.1": (5, 10)}
-    tickets = {
-        "ctr": Mask.random(shapes, {"layers.0": 30, "layers.1": 40}, generator),
-        "cvr": Mask.random(shapes, {"layers.0": 60, "layers.1": 20}, generator),
-    }
-    like = random_like(tickets, generator)
-    assert {t: m.layer_nnz() for t, m in like.items()} == {t: m.layer_nnz() for t, m in tickets.items()}
-    assert all(like[task] != tickets[task] for task in tickets)
-    uniform = random_uniform(tickets, generator)
-    assert uniform["ctr"].layer_nnz() == {"layers.0": 56, "layers.1": 14}
-    assert one_for_all(tickets, "ctr") == {"ctr": tickets["ctr"], "cvr": tickets["ctr"]}
-
-
-@pytest.mark.parametrize("granularity", ["block16", "neuron"])
-def test_controls_of_blocks_are_blocks(granularity):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"layers.0": (64, 80), "layers.1": (32, 64)}
-    weights = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
-    tickets = {"ctr": prune_by_magnitude(weights, Mask.full(shapes), 2200, granularity)}
-    (like,) = random_like(tickets, generator, granularity).values()
-    (uniform,) = random_uniform(tickets, generator, granularity).values()
-    assert like.layer_nnz() == tickets["ctr"].layer_nnz()
-    assert like != tickets["ctr"]
-    for mask in (like, uniform):
-        for kept in mask.values():
-            rows, columns = (16, 16) if granularity == "block16" else (1, kept.shape[1])
-            assert all(b.all() or not b.any() for row in kept.split(rows) for b in row.split(columns, dim=1))
-    for name, kept in uniform.items():
-        size = 256 if granularity == "block16" else kept.shape[1]
-        assert 0 <= round(kept.numel() * tickets["ctr"].density) - uniform.layer_nnz()[name] < size

@@ -8,10 +8,11 @@ from lt4rec_sparse.metrics import AUC, MSE
 from lt4rec_sparse.nn import CrossedEmbeddings
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranking import HardSharing, SparseSharing, loss_of
-from lt4rec_sparse.training import evaluate, train
+from lt4rec_sparse.training import Alternating, TaskLosses, evaluate, train
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 LOSSES = {task: loss_of(kind) for task, kind in KINDS.items()}
+ALTERNATING = Alternating(TaskLosses(LOSSES))
 
 
 def new_model(prepared: Prepared, kind=SparseSharing, tasks=("ctr", "cvr")):
@@ -35,7 +36,8 @@ def test_training_learns(small_log):
     validation = small_log.stream("validation", 512, shuffle=False)
     before = evaluate(model, validation, KINDS)["all"]
     records = []
-    train(model, MaskedAdam(model, 3e-3), small_log.stream("train", 128, seed=0), LOSSES, epochs=2, log=records.append)
+    stream = small_log.stream("train", 128, seed=0)
+    train(model, MaskedAdam(model, 3e-3), stream, ALTERNATING, epochs=2, log=records.append)
     after = evaluate(model, validation, KINDS)["all"]
     assert after["ctr"]["auc"] > max(before["ctr"]["auc"], 0.55)
     assert after["cvr"]["mse"] < before["cvr"]["mse"]
@@ -61,7 +63,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
             model,
             MaskedAdam(model),
             stream,
-            LOSSES,
+            ALTERNATING,
             epochs=2,
             checkpoint=checkpoint,
             checkpoint_every=2,
@@ -84,7 +86,13 @@ def test_a_step_for_one_task_leaves_the_other_tasks_weights_alone(small_log):
     model = new_model(small_log)
     before = {name: w.detach().clone() for name, w in model.mlp.masked_weights().items()}
     head = model.mlp.heads["cvr"].weight.detach().clone()
-    train(model, MaskedAdam(model), small_log.stream("train", 512), {"ctr": LOSSES["ctr"]}, epochs=1)
+    train(
+        model,
+        MaskedAdam(model),
+        small_log.stream("train", 512),
+        Alternating(TaskLosses({"ctr": LOSSES["ctr"]})),
+        epochs=1,
+    )
     for name, weight in model.mlp.masked_weights().items():
         kept = model.mlp.mask("ctr")[name]
         assert torch.equal(weight[~kept], before[name][~kept])
@@ -96,7 +104,13 @@ def test_hard_sharing_has_an_mlp_of_its_own_for_each_task(small_log):
     model = new_model(small_log, HardSharing)
     other = [p.detach().clone() for p in model.mlps["cvr"].parameters()]
     shared = model.inputs.embedding.detach().clone()
-    train(model, MaskedAdam(model), small_log.stream("train", 2048), {"ctr": LOSSES["ctr"]}, epochs=1)
+    train(
+        model,
+        MaskedAdam(model),
+        small_log.stream("train", 2048),
+        Alternating(TaskLosses({"ctr": LOSSES["ctr"]})),
+        epochs=1,
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.mlps["cvr"].parameters(), other, strict=True))
     assert not torch.equal(model.inputs.embedding, shared)
 
@@ -129,7 +143,7 @@ def test_a_loss_that_is_no_number_names_batch_and_task(small_log):
     model = new_model(small_log)
     model.inputs.embedding.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss of ctr: got nan in epoch 0, batch 0"):
-        train(model, MaskedAdam(model), small_log.stream("train", 128), LOSSES, epochs=1)
+        train(model, MaskedAdam(model), small_log.stream("train", 128), ALTERNATING, epochs=1)
 
 
 def test_a_batch_without_rows_of_a_task_gives_that_task_no_step(small_log):
@@ -144,7 +158,7 @@ def test_a_batch_without_rows_of_a_task_gives_that_task_no_step(small_log):
     model = new_model(small_log)
     head = model.mlp.heads["cvr"].weight.detach().clone()
     records = []
-    train(model, MaskedAdam(model), OnlyUnclicked(), LOSSES, epochs=1, log=records.append)
+    train(model, MaskedAdam(model), OnlyUnclicked(), ALTERNATING, epochs=1, log=records.append)
     assert torch.equal(model.mlp.heads["cvr"].weight, head)
     assert [(r["task"], r["batches"], r["train_loss"] is None) for r in records] == [
         ("ctr", 2, False),

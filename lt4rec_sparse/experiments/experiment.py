@@ -1,0 +1,170 @@
+"""An experiment from a log to its tables: prepare, tune every row alike, train all seeds side by side, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lt4rec_sparse.data import Prepared, open_source, prepare
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.experiments import declared, pages
+from lt4rec_sparse.experiments.declared import BASE, Row, Rows
+from lt4rec_sparse.experiments.grid import run_jobs
+from lt4rec_sparse.experiments.jobs import DATA, jobs_of
+from lt4rec_sparse.experiments.trials import Training, Trial
+from lt4rec_sparse.experiments.tuning import tuned_rates
+from lt4rec_sparse.files import write_whole
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one experiment is made of.
+
+    Attributes:
+        rows: Makes its rows.
+        write: Writes its page from the records of all rows and seeds.
+        all_tasks: Whether it trains every task of the log, those that are left out elsewhere too.
+    """
+
+    rows: Callable[[Rows], list[Row]]
+    write: Callable[[pages.Findings], str]
+    all_tasks: bool = False
+
+
+EXPERIMENTS = {
+    "table2": Experiment(declared.table2, pages.table2),
+    "table3": Experiment(declared.table3, pages.table3),
+    "figure4": Experiment(declared.figure4, pages.figure4),
+    "granularity": Experiment(declared.granularity, pages.granularity),
+    "cheap": Experiment(declared.cheap, pages.cheap),
+    "tickets": Experiment(declared.tickets, pages.tickets),
+    "tasks": Experiment(declared.many_tasks, pages.many_tasks, all_tasks=True),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an experiment may use.
+
+    Attributes:
+        workers: Processes; None for one a core.
+        executor: One of `grid.EXECUTORS`.
+    """
+
+    workers: int | None = None
+    executor: str = "processes"
+
+
+def run_experiment(
+    name: str,
+    data: Path,
+    out: Path,
+    seeds: int,
+    training: Training | None = None,
+    resources: Resources | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Path:
+    """Carry out an experiment, or what of it is not done yet, and write its tables and plots.
+
+    All experiments on one log share the folder `out`: a model that two of them need is trained once. It then holds
+    `data/`, the prepared log; `singles/`, `searches/` and `trials/`, one JSON a trained model; `tuning.json`, every
+    learning rate that was tried; and a folder an experiment with `report.md`, `report.html`, `plots/` and
+    `records.json`, everything that the report says.
+
+    Every row gets the same epochs, batches in the same order and the same search of its learning rate on the validation
+    days. The test days are read once a trial, when it is trained.
+
+    Args:
+        name: One of `EXPERIMENTS`.
+        data: A folder with a schema file, or in KuaiRand's layout.
+        out: Where everything stands.
+        seeds: How many, from 0 on.
+        training: Of every row, but for its learning rate; None for the default.
+        resources: Processes.
+        progress: Called with a stage's name, steps done and steps in all.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        InputError: If there is no such experiment, or no seed.
+        DataError: If the data are not what their schema says.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
+    if seeds < 1:
+        raise InputError(f"seeds: got {seeds}, wanted at least 1")
+    experiment = EXPERIMENTS[name]
+    prepared = prepare(data, out / DATA, open_source(data).schema, progress)
+    return _carry_out(
+        name, experiment, prepared, out, seeds, training or Training(), resources or Resources(), progress
+    )
+
+
+def _carry_out(
+    name: str,
+    experiment: Experiment,
+    prepared: Prepared,
+    out: Path,
+    seeds: int,
+    training: Training,
+    resources: Resources,
+    progress: Progress,
+) -> Path:
+    kinds = {task.name: task.kind for task in prepared.schema.tasks if experiment.all_tasks or not task.extra}
+    every_kind = {task.name: task.kind for task in prepared.schema.tasks}
+
+    def carry(stage: str) -> Callable[[Sequence[Trial]], dict[Trial, dict[str, Any]]]:
+        def run(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
+            jobs = jobs_of(out, trials)
+            results = run_jobs(
+                jobs, resources.workers, resources.executor, lambda done, total: progress(stage, done, total)
+            )
+            return {trial: results[trial] for trial in trials}
+
+        return run
+
+    # The baselines first: their learning rate is that of every search.
+    rows = Rows(tuple(kinds), training, training)
+    rates = tuned_rates([rows.base()], every_kind, out, carry(f"{name}: tune the baselines"))
+    searching = replace(training, learning_rate=rates[BASE])
+    table = experiment.rows(Rows(tuple(kinds), training, searching))
+    needed = _rate_rows(table, Rows(tuple(kinds), training, searching))
+    rates |= tuned_rates(needed, every_kind, out, carry(f"{name}: tune the rows"))
+    trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}
+    found = carry(f"{name}: train")([trial for of_row in trials.values() for trial in of_row])
+    records = [{"row": key, **found[trial]} for (key, _), of_row in trials.items() for trial in of_row]
+    folder = out / name
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    facts = {
+        "experiment": name,
+        "data": prepared.schema.name,
+        "counts": prepared.counts,
+        "tasks": kinds,
+        "rows": {row.key: row.title for row in table},
+        "seeds": seeds,
+        "training": Trial("sparse_sharing", tuple(kinds), training=training).to_plain()["training"],
+        "learning_rates": {row.key: rates[row.rate_of] for row in table},
+    }
+    progress(f"{name}: write", 0, 1)
+    findings = pages.Findings(facts, records, trials, out, folder)
+    text = experiment.write(findings)
+    results = {**facts, "further": findings.further, "records": records}
+    write_whole(folder / "records.json", json.dumps(results, indent=1) + "\n")
+    progress(f"{name}: write", 1, 1)
+    return pages.write(text, f"{name}: {prepared.schema.name}", folder)
+
+
+def _rate_rows(table: Sequence[Row], rows: Rows) -> list[Row]:
+    """Return the rows whose learning rate must be searched; those that others take theirs from, too."""
+    own: Mapping[str, Row] = {row.key: row for row in table if row.rate_of == row.key and row.key != BASE}
+    missing = {row.rate_of for row in table} - own.keys() - {BASE}
+    others = {row.key: row for row in declared.table2(rows) if row.key in missing}
+    if missing - others.keys():
+        raise InputError(f"rates: got no row {', '.join(missing - others.keys())}, wanted one to search")
+    return [*own.values(), *others.values()]

@@ -1,0 +1,170 @@
+"""What a few seeds can say: means, deviations, and differences that are paired seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A value over seeds.
+
+    Attributes:
+        mean: NaN if a seed's value is not a finite number.
+        deviation: Standard deviation over the seeds, with `n - 1` in the divisor; NaN with one seed.
+        seeds: How many.
+    """
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    def record(self) -> dict[str, float | None]:
+        """Return it for JSON: null where a number is NaN."""
+        return {"mean": or_none(self.mean), "deviation": or_none(self.deviation), "seeds": self.seeds}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a value is from a base's, seed by seed.
+
+    Attributes:
+        mean: Over the seeds; NaN if a seed's difference is not a finite number.
+        error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
+        seeds: How many.
+        relative: True if in percent of the base's value of the same seed.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+    relative: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval by Student's t; NaN with one seed. It takes differences to be normal."""
+        reach = t_quantile(self.seeds - 1) * self.error if self.seeds > 1 else math.nan
+        return self.mean - reach, self.mean + reach
+
+    def record(self) -> dict[str, float | bool | list[float | None] | None]:
+        """Return it for JSON: null where a number is NaN."""
+        return {
+            "difference": or_none(self.mean),
+            "error": or_none(self.error),
+            "interval": [or_none(end) for end in self.interval],
+            "seeds": self.seeds,
+            "relative": self.relative,
+        }
+
+
+def summary(values: Sequence[float | None]) -> Summary:
+    """Return mean and standard deviation of one value a seed; None is NaN.
+
+    Raises:
+        ValueError: If there is no value.
+
+    >>> summary([1.0, 2.0, 3.0])
+    Summary(mean=2.0, deviation=1.0, seeds=3)
+    """
+    return Summary(*_moments(_numbers(values)), len(values))
+
+
+def paired_difference(
+    values: Mapping[int, float | None], base: Mapping[int, float | None], relative: bool = False
+) -> Difference:
+    """Return the mean over seeds of `value - base`, or of `100 * (value - base) / base`, and its standard error.
+
+    Pairing takes out what a seed does to both: the order of the batches, and the start.
+
+    Args:
+        values: Seed -> value; None is NaN.
+        base: Seed -> value, of the same seeds.
+        relative: True for percent of the base; a base of 0 makes the difference NaN.
+
+    Raises:
+        ValueError: If there is no seed, or the two have other seeds.
+
+    >>> paired_difference({0: 3.0, 1: 6.0}, {0: 2.0, 1: 4.0}, relative=True).mean
+    50.0
+    """
+    if set(values) != set(base):
+        raise ValueError(f"seeds: got {sorted(values)}, wanted {sorted(base)}, those of the base")
+    seeds = sorted(values)
+    mine, other = _numbers([values[seed] for seed in seeds]), _numbers([base[seed] for seed in seeds])
+    differences = mine - other
+    if relative:
+        differences = 100 * differences / np.where(other == 0, np.nan, other)
+    mean, deviation = _moments(differences)
+    return Difference(mean, deviation / math.sqrt(len(seeds)), len(seeds), relative)
+
+
+def is_better(difference: Difference, higher_is_better: bool) -> bool:
+    """Return whether the difference is in the good direction and exceeds its standard error.
+
+    A low bar: over five seeds, something no better than the base passes it in one case of five (`P(T > 1)` of Student's
+    distribution). One seed, or a NaN, never passes.
+    """
+    gain = difference.mean if higher_is_better else -difference.mean
+    return gain > difference.error
+
+
+def exceeds_two_errors(difference: Difference) -> bool:
+    """Return whether the difference, in either direction, exceeds twice its standard error; one seed's never does."""
+    return abs(difference.mean) > 2 * difference.error
+
+
+def t_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """Return the `t` with `P(|T| <= t) = confidence`, for Student's distribution of `degrees` degrees of freedom.
+
+    Bisection of the closed form that the distribution has for whole degrees of freedom.
+
+    Raises:
+        ValueError: If there is no degree of freedom, or the confidence is not in [0, 1).
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+
+    >>> round(t_quantile(4), 3)
+    2.776
+    """
+    if degrees < 1:
+        raise ValueError(f"degrees: got {degrees}, wanted at least 1")
+    if not 0 <= confidence < 1:
+        raise ValueError(f"confidence: got {confidence}, wanted a number in [0, 1)")
+    low, high = 0.0, math.pi / 2
+    # `t = sqrt(degrees) * tan(angle)`; the interval halves until no double lies within it.
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def or_none(value: float) -> float | None:
+    """Return the number, or None, JSON's null, if it is NaN or infinite: JSON knows neither."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Return `P(|T| <= sqrt(degrees) * tan(angle))`."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * cosine * cosine
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
+    """Return the values, NaN for None and for the infinite, of which no mean can be made."""
+    if not len(values):
+        raise ValueError("values: got none, wanted one a seed, of a seed at least")
+    numbers = np.array(values, np.float64)
+    return np.where(np.isfinite(numbers), numbers, np.nan)
+
+
+def _moments(numbers: NDArray[np.float64]) -> tuple[float, float]:
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan

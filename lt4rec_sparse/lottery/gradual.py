@@ -1,0 +1,88 @@
+"""A ticket from one training run: masks that shrink while the network trains."""
+
+from __future__ import annotations
+
+from lt4rec_sparse.lottery.pruning import check_granularity, check_scope, prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.nn import MaskedMLP
+from lt4rec_sparse.nn.optim import MaskedAdam
+
+
+class GradualPruning:
+    """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
+
+    Much is pruned early, while much is redundant, and little late. What was pruned once stays pruned. Nothing is
+    rewound: the network that comes out is trained, and its mask is a ticket that cost one training run, where
+    `search_tickets` takes one a round. (Its limit, all at once, is `prune_by_magnitude` on a trained network.)
+
+    Give `after_batch` to the training loop. It remembers nothing: a run that goes on from a checkpoint prunes as one
+    that was never interrupted.
+
+    Example:
+        >>> mlp = MaskedMLP(8, hidden=(4,))
+        >>> pruning = GradualPruning(mlp, MaskedAdam(mlp), density=0.25)
+        >>> for batch in range(100):
+        ...     pruning.after_batch(batch, batch + 1, 100)
+        >>> pruning.density_after(10, 100), round(pruning.density_after(20, 100), 2), mlp.mask().density
+        (1.0, 0.72, 0.25)
+
+    Args:
+        mlp: Of one task. Its mask shrinks from what it is to `density`.
+        optimizer: Takes over each new mask (`MaskedAdam.remask`).
+        density: At the end: exactly for single weights; for the others as `prune_by_magnitude` keeps it.
+        granularity: What is pruned as one, of `GRANULARITIES`.
+        scope: What a quantile is taken over, of `SCOPES`.
+        begin: The share of all batches after which pruning begins.
+        end: The share after which `density` is reached; the rest is trained through the mask as it is then.
+        every: Batches from one pruning to the next.
+
+    Raises:
+        ValueError: If the network has several tasks, or an argument is out of its range.
+
+    Source: Zhu and Gupta (arXiv 1710.01878), equation 1, from a full network on.
+    """
+
+    def __init__(
+        self,
+        mlp: MaskedMLP,
+        optimizer: MaskedAdam,
+        density: float,
+        granularity: str = "weight",
+        scope: str = "global",
+        begin: float = 0.1,
+        end: float = 0.8,
+        every: int = 10,
+    ) -> None:
+        check_granularity(granularity)
+        check_scope(scope)
+        if not 0 < density <= 1:
+            raise ValueError(f"density: got {density}, wanted more than 0 and at most 1")
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"begin and end: got {begin} and {end}, wanted 0 <= begin <= end <= 1")
+        if every < 1:
+            raise ValueError(f"every: got {every}, wanted at least 1")
+        mlp.mask()  # of one task, or there is none to shrink
+        self._mlp, self._optimizer = mlp, optimizer
+        self._density, self._granularity, self._scope = density, granularity, scope
+        self._begin, self._end, self._every = begin, end, every
+
+    def density_after(self, done: int, total: int) -> float:
+        """Return the density that is wanted after `done` of `total` batches."""
+        first, last = self._span(total)
+        if done >= last:
+            return self._density
+        part = max(done - first, 0) / (last - first)
+        return self._density + (1 - self._density) * (1 - part) ** 3
+
+    def after_batch(self, batch: object, done: int, total: int) -> None:
+        """Prune if it is time to, after `done` of `total` batches; the batch is not looked at."""
+        first, last = self._span(total)
+        if done != last and not (first < done < last and (done - first) % self._every == 0):
+            return
+        mask = self._mlp.mask()
+        nnz = wanted_nnz(mask, self.density_after(done, total), self._scope)
+        self._mlp.set_mask(prune_by_magnitude(self._mlp.masked_weights(), mask, nnz, self._granularity))
+        self._optimizer.remask()
+
+    def _span(self, total: int) -> tuple[int, int]:
+        last = max(round(self._end * total), 1)  # the first batch is the first after which anything can happen
+        return min(round(self._begin * total), last - 1), last

@@ -1,0 +1,187 @@
+"""A ticket from one training run: a sparse network that drops and grows connections while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.lottery.pruning import wanted_nnz
+from lt4rec_sparse.masks import Mask, Shapes
+from lt4rec_sparse.nn import MaskedMLP
+from lt4rec_sparse.nn.optim import MaskedAdam
+
+DISTRIBUTIONS = ("uniform", "erdos-renyi")  # how a density is shared out among layers
+
+Batch = TypeVar("Batch")
+
+
+class DropAndGrow(Generic[Batch]):
+    """Train a sparse network, and now and then exchange its smallest weights for those of largest gradient (RigL).
+
+    The network starts behind a random mask. At an update each layer drops the share `drop / 2 (1 + cos(pi t / T))` of
+    its weights, those of smallest magnitude, and grows as many where the loss would fall fastest: where the gradient of
+    the dense weight is largest. So each layer keeps its number of weights for ever. A weight that has just been dropped
+    may be chosen again; then nothing has happened to it. What is new begins at zero, without momentum.
+
+    Give `after_batch` to the training loop. It remembers nothing: a run that goes on from a checkpoint exchanges as one
+    that was never interrupted.
+
+    Args:
+        mlp: Of one task. It gets a random mask, whatever it had.
+        optimizer: Takes over each new mask (`MaskedAdam.remask`).
+        loss: A batch to the task's loss on it as it is trained, without backward: called once an update, for
+            `dense_gradients`.
+        density: Of the network, at all times.
+        generator: Draws the first mask.
+        distribution: One of `DISTRIBUTIONS` (`layer_counts`).
+        every: Batches from one update to the next.
+        drop: The share that the first update would exchange at batch 0.
+        end: The share of all batches after which nothing is exchanged any more, `T` above.
+
+    Raises:
+        ValueError: If the network has several tasks, or an argument is out of its range.
+
+    Source: Evci et al. (arXiv 1911.11134), Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        mlp: MaskedMLP,
+        optimizer: MaskedAdam,
+        loss: Callable[[Batch], Tensor],
+        density: float,
+        generator: torch.Generator,
+        distribution: str = "uniform",
+        every: int = 100,
+        drop: float = 0.3,
+        end: float = 0.75,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every: got {every}, wanted at least 1")
+        if not 0 <= drop <= 1 or not 0 <= end <= 1:
+            raise ValueError(f"drop and end: got {drop} and {end}, wanted shares from 0 to 1")
+        shapes = mlp.mask().shapes
+        mlp.set_mask(Mask.random(shapes, layer_counts(shapes, density, distribution), generator))
+        optimizer.remask()
+        self._mlp, self._optimizer, self._loss = mlp, optimizer, loss
+        self._every, self._drop, self._end = every, drop, end
+
+    def share_after(self, done: int, total: int) -> float:
+        """Return the share of a layer's weights that is dropped after `done` of `total` batches; 0 at other times."""
+        last = self._end * total
+        if done % self._every or not 0 < done < last:
+            return 0.0
+        return self._drop / 2 * (1 + math.cos(math.pi * done / last))
+
+    def after_batch(self, batch: Batch, done: int, total: int) -> None:
+        """Exchange weights if it is time to, after `done` of `total` batches, by the gradients of this batch."""
+        share = self.share_after(done, total)
+        if not share:
+            return
+        weights, old = self._mlp.masked_weights(), self._mlp.mask()
+        gradients = dense_gradients(self._mlp, lambda: self._loss(batch))
+        new = Mask({name: _exchange(weights[name], gradients[name], kept, share) for name, kept in old.items()})
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.masked_fill_((new[name] & ~old[name]).to(weight.device), 0)
+        self._mlp.set_mask(new)
+        self._optimizer.remask()
+
+
+def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of a loss by every hidden weight, pruned ones too: where a connection would help.
+
+    A masked layer gives no gradient to what it prunes. So while `loss` runs, every weight is kept and the pruned ones
+    are zero: the same loss, and the gradient is that of the dense weight there. Weights and masks are then put back bit
+    for bit, and no `.grad` is touched.
+
+    Args:
+        mlp: Of one task.
+        loss: Computes a loss from `mlp`, without backward.
+
+    Returns:
+        Layer name -> `[out_features, in_features]`, dtype and device of the weight.
+
+    Raises:
+        ValueError: If the network has several tasks.
+
+    Source: Evci et al. (arXiv 1911.11134), section 3, the gradient that grows connections.
+    """
+    mask, weights = mlp.mask(), mlp.masked_weights()
+    saved = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.masked_fill_(~mask[name].to(weight.device), 0)
+        mlp.set_mask(Mask.full(mask.shapes))
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), list(weights.values()))
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(saved[name])
+        mlp.set_mask(mask)
+    return dict(zip(weights, gradients, strict=True))
+
+
+def layer_counts(shapes: Shapes, density: float, distribution: str = "uniform") -> dict[str, int]:
+    """Share a density out among layers: layer name -> number of kept weights.
+
+    - "uniform": the same share of every layer, rounded; the first layer too, which RigL keeps whole.
+    - "erdos-renyi": a share in proportion to `(out_features + in_features) / (out_features * in_features)`, so that
+      large layers are sparser and each neuron has about as many connections; a layer of which that would be more than
+      all is kept whole, and the others share the rest. Together exactly `round(density * weights)`.
+
+    Example:
+        >>> layer_counts({"layers.0": (10, 90), "layers.1": (10, 10)}, 0.1)
+        {'layers.0': 90, 'layers.1': 10}
+        >>> layer_counts({"layers.0": (10, 90), "layers.1": (10, 10)}, 0.1, "erdos-renyi")
+        {'layers.0': 83, 'layers.1': 17}
+
+    Raises:
+        ValueError: If the density is not in (0, 1], or there is no such distribution.
+
+    Source: Mocanu et al. (arXiv 1707.04780); Evci et al. (arXiv 1911.11134), section 3.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: got {distribution!r}, wanted one of {', '.join(DISTRIBUTIONS)}")
+    full = Mask.full(shapes)
+    if distribution == "uniform":
+        counts = wanted_nnz(full, density, "layer")
+        assert isinstance(counts, dict)
+        return counts
+    total = wanted_nnz(full, density)
+    assert isinstance(total, int)
+    open_, rest = dict(shapes), total
+    while True:
+        scale = rest / max(sum(rows + columns for rows, columns in open_.values()), 1)
+        whole = [name for name, (rows, columns) in open_.items() if scale * (rows + columns) > rows * columns]
+        if not whole:
+            break
+        for name in whole:
+            rest -= math.prod(open_.pop(name))
+    exact = {name: scale * sum(shape) if name in open_ else math.prod(shape) for name, shape in shapes.items()}
+    counts = {name: math.floor(count) for name, count in exact.items()}
+    by_remainder = sorted(open_, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _exchange(weight: Tensor, gradient: Tensor, kept: Tensor, share: float) -> Tensor:
+    """Return a layer's new mask; of equal magnitudes, and of equal gradients, the earlier weight is kept or grown."""
+    nnz = int(kept.sum())
+    n = round(share * nnz)
+    magnitude = weight.detach().cpu().double().abs().masked_fill(~kept, -1)
+    stays = _largest(magnitude, nnz - n)
+    return stays | _largest(gradient.detach().cpu().double().abs().masked_fill(stays, -1), n)
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    chosen = torch.zeros(values.numel(), dtype=torch.bool)
+    chosen[values.flatten().sort(descending=True, stable=True).indices[:n]] = True
+    return chosen.view(values.shape)

@@ -1,0 +1,101 @@
+"""Masks that shrink while the network trains end where they are to, and get there by subsets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lt4rec_sparse import MaskedMLP
+from lt4rec_sparse.lottery import GRANULARITIES, SCOPES, GradualPruning, level_nnz
+from lt4rec_sparse.nn.optim import MaskedAdam
+
+
+def train(mlp: MaskedMLP, optimizer: MaskedAdam, pruning: GradualPruning, first: int, last: int, total: int) -> list:
+    masks = [mlp.mask()]
+    for done in range(first + 1, last + 1):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(done))
+        optimizer.zero_grad()
+        mlp(x).square().sum().backward()
+        optimizer.step("task")
+        pruning.after_batch(x, done, total)
+        masks.append(mlp.mask())
+    return masks
+
+
+def new(**settings) -> tuple[MaskedMLP, MaskedAdam, GradualPruning]:
+    torch.manual_seed(0)
+    mlp = MaskedMLP(8, hidden=(6, 4))
+    optimizer = MaskedAdam(mlp, 0.01)
+    return mlp, optimizer, GradualPruning(mlp, optimizer, **settings)
+
+
+@settings(max_examples=25)
+@given(
+    density=st.floats(0.02, 1),
+    granularity=st.sampled_from(GRANULARITIES),
+    scope=st.sampled_from(SCOPES),
+    span=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    every=st.integers(1, 7),
+    total=st.integers(1, 20),
+)
+def test_masks_shrink_to_the_density(density, granularity, scope, span, every, total):
+    mlp, optimizer, pruning = new(
+        density=density, granularity=granularity, scope=scope, begin=span[0], end=span[1], every=every
+    )
+    masks = train(mlp, optimizer, pruning, 0, total, total)
+    assert all(after.is_subset(before) for before, after in zip(masks[:-1], masks[1:], strict=True))
+    wanted = {"layers.0": level_nnz(48, density, 1, 1), "layers.1": level_nnz(24, density, 1, 1)}
+    if granularity in ("weight", "2:4"):
+        allowed = {"layers.0": 48, "layers.1": 24} if granularity == "weight" else {"layers.0": 24, "layers.1": 16}
+        if scope == "layer":
+            assert masks[-1].layer_nnz() == {name: min(nnz, allowed[name]) for name, nnz in wanted.items()}
+        else:
+            assert masks[-1].nnz == min(level_nnz(72, density, 1, 1), sum(allowed.values()))
+    # After the end nothing is pruned, and before the beginning nothing was.
+    last = max(round(span[1] * total), 1)
+    assert all(mask == masks[last] for mask in masks[last:])
+    assert all(mask == masks[0] for mask in masks[: min(round(span[0] * total), last - 1) + 1])
+
+
+def test_the_schedule_is_the_cubic_one():
+    mlp, optimizer, pruning = new(density=0.2, begin=0.1, end=0.6, every=10)
+    masks = train(mlp, optimizer, pruning, 0, 100, 100)
+    for done, mask in enumerate(masks):
+        n = min(max(done - 10, 0), 50) // 10
+        assert mask.nnz == round(72 * (0.2 + 0.8 * (1 - n / 5) ** 3))
+
+
+def test_an_interrupted_training_ends_bit_for_bit_where_a_whole_one_does():
+    whole, optimizer, pruning = new(density=0.3, every=3)
+    train(whole, optimizer, pruning, 0, 30, 30)
+    for cut in (2, 12, 28):
+        first, optimizer, pruning = new(density=0.3, every=3)
+        train(first, optimizer, pruning, 0, cut, 30)
+        second, other, pruning = new(density=0.3, every=3)
+        second.load_state_dict(first.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+        train(second, other, pruning, cut, 30, 30)
+        assert all(
+            torch.equal(a, b) for a, b in zip(whole.state_dict().values(), second.state_dict().values(), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": 0.0}, "density: got 0.0"),
+        ({"density": 0.2, "begin": 0.5, "end": 0.4}, "begin and end: got 0.5 and 0.4"),
+        ({"density": 0.2, "every": 0}, "every: got 0"),
+        ({"density": 0.2, "granularity": "row"}, "granularity: got 'row'"),
+        ({"density": 0.2, "scope": "row"}, "scope: got 'row'"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        new(**arguments)
+
+
+def test_several_tasks_have_no_one_mask():
+    mlp = MaskedMLP(8, hidden=(6, 4), tasks=("ctr", "cvr"))
+    with pytest.raises(ValueError, match="task: got None"):
+        GradualPruning(mlp, MaskedAdam(mlp), 0.2)
