@@ -134,7 +134,7 @@ def _carry_out(
     rates = tuned_rates([rows.base()], every_kind, out, carry(f"{name}: tune the baselines"))
     searching = replace(training, learning_rate=rates[BASE])
     table = experiment.rows(Rows(tuple(kinds), training, searching))
-    needed = _rate_rows(table, Rows(tuple(kinds), training, searching))
+    needed = rate_rows(table, Rows(tuple(kinds), training, searching))
     rates |= tuned_rates(needed, every_kind, out, carry(f"{name}: tune the rows"))
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}
     found = carry(f"{name}: train")([trial for of_row in trials.values() for trial in of_row])
@@ -160,7 +160,7 @@ def _carry_out(
     return pages.write(text, f"{name}: {prepared.schema.name}", folder)
 
 
-def _rate_rows(table: Sequence[Row], rows: Rows) -> list[Row]:
+def rate_rows(table: Sequence[Row], rows: Rows) -> list[Row]:
     """Return the rows whose learning rate must be searched; those that others take theirs from, too."""
     own: Mapping[str, Row] = {row.key: row for row in table if row.rate_of == row.key and row.key != BASE}
     missing = {row.rate_of for row in table} - own.keys() - {BASE}

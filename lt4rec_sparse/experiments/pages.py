@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments import figures
 from lt4rec_sparse.experiments.arms import MAIN_METRIC
 from lt4rec_sparse.experiments.comparison import LEGEND, comparison_table, further_table
@@ -180,8 +181,8 @@ def _head(findings: Findings, title: str) -> str:
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
         f"{training['epochs']} epoch(s) of batches of {training['batch_size']}, products in {training['dtype']}, "
-        f"{facts['seeds']} seeds. Learning rates ({', '.join(rates)}, chosen on the validation days with a seed that is "
-        "none of these) stand in `records.json`, what was tried in `tuning.json`."
+        f"{facts['seeds']} seeds. Learning rates ({', '.join(rates)}, chosen on the validation days with a seed that "
+        "is none of these) stand in `records.json`, what was tried in `tuning.json`."
     )
 
 
@@ -237,6 +238,9 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     assert rows is not None
     click, watch = findings.tasks
     values = {name: column.numpy() for name, column in rows.values.items()}
+    missing = [name for name in ("play_time_ms", "duration_ms", "time_ms") if name not in values]
+    if missing:
+        raise InputError(f"table3: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried")
     users, times = rows.groups.numpy(), values["time_ms"].astype(np.int64)
     expected = None
     if "truth_click" in values:

@@ -145,7 +145,7 @@ def test_a_request_and_its_outcomes_reach_the_batches(planted: Path, tmp_path: P
     # A duplicate comes right after its row.
     shown = table["request_id"].to_numpy() * PLANTED.videos + table["video_id"].to_numpy()
     distinct = table.filter(np.diff(shown, prepend=-1) != 0)
-    carried = ("play_time_ms", "duration_ms", "truth_click", "truth_watch", "request_id")
+    carried = ("time_ms", "play_time_ms", "duration_ms", "truth_click", "truth_watch", "request_id")
     assert prepared.schema.carried == carried
     batches = [prepared.stream(split, 1 << 20, shuffle=False).epoch(0) for split in ("train", "validation", "test")]
     parts = [next(batch).values for batch in batches]

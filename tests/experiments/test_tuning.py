@@ -1,0 +1,48 @@
+"""Every row gets the same search of its learning rate, on validation alone, once."""
+
+import json
+
+from lt4rec_sparse.experiments.declared import Row
+from lt4rec_sparse.experiments.trials import Trial
+from lt4rec_sparse.experiments.tuning import RATES, SEED, best_rate, tuned_rates
+
+KINDS = {"ctr": "binary", "cvr": "ratio"}
+BASE = Row("base", "base", (Trial("sparse_sharing", ("ctr",)), Trial("sparse_sharing", ("cvr",))), "base")
+MMOE = Row("mmoe", "MMoE", (Trial("mmoe", ("ctr", "cvr")),), "mmoe")
+OTHER = Row("other", "other", (Trial("ple", ("ctr", "cvr")),), "mmoe")
+
+
+def judged(trials):
+    """The smaller the rate, the better for base; the larger, the better for the others."""
+    records = {}
+    for trial in trials:
+        assert trial.seed == SEED
+        assert not trial.is_tested
+        rate = trial.training.learning_rate
+        loss = rate if trial.model == "sparse_sharing" else 1 / rate
+        all_tasks = {"ctr": {"log_loss": loss}, "cvr": {"mse": loss / 7}}
+        records[trial] = {"validation": {"all": {task: all_tasks[task] for task in trial.tasks}}}
+    return records
+
+
+def test_the_rate_of_least_loss_is_chosen_and_found_again(tmp_path):
+    asked = []
+
+    def carry(trials):
+        asked.extend(trials)
+        return judged(trials)
+
+    rates = tuned_rates([BASE, MMOE, OTHER], KINDS, tmp_path, carry)
+    assert rates == {"base": min(RATES), "mmoe": max(RATES)}
+    assert len(asked) == len(RATES) * 3  # two models of base, one of MMoE; the other row takes MMoE's
+    asked.clear()
+    assert tuned_rates([MMOE], KINDS, tmp_path, carry) == {"mmoe": max(RATES)}
+    assert not asked
+    tried = json.loads((tmp_path / "tuning.json").read_text())
+    assert {entry["row"] for entry in tried.values()} == {"base", "mmoe"}
+    assert all(entry["losses"].keys() == {str(rate) for rate in RATES} for entry in tried.values())
+
+
+def test_a_loss_counts_relative_to_the_best_of_its_task():
+    losses = {1.0: {"ctr": 0.60, "cvr": 0.10}, 2.0: {"ctr": 0.61, "cvr": 0.09}}
+    assert best_rate(losses) == 2.0  # 0.09 is 10 % better, 0.61 not 2 % worse
