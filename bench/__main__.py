@@ -1,4 +1,4 @@
-"""`python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes | keep RUN NAME | commands ... | readme`."""
+"""`python -m bench SUITE`: measure a suite, keep what a run or an experiment found, or write the README's tables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, gpu, gpu_bytes, readme, record
+from bench import cpu, experiments, gpu, gpu_bytes, readme, record, training
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes"
-    " | keep RUN_FOLDER NAME | commands COMMAND SECONDS ... | readme"
+    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER"
+    " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | readme"
 )
 
 
@@ -28,6 +28,10 @@ def main(arguments: list[str]) -> int:
             return gpu.main(options)
         case ["gpu-bytes"]:
             print(gpu_bytes.run())
+        case ["training", prepared]:
+            print(training.run(Path(prepared)))
+        case ["keep-experiment", folder, name]:
+            print(experiments.keep(Path(folder), name))
         case ["keep", folder, name]:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             print(record.write(name, {"machine": record.machine(), "results": results}))

@@ -26,7 +26,8 @@ class Row:
         key: Its name in files.
         title: Its name in reports.
         trials: At seed 0; every other seed's are made from them.
-        rate_of: The row whose learning rate it trains with; its own key if it searches one.
+        rate_of: The row whose learning rate it trains with; its own key if it searches one. Models of single tasks
+            search one each.
     """
 
     key: str
@@ -34,9 +35,9 @@ class Row:
     trials: tuple[Trial, ...]
     rate_of: str
 
-    def at(self, seed: int, learning_rate: float | None = None, is_tested: bool = True) -> tuple[Trial, ...]:
-        """Return the row's trials at a seed."""
-        return tuple(trial.at(seed, learning_rate, is_tested) for trial in self.trials)
+    def at(self, seed: int, rates: Sequence[float]) -> tuple[Trial, ...]:
+        """Return the row's trials at a seed, each with its learning rate."""
+        return tuple(trial.at(seed, rate) for trial, rate in zip(self.trials, rates, strict=True))
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class Rows:
 
     Attributes:
         tasks: The tasks, the densest first.
-        training: Of every row but where a row says otherwise.
-        search_training: Of the searches: what the single-task baselines train with.
+        training: Of every row but where a row says otherwise; learning rates are searched.
+        search_rates: Task -> learning rate of its search: that of its single-task baseline.
     """
 
     tasks: tuple[str, ...]
     training: Training = field(default_factory=Training)
-    search_training: Training = field(default_factory=Training)
+    search_rates: tuple[tuple[str, float], ...] = ()
 
     def base(self) -> Row:
         """Return the single-task models, one a task."""
-        trials = tuple(Trial("sparse_sharing", (task,), training=self.search_training) for task in self.tasks)
+        trials = tuple(Trial("sparse_sharing", (task,), training=self.training) for task in self.tasks)
         return Row(BASE, "base (single-task)", trials, BASE)
 
     def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
@@ -68,7 +69,7 @@ class Rows:
 
     def search(self, **changes: object) -> Search:
         """Return the paper's search, but for what is changed."""
-        return replace(Search(self.search_training, rounds=ROUNDS, density=DENSITY), **changes)  # type: ignore[arg-type]
+        return replace(Search(self.training, rounds=ROUNDS, density=DENSITY, rates=self.search_rates), **changes)  # type: ignore[arg-type]
 
     def sparse(self, key: str, title: str, masks: Masks, rate_of: str = S_WEIGHT, **changes: object) -> Row:
         """Return sparse sharing through some masks; `changes` are of the trial."""
@@ -89,8 +90,8 @@ def table2(rows: Rows) -> list[Row]:
     first, *rest = rows.tasks
     balance = {"scales": ((first, 1.0), *((task, CVR_SCALE) for task in rest))}
     conflict = {"conflict": Conflict()}
-    multiview = replace(rows.search_training, exclusive_dim=max(1, rows.search_training.embedding_dim // 4))
-    bigger = replace(rows.search_training, hidden=tuple(round(BIGGER * w) for w in rows.search_training.hidden))
+    multiview = replace(rows.training, exclusive_dim=max(1, rows.training.embedding_dim // 4))
+    bigger = replace(rows.training, hidden=tuple(round(BIGGER * w) for w in rows.training.hidden))
     more = rows.search(training=bigger, rounds=ROUNDS + 1, density=KEPT_A_ROUND ** (ROUNDS + 1))
     table = [
         rows.base(),
@@ -115,13 +116,13 @@ def table2(rows: Rows) -> list[Row]:
         ),
         rows.sparse(
             "s_weight_biggernet_equal",
-            "S-Weight-biggernet, as many weights as S-Weight at 20 %",
+            "S-Weight-biggernet, a round further: the multiply-adds of S-Weight at 20 %",
             Masks(search=more, level="last"),
             "s_weight_biggernet",
         ),
         rows.sparse("s_weight_tuning", "S-Weight-tuning", best, "s_weight_tuning", **balance, **conflict),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(best, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search())),
+        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
         rows.dense("shared_bottom", "shared-bottom"),
         rows.dense("shared_bottom", "shared-bottom, uncertainty weights", "uncertainty"),
         rows.dense("shared_bottom", "shared-bottom, PCGrad", "pcgrad"),
@@ -139,7 +140,6 @@ def table3(rows: Rows) -> list[Row]:
         rows.base(),
         rows.dense("hard_sharing", "hard sharing", "alternating"),
         rows.sparse(S_WEIGHT, "S-Weight", best, S_WEIGHT),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search())),
     ]
 
 
@@ -157,7 +157,9 @@ def granularity(rows: Rows) -> list[Row]:
             continue
         search = rows.search(granularity=kind)
         table += [
-            rows.sparse(f"{kind}_{level}", f"{kind}, {level} tickets", Masks(search=search, level=level))
+            rows.sparse(
+                f"{kind}_{level}", f"{kind}, {level} tickets", Masks(search=search, level=level), f"{kind}_best"
+            )
             for level in ("best", "last")
         ]
     return table
@@ -187,8 +189,8 @@ def tickets(rows: Rows) -> list[Row]:
     search = rows.search()
     last = Masks(search=search, level="last")
     layer = rows.search(scope="layer")
-    longer = rows.search(training=replace(rows.search_training, epochs=2))
-    warm = rows.search(training=replace(rows.search_training, warm_up=0.25))
+    longer = rows.search(training=replace(rows.training, epochs=2))
+    warm = rows.search(training=replace(rows.training, warm_up=0.25))
     table = [
         rows.base(),
         rows.dense("hard_sharing", "hard sharing", "alternating"),
@@ -202,7 +204,9 @@ def tickets(rows: Rows) -> list[Row]:
         rows.sparse("random_rescaled", "random, weights scaled up at the start", Masks("random", search, rescale=True)),
         rows.sparse("ticket_longer", "ticket, two epochs a round", Masks(search=longer, level="last")),
         rows.sparse(
-            "ticket_rewound", "ticket, rewound to epoch 0.2", Masks(search=rows.search(rewind=0.2), level="last")
+            "ticket_rewound",
+            "ticket of a search rewound to epoch 0.2",
+            Masks(search=rows.search(rewind=0.2), level="last"),
         ),
         rows.sparse("ticket_warm", "ticket, after a warm-up of 0.25 epochs", Masks(search=warm, level="last")),
         rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm)),
@@ -232,7 +236,7 @@ def many_tasks(rows: Rows) -> list[Row]:
         rows.dense("hard_sharing", "hard sharing", "alternating"),
         rows.sparse(S_WEIGHT, "S-Weight", best, S_WEIGHT),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(best, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search())),
+        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
         rows.dense("mmoe", "MMoE"),
         rows.dense("ple", "PLE"),
     ]

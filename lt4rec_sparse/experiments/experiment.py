@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,18 @@ class Experiment:
         rows: Makes its rows.
         write: Writes its page from the records of all rows and seeds.
         all_tasks: Whether it trains every task of the log, those that are left out elsewhere too.
+        carried: Columns that it reads beside the features.
     """
 
     rows: Callable[[Rows], list[Row]]
     write: Callable[[pages.Findings], str]
     all_tasks: bool = False
+    carried: tuple[str, ...] = ()
 
 
 EXPERIMENTS = {
-    "table2": Experiment(declared.table2, pages.table2),
-    "table3": Experiment(declared.table3, pages.table3),
+    "table2": Experiment(declared.table2, pages.table2, carried=("duration_ms",)),
+    "table3": Experiment(declared.table3, pages.table3, carried=("play_time_ms", "duration_ms", "time_ms")),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
     "cheap": Experiment(declared.cheap, pages.cheap),
@@ -76,8 +78,9 @@ def run_experiment(
     learning rate that was tried; and a folder an experiment with `report.md`, `report.html`, `plots/` and
     `records.json`, everything that the report says.
 
-    Every row gets the same epochs, batches in the same order and the same search of its learning rate on the validation
-    days. The test days are read once a trial, when it is trained.
+    Every row gets the same epochs and batches in the same order. Every model and variant gets the same search of its
+    learning rate on the validation days; rows that differ in their masks alone share one (`Row.rate_of`). The test days
+    are read once a trial, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
@@ -93,14 +96,20 @@ def run_experiment(
 
     Raises:
         InputError: If there is no such experiment, or no seed.
-        DataError: If the data are not what their schema says.
+        DataError: If the data are not what their schema says, or others than `out` holds trials of.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
     if seeds < 1:
         raise InputError(f"seeds: got {seeds}, wanted at least 1")
     experiment = EXPERIMENTS[name]
-    prepared = prepare(data, out / DATA, open_source(data).schema, progress)
+    # What was trained before is of the data as they were then.
+    prepared = prepare(data, out / DATA, open_source(data).schema, progress, replace=not (out / "trials").exists())
+    missing = [column for column in experiment.carried if column not in prepared.schema.carried]
+    if missing:
+        raise InputError(
+            f"{name}: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
+        )
     return _carry_out(
         name, experiment, prepared, out, seeds, training or Training(), resources or Resources(), progress
     )
@@ -129,13 +138,12 @@ def _carry_out(
 
         return run
 
-    # The baselines first: their learning rate is that of every search.
-    rows = Rows(tuple(kinds), training, training)
+    # The baselines first: their learning rates are those of the searches.
+    rows = Rows(tuple(kinds), training)
     rates = tuned_rates([rows.base()], every_kind, out, carry(f"{name}: tune the baselines"))
-    searching = replace(training, learning_rate=rates[BASE])
-    table = experiment.rows(Rows(tuple(kinds), training, searching))
-    needed = rate_rows(table, Rows(tuple(kinds), training, searching))
-    rates |= tuned_rates(needed, every_kind, out, carry(f"{name}: tune the rows"))
+    rows = Rows(tuple(kinds), training, tuple(zip(kinds, rates[BASE], strict=True)))
+    table = experiment.rows(rows)
+    rates |= tuned_rates(rate_rows(table, rows), every_kind, out, carry(f"{name}: tune the rows"))
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}
     found = carry(f"{name}: train")([trial for of_row in trials.values() for trial in of_row])
     records = [{"row": key, **found[trial]} for (key, _), of_row in trials.items() for trial in of_row]

@@ -22,36 +22,54 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
         folder: Holds the prepared log, `data/`, and what the laboratory leaves.
         trials: Which; of equal ones one is run.
     """
+    trials = list(dict.fromkeys(trials))
     jobs: dict[Hashable, Job] = {}
+    deepest: dict[Hashable, Search] = {}
+    for trial in trials:
+        if trial.masks is not None and trial.masks.searches:
+            for task in trial.tasks:
+                key = _search_key(trial, task)
+                deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
 
-    def baseline(training: Training, task: str, tasks: tuple[str, ...], seed: int) -> Hashable:
-        if training.warm_up:
-            key: Hashable = ("warm", training, tasks, seed)
-            jobs.setdefault(key, Job(_warm, (folder, training, tasks, seed)))
-        else:
-            key = ("single", training, task, seed)
-            jobs.setdefault(key, Job(_single, (folder, training, task, seed)))
+    def started(search: Search, trial: Trial, task: str) -> Hashable:
+        """Return the job that a search of a task begins from."""
+        if search.training.warm_up:
+            key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
+            jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
+            return key
+        return single(search.training_of(task), task, trial.seed)
+
+    def single(training: Training, task: str, seed: int) -> Hashable:
+        key = ("single", training, task, seed)
+        jobs.setdefault(key, Job(_single, (folder, training, task, seed)))
         return key
 
     for trial in trials:
         needs: list[Hashable] = []
         masks = trial.masks
-        if masks is not None and (masks.searches or masks.scores):
+        if masks is None:
+            if trial.model == "sparse_sharing" and len(trial.tasks) == 1:
+                needs.append(single(trial.training, trial.tasks[0], trial.seed))
+        elif masks.searches:
             for task in trial.tasks:
-                search = masks.search
-                before = baseline(search.training, task, trial.tasks, trial.seed)
-                if masks.searches:
-                    key = ("tickets", search, task, trial.tasks, trial.seed)
-                    jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
-                    needs.append(key)
-                else:
-                    needs.append(before)
-        if trial.training.warm_up:
-            needs.append(baseline(trial.training, trial.tasks[0], trial.tasks, trial.seed))
-        if trial.model == "sparse_sharing" and masks is None and len(trial.tasks) == 1:
-            needs.append(baseline(trial.training, trial.tasks[0], trial.tasks, trial.seed))
+                key = _search_key(trial, task)
+                search = deepest[key]
+                before = started(search, trial, task)
+                jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
+                needs.append(key)
+        elif masks.scores:
+            needs += [single(masks.search.training_of(task), task, trial.seed) for task in trial.tasks]
+        elif masks.search.training.warm_up:
+            needs.append(started(masks.search, trial, trial.tasks[0]))
         jobs.setdefault(trial, Job(_trial, (folder, trial), tuple(needs)))
     return jobs
+
+
+def _search_key(trial: Trial, task: str) -> Hashable:
+    """Return what tells a search of a task from others: those that only go less far are parts of the deepest."""
+    assert trial.masks is not None
+    warm = trial.tasks if trial.masks.search.training.warm_up else ()
+    return ("tickets", trial.masks.search.folder(task), task, warm, trial.seed)
 
 
 @lru_cache(maxsize=2)  # two folders at a time: an experiment over many logs goes through them in order
@@ -61,15 +79,15 @@ def laboratory(folder: Path) -> Laboratory:
 
 
 def _single(folder: Path, training: Training, task: str, seed: int) -> None:
-    laboratory(folder).single(training, task, seed)
+    laboratory(folder).starts.single(training, task, seed)
 
 
 def _warm(folder: Path, training: Training, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).warm(training, tasks, seed)
+    laboratory(folder).starts.warm(training, tasks, seed)
 
 
 def _tickets(folder: Path, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).tickets(search, task, tasks, seed)
+    laboratory(folder).searches.tickets(search, task, tasks, seed)
 
 
 def _trial(folder: Path, trial: Trial) -> dict[str, Any]:

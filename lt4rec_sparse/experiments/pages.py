@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments import figures
 from lt4rec_sparse.experiments.arms import MAIN_METRIC
 from lt4rec_sparse.experiments.comparison import LEGEND, comparison_table, further_table
@@ -177,7 +176,7 @@ def _head(findings: Findings, title: str) -> str:
     training, counts = facts["training"], facts["counts"]
     hidden = "-".join(str(width) for width in training["hidden"])
     rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("train", "validation", "test"))
-    rates = sorted({f"{rate:g}" for rate in facts["learning_rates"].values()})
+    rates = sorted({f"{rate:g}" for of_row in facts["learning_rates"].values() for rate in of_row})
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
         f"{training['epochs']} epoch(s) of batches of {training['batch_size']}, products in {training['dtype']}, "
@@ -238,9 +237,6 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     assert rows is not None
     click, watch = findings.tasks
     values = {name: column.numpy() for name, column in rows.values.items()}
-    missing = [name for name in ("play_time_ms", "duration_ms", "time_ms") if name not in values]
-    if missing:
-        raise InputError(f"table3: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried")
     users, times = rows.groups.numpy(), values["time_ms"].astype(np.int64)
     expected = None
     if "truth_click" in values:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.data import SimulatorConfig, prepare, simulate
+from lt4rec_sparse.data.simulator import TRUTH
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments import figures
 from lt4rec_sparse.experiments.comparison import LEGEND, comparison_table
 from lt4rec_sparse.experiments.declared import BASE, HARD, S_WEIGHT, Row, Rows
@@ -70,16 +72,16 @@ class Regimes:
         )
 
 
-def rows_of(training: Training, searching: Training) -> list[Row]:
+def rows_of(training: Training, search_rates: tuple[tuple[str, float], ...]) -> list[Row]:
     """Return what is trained in every cell."""
-    rows = Rows(TASKS, training, searching)
+    rows = Rows(TASKS, training, search_rates)
     masks = Masks(search=rows.search())
     return [
         rows.base(),
         rows.dense(HARD, "hard sharing", "alternating"),
         rows.sparse(S_WEIGHT, "S-Weight", masks, S_WEIGHT),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(masks, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search())),
+        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
     ]
 
 
@@ -131,9 +133,8 @@ def run_regimes(
     made: dict[Hashable, Job] = {folder: Job(prepare_cell, (folder, config)) for folder, config in configs.items()}
     run_jobs(made, workers, executor, lambda done, total: progress("regimes: simulate", done, total))
     kinds = {task.name: task.kind for task in laboratory(middle).prepared.schema.tasks}
-    rates = tuned_rates([rows_of(regimes.training, regimes.training)[0]], kinds, out, carry)
-    searching = replace(regimes.training, learning_rate=rates[BASE])
-    rows = rows_of(regimes.training, searching)
+    rates = tuned_rates([Rows(TASKS, regimes.training).base()], kinds, out, carry)
+    rows = rows_of(regimes.training, tuple(zip(TASKS, rates[BASE], strict=True)))
     rates |= tuned_rates([row for row in rows if row.key != BASE], kinds, out, carry)
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in rows for seed in range(seeds)}
     every = [trial for of_row in trials.values() for trial in of_row]
@@ -146,7 +147,7 @@ def run_regimes(
             for seed in range(seeds)
             for way, key in (("tickets", "s_weight_last"), ("random", "random"))
         ]
-        truth = json.loads((folder / LOG / "truth.json").read_text(encoding="utf-8"))
+        truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
         results.append(
             {
                 "click_rate": click_rate,
@@ -166,7 +167,16 @@ def run_regimes(
 
 
 def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
-    """Simulate and prepare a cell's log, if that was not done."""
+    """Simulate and prepare a cell's log, if that was not done.
+
+    Raises:
+        InputError: If the folder holds trials on another log.
+    """
+    truth = folder / LOG / TRUTH
+    if (folder / "trials").exists() and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
+        raise InputError(
+            f"{folder}: got trials on another simulated log, wanted those of {config}; choose another --out"
+        )
     simulate(config, folder / LOG)
     prepare(folder / LOG, folder / DATA)
 
@@ -180,7 +190,7 @@ def recovery(folder: Path, trial: Trial) -> dict[str, Any]:
         weights on columns that matter to both tasks, to one, to none.
     """
     lab = laboratory(folder)
-    truth = json.loads((folder / LOG / "truth.json").read_text(encoding="utf-8"))["fields"]
+    truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))["fields"]
     kinds = column_kinds(lab.prepared.encoder.fields, truth, trial.training.embedding_dim)
     masks = lab.masks(trial)
     assert masks is not None
@@ -204,14 +214,18 @@ def recovery(folder: Path, trial: Trial) -> dict[str, Any]:
 def column_kinds(fields: Sequence[tuple[str, str, bool]], truth: Mapping[str, str], dim: int) -> list[str]:
     """Return the kind of each column of a crossed input (`nn.CrossedEmbeddings`): its field's, or its pair's.
 
-    A pair is of a kind if both its fields are; others are noise: the truth multiplies fields of one kind only.
+    A pair is of a kind if both its fields are and one is a user's, the other a video's: such the truth multiplies.
+    Other pairs are noise.
     """
     named = [Field(*field) for field in fields]
     ordered = sorted(named, key=lambda field: field.multi)
     kinds = [truth[field.column] for field in ordered]
+    sides = [field.column.partition("_")[0] for field in ordered]
     columns = [kind for kind in kinds for _ in range(dim)]
-    for i, one in enumerate(kinds):
-        columns += [one if one == other else "noise" for other in kinds[i + 1 :]]
+    for i in range(len(kinds)):
+        columns += [
+            kinds[i] if kinds[i] == kinds[j] and sides[i] != sides[j] else "noise" for j in range(i + 1, len(kinds))
+        ]
     return columns
 
 

@@ -85,6 +85,7 @@ class Search:
         rounds: Rounds of pruning.
         density: Share of the weights alive after the last round.
         rewind: Epochs of a task's own first training that it is rewound to (late rewinding); 0 for the start.
+        rates: Task -> its learning rate, where it is not the training's: that of its single-task baseline.
     """
 
     training: Training = field(default_factory=Training)
@@ -94,6 +95,7 @@ class Search:
     rounds: int = 4
     density: float = 0.2
     rewind: float = 0.0
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.method, METHODS, "method")
@@ -104,10 +106,14 @@ class Search:
         if not 0 <= self.rewind < self.training.epochs:
             raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
 
-    @property
-    def folder(self) -> str:
-        """The name of what it leaves on disk. Searches that take the same steps share it, however far they go."""
-        steps = asdict(self)
+    def training_of(self, task: str) -> Training:
+        """Return how a task trains."""
+        return replace(self.training, learning_rate=dict(self.rates).get(task, self.training.learning_rate))
+
+    def folder(self, task: str) -> str:
+        """Return the name of what a task leaves on disk. Searches of the same steps share it, however far they go."""
+        steps = {**asdict(self), "training": asdict(self.training_of(task))}
+        del steps["rates"]
         if self.method == "rounds":
             steps["round_keeps"] = round(self.density ** (1 / self.rounds), 9)
             del steps["rounds"], steps["density"]

@@ -100,7 +100,8 @@ def search_tickets(
             mask = Mask.load(saved)
         else:
             mask.save(saved)
-        if not judged.exists():
+        # Where a search ended that went less far, the last level was judged and not pruned.
+        if not judged.exists() or (level < rounds and not following.exists()):
             model.load_state_dict(start)
             mlp.set_mask(mask)
             metrics = train_and_judge(level)

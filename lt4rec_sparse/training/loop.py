@@ -36,6 +36,7 @@ def train(
     objective: Objective,
     epochs: int,
     batches: int | None = None,
+    start: Cursor = Cursor(),  # frozen
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
     log: Log = lambda record: None,
@@ -54,6 +55,7 @@ def train(
         objective: What a batch does to the model.
         epochs: How many epochs in all.
         batches: Stop after that many batches, if this comes before the last epoch's end.
+        start: The first batch to train on; those before it count as done.
         checkpoint: A file, or None.
         checkpoint_every: In batches.
         log: Called with {"task", "epoch", "batch", "train_loss"} once an epoch and task: the epoch's mean.
@@ -65,7 +67,7 @@ def train(
         InputError: If a loss is NaN or infinite (the batch and task are named).
     """
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
-    cursor, sums = Cursor(), _no_sums(objective)
+    cursor, sums = start, _no_sums(objective)
     if checkpoint is not None and checkpoint.exists():
         cursor, sums = _load_checkpoint(checkpoint, model, optimizer)
     model.train()

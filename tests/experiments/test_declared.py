@@ -11,7 +11,8 @@ from lt4rec_sparse.experiments.trials import Training
 from lt4rec_sparse.ranking import MODELS
 
 TRAINING = Training(learning_rate=5e-4)
-ROWS = Rows(("ctr", "cvr"), TRAINING, replace(TRAINING, learning_rate=2e-3))
+RATES = (("ctr", 1e-3), ("cvr", 2e-3))
+ROWS = Rows(("ctr", "cvr"), TRAINING, RATES)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -46,7 +47,7 @@ def test_masks_are_searched_in_the_network_that_they_are_of_at_the_baselines_rat
             for trial in row.trials:
                 if trial.masks:
                     search = trial.masks.search.training
-                    assert search.learning_rate == 2e-3
+                    assert trial.masks.search.rates == RATES
                     for field in ("hidden", "embedding_dim", "exclusive_dim", "cross", "warm_up", "batch_size"):
                         assert getattr(search, field) == getattr(trial.training, field)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.experiments import laboratory, serving_times
+from lt4rec_sparse.experiments import serving_times, starts
 from lt4rec_sparse.experiments.experiment import EXPERIMENTS, Resources, run_experiment
 from lt4rec_sparse.experiments.regimes import Regimes, run_regimes
 from lt4rec_sparse.experiments.trials import Training
@@ -47,7 +47,7 @@ def test_every_experiment_writes_its_page(small_folder, out, name, monkeypatch):
     assert {seed for _, seed, _ in trained} == set(range(seeds))
     assert "nan" not in text.lower().replace("nan ", " ")
     # A second time nothing is trained.
-    monkeypatch.setattr(laboratory, "train", None)
+    monkeypatch.setattr(starts, "train", None)
     assert run_experiment(name, small_folder, out, seeds, TRAINING, HERE).read_text(encoding="utf-8").startswith("# ")
 
 

@@ -39,8 +39,8 @@ def test_another_seed_and_rate_change_nothing_else():
 
 def test_searches_that_take_the_same_steps_share_a_folder():
     four, eight = Search(rounds=4, density=0.2), Search(rounds=8, density=0.04)
-    assert four.folder == eight.folder
-    assert Search(rounds=4, density=0.1).folder != four.folder
+    assert four.folder("ctr") == eight.folder("ctr")
+    assert Search(rounds=4, density=0.1).folder("ctr") != four.folder("ctr")
     for change in (
         {"granularity": "neuron"},
         {"scope": "layer"},
@@ -48,8 +48,8 @@ def test_searches_that_take_the_same_steps_share_a_folder():
         {"rewind": 0.5},
         {"training": Training(warm_up=0.5)},
     ):
-        assert Search(**change).folder != four.folder
-    assert Search(method="gradual", density=0.1).folder != Search(method="gradual").folder
+        assert Search(**change).folder("ctr") != four.folder("ctr")
+    assert Search(method="gradual", density=0.1).folder("ctr") != Search(method="gradual").folder("ctr")
 
 
 @pytest.mark.parametrize(

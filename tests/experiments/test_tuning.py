@@ -4,7 +4,7 @@ import json
 
 from lt4rec_sparse.experiments.declared import Row
 from lt4rec_sparse.experiments.trials import Trial
-from lt4rec_sparse.experiments.tuning import RATES, SEED, best_rate, tuned_rates
+from lt4rec_sparse.experiments.tuning import FURTHER, RATES, SEED, best_rate, beyond, tuned_rates
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 BASE = Row("base", "base", (Trial("sparse_sharing", ("ctr",)), Trial("sparse_sharing", ("cvr",))), "base")
@@ -13,13 +13,13 @@ OTHER = Row("other", "other", (Trial("ple", ("ctr", "cvr")),), "mmoe")
 
 
 def judged(trials):
-    """The smaller the rate, the better for base; the larger, the better for the others."""
+    """The single-task model of ctr is best at the middle rate; for all others the larger, the better."""
     records = {}
     for trial in trials:
         assert trial.seed == SEED
         assert not trial.is_tested
         rate = trial.training.learning_rate
-        loss = rate if trial.model == "sparse_sharing" else 1 / rate
+        loss = abs(rate - RATES[1]) + 1 if trial.tasks == ("ctr",) else 1 / rate
         all_tasks = {"ctr": {"log_loss": loss}, "cvr": {"mse": loss / 7}}
         records[trial] = {"validation": {"all": {task: all_tasks[task] for task in trial.tasks}}}
     return records
@@ -33,14 +33,22 @@ def test_the_rate_of_least_loss_is_chosen_and_found_again(tmp_path):
         return judged(trials)
 
     rates = tuned_rates([BASE, MMOE, OTHER], KINDS, tmp_path, carry)
-    assert rates == {"base": min(RATES), "mmoe": max(RATES)}
-    assert len(asked) == len(RATES) * 3  # two models of base, one of MMoE; the other row takes MMoE's
+    edge = max(RATES) * 2**FURTHER
+    assert rates == {"base": (RATES[1], edge), "mmoe": (edge,)}
+    # Two models of base, one of MMoE, two of them at an edge; the other row takes MMoE's.
+    assert len(asked) == len(RATES) * 3 + 2 * FURTHER
     asked.clear()
-    assert tuned_rates([MMOE], KINDS, tmp_path, carry) == {"mmoe": max(RATES)}
+    assert tuned_rates([MMOE], KINDS, tmp_path, carry) == {"mmoe": (edge,)}
     assert not asked
     tried = json.loads((tmp_path / "tuning.json").read_text())
-    assert {entry["row"] for entry in tried.values()} == {"base", "mmoe"}
-    assert all(entry["losses"].keys() == {str(rate) for rate in RATES} for entry in tried.values())
+    assert [entry["row"] for entry in tried.values()] == ["base", "base", "mmoe"]
+    assert all(set(map(str, RATES)) <= entry["losses"].keys() for entry in tried.values())
+
+
+def test_beyond_the_best_is_tried_where_it_is_at_an_edge():
+    assert beyond({1.0: {"ctr": 3.0}, 2.0: {"ctr": 2.0}, 4.0: {"ctr": 1.0}}) == 8.0
+    assert beyond({1.0: {"ctr": 1.0}, 2.0: {"ctr": 2.0}, 4.0: {"ctr": 3.0}}) == 0.5
+    assert beyond({1.0: {"ctr": 2.0}, 2.0: {"ctr": 1.0}, 4.0: {"ctr": 2.0}}) is None
 
 
 def test_a_loss_counts_relative_to_the_best_of_its_task():

@@ -1,0 +1,238 @@
+"""How fast a training is: steps beside another library's on the same rows, and the mask search beside its plain loop.
+
+The peer is torch-rechub's MMoE (`pip install torch-rechub`), given the same rows, fields, embedding and expert widths,
+optimiser and batch; its own layers stay its own (batch normalisation in every MLP, a lookup a field). It is timed as
+its users run it, `MTLTrainer` over its `DataGenerator`, and again on batches that are made before the clock starts,
+which is more than its users have. Ours runs its whole loop, batches and their labels included, and wide logits besides.
+
+The plain loop is Algorithm 1 as every public implementation has it: each round a new pass over the files, dense
+`weight * mask` products in float32, torch's Adam over every weight, task after task, and the single-task baselines
+trained by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import record
+from lt4rec_sparse.data import Batch, Prepared
+from lt4rec_sparse.experiments.declared import Rows
+from lt4rec_sparse.experiments.grid import run_jobs
+from lt4rec_sparse.experiments.jobs import DATA, jobs_of
+from lt4rec_sparse.experiments.trials import Masks, Search, Training, Trial
+from lt4rec_sparse.nn import CrossedEmbeddings
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.ranking import build, loss_of
+from lt4rec_sparse.stopwatch import interleaved
+from lt4rec_sparse.training import Joint, TaskLosses, train
+
+BATCH, STEPS = 1024, 20  # a call of the stopwatch trains this many batches
+EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)
+TASKS = ("ctr", "cvr")
+LOSSES = {"ctr": loss_of("binary"), "cvr": loss_of("ratio")}
+
+
+def run(data: Path) -> Path:
+    """Measure both and write `results/training.json`.
+
+    Args:
+        data: A prepared log, such as `runs/experiments/KuaiRand-Pure/data`.
+    """
+    prepared = Prepared.load(data)
+    steps = _steps(prepared)
+    return record.write(
+        "training",
+        {"machine": record.machine(), "threads": torch.get_num_threads(), "steps": steps, "search": _search(prepared)},
+    )
+
+
+def _steps(prepared: Prepared) -> dict[str, Any]:
+    batches = list(islice(prepared.stream("train", BATCH).epoch(0), STEPS))
+    contestants: dict[str, Callable[[], object]] = {
+        f"lt4rec_sparse, {name}": partial(_ours(prepared, dtype), batches)
+        for name, dtype in (("fp32", None), ("bf16", torch.bfloat16))
+    }
+    reasons = {}
+    try:
+        importlib.import_module("torch_rechub")
+    except ImportError as error:
+        reasons["torch-rechub"] = str(error)
+    else:
+        contestants |= _rechub(prepared, batches)
+    timed = interleaved(contestants, rounds=9, round_us=1.0)
+    return {
+        "rows": BATCH * STEPS,
+        "batch": BATCH,
+        "absent": reasons,
+        "rows_per_second": {name: BATCH * STEPS / (t.median_us / 1e6) for name, t in timed.items()},
+        "timings_us": {name: t._asdict() for name, t in timed.items()},
+    }
+
+
+def _ours(prepared: Prepared, dtype: torch.dtype | None) -> Callable[[list[Batch]], None]:
+    encoder = prepared.encoder
+    torch.manual_seed(0)
+    model = build(
+        "mmoe",
+        encoder.fields,
+        encoder.table_sizes,
+        TASKS,
+        (512, 256, 128),
+        16,
+        cross="wide_deep",
+        experts=EXPERTS,
+        expert=EXPERT,
+        tower=TOWER,
+    )
+    optimizer = MaskedAdam(model, 1e-3)
+    stream = prepared.stream("train", BATCH)
+    objective = Joint(TaskLosses(LOSSES, dtype=dtype), TASKS)
+    # The rows are taken from the cached log and put into batches within the time.
+    return lambda batches: train(model, optimizer, stream, objective, 1, len(batches))
+
+
+def _rechub(prepared: Prepared, batches: list[Batch]) -> dict[str, Callable[[], object]]:
+    features = importlib.import_module("torch_rechub.basic.features")
+    mmoe = importlib.import_module("torch_rechub.models.multi_task").MMOE
+    trainer_of = importlib.import_module("torch_rechub.trainers").MTLTrainer
+    generator = importlib.import_module("torch_rechub.utils.data").DataGenerator
+    encoder = prepared.encoder
+    first: dict[str, str] = {}
+    fields = []
+    for column, table, multi in encoder.fields:
+        kind = features.SequenceFeature if multi else features.SparseFeature
+        shared = first.setdefault(table, column)
+        own: dict[str, Any] = {"padding_idx": 0} if multi else {}
+        fields.append(
+            kind(column, encoder.table_sizes[table], 16, shared_with=None if shared == column else shared, **own)
+        )
+    torch.manual_seed(0)
+    model = mmoe(
+        fields,
+        ["classification", "regression"],
+        EXPERTS,
+        {"dims": list(EXPERT)},
+        [{"dims": list(TOWER)}, {"dims": list(TOWER)}],
+    )
+    dicts = [_as_dict(prepared, batch) for batch in batches]
+    x = {name: np.concatenate([part[name].numpy() for part, _ in dicts]) for name in dicts[0][0]}
+    y = np.concatenate([labels.numpy() for _, labels in dicts])
+    loader, *_ = generator(x, y).generate_dataloader(x, y, x, y, batch_size=BATCH)
+    trainer = trainer_of(model, ["classification", "regression"], optimizer_params={"lr": 1e-3})
+
+    def quietly(batches: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trainer.train_one_epoch(batches)
+
+    return {"torch-rechub": partial(quietly, loader), "torch-rechub, batches made before": partial(quietly, dicts)}
+
+
+def _as_dict(prepared: Prepared, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a batch as torch-rechub reads it: a tensor a field, bags padded with 0 to the longest."""
+    ordered = sorted(prepared.encoder.fields, key=lambda field: field[2])
+    n_single = batch.features.single.shape[1]
+    x = {field[0]: batch.features.single[:, i] for i, field in enumerate(ordered[:n_single])}
+    rows = batch.features.batch
+    for f, field in enumerate(ordered[n_single:]):
+        ends = batch.features.multi_offsets[f * rows : (f + 1) * rows + 1]
+        bags = [batch.features.multi_values[a:b] for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        # One length for all batches: its loader stacks them.
+        padded = torch.zeros(rows, 12, dtype=torch.int64)
+        for row, bag in enumerate(bags):
+            padded[row, : min(len(bag), 12)] = bag[:12]
+        x[field[0]] = padded
+    return x, torch.stack([batch.labels[task] for task in TASKS], 1)
+
+
+def _search(prepared: Prepared) -> dict[str, Any]:
+    """Time the search of both tasks' tickets, baselines included, and the plain loop."""
+    training = Training()
+    rows = Rows(TASKS, training, training)
+    trials = [Trial("sparse_sharing", TASKS, masks=Masks(search=rows.search()), training=training)]
+    result: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / DATA).symlink_to(prepared.folder.resolve())
+        wanted = {key: job for key, job in jobs_of(Path(folder), trials).items() if not isinstance(key, Trial)}
+        started = perf_counter()
+        run_jobs(wanted)
+        result["ours_s"] = perf_counter() - started
+        shutil.rmtree(Path(folder) / "searches")
+    started = perf_counter()
+    for task in TASKS:
+        plain_search(prepared, task, training, rows.search())
+    result["plain_s"] = perf_counter() - started
+    return result
+
+
+def plain_search(prepared: Prepared, task: str, training: Training, search: Search) -> list[float]:
+    """Run Algorithm 1, lines 1 to 9, for one task, in plain torch; return the validation loss of each level."""
+    losses = [_plain_training(prepared, task, training, _PlainMLP, None)[0]]  # the baseline that a paper's table has
+    masks: list[Tensor] | None = None
+    for level in range(search.rounds + 1):
+        loss, model = _plain_training(prepared, task, training, _PlainMLP, masks)
+        losses.append(loss)
+        weights = [layer.weight.detach() for layer in model.layers]
+        alive = [torch.ones_like(w) for w in weights] if masks is None else masks
+        magnitudes = torch.cat([(w.abs() * mask).flatten() for w, mask in zip(weights, alive, strict=True)])
+        kept = round(len(magnitudes) * search.density ** ((level + 1) / search.rounds))
+        threshold = magnitudes.topk(kept).values[-1]
+        masks = [((w.abs() * mask) >= threshold).float() for w, mask in zip(weights, alive, strict=True)]
+    return losses
+
+
+class _PlainMLP(nn.Module):
+    def __init__(self, prepared: Prepared, training: Training, masks: list[Tensor] | None) -> None:
+        super().__init__()
+        encoder = prepared.encoder
+        self.inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, training.embedding_dim)
+        widths = (self.inputs.out_features, *training.hidden)
+        self.layers = nn.ModuleList(nn.Linear(k, n) for k, n in zip(widths[:-1], widths[1:], strict=True))
+        self.head = nn.Linear(training.hidden[-1], 1)
+        self.masks = masks
+
+    def forward(self, features: Any) -> Tensor:
+        h = self.inputs(features)
+        for i, layer in enumerate(self.layers):
+            weight = layer.weight if self.masks is None else layer.weight * self.masks[i]
+            h = torch.relu(F.linear(h, weight, layer.bias))
+        logits: Tensor = self.head(h)
+        return logits.squeeze(1)
+
+
+def _plain_training(
+    prepared: Prepared, task: str, training: Training, make: type[_PlainMLP], masks: list[Tensor] | None
+) -> tuple[float, Any]:
+    torch.manual_seed(0)
+    model = make(prepared, training, masks)
+    optimizer = torch.optim.Adam(model.parameters(), training.learning_rate)
+    for batch in _rows(prepared, "train", task, training.batch_size, shuffle=True):
+        optimizer.zero_grad()
+        loss = LOSSES[task](model(batch.features), batch.labels[task], batch.weights[task])
+        torch.autograd.backward(loss)
+        optimizer.step()
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in _rows(prepared, "validation", task, 4096, shuffle=False):
+            loss = LOSSES[task](model(batch.features), batch.labels[task], batch.weights[task])
+            total, count = total + float(loss) * batch.batch, count + batch.batch
+    return total / count, model
+
+
+def _rows(prepared: Prepared, split: str, task: str, size: int, shuffle: bool) -> Iterator[Batch]:
+    for batch in prepared.stream(split, size, seed=0, shuffle=shuffle).epoch(0):
+        yield batch.take(batch.rows[task].nonzero().squeeze(1))
