@@ -2,19 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lt4rec_sparse.data import DataError, SimulatorConfig, simulate
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.experiments import serving_times, starts
+from lt4rec_sparse.experiments import serving_times, starts, tuning
 from lt4rec_sparse.experiments.experiment import EXPERIMENTS, Resources, run_experiment
-from lt4rec_sparse.experiments.regimes import Regimes, run_regimes
+from lt4rec_sparse.experiments.regimes import Regimes, column_kinds, run_regimes
 from lt4rec_sparse.experiments.trials import Training
 from lt4rec_sparse.stopwatch import interleaved
 
 TRAINING = Training(hidden=(16, 8), embedding_dim=2, batch_size=2048)
 HERE = Resources(executor="here")
+TRAINED = "cheap"  # the experiment that trains; the others judge what they start from
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,35 +26,51 @@ def short():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving_times, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
+        patch.setattr(tuning, "RATES", (1e-3, 2e-3))
+        patch.setattr(tuning, "FURTHER", 0)
         yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("experiments") / "log"
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "log"
+    simulate(SimulatorConfig(users=60, videos=40, impressions=1_500, days=6), folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_writes_its_page(small_folder, out, name, monkeypatch):
-    seeds = 2 if name == "cheap" else 1
-    report = run_experiment(name, small_folder, out, seeds, TRAINING, HERE)
+def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
+    if name != TRAINED:
+        monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    seeds = 2 if name == TRAINED else 1
+    report = run_experiment(name, log, tmp_path, seeds, TRAINING, HERE)
     text = report.read_text(encoding="utf-8")
     records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
     assert all(title in text for title in records["rows"].values())
     for picture in re.findall(r"\((plots/\w+\.png)\)", text):
         assert (report.parent / picture).stat().st_size > 0
-    assert 'src="plots/' not in (report.parent / "report.html").read_text(encoding="utf-8"), "pictures stand within"
+    page = (report.parent / "report.html").read_text(encoding="utf-8")
+    assert 'src="plots/' not in page, "pictures stand within"
     trained = {(record["row"], record["seed"], tuple(record["trial"]["tasks"])) for record in records["records"]}
     assert {row for row, _, _ in trained} == set(records["rows"])
     assert {seed for _, seed, _ in trained} == set(range(seeds))
-    assert "nan" not in text.lower().replace("nan ", " ")
     # A second time nothing is trained.
     monkeypatch.setattr(starts, "train", None)
-    assert run_experiment(name, small_folder, out, seeds, TRAINING, HERE).read_text(encoding="utf-8").startswith("# ")
+    assert run_experiment(name, log, tmp_path, seeds, TRAINING, HERE) == report
 
 
-def test_regimes_are_mapped(tmp_path):
+def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    run_experiment("table3", log, tmp_path / "out", 1, TRAINING, HERE)
+    other = tmp_path / "other"
+    simulate(SimulatorConfig(users=60, videos=40, impressions=1_500, days=6, seed=1), other)
+    with pytest.raises(DataError, match="wanted the same"):
+        run_experiment("table3", other, tmp_path / "out", 1, TRAINING, HERE)
+
+
+def test_regimes_are_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
     regimes = Regimes(3_000, (0.2, 0.5), (0.5,), TRAINING)
     report = run_regimes(tmp_path / "map", 1, regimes, executor="here")
     records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
@@ -62,6 +81,19 @@ def test_regimes_are_mapped(tmp_path):
         assert set(found["density"]["ctr"]) == {"shared", "click", "watch", "noise"}
         assert len(cell["differences"]["hard_sharing"]) == 1
     assert (report.parent / "plots" / "regimes.png").stat().st_size > 0
+    with pytest.raises(InputError, match="got trials on another simulated log"):
+        run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), executor="here")
+
+
+def test_columns_of_pairs_matter_where_the_truth_multiplies_them():
+    fields = [("user_shared_0", "a", False), ("video_shared_0", "b", False), ("user_click_0", "c", False)]
+    fields += [("video_click_0", "d", False), ("user_click_1", "e", False), ("tags", "t", True)]
+    truth = {name: name.split("_")[1] for name, _, multi in fields if not multi} | {"tags": "noise"}
+    kinds = column_kinds(fields, truth, dim=2)
+    assert kinds[:12] == ["shared"] * 4 + ["click"] * 6 + ["noise"] * 2
+    pairs = dict(zip([(i, j) for i in range(6) for j in range(i + 1, 6)], kinds[12:], strict=True))
+    assert {pair for pair, kind in pairs.items() if kind == "shared"} == {(0, 1)}
+    assert {pair for pair, kind in pairs.items() if kind == "click"} == {(2, 3), (3, 4)}
 
 
 def test_what_is_no_experiment_is_refused(small_folder, tmp_path):
