@@ -162,7 +162,7 @@ def _as_dict(prepared: Prepared, batch: Batch) -> tuple[dict[str, Tensor], Tenso
 def _search(prepared: Prepared) -> dict[str, Any]:
     """Time the search of both tasks' tickets, baselines included, and the plain loop."""
     training = Training()
-    rows = Rows(TASKS, training, training)
+    rows = Rows(TASKS, training)
     trials = [Trial("sparse_sharing", TASKS, masks=Masks(search=rows.search()), training=training)]
     result: dict[str, Any] = {}
     with TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -377,10 +378,19 @@ def _dense_layer(x: Tensor, layer: SparseLayer, task: str, codes: Codes | None) 
 
 def _autocast(x: Tensor) -> Tensor:
     """Return `x` as autocast wants the operands of a matrix product."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != torch.float64 and _is_autocast(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def _is_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which operations on the device of `x` take the dtypes that they are given."""
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext()
 
 
 def _check_masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -425,10 +435,7 @@ def _as_it_is(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the kernel without autocast: the dtypes were chosen at the door, and a gradient's are its forward's."""
 
     def run(first: Tensor, *rest: Any) -> Tensor:
-        kind = first.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return kernel(first, *rest)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(first):
             return kernel(first, *rest)
 
     return run

@@ -102,7 +102,7 @@ class SeedRun:
         result = {
             "seed": self.seed,
             "test": metrics,
-            "tickets": {t: [_ticket_record(x) for x in found] for t, found in tickets.items()},
+            "tickets": {t: [ticket_record(x) for x in found] for t, found in tickets.items()},
             "best_level": {task: self.best(tickets[task], task).level for task in self.tasks},
             "seconds": self._seconds(),
         }
@@ -198,7 +198,8 @@ class SeedRun:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def _ticket_record(ticket: Ticket) -> dict[str, Any]:
+def ticket_record(ticket: Ticket) -> dict[str, Any]:
+    """Return what a result says of a ticket."""
     return {
         "level": ticket.level,
         "density": ticket.mask.density,

@@ -14,7 +14,7 @@ from torch import nn
 
 from lt4rec_sparse.data import Prepared
 from lt4rec_sparse.experiments import objectives
-from lt4rec_sparse.experiments.arms import HIGHER_IS_BETTER, MAIN_METRIC
+from lt4rec_sparse.experiments.arms import HIGHER_IS_BETTER, MAIN_METRIC, ticket_record
 from lt4rec_sparse.experiments.searches import Searches
 from lt4rec_sparse.experiments.starts import JUDGED_ROWS, Log, Starts, save_state
 from lt4rec_sparse.experiments.trials import Trial
@@ -115,7 +115,7 @@ class Laboratory:
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": mlp_multiply_adds(model),
             "masks": None if masks is None else _facts(masks),
-            "tickets": {task: [_ticket(x) for x in tickets] for task, tickets in found.items()} or None,
+            "tickets": {task: [ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
             "best_level": {task: self._best(task, tickets).level for task, tickets in found.items()} or None,
         }
         if trial.is_tested:
@@ -194,13 +194,4 @@ def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
         "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
         "overlap": overlap(first, others[0]) if others else None,
         "ownership": ownership(masks),
-    }
-
-
-def _ticket(ticket: Ticket) -> dict[str, Any]:
-    return {
-        "level": ticket.level,
-        "density": ticket.mask.density,
-        "layer_density": ticket.mask.layer_density(),
-        "validation": dict(ticket.metrics),
     }

@@ -11,7 +11,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments.trials import Training, Trial
 from lt4rec_sparse.ranking import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
 from lt4rec_sparse.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
-from lt4rec_sparse.training.objectives import forward, rows_of
+from lt4rec_sparse.training.objectives import forward, logits_of, rows_of
 
 PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # what `Training.dtype` is to autocast
 DURATION = "duration_ms"  # the carried column that conflicts are told by
@@ -35,7 +35,7 @@ def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batc
 
     def loss(batch: Batch) -> Tensor:
         rows = rows_of(batch, task)
-        return losses.of(task, batch, rows, forward(model, batch.features.take(rows), task, losses.dtype).squeeze(1))
+        return losses.of(task, batch, rows, logits_of(model, batch, rows, task, losses.dtype))
 
     return loss
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from lt4rec_sparse import ops
 from lt4rec_sparse.features import EncodedFeatures, Field
 
 
@@ -31,6 +34,7 @@ class CrossedEmbeddings(nn.Module):
 
     table_starts: Tensor
     pairs: Tensor
+    pair_of: Tensor
 
     def __init__(
         self, fields: Sequence[tuple[str, str, bool]], table_sizes: Mapping[str, int], dim: int = 16, std: float = 0.05
@@ -52,6 +56,10 @@ class CrossedEmbeddings(nn.Module):
         n = len(self.fields)
         rows, columns = torch.triu_indices(n, n, offset=1)
         self.register_buffer("pairs", rows * n + columns, persistent=False)
+        # Of each place of the n x n dots the pair that it is of; of the diagonal any.
+        pair_of = torch.zeros(n, n, dtype=torch.int64)
+        pair_of[rows, columns] = pair_of[columns, rows] = torch.arange(len(rows))
+        self.register_buffer("pair_of", pair_of.flatten(), persistent=False)
 
     @property
     def out_features(self) -> int:
@@ -67,6 +75,14 @@ class CrossedEmbeddings(nn.Module):
         Returns:
             `[batch, out_features]`, dtype of the embeddings.
         """
+        embedded = self.embed(features)
+        if torch.is_grad_enabled() and embedded.requires_grad:
+            crossed: Tensor = _Cross.apply(embedded, self.pairs, self.pair_of)  # type: ignore[no-untyped-call]
+            return crossed
+        return _cross(embedded, self.pairs)
+
+    def embed(self, features: EncodedFeatures) -> Tensor:
+        """Return each field's vector, uncrossed: `[batch, n, dim]`, single-valued fields first."""
         batch, n = features.single.shape[0], len(self.fields)
         parts = []
         if self.n_single:
@@ -86,6 +102,30 @@ class CrossedEmbeddings(nn.Module):
                 include_last_offset=True,
             )
             parts.append(pooled.view(n - self.n_single, batch, self.dim).transpose(0, 1))
-        embedded = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # [batch, n, dim]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _cross(embedded: Tensor, pairs: Tensor) -> Tensor:
+    """Return `[embedded, dots of pairs]`, `[batch, n dim + n (n - 1) / 2]`, of `embedded [batch, n, dim]`."""
+    with ops.without_autocast(embedded):  # products of so few numbers take longer to cast than to form
         dots = torch.bmm(embedded, embedded.transpose(1, 2)).flatten(1)  # [batch, n * n]
-        return torch.cat([embedded.flatten(1), dots.index_select(1, self.pairs)], dim=1)
+    return torch.cat([embedded.flatten(1), dots.index_select(1, pairs)], dim=1)
+
+
+class _Cross(torch.autograd.Function):
+    """`_cross` with its gradient in one gather and one product: torch's own scatters, and multiplies twice."""
+
+    @staticmethod
+    def forward(ctx: Any, embedded: Tensor, pairs: Tensor, pair_of: Tensor) -> Tensor:
+        ctx.save_for_backward(embedded, pair_of)
+        return _cross(embedded, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        embedded, pair_of = ctx.saved_tensors
+        batch, n, dim = embedded.shape
+        # e_i . e_j moves e_i along e_j and e_j along e_i, and nothing moves a vector along itself.
+        d_dots = dx.index_select(1, pair_of + n * dim).view(batch, n, n)
+        d_dots.diagonal(dim1=1, dim2=2).zero_()
+        return torch.baddbmm(dx[:, : n * dim].view(batch, n, dim), d_dots, embedded), None, None

@@ -32,9 +32,9 @@ class FirstOrder(nn.Module):
         self.weights = nn.ModuleDict(
             {task: CrossedEmbeddings(fields, table_sizes, dim=1, std=0.0) for task in check_tasks(tasks)}
         )
-        self._n = len(fields)
 
     def forward(self, features: EncodedFeatures, task: str) -> Tensor:
         """Return one task's logits: `[batch, 1]`."""
-        weights: Tensor = self.weights[task](features)[:, : self._n]
-        return weights.sum(1, keepdim=True)
+        weights = self.weights[task]
+        assert isinstance(weights, CrossedEmbeddings)
+        return weights.embed(features).sum(1)  # [batch, n, 1] -> [batch, 1]

@@ -85,6 +85,8 @@ class TaskInputs(nn.Module):
         """Embed a batch for the named tasks."""
         if isinstance(self.embeddings, MultiviewEmbeddings):
             whole = self.embeddings(features, tasks)
+        elif self.cross == "wide_deep":  # it reads no dots
+            whole = dict.fromkeys(tasks, self.embeddings.embed(features).flatten(1))
         else:
             whole = dict.fromkeys(tasks, self.embeddings(features))
         if self.first_order is None:
