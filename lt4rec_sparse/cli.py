@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lt4rec_sparse.errors import InputError
+
+if TYPE_CHECKING:
+    from lt4rec_sparse.ranking import Conflict
 
 # Click's own in older versions of typer, a copy within typer in newer ones.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -102,9 +105,26 @@ def experiment(
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
     cross: Annotated[str, typer.Option(help="dlrm, wide_deep or deepfm.")] = "dlrm",
     products: Annotated[str, typer.Option(help="What products compute in while training.")] = "bfloat16",
+    loss: Annotated[
+        list[str] | None, typer.Option(help="A task's loss, such as ctr=focal: bce, focal or mse; for each task once.")
+    ] = None,
+    cvr_scale: Annotated[float, typer.Option(help="Eq 2's b beside a = 1, of S-Weight-taskbalance.")] = 5.0,
+    conflict: Annotated[
+        str,
+        typer.Option(
+            help="Of S-Weight-gradientconflict: when a video is long (ms), below which ratios a long and a short one "
+            "are hardly watched, and what such a row counts for the click and for the watching."
+        ),
+    ] = "60000,0.1,0.2,0.2,5",
+    exclusive_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of a task's own embedding, of S-Weight-multiview; a quarter of the others'."),
+    ] = None,
+    wider: Annotated[float, typer.Option(help="Width factor of S-Weight-biggernet.")] = 1.375,
     impressions: Annotated[int, typer.Option(help="Of each simulated log of regimes.")] = 2_000_000,
 ) -> None:
     """Carry out a declared experiment of the paper, or beyond it, over seeds, and write its tables and plots."""
+    from lt4rec_sparse.experiments.declared import Variants
     from lt4rec_sparse.experiments.experiment import Resources, run_experiment
     from lt4rec_sparse.experiments.regimes import Regimes, run_regimes
     from lt4rec_sparse.experiments.trials import Training
@@ -125,11 +145,13 @@ def experiment(
         epochs=epochs,
         batch_size=batch_size,
         cross=cross,
+        losses=tuple(sorted(losses(loss or []).items())),
         dtype=products,
     )
+    variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
     out = out or Path("runs") / "experiments" / data.resolve().name
     with progress_bars() as progress:
-        report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress)
+        report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -305,6 +327,34 @@ def widths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
+
+
+def losses(named: list[str]) -> dict[str, str]:
+    """Return ["ctr=focal"] as task -> loss.
+
+    Raises:
+        InputError: If one is no pair, or a task stands twice.
+    """
+    pairs = [text.partition("=") for text in named]
+    found = {task: loss for task, _, loss in pairs}
+    if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
+        raise InputError(f"--loss: got {' '.join(named)}, wanted such as ctr=focal, for each task once")
+    return found
+
+
+def conflict_of(text: str) -> Conflict:
+    """Return "60000,0.1,0.2,0.2,5" as thresholds and factors.
+
+    Raises:
+        InputError: If they are not five numbers of at least 0.
+    """
+    from lt4rec_sparse.ranking import Conflict
+
+    try:
+        long_ms, long_ratio, short_ratio, click, watch = (float(part) for part in text.split(","))
+        return Conflict(long_ms, long_ratio, short_ratio, click, watch)
+    except ValueError as error:
+        raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error
 
 
 def main() -> None:

@@ -251,6 +251,33 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--hidden", "16,0"], r"hidden: got \(16, 0\), wanted at least one width, each at least 1"),
+        (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--batch-size", "-1"], "batch_size: got -1, wanted at least 1"),
+        (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
+        (["--cross", "dcn"], "cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"),
+        (["--products", "int8"], "dtype: got 'int8', wanted one of float32, bfloat16"),
+        (["--loss", "ctr"], "--loss: got ctr, wanted such as ctr=focal, for each task once"),
+        (["--loss", "ctr=bce", "--loss", "ctr=mse"], "--loss: got ctr=bce ctr=mse, wanted"),
+        (["--loss", "ctr=hinge"], "loss: got 'hinge', wanted one of bce, focal, mse"),
+        (["--conflict", "60000,0.1"], "--conflict: got '60000,0.1', wanted five numbers such as"),
+        (["--conflict", "-1,0.1,0.2,0.2,5"], "--conflict: got '-1,0.1,0.2,0.2,5', wanted five numbers"),
+        (["--wider", "0"], "wider: got 0.0, wanted more than 0"),
+        (["--cvr-scale", "-2"], "cvr_scale: got -2.0, wanted more than 0"),
+        (["--exclusive-dim", "0"], "exclusive_dim: got 0, wanted at least 1"),
+    ],
+)
+def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, arguments, message):
+    line = refusal("experiment", "table2", "--data", small_folder, "--out", tmp_path / "out", *arguments)
+    assert re.search(message, line)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment", "table2"], "--data: got none, wanted a folder with a log"),
+        (["experiment", "regimes", "--data", "{tmp}"], "--data: got .* for regimes, wanted none"),
         (["simulate"], "Missing argument"),
         (["simulate", "{tmp}/log", "--impressions", "10"], "impressions: got 10, wanted at least 100"),
         (["simulate", "{tmp}/log", "--conflict", "1.5"], r"conflict: got 1.5, wanted a number in \[0, 1\]"),

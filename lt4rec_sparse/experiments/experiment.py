@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.data import Prepared, open_source, prepare
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments import declared, pages
-from lt4rec_sparse.experiments.declared import BASE, Row, Rows
+from lt4rec_sparse.experiments.declared import BASE, Row, Rows, Variants
 from lt4rec_sparse.experiments.grid import run_jobs
 from lt4rec_sparse.experiments.jobs import DATA, jobs_of
 from lt4rec_sparse.experiments.trials import Training, Trial
@@ -70,6 +70,7 @@ def run_experiment(
     training: Training | None = None,
     resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
+    variants: Variants | None = None,
 ) -> Path:
     """Carry out an experiment, or what of it is not done yet, and write its tables and plots.
 
@@ -90,12 +91,13 @@ def run_experiment(
         training: Of every row, but for its learning rate; None for the default.
         resources: Processes.
         progress: Called with a stage's name, steps done and steps in all.
+        variants: What the paper's variants are; None for the default.
 
     Returns:
         The path of `report.md`.
 
     Raises:
-        InputError: If there is no such experiment, or no seed.
+        InputError: If there is no such experiment, or no seed, or a loss is of no task.
         DataError: If the data are not what their schema says, or others than `out` holds trials of.
     """
     if name not in EXPERIMENTS:
@@ -103,15 +105,19 @@ def run_experiment(
     if seeds < 1:
         raise InputError(f"seeds: got {seeds}, wanted at least 1")
     experiment = EXPERIMENTS[name]
-    # What was trained before is of the data as they were then.
-    prepared = prepare(data, out / DATA, open_source(data).schema, progress, replace=not (out / "trials").exists())
-    missing = [column for column in experiment.carried if column not in prepared.schema.carried]
+    training, schema = training or Training(), open_source(data).schema
+    missing = [column for column in experiment.carried if column not in schema.carried]
     if missing:
         raise InputError(
             f"{name}: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
         )
+    unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
+    if unknown:
+        raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
+    # What was trained before is of the data as they were then.
+    prepared = prepare(data, out / DATA, schema, progress, replace=not (out / "trials").exists())
     return _carry_out(
-        name, experiment, prepared, out, seeds, training or Training(), resources or Resources(), progress
+        name, experiment, prepared, out, seeds, training, resources or Resources(), progress, variants or Variants()
     )
 
 
@@ -124,6 +130,7 @@ def _carry_out(
     training: Training,
     resources: Resources,
     progress: Progress,
+    variants: Variants,
 ) -> Path:
     kinds = {task.name: task.kind for task in prepared.schema.tasks if experiment.all_tasks or not task.extra}
     every_kind = {task.name: task.kind for task in prepared.schema.tasks}
@@ -139,9 +146,9 @@ def _carry_out(
         return run
 
     # The baselines first: their learning rates are those of the searches.
-    rows = Rows(tuple(kinds), training)
+    rows = Rows(tuple(kinds), training, variants=variants)
     rates = tuned_rates([rows.base()], every_kind, out, carry(f"{name}: tune the baselines"))
-    rows = Rows(tuple(kinds), training, tuple(zip(kinds, rates[BASE], strict=True)))
+    rows = replace(rows, search_rates=tuple(zip(kinds, rates[BASE], strict=True)))
     table = experiment.rows(rows)
     rates |= tuned_rates(rate_rows(table, rows), every_kind, out, carry(f"{name}: tune the rows"))
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import GRANULARITIES
-from lt4rec_sparse.ranking import Conflict
+from lt4rec_sparse.ranking import CROSSES, LOSSES, Conflict
 from lt4rec_sparse.ranking.build import MODELS
 
 METHODS = ("rounds", "one_shot", "gradual", "drop_and_grow")
@@ -68,6 +68,14 @@ class Training:
 
     def __post_init__(self) -> None:
         _check(self.dtype, DTYPES, "dtype")
+        _check(self.cross, CROSSES, "cross")
+        for _, loss in self.losses:
+            _check(loss, tuple(LOSSES), "loss")
+        for name in ("embedding_dim", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if not self.hidden or min(self.hidden) < 1:
+            raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
         if self.warm_up < 0:
             raise InputError(f"warm_up: got {self.warm_up}, wanted 0 or more")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lt4rec_sparse.experiments import declared
-from lt4rec_sparse.experiments.declared import BASE, BIGGER, KEPT_A_ROUND, ROUNDS, Rows
+from lt4rec_sparse.experiments.declared import BASE, KEPT_A_ROUND, ROUNDS, Rows, Variants
 from lt4rec_sparse.experiments.experiment import EXPERIMENTS, rate_rows
 from lt4rec_sparse.experiments.trials import Training
 from lt4rec_sparse.ranking import MODELS
@@ -61,6 +61,6 @@ def test_the_bigger_network_is_left_with_as_many_weights():
 
     row = next(row for row in declared.table2(ROWS) if row.key == "s_weight_biggernet_equal")
     (trial,) = row.trials
-    assert trial.training.hidden == tuple(round(BIGGER * width) for width in TRAINING.hidden)
+    assert trial.training.hidden == tuple(round(Variants().wider * width) for width in TRAINING.hidden)
     kept = size(trial.training.hidden) * trial.masks.search.density
     assert abs(kept / (size(TRAINING.hidden) * KEPT_A_ROUND**ROUNDS) - 1) < 0.02

@@ -101,3 +101,6 @@ def test_what_is_no_experiment_is_refused(small_folder, tmp_path):
         run_experiment("table9", small_folder, tmp_path, 1)
     with pytest.raises(InputError, match="seeds: got 0, wanted at least 1"):
         run_experiment("table2", small_folder, tmp_path, 0)
+    with pytest.raises(InputError, match="losses: got one of like, wanted them of the log's tasks"):
+        run_experiment("table2", small_folder, tmp_path, 1, Training(losses=(("like", "bce"),)))
+    assert not list(tmp_path.iterdir())
