@@ -36,7 +36,8 @@ class MaskedAdam:
     biases, heads) take the plain step, those without gradient none.
 
     Weights that the same tasks own and that took as many steps are gathered into one vector, stepped by torch's Adam,
-    and put back; momentum is stored for kept weights only.
+    and put back; momentum is stored for kept weights only. Where a layer has one task and all its weights took as many
+    steps, the plain step does the same in a third of the time: without gradient, momentum and decay it subtracts zero.
 
     Masks may change while the model trains, if `remask` follows. Each weight's time goes on as long as any task owns
     it: a weight that stays owned keeps its momentum and its count of steps, whichever tasks own it; one that nobody
@@ -63,6 +64,7 @@ class MaskedAdam:
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
         self._adam = torch.optim.Adam(model.parameters(), learning_rate, betas, eps, weight_decay, fused=True)
         masked = {id(layer.weight) for layer in self._masked}
+        self._weight_decay = weight_decay
         self._free = [parameter for parameter in model.parameters() if id(parameter) not in masked]
         self._gather([_nothing(layer) for layer in self._masked])
 
@@ -81,8 +83,8 @@ class MaskedAdam:
             RuntimeError: If a mask changed since the optimiser last looked at them.
         """
         for task in tasks:
-            if self._parts and not any(task in part.layer.tasks for part in self._parts):
-                known = sorted({name for part in self._parts for name in part.layer.tasks})
+            if self._masked and not any(task in layer.tasks for layer in self._masked):
+                known = sorted({name for layer in self._masked for name in layer.tasks})
                 raise ValueError(f"task: got {task!r}, wanted one of {', '.join(known)}, the masked layers' tasks")
         self._check_masks()
         parts = [part for part in self._parts if not tasks or not part.owners.isdisjoint(tasks)]
@@ -136,6 +138,7 @@ class MaskedAdam:
             if bool(of_layer.steps[~layer.masks.any(0).flatten()].any()):
                 raise ValueError("state: got steps of weights that no mask keeps, wanted the model loaded first")
         self._adam.param_groups[0].update(state["settings"])
+        self._weight_decay = state["settings"]["weight_decay"]
         for parameter, of_parameter in zip(self._free, state["free"], strict=True):
             # Copies, since the state may be that of a living optimiser.
             self._adam.state[parameter] = {n: t.to(parameter.device, copy=True) for n, t in of_parameter.items()}
@@ -146,14 +149,16 @@ class MaskedAdam:
         result = []
         for layer in self._masked:
             moments = _nothing(layer)
-            parts = [part for part in self._parts if part.layer is layer]
-            places_of: list[tuple[Tensor | slice, Tensor]] = [(part.places, part.values) for part in parts]
-            for places, values in places_of or [(slice(None), layer.weight)]:
+            held: list[tuple[Tensor, Tensor, Tensor | slice]]  # places, what Adam steps, where these stand in it
+            held = [(part.places, part.values, slice(None)) for part in self._parts if part.layer is layer]
+            if layer in self._whole:
+                held = [(self._whole[layer], layer.weight, self._whole[layer])]
+            for places, values, inside in held:
                 state = self._adam.state.get(values)
                 if state:
                     moments.steps[places] = int(state["step"].item())
-                    moments.exp_avg[places] = state["exp_avg"].flatten()
-                    moments.exp_avg_sq[places] = state["exp_avg_sq"].flatten()
+                    moments.exp_avg[places] = state["exp_avg"].flatten()[inside]
+                    moments.exp_avg_sq[places] = state["exp_avg_sq"].flatten()[inside]
             result.append(moments)
         return result
 
@@ -163,16 +168,24 @@ class MaskedAdam:
         self._adam.state.clear()
         self._adam.state.update(free)
         self._parts: list[_Part] = []
-        whole = []
+        self._whole: dict[MaskedLinear, Tensor] = {}  # layer that takes the plain step -> places that tasks own
         for layer, of_layer in zip(self._masked, moments, strict=True):
-            # A layer that every task keeps whole has nothing to protect, and takes the plain step.
-            if bool(layer.masks.all()) and bool((of_layer.steps == of_layer.steps[:1]).all()):
-                whole.append(layer.weight)
-                self._remember(layer.weight, of_layer, slice(None))
+            owned = layer.masks.flatten(1).any(0).nonzero().squeeze(1)
+            steps = of_layer.steps[owned]
+            # A layer that every task keeps whole has nothing to protect.
+            is_plain = bool(layer.masks.all()) or (len(layer.tasks) == 1 and not self._weight_decay)
+            if is_plain and bool((steps == steps[:1]).all()):
+                self._whole[layer] = owned
+                everywhere = _nothing(layer)
+                for filled, known in zip(everywhere, of_layer, strict=True):
+                    filled[owned] = known[owned]
+                everywhere.steps.fill_(int(steps[:1].sum()))
+                self._remember(layer.weight, everywhere, slice(None))
                 continue
             for part in _parts(layer, of_layer.steps):
                 self._parts.append(part)
                 self._remember(part.values, of_layer, part.places)
+        whole = [layer.weight for layer in self._whole]
         self._adam.param_groups[0]["params"] = [*self._free, *whole, *(part.values for part in self._parts)]
         # Of every layer: one that is whole now and pruned later would be stepped past its new mask.
         self._masks = [layer.masks.clone() for layer in self._masked]
