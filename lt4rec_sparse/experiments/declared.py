@@ -13,6 +13,7 @@ from lt4rec_sparse.ranking import Conflict
 BASE, HARD, S_WEIGHT = "base", "hard_sharing", "s_weight"
 ROUNDS, DENSITY = 4, 0.2
 KEPT_A_ROUND = DENSITY ** (1 / ROUNDS)
+RANDOM_DENSITIES = (0.4, 0.1, 0.05)  # beside the method's own
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -239,6 +240,11 @@ def tickets(rows: Rows) -> list[Row]:
         rows.sparse("one_ticket", "one mask for all: the first task's ticket", replace(last, kind="one_for_all")),
         rows.sparse("one_random", "one mask for all: random", Masks("one_random", search)),
         rows.sparse("unanimous", "one mask for all: unanimous", Masks("unanimous", search)),
+    ]
+    table += [
+        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at))
+        for density in RANDOM_DENSITIES
+        for at in [replace(search, density=density)]
     ]
     for share in SHARES:
         table += [

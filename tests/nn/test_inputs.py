@@ -53,6 +53,37 @@ def test_equals_a_naive_implementation(batch):
     assert_exact(inputs(encoded(single, bags)).detach(), naive(inputs, single, bags).detach())
 
 
+@given(rows)
+def test_the_gradient_equals_autograds_through_a_naive_implementation(batch):
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    inputs.embedding.data = small_integers(12, 3, generator=torch.Generator().manual_seed(0))
+    single, bags = [row[0] for row in batch], [[row[1] for row in batch], [row[2] for row in batch]]
+    upstream = small_integers(len(batch), inputs.out_features, generator=torch.Generator().manual_seed(1))
+    found = []
+    for x in (inputs(encoded(single, bags)), naive(inputs, single, bags)):
+        inputs.embedding.grad = None
+        if batch:
+            x.backward(upstream)
+            found.append(inputs.embedding.grad)
+    if batch:
+        assert_exact(*found)
+
+
+def test_autocast_is_kept_out_of_the_cross():
+    inputs, features = CrossedEmbeddings(FIELDS, SIZES, dim=3), encoded([(1, 2), (4, 0)], [[[1], []], [[0, 3], [2]]])
+    gradients = []
+    for is_enabled in (False, True):
+        inputs.embedding.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            x = inputs(features)
+        x.square().sum().backward()
+        gradients.append((x.detach(), inputs.embedding.grad))
+    (plain, plain_grad), (cast, cast_grad) = gradients
+    assert cast.dtype == torch.float32
+    assert_exact(cast, plain)
+    assert_exact(cast_grad, plain_grad)
+
+
 def test_width():
     assert CrossedEmbeddings(FIELDS, SIZES, dim=3).out_features == 4 * 3 + 6
 

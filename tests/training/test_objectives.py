@@ -8,6 +8,7 @@ from lt4rec_sparse.nn import CrossedEmbeddings
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranking import HardSharing, loss_of
 from lt4rec_sparse.training import Alternating, Joint, Projected, TaskLosses
+from lt4rec_sparse.training.objectives import ROW_TILE
 
 LOSSES = {"ctr": loss_of("binary"), "cvr": loss_of("ratio")}
 
@@ -54,6 +55,31 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = {name for part in parts for name in part}
     return {name: sum(part[name] for part in parts if name in part) for name in names}
+
+
+class CountsRows(nn.Module):
+    """A model whose logit of a row is one parameter; remembers how many rows it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit, self.seen = nn.Parameter(torch.zeros(())), []
+
+    def forward(self, features, task):
+        self.seen.append(features.batch)
+        return self.logit.expand(features.batch, 1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_lower_dtype_runs_on_whole_tiles_of_rows_and_nothing_that_fills_them_counts(batch, dtype):
+    n = int(batch.rows["cvr"].sum())
+    assert 0 < n < len(batch.rows["cvr"]), "a part of the batch"
+    model = CountsRows()
+    ((_, found),) = gradients(Alternating(TaskLosses({"cvr": LOSSES["cvr"]}, dtype=dtype)), model, batch)
+    assert model.seen == [n if dtype is None else -(-n // ROW_TILE) * ROW_TILE]
+    rows = batch.rows["cvr"].nonzero().squeeze(1)
+    x = torch.zeros(n, requires_grad=True)
+    LOSSES["cvr"](x, batch.labels["cvr"][rows], batch.weights["cvr"][rows]).backward()
+    assert abs(float(found["logit"]) - float(x.grad.double().sum())) <= n * 2.0**-24  # n terms below 1 in float32
 
 
 def test_alternation_steps_each_task_on_its_own_rows(model, batch):
