@@ -13,6 +13,7 @@ from lt4rec_sparse.ranking import Conflict
 BASE, HARD, S_WEIGHT = "base", "hard_sharing", "s_weight"
 ROUNDS, DENSITY = 4, 0.2
 KEPT_A_ROUND = DENSITY ** (1 / ROUNDS)
+SMALL = 0.25  # of the widths: a dense network of some 20 % of the weights, where the first layer has most of them
 RANDOM_DENSITIES = (0.4, 0.1, 0.05)  # beside the method's own
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -85,6 +86,20 @@ class Rows:
         trials = tuple(Trial("sparse_sharing", (task,), training=self.training) for task in self.tasks)
         return Row(BASE, "base (single-task)", trials, BASE)
 
+    def small(self) -> list[Row]:
+        """Return the dense networks that cost as much as a fifth of the usual one: what sparse ones must beat."""
+        small = replace(self, training=replace(self.training, hidden=scaled(self.training.hidden, SMALL)))
+        rows = [small.base(), small.dense(HARD, "hard sharing", "alternating")]
+        return [
+            replace(
+                row,
+                key=f"{row.key}_small",
+                title=f"{row.title}, dense and {SMALL:g}x as wide",
+                rate_of=f"{row.key}_small",
+            )
+            for row in rows
+        ]
+
     def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
         """Return a multi-task model without masks."""
         key = model if objective in ("joint", "alternating") else f"{model}_{objective}"
@@ -118,7 +133,7 @@ def table2(rows: Rows) -> list[Row]:
     balance = {"scales": ((first, 1.0), *((task, variants.cvr_scale) for task in rest))}
     conflict = {"conflict": variants.conflict}
     multiview = replace(rows.training, exclusive_dim=variants.exclusive_dim or max(1, rows.training.embedding_dim // 4))
-    bigger = replace(rows.training, hidden=tuple(max(1, round(variants.wider * w)) for w in rows.training.hidden))
+    bigger = replace(rows.training, hidden=scaled(rows.training.hidden, variants.wider))
     more = rows.search(training=bigger, rounds=ROUNDS + 1, density=KEPT_A_ROUND ** (ROUNDS + 1))
     table = [
         rows.base(),
@@ -177,8 +192,8 @@ def figure4(rows: Rows) -> list[Row]:
 
 
 def granularity(rows: Rows) -> list[Row]:
-    """From single weights to whole neurons: best and last tickets of each."""
-    table = [rows.base(), rows.dense("hard_sharing", "hard sharing", "alternating")]
+    """From single weights to whole neurons: best and last tickets of each, beside small dense networks."""
+    table = [rows.base(), rows.dense("hard_sharing", "hard sharing", "alternating"), *rows.small()]
     for kind in GRANULARITIES:
         if kind == "block64":
             continue
@@ -221,6 +236,7 @@ def tickets(rows: Rows) -> list[Row]:
     table = [
         rows.base(),
         rows.dense("hard_sharing", "hard sharing", "alternating"),
+        *rows.small(),
         rows.sparse("ticket", "ticket: one quantile over all layers", last),
         rows.sparse("ticket_layer", "ticket: a quantile a layer", Masks(search=layer, level="last")),
         rows.sparse("random_like", "the ticket's layer densities, shuffled", replace(last, kind="random_like")),
@@ -272,6 +288,11 @@ def many_tasks(rows: Rows) -> list[Row]:
         rows.dense("mmoe", "MMoE"),
         rows.dense("ple", "PLE"),
     ]
+
+
+def scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
+    """Return hidden widths times a factor, each at least 1."""
+    return tuple(max(1, round(factor * width)) for width in widths)
 
 
 def searches(rows: Sequence[Row]) -> set[Search]:

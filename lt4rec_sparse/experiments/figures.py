@@ -30,6 +30,7 @@ Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REGIME_OPPONENTS = {HARD: TITLES[HARD], SINGLE: TITLES[SINGLE], "random": "random masks"}
 WAYS = ("tickets", "random")  # how the masks of `plot_recovery` came about
 # A single seed, in its row's colour; the black edge shows it within the mark of the mean too.
 SEED_MARKS: dict[str, Any] = {
@@ -242,12 +243,12 @@ def plot_overlap(records: Sequence[Record], titles: Mapping[str, str], path: Pat
 
 
 def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
-    """Draw where sparse sharing pays: its CVR MSE against two other models over click rate and conflict.
+    """Draw where sparse sharing pays: its CVR MSE against other models over click rate and conflict.
 
     Args:
-        cells: One a simulated log: `click_rate` and `conflict` of the simulator, and `differences`, a list over seeds
-            for "hard_sharing" and for "single_task": relative difference of S-Weight's CVR MSE in %, below 0 if
-            S-Weight is better.
+        cells: One a simulated log: `click_rate` and `conflict` of the simulator, and `differences`, for each of the
+            same other models (`REGIME_OPPONENTS`) a list over seeds: relative difference of S-Weight's CVR MSE in %,
+            below 0 if S-Weight is better.
         path: Of the picture.
 
     Raises:
@@ -258,14 +259,14 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     if not cells or len(set(where)) < len(where):
         raise InputError(f"cells: got {len(where)}, {len(set(where))} of them distinct, wanted one a regime")
     panels = {}
-    for other in (HARD, SINGLE):
+    for other in cells[0]["differences"]:
         panels[other] = np.full((len(conflicts), len(rates)), np.nan)
         for place, cell in zip(where, cells, strict=True):
             panels[other][place] = np.mean(cell["differences"][other])
     limit = max(float(np.nanmax(np.abs(means))) for means in panels.values()) or 1.0
-    size = (2 * (0.72 * len(rates) + 0.4) + 1.4, 0.62 * len(conflicts) + 1.2)
-    figure = Figure(figsize=(max(7.0, size[0]), max(2.8, size[1])), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    size = (len(panels) * (0.72 * len(rates) + 0.4) + 1.4, 0.62 * len(conflicts) + 1.2)
+    figure = Figure(figsize=(max(3.2 * len(panels) + 0.6, size[0]), max(2.8, size[1])), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
     for axis, (other, means) in zip(axes, panels.items(), strict=True):
         axis.set_facecolor(DEAD)  # shows where there is no cell
         image = axis.imshow(means, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
@@ -277,10 +278,10 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
         axis.set_yticks(range(len(conflicts)), [f"{conflict:g}" for conflict in conflicts])
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-        axis.set(xlabel="click rate, %", title=f"S-Weight against {TITLES[other]}")
+        axis.set(xlabel="click rate, %", title=f"against {REGIME_OPPONENTS[other]}")
     axes[0].set(ylabel="conflict of the tasks")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("difference of CVR MSE, %\n(below 0: S-Weight is better)")
+    bar.set_label("S-Weight's CVR MSE, difference in %\n(below 0: S-Weight is better)")
     bar.outline.set_visible(False)
     figure.savefig(path)
     return figure

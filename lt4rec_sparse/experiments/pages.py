@@ -112,7 +112,8 @@ def granularity(findings: Findings) -> str:
             lambda path: figures.plot_granularity(findings.records, curves, tasks, path, split="validation"),
         )
     ]
-    timed = {"hard_sharing": "hard sharing (dense)", **curves}
+    small = "hard_sharing_small"
+    timed = {"hard_sharing": "hard sharing (dense)", small: findings.rows[small], **curves}
     measured = serving_times(findings, list(timed))
     findings.further["serving"] = measured
     for record in findings.records:

@@ -90,6 +90,7 @@ def cells_of(seeds, rates=(0.02, 0.1, 0.35), conflicts=(0.0, 0.5, 0.9)):
             "differences": {
                 HARD: (2 - 8 * conflict + 10 * rate + rng.normal(size=seeds)).tolist(),
                 SINGLE: (-10 + 30 * rate + 5 * conflict + rng.normal(size=seeds)).tolist(),
+                "random": (rate - 5 * conflict + rng.normal(size=seeds)).tolist(),
             },
         }
         for rate in rates
@@ -270,7 +271,7 @@ def test_regimes_say_mean_and_error_of_each_cell(tmp_path, seeds):
     figure = figures.plot_regimes(cells[:-1], tmp_path / "f.png")  # one cell is missing
     assert is_picture(tmp_path / "f.png")
     assert no_text_overlaps(figure)
-    for axis, other in zip(figure.axes, (HARD, SINGLE), strict=False):
+    for axis, other in zip(figure.axes, (HARD, SINGLE, "random"), strict=False):
         (image,) = axis.get_images()
         low, high = image.get_clim()
         assert low == -high
