@@ -51,8 +51,11 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run folder; a run that stopped goes on there.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every training: 1, or 2 on the simulated log.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of pruning a task.")] = 4,
-    density: Annotated[float, typer.Option(help="Share of the hidden weights alive after the last round.")] = 0.2,
+    masks: Annotated[str, typer.Option(help="random, without a search; or tickets, the paper's.")] = "tickets",
+    rounds: Annotated[int, typer.Option(help="Rounds of pruning a task, for tickets.")] = 4,
+    density: Annotated[
+        float, typer.Option(help="Share of the hidden weights that a random mask keeps, or the last ticket.")
+    ] = 0.2,
     batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 256 simulated.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
@@ -62,7 +65,7 @@ def run(
     ] = "weight",
     tasks: Annotated[str, typer.Option(help="Names, such as ctr,cvr,like; all but the schema's extra ones.")] = "",
 ) -> None:
-    """Find a ticket per task, train one shared network, freeze it, and report it against its opponents."""
+    """Give each task a mask, train one shared network, freeze it, and report it against its opponents."""
     from lt4rec_sparse.experiments.run import run as run_experiment
     from lt4rec_sparse.experiments.settings import SIMULATED, RunSettings
 
@@ -74,6 +77,7 @@ def run(
         learning_rate=learning_rate,
         epochs=default.epochs if epochs is None else epochs,
         batch_size=default.batch_size if batch_size is None else batch_size,
+        masks=masks,
         rounds=rounds,
         density=density,
         granularity=granularity,

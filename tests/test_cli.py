@@ -27,7 +27,20 @@ from lt4rec_sparse.experiments import run as run_module
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.serving import Ranker, load, save
 
-TINY = ("--hidden", "16,8", "--embedding-dim", 4, "--rounds", 1, "--epochs", 1, "--batch-size", 1024)
+TINY = (
+    "--masks",
+    "tickets",
+    "--hidden",
+    "16,8",
+    "--embedding-dim",
+    4,
+    "--rounds",
+    1,
+    "--epochs",
+    1,
+    "--batch-size",
+    1024,
+)
 
 
 def invoke(*arguments):
@@ -234,6 +247,7 @@ def test_help_names_every_command():
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--seeds", "two"], "Invalid value for '--seeds': "),
         (["--rounds", "0"], "rounds: got 0, wanted at least 1"),
+        (["--masks", "some"], "masks: got 'some', wanted one of random, tickets"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),

@@ -16,7 +16,15 @@ from lt4rec_sparse.data import Prepared
 from lt4rec_sparse.experiments.settings import RunSettings, tasks_of
 from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.files import whole_file, write_whole
-from lt4rec_sparse.lottery import Ticket, best_ticket, one_for_all, random_like, random_uniform, search_tickets
+from lt4rec_sparse.lottery import (
+    Ticket,
+    best_ticket,
+    one_for_all,
+    random_like,
+    random_masks,
+    random_uniform,
+    search_tickets,
+)
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import CrossedEmbeddings
 from lt4rec_sparse.nn.optim import MaskedAdam
@@ -39,7 +47,7 @@ TITLES = {
     ONE_TICKET: "one mask for all: the first task's best ticket",
     ONE_RANDOM: "one mask for all: random, uniform density",
     SPARSE_LAST: "sparse sharing: last tickets",
-    RANDOM_LAST: "random masks: uniform density of the last tickets",
+    RANDOM_LAST: "sparse sharing: random masks, no search",
 }
 MAIN_METRIC = {"binary": "auc", "ratio": "mse"}
 HIGHER_IS_BETTER = {"auc": True, "mse": False}
@@ -76,21 +84,7 @@ class SeedRun:
             result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
             return result
         tickets = {task: self.search(task) for task in self.tasks}
-        best = {task: self.best(tickets[task], task).mask for task in self.tasks}
-        last = {task: found[-1].mask for task, found in tickets.items()}
-        generator = torch.Generator().manual_seed(self.seed)
-        first = next(iter(best))
-        granularity = self.settings.granularity
-        uniform = random_uniform(best, generator, granularity)
-        masks = {
-            SPARSE: best,
-            RANDOM_LIKE: random_like(best, generator, granularity),
-            RANDOM_UNIFORM: uniform,
-            ONE_TICKET: one_for_all(best, first),
-            ONE_RANDOM: one_for_all(uniform, first),
-            SPARSE_LAST: last,
-            RANDOM_LAST: random_uniform(last, generator, granularity),
-        }
+        masks = self._random(tickets) if self.settings.masks == "random" else self._tickets(tickets)
         arms = {HARD: self._train_arm(HARD, self._new(HardSharing, tuple(self.tasks)))}
         for arm, chosen in masks.items():
             arms[arm] = self._train_arm(arm, self.sparse_sharing(chosen))
@@ -103,14 +97,42 @@ class SeedRun:
             "seed": self.seed,
             "test": metrics,
             "tickets": {t: [ticket_record(x) for x in found] for t, found in tickets.items()},
-            "best_level": {task: self.best(tickets[task], task).level for task in self.tasks},
+            "best_level": {t: self.best(found, t).level for t, found in tickets.items() if len(found) > 1},
             "seconds": self._seconds(),
         }
         write_whole(done, json.dumps(result, indent=1))
         return result
 
+    def _random(self, tickets: Mapping[str, list[Ticket]]) -> dict[str, dict[str, Mask]]:
+        """Return the masks of each arm where nothing is searched; the only tickets are the full masks."""
+        generator, settings = torch.Generator().manual_seed(self.seed), self.settings
+        shapes = next(iter(tickets.values()))[0].mask.shapes
+        masks = random_masks(shapes, settings.density, tuple(tickets), generator, settings.granularity)
+        return {RANDOM_LAST: masks, ONE_RANDOM: one_for_all(masks, next(iter(masks)))}
+
+    def _tickets(self, tickets: Mapping[str, list[Ticket]]) -> dict[str, dict[str, Mask]]:
+        """Return the masks of each arm: tickets, and the controls that they must beat."""
+        best = {task: self.best(found, task).mask for task, found in tickets.items()}
+        last = {task: found[-1].mask for task, found in tickets.items()}
+        generator = torch.Generator().manual_seed(self.seed)
+        first = next(iter(best))
+        granularity = self.settings.granularity
+        uniform = random_uniform(best, generator, granularity)
+        return {
+            SPARSE: best,
+            RANDOM_LIKE: random_like(best, generator, granularity),
+            RANDOM_UNIFORM: uniform,
+            ONE_TICKET: one_for_all(best, first),
+            ONE_RANDOM: one_for_all(uniform, first),
+            SPARSE_LAST: last,
+            RANDOM_LAST: random_uniform(last, generator, granularity),
+        }
+
     def search(self, task: str) -> list[Ticket]:
-        """Search the tickets of one task (Algorithm 1, lines 1 to 9); level 0 is the single-task baseline."""
+        """Search the tickets of one task (Algorithm 1, lines 1 to 9); level 0 is the single-task baseline.
+
+        Without a search there is that level alone.
+        """
         model = self._new(SparseSharing, (task,))
 
         def train_and_judge(level: int) -> dict[str, float]:
@@ -122,7 +144,8 @@ class SeedRun:
 
         s = self.settings
         folder = self.folder / "tickets" / task
-        return search_tickets(task, model, model.mlp, train_and_judge, s.rounds, s.density, folder, s.granularity)
+        rounds = 0 if s.masks == "random" else s.rounds
+        return search_tickets(task, model, model.mlp, train_and_judge, rounds, s.density, folder, s.granularity)
 
     def best(self, tickets: list[Ticket], task: str) -> Ticket:
         """Return the task's best pruned ticket by its main metric on the validation split."""

@@ -24,8 +24,8 @@ from lt4rec_sparse.lottery import (
     best_ticket,
     one_for_all,
     random_like,
+    random_masks,
     random_separate,
-    random_uniform,
     separate,
     unanimous,
 )
@@ -158,8 +158,7 @@ class Laboratory:
             case "one_for_all":
                 return one_for_all(tickets, tasks[0])
             case "random" | "one_random":
-                dense_as = Mask.random(full.shapes, nnz, generator)
-                masks = random_uniform(dict.fromkeys(tasks, dense_as), generator, search.granularity)
+                masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
                 return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
             case "random_separate":
                 assert asked.shared is not None

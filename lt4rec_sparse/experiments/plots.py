@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from lt4rec_sparse.experiments.arms import MAIN_METRIC, SPARSE, SPARSE_LAST, TITLES
+from lt4rec_sparse.experiments.arms import MAIN_METRIC, TITLES
 
 # A colour-blind safe order (Okabe and Ito); grey is what no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
@@ -49,7 +49,7 @@ def plot_tickets(results: dict[str, Any], path: Path) -> None:
 
 def plot_ownership(results: dict[str, Any], path: Path) -> None:
     """Figure 3, counted: who owns the weights of each layer, as stacked bars."""
-    layers = results["frozen"][SPARSE]["ownership"]
+    layers = next(iter(results["frozen"].values()))["ownership"]
     owners = list(next(iter(layers.values())))
     colours = {"shared": SHARED, "dead": DEAD}
     tasks = zip(results["data"]["tasks"], cycle(TASK_COLOURS), strict=False)
@@ -72,13 +72,14 @@ def plot_ownership(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_latency(results: dict[str, Any], path: Path) -> None:
-    """Median time of a request against its candidates: sparse at both densities and dense, whole and MLP alone."""
+    """Median time of a request against its candidates: each sparse model and dense, whole and MLP alone."""
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (title, (dense, sparse)) in zip(axes, paths.items(), strict=True):
-        lines = {"dense torch": (SPARSE, dense, "#555555")}
-        lines |= {TITLES[arm]: (arm, sparse, c) for arm, c in zip((SPARSE, SPARSE_LAST), TASK_COLOURS, strict=False)}
+        frozen = list(results["frozen"])
+        lines = {"dense torch": (frozen[0], dense, "#555555")}
+        lines |= {TITLES[arm]: (arm, sparse, c) for arm, c in zip(frozen, TASK_COLOURS, strict=False)}
         for label, (arm, name, colour) in lines.items():
             records = [record for record in results["frozen"][arm]["latency"] if record["path"] == name]
             sizes = [record["candidates"] for record in records]

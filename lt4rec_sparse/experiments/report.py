@@ -13,11 +13,12 @@ import numpy as np
 from markdown_it import MarkdownIt
 
 from lt4rec_sparse.experiments import plots
-from lt4rec_sparse.experiments.arms import MAIN_METRIC, SINGLE, SPARSE, TITLES
+from lt4rec_sparse.experiments.arms import MAIN_METRIC, SINGLE, TITLES
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.nn.quantization import TOLERANCE
 
 PLOTS = {"tickets": plots.plot_tickets, "ownership": plots.plot_ownership, "latency": plots.plot_latency}
+SEARCHED = "tickets"  # the plot that there is only where tickets were searched
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -42,6 +43,8 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
     """
     (folder / "plots").mkdir(exist_ok=True)
     for name, plot in PLOTS.items():
+        if name == SEARCHED and not _is_searched(results):
+            continue
         plot(results, folder / "plots" / f"{name}.png")
     text = "\n\n".join(section for section in _sections(results) if section) + "\n"
     return write_page(text, f"LT4REC, sparse: {results['data']['name']}", folder)
@@ -72,9 +75,7 @@ def _sections(results: dict[str, Any]) -> list[str]:
         *(_accuracy(results, name) for name in results["seeds"][0]["test"][SINGLE]),
         _verdict(results),
         _further(results),
-        "## Tickets: how far can each task be pruned?",
-        _tickets(results),
-        "![Validation metric of each task against the weights that remain](plots/tickets.png)",
+        *_tickets(results),
         "## Who owns which weights",
         _ownership(results),
         "![Shares of shared, private and dead weights in each layer](plots/ownership.png)",
@@ -103,11 +104,12 @@ def _head(results: dict[str, Any]) -> str:
     epochs = "one epoch" if config["epochs"] == 1 else f"{config['epochs']} epochs"
     granularity = config.get("granularity", "weight")  # which older runs do not have
     pruned = "" if granularity == "weight" else f", by {granularity}"
+    masks = f"{config['rounds']} rounds of pruning to" if _is_searched(results) else "random masks that keep"
     text = (
         f"{data['counts']['rows_read']:,} impressions, {data['counts']['duplicates']:,} of them duplicates that were "
         f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; {epochs} of "
-        f"batches of {config['batch_size']} for every model; {config['rounds']} rounds of pruning to "
-        f"{config['density']:.0%} of the hidden weights{pruned}; {_seeds(results)}."
+        f"batches of {config['batch_size']} for every model; {masks} {config['density']:.0%} of the hidden "
+        f"weights{pruned}; {_seeds(results)}."
     )
     header = [
         "split",
@@ -152,7 +154,7 @@ def accuracy_table(results: dict[str, Any], part: str) -> str:
         header += [f"{task} {MAIN_METRIC[kind].upper()}", "against single-task"]
     rows = []
     for arm in results["seeds"][0]["test"]:
-        row = [f"**{TITLES[arm]}**" if arm == SPARSE else TITLES[arm]]
+        row = [f"**{TITLES[arm]}**" if arm == _served_arm(results) else TITLES[arm]]
         for task, kind in tasks.items():
             row += [_spread(_values(results, arm, part, task)), _against(results, arm, part, task, kind)]
         rows.append(row)
@@ -209,15 +211,15 @@ def _against(results: dict[str, Any], arm: str, part: str, task: str, kind: str)
 
 def _verdict(results: dict[str, Any]) -> str:
     """Say in words where sparse sharing stands, its losses as plainly as its wins."""
-    lines = []
+    lines, served = [], _served_arm(results)
     for task, kind in results["data"]["tasks"].items():
         metric = MAIN_METRIC[kind]
         mean = {arm: float(np.mean(_values(results, arm, "all", task))) for arm in results["seeds"][0]["test"]}
         # A tie is no loss: where the best ticket is the last one, two arms are the same model.
-        losses = [arm for arm in mean if (mean[arm] > mean[SPARSE] if metric == "auc" else mean[arm] < mean[SPARSE])]
+        losses = [arm for arm in mean if (mean[arm] > mean[served] if metric == "auc" else mean[arm] < mean[served])]
         against = f" It loses to {'; '.join(TITLES[arm] for arm in losses)}." if losses else " It loses to none."
         standing = f"{len(losses) + 1} of {len(mean)} by {metric.upper()}"
-        lines.append(f"- **{task}**: sparse sharing through the best tickets is {standing}.{against}")
+        lines.append(f"- **{task}**: {TITLES[served]} is {standing}.{against}")
     if len(results["seeds"]) > 1:
         note = "\n\nDifferences are paired over seeds; behind ± stands their standard error."
     else:
@@ -225,7 +227,19 @@ def _verdict(results: dict[str, Any]) -> str:
     return "\n".join(lines) + note
 
 
-def _tickets(results: dict[str, Any]) -> str:
+def _is_searched(results: dict[str, Any]) -> bool:
+    return bool(results["seeds"][0]["best_level"])
+
+
+def _served_arm(results: dict[str, Any]) -> str:
+    """Return the arm that `model.safetensors` holds: the first that was frozen."""
+    arm: str = next(iter(results["frozen"]))
+    return arm
+
+
+def _tickets(results: dict[str, Any]) -> list[str]:
+    if not _is_searched(results):
+        return []
     tasks = results["data"]["tasks"]
     levels = results["seeds"][0]["tickets"][next(iter(tasks))]
     header = ["remaining", *(f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in tasks.items())]
@@ -238,11 +252,16 @@ def _tickets(results: dict[str, Any]) -> str:
             row.append(_spread(values) + (f" (chosen by {chosen} of {len(values)})" if chosen else ""))
         rows.append(row)
     text = "On the validation days, each level trained alone from the saved start (Algorithm 1; Figure 4 of the paper)."
-    return f"{text} Circled: the level chosen.\n\n{table(header, rows)}"
+    return [
+        "## Tickets: how far can each task be pruned?",
+        f"{text} Circled: the level chosen.\n\n{table(header, rows)}",
+        "![Validation metric of each task against the weights that remain](plots/tickets.png)",
+    ]
 
 
 def _ownership(results: dict[str, Any]) -> str:
-    frozen = results["frozen"][SPARSE]
+    served = _served_arm(results)
+    frozen = results["frozen"][served]
     owners = list(next(iter(frozen["ownership"].values())))
     header = ["layer", "weights", *owners, *(f"overlap {pair}" for pair in frozen["overlap"])]
     rows = []
@@ -250,7 +269,7 @@ def _ownership(results: dict[str, Any]) -> str:
         total = sum(counts.values())
         shares = [f"{counts[owner] / total:.1%}" for owner in owners]
         rows.append([name, f"{total:,}", *shares, *(f"{pair[name]:.2f}" for pair in frozen["overlap"].values())])
-    text = "Best tickets of seed 0. Overlap is intersection over union of the masks."
+    text = f"{TITLES[served].capitalize()}, seed 0. Overlap is intersection over union of the masks."
     return f"{text}\n\n{table(header, rows)}"
 
 
@@ -342,9 +361,11 @@ def _times(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _seconds(results: dict[str, Any]) -> str:
     stages = results["seeds"][0]["seconds"]
     search = {stage: value for stage, value in stages.items() if stage.startswith("search")}
-    rows = [["mask search, all tasks and levels (level 0 is the single-task baseline)", f"{sum(search.values()):.0f}"]]
+    levels = "mask search, all tasks and levels (level 0 is the single-task baseline)"
+    first = levels if _is_searched(results) else "single-task baselines"
+    rows = [[first, f"{sum(search.values()):.0f}"]]
     rows += [[TITLES[stage], f"{value:.0f}"] for stage, value in stages.items() if stage not in search]
-    text = "Seconds of training, seed 0; every arm below the search trains all tasks jointly."
+    text = "Seconds of training, seed 0; every arm below trains all tasks jointly."
     return f"{text}\n\n{table(['stage', 's'], rows)}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lt4rec_sparse.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
-from lt4rec_sparse.experiments.arms import SPARSE, SPARSE_LAST, SeedRun
+from lt4rec_sparse.experiments.arms import RANDOM_LAST, SPARSE, SPARSE_LAST, SeedRun
 from lt4rec_sparse.experiments.frozen import freeze_and_compare
 from lt4rec_sparse.experiments.report import write_report
 from lt4rec_sparse.experiments.settings import (
@@ -27,19 +27,23 @@ from lt4rec_sparse.files import write_whole
 
 Progress = Callable[[str, int, int], None]
 
-ARTEFACTS = {SPARSE: "model.safetensors", SPARSE_LAST: "model_last.safetensors"}
+# Which arms are frozen, by where masks come from; the first is what is to be served.
+ARTEFACTS = {
+    "random": {RANDOM_LAST: "model.safetensors"},
+    "tickets": {SPARSE: "model.safetensors", SPARSE_LAST: "model_last.safetensors"},
+}
 
 
 def run(
     data: Path | None, out: Path, settings: RunSettings, progress: Progress = lambda stage, done, total: None
 ) -> Path:
-    """Prepare the data, search tickets, train every arm, freeze, measure and report; continue where a run stopped.
+    """Prepare the data, find masks, train every arm, freeze, measure and report; continue where a run stopped.
 
-    The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing models of seed 0,
-    `model.safetensors` through the best tickets and `model_last.safetensors` through the last, sparsest ones, both
-    calibrated for int8;
-    `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round; `metrics.jsonl`; `results.json`, all
-    figures of the report; `config.json`, the resolved settings; `data/`, the prepared log.
+    The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing model of seed 0,
+    `model.safetensors`, calibrated for int8: through random masks, or through the best tickets, and then
+    `model_last.safetensors` through the last, sparsest ones; `seed_<n>/tickets/<task>/`, a mask and its validation
+    metrics for each round, without a search for the full mask alone; `metrics.jsonl`; `results.json`, all figures of
+    the report; `config.json`, the resolved settings; `data/`, the prepared log.
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
@@ -82,7 +86,7 @@ def run(
         seeds.append(seed_run.run())
     assert first is not None
     progress("freeze and measure", 0, 1)
-    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in ARTEFACTS.items()}
+    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in ARTEFACTS[settings.masks].items()}
     progress("freeze and measure", 1, 1)
     results: dict[str, Any] = {
         "data": _facts(prepared, source, tasks, simulated=data is None),

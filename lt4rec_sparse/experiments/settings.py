@@ -13,7 +13,12 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import check_granularity
 
 CONFIG = "config.json"
-_BEFORE_IT_WAS_A_SETTING = {"granularity": "weight", "tasks": []}  # what runs did whose config.json does not name it
+MASKS = ("random", "tickets")
+_BEFORE_IT_WAS_A_SETTING = {
+    "granularity": "weight",
+    "tasks": [],
+    "masks": "tickets",
+}  # what runs did whose config.json does not name it
 
 
 class SettingsError(InputError):
@@ -34,8 +39,9 @@ class RunSettings:
         learning_rate: Of Adam.
         epochs: Epochs of every training: a round of the search, a baseline, the joint training.
         batch_size: Impressions a batch.
-        rounds: Rounds of pruning a task.
-        density: Share of the hidden weights alive after the last round.
+        masks: Where the tasks' masks come from: "random", without a search, or "tickets", the paper's.
+        rounds: Rounds of pruning a task, for tickets.
+        density: Share of the hidden weights that a random mask keeps, or the last ticket.
         granularity: What pruning takes as one: a weight, a block or a neuron (`lottery.GRANULARITIES`).
         tasks: Which of the schema's tasks, in that order; none named are all but the extra ones.
     """
@@ -46,6 +52,7 @@ class RunSettings:
     learning_rate: float = 1e-3
     epochs: int = 1
     batch_size: int = 1024
+    masks: str = "tickets"
     rounds: int = 4
     density: float = 0.2
     granularity: str = "weight"
@@ -55,6 +62,8 @@ class RunSettings:
         for name in ("seeds", "embedding_dim", "epochs", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.masks not in MASKS:
+            raise SettingsError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
         if not self.hidden or min(self.hidden) < 1:
             raise SettingsError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
         if not 0 < self.density < 1:

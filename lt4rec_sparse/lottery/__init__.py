@@ -3,6 +3,7 @@
 from lt4rec_sparse.lottery.controls import (
     one_for_all,
     random_like,
+    random_masks,
     random_separate,
     random_uniform,
     separate,
@@ -45,6 +46,7 @@ __all__ = [
     "project_to_2_4",
     "prune_by_magnitude",
     "random_like",
+    "random_masks",
     "random_separate",
     "random_uniform",
     "search_tickets",

@@ -36,6 +36,14 @@ def random_uniform(
     return result
 
 
+def random_masks(
+    shapes: Shapes, density: float, tasks: Sequence[str], generator: torch.Generator, granularity: str = "weight"
+) -> dict[str, Mask]:
+    """Give each task a random mask of a density, the same in every layer: sparse sharing without any search."""
+    nnz = {name: round(rows * columns * density) for name, (rows, columns) in shapes.items()}
+    return random_uniform(dict.fromkeys(tasks, Mask.random(shapes, nnz, generator)), generator, granularity)
+
+
 def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:
     """Give every task the mask of `task`: as sparse as sparse sharing, with nothing private."""
     return dict.fromkeys(masks, masks[task])

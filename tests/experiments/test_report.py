@@ -172,9 +172,9 @@ def test_the_number_of_seeds_is_said(words):
 def test_the_verdict_names_every_loss(words):
     text = words(results_of(TEST))
     assert verdict_of(text, "ctr") == (
-        f"sparse sharing through the best tickets is 2 of 5 by AUC. It loses to {TITLES[SPARSE_LAST]}."
+        f"sparse sharing: best tickets is 2 of 5 by AUC. It loses to {TITLES[SPARSE_LAST]}."
     )
-    assert verdict_of(text, "cvr") == "sparse sharing through the best tickets is 1 of 5 by MSE. It loses to none."
+    assert verdict_of(text, "cvr") == "sparse sharing: best tickets is 1 of 5 by MSE. It loses to none."
     worst = {**TEST, SPARSE: (0.60, 0.30)}
     text = words(results_of(worst))
     for task, metric in (("ctr", "AUC"), ("cvr", "MSE")):

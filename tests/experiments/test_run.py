@@ -16,7 +16,16 @@ from safetensors.torch import load_file
 
 from lt4rec_sparse.data import DataError, Prepared
 from lt4rec_sparse.experiments import arms, frozen
-from lt4rec_sparse.experiments.arms import HARD, SINGLE, SPARSE, SPARSE_LAST, TITLES, SeedRun
+from lt4rec_sparse.experiments.arms import (
+    HARD,
+    ONE_RANDOM,
+    RANDOM_LAST,
+    SINGLE,
+    SPARSE,
+    SPARSE_LAST,
+    TITLES,
+    SeedRun,
+)
 from lt4rec_sparse.experiments.run import ARTEFACTS, MetricsLog, run
 from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, pin_settings, with_seeds_of
 from lt4rec_sparse.features import SchemaError
@@ -26,7 +35,7 @@ from lt4rec_sparse.ranking import HardSharing
 from lt4rec_sparse.serving import load
 from lt4rec_sparse.training import evaluate, train
 
-SETTINGS = RunSettings(hidden=(16, 8), embedding_dim=4, rounds=2, epochs=1, batch_size=512)
+SETTINGS = RunSettings(hidden=(16, 8), embedding_dim=4, masks="tickets", rounds=2, epochs=1, batch_size=512)
 TASKS = ("ctr", "cvr")
 BATCHES = 6  # of an epoch: two days of 1,500 impressions
 TRAININGS = len(TASKS) * (SETTINGS.rounds + 1) + len(TITLES) - 1  # level 0 of the search is the single-task arm
@@ -85,7 +94,7 @@ def test_a_run_leaves_all_that_it_says(finished):
     }
     plots = {f"plots/{name}.png" for name in ("tickets", "ownership", "latency")}
     reports = {"report.md", "report.html", "results.json", "config.json", "metrics.jsonl"}
-    assert files >= tickets | plots | reports | set(ARTEFACTS.values()) | {"data/prepared.json"}
+    assert files >= tickets | plots | reports | set(ARTEFACTS["tickets"].values()) | {"data/prepared.json"}
     assert not [name for name in files if name.endswith(("tmp", "checkpoint.pt"))]
 
 
@@ -104,6 +113,25 @@ def test_every_metric_is_a_number(finished):
     assert len(numbers) == len(TITLES) * 2 * 6
     assert len(tickets) == (SETTINGS.rounds + 1) * 6
     assert all(map(math.isfinite, numbers + tickets))
+
+
+def test_a_run_without_a_search_trains_baselines_and_random_masks_alone(small_folder, tmp_path):
+    report = run(small_folder, tmp_path / "run", replace(SETTINGS, masks="random"))
+    (seed,) = results_of(tmp_path / "run")["seeds"]
+    assert list(seed["test"]) == [SINGLE, HARD, RANDOM_LAST, ONE_RANDOM]
+    assert len([stage for stage in seed["seconds"] if stage.startswith("search")]) == len(TASKS)
+    assert seed["best_level"] == {}
+    assert {path.name for path in (tmp_path / "run").glob("*.safetensors")} == {"model.safetensors"}
+    ranker = load(tmp_path / "run" / "model.safetensors")
+    masks = {task: [layer.weight.mask(task) for layer in ranker.mlp.hidden] for task in TASKS}
+    for layers in masks.values():
+        assert [int(kept.sum()) for kept in layers] == [round(kept.numel() * SETTINGS.density) for kept in layers]
+    assert not all(torch.equal(a, b) for a, b in zip(*masks.values(), strict=True))
+    text = report.read_text()
+    assert "random masks that keep 20% of the hidden weights" in text
+    assert "**sparse sharing: random masks, no search**" in text
+    assert "Tickets" not in text
+    assert not (report.parent / "plots" / "tickets.png").exists()
 
 
 def test_metrics_are_logged_once_for_every_training(finished):
@@ -145,7 +173,7 @@ def test_single_task_is_level_0_of_the_search(finished):
             assert evaluate(model, stream, {task: arm.kinds[task]})["all"][task] == wanted
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
 def test_the_artefact_serves_the_trained_model(finished, arm, file):
     ranker, trained = load(finished / file), seed_run(finished)
     model, best = trained.trained_sparse_sharing(arm), results_of(finished)["seeds"][0]["best_level"]
@@ -165,7 +193,7 @@ def test_the_artefact_serves_the_trained_model(finished, arm, file):
             assert_rounding(torch.sigmoid(model(batch.features, task)).detach(), reference)
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
 def test_every_precision_is_judged_by_what_it_serves(finished, arm, file):
     judged, trained = results_of(finished)["frozen"][arm]["precisions"], seed_run(finished)
     assert list(judged) == ["fp32", "bf16", "int8"]
@@ -208,7 +236,7 @@ def test_precisions_are_accepted_on_validation(finished, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
 def test_the_artefact_is_calibrated_on_training_rows(finished, arm, file):
     run, codes = seed_run(finished), load(finished / file).mlp.codes
     stream = run.prepared.stream("train", frozen.CALIBRATION_ROWS, shuffle=True)
@@ -307,7 +335,7 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
             assert calls[0] == ("seed 0: search.ctr.level_1", 3)
     run(small_folder, out, SETTINGS)
     assert comparable(out) == comparable(finished)
-    for file in ARTEFACTS.values():
+    for file in ARTEFACTS["tickets"].values():
         assert (out / file).read_bytes() == (finished / file).read_bytes()
     lines, wanted = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (out, finished))
     assert lines == wanted
@@ -319,7 +347,7 @@ def test_a_finished_run_trains_nothing(small_folder, finished, again):
     run(small_folder, again, SETTINGS, lambda stage, done, total: stages.append(stage))
     assert set(stages) == {"freeze and measure"}
     assert comparable(again) == comparable(finished)
-    for name in ("metrics.jsonl", *ARTEFACTS.values()):
+    for name in ("metrics.jsonl", *ARTEFACTS["tickets"].values()):
         assert (again / name).read_bytes() == (finished / name).read_bytes()
 
 
