@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop")
+PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop", "torch_rechub")
 COMMIT = "LT4REC_SPARSE_COMMIT"  # of a copied tree; ends in "-dirty" if the tree is another
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,7 +15,7 @@ from lt4rec_sparse.experiments.comparison import LEGEND, comparison_table, furth
 from lt4rec_sparse.experiments.declared import BASE, S_WEIGHT
 from lt4rec_sparse.experiments.jobs import laboratory
 from lt4rec_sparse.experiments.replay import TABLE_3, LoggedRows, over_seeds, replay, sessions, table_3_scores
-from lt4rec_sparse.experiments.report import table, write_page
+from lt4rec_sparse.experiments.report import epochs_in_words, table, write_page
 from lt4rec_sparse.experiments.serving_times import serving_times
 from lt4rec_sparse.experiments.trials import Trial
 from lt4rec_sparse.training import Predictions
@@ -178,12 +178,17 @@ def _head(findings: Findings, title: str) -> str:
     hidden = "-".join(str(width) for width in training["hidden"])
     rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("train", "validation", "test"))
     rates = sorted({f"{rate:g}" for of_row in facts["learning_rates"].values() for rate in of_row})
+    epochs, seeds = epochs_in_words(training["epochs"]), _count(facts["seeds"], "seed")
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
-        f"{training['epochs']} epoch(s) of batches of {training['batch_size']}, products in {training['dtype']}, "
-        f"{facts['seeds']} seeds. Learning rates ({', '.join(rates)}, chosen on the validation days with a seed that "
-        "is none of these) stand in `records.json`, what was tried in `tuning.json`."
+        f"{epochs} of batches of {training['batch_size']}, products in {training['dtype']}, {seeds}. Learning rates "
+        f"({', '.join(rates)}, chosen on the validation days with a seed that is none of these) stand in "
+        "`records.json`, what was tried in `tuning.json`."
     )
+
+
+def _count(number: int, of: str) -> str:
+    return f"one {of}" if number == 1 else f"{number} {of}s"
 
 
 def _ownership(findings: Findings, rows: Sequence[str]) -> str:

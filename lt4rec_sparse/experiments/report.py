@@ -21,8 +21,10 @@ PLOTS = {"tickets": plots.plot_tickets, "ownership": plots.plot_ownership, "late
 SEARCHED = "tickets"  # the plot that there is only where tickets were searched
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }
+table { font-variant-numeric: tabular-nums; }
+td:not(:first-child) { white-space: nowrap; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
 th { border-bottom: 2px solid #888; }
 img { max-width: 100%; }
@@ -101,7 +103,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _head(results: dict[str, Any]) -> str:
     data, config = results["data"], results["config"]
     hidden = "-".join(str(width) for width in config["hidden"])
-    epochs = "one epoch" if config["epochs"] == 1 else f"{config['epochs']} epochs"
+    epochs = epochs_in_words(config["epochs"])
     granularity = config.get("granularity", "weight")  # which older runs do not have
     pruned = "" if granularity == "weight" else f", by {granularity}"
     masks = f"{config['rounds']} rounds of pruning to" if _is_searched(results) else "random masks that keep"
@@ -126,6 +128,11 @@ def _head(results: dict[str, Any]) -> str:
             row += [f"{counts['tasks'][task]['rows']:,}", f"{counts['tasks'][task]['label_mean']:.3f}"]
         rows.append(row)
     return f"# LT4REC, sparse: {data['name']}\n\n{text}\n\n{table(header, rows)}"
+
+
+def epochs_in_words(epochs: int) -> str:
+    """Return "one epoch", or "2 epochs"."""
+    return "one epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def _seeds(results: dict[str, Any]) -> str:
