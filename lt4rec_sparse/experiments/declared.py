@@ -245,6 +245,16 @@ def tickets(rows: Rows) -> list[Row]:
         rows.sparse("random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True)),
         rows.sparse("ticket_rescaled", "ticket, weights scaled up at the start", replace(last, rescale=True)),
         rows.sparse("random_rescaled", "random, weights scaled up at the start", Masks("random", search, rescale=True)),
+        rows.sparse(
+            "ticket_layer_rescaled",
+            "ticket: a quantile a layer, weights scaled up at the start",
+            Masks(search=layer, level="last", rescale=True),
+        ),
+        rows.sparse(
+            "random_disjoint_rescaled",
+            "random, nothing co-owned, weights scaled up at the start",
+            Masks("random_separate", search, shared=0.0, rescale=True),
+        ),
         rows.sparse("ticket_longer", "ticket, two epochs a round", Masks(search=longer, level="last")),
         rows.sparse(
             "ticket_rewound",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from lt4rec_sparse.lottery import (
     random_like,
     random_masks,
     random_separate,
+    scale_to_density,
     separate,
     unanimous,
 )
@@ -136,8 +136,7 @@ class Laboratory:
             for task, mask in masks.items():
                 mlp.set_mask(mask, task)
             if trial.masks and trial.masks.rescale:
-                for layer in mlp.masked_layers():
-                    layer.weight.data /= sqrt(layer.masks.float().mean().item())
+                scale_to_density(mlp)
         return model
 
     def _chosen(self, trial: Trial, found: Mapping[str, Sequence[Ticket]], full: Mask) -> dict[str, Mask]:

@@ -82,6 +82,12 @@ def rows_of(training: Training, search_rates: tuple[tuple[str, float], ...]) -> 
         rows.sparse(S_WEIGHT, "S-Weight", masks, S_WEIGHT),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(masks, level="last")),
         rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
+        rows.sparse(
+            "random_rescaled",
+            "random masks at 20 %, weights scaled up at the start",
+            Masks("random", rows.search(), rescale=True),
+            "random",
+        ),
     ]
 
 

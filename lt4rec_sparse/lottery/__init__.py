@@ -22,6 +22,7 @@ from lt4rec_sparse.lottery.pruning import (
     wanted_nnz,
 )
 from lt4rec_sparse.lottery.rigl import DISTRIBUTIONS, DropAndGrow, dense_gradients, layer_counts
+from lt4rec_sparse.lottery.scaling import scale_to_density
 from lt4rec_sparse.lottery.structure import ColumnRecovery, SharingRecovery, column_recovery, sharing_recovery
 from lt4rec_sparse.lottery.tickets import Ticket, best_ticket, search_tickets
 
@@ -49,6 +50,7 @@ __all__ = [
     "random_masks",
     "random_separate",
     "random_uniform",
+    "scale_to_density",
     "search_tickets",
     "separate",
     "sharing_recovery",

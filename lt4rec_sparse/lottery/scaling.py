@@ -1,0 +1,25 @@
+"""How large the weights behind a sparse mask begin."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+
+from lt4rec_sparse.nn import MaskedMLP
+
+
+@torch.no_grad()
+def scale_to_density(mlp: MaskedMLP) -> None:
+    """Multiply each layer's weights by `1 / sqrt(density)`, of its tasks the mean: fewer terms sum to as much.
+
+    Initial weights are drawn for as many inputs as a neuron has in the full network. Behind a mask that keeps a fifth
+    of them its sums have a fifth of the variance, and three such layers pass on less than a hundredth. For a network
+    at its start. A layer of which nobody keeps anything is left alone.
+
+    Source: Evci et al. (arXiv 2010.03533), section 3.1, initialisation by a neuron's kept inputs; here by the layer's.
+    """
+    for layer in mlp.masked_layers():
+        density = layer.masks.float().mean().item()
+        if density:
+            layer.weight.div_(sqrt(density))
