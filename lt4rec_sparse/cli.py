@@ -51,7 +51,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run folder; a run that stopped goes on there.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every training: 1, or 2 on the simulated log.")] = None,
-    masks: Annotated[str, typer.Option(help="random, without a search; or tickets, the paper's.")] = "tickets",
+    masks: Annotated[
+        str,
+        typer.Option(help="random, without a search; tickets, the paper's; or best: both, and validation chooses."),
+    ] = "best",
     rounds: Annotated[int, typer.Option(help="Rounds of pruning a task, for tickets.")] = 4,
     density: Annotated[
         float, typer.Option(help="Share of the hidden weights that a random mask keeps, or the last ticket.")

@@ -247,7 +247,7 @@ def test_help_names_every_command():
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--seeds", "two"], "Invalid value for '--seeds': "),
         (["--rounds", "0"], "rounds: got 0, wanted at least 1"),
-        (["--masks", "some"], "masks: got 'some', wanted one of random, tickets"),
+        (["--masks", "some"], "masks: got 'some', wanted one of best, random, tickets"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),

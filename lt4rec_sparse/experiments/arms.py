@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,7 @@ from lt4rec_sparse.lottery import (
     random_like,
     random_masks,
     random_uniform,
+    scale_to_density,
     search_tickets,
 )
 from lt4rec_sparse.masks import Mask
@@ -50,6 +51,7 @@ TITLES = {
     RANDOM_LAST: "sparse sharing: random masks, no search",
 }
 MAIN_METRIC = {"binary": "auc", "ratio": "mse"}
+LOSS = {"binary": "log_loss", "ratio": "mse"}
 HIGHER_IS_BETTER = {"auc": True, "mse": False}
 
 
@@ -87,7 +89,10 @@ class SeedRun:
         masks = self._random(tickets) if self.settings.masks == "random" else self._tickets(tickets)
         arms = {HARD: self._train_arm(HARD, self._new(HardSharing, tuple(self.tasks)))}
         for arm, chosen in masks.items():
-            arms[arm] = self._train_arm(arm, self.sparse_sharing(chosen))
+            model = self.sparse_sharing(chosen)
+            if arm == RANDOM_LAST or self.settings.masks == "random":
+                scale_to_density(model.mlp)
+            arms[arm] = self._train_arm(arm, model)
         test = self.prepared.stream("test", 4096, seed=0, shuffle=False)
         metrics = {SINGLE: evaluate(self._single_tasks(), test, self.kinds)}
         metrics |= {arm: evaluate(model, test, self.kinds) for arm, model in arms.items()}
@@ -151,6 +156,16 @@ class SeedRun:
         """Return the task's best pruned ticket by its main metric on the validation split."""
         metric = MAIN_METRIC[self.tasks[task].kind]
         return best_ticket(tickets, metric, HIGHER_IS_BETTER[metric])
+
+    def best_arm(self, arms: Sequence[str]) -> str:
+        """Return which arm of shared networks is best on the validation days; of equal ones the first.
+
+        That is the one of the least sum over tasks of its loss (log loss or MSE) over the least of any arm.
+        """
+        judged = {arm: evaluate(self.trained_sparse_sharing(arm), self._validation, self.kinds)["all"] for arm in arms}
+        losses = {arm: {t: judged[arm][t][LOSS[kind]] for t, kind in self.kinds.items()} for arm in arms}
+        least = {task: min(of_arm[task] for of_arm in losses.values()) for task in self.kinds}
+        return min(arms, key=lambda arm: sum(losses[arm][task] / least[task] for task in self.kinds))
 
     def sparse_sharing(self, masks: Mapping[str, Mask]) -> SparseSharing:
         """Return the shared network at its start, each task behind its mask."""

@@ -27,11 +27,7 @@ from lt4rec_sparse.files import write_whole
 
 Progress = Callable[[str, int, int], None]
 
-# Which arms are frozen, by where masks come from; the first is what is to be served.
-ARTEFACTS = {
-    "random": {RANDOM_LAST: "model.safetensors"},
-    "tickets": {SPARSE: "model.safetensors", SPARSE_LAST: "model_last.safetensors"},
-}
+MODEL, MODEL_LAST = "model.safetensors", "model_last.safetensors"
 
 
 def run(
@@ -40,10 +36,11 @@ def run(
     """Prepare the data, find masks, train every arm, freeze, measure and report; continue where a run stopped.
 
     The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing model of seed 0,
-    `model.safetensors`, calibrated for int8: through random masks, or through the best tickets, and then
-    `model_last.safetensors` through the last, sparsest ones; `seed_<n>/tickets/<task>/`, a mask and its validation
-    metrics for each round, without a search for the full mask alone; `metrics.jsonl`; `results.json`, all figures of
-    the report; `config.json`, the resolved settings; `data/`, the prepared log.
+    `model.safetensors`, calibrated for int8, through random masks or the best tickets, as the settings or the
+    validation days say; where tickets were searched, `model_last.safetensors` through the last, sparsest ones;
+    `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round, without a search for the full mask
+    alone; `metrics.jsonl`; `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`,
+    the prepared log.
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
@@ -86,7 +83,7 @@ def run(
         seeds.append(seed_run.run())
     assert first is not None
     progress("freeze and measure", 0, 1)
-    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in ARTEFACTS[settings.masks].items()}
+    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in artefacts(first).items()}
     progress("freeze and measure", 1, 1)
     results: dict[str, Any] = {
         "data": _facts(prepared, source, tasks, simulated=data is None),
@@ -97,6 +94,16 @@ def run(
     }
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return write_report(results, out)
+
+
+def artefacts(seed_run: SeedRun) -> dict[str, str]:
+    """Return which arms are frozen to which files; the first is what is to be served."""
+    if seed_run.settings.masks == "random":
+        return {RANDOM_LAST: MODEL}
+    served = SPARSE
+    if seed_run.settings.masks == "best":
+        served = seed_run.best_arm((RANDOM_LAST, SPARSE, SPARSE_LAST))
+    return {served: MODEL} if served == SPARSE_LAST else {served: MODEL, SPARSE_LAST: MODEL_LAST}
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import check_granularity
 
 CONFIG = "config.json"
-MASKS = ("random", "tickets")
+MASKS = ("best", "random", "tickets")
 _BEFORE_IT_WAS_A_SETTING = {
     "granularity": "weight",
     "tasks": [],
@@ -39,7 +39,8 @@ class RunSettings:
         learning_rate: Of Adam.
         epochs: Epochs of every training: a round of the search, a baseline, the joint training.
         batch_size: Impressions a batch.
-        masks: Where the tasks' masks come from: "random", without a search, or "tickets", the paper's.
+        masks: Where the tasks' masks come from: "random", without a search; "tickets", the paper's; or "best", both, of
+            which the validation days choose.
         rounds: Rounds of pruning a task, for tickets.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
         granularity: What pruning takes as one: a weight, a block or a neuron (`lottery.GRANULARITIES`).
@@ -52,7 +53,7 @@ class RunSettings:
     learning_rate: float = 1e-3
     epochs: int = 1
     batch_size: int = 1024
-    masks: str = "tickets"
+    masks: str = "best"
     rounds: int = 4
     density: float = 0.2
     granularity: str = "weight"

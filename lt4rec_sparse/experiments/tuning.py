@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lt4rec_sparse.experiments.arms import LOSS
 from lt4rec_sparse.experiments.declared import Row
 from lt4rec_sparse.experiments.trials import Trial
 from lt4rec_sparse.files import write_whole
@@ -15,7 +16,6 @@ RATES = (5e-4, 1e-3, 2e-3)
 FURTHER = 2
 SEED = 1000
 FILE = "tuning.json"
-LOSS = {"binary": "log_loss", "ratio": "mse"}
 
 Carry = Callable[[Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]
 """Carries out trials and returns the record of each."""

@@ -26,7 +26,7 @@ from lt4rec_sparse.experiments.arms import (
     TITLES,
     SeedRun,
 )
-from lt4rec_sparse.experiments.run import ARTEFACTS, MetricsLog, run
+from lt4rec_sparse.experiments.run import MODEL, MODEL_LAST, MetricsLog, artefacts, run
 from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, pin_settings, with_seeds_of
 from lt4rec_sparse.features import SchemaError
 from lt4rec_sparse.lottery.pruning import level_nnz
@@ -37,6 +37,7 @@ from lt4rec_sparse.training import evaluate, train
 
 SETTINGS = RunSettings(hidden=(16, 8), embedding_dim=4, masks="tickets", rounds=2, epochs=1, batch_size=512)
 TASKS = ("ctr", "cvr")
+ARTEFACTS = {SPARSE: MODEL, SPARSE_LAST: MODEL_LAST}
 BATCHES = 6  # of an epoch: two days of 1,500 impressions
 TRAININGS = len(TASKS) * (SETTINGS.rounds + 1) + len(TITLES) - 1  # level 0 of the search is the single-task arm
 
@@ -94,7 +95,7 @@ def test_a_run_leaves_all_that_it_says(finished):
     }
     plots = {f"plots/{name}.png" for name in ("tickets", "ownership", "latency")}
     reports = {"report.md", "report.html", "results.json", "config.json", "metrics.jsonl"}
-    assert files >= tickets | plots | reports | set(ARTEFACTS["tickets"].values()) | {"data/prepared.json"}
+    assert files >= tickets | plots | reports | set(ARTEFACTS.values()) | {"data/prepared.json"}
     assert not [name for name in files if name.endswith(("tmp", "checkpoint.pt"))]
 
 
@@ -132,6 +133,26 @@ def test_a_run_without_a_search_trains_baselines_and_random_masks_alone(small_fo
     assert "**sparse sharing: random masks, no search**" in text
     assert "Tickets" not in text
     assert not (report.parent / "plots" / "tickets.png").exists()
+
+
+@pytest.mark.parametrize("best", [RANDOM_LAST, SPARSE, SPARSE_LAST])
+def test_the_validation_days_choose_what_is_served(finished, monkeypatch, best):
+    """By all tasks together: of arms that are best at one task each, the one that loses less at the other."""
+    trained = seed_run(finished)
+    trained.settings = replace(SETTINGS, masks="best")
+    losses = dict.fromkeys((RANDOM_LAST, SPARSE, SPARSE_LAST), (0.6, 0.10)) | {best: (0.61, 0.09)}
+    monkeypatch.setattr(SeedRun, "trained_sparse_sharing", lambda run, arm: arm)
+
+    def judge(arm, stream, kinds):
+        assert stream is trained._validation
+        ctr, cvr = losses[arm]
+        return {"all": {"ctr": {"log_loss": ctr}, "cvr": {"mse": cvr}}}
+
+    monkeypatch.setattr(arms, "evaluate", judge)
+    assert next(iter(artefacts(trained).items())) == (best, MODEL)
+    assert set(artefacts(trained)) == {best, SPARSE_LAST}
+    trained.settings = replace(SETTINGS, masks="random")
+    assert artefacts(trained) == {RANDOM_LAST: MODEL}
 
 
 def test_metrics_are_logged_once_for_every_training(finished):
@@ -173,7 +194,7 @@ def test_single_task_is_level_0_of_the_search(finished):
             assert evaluate(model, stream, {task: arm.kinds[task]})["all"][task] == wanted
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
 def test_the_artefact_serves_the_trained_model(finished, arm, file):
     ranker, trained = load(finished / file), seed_run(finished)
     model, best = trained.trained_sparse_sharing(arm), results_of(finished)["seeds"][0]["best_level"]
@@ -193,7 +214,7 @@ def test_the_artefact_serves_the_trained_model(finished, arm, file):
             assert_rounding(torch.sigmoid(model(batch.features, task)).detach(), reference)
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
 def test_every_precision_is_judged_by_what_it_serves(finished, arm, file):
     judged, trained = results_of(finished)["frozen"][arm]["precisions"], seed_run(finished)
     assert list(judged) == ["fp32", "bf16", "int8"]
@@ -236,7 +257,7 @@ def test_precisions_are_accepted_on_validation(finished, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("arm", "file"), ARTEFACTS["tickets"].items())
+@pytest.mark.parametrize(("arm", "file"), ARTEFACTS.items())
 def test_the_artefact_is_calibrated_on_training_rows(finished, arm, file):
     run, codes = seed_run(finished), load(finished / file).mlp.codes
     stream = run.prepared.stream("train", frozen.CALIBRATION_ROWS, shuffle=True)
@@ -257,7 +278,11 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_rows(small_log
     monkeypatch.setattr(arms, "train", only_look)
     SeedRun(small_log, replace(SETTINGS, epochs=3), 7, tmp_path, lambda *record: None, lambda *progress: None).run()
     assert len(starts) == TRAININGS
-    shared = starts[-1][-1]
+    *unscaled, (of_random, *_, scaled) = starts
+    shared = unscaled[-1][-1]
+    for i, layer in enumerate(of_random.mlp.masked_layers()):
+        wanted = shared[f"mlp.layers.{i}.weight"] / math.sqrt(layer.masks.float().mean().item())
+        assert torch.equal(scaled.pop(f"mlp.layers.{i}.weight"), wanted)
     for model, tasks, stream, epochs, state in starts:
         assert stream is starts[0][2]
         assert epochs == 3
@@ -335,7 +360,7 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
             assert calls[0] == ("seed 0: search.ctr.level_1", 3)
     run(small_folder, out, SETTINGS)
     assert comparable(out) == comparable(finished)
-    for file in ARTEFACTS["tickets"].values():
+    for file in ARTEFACTS.values():
         assert (out / file).read_bytes() == (finished / file).read_bytes()
     lines, wanted = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (out, finished))
     assert lines == wanted
@@ -347,7 +372,7 @@ def test_a_finished_run_trains_nothing(small_folder, finished, again):
     run(small_folder, again, SETTINGS, lambda stage, done, total: stages.append(stage))
     assert set(stages) == {"freeze and measure"}
     assert comparable(again) == comparable(finished)
-    for name in ("metrics.jsonl", *ARTEFACTS["tickets"].values()):
+    for name in ("metrics.jsonl", *ARTEFACTS.values()):
         assert (again / name).read_bytes() == (finished / name).read_bytes()
 
 
