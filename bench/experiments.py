@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def read(name: str) -> dict[str, Any]:
     return results
 
 
-def main_table(name: str, base: str = "base", part: str = "all") -> str:
-    """Return an experiment's table of main metrics."""
+def main_table(name: str, base: str = "base", part: str = "all", rows: Sequence[str] = ()) -> str:
+    """Return an experiment's table of main metrics, of some rows or of all."""
     results = read(name)
-    return comparison_table(results["records"], results["rows"], base, results["tasks"], part)
+    titles = {key: results["rows"][key] for key in rows or results["rows"]}
+    return comparison_table(results["records"], titles, base, results["tasks"], part)
 
 
 def _slim(found: dict[str, Any]) -> dict[str, Any]:

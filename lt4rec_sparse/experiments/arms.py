@@ -48,7 +48,7 @@ TITLES = {
     ONE_TICKET: "one mask for all: the first task's best ticket",
     ONE_RANDOM: "one mask for all: random, uniform density",
     SPARSE_LAST: "sparse sharing: last tickets",
-    RANDOM_LAST: "sparse sharing: random masks, no search",
+    RANDOM_LAST: "sparse sharing: random masks, no search, scaled up",
 }
 MAIN_METRIC = {"binary": "auc", "ratio": "mse"}
 LOSS = {"binary": "log_loss", "ratio": "mse"}

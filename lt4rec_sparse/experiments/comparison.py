@@ -14,7 +14,8 @@ from lt4rec_sparse.experiments.statistics import Summary, is_better, paired_diff
 LEGEND = (
     "Mean ± standard deviation over the seeds; differences are paired over seeds, ± their standard error. Bold is what "
     "is better than the base by more than its standard error, and no more than that: with five seeds, one of five rows "
-    "that are no better looks so. What has one seed has no error."
+    "that are no better looks so. What has one seed has no error. All seeds share the rows of training and of testing: "
+    "an error says what another start and order would have changed, not what other users would have."
 )
 NOT_KNOWN = "n/a"
 

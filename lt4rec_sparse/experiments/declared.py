@@ -101,8 +101,9 @@ class Rows:
         ]
 
     def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
-        """Return a multi-task model without masks."""
-        key = model if objective in ("joint", "alternating") else f"{model}_{objective}"
+        """Return a multi-task model without masks; its key says how it trains where its authors train it otherwise."""
+        usual = "alternating" if model == HARD else "joint"
+        key = model if objective == usual else f"{model}_{objective}"
         trial = Trial(
             model, self.tasks, training=self.training, objective=objective, options=tuple(sorted(options.items()))
         )
@@ -111,6 +112,20 @@ class Rows:
     def search(self, **changes: object) -> Search:
         """Return the paper's search, but for what is changed."""
         return replace(Search(self.training, rounds=ROUNDS, density=DENSITY, rates=self.search_rates), **changes)  # type: ignore[arg-type]
+
+    def random(self) -> list[Row]:
+        """Return random masks, with the weights as they are drawn and scaled up to their density."""
+        masks = Masks("random", self.search())
+        percent = f"{masks.search.density * 100:g} %"
+        return [
+            self.sparse("random", f"random masks at {percent}, no search", masks, "random"),
+            self.sparse(
+                "random_rescaled",
+                f"random masks at {percent}, scaled up at the start",
+                replace(masks, rescale=True),
+                "random_rescaled",
+            ),
+        ]
 
     def sparse(self, key: str, title: str, masks: Masks, rate_of: str = S_WEIGHT, **changes: object) -> Row:
         """Return sparse sharing through some masks; `changes` are of the trial."""
@@ -164,15 +179,21 @@ def table2(rows: Rows) -> list[Row]:
         ),
         rows.sparse("s_weight_tuning", "S-Weight-tuning", best, "s_weight_tuning", **balance, **conflict),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(best, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
+        *rows.random(),
+        rows.dense("hard_sharing", "hard sharing, one step for both tasks"),
         rows.dense("shared_bottom", "shared-bottom"),
+        rows.dense("shared_bottom", "shared-bottom, a step a task", "alternating"),
         rows.dense("shared_bottom", "shared-bottom, uncertainty weights", "uncertainty"),
         rows.dense("shared_bottom", "shared-bottom, PCGrad", "pcgrad"),
         rows.dense("mmoe", "MMoE"),
+        rows.dense("mmoe", "MMoE, a step a task", "alternating"),
         rows.dense("ple", "PLE"),
-        rows.dense("aitm", "AITM"),
+        rows.dense("ple", "PLE, a step a task", "alternating"),
+        rows.dense("aitm", "AITM's network, CVR of clicks"),
+        *rows.small(),
     ]
-    return table + ([rows.dense("esmm", "ESMM")] if len(rows.tasks) == 2 else [])
+    # ESMM's second task follows the first.
+    return table + ([rows.dense("esmm", "ESMM, log losses of all impressions")] if len(rows.tasks) == 2 else [])
 
 
 def table3(rows: Rows) -> list[Row]:
@@ -222,12 +243,16 @@ def cheap(rows: Rows) -> list[Row]:
             rows.sparse(f"{method}_last", title, Masks(search=rows.search(method=method), level="last"))
             for method, title in found.items()
         ),
-        rows.sparse("random", "random masks, no search", Masks("random", rows.search())),
+        *rows.random(),
     ]
 
 
 def tickets(rows: Rows) -> list[Row]:
-    """Does the ticket matter: what of a mask decides, at one density, learning rate and start."""
+    """Does the ticket matter: what of a mask decides, at one density.
+
+    Tickets train at S-Weight's learning rate, random masks at that of random masks, both scaled ones at their own; a
+    ticket's densities with shuffled positions at the ticket's.
+    """
     search = rows.search()
     last = Masks(search=search, level="last")
     layer = rows.search(scope="layer")
@@ -240,20 +265,25 @@ def tickets(rows: Rows) -> list[Row]:
         rows.sparse("ticket", "ticket: one quantile over all layers", last),
         rows.sparse("ticket_layer", "ticket: a quantile a layer", Masks(search=layer, level="last")),
         rows.sparse("random_like", "the ticket's layer densities, shuffled", replace(last, kind="random_like")),
-        rows.sparse("random", "random, uniform density", Masks("random", search)),
+        *rows.random(),
         rows.sparse("ticket_fresh", "ticket, fresh initial weights", replace(last, fresh_start=True)),
-        rows.sparse("random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True)),
-        rows.sparse("ticket_rescaled", "ticket, weights scaled up at the start", replace(last, rescale=True)),
-        rows.sparse("random_rescaled", "random, weights scaled up at the start", Masks("random", search, rescale=True)),
+        rows.sparse(
+            "random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True), "random"
+        ),
+        rows.sparse(
+            "ticket_rescaled", "ticket, scaled up at the start", replace(last, rescale=True), "ticket_rescaled"
+        ),
         rows.sparse(
             "ticket_layer_rescaled",
-            "ticket: a quantile a layer, weights scaled up at the start",
+            "ticket: a quantile a layer, scaled up at the start",
             Masks(search=layer, level="last", rescale=True),
+            "ticket_rescaled",
         ),
         rows.sparse(
             "random_disjoint_rescaled",
-            "random, nothing co-owned, weights scaled up at the start",
+            "random, nothing co-owned, scaled up at the start",
             Masks("random_separate", search, shared=0.0, rescale=True),
+            "random_rescaled",
         ),
         rows.sparse("ticket_longer", "ticket, two epochs a round", Masks(search=longer, level="last")),
         rows.sparse(
@@ -262,13 +292,13 @@ def tickets(rows: Rows) -> list[Row]:
             Masks(search=rows.search(rewind=0.2), level="last"),
         ),
         rows.sparse("ticket_warm", "ticket, after a warm-up of 0.25 epochs", Masks(search=warm, level="last")),
-        rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm)),
+        rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm), "random"),
         rows.sparse("one_ticket", "one mask for all: the first task's ticket", replace(last, kind="one_for_all")),
-        rows.sparse("one_random", "one mask for all: random", Masks("one_random", search)),
+        rows.sparse("one_random", "one mask for all: random", Masks("one_random", search), "random"),
         rows.sparse("unanimous", "one mask for all: unanimous", Masks("unanimous", search)),
     ]
     table += [
-        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at))
+        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at), "random")
         for density in RANDOM_DENSITIES
         for at in [replace(search, density=density)]
     ]
@@ -281,6 +311,7 @@ def tickets(rows: Rows) -> list[Row]:
                 f"random_separate_{share}",
                 f"random, {share:.0%} co-owned",
                 Masks("random_separate", search, shared=share),
+                "random",
             ),
         ]
     return table
@@ -294,7 +325,7 @@ def many_tasks(rows: Rows) -> list[Row]:
         rows.dense("hard_sharing", "hard sharing", "alternating"),
         rows.sparse(S_WEIGHT, "S-Weight", best, S_WEIGHT),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(best, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
+        *rows.random(),
         rows.dense("mmoe", "MMoE"),
         rows.dense("ple", "PLE"),
     ]

@@ -13,7 +13,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.experiments import declared, pages
 from lt4rec_sparse.experiments.declared import BASE, Row, Rows, Variants
 from lt4rec_sparse.experiments.grid import run_jobs
-from lt4rec_sparse.experiments.jobs import DATA, jobs_of
+from lt4rec_sparse.experiments.jobs import DATA, has_trained, jobs_of
 from lt4rec_sparse.experiments.trials import Training, Trial
 from lt4rec_sparse.experiments.tuning import tuned_rates
 from lt4rec_sparse.files import write_whole
@@ -30,21 +30,27 @@ class Experiment:
         write: Writes its page from the records of all rows and seeds.
         all_tasks: Whether it trains every task of the log, those that are left out elsewhere too.
         carried: Columns that it reads beside the features.
+        kinds: Of the tasks that it is about, in their order; empty if it is about any.
+        most_tasks: With more, masks of which nothing is co-owned do not fit into a layer.
     """
 
     rows: Callable[[Rows], list[Row]]
     write: Callable[[pages.Findings], str]
     all_tasks: bool = False
     carried: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    most_tasks: int = 62
 
 
+CLICK_AND_WATCH = ("binary", "ratio")
+VIEWS = ("play_time_ms", "duration_ms", "time_ms")
 EXPERIMENTS = {
-    "table2": Experiment(declared.table2, pages.table2, carried=("duration_ms",)),
-    "table3": Experiment(declared.table3, pages.table3, carried=("play_time_ms", "duration_ms", "time_ms")),
+    "table2": Experiment(declared.table2, pages.table2, carried=("duration_ms",), kinds=CLICK_AND_WATCH),
+    "table3": Experiment(declared.table3, pages.table3, carried=VIEWS, kinds=CLICK_AND_WATCH),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
     "cheap": Experiment(declared.cheap, pages.cheap),
-    "tickets": Experiment(declared.tickets, pages.tickets),
+    "tickets": Experiment(declared.tickets, pages.tickets, most_tasks=4),
     "tasks": Experiment(declared.many_tasks, pages.many_tasks, all_tasks=True),
 }
 
@@ -97,7 +103,8 @@ def run_experiment(
         The path of `report.md`.
 
     Raises:
-        InputError: If there is no such experiment, or no seed, or a loss is of no task.
+        InputError: If there is no such experiment, or no seed, a loss is of no task, or the log has other tasks or
+            fewer columns than the experiment is about.
         DataError: If the data are not what their schema says, or others than `out` holds trials of.
     """
     if name not in EXPERIMENTS:
@@ -111,11 +118,16 @@ def run_experiment(
         raise InputError(
             f"{name}: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
         )
+    kinds = [task.kind for task in schema.tasks if experiment.all_tasks or not task.extra]
+    if experiment.kinds and kinds != list(experiment.kinds):
+        raise InputError(f"{name}: got tasks of the kinds {', '.join(kinds)}, wanted {', '.join(experiment.kinds)}")
+    if len(kinds) > experiment.most_tasks:
+        raise InputError(f"{name}: got {len(kinds)} tasks, wanted at most {experiment.most_tasks}")
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
     # What was trained before is of the data as they were then.
-    prepared = prepare(data, out / DATA, schema, progress, replace=not (out / "trials").exists())
+    prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
     return _carry_out(
         name, experiment, prepared, out, seeds, training, resources or Resources(), progress, variants or Variants()
     )

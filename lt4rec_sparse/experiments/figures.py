@@ -30,7 +30,7 @@ Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REGIME_OPPONENTS = {HARD: TITLES[HARD], SINGLE: TITLES[SINGLE], "random": "random masks"}
+REGIME_OPPONENTS = {HARD: TITLES[HARD], SINGLE: TITLES[SINGLE], "random": "random masks, scaled up"}
 WAYS = ("tickets", "random")  # how the masks of `plot_recovery` came about
 # A single seed, in its row's colour; the black edge shows it within the mark of the mean too.
 SEED_MARKS: dict[str, Any] = {

@@ -13,6 +13,7 @@ from lt4rec_sparse.experiments.laboratory import Laboratory
 from lt4rec_sparse.experiments.trials import Search, Training, Trial
 
 DATA = "data"
+TRAINED = ("singles", "searches", "trials")  # where the laboratory leaves what it trained
 
 
 def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
@@ -63,6 +64,11 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             needs.append(started(masks.search, trial, trial.tasks[0]))
         jobs.setdefault(trial, Job(_trial, (folder, trial), tuple(needs)))
     return jobs
+
+
+def has_trained(folder: Path) -> bool:
+    """Return whether anything was trained on the log of a folder: then it may not become another."""
+    return any((folder / name).exists() for name in TRAINED)
 
 
 def _search_key(trial: Trial, task: str) -> Hashable:

@@ -19,7 +19,7 @@ from lt4rec_sparse.experiments import figures
 from lt4rec_sparse.experiments.comparison import LEGEND, comparison_table
 from lt4rec_sparse.experiments.declared import BASE, HARD, S_WEIGHT, Row, Rows
 from lt4rec_sparse.experiments.grid import Job, run_jobs
-from lt4rec_sparse.experiments.jobs import DATA, jobs_of, laboratory
+from lt4rec_sparse.experiments.jobs import DATA, has_trained, jobs_of, laboratory
 from lt4rec_sparse.experiments.report import table, write_page
 from lt4rec_sparse.experiments.statistics import paired_difference
 from lt4rec_sparse.experiments.trials import Masks, Training, Trial
@@ -32,6 +32,7 @@ from lt4rec_sparse.masks import Mask
 Progress = Callable[[str, int, int], None]
 
 LOG = "log"
+RANDOM = "random_rescaled"  # the row of random masks that the map holds tickets against
 # Four out of ten clicked, as in the paper's log; one or two orders of magnitude fewer, as it says of conversions.
 CLICK_RATES = (0.02, 0.1, 0.41)
 CONFLICTS = (0.0, 0.5, 1.0)
@@ -81,13 +82,7 @@ def rows_of(training: Training, search_rates: tuple[tuple[str, float], ...]) -> 
         rows.dense(HARD, "hard sharing", "alternating"),
         rows.sparse(S_WEIGHT, "S-Weight", masks, S_WEIGHT),
         rows.sparse("s_weight_last", "S-Weight at 20 %", replace(masks, level="last")),
-        rows.sparse("random", "random masks at 20 %, no search", Masks("random", rows.search()), "random"),
-        rows.sparse(
-            "random_rescaled",
-            "random masks at 20 %, weights scaled up at the start",
-            Masks("random", rows.search(), rescale=True),
-            "random",
-        ),
+        next(row for row in rows.random() if row.key == RANDOM),
     ]
 
 
@@ -151,7 +146,7 @@ def run_regimes(
         recovered = [
             {"seed": seed, "way": way, **recovery(folder, trials[key, seed][0])}
             for seed in range(seeds)
-            for way, key in (("tickets", "s_weight_last"), ("random", "random"))
+            for way, key in (("tickets", "s_weight_last"), ("random", RANDOM))
         ]
         truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
         results.append(
@@ -179,7 +174,7 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
         InputError: If the folder holds trials on another log.
     """
     truth = folder / LOG / TRUTH
-    if (folder / "trials").exists() and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
+    if has_trained(folder) and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
         raise InputError(
             f"{folder}: got trials on another simulated log, wanted those of {config}; choose another --out"
         )
@@ -253,7 +248,7 @@ def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]
         mine, other = mse(S_WEIGHT), mse(row)
         return [paired_difference({s: mine[s]}, {s: other[s]}, relative=True).mean for s in sorted(mine)]
 
-    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against("random")}
+    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against(RANDOM)}
 
 
 def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder: Path) -> str:

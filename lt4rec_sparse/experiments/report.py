@@ -220,7 +220,7 @@ def _verdict(results: dict[str, Any]) -> str:
     """Say in words where sparse sharing stands, its losses as plainly as its wins."""
     lines, served = [], _served_arm(results)
     if results["config"].get("masks") == "best":
-        lines.append(f"Served is what was best on the validation days: {TITLES[served]}.\n")
+        lines.append(f"Served is what was best on the validation days with seed 0: {TITLES[served]}.\n")
     for task, kind in results["data"]["tasks"].items():
         metric = MAIN_METRIC[kind]
         mean = {arm: float(np.mean(_values(results, arm, "all", task))) for arm in results["seeds"][0]["test"]}

@@ -15,11 +15,12 @@ def scale_to_density(mlp: MaskedMLP) -> None:
 
     Initial weights are drawn for as many inputs as a neuron has in the full network. Behind a mask that keeps a fifth
     of them its sums have a fifth of the variance, and three such layers pass on less than a hundredth. For a network
-    at its start. A layer of which nobody keeps anything is left alone.
+    at its start. The density is that of the neurons alive: one that is pruned whole takes nothing from others' sums. A
+    layer of which nobody keeps anything is left alone.
 
     Source: Evci et al. (arXiv 2010.03533), section 3.1, initialisation by a neuron's kept inputs; here by the layer's.
     """
     for layer in mlp.masked_layers():
-        density = layer.masks.float().mean().item()
-        if density:
-            layer.weight.div_(sqrt(density))
+        read_by = int(layer.masks.any(2).sum())  # neurons alive, task by task
+        if read_by:
+            layer.weight.div_(sqrt(int(layer.masks.sum()) / (read_by * layer.in_features)))

@@ -47,7 +47,7 @@ class DenseLayer:
 
     def __init__(self, tasks: Sequence[tuple[SparseLayer, str]], reads_x: bool, kernel: str, precision: str) -> None:
         dtype = _DTYPES[precision]
-        make = _packed_product if kernel == "onednn" else _product
+        make = packed_product if kernel == "onednn" else _product
         weights = [layer.weight.to_dense(task).to(dtype) for layer, task in tasks]
         biases = [
             torch.zeros(layer.weight.shape[0], dtype=dtype) if layer.bias is None else layer.bias.to(dtype)
@@ -80,7 +80,8 @@ def _product(weight: Tensor, bias: Tensor, activation: str) -> Product:
     return lambda h: activate(F.linear(h, weight, bias))
 
 
-def _packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+def packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+    """Return `activation(h @ weight.T + bias)` with the weight packed by oneDNN; "onednn" of `dense_kernels`."""
     # What torch.compile makes of a frozen Linear on the CPU (torch/_inductor/fx_passes/mkldnn_fusion.py).
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_BATCH)
     linear = torch.ops.mkldnn._linear_pointwise.default

@@ -76,7 +76,7 @@ class CrossedEmbeddings(nn.Module):
             `[batch, out_features]`, dtype of the embeddings.
         """
         embedded = self.embed(features)
-        if torch.is_grad_enabled() and embedded.requires_grad:
+        if self.pairs.numel() and torch.is_grad_enabled() and embedded.requires_grad:
             crossed: Tensor = _Cross.apply(embedded, self.pairs, self.pair_of)  # type: ignore[no-untyped-call]
             return crossed
         return _cross(embedded, self.pairs)

@@ -35,7 +35,9 @@ class UncertaintyWeights(nn.Module):
         if unknown:
             raise ValueError(f"kinds: got {', '.join(unknown)}, wanted one of {', '.join(_PRECISION)} for each task")
         # One parameter a task: a batch without rows of a task leaves its own without gradient, and Adam lets it be.
-        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in self.kinds})
+        # Adam moves a parameter by the learning rate at most, whatever its gradient: of `s`, which has to move by units
+        # within an epoch, the hundredth part.
+        self.hundredths = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in self.kinds})
 
     def weights(self) -> dict[str, float]:
         """Return what each task's loss is multiplied by now."""
@@ -53,13 +55,17 @@ class UncertaintyWeights(nn.Module):
         if not losses or not losses.keys() <= self.kinds.keys():
             raise ValueError(f"losses: got {', '.join(losses) or 'none'}, wanted some of {', '.join(self.kinds)}")
         terms = [
-            _PRECISION[self.kinds[task]] * self._precision(task) * loss + self.log_variances[task] / 2
+            _PRECISION[self.kinds[task]] * self._precision(task) * loss + self._log_variance(task) / 2
             for task, loss in losses.items()
         ]
         return torch.stack(terms).sum()
 
     def _precision(self, task: str) -> Tensor:
-        return torch.exp(-self.log_variances[task])
+        return torch.exp(-self._log_variance(task))
+
+    def _log_variance(self, task: str) -> Tensor:
+        log_variance: Tensor = self.hundredths[task] * 100
+        return log_variance
 
 
 def pcgrad(gradients: Sequence[Sequence[Tensor]], generator: torch.Generator) -> list[Tensor]:

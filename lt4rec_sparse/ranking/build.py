@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.features import EncodedFeatures
-from lt4rec_sparse.nn import CrossedEmbeddings, MaskedLinear
+from lt4rec_sparse.nn import CrossedEmbeddings, MaskedLinear, MaskedMLP
 from lt4rec_sparse.ranking.aitm import AITM
 from lt4rec_sparse.ranking.esmm import ESMM
 from lt4rec_sparse.ranking.inputs import TaskInputs
@@ -88,7 +88,8 @@ def build(
 def mlp_multiply_adds(model: nn.Module) -> int:
     """Return the multiply-adds of everything behind the input, for one row and all tasks.
 
-    Of a masked layer each task's kept weights count; of a plain one all weights, as often as it runs, which is found by
+    Of a masked layer each task's kept weights count, but for those that read a neuron without weights: that is a
+    constant, and compaction leaves it out. Of a plain one all weights, as often as it runs, which is found by
     running the model on one row. A gate is such a layer; what a mixture or a dot product takes by itself is left out.
 
     Raises:
@@ -99,7 +100,7 @@ def mlp_multiply_adds(model: nn.Module) -> int:
     device = next(model.parameters()).device
     plain = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, MaskedLinear)]
     # Whatever tasks share of a masked layer, each of them runs what its mask keeps, once.
-    total = sum(int(m.masks.sum()) for m in model.modules() if isinstance(m, MaskedLinear))
+    total = sum(_kept(m) for m in model.modules() if isinstance(m, MaskedMLP))
 
     def count(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal total
@@ -112,6 +113,17 @@ def mlp_multiply_adds(model: nn.Module) -> int:
     finally:
         for hook in hooks:
             hook.remove()
+    return total
+
+
+def _kept(mlp: MaskedMLP) -> int:
+    total = 0
+    for task in mlp.tasks:
+        alive: Tensor | None = None
+        for layer in mlp.masked_layers():
+            kept = layer.mask(task)
+            total += int((kept if alive is None else kept & alive).sum())
+            alive = kept.any(1)
     return total
 
 

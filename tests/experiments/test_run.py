@@ -130,7 +130,7 @@ def test_a_run_without_a_search_trains_baselines_and_random_masks_alone(small_fo
     assert not all(torch.equal(a, b) for a, b in zip(*masks.values(), strict=True))
     text = report.read_text()
     assert "random masks that keep 20% of the hidden weights" in text
-    assert "**sparse sharing: random masks, no search**" in text
+    assert "**sparse sharing: random masks, no search, scaled up**" in text
     assert "Tickets" not in text
     assert not (report.parent / "plots" / "tickets.png").exists()
 
@@ -281,7 +281,8 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_rows(small_log
     *unscaled, (of_random, *_, scaled) = starts
     shared = unscaled[-1][-1]
     for i, layer in enumerate(of_random.mlp.masked_layers()):
-        wanted = shared[f"mlp.layers.{i}.weight"] / math.sqrt(layer.masks.float().mean().item())
+        alive = int(layer.masks.any(2).sum()) * layer.in_features
+        wanted = shared[f"mlp.layers.{i}.weight"] / math.sqrt(int(layer.masks.sum()) / alive)
         assert torch.equal(scaled.pop(f"mlp.layers.{i}.weight"), wanted)
     for model, tasks, stream, epochs, state in starts:
         assert stream is starts[0][2]

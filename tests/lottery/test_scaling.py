@@ -10,17 +10,32 @@ from lt4rec_sparse.masks import Mask
 TASKS = ("ctr", "cvr")
 
 
-@pytest.mark.parametrize(("kept", "factor"), [((16, 16), 1.0), ((4, 4), 2.0), ((2, 6), 2.0), ((0, 0), 1.0)])
-def test_by_one_over_the_root_of_the_tasks_mean_density(kept, factor):
+FULL, NOTHING = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+DIAGONAL = torch.eye(4, dtype=torch.bool)
+HALF = DIAGONAL | DIAGONAL.roll(1, 0)  # of each neuron's inputs
+TWO_NEURONS = torch.tensor([[True], [False], [True], [False]]).expand(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("ctr", "cvr", "factor"),
+    [
+        (FULL, FULL, 1.0),
+        (DIAGONAL, DIAGONAL, 2.0),
+        (HALF, NOTHING, 2**0.5),
+        (TWO_NEURONS, TWO_NEURONS, 1.0),  # those that are alive have lost no input
+        (TWO_NEURONS & DIAGONAL, NOTHING, 2.0),
+        (NOTHING, NOTHING, 1.0),
+    ],
+)
+def test_by_one_over_the_root_of_the_density_of_neurons_alive(ctr, cvr, factor):
     mlp = MaskedMLP(4, hidden=(4,), tasks=TASKS)
-    generator = torch.Generator().manual_seed(0)
-    for task, nnz in zip(TASKS, kept, strict=True):
-        mlp.set_mask(Mask.random({"layers.0": (4, 4)}, {"layers.0": nnz}, generator), task)
+    for task, kept in zip(TASKS, (ctr, cvr), strict=True):
+        mlp.set_mask(Mask({"layers.0": kept}), task)
     before = {name: p.detach().clone() for name, p in mlp.named_parameters()}
     scale_to_density(mlp)
     for name, parameter in mlp.named_parameters():
-        # Factors that are powers of two are exact.
-        assert torch.equal(parameter, before[name] * (factor if name == "layers.0.weight" else 1.0))
+        wanted = before[name] / (1 / factor if name == "layers.0.weight" else 1.0)
+        assert torch.equal(parameter, wanted)
 
 
 def test_sums_keep_their_variance():

@@ -69,6 +69,17 @@ def test_the_gradient_equals_autograds_through_a_naive_implementation(batch):
         assert_exact(*found)
 
 
+def test_one_field_has_nothing_to_cross():
+    inputs = CrossedEmbeddings([("hour", "hour", False)], SIZES, dim=3)
+    features = EncodedFeatures(
+        torch.tensor([[2], [0]]), torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    )
+    x = inputs(features)
+    x.sum().backward()
+    assert torch.equal(x, inputs.embedding[[11, 9]])
+    assert inputs.embedding.grad.sum() == 6
+
+
 def test_autocast_is_kept_out_of_the_cross():
     inputs, features = CrossedEmbeddings(FIELDS, SIZES, dim=3), encoded([(1, 2), (4, 0)], [[[1], []], [[0, 3], [2]]])
     gradients = []

@@ -25,14 +25,25 @@ def test_gradients_by_hand():
     ctr, cvr = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
     balance({"ctr": ctr, "cvr": cvr}).backward()
     assert (ctr.grad.item(), cvr.grad.item()) == (1.0, 0.5)
-    assert balance.log_variances["ctr"].grad.item() == -3.0 + 0.5
-    assert balance.log_variances["cvr"].grad.item() == -2.5 + 0.5
+    assert balance.hundredths["ctr"].grad.item() == 100 * (-3.0 + 0.5)
+    assert balance.hundredths["cvr"].grad.item() == 100 * (-2.5 + 0.5)
+
+
+def test_an_epoch_finds_the_noise():
+    """At a constant loss the least of `c exp(-s) loss + s / 2` is at `s = log(2 c loss)`."""
+    balance = new()
+    adam = torch.optim.Adam(balance.parameters(), 1e-3)
+    for _ in range(147):
+        adam.zero_grad()
+        balance({"ctr": torch.tensor(0.6), "cvr": torch.tensor(0.1)}).backward()
+        adam.step()
+    assert balance.weights() == pytest.approx({"ctr": 0.5 / 0.6, "cvr": 0.5 / 0.1}, rel=0.1)
 
 
 def test_a_batch_without_a_task_leaves_its_weight_alone():
     balance = new()
     balance({"ctr": torch.tensor(3.0)}).backward()
-    assert balance.log_variances["cvr"].grad is None
+    assert balance.hundredths["cvr"].grad is None
 
 
 def test_bad_input_is_named():

@@ -70,10 +70,13 @@ def test_multiply_adds_by_hand(name):
 
 def test_only_kept_weights_count_task_by_task():
     model = new("sparse_sharing")
-    shapes = model.mlp.mask("ctr").shapes
-    mask = Mask.random(shapes, {"layers.0": 10, "layers.1": 3}, torch.Generator().manual_seed(0))
-    model.mlp.set_mask(mask, "cvr")
+    first, second = torch.zeros(8, K, dtype=torch.bool), torch.zeros(4, 8, dtype=torch.bool)
+    first[:, 0] = first[:2, 1] = second[:3, 5] = True
+    model.mlp.set_mask(Mask({"layers.0": first, "layers.1": second}), "cvr")
     assert mlp_multiply_adds(model) == K * 8 + 8 * 4 + 10 + 3 + 2 * 4
+    first[5] = False  # what reads this neuron reads a constant
+    model.mlp.set_mask(Mask({"layers.0": first, "layers.1": second}), "cvr")
+    assert mlp_multiply_adds(model) == K * 8 + 8 * 4 + 9 + 0 + 2 * 4
 
 
 def test_what_tasks_share_runs_once_a_view():
