@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.data import Prepared
 from lt4rec_sparse.experiments.settings import RunSettings, tasks_of
+from lt4rec_sparse.experiments.statistics import best_of
 from lt4rec_sparse.features import EncodedFeatures
 from lt4rec_sparse.files import whole_file, write_whole
 from lt4rec_sparse.lottery import (
@@ -158,14 +159,9 @@ class SeedRun:
         return best_ticket(tickets, metric, HIGHER_IS_BETTER[metric])
 
     def best_arm(self, arms: Sequence[str]) -> str:
-        """Return which arm of shared networks is best on the validation days; of equal ones the first.
-
-        That is the one of the least sum over tasks of its loss (log loss or MSE) over the least of any arm.
-        """
+        """Return which arm of shared networks is best on the validation days, by all its tasks' losses (`best_of`)."""
         judged = {arm: evaluate(self.trained_sparse_sharing(arm), self._validation, self.kinds)["all"] for arm in arms}
-        losses = {arm: {t: judged[arm][t][LOSS[kind]] for t, kind in self.kinds.items()} for arm in arms}
-        least = {task: min(of_arm[task] for of_arm in losses.values()) for task in self.kinds}
-        return min(arms, key=lambda arm: sum(losses[arm][task] / least[task] for task in self.kinds))
+        return best_of({arm: {t: judged[arm][t][LOSS[kind]] for t, kind in self.kinds.items()} for arm in arms})
 
     def sparse_sharing(self, masks: Mapping[str, Mask]) -> SparseSharing:
         """Return the shared network at its start, each task behind its mask."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,17 @@ def is_better(difference: Difference, higher_is_better: bool) -> bool:
     """
     gain = difference.mean if higher_is_better else -difference.mean
     return gain > difference.error
+
+
+def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
+    """Return the choice of the least sum over tasks of `loss / least loss of the task`; of equal ones the first.
+
+    >>> best_of({0.1: {"ctr": 0.6, "cvr": 0.10}, 0.2: {"ctr": 0.6, "cvr": 0.09}})
+    0.2
+    """
+    tasks = next(iter(losses.values()))
+    least = {task: min(of_choice[task] for of_choice in losses.values()) for task in tasks}
+    return min(losses, key=lambda choice: sum(losses[choice][task] / least[task] for task in tasks))
 
 
 def exceeds_two_errors(difference: Difference) -> bool:

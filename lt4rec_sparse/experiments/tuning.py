@@ -9,6 +9,7 @@ from typing import Any
 
 from lt4rec_sparse.experiments.arms import LOSS
 from lt4rec_sparse.experiments.declared import Row
+from lt4rec_sparse.experiments.statistics import best_of
 from lt4rec_sparse.experiments.trials import Trial
 from lt4rec_sparse.files import write_whole
 
@@ -59,7 +60,7 @@ def tuned_rates(
             "row": row_of[trial],
             "tasks": trial.tasks,
             "losses": {str(rate): found[rate] for rate in sorted(found)},
-            "chosen": best_rate(found),
+            "chosen": best_of(found),
         }
     write_whole(path, json.dumps(tried, indent=1) + "\n")
     return {key: tuple(tried[names[trial]]["chosen"] for trial in row.trials) for key, row in own.items()}
@@ -67,22 +68,10 @@ def tuned_rates(
 
 def beyond(losses: Mapping[float, Mapping[str, float]]) -> float | None:
     """Return the rate to try next: beyond the best where that is at an edge, else None."""
-    best = best_rate(losses)
+    best = best_of(losses)
     if best == max(losses):
         return 2 * best
     return best / 2 if best == min(losses) else None
-
-
-def best_rate(losses: Mapping[float, Mapping[str, float]]) -> float:
-    """Return the rate of the least sum over tasks of `loss / least loss of the task`; of equal ones the first.
-
-    Example:
-        >>> best_rate({0.1: {"ctr": 0.6, "cvr": 0.10}, 0.2: {"ctr": 0.6, "cvr": 0.09}})
-        0.2
-    """
-    tasks = next(iter(losses.values()))
-    least = {task: min(of_rate[task] for of_rate in losses.values()) for task in tasks}
-    return min(losses, key=lambda rate: sum(losses[rate][task] / least[task] for task in tasks))
 
 
 def _losses(record: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, float]:

@@ -3,8 +3,9 @@
 import json
 
 from lt4rec_sparse.experiments.declared import Row
+from lt4rec_sparse.experiments.statistics import best_of
 from lt4rec_sparse.experiments.trials import Trial
-from lt4rec_sparse.experiments.tuning import FURTHER, RATES, SEED, best_rate, beyond, tuned_rates
+from lt4rec_sparse.experiments.tuning import FURTHER, RATES, SEED, beyond, tuned_rates
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 BASE = Row("base", "base", (Trial("sparse_sharing", ("ctr",)), Trial("sparse_sharing", ("cvr",))), "base")
@@ -53,4 +54,4 @@ def test_beyond_the_best_is_tried_where_it_is_at_an_edge():
 
 def test_a_loss_counts_relative_to_the_best_of_its_task():
     losses = {1.0: {"ctr": 0.60, "cvr": 0.10}, 2.0: {"ctr": 0.61, "cvr": 0.09}}
-    assert best_rate(losses) == 2.0  # 0.09 is 10 % better, 0.61 not 2 % worse
+    assert best_of(losses) == 2.0  # 0.09 is 10 % better, 0.61 not 2 % worse
