@@ -250,8 +250,8 @@ def cheap(rows: Rows) -> list[Row]:
 def tickets(rows: Rows) -> list[Row]:
     """Does the ticket matter: what of a mask decides, at one density.
 
-    Tickets train at S-Weight's learning rate, random masks at that of random masks, both scaled ones at their own; a
-    ticket's densities with shuffled positions at the ticket's.
+    All at S-Weight's learning rate, which the tickets chose, but for random masks and what is scaled up: these have
+    chosen their own.
     """
     search = rows.search()
     last = Masks(search=search, level="last")
@@ -266,10 +266,9 @@ def tickets(rows: Rows) -> list[Row]:
         rows.sparse("ticket_layer", "ticket: a quantile a layer", Masks(search=layer, level="last")),
         rows.sparse("random_like", "the ticket's layer densities, shuffled", replace(last, kind="random_like")),
         *rows.random(),
+        rows.sparse("random_at_ticket_rate", "random masks at the tickets' learning rate", Masks("random", search)),
         rows.sparse("ticket_fresh", "ticket, fresh initial weights", replace(last, fresh_start=True)),
-        rows.sparse(
-            "random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True), "random"
-        ),
+        rows.sparse("random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True)),
         rows.sparse(
             "ticket_rescaled", "ticket, scaled up at the start", replace(last, rescale=True), "ticket_rescaled"
         ),
@@ -292,13 +291,13 @@ def tickets(rows: Rows) -> list[Row]:
             Masks(search=rows.search(rewind=0.2), level="last"),
         ),
         rows.sparse("ticket_warm", "ticket, after a warm-up of 0.25 epochs", Masks(search=warm, level="last")),
-        rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm), "random"),
+        rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm)),
         rows.sparse("one_ticket", "one mask for all: the first task's ticket", replace(last, kind="one_for_all")),
-        rows.sparse("one_random", "one mask for all: random", Masks("one_random", search), "random"),
+        rows.sparse("one_random", "one mask for all: random", Masks("one_random", search)),
         rows.sparse("unanimous", "one mask for all: unanimous", Masks("unanimous", search)),
     ]
     table += [
-        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at), "random")
+        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at))
         for density in RANDOM_DENSITIES
         for at in [replace(search, density=density)]
     ]
@@ -311,7 +310,6 @@ def tickets(rows: Rows) -> list[Row]:
                 f"random_separate_{share}",
                 f"random, {share:.0%} co-owned",
                 Masks("random_separate", search, shared=share),
-                "random",
             ),
         ]
     return table

@@ -20,7 +20,8 @@ def test_rows_are_distinct_and_have_a_rate(name):
     table = EXPERIMENTS[name].rows(ROWS)
     assert table[0].key == BASE
     assert len({row.key for row in table}) == len({row.title for row in table}) == len(table)
-    assert len({trial.key for row in table for trial in row.trials}) == sum(len(row.trials) for row in table)
+    trained = {(trial.key, row.rate_of) for row in table for trial in row.trials}
+    assert len(trained) == sum(len(row.trials) for row in table)
     searched = {row.key for row in rate_rows(table, ROWS)} | {BASE}
     assert {row.rate_of for row in table} <= searched
 
