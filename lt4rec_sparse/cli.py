@@ -310,6 +310,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     started: dict[str, TaskID] = {}
+    said: set[str] = set()  # a stage may begin again: a search of rates goes on where the best is at an edge
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -318,7 +319,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(started[stage], completed=done, total=total)
             if done == total:
                 bars.stop_task(started[stage])
-                if not console.is_terminal:
+                if not console.is_terminal and stage not in said:
+                    said.add(stage)
                     console.print(f"done: {stage}", highlight=False)
 
         yield progress
