@@ -64,7 +64,7 @@ def test_types_and_shapes(prepared: Prepared) -> None:
     assert batch.features.single.dtype == batch.features.multi_values.dtype == batch.groups.dtype == torch.int64
     assert batch.labels.keys() == batch.rows.keys() == batch.weights.keys() == {"ctr", "cvr"}
     assert batch.labels["cvr"].dtype == batch.weights["cvr"].dtype == torch.float32
-    assert batch.values.keys() == {"play_time_ms", "duration_ms", "truth_click", "truth_watch"}
+    assert batch.values.keys() == {"time_ms", "play_time_ms", "duration_ms", "truth_click", "truth_watch"}
     assert {(column.dtype, *column.shape) for column in batch.values.values()} == {(torch.float64, 64)}
     assert batch.rows["cvr"].dtype == batch.slices["tab_0"].dtype == torch.bool
     n_multi = sum(field.multi for field in prepared.encoder.fields)
