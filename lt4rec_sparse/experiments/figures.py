@@ -29,6 +29,7 @@ Record = Mapping[str, Any]
 Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
+ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REGIME_OPPONENTS = {HARD: TITLES[HARD], SINGLE: TITLES[SINGLE], "random": "random masks, scaled up"}
 WAYS = ("tickets", "random")  # how the masks of `plot_recovery` came about
@@ -454,7 +455,7 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    return dict(zip(dict.fromkeys(names), zip(cycle(TASK_COLOURS), cycle(ROW_MARKERS), strict=False), strict=False))
+    return dict(zip(dict.fromkeys(names), zip(cycle(ROW_COLOURS), cycle(ROW_MARKERS), strict=False), strict=False))
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
