@@ -332,8 +332,3 @@ def many_tasks(rows: Rows) -> list[Row]:
 def scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
     """Return hidden widths times a factor, each at least 1."""
     return tuple(max(1, round(factor * width)) for width in widths)
-
-
-def searches(rows: Sequence[Row]) -> set[Search]:
-    """Return the searches that the rows' tickets come from."""
-    return {trial.masks.search for row in rows for trial in row.trials if trial.masks and trial.masks.searches}

@@ -127,11 +127,6 @@ def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
     return min(losses, key=lambda choice: sum(losses[choice][task] / least[task] for task in tasks))
 
 
-def exceeds_two_errors(difference: Difference) -> bool:
-    """Return whether the difference, in either direction, exceeds twice its standard error; one seed's never does."""
-    return abs(difference.mean) > 2 * difference.error
-
-
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
     """Return the `t` with `P(|T| <= t) = confidence`, for Student's distribution of `degrees` degrees of freedom.
 

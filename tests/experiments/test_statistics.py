@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from lt4rec_sparse.experiments.statistics import (
     Difference,
-    exceeds_two_errors,
     is_better,
     or_none,
     paired_difference,
@@ -68,7 +67,6 @@ def test_a_difference_from_oneself_is_nothing_and_a_shift_has_no_error(values, s
     assert (shifted.mean, shifted.error) == (shift, 0.0)
     assert is_better(shifted, True) == (shift > 0)
     assert is_better(shifted, False) == (shift < 0)
-    assert exceeds_two_errors(shifted) == (shift != 0)
 
 
 def test_better_means_beyond_the_error_in_the_good_direction():
@@ -81,8 +79,6 @@ def test_better_means_beyond_the_error_in_the_good_direction():
     ]
     equal = Difference(0.1, 0.1, 5, False)
     assert not is_better(equal, True)
-    assert not exceeds_two_errors(gain)
-    assert exceeds_two_errors(Difference(-0.21, 0.1, 5, False))
 
 
 def test_one_seed_has_no_error_and_is_never_better():
@@ -90,7 +86,6 @@ def test_one_seed_has_no_error_and_is_never_better():
     assert one.mean == 1.0
     assert math.isnan(one.error)
     assert not is_better(one, True)
-    assert not exceeds_two_errors(one)
     assert json.loads(json.dumps(one.record(), allow_nan=False)) == {
         "difference": 1.0,
         "error": None,
@@ -106,7 +101,6 @@ def test_what_is_no_number_is_never_better_and_null_in_json(bad):
     difference = paired_difference({0: bad, 1: 2.0}, {0: 1.0, 1: 1.0})
     assert not is_better(difference, True)
     assert not is_better(difference, False)
-    assert not exceeds_two_errors(difference)
     assert difference.record()["difference"] is None
     assert summary([bad, 1.0]).record() == {"mean": None, "deviation": None, "seeds": 2}
 
