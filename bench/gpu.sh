@@ -13,9 +13,9 @@ LIMIT=455       # seconds for everything; the suites get what is left
 INSTALL_LIMIT=120
 TEST_LIMIT=150
 TESTS=(
-  tests/kernels/test_masked_matmul.py
-  tests/kernels/test_block_sparse.py
-  tests/kernels/test_fused_tail.py
+  tests/kernels/gpu/test_masked_matmul.py
+  tests/kernels/gpu/test_block_sparse.py
+  tests/kernels/gpu/test_fused_tail.py
   tests/nn/test_masked_gpu.py
   tests/nn/test_gpu.py
 )
@@ -50,7 +50,7 @@ memcheck() {
     note memcheck 0 0 "compute-sanitizer is absent"
     return
   fi
-  mapfile -t ids < <(collected tests/kernels/test_masked_matmul.py | grep short | awk 'NR % 3 == 1' | head -n 12)
+  mapfile -t ids < <(collected tests/kernels/gpu/test_masked_matmul.py | grep short | awk 'NR % 3 == 1' | head -n 12)
   for file in "${TESTS[@]:1:2}"; do
     if [ -e "$file" ]; then
       mapfile -t -O "${#ids[@]}" ids < <(collected "$file" | awk 'NR % 17 == 1' | head -n 4)

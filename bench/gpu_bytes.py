@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from bench import record
-from lt4rec_sparse.experiments.report import table
-from lt4rec_sparse.kernels.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.device_weight import FORMATS, Weight
+from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
+from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
+from lt4rec_sparse.recsys.report import table
 
 WIDTHS = (1024, 512, 256, 128)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)

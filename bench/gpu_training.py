@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.gpu_serving import DRY_NETWORKS, NETWORKS, TASKS, masked_network
 from bench.gpu_setting import FAILURES, Case, Setting, float32_precision, named
 from lt4rec_sparse import MaskedMLP
-from lt4rec_sparse.kernels import gpu
+from lt4rec_sparse.kernels.gpu import masked_linear
 from tests.oracle import Layer, assert_rounding, mlp_reference
 
 SPARSITY = 0.9
@@ -161,7 +161,7 @@ def _steps(
         steps[name] = (Step(module, call, x, labels, autocast), context)
 
     for name, path in PATHS.items():
-        add(name, deepcopy(mlp), nullcontext if path is None else partial(gpu.forced_path, path))
+        add(name, deepcopy(mlp), nullcontext if path is None else partial(masked_linear.forced_path, path))
     add("eager", PlainMaskedMLP(mlp).to(setting.device))
     if with_compiled:
         add("torch.compile", PlainMaskedMLP(mlp).to(setting.device), is_compiled=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from bench import experiments, gpu, gpu_bytes, record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
-from lt4rec_sparse.experiments.arms import MAIN_METRIC, SPARSE_LAST, TITLES
-from lt4rec_sparse.experiments.report import accuracy_table, precision_section, table
+from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC, SPARSE_LAST, TITLES
+from lt4rec_sparse.recsys.report import accuracy_table, precision_section, table
 
 # What decides of a mask; the whole table stands with the experiment.
 TICKETS = (

@@ -30,16 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import record
-from lt4rec_sparse.data import Batch, Prepared
-from lt4rec_sparse.experiments.declared import Rows
-from lt4rec_sparse.experiments.grid import run_jobs
-from lt4rec_sparse.experiments.jobs import DATA, jobs_of
-from lt4rec_sparse.experiments.trials import Masks, Search, Training, Trial
-from lt4rec_sparse.nn import CrossedEmbeddings
 from lt4rec_sparse.nn.optim import MaskedAdam
-from lt4rec_sparse.ranking import build, loss_of
+from lt4rec_sparse.paper.declared import Rows
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.recsys.data import Batch, Prepared
+from lt4rec_sparse.recsys.harness.grid import run_jobs
+from lt4rec_sparse.recsys.harness.jobs import DATA, jobs_of
+from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
+from lt4rec_sparse.recsys.models import build, loss_of
+from lt4rec_sparse.recsys.training import Joint, TaskLosses, train
 from lt4rec_sparse.stopwatch import interleaved
-from lt4rec_sparse.training import Joint, TaskLosses, train
 
 BATCH, STEPS = 1024, 20  # a call of the stopwatch trains this many batches
 EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)

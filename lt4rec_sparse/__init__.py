@@ -12,7 +12,7 @@ from lt4rec_sparse.nn import (
     freeze,
     measure_plan,
 )
-from lt4rec_sparse.serving import Ranker, load, save
+from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from lt4rec_sparse.errors import InputError
 
 if TYPE_CHECKING:
-    from lt4rec_sparse.ranking import Conflict
+    from lt4rec_sparse.recsys.models import Conflict
 
 # Click's own in older versions of typer, a copy within typer in newer ones.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -69,8 +69,8 @@ def run(
     tasks: Annotated[str, typer.Option(help="Names, such as ctr,cvr,like; all but the schema's extra ones.")] = "",
 ) -> None:
     """Give each task a mask, train one shared network, freeze it, and report it against its opponents."""
-    from lt4rec_sparse.experiments.run import run as run_experiment
-    from lt4rec_sparse.experiments.settings import SIMULATED, RunSettings
+    from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
+    from lt4rec_sparse.recsys.run import run as run_experiment
 
     default = RunSettings() if data else SIMULATED
     settings = RunSettings(
@@ -131,10 +131,10 @@ def experiment(
     impressions: Annotated[int, typer.Option(help="Of each simulated log of regimes.")] = 2_000_000,
 ) -> None:
     """Carry out a declared experiment of the paper, or beyond it, over seeds, and write its tables and plots."""
-    from lt4rec_sparse.experiments.declared import Variants
-    from lt4rec_sparse.experiments.experiment import Resources, run_experiment
-    from lt4rec_sparse.experiments.regimes import Regimes, run_regimes
-    from lt4rec_sparse.experiments.trials import Training
+    from lt4rec_sparse.paper.declared import Variants
+    from lt4rec_sparse.paper.experiment import Resources, run_experiment
+    from lt4rec_sparse.paper.regimes import Regimes, run_regimes
+    from lt4rec_sparse.recsys.harness.trials import Training
 
     if name == "regimes":
         if data is not None:
@@ -174,8 +174,8 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Write a click log with planted truth: Parquet files and their schema.toml."""
-    from lt4rec_sparse.data import SimulatorConfig
-    from lt4rec_sparse.data import simulate as write_log
+    from lt4rec_sparse.recsys.data import SimulatorConfig
+    from lt4rec_sparse.recsys.data import simulate as write_log
 
     write_log(
         SimulatorConfig(
@@ -206,10 +206,10 @@ def score(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lt4rec_sparse.data import read_candidates
     from lt4rec_sparse.files import whole_file
     from lt4rec_sparse.nn import Plan
-    from lt4rec_sparse.serving import load
+    from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.recsys.data import read_candidates
 
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
@@ -241,7 +241,7 @@ def plan(
     import torch
 
     from lt4rec_sparse.nn import Plan, SparseMLP, measure_plan
-    from lt4rec_sparse.serving import load
+    from lt4rec_sparse.ranker import load
 
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
@@ -266,7 +266,7 @@ def plan(
 def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")]) -> None:
     """Show what an artefact holds: tasks, fields, layers, densities, precisions, bytes."""
     from lt4rec_sparse.ops import PRECISIONS
-    from lt4rec_sparse.serving import load
+    from lt4rec_sparse.ranker import load
 
     ranker = load(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -357,7 +357,7 @@ def conflict_of(text: str) -> Conflict:
     Raises:
         InputError: If they are not five numbers of at least 0.
     """
-    from lt4rec_sparse.ranking import Conflict
+    from lt4rec_sparse.recsys.models import Conflict
 
     try:
         long_ms, long_ratio, short_ratio, click, watch = (float(part) for part in text.split(","))

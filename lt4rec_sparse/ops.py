@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.formats import SharedWeight
-from lt4rec_sparse.kernels import native, reference
+from lt4rec_sparse.kernels import cpu, reference
 
-PRECISIONS = native.PRECISIONS  # what `prepack` can make
-Network = native.Network  # `sparse_mlp_out` of one prepacked network, with all looked up that does not change
+PRECISIONS = cpu.PRECISIONS  # what `prepack` can make
+Network = cpu.Network  # `sparse_mlp_out` of one prepacked network, with all looked up that does not change
 X_DTYPES = (torch.float32, torch.bfloat16)  # what `sparse_mlp` reads, in every precision
 
 _library = torch.library.Library("lt4rec_sparse", "DEF")
@@ -172,14 +172,14 @@ def prepack(
             cannot have it.
     """
     layers = _with_codes(tasks, precision, codes)
-    if not native.is_available():
+    if not cpu.is_available():
         warnings.warn(
-            f"the native CPU engine is absent ({native.absence_reason()}): sparse MLPs run dense in torch",
+            f"the native CPU engine is absent ({cpu.absence_reason()}): sparse MLPs run dense in torch",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    return native.prepack([[_pack_layer(*layer) for layer in path] for path in layers], precision)
+    return cpu.prepack([[_pack_layer(*layer) for layer in path] for path in layers], precision)
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
@@ -221,7 +221,7 @@ def sparse_mlp_out(x: Tensor, prepacked: Tensor, out: Tensor) -> None:
     Raises:
         ValueError: If a shape, dtype, device or stride is another.
     """
-    native.sparse_mlp(x, prepacked, out)
+    cpu.sparse_mlp(x, prepacked, out)
 
 
 class GpuParts(NamedTuple):
@@ -243,7 +243,7 @@ def prepack_gpu(
         dtype: Of weights and activations: float32, float16 or bfloat16. Sums are float32.
         device: Whose kernels run it.
     """
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
     layers = gpu_layers(tasks)
     network = kernels.prepack(layers, kernels.default_chain(layers, dtype, device), dtype, device)
     parts, layout = kernels.flatten(network)
@@ -281,7 +281,7 @@ def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
     Args:
         tasks: As in `prepack`; layer by layer as wide for every task.
     """
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
     layers = []
     for of_layer in zip(*tasks, strict=True):
         weights = [layer.weight for layer, _ in of_layer]
@@ -305,7 +305,7 @@ def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
 
 def cpu_engine() -> str:
     """Name what runs `sparse_mlp` on this machine's CPU: an instruction set of the native engine, or "reference"."""
-    return native.isa() if native.is_available() else "reference"
+    return cpu.isa() if cpu.is_available() else "reference"
 
 
 def sparse_mlp_dense(
@@ -363,11 +363,11 @@ def _with_codes(
     return [[(*layer, code) for layer, code in zip(*pair, strict=True)] for pair in pairs]
 
 
-def _pack_layer(layer: SparseLayer, task: str, codes: Codes | None) -> native.PackLayer:
+def _pack_layer(layer: SparseLayer, task: str, codes: Codes | None) -> cpu.PackLayer:
     csr = layer.weight.csr(task)
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     parts = (csr.crow_indices, csr.col_indices, csr.values.float(), bias)
-    return native.PackLayer(*parts, csr.shape[1], layer.activation, *(codes or ()))
+    return cpu.PackLayer(*parts, csr.shape[1], layer.activation, *(codes or ()))
 
 
 def _dense_layer(x: Tensor, layer: SparseLayer, task: str, codes: Codes | None) -> reference.DenseLayer:
@@ -425,7 +425,7 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
     def run(first: Tensor, *rest: Any) -> Tensor:
         if first.dtype == torch.float64:  # for checks of gradients: the kernels sum in float32
             return cast(Tensor, specification(first, *rest))
-        kernel = getattr(importlib.import_module("lt4rec_sparse.kernels.gpu"), name)
+        kernel = getattr(importlib.import_module("lt4rec_sparse.kernels.gpu.masked_linear"), name)
         return cast(Tensor, kernel(first, *rest))
 
     return run
@@ -543,7 +543,7 @@ torch.library.register_autograd("lt4rec_sparse::masked_linear_wgrad", _wgrad_bac
 def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     rows = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], outputs, dtype=torch.float32)
-    native.sparse_mlp(rows, prepacked, y)
+    cpu.sparse_mlp(rows, prepacked, y)
     return y
 
 
@@ -556,7 +556,7 @@ def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
 
 
 def _sparse_mlp_gpu(x: Tensor, parts: Sequence[Tensor], layout: str, outputs: int) -> Tensor:
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
     return cast(Tensor, kernels.unflatten(parts, layout)(x))
 
 

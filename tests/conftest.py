@@ -27,15 +27,15 @@ def poisoned_memory():
 
 def pytest_configure() -> None:
     if os.environ.get("LT4REC_SPARSE_REQUIRE_NATIVE") == "1":
-        from lt4rec_sparse.kernels import native
+        from lt4rec_sparse.kernels import cpu
 
-        assert native.is_available(), native.absence_reason()
+        assert cpu.is_available(), cpu.absence_reason()
 
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory):
     """A small simulated click log: a folder like a user's."""
-    from lt4rec_sparse.data import SimulatorConfig, simulate
+    from lt4rec_sparse.recsys.data import SimulatorConfig, simulate
 
     folder = tmp_path_factory.mktemp("small") / "log"
     simulate(SimulatorConfig(users=300, videos=120, impressions=9_000, days=6), folder)
@@ -45,6 +45,6 @@ def small_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_log(small_folder, tmp_path_factory):
     """The same, prepared."""
-    from lt4rec_sparse.data import prepare
+    from lt4rec_sparse.recsys.data import prepare
 
     return prepare(small_folder, tmp_path_factory.mktemp("small_prepared") / "out")

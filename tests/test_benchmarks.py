@@ -13,24 +13,22 @@ import torch
 from oracle import Layer, assert_rounding, mlp_reference
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
 IN_FEATURES, OUT_FEATURES = 1024, 512
 CODES = {"input_scale": 8 / 255, "input_zero_point": 128}  # of standard normal activations
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
-def sparse_layer(density: float) -> tuple[Layer, native.PackLayer]:
+def sparse_layer(density: float) -> tuple[Layer, cpu.PackLayer]:
     """Return one random layer, dense and compressed."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(OUT_FEATURES, IN_FEATURES, generator=generator) < density
     weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator) * mask / IN_FEATURES**0.5
     bias = torch.randn(OUT_FEATURES, generator=generator)
     crow_indices = torch.nn.functional.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
-    packed = native.PackLayer(
-        crow_indices, mask.nonzero()[:, 1].int(), weight[mask], bias, IN_FEATURES, "relu", **CODES
-    )
+    packed = cpu.PackLayer(crow_indices, mask.nonzero()[:, 1].int(), weight[mask], bias, IN_FEATURES, "relu", **CODES)
     return Layer(weight, bias, "relu"), packed
 
 
@@ -43,11 +41,11 @@ def sparse_layer(density: float) -> tuple[Layer, native.PackLayer]:
 def test_one_sparse_layer(benchmark: Any, precision: str, path: Any, batch: int, density: float) -> None:
     """One layer of the engine, one thread."""
     layer, packed = sparse_layer(density)
-    prepacked = native.prepack([[packed]], precision)
+    prepacked = cpu.prepack([[packed]], precision)
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(1))
     out = torch.empty(batch, OUT_FEATURES)
-    benchmark.extra_info |= {"isa": native.isa(), "density": density}
-    benchmark(native.sparse_mlp, x, prepacked, out, 1, path)
+    benchmark.extra_info |= {"isa": cpu.isa(), "density": density}
+    benchmark(cpu.sparse_mlp, x, prepacked, out, 1, path)
     if precision == "fp32":
         assert_rounding(out, mlp_reference(x, [layer]))
 

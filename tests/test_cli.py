@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lt4rec_sparse.cli import app
-from lt4rec_sparse.data import Prepared, SimulatorConfig, prepare
-from lt4rec_sparse.data.days import log_columns, partition
-from lt4rec_sparse.data.progress import silent
-from lt4rec_sparse.data.rows import RowReader
-from lt4rec_sparse.data.source import open_source
-from lt4rec_sparse.experiments import frozen
-from lt4rec_sparse.experiments import run as run_module
 from lt4rec_sparse.nn import Plan, SparseMLP
-from lt4rec_sparse.serving import Ranker, load, save
+from lt4rec_sparse.ranker import Ranker, load, save
+from lt4rec_sparse.recsys import frozen
+from lt4rec_sparse.recsys import run as run_module
+from lt4rec_sparse.recsys.data import Prepared, SimulatorConfig, prepare
+from lt4rec_sparse.recsys.data.days import log_columns, partition
+from lt4rec_sparse.recsys.data.progress import silent
+from lt4rec_sparse.recsys.data.rows import RowReader
+from lt4rec_sparse.recsys.data.source import open_source
 
 TINY = (
     "--masks",

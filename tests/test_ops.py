@@ -10,7 +10,7 @@ from oracle import Bounded, Layer, assert_exact, assert_rounding, linear_referen
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.formats import SharedWeight
-from lt4rec_sparse.kernels import native, reference
+from lt4rec_sparse.kernels import cpu, reference
 from lt4rec_sparse.masks import pack_words
 
 SHAPES = [(0, 3, 2), (1, 1, 1), (7, 33, 5), (64, 100, 31)]
@@ -308,7 +308,7 @@ def sparse_problem(widths, tasks=("ctr", "cvr"), density=0.3, seed=0, integers=F
     return list(paths.values()), list(oracle.values())
 
 
-needs_engine = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
 @needs_engine
@@ -408,7 +408,7 @@ def test_the_bf16_reference_counts_denormals_as_zero():
     layer = reference.DenseLayer(torch.full((1, 1), 2.0**100), None, "none")
     x = torch.tensor([[2.0**-126], [2.0**-127]])
     assert reference.sparse_mlp(x, [[layer]], "bf16").tolist() == [[2.0**-26], [0.0]]
-    if native.is_available():
+    if cpu.is_available():
         weight = SharedWeight.from_dense(layer.weight, {"all": torch.ones(1, 1, dtype=torch.bool)})
         paths = [[(ops.SparseLayer(weight, None, "none"), "all")]]
         assert_exact(*engine_and_reference(x, paths, "bf16"))
@@ -431,7 +431,7 @@ def test_int8_is_exactly_the_reference(widths, batch, density, seed):
 @pytest.mark.parametrize("tasks", [("a", "b"), ("a", "b", "c")])
 def test_int8_is_exactly_the_reference_where_tasks_share_products(tasks):
     paths, _ = sparse_problem([300, 24, 17, 1], tasks, density=0.7)
-    assert native.describe(ops.prepack(paths, "int8", codes_of(paths))).layers == 3 * len(tasks) + 1
+    assert cpu.describe(ops.prepack(paths, "int8", codes_of(paths))).layers == 3 * len(tasks) + 1
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
     assert_exact(*engine_and_reference(x, paths, "int8", codes_of(paths)))
 
@@ -470,7 +470,7 @@ def test_a_bfloat16_x_is_widened(precision):
     codes = codes_of(paths)
     x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert_exact(*(ops.sparse_mlp_dense(v, paths, precision, codes) for v in (x, x.float())))
-    if native.is_available():
+    if cpu.is_available():
         prepacked = ops.prepack(paths, precision, codes)
         assert_exact(*(ops.sparse_mlp(v, prepacked, 4) for v in (x, x.float())))
 
@@ -529,7 +529,7 @@ def test_layer_inputs_are_the_activations_between_layers():
 
 
 def test_without_the_engine_one_warning_says_so(monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     paths, _ = sparse_problem([6, 5, 1])
     with pytest.warns(RuntimeWarning, match="sparse MLPs run dense in torch"):
         assert ops.prepack(paths) is None

@@ -27,7 +27,7 @@ heavy = {"triton", "pyarrow", "matplotlib"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
 import lt4rec_sparse.nn
-import lt4rec_sparse.serving
+import lt4rec_sparse.ranker
 
 mlp = lt4rec_sparse.MaskedMLP(8, hidden=(6, 4), tasks=("ctr", "cvr"))
 mlp.layers[0].set_mask(torch.rand(6, 8) < 0.5, "ctr")
@@ -54,7 +54,7 @@ kept = mlp.layers[0].mask("ctr")
 assert torch.equal(mlp.layers[0].weight[~kept], before[~kept])
 assert not torch.equal(mlp.layers[0].weight, before)
 assert lt4rec_sparse.freeze(mlp, sigmoid=True)(x).shape == (5, 2)
-assert "lt4rec_sparse.kernels.gpu" not in sys.modules
+assert "lt4rec_sparse.kernels.gpu.masked_linear" not in sys.modules
 """
 
 

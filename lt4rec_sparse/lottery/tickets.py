@@ -12,13 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery.pruning import (
-    check_granularity,
-    check_scope,
-    level_density,
-    prune_by_magnitude,
-    wanted_nnz,
-)
+from lt4rec_sparse.lottery.pruning import check_granularity, check_scope, level_density, prune_by_magnitude, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
 

@@ -222,7 +222,7 @@ class Ways:
     """
 
     def __init__(self, mlp: SparseMLP, precision: str, device: torch.device) -> None:
-        self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu_network")
+        self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
         self.layers = ops.gpu_layers(mlp._paths())
         self.precision = precision
         self.dtype = DTYPES[precision]
@@ -379,7 +379,7 @@ def _winner(batch: BatchPlan) -> Chain:
 
 
 def _machine(device: torch.device, precision: str) -> Machine:
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu")
+    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.masked_linear")
     arithmetic = f", {kernels.precision()}" if precision == "fp32" else ""
     if device.type != "cuda":
         return Machine(f"interpreter on {device.type}{arithmetic}", 0, str(torch.__version__))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels.networks import KERNELS, Kernel
 
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def sums_in_float32() -> Iterator[None]:
 
 @pytest.fixture(params=KERNELS, ids="-".join)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
-    if request.param.isa not in native.supported_isas():
+    if request.param.isa not in cpu.supported_isas():
         pytest.skip(f"this machine does not run {request.param.isa}")
-    with native.forced_isa(request.param.isa):
+    with cpu.forced_isa(request.param.isa):
         yield request.param

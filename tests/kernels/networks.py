@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracle import Layer, small_integers
 from torch import Tensor
 
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
 # What a machine of this kind may run.
 ISAS = (
@@ -32,8 +32,8 @@ class Kernel(NamedTuple):
     isa: str
 
     def run(self, x: Tensor, prepacked: Tensor, threads: int = 1) -> Tensor:
-        out = torch.full((len(x), native.describe(prepacked).outputs), torch.nan)
-        native.sparse_mlp(x, prepacked, out, threads, self.path)
+        out = torch.full((len(x), cpu.describe(prepacked).outputs), torch.nan)
+        cpu.sparse_mlp(x, prepacked, out, threads, self.path)
         return out
 
 
@@ -50,15 +50,13 @@ class MaskedLayer(NamedTuple):
     input_scale: float = INPUT_CODES[0]
     input_zero_point: int = INPUT_CODES[1]
 
-    def pack(self) -> native.PackLayer:
+    def pack(self) -> cpu.PackLayer:
         """Compress to canonical CSR, by mask and never by `!= 0`."""
         crow_indices = F.pad(self.mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
         col_indices = self.mask.nonzero()[:, 1].int()
         values = self.weight[self.mask]
         codes = (self.input_scale, self.input_zero_point)
-        return native.PackLayer(
-            crow_indices, col_indices, values, self.bias, self.mask.shape[1], self.activation, *codes
-        )
+        return cpu.PackLayer(crow_indices, col_indices, values, self.bias, self.mask.shape[1], self.activation, *codes)
 
     def dense(self) -> Layer:
         """Drop the mask, for the oracle."""
@@ -101,12 +99,12 @@ def random_task(
 
 
 def prepack(tasks: Sequence[Task], precision: str) -> Tensor:
-    return native.prepack([[layer.pack() for layer in task] for task in tasks], precision)
+    return cpu.prepack([[layer.pack() for layer in task] for task in tasks], precision)
 
 
 def is_shared(prepacked: Tensor) -> bool:
     """Whether the tasks' common weights of the first layer are multiplied once."""
-    facts = native.describe(prepacked)
+    facts = cpu.describe(prepacked)
     return facts.products < facts.nnz
 
 

@@ -20,15 +20,15 @@ from oracle import assert_exact, small_integers
 from torch import Tensor
 
 from lt4rec_sparse import kernels
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
-def full_layer(in_features: int, out_features: int, activation: str = "none") -> native.PackLayer:
+def full_layer(in_features: int, out_features: int, activation: str = "none") -> cpu.PackLayer:
     """Every weight kept and 1, no bias: each output is the sum of the row, in int8 too."""
     nnz = in_features * out_features
-    return native.PackLayer(
+    return cpu.PackLayer(
         torch.arange(0, nnz + 1, in_features, dtype=torch.int32),
         torch.arange(in_features, dtype=torch.int32).repeat(out_features),
         torch.ones(nnz),
@@ -40,10 +40,10 @@ def full_layer(in_features: int, out_features: int, activation: str = "none") ->
 
 
 def three_layers(precision: str) -> Tensor:
-    return native.prepack([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision)
+    return cpu.prepack([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision)
 
 
-@pytest.fixture(params=native.PRECISIONS)
+@pytest.fixture(params=cpu.PRECISIONS)
 def blob(request: pytest.FixtureRequest) -> Tensor:
     return three_layers(request.param)
 
@@ -53,12 +53,12 @@ def ints(*values: int) -> Tensor:
 
 
 def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
-    assert torch.equal(three_layers(native.describe(blob).precision), blob)
-    for offset, (batch, path) in itertools.product((8, 24, 56), itertools.product((3, 70), native.PATHS)):
+    assert torch.equal(three_layers(cpu.describe(blob).precision), blob)
+    for offset, (batch, path) in itertools.product((8, 24, 56), itertools.product((3, 70), cpu.PATHS)):
         moved = torch.zeros(blob.numel() + offset, dtype=torch.uint8)[offset:]
         moved.copy_(blob)
         out = torch.empty(batch, 3)
-        native.sparse_mlp(torch.ones(batch, 10), moved, out, path=path)
+        cpu.sparse_mlp(torch.ones(batch, 10), moved, out, path=path)
         # In int8 the second layer's weights are counted in steps of 1/127.
         assert_exact(out.round(), torch.tensor([60.0, 60.0, 10.0]).expand(batch, 3))
 
@@ -94,15 +94,15 @@ def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> Non
 )
 def test_what_is_no_blob_is_refused(blob: Tensor, spoil: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match="prepacked: got"):
-        native.sparse_mlp(torch.ones(1, 10), spoil(blob), torch.empty(1, 3))
+        cpu.sparse_mlp(torch.ones(1, 10), spoil(blob), torch.empty(1, 3))
     with pytest.raises(ValueError, match="prepacked: got"):
-        native.describe(spoil(blob))
+        cpu.describe(spoil(blob))
     with pytest.raises(ValueError, match="prepacked: got"):
-        native.Network(spoil(blob))
+        cpu.Network(spoil(blob))
 
 
 def test_a_blob_that_was_written_over_is_refused(blob: Tensor) -> None:
-    network = native.Network(blob)
+    network = cpu.Network(blob)
     blob.zero_()
     with pytest.raises(ValueError, match="prepacked: got no blob"):
         network.sparse_mlp(torch.ones(1, 10), torch.empty(1, 3))
@@ -134,15 +134,15 @@ def test_a_wrong_argument_is_refused_in_one_line(
     blob: Tensor, x: Tensor, out: Tensor, threads: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        native.sparse_mlp(x, blob, out, threads)
+        cpu.sparse_mlp(x, blob, out, threads)
 
 
 def test_a_path_that_does_not_exist_is_refused(blob: Tensor) -> None:
     with pytest.raises(ValueError, match="'tiles'"):
-        native.sparse_mlp(torch.ones(1, 10), blob, torch.empty(1, 3), path="tiles")  # type: ignore[arg-type]
+        cpu.sparse_mlp(torch.ones(1, 10), blob, torch.empty(1, 3), path="tiles")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("precision", native.PRECISIONS)
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,7 +171,7 @@ def test_a_path_that_does_not_exist_is_refused(blob: Tensor) -> None:
 )
 def test_a_layer_that_is_not_canonical_is_refused(precision: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        native.prepack([[full_layer(3, 2)._replace(**change)]], precision)
+        cpu.prepack([[full_layer(3, 2)._replace(**change)]], precision)
 
 
 @pytest.mark.parametrize(
@@ -194,62 +194,62 @@ def test_a_layer_that_is_not_canonical_is_refused(precision: str, change: dict[s
 def test_what_int8_cannot_count_is_refused(change: dict[str, object], message: str) -> None:
     layer = full_layer(3, 2)
     with pytest.raises(ValueError, match=message):
-        native.prepack([[layer._replace(**change)]], "int8")
+        cpu.prepack([[layer._replace(**change)]], "int8")
     with pytest.raises(ValueError, match=message.replace("layer 0", "layer 1")):
-        native.prepack([[full_layer(4, 3), layer._replace(**change)]], "int8")
+        cpu.prepack([[full_layer(4, 3), layer._replace(**change)]], "int8")
     for precision in ("fp32", "bf16"):  # where codes mean nothing, and NaN is a number like any other
-        assert native.prepack([[layer._replace(**change)]], precision).numel() > 0
+        assert cpu.prepack([[layer._replace(**change)]], precision).numel() > 0
 
 
 @pytest.mark.parametrize("change", ({"input_scale": 0.25}, {"input_zero_point": 3}))
 def test_tasks_that_count_x_in_different_codes_are_refused(change: dict[str, object]) -> None:
     # x is counted once, for all tasks.
     with pytest.raises(ValueError, match="input_"):
-        native.prepack(
+        cpu.prepack(
             [[full_layer(3, 2)], [full_layer(3, 2), full_layer(2, 1)], [full_layer(3, 1)._replace(**change)]], "int8"
         )
 
 
 def test_more_inputs_than_int8_can_sum_are_refused() -> None:
-    native.prepack([[full_layer(32768, 1)]], "int8")
+    cpu.prepack([[full_layer(32768, 1)]], "int8")
     with pytest.raises(ValueError, match="in_features in int8: got 32769, wanted at most 32768"):
-        native.prepack([[full_layer(32769, 1)]], "int8")
-    native.prepack([[full_layer(32769, 1)]], "bf16")
+        cpu.prepack([[full_layer(32769, 1)]], "int8")
+    cpu.prepack([[full_layer(32769, 1)]], "bf16")
 
 
 def test_a_precision_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
-        native.prepack([[full_layer(3, 2)]], "fp16")
+        cpu.prepack([[full_layer(3, 2)]], "fp16")
 
 
 def test_layers_that_do_not_chain_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tasks\[0\]\[1\].in_features: got 4, wanted 2"):
-        native.prepack([[full_layer(3, 2), full_layer(4, 1)]])
+        cpu.prepack([[full_layer(3, 2), full_layer(4, 1)]])
     with pytest.raises(ValueError, match=r"tasks\[1\]\[0\].in_features: got 4, wanted 3"):
-        native.prepack([[full_layer(3, 2)], [full_layer(4, 1)]])
+        cpu.prepack([[full_layer(3, 2)], [full_layer(4, 1)]])
     with pytest.raises(ValueError, match=r"tasks: got layer counts \[1, 0\]"):
-        native.prepack([[full_layer(3, 2)], []])
+        cpu.prepack([[full_layer(3, 2)], []])
     with pytest.raises(ValueError, match="tasks: got layer counts"):
-        native.prepack([])
+        cpu.prepack([])
 
 
-@pytest.mark.parametrize("precision", native.PRECISIONS)
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
 def test_more_rows_than_a_slice_can_name_are_refused(precision: str) -> None:
     dead = full_layer(1, 1)._replace(col_indices=ints(), values=torch.ones(0))
-    widest = native.prepack([[dead._replace(crow_indices=torch.zeros(65028, dtype=torch.int32))]], precision)
+    widest = cpu.prepack([[dead._replace(crow_indices=torch.zeros(65028, dtype=torch.int32))]], precision)
     out = torch.empty(2, 65027)
-    for path in native.PATHS:
-        native.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
+    for path in cpu.PATHS:
+        cpu.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
         assert not out.any()
     with pytest.raises(ValueError, match="out_features: got 65028, wanted at most 65027"):
-        native.prepack([[dead._replace(crow_indices=torch.zeros(65029, dtype=torch.int32))]], precision)
+        cpu.prepack([[dead._replace(crow_indices=torch.zeros(65029, dtype=torch.int32))]], precision)
 
 
-@pytest.mark.parametrize("precision", native.PRECISIONS)
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
 @pytest.mark.parametrize("in_features", (2**31, 2**32 + 1, 2**62))
 def test_more_columns_than_an_index_can_name_are_refused(precision: str, in_features: int) -> None:
     with pytest.raises(ValueError, match=f"in_features.*got {in_features}, wanted at most"):
-        native.prepack([[full_layer(1, 1)._replace(in_features=in_features)]], precision)
+        cpu.prepack([[full_layer(1, 1)._replace(in_features=in_features)]], precision)
 
 
 # What a fuzzer writes into a layer: edges of int32, of the columns and of the row starts.
@@ -259,7 +259,7 @@ WRONG = st.sampled_from((-(2**31), -1, 0, 1, 2, 5, 6, 7, 8, 16, 2**24, 2**31 - 1
 @settings(max_examples=300)
 @given(
     seed=st.integers(0, 50),
-    precision=st.sampled_from(native.PRECISIONS),
+    precision=st.sampled_from(cpu.PRECISIONS),
     writes=st.lists(
         st.tuples(st.sampled_from(("crow_indices", "col_indices")), st.integers(0, 100), WRONG), max_size=3
     ),
@@ -294,9 +294,9 @@ def test_a_layer_is_right_or_refused(
     )
     if not is_canonical:
         with pytest.raises(ValueError, match=f"layer {int(is_second)}: (crow|col)_indices"):
-            native.prepack([task], precision)
+            cpu.prepack([task], precision)
         return
-    blob = native.prepack([task], precision)
+    blob = cpu.prepack([task], precision)
     if is_second:
         return
     weight = torch.zeros(out_features, in_features)
@@ -307,13 +307,13 @@ def test_a_layer_is_right_or_refused(
     accepted = layer._replace(weight=weight, mask=kept)
     x = small_integers(9, in_features, generator=torch.Generator().manual_seed(seed))
     out = torch.empty(9, out_features)
-    native.sparse_mlp(x, blob, out)
+    cpu.sparse_mlp(x, blob, out)
     assert_exact(out, exact_reference(x, [[accepted]], precision))
     assert torch.equal(blob, prepack([[accepted]], precision))
 
 
-@pytest.mark.parametrize("path", native.PATHS)
-def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: native.Path) -> None:
+@pytest.mark.parametrize("path", cpu.PATHS)
+def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: cpu.Path) -> None:
     header = struct.Struct("<2I7Q8I")  # BlobHeader of csrc/engine.h
     fields = list(header.unpack_from(blob.numpy()))
     products, hidden_features = 6, 14
@@ -325,28 +325,28 @@ def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: native
     try:
         for threads in (1, 2):
             with pytest.raises(MemoryError):
-                native.sparse_mlp(torch.ones(200, 10), blob, torch.empty(200, 3), threads, path)
+                cpu.sparse_mlp(torch.ones(200, 10), blob, torch.empty(200, 3), threads, path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     # The scratch memory that this thread has lost is had anew.
     out = torch.empty(200, 3)
-    native.sparse_mlp(torch.ones(200, 10), three_layers("fp32"), out, path=path)
+    cpu.sparse_mlp(torch.ones(200, 10), three_layers("fp32"), out, path=path)
     assert_exact(out, torch.tensor([60.0, 60.0, 10.0]).expand(200, 3))
 
 
 def test_forcing_an_isa_lasts_as_long_as_its_context() -> None:
-    before = native.isa()
-    with native.forced_isa("scalar"):
-        assert native.isa() == "scalar"
-    assert native.isa() == before == native.supported_isas()[-1]
+    before = cpu.isa()
+    with cpu.forced_isa("scalar"):
+        assert cpu.isa() == "scalar"
+    assert cpu.isa() == before == cpu.supported_isas()[-1]
     with pytest.raises(ValueError, match="isa: got 'mmx', wanted one that this machine runs: scalar"):
-        native.forced_isa("mmx").__enter__()
-    assert native.isa() == before
+        cpu.forced_isa("mmx").__enter__()
+    assert cpu.isa() == before
 
 
 @pytest.mark.parametrize(("wanted", "printed"), [("scalar", "scalar"), ("mmx", "LT4REC_SPARSE_ISA: isa: got 'mmx'")])
 def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str) -> None:
-    command = [sys.executable, "-c", "from lt4rec_sparse.kernels import native; print(native.isa())"]
+    command = [sys.executable, "-c", "from lt4rec_sparse.kernels import native; print(cpu.isa())"]
     environment = os.environ | {"LT4REC_SPARSE_ISA": wanted}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert printed in done.stdout + done.stderr
@@ -356,7 +356,7 @@ def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str
 def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(kernels, "_engine")
     monkeypatch.setitem(sys.modules, "lt4rec_sparse.kernels._engine", None)
-    spec = importlib.util.spec_from_file_location("native_without_engine", native.__file__)
+    spec = importlib.util.spec_from_file_location("native_without_engine", cpu.__file__)
     assert spec is not None
     assert spec.loader is not None
     bare = importlib.util.module_from_spec(spec)

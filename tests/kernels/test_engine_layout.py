@@ -28,9 +28,9 @@ from kernels.networks import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 Array = NDArray[Any]
 
@@ -486,7 +486,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str) -> No
 def test_describe_reads_the_header(precision: str) -> None:
     blob, _ = packed("shared", precision)
     header = blob.header
-    assert native.describe(torch.from_numpy(blob.bytes)) == (
+    assert cpu.describe(torch.from_numpy(blob.bytes)) == (
         precision,
         header.in_features,
         header.outputs,

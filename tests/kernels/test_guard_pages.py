@@ -19,9 +19,9 @@ from kernels.networks import Kernel, Task, exact_reference, prepack, random_task
 from oracle import assert_exact, small_integers
 from torch import Tensor
 
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 PROT_NONE = 0
 
@@ -91,7 +91,7 @@ def test_nothing_is_touched_out_of_place(kernel: Kernel, name: str, at: str) -> 
         out = out_pages.hold(
             torch.full_like(wanted, torch.nan), at, row_stride=wanted.shape[1] + 3 if is_strided else None
         )
-        native.sparse_mlp(x, prepacked, out, threads=1 + batch % 2, path=kernel.path)
+        cpu.sparse_mlp(x, prepacked, out, threads=1 + batch % 2, path=kernel.path)
         assert_exact(out, wanted)
 
 
@@ -109,17 +109,17 @@ def test_several_threads_touch_nothing_out_of_place(kernel: Kernel, at: str) -> 
     blob_pages, x_pages, out_pages = pages()
     out = out_pages.hold(torch.full_like(case.wanted, torch.nan), at)
     prepacked = blob_pages.hold(case.prepacked, at)
-    native.sparse_mlp(x_pages.hold(case.x, at), prepacked, out, threads=4, path=kernel.path)
+    cpu.sparse_mlp(x_pages.hold(case.x, at), prepacked, out, threads=4, path=kernel.path)
     assert_exact(out, case.wanted)
 
 
 @pytest.mark.parametrize("at", ("end", "start"))
-@pytest.mark.parametrize("precision", native.PRECISIONS)
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
 def test_prepack_reads_nothing_out_of_place(precision: str, at: str) -> None:
-    def guarded(layer: native.PackLayer) -> native.PackLayer:
+    def guarded(layer: cpu.PackLayer) -> cpu.PackLayer:
         arrays = {name: getattr(layer, name) for name in ("crow_indices", "col_indices", "values", "bias")}
         return layer._replace(**{name: Pages(4 * len(array)).hold(array, at) for name, array in arrays.items()})
 
     tasks = [random_task((63, 81, 2), 0.3, seed=1), random_task((63, 17), 0.3, seed=2)]
     held = [[guarded(layer.pack()) for layer in task] for task in tasks]
-    assert torch.equal(native.prepack(held, precision), prepack(tasks, precision))
+    assert torch.equal(cpu.prepack(held, precision), prepack(tasks, precision))

@@ -9,11 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from lt4rec_sparse.cli import app
-from lt4rec_sparse.experiments import frozen
-from lt4rec_sparse.experiments.run import run
-from lt4rec_sparse.experiments.settings import RunSettings, SettingsError, check_settings, pin_settings
 from lt4rec_sparse.lottery import GRANULARITIES
 from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.recsys import frozen
+from lt4rec_sparse.recsys.harness.settings import RunSettings, SettingsError, check_settings, pin_settings
+from lt4rec_sparse.recsys.run import run
 
 WANTED = "granularity: got 'rows', wanted one of weight, 2:4, block4, block16, block32, block64, neuron"
 

@@ -2,14 +2,7 @@ import pytest
 import torch
 
 from lt4rec_sparse import MaskedMLP
-from lt4rec_sparse.lottery import (
-    GRANULARITIES,
-    Ticket,
-    best_ticket,
-    level_nnz,
-    prune_by_magnitude,
-    search_tickets,
-)
+from lt4rec_sparse.lottery import GRANULARITIES, Ticket, best_ticket, level_nnz, prune_by_magnitude, search_tickets
 from lt4rec_sparse.masks import Mask
 
 

@@ -13,7 +13,7 @@ from lt4rec_sparse.nn.plan import Segment
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lt4rec_sparse.kernels import gpu_network
+from lt4rec_sparse.kernels.gpu import gpu_network
 from lt4rec_sparse.nn import gpu
 from lt4rec_sparse.nn.gpu import GpuMLP, measure_plan
 

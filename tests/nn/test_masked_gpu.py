@@ -20,7 +20,7 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lt4rec_sparse.kernels import gpu
+from lt4rec_sparse.kernels.gpu import masked_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -56,9 +56,9 @@ def sums_in_float32():
         setattr(matmul, setting, value)
 
 
-@pytest.fixture(params=gpu.PATHS)
+@pytest.fixture(params=masked_linear.PATHS)
 def path(request):
-    with gpu.forced_path(request.param):
+    with masked_linear.forced_path(request.param):
         yield request.param
 
 
@@ -133,8 +133,10 @@ def test_a_layer_takes_any_leading_dimensions(activation, path):
 def test_modules_run_the_kernels_and_float64_the_reference(monkeypatch):
     called = []
     for name in OPS:
-        kernel = getattr(gpu, name)
-        monkeypatch.setattr(gpu, name, lambda *parts, name=name, kernel=kernel: called.append(name) or kernel(*parts))
+        kernel = getattr(masked_linear, name)
+        monkeypatch.setattr(
+            masked_linear, name, lambda *parts, name=name, kernel=kernel: called.append(name) or kernel(*parts)
+        )
     mlp, x = network(), batch()
     reference(mlp, x)
     assert called == []
@@ -144,12 +146,12 @@ def test_modules_run_the_kernels_and_float64_the_reference(monkeypatch):
 
 
 def test_a_forced_path_holds_in_the_backward_pass(monkeypatch):
-    choose, paths = gpu._path, []
-    monkeypatch.setattr(gpu, "_path", lambda *shape: paths.append(choose(*shape)) or paths[-1])
+    choose, paths = masked_linear._path, []
+    monkeypatch.setattr(masked_linear, "_path", lambda *shape: paths.append(choose(*shape)) or paths[-1])
     y = network()(batch()).sum()
-    other = ({*gpu.PATHS} - {*paths}).pop()
+    other = ({*masked_linear.PATHS} - {*paths}).pop()
     paths.clear()
-    with gpu.forced_path(other):
+    with masked_linear.forced_path(other):
         thread = threading.Thread(target=y.backward)  # as autograd runs that of a GPU
         thread.start()
         thread.join()

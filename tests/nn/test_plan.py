@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, Ranker, SparseMLP, freeze, save
-from lt4rec_sparse.kernels import native
-from lt4rec_sparse.nn import CrossedEmbeddings
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.nn import plan as plan_module
 from lt4rec_sparse.nn.plan import BatchPlan, Contestant, Plan, PlannedMLP, Segment
 from lt4rec_sparse.ops import PRECISIONS, Codes
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.stopwatch import Timing
 
-needs_engine = pytest.mark.skipif(not native.is_available(), reason=f"no engine: {native.absence_reason()}")
+needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no engine: {cpu.absence_reason()}")
 
 TASKS = ("ctr", "cvr", "like")
 BATCHES = (0, 1, 7, 65)
@@ -273,7 +273,7 @@ def test_a_segment_is_prepacked_once_for_all_batch_sizes(stopwatch):
 
 
 def test_without_the_engine_only_dense_candidates_exist(stopwatch, monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     with pytest.warns(RuntimeWarning, match="run dense in torch"):
         masked, frozen = integer_mlp(2)
     plan = Plan.measure(frozen, (1,), "bf16")
@@ -347,10 +347,10 @@ def test_a_density_may_drift_a_little(stopwatch):
 def test_a_plan_is_of_one_instruction_set(stopwatch):
     _, frozen = integer_mlp(1)
     plan = Plan.measure(frozen, (1,))
-    other = next((isa for isa in native.supported_isas() if isa != native.isa()), None)
+    other = next((isa for isa in cpu.supported_isas() if isa != cpu.isa()), None)
     if other is None:
         pytest.skip("only one instruction set")
-    with native.forced_isa(other), pytest.raises(ValueError, match=f"plan: got one for engine .*, wanted {other}"):
+    with cpu.forced_isa(other), pytest.raises(ValueError, match=f"plan: got one for engine .*, wanted {other}"):
         PlannedMLP(frozen, plan)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
-from lt4rec_sparse.kernels import native
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.ops import PRECISIONS
 
 
@@ -124,7 +124,7 @@ def test_freezing_copies_the_weights():
 def test_without_the_engine_the_reference_serves_the_same(monkeypatch):
     mlp = masked_mlp((20, 9, 5), ("ctr", "cvr"), 0.4, 0)
     x = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     with pytest.warns(RuntimeWarning, match="run dense in torch"):
         frozen = freeze(mlp, sigmoid=True)
     assert frozen.prepacked_nbytes == 0
@@ -164,12 +164,12 @@ def test_scoring_into_memory_is_scoring(batch, precision, x_dtype):
 
 def without_engine(make):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "is_available", lambda: False)
+        patch.setattr(cpu, "is_available", lambda: False)
         with pytest.warns(RuntimeWarning, match="run dense in torch"):
             return make()
 
 
-needs_engine = pytest.mark.skipif(not native.is_available(), reason=f"no native engine: {native.absence_reason()}")
+needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
 @needs_engine

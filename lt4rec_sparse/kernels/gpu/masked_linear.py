@@ -1,0 +1,89 @@
+"""Masked products on a GPU: which kernels run, by shape, and in which arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.kernels.gpu import mask_and_cast, masked_matmul
+from lt4rec_sparse.kernels.gpu.launch import has_room
+from lt4rec_sparse.kernels.gpu.tiles import CUBLAS_ROWS
+from lt4rec_sparse.masks import pack_words
+
+PATHS = ("triton", "cublas")
+_forced: list[str] = []  # not a context variable: autograd runs the backward pass of a GPU in a thread of its own
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Let every masked product run by "triton" or by "cublas": for tests and benchmarks."""
+    if path not in PATHS:
+        raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
+    _forced.append(path)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    masks: Tensor,
+    bias: Tensor | None,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """`reference.masked_linear` on a GPU."""
+    bias = None if bias is None else bias.contiguous()
+    parts = (_rows(x), _rows(weight), _words(masks), bias, starts, lengths, activation)
+    if _path(x, lengths, *weight.shape) == "triton":
+        return masked_matmul.forward(*parts, precision())
+    return mask_and_cast.forward(*parts)
+
+
+def masked_linear_dgrad(
+    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
+) -> Tensor:
+    """`reference.masked_linear_dgrad` on a GPU."""
+    parts = (_rows(dy), _rows(weight), _words(masks), starts, lengths, rows)
+    if _path(dy, lengths, *weight.shape) == "triton":
+        return masked_matmul.dgrad(*parts, precision())
+    return mask_and_cast.dgrad(*parts)
+
+
+def masked_linear_wgrad(
+    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`reference.masked_linear_wgrad` on a GPU."""
+    parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
+    if _path(x, lengths, dy.shape[1], x.shape[1]) == "triton":
+        return masked_matmul.wgrad(*parts, precision())
+    return mask_and_cast.wgrad(*parts)
+
+
+def precision() -> str:
+    """Name the arithmetic of float32 products, as torch is told: "ieee", or "tf32" where it may be faster."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _path(t: Tensor, lengths: Sequence[int], out_features: int, in_features: int) -> str:
+    if _forced:
+        return _forced[-1]
+    # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
+    is_aligned = out_features % 16 == 0 and in_features % 16 == 0
+    is_for_triton = max(lengths) < CUBLAS_ROWS and is_aligned and has_room(t.device)
+    return "triton" if is_for_triton else "cublas"
+
+
+def _words(masks: Tensor) -> Tensor:
+    return pack_words(masks) if masks.dtype == torch.bool else masks.contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Return `t` with neighbouring elements in its rows."""
+    return t if t.stride(1) == 1 else t.contiguous()

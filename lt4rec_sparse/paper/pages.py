@@ -1,0 +1,288 @@
+"""What each experiment says: its tables and plots, from the records of its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lt4rec_sparse.paper import figures
+from lt4rec_sparse.paper.comparison import LEGEND, comparison_table, further_table
+from lt4rec_sparse.paper.declared import BASE, S_WEIGHT
+from lt4rec_sparse.paper.replay import TABLE_3, LoggedRows, over_seeds, replay, sessions, table_3_scores
+from lt4rec_sparse.paper.serving_times import serving_times
+from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC
+from lt4rec_sparse.recsys.harness.jobs import laboratory
+from lt4rec_sparse.recsys.harness.trials import Trial
+from lt4rec_sparse.recsys.report import epochs_in_words, table, write_page
+from lt4rec_sparse.recsys.training import Predictions
+
+# KuaiRand's impressions come at a few a visit: within half an hour one list in sixteen is longer than three.
+GAP_MS = 4 * 60 * 60 * 1000
+
+
+@dataclass
+class Findings:
+    """What an experiment's page is written from.
+
+    Attributes:
+        facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
+        records: One a trained model.
+        trials: (row, seed) -> its trials.
+        laboratory: The folder where they were trained.
+        folder: Where the page stands; plots go to `plots/`.
+        further: What the page measures itself; it is left beside the records.
+    """
+
+    facts: Mapping[str, Any]
+    records: Sequence[dict[str, Any]]
+    trials: Mapping[tuple[str, int], Sequence[Trial]]
+    laboratory: Path
+    folder: Path
+    further: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str, str]:
+        """Task -> its kind."""
+        tasks: Mapping[str, str] = self.facts["tasks"]
+        return tasks
+
+    @property
+    def rows(self) -> Mapping[str, str]:
+        """Row -> its title."""
+        rows: Mapping[str, str] = self.facts["rows"]
+        return rows
+
+    def of(self, row: str) -> list[dict[str, Any]]:
+        """Return the records of a row."""
+        return [record for record in self.records if record["row"] == row]
+
+    def plot(self, name: str, caption: str, draw: Callable[[Path], object]) -> str:
+        """Draw `plots/<name>.png` and return it as Markdown."""
+        draw(self.folder / "plots" / f"{name}.png")
+        return f"![{caption}](plots/{name}.png)"
+
+
+def write(text: str, title: str, folder: Path) -> Path:
+    """Write a page's `report.md` and `report.html`; return the former."""
+    return write_page(text, title, folder)
+
+
+def table2(findings: Findings) -> str:
+    """Return Table 2 with everything that stands behind it."""
+    return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", "random"])])
+
+
+def table3(findings: Findings) -> str:
+    """Return Table 3 offline: the four arms' lists replayed on the logged requests of the test days."""
+    results = {seed: _replayed(findings, seed) for seed in range(findings.facts["seeds"])}
+    merged = over_seeds(results)
+    findings.further["replay"] = merged
+    parts = [_head(findings, "Table 3: the four arms replayed offline"), REPLAY_LEGEND]
+    for k, found in merged["k"].items():
+        parts.append(f"## The top {k} of requests of more than {k} impressions\n\n{_replay_table(found)}")
+    parts.append(f"## The models\n\n{comparison_table(findings.records, findings.rows, BASE, findings.tasks)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def figure4(findings: Findings) -> str:
+    """Return Figure 4: each task against the weights that remain, all seeds."""
+    (row,) = (key for key in findings.rows if key != BASE)
+    tasks = dict(findings.tasks)
+    plot = findings.plot(
+        "figure4",
+        "Validation metric of each task against the hidden weights that remain",
+        lambda path: figures.plot_figure4(findings.of(row), tasks, path),
+    )
+    return _page(findings, "Figure 4: pruning round by round", [plot, _levels(findings, row)])
+
+
+def granularity(findings: Findings) -> str:
+    """Return accuracy against density and against measured time, from single weights to whole neurons."""
+    kinds = {key.removesuffix("_last"): key for key in findings.rows if key.endswith("_last")}
+    curves = {key: kind for kind, key in kinds.items()}
+    tasks = dict(findings.tasks)
+    parts = [
+        findings.plot(
+            "granularity",
+            "Validation metric of each task against density, a line a granularity",
+            lambda path: figures.plot_granularity(findings.records, curves, tasks, path, split="validation"),
+        )
+    ]
+    small = "hard_sharing_small"
+    timed = {"hard_sharing": "hard sharing (dense)", small: findings.rows[small], **curves}
+    measured = serving_times(findings, list(timed))
+    findings.further["serving"] = measured
+    for record in findings.records:
+        if record["row"] in measured:
+            record["serving"] = measured[record["row"]]
+    shown = {key: title for key, title in timed.items() if key in measured}
+    parts += [
+        findings.plot(
+            "speed",
+            "Test metric of each task against microseconds for 256 candidates",
+            lambda path: figures.plot_speed(findings.records, shown, tasks, path),
+        ),
+        _times(measured, shown),
+    ]
+    return _page(findings, "Granularity: accuracy against real speed", parts)
+
+
+def cheap(findings: Findings) -> str:
+    """Return what masks from one training a task, or from none, are worth beside the paper's rounds."""
+    masked = [key for key in findings.rows if key.endswith("_last") or key == "random"]
+    return _page(findings, "Cheap tickets: one training instead of rounds", [_ownership(findings, masked)])
+
+
+def tickets(findings: Findings) -> str:
+    """Return what of a mask decides."""
+    against_random = comparison_table(findings.records, findings.rows, "random", findings.tasks)
+    shown = ["ticket", "ticket_layer", "random_like", "random", "separate_0.5"]
+    parts = [f"## Against random masks\n\n{against_random}", _ownership(findings, shown)]
+    return _page(findings, "Does the ticket matter?", parts)
+
+
+def many_tasks(findings: Findings) -> str:
+    """Return all tasks of the log together."""
+    return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, "random"])])
+
+
+REPLAY_LEGEND = """\
+Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by what
+the log says of them: a replay within the lists that were shown, by the policy that showed them, and no online test.
+Where the log has no requests, one is the impressions of a user, each at most four hours after the one before. View time
+is that of clicked impressions, seconds a request; `expected` is the true expectation, where the log is simulated. Means
+over the seeds; differences are paired over seeds, ± their standard error. `random` and the rows below it are orders to
+hold the arms against: by chance, by length alone, as shown, and the best that hindsight, or the truth, allows."""
+
+
+def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
+    slices = next(iter(findings.records))["test"]
+    sections = [_head(findings, title), LEGEND]
+    for part in slices:
+        caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
+        rows = comparison_table(findings.records, findings.rows, BASE, findings.tasks, part)
+        sections.append(f"## {caption}\n\n{rows}")
+    sections += parts
+    further = further_table(findings.records, findings.rows, findings.tasks)
+    sections.append(f"## Every other metric, and what each row costs\n\n{further}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(findings: Findings, title: str) -> str:
+    facts = findings.facts
+    training, counts = facts["training"], facts["counts"]
+    hidden = "-".join(str(width) for width in training["hidden"])
+    rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("train", "validation", "test"))
+    rates = sorted({f"{rate:g}" for of_row in facts["learning_rates"].values() for rate in of_row})
+    epochs, seeds = epochs_in_words(training["epochs"]), _count(facts["seeds"], "seed")
+    return (
+        f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
+        f"{epochs} of batches of {training['batch_size']}, products in {training['dtype']}, {seeds}. Learning rates "
+        f"({', '.join(rates)}, chosen on the validation days with a seed that is none of these) stand in "
+        "`records.json`, what was tried in `tuning.json`."
+    )
+
+
+def _count(number: int, of: str) -> str:
+    return f"one {of}" if number == 1 else f"{number} {of}s"
+
+
+def _ownership(findings: Findings, rows: Sequence[str]) -> str:
+    shown = {key: findings.rows[key] for key in rows if any(record["masks"] for record in findings.of(key))}
+    plot = findings.plot(
+        "overlap",
+        "Shared, private and dead weights of each layer",
+        lambda path: figures.plot_overlap(findings.records, shown, path),
+    )
+    return f"## Who owns which weights\n\n{plot}"
+
+
+def _levels(findings: Findings, row: str) -> str:
+    records = findings.of(row)
+    first, *_ = findings.tasks
+    header = ["remaining", *(f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in findings.tasks.items())]
+    lines = []
+    for level, ticket in enumerate(records[0]["tickets"][first]):
+        line = [f"{ticket['density']:.1%}"]
+        for task, kind in findings.tasks.items():
+            values = [record["tickets"][task][level]["validation"][MAIN_METRIC[kind]] for record in records]
+            spread = f" ± {np.std(values, ddof=1):.5f}" if len(values) > 1 else ""
+            chosen = sum(record["best_level"][task] == level for record in records)
+            line.append(f"{np.mean(values):.5f}{spread}" + (f" (best of {chosen} seeds)" if chosen else ""))
+        lines.append(line)
+    return f"On the validation days, each level trained alone from the start:\n\n{table(header, lines)}"
+
+
+def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    sizes = next(iter(measured.values()))["microseconds"]
+    header = ["masks", *(f"µs at {size}" for size in sizes), "served as"]
+    lines = [
+        [title, *(f"{us:,.0f}" for us in measured[key]["microseconds"].values()), measured[key]["way"]]
+        for key, title in titles.items()
+    ]
+    text = (
+        "The MLPs of all tasks, fp32, seed 0, medians of one interleaved run; each the fastest way that was measured."
+    )
+    return f"{text}\n\n{table(header, lines)}"
+
+
+def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
+    """Replay the test days with the models of one seed."""
+    lab = laboratory(findings.laboratory)
+    predicted: dict[str, dict[str, Any]] = {task: {} for task in findings.tasks}
+    rows: Predictions | None = None
+    for row in sorted({row for arm in TABLE_3.values() for row in arm}):
+        for trial in findings.trials[row, seed]:
+            rows = lab.predictions(trial, "test")
+            for task, probability in rows.probabilities.items():
+                predicted[task][row] = probability.double().numpy()
+    assert rows is not None
+    click, watch = findings.tasks
+    values = {name: column.numpy() for name, column in rows.values.items()}
+    users, times = rows.groups.numpy(), values["time_ms"].astype(np.int64)
+    expected = None
+    if "truth_click" in values:
+        expected = values["truth_click"] * values["truth_watch"] * np.nan_to_num(values["duration_ms"]) / 1000
+    log = LoggedRows(
+        values["request_id"].astype(np.int64) if "request_id" in values else sessions(users, times, GAP_MS),
+        values["duration_ms"] / 1000,
+        values["play_time_ms"] / 1000,
+        rows.labels[click].numpy() > 0.5,
+        expected,
+        shown=times,
+    )
+    return replay(log, table_3_scores(predicted[click], predicted[watch], log.duration_s))
+
+
+def _replay_table(found: Mapping[str, Any]) -> str:
+    """Return Table 3's columns for one k, the arms first, and what they are held against."""
+    first, *_ = found["arms"]
+    has_truth = "expected_view_time_s" in found["arms"][first]
+    metrics = {"view_time_s": "view time, s", "cvr": "cvr", "ctr": "ctr"}
+    metrics |= {"expected_view_time_s": "expected view time, s"} if has_truth else {}
+    main = "expected_view_time_s" if has_truth else "view_time_s"
+    header = ["order", *metrics.values(), f"{metrics[main]}, against {first}"]
+    lines = []
+    for name, values in (found["arms"] | found["references"]).items():
+        line = [name, *(_number(values.get(metric)) for metric in metrics)]
+        difference = found["differences"].get(name, {}).get(first, {}).get(main)
+        lines.append([*line, _difference(difference)])
+    return f"{found['requests']:,} requests.\n\n{table(header, lines)}"
+
+
+def _number(summary: Mapping[str, float | None] | None) -> str:
+    if summary is None or summary["mean"] is None:
+        return ""
+    deviation = summary["deviation"]
+    return f"{summary['mean']:.3f}" + ("" if not deviation else f" ± {deviation:.3f}")
+
+
+def _difference(difference: Mapping[str, float | None] | None) -> str:
+    if difference is None or difference["difference"] is None:
+        return ""
+    error = difference["error"]
+    return f"{difference['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")

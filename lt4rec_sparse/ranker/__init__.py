@@ -1,0 +1,6 @@
+"""Serving: the artefact on disk and the ranker that scores from it. Needs no training code."""
+
+from lt4rec_sparse.ranker.artefact import ArtefactError, load, save
+from lt4rec_sparse.ranker.ranker import Ranker
+
+__all__ = ["ArtefactError", "Ranker", "load", "save"]

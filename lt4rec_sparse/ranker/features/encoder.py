@@ -1,0 +1,165 @@
+"""The encoder: fitted on the training days, stored in the artefact, and the only way from raw values to ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features import raw as raw_columns
+from lt4rec_sparse.ranker.features.encoded import EncodedFeatures
+from lt4rec_sparse.ranker.features.schema import Column, Schema
+from lt4rec_sparse.ranker.features.tables import (
+    MISSING,
+    Array,
+    Fit,
+    HashTable,
+    IntFit,
+    IntVocabulary,
+    QuantileFit,
+    QuantileTable,
+    StringFit,
+    StringVocabulary,
+    Table,
+)
+
+FORMAT = 1
+
+
+class Field(NamedTuple):
+    """One input field of a model: its column, its embedding table, and whether it is a bag of values."""
+
+    column: str
+    table: str
+    multi: bool
+
+
+class FeatureEncoder:
+    """Turn raw columns into ids, the same way in training and in serving.
+
+    Id 0 is a missing value. In a vocabulary table 1 is a value unseen in training and 2, 3, ... are the known values by
+    descending count, then value. In a hashed table the ids from 1 are hashes, in a dense one quantile buckets.
+
+    Args:
+        schema: The columns.
+        tables: The fitted table of every table name in use.
+    """
+
+    def __init__(self, schema: Schema, tables: Mapping[str, Table]) -> None:
+        self.schema = schema
+        self._single = tuple(column for column in schema.features if column.kind != "multi")
+        self._multi = tuple(column for column in schema.features if column.kind == "multi")
+        self._tables = {column.table: tables[column.table] for column in (*self._single, *self._multi)}
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags)."""
+        columns = (*self._single, *self._multi)
+        return tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Rows of every embedding table, in the order of first use by `fields`."""
+        return {name: table.size for name, table in self._tables.items()}
+
+    @classmethod
+    def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]]) -> FeatureEncoder:
+        """Learn vocabularies and quantiles from the chunks of the training days, one chunk in memory at a time.
+
+        Args:
+            schema: The columns; those that share a table share its counts.
+            chunks: Columns as `encode` takes them.
+
+        Raises:
+            ValueError: As `encode` does.
+        """
+        fits = {column.table: _new_fit(column) for column in schema.features}
+        for chunk in chunks:
+            for column in schema.features:
+                part = raw_columns.bags if column.kind == "multi" else raw_columns.single
+                fits[column.table].add(part(column, chunk[column.name])[0])
+        return cls(schema, {name: fit.table() for name, fit in fits.items()})
+
+    def encode(self, columns: Mapping[str, Any]) -> EncodedFeatures:
+        """Encode raw columns; `features.raw` says in which forms they may come.
+
+        Args:
+            columns: Every feature column by name, all with the same number of rows; further columns are ignored.
+
+        Returns:
+            `EncodedFeatures` with int64 ids on the CPU.
+
+        Raises:
+            ValueError: If a column is absent, has another length than the first or values of another type.
+        """
+        batch = self._rows(columns)
+        single = np.full((batch, len(self._single)), MISSING, np.int64)
+        for place, column in enumerate(self._single):
+            values, present = raw_columns.single(column, columns[column.name])
+            single[present, place] = self._tables[column.table].lookup(values)
+        ids, lengths = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+        for column in self._multi:
+            values, offsets = raw_columns.bags(column, columns[column.name])
+            ids.append(self._tables[column.table].lookup(values))
+            lengths.append(np.diff(offsets))
+        return EncodedFeatures(
+            torch.from_numpy(single),
+            torch.from_numpy(np.concatenate(ids)),
+            torch.from_numpy(np.cumsum(np.concatenate(lengths))),
+        )
+
+    def to_arrays(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Return the fitted tables as arrays named `<table>.<part>`, and the schema as JSON-able data."""
+        arrays = {
+            f"{name}.{part}": array for name, table in self._tables.items() for part, array in table.to_arrays().items()
+        }
+        return arrays, {"format": FORMAT, "schema": self.schema.to_dict()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> FeatureEncoder:
+        """Read `to_arrays` back.
+
+        Raises:
+            ValueError: If the format is another, the schema is wrong, or an array is absent or malformed.
+        """
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"encoder format: got {meta.get('format')!r}, wanted {FORMAT}")
+        schema = Schema.from_dict(meta["schema"])
+        return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
+
+    def _rows(self, columns: Mapping[str, Any]) -> int:
+        first: tuple[str, int] | None = None
+        for column in (*self._single, *self._multi):
+            if column.name not in columns:
+                raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
+            rows = raw_columns.rows_of(column, columns[column.name])
+            name, wanted = first = first or (column.name, rows)
+            if rows != wanted:
+                raise InputError(f"column {column.name!r}: got {rows} rows, wanted {wanted} as in {name!r}")
+        return first[1] if first else 0
+
+
+def _new_fit(column: Column) -> Fit:
+    if column.kind == "dense":
+        return QuantileFit(column.buckets)
+    if column.encoding == "hash":
+        return HashTable(column.size)
+    return IntFit(column.min_count) if column.type == "int" else StringFit(column.min_count)
+
+
+def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
+    prefix = f"{column.table}."
+    # Names may hold dots: only the last part names the array.
+    own = {name.rpartition(".")[2]: array for name, array in arrays.items() if name.rpartition(".")[0] + "." == prefix}
+    try:
+        if column.kind == "dense":
+            return QuantileTable.from_arrays(own)
+        if column.encoding == "hash":
+            return HashTable(column.size)
+        vocabulary = IntVocabulary if column.type == "int" else StringVocabulary
+        return vocabulary.from_arrays(own)
+    except ValueError as error:
+        raise ValueError(f"encoder table {column.table!r}: {error}") from error

@@ -1,0 +1,173 @@
+"""Raw columns as callers have them, checked once and made plain: present values, and where they stand.
+
+A categorical or dense column is a sequence of `batch` values (list, array or masked array); None, NaN and masked are
+missing. A multi-valued column is a sequence of `batch` lists or separated strings, or the pair `(values, offsets)` with
+row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast one.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features.schema import Column
+from lt4rec_sparse.ranker.features.tables import Array, Ids
+
+Present = NDArray[np.bool_]
+TEXT = {str, np.str_}
+
+
+def rows_of(column: Column, raw: Any) -> int:
+    """Return how many rows a raw column has.
+
+    Raises:
+        ValueError: If `raw` is no sequence.
+    """
+    if _is_bags(column, raw):
+        return len(raw[1]) - 1
+    if isinstance(raw, str | bytes) or not hasattr(raw, "__len__"):
+        raise _refuse(column, raw, "a sequence of values")
+    return len(raw)
+
+
+def single(column: Column, raw: Any) -> tuple[Array, Present]:
+    """Return the values that are there (int64, object or float64 by the column) and which rows have one (bool).
+
+    Raises:
+        ValueError: If a value has another type than the column.
+    """
+    if column.kind == "dense":
+        return _numbers(column, raw)
+    return _integers(column, raw) if column.type == "int" else _strings(column, raw)
+
+
+def bags(column: Column, raw: Any) -> tuple[Array, Ids]:
+    """Return a multi-valued column as `(values [nnz], offsets [batch + 1])`, missing values left out.
+
+    Raises:
+        ValueError: If a value has another type than the column, or offsets do not cut the values.
+    """
+    if _is_bags(column, raw):
+        flat, offsets = raw[0], raw[1].astype(np.int64)
+        if offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
+            raise _refuse(column, offsets, f"offsets that ascend from 0 to {len(flat)}")
+    else:
+        rows = [_bag(column, row) for row in raw]
+        flat = list(chain.from_iterable(rows))
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    values, present = single(column, flat)
+    if not present.all():
+        offsets = np.concatenate([[0], np.cumsum(present, dtype=np.int64)])[offsets]
+    return values, offsets
+
+
+def _is_bags(column: Column, raw: Any) -> bool:
+    if column.kind != "multi" or not isinstance(raw, tuple) or len(raw) != 2:
+        return False
+    return all(isinstance(part, np.ndarray) and part.ndim == 1 for part in raw) and len(raw[1]) > 0
+
+
+def _bag(column: Column, row: Any) -> Any:
+    if row is None or row is np.ma.masked or (isinstance(row, float) and np.isnan(row)):
+        return ()
+    if isinstance(row, str):
+        texts = [text for part in row.split(column.separator) if (text := part.strip())]
+        return texts if column.type == "string" else [_parsed(column, text) for text in texts]
+    if isinstance(row, list | tuple | np.ndarray):
+        return row
+    raise _refuse(column, row, f"a list or a string separated by {column.separator!r}")
+
+
+def _parsed(column: Column, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _refuse(column, text, "int") from None
+
+
+def _numbers(column: Column, raw: Any) -> tuple[Array, Present]:
+    values, present = _unmasked(raw)
+    if values.dtype.kind not in "iuf":
+        if values.dtype.kind != "O":
+            raise _refuse(column, values[0], "a number")
+        present &= np.fromiter((value is not None for value in values), np.bool_, len(values))
+        stray = next((v for v in values[present] if not isinstance(v, int | float | np.number) or v is True), None)
+        if stray is not None:
+            raise _refuse(column, stray, "a number")
+        values = np.where(present, values, np.nan)
+    values = values.astype(np.float64)
+    present &= ~np.isnan(values)
+    return values[present], present
+
+
+def _integers(column: Column, raw: Any) -> tuple[Array, Present]:
+    values, present = _unmasked(raw)
+    if values.dtype.kind == "f":
+        if not isinstance(raw, np.ndarray):
+            # A list such as [2**60 + 1, None-as-NaN] would lose its last bits as floats.
+            values = np.array(raw, object)
+        else:
+            present &= ~np.isnan(values)
+            # From 2^63 on a float is no int64 and would wrap around; infinity is one of those.
+            stray = present & ((values != np.trunc(values)) | (np.abs(values) >= 2.0**63))
+            if stray.any():
+                raise _refuse(column, values[stray][0], "an int of 64 bits")
+    if values.dtype == np.uint64 and (values[present] > np.iinfo(np.int64).max).any():
+        raise _refuse(column, values[present].max(), "an int of 64 bits")
+    if values.dtype.kind == "O":
+        present &= _there(values)
+        for value in values[present]:
+            # 7.0 is 7: a column of ints with a missing one comes as floats from many tools.
+            whole = isinstance(value, float | np.floating) and float(value).is_integer()
+            if not (whole or isinstance(value, int | np.integer)) or isinstance(value, bool):
+                raise _refuse(column, value, "int")
+    elif values.dtype.kind not in "iuf":
+        raise _refuse(column, values[0], "int")
+    try:
+        return values[present].astype(np.int64), present
+    except OverflowError:
+        raise _refuse(column, max(values[present], key=abs), "an int of 64 bits") from None
+
+
+def _strings(column: Column, raw: Any) -> tuple[Array, Present]:
+    values, present = _unmasked(raw if isinstance(raw, np.ndarray) else np.array([*raw], object))
+    if values.dtype.kind == "U":
+        values = values.astype(object)
+    elif values.dtype.kind != "O":
+        raise _refuse(column, values[0], "str")
+    present &= _there(values)
+    values = values[present]
+    if not set(map(type, values)) <= TEXT:
+        raise _refuse(column, next(value for value in values if type(value) not in TEXT), "str")
+    return values, present
+
+
+def _unmasked(raw: Any) -> tuple[Array, Present]:
+    """Return the data and a fresh mask of what is there; an empty column has any type, so it becomes object."""
+    values = np.ma.getdata(raw) if isinstance(raw, np.ndarray) else _array(raw)
+    present = ~np.ma.getmaskarray(raw) if isinstance(raw, np.ma.MaskedArray) else np.ones(len(values), np.bool_)
+    return (values if len(values) else values.astype(object)), present
+
+
+def _array(raw: Any) -> Array:
+    """Return a list as numpy would, but never mixed types turned into text or ragged lists refused."""
+    if not set(map(type, raw)) <= {int, float}:
+        values = np.empty(len(raw), object)
+        values[:] = raw
+        return values
+    return np.array(raw)
+
+
+def _there(values: Array) -> Present:
+    """Return which objects are neither None nor NaN, the one value that differs from itself."""
+    return np.fromiter((value is not None and value == value for value in values), np.bool_, len(values))
+
+
+def _refuse(column: Column, got: Any, wanted: str) -> InputError:
+    shown = repr(got)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return InputError(f"column {column.name!r}: got {shown} ({type(got).__name__}), wanted {wanted}")

@@ -1,0 +1,341 @@
+"""What a click log holds: its columns, its tasks, its days, and which of its columns no model may see.
+
+A schema is plain data. It is written as TOML beside a log, travels inside the served artefact as JSON, and is checked
+once, here, so that everything below it can trust it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
+
+ValueType = Literal["int", "string"]
+# Prepared data stores ids as int32.
+MAX_IDS = 1 << 31
+RATE_BUCKETS = 16
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of the log, as globs relative to its folder or to the folder's `data/`; CSV and Parquet."""
+
+    log: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """A side table (users, videos, ...) that adds its columns to every row with the same key.
+
+    Where the log and a side table both have a column, the log's stands.
+    """
+
+    files: tuple[str, ...]
+    on: str
+    type: ValueType = "int"
+
+
+@dataclass(frozen=True)
+class Time:
+    """The day of a row: a `day` column (sortable, e.g. 20220425 or 2022-04-25), or the date of a `timestamp`.
+
+    `order` sorts the rows of one day for histories; without it they keep the order of the files.
+    """
+
+    day: str | None = None
+    timestamp: str | None = None
+    unit: Literal["s", "ms", "us"] = "ms"
+    utc_offset_hours: int = 0
+    order: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.day is None) == (self.timestamp is None):
+            raise SchemaError(f"time: got day={self.day!r} and timestamp={self.timestamp!r}, wanted exactly one")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Train, validation and test by day: the last days of the log by number, or all three as explicit lists."""
+
+    test_days: int = 2
+    validation_days: int = 2
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        lists = (self.train, self.validation, self.test)
+        if any(lists) and not all(lists):
+            raise SchemaError("split: got some of the lists train, validation, test, wanted all three or none")
+        twice = _repeated(day for days in lists for day in days)
+        if twice is not None:
+            raise SchemaError(f"split: day {twice!r} is listed twice, wanted it in one split")
+        if self.test_days < 1 or self.validation_days < 1:
+            got = f"test_days={self.test_days}, validation_days={self.validation_days}"
+            raise SchemaError(f"split: got {got}, wanted at least 1 each")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The column whose rows belong together (the user): the unit of GAUC and of histories."""
+
+    column: str
+    type: ValueType = "int"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature: how its raw values become ids of an embedding table.
+
+    Attributes:
+        name: The column in the log, in a side table, or among the derived columns.
+        kind: `single` value, `multi` (a bag of values) or `dense` (a number, cut at quantiles of the training days).
+        type: Of the raw values; `dense` ignores it.
+        table: The embedding table; columns that name the same table share its ids. Empty means the column's own.
+        encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted).
+        size: Ids of a hashed table, the missing one included.
+        min_count: A value that is rarer in training is unseen.
+        separator: Between the values of a `multi` column that comes as text.
+        buckets: Of a `dense` column, at most.
+    """
+
+    name: str
+    kind: Literal["single", "multi", "dense"] = "single"
+    type: ValueType = "string"
+    table: str = ""
+    encoding: Literal["vocabulary", "hash"] = "vocabulary"
+    size: int = 0
+    min_count: int = 1
+    separator: str = ","
+    buckets: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", self.table or self.name)
+        where = f"column {self.name!r}"
+        if self.encoding == "hash" and (self.kind == "dense" or self.size < 2):
+            raise SchemaError(
+                f"{where}: got hash of kind={self.kind!r}, size={self.size}, wanted categorical, size >= 2"
+            )
+        if self.encoding == "vocabulary" and self.size:
+            raise SchemaError(f"{where}: got size={self.size} with a vocabulary, wanted encoding='hash'")
+        if self.min_count < 1 or self.buckets < 2 or not self.separator:
+            got = f"min_count={self.min_count}, buckets={self.buckets}, separator={self.separator!r}"
+            raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets >= 2, a separator")
+
+    @property
+    def table_rule(self) -> tuple[object, ...]:
+        """What columns that share a table must agree on."""
+        # A dense column never shares: its cuts are its own, so its name is part of its rule.
+        own = self.name if self.kind == "dense" else ""
+        return (own, self.type, self.encoding, self.size, self.min_count)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to predict.
+
+    `binary`: the label is 0 or 1, the loss cross-entropy, the metric AUC (higher is better).
+    `ratio`: the label is in [0, 1], or made so by `clip(label / divide_by, 0, 1)`; the metric is MSE (lower is better).
+
+    A row belongs to the task when every column in `rows` is nonzero and the label exists: it is not missing, and with
+    `divide_by` the numerator is not negative and the divisor is positive. Other tasks keep the row.
+
+    An `extra` task is prepared as any other, but left out of a run that does not name it.
+    """
+
+    name: str
+    kind: Literal["binary", "ratio"]
+    label: str
+    divide_by: str | None = None
+    rows: tuple[str, ...] = ()
+    weight: str | None = None
+    extra: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "binary" and self.divide_by is not None:
+            raise SchemaError(
+                f"task {self.name!r}: got divide_by={self.divide_by!r} in a binary task, wanted kind='ratio'"
+            )
+
+
+@dataclass(frozen=True)
+class History:
+    """The group's last `length` rows with a nonzero `when`, from strictly earlier days, one bag per column.
+
+    `when` may be an outcome: yesterday's outcome is known today. The bags are multi-valued columns named
+    `<name>_<column>` in the table of `<column>`, oldest value first.
+
+    A mean-pooled bag of a few values hides how often; with `rates` there are two dense columns besides, over all
+    earlier days: `<name>_count`, how many such rows the group had, and `<name>_rate`, their share of all its rows
+    (missing before the first).
+    """
+
+    name: str
+    when: str
+    columns: tuple[str, ...]
+    length: int = 10
+    rates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise SchemaError(f"history {self.name!r}: got length={self.length}, wanted at least 1")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A column made by the data layer: whole days from the date in column `days_since` to the row's day."""
+
+    name: str
+    days_since: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the rows that reports show on its own: those where `column` equals `value`."""
+
+    name: str
+    column: str
+    value: int | str
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Everything the data layer, the encoder and a report need to know of one click log.
+
+    Columns in `carried` are numbers that travel with the rows and are no features by that, such as the play time that
+    a replay counts. They may be outcomes; a feature may be carried too.
+
+    Raises:
+        SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
+    """
+
+    name: str
+    files: Files
+    time: Time
+    group: Group
+    columns: tuple[Column, ...]
+    tasks: tuple[Task, ...]
+    outcomes: tuple[str, ...] = ()
+    split: Split = Split()
+    joins: tuple[Join, ...] = ()
+    histories: tuple[History, ...] = ()
+    derived: tuple[Derived, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    carried: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        self._check_histories()
+        self._check_tables()
+        self._check_leaks()
+
+    @property
+    def features(self) -> tuple[Column, ...]:
+        """Every input of a model: the declared columns, then the rates and the bags of the histories."""
+        declared = {column.name: column for column in self.columns}
+        rates = (
+            Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS)
+            for history in self.histories
+            if history.rates
+            for what in ("count", "rate")
+        )
+        bags = (
+            replace(declared[name], name=f"{history.name}_{name}", kind="multi")
+            for history in self.histories
+            for name in history.columns
+        )
+        return (*self.columns, *rates, *bags)
+
+    @property
+    def forbidden(self) -> frozenset[str]:
+        """Columns known only after the impression: the listed outcomes, and all labels, row filters and weights."""
+        of_tasks = (name for task in self.tasks for name in (task.label, *task.rows, task.weight) if name)
+        return frozenset((*self.outcomes, *of_tasks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the schema as JSON-able data; `Schema.from_dict` reads it back equal."""
+        data: dict[str, Any] = to_plain(asdict(self))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schema:
+        """Build a schema from parsed TOML or JSON.
+
+        Raises:
+            SchemaError: If a key is unknown or absent, a value has the wrong type, or the whole contradicts itself.
+        """
+        schema: Schema = from_plain(data, cls, "schema")
+        return schema
+
+    def to_toml(self) -> str:
+        """Return the schema as TOML, which says only what is no default; `Schema.from_toml` reads it back equal."""
+        return to_toml(self) + "\n"
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> Schema:
+        """Read a schema file; errors begin with its path.
+
+        Raises:
+            SchemaError: As in `from_dict`, or if the file is no TOML.
+        """
+        toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        try:
+            return cls.from_dict(toml.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:  # SchemaError, TOMLDecodeError and UnicodeDecodeError alike
+            raise SchemaError(f"{path}: {error}") from error
+
+    def _check_names(self) -> None:
+        named: tuple[tuple[str, Iterable[Any]], ...] = (
+            ("column", self.columns),
+            ("task", self.tasks),
+            ("history", self.histories),
+            ("derived", self.derived),
+            ("slice", self.slices),
+        )
+        for kind, items in named:
+            twice = _repeated(item.name for item in items)
+            if twice is not None:
+                raise SchemaError(f"{kind} {twice!r}: declared twice, wanted one")
+        twice = _repeated(self.carried)
+        if twice is not None:
+            raise SchemaError(f"carried: got {twice!r} twice, wanted each column once")
+        if not self.columns or not self.tasks:
+            got = f"{len(self.columns)} columns and {len(self.tasks)} tasks"
+            raise SchemaError(f"schema {self.name!r}: got {got}, wanted at least 1 each")
+        if all(task.extra for task in self.tasks):
+            raise SchemaError(f"schema {self.name!r}: got extra tasks only, wanted one that every run has")
+
+    def _check_histories(self) -> None:
+        bags = {column.name for column in self.columns if column.kind != "dense"}
+        for history in self.histories:
+            stray = next((name for name in history.columns if name not in bags), None)
+            if stray is not None:
+                raise SchemaError(f"history {history.name!r}: got column {stray!r}, wanted a categorical feature")
+        twice = _repeated(column.name for column in self.features)
+        if twice is not None:
+            raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
+
+    def _check_tables(self) -> None:
+        rules: dict[str, Column] = {}
+        for column in self.features:
+            first = rules.setdefault(column.table, column)
+            if first.table_rule != column.table_rule:
+                agree = "one type, encoding, size and min_count, and no dense column"
+                raise SchemaError(f"table {column.table!r}: {first.name!r} and {column.name!r} differ, wanted {agree}")
+
+    def _check_leaks(self) -> None:
+        sources = {column.name: column.name for column in self.columns}
+        sources |= {column.days_since: column.name for column in self.derived}
+        for source, name in sources.items():
+            if source in self.forbidden:
+                raise SchemaError(f"column {name!r}: {source!r} is an outcome, wanted a feature known beforehand")

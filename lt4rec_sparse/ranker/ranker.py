@@ -1,0 +1,129 @@
+"""The served model: raw feature values in, every task's probability out, through compressed weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.nn import GpuMLP, Plan, PlannedMLP, SparseMLP
+from lt4rec_sparse.nn.gpu import BUCKETS
+from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+
+
+class Ranker:
+    """Scores candidates for every task in one call.
+
+    Args:
+        encoder: Raw values to ids, as fitted in training.
+        inputs: Ids to the MLP's input, as trained.
+        mlp: The frozen MLP, its heads ending in a sigmoid.
+
+    Raises:
+        ValueError: If the widths of `inputs` and `mlp` differ, or a head does not end in a sigmoid.
+    """
+
+    def __init__(
+        self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP | PlannedMLP | GpuMLP
+    ) -> None:
+        if inputs.out_features != mlp.in_features:
+            raise ValueError(
+                f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, those of the inputs"
+            )
+        for task, head in mlp.heads.items():
+            if head.activation != "sigmoid":
+                raise ValueError(
+                    f"head of {task}: got activation {head.activation}, wanted sigmoid: freeze(sigmoid=True)"
+                )
+        self.encoder = encoder
+        self.inputs = inputs.eval().requires_grad_(False)
+        self.mlp = mlp
+        self.tasks = mlp.tasks
+
+    @property
+    def precision(self) -> str:
+        """How the MLP computes: "fp32", "bf16" or "int8"; on a GPU "fp16" too, and no int8."""
+        return self.mlp.precision
+
+    def to_precision(self, precision: str) -> Ranker:
+        """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
+
+        Raises:
+            ValueError: If there is no such precision, "int8" is asked of a ranker that is not calibrated, or it is
+                planned or on a GPU.
+        """
+        return Ranker(self.encoder, self.inputs, self._sparse("to_precision").to_precision(precision))
+
+    def planned(self, plan: Plan) -> Ranker:
+        """Return the same ranker with its MLP served by a plan of this CPU: `Plan.measure(ranker.mlp)`.
+
+        Raises:
+            InputError: If the plan is of another network or machine.
+            ValueError: If it is planned, or on a GPU, already.
+        """
+        return Ranker(self.encoder, self.inputs, PlannedMLP(self._sparse("planned"), plan))
+
+    def on_gpu(
+        self,
+        precision: str = "bf16",
+        plan: Plan | None = None,
+        device: torch.device | str = "cuda",
+        batch_sizes: Sequence[int] = BUCKETS,
+    ) -> Ranker:
+        """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
+
+        Args:
+            precision: Of the MLP, without a plan: "bf16", "fp16" or "fp32".
+            plan: From `nn.gpu.measure_plan(ranker.mlp)`; None takes the kernels that are predicted to be fastest.
+            device: The GPU.
+            batch_sizes: Without a plan: the request sizes that are captured, ascending (`GpuMLP`).
+
+        Raises:
+            InputError: If torch sees no such device; or as `GpuMLP`.
+            ValueError: If it is planned or on a GPU already, or there is no such precision.
+        """
+        mlp = self._sparse("on_gpu")
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
+        served = GpuMLP(mlp, plan, precision, batch_sizes, device)
+        return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
+
+    def _sparse(self, name: str) -> SparseMLP:
+        if not isinstance(self.mlp, SparseMLP):
+            got = type(self.mlp).__name__
+            raise ValueError(f"{name}: got a ranker that serves by a {got}, wanted the one that it was made from")
+        return self.mlp
+
+    def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Score a batch of candidates from raw values.
+
+        Args:
+            batch: Column name -> one value a candidate (list or array; None or NaN is missing; a multi-valued column
+                holds a list of values, or one separated string, a candidate). Columns that are no feature are ignored.
+
+        Returns:
+            Task name -> probability (or expected ratio) of each candidate, float32 `[batch]`.
+
+        Raises:
+            ValueError: If a feature column is missing or has another length than the others.
+        """
+        scores = self.score_encoded(self.encoder.encode(batch)).cpu().numpy()
+        return {task: scores[:, i] for i, task in enumerate(self.tasks)}
+
+    @torch.inference_mode()
+    def score_encoded(self, features: EncodedFeatures) -> Tensor:
+        """Score encoded candidates: `[batch, tasks]`, float32, where the ranker's embeddings are."""
+        if self.inputs.embedding.device.type != "cpu":
+            features = features.to(self.inputs.embedding.device)
+        x: Tensor = self.inputs(features)
+        scores = x.new_empty(len(x), self.mlp.out_features)
+        self.mlp.score_into(x, scores)
+        return scores

@@ -1,0 +1,22 @@
+"""From a click log, real or simulated, to batches: readers, splits by day, histories, the encoder's fit."""
+
+from lt4rec_sparse.recsys.data.batches import Batch, BatchStream
+from lt4rec_sparse.recsys.data.candidates import read_candidates
+from lt4rec_sparse.recsys.data.layout import SPLITS
+from lt4rec_sparse.recsys.data.prepare import Prepared, prepare
+from lt4rec_sparse.recsys.data.simulator import SimulatorConfig, simulate
+from lt4rec_sparse.recsys.data.source import DataError, kuairand_schema, open_source
+
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "BatchStream",
+    "DataError",
+    "Prepared",
+    "SimulatorConfig",
+    "kuairand_schema",
+    "open_source",
+    "prepare",
+    "read_candidates",
+    "simulate",
+]

@@ -1,0 +1,249 @@
+"""Batches of a prepared split: shuffled by seed, resumable at any batch, read from Parquet once if memory allows.
+
+Row groups are joined to *windows* of about half a million rows, each a cross-section of the whole split (every k-th
+row group), because the files are in the order of days. An epoch visits the windows in a seeded order and permutes the
+rows inside each: a small split is one window, and its shuffle is a full one. Without shuffling, rows come in the order
+of the files.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.ranker.features import EncodedFeatures
+from lt4rec_sparse.recsys.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT, split_files
+
+# Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
+WINDOW_ROWS = 1 << 19
+CACHE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows with their labels; every tensor has the batch first.
+
+    Attributes:
+        features: Ids of the input fields.
+        labels: Per task, `[batch]` float32; 0 where the row is not the task's.
+        rows: Per task, `[batch]` bool: True where the row belongs to the task.
+        weights: Per task, `[batch]` float32.
+        groups: `[batch]` int64, the group (user) of each row.
+        slices: Per slice of the schema, `[batch]` bool.
+        values: Per carried column of the schema, `[batch]` float64, NaN where missing.
+    """
+
+    features: EncodedFeatures
+    labels: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    groups: Tensor
+    slices: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.features.batch
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the rows at positions `rows [n]` int64, in that order."""
+        return Batch(
+            self.features.take(rows),
+            _take(self.labels, rows),
+            _take(self.rows, rows),
+            _take(self.weights, rows),
+            self.groups.index_select(0, rows),
+            _take(self.slices, rows),
+            _take(self.values, rows),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the same rows on `device`."""
+
+        def moved(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: column.to(device, non_blocking=non_blocking) for name, column in columns.items()}
+
+        return Batch(
+            self.features.to(device, non_blocking),
+            moved(self.labels),
+            moved(self.rows),
+            moved(self.weights),
+            self.groups.to(device, non_blocking=non_blocking),
+            moved(self.slices),
+            moved(self.values),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        """Return the rows of all parts, one part after another; parts have at least a row each."""
+        if len(parts) == 1:
+            return parts[0]
+        return Batch(
+            EncodedFeatures.cat([part.features for part in parts]),
+            _cat([part.labels for part in parts]),
+            _cat([part.rows for part in parts]),
+            _cat([part.weights for part in parts]),
+            torch.cat([part.groups for part in parts]),
+            _cat([part.slices for part in parts]),
+            _cat([part.values for part in parts]),
+        )
+
+
+class BatchStream:
+    """Epochs of batches over one split of a prepared folder.
+
+    The order of an epoch depends on `seed`, the epoch's number and the prepared files only, so `(epoch, batch)` is the
+    whole cursor: `stream.epoch(3, start=40)` gives what `stream.epoch(3)` gives from its 41st batch on, bit for bit.
+
+    Args:
+        folder: A prepared folder.
+        split: `train`, `validation` or `test`.
+        batch_size: Rows of every batch but the last.
+        seed: Of the shuffle.
+        shuffle: False for the order of the files.
+        cache_bytes: Decoded windows are kept in memory up to this many bytes.
+
+    Raises:
+        ValueError: If the batch size is not positive or the split is no split.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
+        self.batch_size = batch_size
+        self._seed, self._shuffle = seed, shuffle
+        self._files = split_files(folder, split)
+        groups = [
+            (file, group, metadata.row_group(group).num_rows)
+            for file, metadata in enumerate(map(pq.read_metadata, self._files))
+            for group in range(metadata.num_row_groups)
+        ]
+        self.rows: int = sum(rows for _, _, rows in groups)
+        count = ceil(self.rows / WINDOW_ROWS)
+        if shuffle:
+            self._windows = [groups[first::count] for first in range(count)]
+        else:
+            self._windows = [[group] for group in groups]
+        self._cache: OrderedDict[int, Batch] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return ceil(self.rows / self.batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of epoch `number`, from batch `start` on; windows before it are not read."""
+        order = list(range(len(self._windows)))
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, number]).permutation(len(order)).tolist()
+        skip, parts, held = start * self.batch_size, list[Batch](), 0
+        for window in order:
+            rows = sum(rows for _, _, rows in self._windows[window])
+            if skip >= rows:
+                skip -= rows
+                continue
+            data, permutation = self._window(window), self._permutation(number, window, rows)
+            while skip < rows:
+                parts.append(data.take(permutation[skip : skip + self.batch_size - held]))
+                skip, held = skip + parts[-1].batch, held + parts[-1].batch
+                if held == self.batch_size:
+                    yield Batch.cat(parts)
+                    parts, held = [], 0
+            skip = 0
+        if parts:
+            yield Batch.cat(parts)
+
+    def _permutation(self, epoch: int, window: int, rows: int) -> Tensor:
+        if not self._shuffle:
+            return torch.arange(rows)
+        return torch.from_numpy(np.random.default_rng([self._seed, epoch, window]).permutation(rows))
+
+    def _window(self, window: int) -> Batch:
+        cached = self._cache.get(window)
+        if cached is not None:
+            self._cache.move_to_end(window)
+            return cached
+        data = self._read(window)
+        self._cache[window] = data
+        # Epochs visit every window once, so the least recently used one is the next to come for longest.
+        while len(self._cache) > 1 and sum(map(_nbytes, self._cache.values())) > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return data
+
+    def _read(self, window: int) -> Batch:
+        groups: dict[int, list[int]] = {}
+        for file, group, _ in self._windows[window]:
+            groups.setdefault(file, []).append(group)
+        tables = []
+        for file, chosen in groups.items():
+            with pq.ParquetFile(self._files[file]) as parquet:
+                tables.append(parquet.read_row_groups(chosen))
+        return _decoded(pa.concat_tables(tables).combine_chunks())
+
+
+def _decoded(table: Any) -> Batch:
+    """Return a prepared table as tensors; ids stay int32, which halves the cache."""
+    fields = _with_prefix(table, FEATURE)
+    single = [column.to_numpy() for column in fields.values() if not pa.types.is_list(column.type)]
+    bags = [column for column in fields.values() if pa.types.is_list(column.type)]
+    ids = [bag.flatten().to_numpy() for bag in bags]
+    lengths = [np.diff(bag.offsets.to_numpy()) for bag in bags]
+    return Batch(
+        EncodedFeatures(
+            torch.from_numpy(np.stack(single, 1) if single else np.empty((table.num_rows, 0), np.int32)),
+            torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids])),
+            torch.from_numpy(np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)),
+        ),
+        _tensors(table, LABEL),
+        _tensors(table, MEMBER),
+        _tensors(table, WEIGHT),
+        _tensors(table, GROUP)[""],
+        _tensors(table, SLICE),
+        _tensors(table, VALUE),
+    )
+
+
+def _with_prefix(table: Any, prefix: str) -> dict[str, Any]:
+    """Return the columns whose name begins with `prefix`, by the rest of their name, as plain Arrow arrays."""
+    names = [name for name in table.column_names if name.startswith(prefix)]
+    return {name.removeprefix(prefix): table[name].combine_chunks() for name in names}
+
+
+def _tensors(table: Any, prefix: str) -> dict[str, Tensor]:
+    # A copy: Arrow's memory is read-only, which torch does not know.
+    columns = _with_prefix(table, prefix).items()
+    return {name: torch.from_numpy(np.array(column.to_numpy(zero_copy_only=False))) for name, column in columns}
+
+
+def _take(columns: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: column.index_select(0, rows) for name, column in columns.items()}
+
+
+def _cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _nbytes(batch: Batch) -> int:
+    parts = (batch.labels, batch.rows, batch.weights, batch.slices, batch.values)
+    return (
+        batch.features.nbytes + batch.groups.nbytes + sum(column.nbytes for part in parts for column in part.values())
+    )

@@ -1,0 +1,217 @@
+"""The log, day by day: read once, labels checked where the file is still known, exact duplicates dropped.
+
+One pass deals the rows out to a file per day; then each day alone is freed of duplicates, put in order and written with
+the columns the schema needs. Memory is bounded by one day of the log, however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lt4rec_sparse.ranker.features import Schema, Time
+from lt4rec_sparse.recsys.data.progress import Progress
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+
+DAY = "__day__"
+POSITION = "__position__"
+# Every day keeps a file open while the log is dealt out, and a process may commonly open 1,024.
+MAX_DAYS = 900
+
+
+@dataclass(frozen=True)
+class DayLog:
+    """The log in a temporary folder, one file a day, days ascending.
+
+    Attributes:
+        days: Names of the days; numbers sort as numbers, everything else as text (ISO dates do).
+        rows_read: Rows of the source.
+        duplicates: Rows dropped because an equal row of the same day came before.
+    """
+
+    days: tuple[str, ...]
+    rows_read: int
+    duplicates: int
+    paths: Mapping[str, Path]
+
+    def read(self, day: str) -> Iterator[Any]:
+        """Yield the rows of a day, in order, as record batches."""
+        with pa.memory_map(str(self.paths[day])) as file:
+            yield from pa.ipc.open_stream(file)
+
+
+def log_columns(source: Source) -> list[str]:
+    """Return the columns of the log.
+
+    Raises:
+        DataError: If its files disagree about them, or one lacks a column that only the log can have.
+    """
+    schema, first = source.schema, source.log[0]
+    names = column_names(first)
+    for path in source.log[1:]:
+        differing = set(names) ^ set(column_names(path))
+        if differing:
+            raise DataError(
+                f"{path}: column {min(differing)!r} is in one of this and {first.name}, wanted the same columns"
+            )
+    roles = {"group": schema.group.column, "time": schema.time.day or schema.time.timestamp, "order": schema.time.order}
+    for task in schema.tasks:
+        roles |= {f"label of {task.name}": task.label, f"weight of {task.name}": task.weight}
+        roles |= {f"row filter {row!r} of {task.name}": row for row in task.rows}
+    roles |= {f"history {history.name}": history.when for history in schema.histories}
+    roles |= {f"join {join.files[0]}": join.on for join in schema.joins}
+    for role, name in roles.items():
+        if name is not None and name not in names:
+            raise DataError(f"{first}: column {name!r} is absent, wanted it in the log ({role})")
+    return names
+
+
+def partition(source: Source, folder: Path, batch_rows: int, progress: Progress) -> DayLog:
+    """Read the log once and leave it in `folder` by day, without duplicates and in order.
+
+    Args:
+        source: The data set.
+        folder: An empty folder for temporary files.
+        batch_rows: Rows of a record batch of `DayLog.read`.
+        progress: Told of every file read and every day put in order.
+
+    Raises:
+        DataError: If a file, a type, a label or a day is not what the schema says.
+    """
+    types, names = raw_types(source.schema), log_columns(source)
+    dealt, rows_read = _deal(source, folder, types, names, progress)
+    days = tuple(sorted(dealt, key=_sortable(dealt)))
+    if not days:
+        raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    needed = [name for name in names if name in types]
+    paths, kept = {}, 0
+    for index, day in enumerate(days):
+        table = _in_order(_distinct(dealt[day], names), source.schema.time).select(needed)
+        paths[day] = folder / f"day-{index}.arrow"
+        with pa.OSFile(str(paths[day]), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=batch_rows)
+        dealt[day].unlink()
+        kept += table.num_rows
+        progress("order days", index + 1, len(days))
+    return DayLog(days, rows_read, rows_read - kept, paths)
+
+
+def _deal(
+    source: Source, folder: Path, types: Mapping[str, RawType], names: list[str], progress: Progress
+) -> tuple[dict[str, Path], int]:
+    paths: dict[str, Path] = {}
+    writers: dict[str, Any] = {}
+    layout, rows = None, 0
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with ExitStack() as stack:
+        for done, path in enumerate(source.log):
+            for batch in read_file(path, types, names):
+                layout = layout or batch.schema
+                _check(path, batch, source.schema)
+                for day, part in _by_day(path, batch, source.schema.time):
+                    if day not in writers:
+                        paths[day] = folder / f"dealt-{len(paths)}.arrow"
+                        if len(paths) > MAX_DAYS:
+                            raise DataError(f"{path}: got more than {MAX_DAYS} days, wanted a column of days")
+                        file = stack.enter_context(pa.OSFile(str(paths[day]), "wb"))
+                        writers[day] = stack.enter_context(pa.ipc.new_stream(file, layout, options=options))
+                    writers[day].write_batch(_alike(path, part, layout))
+                rows += batch.num_rows
+            progress("read log", done + 1, len(source.log))
+    return paths, rows
+
+
+def _alike(path: Path, batch: Any, layout: Any) -> Any:
+    """Return a batch in the types of the first one: columns that the schema does not name come as each file has them.
+
+    Raises:
+        DataError: If a value cannot be cast.
+    """
+    columns = []
+    for field in layout:
+        column = batch[field.name]
+        try:
+            columns.append(column.cast(field.type))
+        except pa.ArrowException as error:
+            wanted = f"{field.type} as in the log's first file"
+            raise DataError(f"{path}: column {field.name!r}: got {column.type}, wanted {wanted}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=layout)
+
+
+def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
+    """Cut a batch into its days, rows in their order."""
+    column = time.day or time.timestamp or ""
+    days = batch[column]
+    if days.null_count:
+        raise DataError(f"{path}: column {column!r}: got a missing day, wanted one in every row")
+    if time.timestamp is not None:
+        local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
+        days = local.cast(pa.date32(), safe=False).cast(pa.string())
+    coded = days.dictionary_encode()
+    codes = coded.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(coded.dictionary)))
+    ordered = batch.take(pa.array(order))
+    for day, begin, end in zip(coded.dictionary.to_pylist(), [0, *ends], ends, strict=False):
+        yield day, ordered.slice(begin, end - begin)
+
+
+def _sortable(days: Mapping[str, Path]) -> Any:
+    return int if all(day.lstrip("-").isdecimal() for day in days) else str
+
+
+def _distinct(path: Path, names: list[str]) -> Any:
+    """Return a day's rows without those that equal an earlier one in every column."""
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    keys = pa.table([_key(table[name]) for name in names], names=names)
+    keys = keys.append_column(POSITION, pa.array(np.arange(table.num_rows)))
+    first = keys.group_by(names).aggregate([(POSITION, "min")])[f"{POSITION}_min"]
+    return table.take(first.take(pc.sort_indices(first)))
+
+
+def _key(column: Any) -> Any:
+    """Return what a column is compared by: Arrow groups by no lists, so theirs is their text."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f")
+    return column
+
+
+def _in_order(table: Any, time: Time) -> Any:
+    order = time.order or time.timestamp
+    # Stable: rows at the same moment keep the order of the files.
+    return table if order is None else table.take(np.argsort(table[order].to_numpy(), kind="stable"))
+
+
+def _check(path: Path, batch: Any, schema: Schema) -> None:
+    """Refuse labels out of range, negative weights and rows without a group.
+
+    A missing label is no error: its row is not the task's. Nor is any value that `divide_by` makes a ratio of.
+    """
+    if batch[schema.group.column].null_count:
+        raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
+    for task in schema.tasks:
+        label = batch[task.label]
+        if task.kind == "binary":
+            fine, wanted = pc.or_(pc.equal(label, 0), pc.equal(label, 1)), "0 or 1"
+        else:
+            fine, wanted = pc.and_(pc.greater_equal(label, 0), pc.less_equal(label, 1)), "a ratio in [0, 1]"
+        if task.divide_by is None:
+            _refuse_first(path, task.label, label, fine, f"{wanted} for task {task.name!r}")
+        if task.weight is not None:
+            weight = batch[task.weight]
+            _refuse_first(path, task.weight, weight, pc.greater_equal(weight, 0), f"a weight for task {task.name!r}")
+
+
+def _refuse_first(path: Path, name: str, values: Any, fine: Any, wanted: str) -> None:
+    wrong = values.filter(pc.invert(fine))  # a missing value compares as missing, and is not kept
+    if len(wrong):
+        raise DataError(f"{path}: column {name!r}: got {wrong[0].as_py()}, wanted {wanted}")

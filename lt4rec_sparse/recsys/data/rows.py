@@ -1,0 +1,218 @@
+"""Rows ready to be encoded: the log of a day joined with its side tables, its past, and the labels of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lt4rec_sparse.ranker.features import Join, Task
+from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
+from lt4rec_sparse.recsys.data.days import DayLog
+from lt4rec_sparse.recsys.data.history import PastRows
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+# Groups of some rows, which of them count for a history, and the history's columns of those.
+Events = tuple[Ids, Bools, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task's view of some rows: `label`, `member` (the row belongs to the task) and `weight`, each `[n]`."""
+
+    label: Floats
+    member: Bools
+    weight: Floats
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and what goes with them.
+
+    Carried columns are `values`, float64 with NaN for what is missing.
+    """
+
+    day: str
+    features: dict[str, Any]
+    tasks: dict[str, TaskRows]
+    groups: Ids
+    slices: dict[str, Bools]
+    values: dict[str, NDArray[np.float64]]
+
+
+class RowReader:
+    """Rows of the log, complete with everything known before each impression.
+
+    Args:
+        source: The data set.
+        log: Its log by day.
+        log_columns: The columns of the log; where a side table has one of the same name, the log's stands.
+
+    Raises:
+        DataError: If a column is nowhere, or a side table has a key twice.
+    """
+
+    def __init__(self, source: Source, log: DayLog, log_columns: list[str]) -> None:
+        self._schema, self._log = source.schema, log
+        types = raw_types(source.schema)
+        wanted = [name for name in types if name not in log_columns]
+        self._sides = []
+        for join, paths in zip(source.schema.joins, source.joins, strict=True):
+            side = _SideTable(join, paths, types, wanted)
+            wanted = [name for name in wanted if name not in side.columns]
+            self._sides.append(side)
+        if wanted:
+            files = ", ".join(path.name for paths in (source.log, *source.joins) for path in paths)
+            raise DataError(f"{source.folder}: column {wanted[0]!r} is absent, wanted it in one of {files}")
+
+    def read(self, days: frozenset[str]) -> Iterator[Rows]:
+        """Yield the rows of the given days, in order; the other days only pass into the histories."""
+        pasts = {history.name: PastRows(history) for history in self._schema.histories}
+        last = max(map(self._log.days.index, days), default=-1)
+        for day in self._log.days[: last + 1]:
+            events = {name: list[Events]() for name in pasts}
+            for batch in self._log.read(day):
+                columns = self._columns(day, batch)
+                groups = _group_ids(columns[self._schema.group.column])
+                for history in self._schema.histories:
+                    counts = np.nan_to_num(_floats(columns[history.when])) != 0
+                    kept = {name: columns[name].filter(pa.array(counts)) for name in history.columns}
+                    events[history.name].append((groups, counts, kept))
+                if day in days:
+                    yield self._rows(day, columns, groups, pasts)
+            for name, past in pasts.items():
+                past.add_day(*_joined(events[name]))
+
+    def _columns(self, day: str, batch: Any) -> dict[str, Any]:
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for side in self._sides:
+            columns |= side.lookup(columns[side.on])
+        for derived in self._schema.derived:
+            columns[derived.name] = _days_since(day, derived.days_since, columns[derived.days_since])
+        return columns
+
+    def _rows(self, day: str, columns: Mapping[str, Any], groups: Ids, pasts: Mapping[str, PastRows]) -> Rows:
+        features = {column.name: raw_column(columns[column.name]) for column in self._schema.columns}
+        for history in self._schema.histories:
+            name, past = history.name, pasts[history.name]
+            if history.rates:
+                features |= dict(zip((f"{name}_count", f"{name}_rate"), past.rates(groups), strict=True))
+            features |= {f"{name}_{column}": bags for column, bags in past.bags(groups).items()}
+        slices = {
+            part.name: pc.fill_null(pc.equal(columns[part.column], part.value), False).to_numpy(zero_copy_only=False)
+            for part in self._schema.slices
+        }
+        tasks = {task.name: _task_rows(task, columns) for task in self._schema.tasks}
+        values = {name: _floats(columns[name]) for name in self._schema.carried}
+        return Rows(day, features, tasks, groups, slices, values)
+
+
+class _SideTable:
+    """A side table in memory: only the wanted columns, found by key."""
+
+    def __init__(self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str]) -> None:
+        self.on = join.on
+        parts = []
+        for path in paths:
+            there = column_names(path)
+            if join.on not in there:
+                raise DataError(f"{path}: column {join.on!r} is absent, wanted the key of the side table")
+            columns = [join.on, *(name for name in wanted if name in there)]
+            parts += [pa.table(batch) for batch in read_file(path, types, columns)]
+        if len({tuple(part.column_names) for part in parts}) > 1:
+            raise DataError(f"{paths[0].parent}: {' '.join(join.files)} differ in columns, wanted the same in each")
+        if not parts:
+            raise DataError(f"{paths[0].parent}: {' '.join(join.files)}: got no row, wanted a side table")
+        table = pa.concat_tables(parts)
+        # A row without a key is nobody's; a missing int key would turn all of them into floats.
+        table = table.filter(table[join.on].is_valid()).combine_chunks()
+        self._keys = _keys(table[join.on].combine_chunks(), join, paths)
+        self.columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
+
+    def lookup(self, keys: Any) -> dict[str, Any]:
+        """Return the columns at the keys; an unknown or missing key has missing values."""
+        present = keys.is_valid().to_numpy(zero_copy_only=False)
+        places = np.full(len(keys), -1, np.int64)
+        places[present] = self._keys.lookup(keys.drop_null().to_numpy(zero_copy_only=False)) - 2
+        rows = pa.array(places, mask=places < 0)
+        return {name: column.take(rows) for name, column in self.columns.items()}
+
+
+def _keys(keys: Any, join: Join, paths: tuple[Path, ...]) -> IntVocabulary | StringVocabulary:
+    counts = pc.value_counts(keys)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        files = " ".join(path.name for path in paths)
+        first = twice[0]["values"].as_py()
+        raise DataError(f"{paths[0].parent}: {files}: column {join.on!r}: got key {first!r} twice, wanted each once")
+    values = keys.to_numpy(zero_copy_only=False)
+    return IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
+
+
+def raw_column(column: Any) -> Any:
+    """Return an Arrow column as `features.raw` takes it: an array, masked where missing, or values and offsets."""
+    if pa.types.is_list(column.type):
+        # A side table's row that is not there is a missing list, and an empty bag.
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+        return raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if column.null_count == 0 or not pa.types.is_integer(column.type):
+        return column.to_numpy(zero_copy_only=False)  # missing text comes as None, a missing float as NaN
+    return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
+
+
+def _group_ids(column: Any) -> Ids:
+    """Return int64 ids of groups: numbers as they are, text by its 64-bit hash."""
+    values = column.to_numpy(zero_copy_only=False)
+    return values if values.dtype == np.int64 else hash64(values).view(np.int64)
+
+
+def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
+    label = _floats(columns[task.label])
+    member = ~np.isnan(label)
+    if task.divide_by is not None:
+        divisor = _floats(columns[task.divide_by])
+        member &= (label >= 0) & (divisor > 0)  # NaN compares false: no divisor, no label
+        label = np.clip(np.divide(label, divisor, out=np.zeros_like(label), where=member), 0, 1)
+    for name in task.rows:
+        member &= np.nan_to_num(_floats(columns[name])) != 0
+    weight = np.ones_like(label) if task.weight is None else _floats(columns[task.weight])
+    member &= ~np.isnan(weight)
+    return TaskRows(
+        np.where(member, label, 0).astype(np.float32), member, np.where(member, weight, 0).astype(np.float32)
+    )
+
+
+def _floats(column: Any) -> NDArray[np.float64]:
+    """Return a float64 column with NaN for what is missing, writable."""
+    return np.array(column.to_numpy(zero_copy_only=False), np.float64)
+
+
+def _joined(events: list[Events]) -> Events:
+    groups, counts, columns = zip(*events, strict=True)
+    joined = {name: pa.concat_arrays([part[name] for part in columns]) for name in columns[0]}
+    return np.concatenate(groups), np.concatenate(counts), joined
+
+
+def _days_since(day: str, name: str, column: Any) -> Any:
+    today = _date(day, "the day")
+    coded = column.dictionary_encode()
+    ages = [float((today - _date(text, f"column {name!r}")).days) for text in coded.dictionary.to_pylist()]
+    return pa.array(ages, pa.float64()).take(coded.indices)
+
+
+def _date(text: str, where: str) -> date:
+    """Read 2022-04-25, 20220425, or either with a time behind it."""
+    digits = text[:10].replace("-", "")[:8]
+    try:
+        return date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))
+    except ValueError:
+        raise DataError(f"{where}: got {text!r}, wanted a date such as 2022-04-25 or 20220425") from None

@@ -1,0 +1,315 @@
+"""A data set on disk: a folder, a schema, and files of CSV or Parquet read as typed record batches.
+
+Types come from the schema and never from a look at the values: a column whose first file holds only digits would change
+its type with the next file. What the schema does not name is read as text from CSV, for the sake of duplicates only.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features import Column, Schema
+
+SCHEMA_FILE = "schema.toml"
+# Text of about 150,000 rows of a wide log: large enough to be fast, small next to a day of any log.
+CSV_BLOCK_BYTES = 16 << 20
+DIGEST_BLOCK_BYTES = 1 << 20
+NULL_TEXTS = ["", "NA", "N/A", "NULL", "null", "NaN", "nan"]
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error)
+ARROW_TYPES = {"int": pa.int64(), "string": pa.string()}
+
+
+class DataError(InputError):
+    """A data set is not what its schema says; the message is one line: file, column, what was found and wanted."""
+
+
+@dataclass(frozen=True)
+class RawType:
+    """What a raw column is read as: int64, float64, string, or a list of int64 or string split at a separator."""
+
+    arrow: Any
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What a file was at a look: its size, its time of change, and a digest (blake2b) of its bytes.
+
+    A fresh copy has another time and the same digest, so that the content decides and the time only saves reading.
+    """
+
+    size_bytes: int
+    changed_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder whose files have been found: those of the log, and those of every side table of the schema."""
+
+    folder: Path
+    schema: Schema
+    log: tuple[Path, ...]
+    joins: tuple[tuple[Path, ...], ...]
+
+    def fingerprint(self, *options: object) -> str:
+        """Return a digest of the schema and of further options; of the files `states` tells."""
+        content = json.dumps([self.schema.to_dict(), options], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def states(self, known: Mapping[str, FileState] | None = None) -> dict[str, FileState]:
+        """Return the state of every file, by its path relative to the folder.
+
+        Args:
+            known: States of an earlier look. A file whose size and time of change are as they were then is not read
+                again: its digest is taken over.
+        """
+        states = {}
+        for path in (*self.log, *(path for join in self.joins for path in join)):
+            name, stat = str(path.relative_to(self.folder)), path.stat()
+            size_bytes, changed_ns = stat.st_size, stat.st_mtime_ns
+            before = (known or {}).get(name)
+            if before is None or (before.size_bytes, before.changed_ns) != (size_bytes, changed_ns):
+                before = FileState(size_bytes, changed_ns, _digest(path))
+            states[name] = before
+        return states
+
+
+def open_source(folder: Path, schema: Schema | None = None) -> Source:
+    """Find the files of a data set.
+
+    Args:
+        folder: Where the globs of the schema are looked for, there and in its `data/`.
+        schema: Without it, `schema.toml` of the folder; without that, KuaiRand's if its log is there.
+
+    Raises:
+        DataError: If the folder, a schema or files are missing.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: got no folder, wanted a data set")
+    schema = schema or _schema_of(folder)
+    joins = tuple(_found(folder, join.files) for join in schema.joins)
+    return Source(folder, schema, _found(folder, schema.files.log), joins)
+
+
+def kuairand_schema() -> Schema:
+    """Return the packaged schema of KuaiRand (Pure, 1K and 27K), doi 10.1145/3511808.3557624."""
+    with as_file(files("lt4rec_sparse.recsys.data") / "kuairand.toml") as path:
+        return Schema.from_toml(path)
+
+
+def feature_type(column: Column) -> RawType:
+    """Return how to read a feature column from a file."""
+    if column.kind == "multi":
+        return RawType(pa.list_(ARROW_TYPES[column.type]), column.separator)
+    return RawType(pa.float64() if column.kind == "dense" else ARROW_TYPES[column.type])
+
+
+def raw_types(schema: Schema) -> dict[str, RawType]:
+    """Return how to read every column that the schema needs from a file.
+
+    Raises:
+        DataError: If the schema uses one column as two types.
+    """
+    types: dict[str, RawType] = {}
+
+    def use(name: str | None, arrow: Any) -> None:
+        if name is not None and types.setdefault(name, RawType(arrow)).arrow != arrow:
+            raise DataError(f"schema {schema.name!r}: column {name!r} is used as {types[name].arrow} and as {arrow}")
+
+    made = {column.name for column in schema.derived}
+    types |= {column.name: feature_type(column) for column in schema.columns if column.name not in made}
+    for task in schema.tasks:
+        for name in (task.label, task.divide_by, task.weight, *task.rows):
+            use(name, pa.float64())
+    for history in schema.histories:
+        use(history.when, pa.float64())
+    for derived in schema.derived:
+        use(derived.days_since, pa.string())
+    for name in schema.carried:
+        if name not in made:
+            use(name, pa.float64())
+    for part in schema.slices:
+        use(part.column, pa.int64() if isinstance(part.value, int) else pa.string())
+    for join in schema.joins:
+        use(join.on, ARROW_TYPES[join.type])
+    use(schema.group.column, ARROW_TYPES[schema.group.type])
+    use(schema.time.day, pa.string())
+    use(schema.time.timestamp, pa.timestamp(schema.time.unit))
+    use(schema.time.order, pa.float64())
+    return types
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the names of a file's columns.
+
+    Raises:
+        DataError: If the file cannot be read, or two columns have the same name.
+    """
+    try:
+        if path.suffix == ".parquet":
+            names = list(pq.read_schema(path).names)
+        else:
+            with _open_csv(path, None) as reader:
+                names = list(reader.schema.names)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: column {twice!r}: got two of this name, wanted one")
+    return names
+
+
+def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
+    """Yield the named columns as record batches, typed as `types` says and otherwise as they come.
+
+    Raises:
+        DataError: If the file cannot be read, or a value is not of its column's type.
+    """
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as parquet:
+                yield from (_typed(path, batch, types) for batch in parquet.iter_batches(columns=list(columns)))
+        else:
+            with _open_csv(path, columns) as reader:
+                yield from (_typed(path, batch, types) for batch in reader)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _schema_of(folder: Path) -> Schema:
+    if (folder / SCHEMA_FILE).is_file():
+        return Schema.from_toml(folder / SCHEMA_FILE)
+    schema = kuairand_schema()
+    if any(_matches(folder, pattern) for pattern in schema.files.log):
+        return schema
+    wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
+    raise DataError(f"{folder}: got no data set, wanted {wanted}")
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    if not pattern or Path(pattern).is_absolute():
+        raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder")
+    return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+    if not patterns:
+        raise DataError(f"{folder}: got a list of files without any, wanted at least one pattern")
+    paths: list[Path] = []
+    for pattern in patterns:
+        matches = _matches(folder, pattern)
+        if not matches:
+            raise DataError(f"{folder}: got no file {pattern!r}, wanted one there or in data/")
+        paths += matches
+    return tuple(paths)
+
+
+def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    return pyarrow.csv.open_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            include_columns=columns,
+            null_values=NULL_TEXTS,
+            strings_can_be_null=True,
+        ),
+    )
+
+
+def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if name in types:
+            try:
+                column = _cast(column, types[name])
+            except (pa.ArrowException, TypeError) as error:
+                got = str(error).splitlines()[0]
+                raise DataError(f"{path}: column {name!r}: {got}, wanted {types[name].arrow}") from error
+        elif pa.types.is_nested(column.type) and not _is_list(column.type):
+            raise DataError(f"{path}: column {name!r}: got {column.type}, wanted values or lists of values")
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _cast(column: Any, wanted: RawType) -> Any:
+    """Cast a column without loss (of a timestamp: to its declared unit).
+
+    Raises:
+        pa.ArrowException: If a value cannot be cast.
+        TypeError: If the types do not go together.
+    """
+    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if pa.types.is_list(wanted.arrow):
+        if text:
+            return _split(column, wanted)
+        lists = column.cast(wanted.arrow)
+        values = lists.flatten()
+        return _bags(lists, values, values.is_valid())
+    if pa.types.is_floating(column.type):
+        if wanted.arrow == pa.string():
+            # A float as text depends on who prints it ("1" or "1.0"): training and serving would disagree.
+            raise TypeError(f"got {column.type}")
+        column = pc.if_else(pc.is_nan(column), None, column)
+    if pa.types.is_timestamp(wanted.arrow):
+        return (_integers(column) if text else column).cast(wanted.arrow, safe=False)
+    return (_integers(column) if text and wanted.arrow == pa.int64() else column).cast(wanted.arrow)
+
+
+def _integers(column: Any) -> Any:
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        # Writers of tables with missing values print whole numbers as 3.0.
+        return column.cast(pa.float64()).cast(pa.int64())
+
+
+def _split(column: Any, wanted: RawType) -> Any:
+    """Split text at the separator; blanks around values and empty values go."""
+    lists = pc.split_pattern(column, pattern=wanted.separator)
+    values = pc.utf8_trim_whitespace(lists.flatten())
+    return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
+
+
+def _bags(lists: Any, values: Any, kept: Any) -> Any:
+    """Return lists of the kept ones among `values`, which lie in `lists`; a missing list becomes an empty one."""
+    ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
+    counts = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))])
+    return pa.ListArray.from_arrays(pa.array(counts[ends], pa.int32()), values.filter(kept))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(DIGEST_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
+    return DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}")

@@ -1,0 +1,100 @@
+"""Rows of trials as jobs: what trains what first, so that nothing is trained twice and nothing waits without need."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.harness.grid import Job
+from lt4rec_sparse.recsys.harness.laboratory import Laboratory
+from lt4rec_sparse.recsys.harness.trials import Search, Training, Trial
+
+DATA = "data"
+TRAINED = ("singles", "searches", "trials")  # where the laboratory leaves what it trained
+
+
+def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
+    """Return the jobs that carry out trials: single-task baselines and warm-ups, the searches task by task, the trials.
+
+    Args:
+        folder: Holds the prepared log, `data/`, and what the laboratory leaves.
+        trials: Which; of equal ones one is run.
+    """
+    trials = list(dict.fromkeys(trials))
+    jobs: dict[Hashable, Job] = {}
+    deepest: dict[Hashable, Search] = {}
+    for trial in trials:
+        if trial.masks is not None and trial.masks.searches:
+            for task in trial.tasks:
+                key = _search_key(trial, task)
+                deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
+
+    def started(search: Search, trial: Trial, task: str) -> Hashable:
+        """Return the job that a search of a task begins from."""
+        if search.training.warm_up:
+            key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
+            jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
+            return key
+        return single(search.training_of(task), task, trial.seed)
+
+    def single(training: Training, task: str, seed: int) -> Hashable:
+        key = ("single", training, task, seed)
+        jobs.setdefault(key, Job(_single, (folder, training, task, seed)))
+        return key
+
+    for trial in trials:
+        needs: list[Hashable] = []
+        masks = trial.masks
+        if masks is None:
+            if trial.model == "sparse_sharing" and len(trial.tasks) == 1:
+                needs.append(single(trial.training, trial.tasks[0], trial.seed))
+        elif masks.searches:
+            for task in trial.tasks:
+                key = _search_key(trial, task)
+                search = deepest[key]
+                before = started(search, trial, task)
+                jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
+                needs.append(key)
+        elif masks.scores:
+            needs += [single(masks.search.training_of(task), task, trial.seed) for task in trial.tasks]
+        elif masks.search.training.warm_up:
+            needs.append(started(masks.search, trial, trial.tasks[0]))
+        jobs.setdefault(trial, Job(_trial, (folder, trial), tuple(needs)))
+    return jobs
+
+
+def has_trained(folder: Path) -> bool:
+    """Return whether anything was trained on the log of a folder: then it may not become another."""
+    return any((folder / name).exists() for name in TRAINED)
+
+
+def _search_key(trial: Trial, task: str) -> Hashable:
+    """Return what tells a search of a task from others: those that only go less far are parts of the deepest."""
+    assert trial.masks is not None
+    warm = trial.tasks if trial.masks.search.training.warm_up else ()
+    return ("tickets", trial.masks.search.folder(task), task, warm, trial.seed)
+
+
+@lru_cache(maxsize=2)  # two folders at a time: an experiment over many logs goes through them in order
+def laboratory(folder: Path) -> Laboratory:
+    """Return this process's laboratory over a folder with a prepared log."""
+    return Laboratory(Prepared.load(folder / DATA), folder)
+
+
+def _single(folder: Path, training: Training, task: str, seed: int) -> None:
+    laboratory(folder).starts.single(training, task, seed)
+
+
+def _warm(folder: Path, training: Training, tasks: tuple[str, ...], seed: int) -> None:
+    laboratory(folder).starts.warm(training, tasks, seed)
+
+
+def _tickets(folder: Path, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> None:
+    laboratory(folder).searches.tickets(search, task, tasks, seed)
+
+
+def _trial(folder: Path, trial: Trial) -> dict[str, Any]:
+    return laboratory(folder).run(trial)

@@ -1,0 +1,195 @@
+"""Where trials are carried out: each leaves its trained weights and its record on disk, and is read back from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.lottery import (
+    Ticket,
+    best_ticket,
+    one_for_all,
+    random_like,
+    random_masks,
+    random_separate,
+    scale_to_density,
+    separate,
+    unanimous,
+)
+from lt4rec_sparse.masks import Mask, overlap, ownership
+from lt4rec_sparse.nn import MaskedMLP
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.harness import objectives
+from lt4rec_sparse.recsys.harness.arms import HIGHER_IS_BETTER, MAIN_METRIC, ticket_record
+from lt4rec_sparse.recsys.harness.searches import Searches
+from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Log, Starts, save_state
+from lt4rec_sparse.recsys.harness.trials import Trial
+from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
+from lt4rec_sparse.recsys.training import Predictions, predict
+
+FRESH = 1_000_003  # what is added to a seed for a start that no search has seen
+
+
+class Laboratory:
+    """Trains what trials declare over one prepared log.
+
+    Args:
+        prepared: The data.
+        folder: Where everything is left: `singles/`, `searches/`, `trials/`.
+        log: Takes a record for each training loss.
+    """
+
+    def __init__(self, prepared: Prepared, folder: Path, log: Log = lambda record: None) -> None:
+        self.prepared = prepared
+        self.starts = Starts(prepared, folder, log)
+        self.searches = Searches(self.starts)
+        self.kinds = self.starts.kinds
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Return a trial's record; train and judge it first, if that was not done."""
+        path = self.starts.made("trials", f"{trial.key}.json")
+        if not path.exists():
+            record = self._run(trial)
+            write_whole(path, json.dumps(record, indent=1, allow_nan=True))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return cast(dict[str, Any], record)
+
+    def model(self, trial: Trial) -> nn.Module:
+        """Return the trained model of a trial that was run, for judging."""
+        model = self._new(trial)
+        model.load_state_dict(load_file(self._state_file(trial)))
+        return model.eval()
+
+    def predictions(self, trial: Trial, split: str) -> Predictions:
+        """Score every row of a split with a trial that was run."""
+        return predict(self.model(trial), self.starts.stream(split, JUDGED_ROWS, None), trial.tasks)
+
+    def masks(self, trial: Trial) -> dict[str, Mask] | None:
+        """Return the mask of each task that a trial trains through; None if all are full."""
+        if trial.masks is None:
+            return None
+        found = self.found(trial)
+        model = self.starts.sparse_sharing(trial.training, trial.tasks, trial.seed)
+        return self._chosen(trial, found, cast(MaskedMLP, model.mlp).mask(trial.tasks[0]))
+
+    def found(self, trial: Trial) -> dict[str, list[Ticket]]:
+        """Return the tickets that a trial's masks are made from, task by task."""
+        masks = trial.masks
+        if masks is None or not masks.searches:
+            return {}
+        return {task: self.searches.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
+
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        model, seconds = self._new(trial), 0.0
+        if self._is_single(trial):
+            seconds = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
+            model.load_state_dict(load_file(self._state_file(trial)))
+        else:
+            kinds = {task: self.kinds[task] for task in trial.tasks}
+            balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
+            objective = objectives.of_trial(trial, kinds, balance)
+            trained = model if balance is None else nn.ModuleList([model, balance])
+            path = self._state_file(trial)
+            optimizer = MaskedAdam(trained, trial.training.learning_rate)
+            seconds = self.starts.train(path, model, objective, trial.training, trial.seed, optimizer)
+            save_state(model, path)
+        found = self.found(trial)
+        masks = None if trial.masks is None else {task: cast(MaskedMLP, model.mlp).mask(task) for task in trial.tasks}
+        record = {
+            "key": trial.key,
+            "seed": trial.seed,
+            "trial": trial.to_plain(),
+            "validation": self.starts.judge(model, "validation", trial.tasks),
+            "seconds": {
+                "train": seconds,
+                "search": self.searches.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
+            },
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": mlp_multiply_adds(model),
+            "masks": None if masks is None else _facts(masks),
+            "tickets": {task: [ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
+            "best_level": {task: self._best(task, tickets).level for task, tickets in found.items()} or None,
+        }
+        if trial.is_tested:
+            record["test"] = self.starts.judge(model, "test", trial.tasks)
+        return record
+
+    def _new(self, trial: Trial) -> nn.Module:
+        """Return the model of a trial as it starts: its weights, behind its masks."""
+        if trial.model != "sparse_sharing":
+            return self.starts.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
+        seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
+        # A warm-up is the search's, so that its tickets are trained from where they were found.
+        training = trial.masks.search.training if trial.masks else trial.training
+        model: SparseSharing = self.starts.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
+        mlp = model.mlp
+        masks = self.masks(trial)
+        if masks is not None:
+            for task, mask in masks.items():
+                mlp.set_mask(mask, task)
+            if trial.masks and trial.masks.rescale:
+                scale_to_density(mlp)
+        return model
+
+    def _chosen(self, trial: Trial, found: Mapping[str, Sequence[Ticket]], full: Mask) -> dict[str, Mask]:
+        asked = trial.masks
+        assert asked is not None
+        search, tasks = asked.search, trial.tasks
+        generator = torch.Generator().manual_seed(trial.seed)
+        tickets = {
+            task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
+            for task, of_task in found.items()
+        }
+        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}  # the same share of each
+        match asked.kind:
+            case "tickets":
+                return tickets
+            case "random_like":
+                return random_like(tickets, generator, search.granularity)
+            case "one_for_all":
+                return one_for_all(tickets, tasks[0])
+            case "random" | "one_random":
+                masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
+                return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
+            case "random_separate":
+                assert asked.shared is not None
+                return random_separate(full.shapes, nnz, asked.shared, generator, tasks)
+        scores = {task: self.searches.scores(search, task, trial.seed) for task in tasks}
+        if asked.kind == "separate":
+            assert asked.shared is not None
+            return separate(scores, nnz, asked.shared)
+        return unanimous(scores, nnz)
+
+    def _best(self, task: str, tickets: Sequence[Ticket]) -> Ticket:
+        """Return a task's best ticket on the validation days; the only one, where a search finds one."""
+        if len(tickets) == 1:
+            return tickets[0]
+        metric = MAIN_METRIC[self.kinds[task]]
+        return best_ticket(tickets, metric, HIGHER_IS_BETTER[metric])
+
+    def _is_single(self, trial: Trial) -> bool:
+        plain = Trial("sparse_sharing", trial.tasks, trial.seed, trial.training, is_tested=trial.is_tested)
+        return len(trial.tasks) == 1 and trial == plain and not trial.training.warm_up
+
+    def _state_file(self, trial: Trial) -> Path:
+        if self._is_single(trial):
+            return self.starts.single_file(trial.training, trial.tasks[0], trial.seed)
+        return self.starts.made("trials", f"{trial.key}.safetensors")
+
+
+def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
+    first, *others = masks.values()
+    return {
+        "density": {task: mask.density for task, mask in masks.items()},
+        "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
+        "overlap": overlap(first, others[0]) if others else None,
+        "ownership": ownership(masks),
+    }

@@ -1,0 +1,114 @@
+"""What a trial's batches do to its model: losses, scales, conflict factors and balance as one objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.harness.trials import Training, Trial
+from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
+from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
+from lt4rec_sparse.recsys.training.objectives import forward, logits_of, rows_of
+
+PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # what `Training.dtype` is to autocast
+DURATION = "duration_ms"  # the carried column that conflicts are told by
+
+
+def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
+    """Return the paper's objective: a step a task on its own rows, every row as its data say.
+
+    Args:
+        training: Names losses and the dtype of products.
+        tasks: Which, in the order of their steps.
+        kinds: Task -> kind of its label.
+    """
+    return Alternating(_losses(training, tasks, kinds))
+
+
+def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
+    """Return what gives a task's loss on a batch, with its graph, where `plain` made the objective."""
+    assert isinstance(objective, Alternating)
+    losses = objective.losses
+
+    def loss(batch: Batch) -> Tensor:
+        rows = rows_of(batch, task)
+        return losses.of(task, batch, rows, logits_of(model, batch, rows, task, losses.dtype))
+
+    return loss
+
+
+def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None) -> Objective:
+    """Return a trial's objective.
+
+    Args:
+        trial: The trial.
+        kinds: Task -> kind of its label.
+        balance: The learned weights of an "uncertainty" objective, else None.
+
+    Raises:
+        InputError: If conflicts are weighed or ESMM is trained on tasks for which that means nothing.
+    """
+    factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
+    losses = _losses(trial.training, trial.tasks, kinds, dict(trial.scales), factors)
+    if trial.model == "esmm":
+        return _entire_space(trial, losses)
+    match trial.objective:
+        case "alternating":
+            return Alternating(losses)
+        case "joint":
+            return Joint(losses, trial.tasks)
+        case "uncertainty":
+            return Joint(losses, trial.tasks, balance)
+    generator = torch.Generator().manual_seed(trial.seed)
+    return Projected(losses, trial.tasks, lambda gradients: pcgrad(gradients, generator))
+
+
+def _losses(
+    training: Training,
+    tasks: tuple[str, ...],
+    kinds: Mapping[str, str],
+    scales: Mapping[str, float] | None = None,
+    factors: Factors | None = None,
+) -> TaskLosses:
+    named = dict(training.losses)
+    losses = {task: loss_of(kinds[task], named.get(task)) for task in tasks}
+    return TaskLosses(losses, scales or {}, factors, PRODUCTS[training.dtype])
+
+
+def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Factors:
+    ratios = [task for task in tasks if kinds[task] == "ratio"]
+    if len(ratios) != 1:
+        raise InputError(f"conflict: got {len(ratios)} tasks of a ratio among {', '.join(tasks)}, wanted one")
+
+    def factors(batch: Batch) -> dict[str, Tensor]:
+        if DURATION not in batch.values:
+            raise InputError(f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried")
+        # A row of the ratio's task is one that was clicked and has a duration.
+        label, clicked = batch.labels[ratios[0]], batch.rows[ratios[0]]
+        click, watch = conflict.factors(label, clicked, batch.values[DURATION])
+        return {task: watch if kinds[task] == "ratio" else click for task in tasks}
+
+    return factors
+
+
+def _entire_space(trial: Trial, losses: TaskLosses) -> Objective:
+    """Return ESMM's objective: clicks, and clicks times conversions, over all impressions."""
+    if len(trial.tasks) != 2:
+        raise InputError(f"esmm: got tasks {', '.join(trial.tasks)}, wanted two, a click and what follows it")
+    click, conversion = trial.tasks
+
+    def both(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = forward(model, batch.features, None, losses.dtype)
+        rows = batch.rows[click].nonzero().squeeze(1)
+        result = {click: losses.of(click, batch, rows, logits[rows, 0])}
+        # A clicked row without a duration has no conversion to learn; one that nobody clicked has none: 0.
+        known = batch.rows[click] & ((batch.labels[click] < 0.5) | batch.rows[conversion])
+        label, weight = batch.labels[conversion][known], batch.weights[click][known]
+        if len(label):
+            result[conversion] = entire_space(logits[known, 0], logits[known, 1], label, weight)
+        return result
+
+    return Joint(both, trial.tasks)

@@ -1,0 +1,182 @@
+"""Where every training of a log begins, and how it runs: networks at a seed's start, baselines, warm-ups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from time import process_time
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lt4rec_sparse.files import whole_file, write_whole
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.recsys.data import BatchStream, Prepared
+from lt4rec_sparse.recsys.harness import objectives
+from lt4rec_sparse.recsys.harness.trials import Training, digest
+from lt4rec_sparse.recsys.models import build
+from lt4rec_sparse.recsys.training import Cursor, Objective, evaluate, train
+from lt4rec_sparse.recsys.training.loop import AfterBatch
+
+Log = Callable[[dict[str, Any]], None]
+Judged = dict[str, dict[str, dict[str, float]]]
+"""Slice -> task -> metric -> value."""
+
+JUDGED_ROWS = 4096  # a batch while judging
+
+
+class Starts:
+    """Makes and trains the networks of one prepared log, from starts that a seed decides.
+
+    Whatever the seed, every network of sparse sharing starts from the same weights: the single-task baselines, every
+    round of a search, and the network that all tasks share.
+
+    Args:
+        prepared: The data.
+        folder: Baselines and warm-ups are left in its `singles/`.
+        log: Takes a record for each training loss.
+    """
+
+    def __init__(self, prepared: Prepared, folder: Path, log: Log = lambda record: None) -> None:
+        self.prepared, self.folder, self._log = prepared, folder, log
+        self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
+        self._streams: dict[tuple[str, int, int], BatchStream] = {}
+
+    def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
+        """Return the record of a single-task baseline, `validation` and `seconds`; train it first, if it was not.
+
+        It is level 0 of every search with the same training.
+        """
+        path = self.single_file(training, task, seed)
+        if not path.with_suffix(".json").exists():
+            model = self.sparse_sharing(training, (task,), seed)
+            seconds = self.train(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
+            save_state(model, path)
+            record = {"validation": self.judge(model, "validation", (task,)), "seconds": seconds}
+            write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return cast(dict[str, Any], record)
+
+    def single_file(self, training: Training, task: str, seed: int) -> Path:
+        """Return where the trained weights of a single-task baseline stand."""
+        return self.made("singles", f"{task}-{digest(asdict(training))}-seed_{seed}.safetensors")
+
+    def warm(self, training: Training, tasks: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], float]:
+        """Return the shared network after its warm-up, all tasks and full masks, and what that took in seconds."""
+        key = digest({**asdict(training), "tasks": tasks})
+        path = self.made("singles", f"warm-{key}-seed_{seed}.safetensors")
+        took = path.with_suffix(".seconds")
+        if not path.exists():
+            model = self.sparse_sharing(training, tasks, seed)
+            batches = round(training.warm_up * self.batches(training))
+            objective = objectives.plain(training, tasks, self.kinds)
+            seconds = self.train(path, model, objective, training, seed, batches=batches)
+            write_whole(took, json.dumps(seconds))
+            save_state(model, path)
+        return load_file(path), float(json.loads(took.read_text(encoding="utf-8")))
+
+    def network(
+        self, name: str, training: Training, tasks: tuple[str, ...], seed: int, options: Mapping[str, Any]
+    ) -> nn.Module:
+        """Return a new network as its seed draws it; `options` are the model's own."""
+        torch.manual_seed(seed)
+        encoder = self.prepared.encoder
+        return build(
+            name,
+            encoder.fields,
+            encoder.table_sizes,
+            tasks,
+            training.hidden,
+            training.embedding_dim,
+            cross=training.cross,
+            exclusive_dim=training.exclusive_dim,
+            **options,
+        )
+
+    def sparse_sharing(self, training: Training, tasks: tuple[str, ...], seed: int, warm: tuple[str, ...] = ()) -> Any:
+        """Return the shared network, or a task's part of it, at the seed's start or after the warm-up of `warm`."""
+        model = self.network("sparse_sharing", training, tasks, seed, {})
+        everything = tuple(self.kinds)
+        if training.warm_up and warm:
+            start = self.warm(training, warm, seed)[0]
+        elif tasks == everything:
+            return model
+        else:
+            start = self.network("sparse_sharing", training, everything, seed, {}).state_dict()
+        own = model.state_dict()
+        model.load_state_dict({name: own[name] if name.endswith(".masks") else start[name] for name in own})
+        return model
+
+    def batches(self, training: Training) -> int:
+        """Return the batches of an epoch."""
+        return len(self.stream("train", training.batch_size, 0))
+
+    def train(
+        self,
+        path: Path,
+        model: nn.Module,
+        objective: Objective,
+        training: Training,
+        seed: int,
+        optimizer: MaskedAdam | None = None,
+        batches: int | None = None,
+        skip: int = 0,
+        after_batch: AfterBatch = lambda batch, done, total: None,
+    ) -> float:
+        """Train a model where it stands; return its seconds: of all cores together, whatever else the machine does.
+
+        Args:
+            path: Names the training in the log.
+            model: Trained in place.
+            objective: What a batch does to it.
+            training: Learning rate, epochs and batches.
+            seed: Of the order of the rows.
+            optimizer: None for a new one.
+            batches: Stop after that many; None for all.
+            skip: The first that many are passed over.
+            after_batch: See `training.train`.
+        """
+        stream = self.stream("train", training.batch_size, seed)
+        next(stream.epoch(0))  # decoded before the clock starts
+        started = process_time()
+        name = str(path.relative_to(self.folder).with_suffix(""))
+        train(
+            model,
+            optimizer or MaskedAdam(model, training.learning_rate),
+            stream,
+            objective,
+            training.epochs,
+            batches,
+            Cursor(*divmod(skip, self.batches(training))),
+            log=lambda record: self._log({"stage": name, "seed": seed, "split": "train", **record}),
+            after_batch=after_batch,
+        )
+        return process_time() - started
+
+    def judge(self, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
+        """Return a model's metrics on a split."""
+        return evaluate(model, self.stream(split, JUDGED_ROWS, None), {task: self.kinds[task] for task in tasks})
+
+    def stream(self, split: str, batch_size: int, seed: int | None) -> BatchStream:
+        """Return a split's batches, shuffled by `seed` or in the order of the files; its rows are decoded once."""
+        key = (split, batch_size, -1 if seed is None else seed)
+        if key not in self._streams:
+            self._streams = {k: v for k, v in self._streams.items() if k[0] != split}
+            self._streams[key] = self.prepared.stream(split, batch_size, seed or 0, shuffle=seed is not None)
+        return self._streams[key]
+
+    def made(self, *parts: str) -> Path:
+        """Return a path in the folder; what holds it is there."""
+        path = self.folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    """Write a model's state, whole or not at all."""
+    with whole_file(path) as temporary:
+        save_file(model.state_dict(), temporary)

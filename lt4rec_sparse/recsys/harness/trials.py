@@ -1,0 +1,218 @@
+"""What is trained, declared as plain data: a trial, the search that its masks come from, and how both train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.lottery import GRANULARITIES
+from lt4rec_sparse.recsys.models import CROSSES, LOSSES, Conflict
+from lt4rec_sparse.recsys.models.build import MODELS
+
+METHODS = ("rounds", "one_shot", "gradual", "drop_and_grow")
+KINDS_OF_MASKS = (
+    "tickets",
+    "random",
+    "random_like",
+    "one_for_all",
+    "one_random",
+    "unanimous",
+    "separate",
+    "random_separate",
+)
+OBJECTIVES = ("alternating", "joint", "uncertainty", "pcgrad")
+DTYPES = ("float32", "bfloat16")
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return twelve hexadecimal digits that tell these settings from others."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def _check(value: str, known: tuple[str, ...], name: str) -> None:
+    if value not in known:
+        raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The network and how it is trained; a search and the trials that use its masks may share one.
+
+    Attributes:
+        hidden: Widths of the MLP's hidden layers.
+        embedding_dim: Width of an embedding.
+        exclusive_dim: Width of an embedding that each task has besides, its own alone (multiview); 0 for none.
+        cross: "dlrm", "wide_deep" or "deepfm".
+        learning_rate: Of Adam.
+        epochs: Of every training.
+        batch_size: Impressions a batch.
+        warm_up: Epochs of dense training of all tasks before anything else: where searches and trials then start.
+        losses: Task -> name of its loss, where it is not its kind's own.
+        dtype: What matrix products compute in while training; sums and weights are float32, judging is float32.
+    """
+
+    hidden: tuple[int, ...] = (512, 256, 128)
+    embedding_dim: int = 16
+    exclusive_dim: int = 0
+    cross: str = "dlrm"
+    learning_rate: float = 1e-3
+    epochs: int = 1
+    batch_size: int = 1024
+    warm_up: float = 0.0
+    losses: tuple[tuple[str, str], ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check(self.dtype, DTYPES, "dtype")
+        _check(self.cross, CROSSES, "cross")
+        for _, loss in self.losses:
+            _check(loss, tuple(LOSSES), "loss")
+        for name in ("embedding_dim", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if not self.hidden or min(self.hidden) < 1:
+            raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
+        if self.warm_up < 0:
+            raise InputError(f"warm_up: got {self.warm_up}, wanted 0 or more")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each task finds its mask, in the network that all tasks will share.
+
+    Attributes:
+        training: Of every round.
+        method: "rounds" (the paper's), or one training instead: "one_shot" prunes the single-task baseline itself,
+            "gradual" prunes while it trains, "drop_and_grow" (RigL) moves sparse connections while it trains.
+        granularity: What is pruned as one.
+        scope: "global", one quantile over all layers, or "layer", one each.
+        rounds: Rounds of pruning.
+        density: Share of the weights alive after the last round.
+        rewind: Epochs of a task's own first training that it is rewound to (late rewinding); 0 for the start.
+        rates: Task -> its learning rate, where it is not the training's: that of its single-task baseline.
+    """
+
+    training: Training = field(default_factory=Training)
+    method: str = "rounds"
+    granularity: str = "weight"
+    scope: str = "global"
+    rounds: int = 4
+    density: float = 0.2
+    rewind: float = 0.0
+    rates: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.method, METHODS, "method")
+        _check(self.granularity, GRANULARITIES, "granularity")
+        _check(self.scope, ("global", "layer"), "scope")
+        if not 0 < self.density < 1 or self.rounds < 1:
+            raise InputError(f"search: got {self.rounds} rounds to {self.density}, wanted 1 or more, in (0, 1)")
+        if not 0 <= self.rewind < self.training.epochs:
+            raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
+
+    def training_of(self, task: str) -> Training:
+        """Return how a task trains."""
+        return replace(self.training, learning_rate=dict(self.rates).get(task, self.training.learning_rate))
+
+    def folder(self, task: str) -> str:
+        """Return the name of what a task leaves on disk. Searches of the same steps share it, however far they go."""
+        steps = {**asdict(self), "training": asdict(self.training_of(task))}
+        del steps["rates"]
+        if self.method == "rounds":
+            steps["round_keeps"] = round(self.density ** (1 / self.rounds), 9)
+            del steps["rounds"], steps["density"]
+        return f"{self.method}-{digest(steps)}"
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which masks a trial trains through.
+
+    Attributes:
+        kind: "tickets"; or a control: "random" (no search, `search.density` in every layer), "random_like" (as many
+            weights in every layer as the tickets), "one_for_all" (the first task's ticket for every task),
+            "one_random" (one random mask for every task), "unanimous" (one mask: what any task would keep),
+            "separate" (tickets of which a share is co-owned), "random_separate".
+        search: Where tickets and densities come from.
+        level: "best" on the validation days, or "last".
+        shared: Of "separate" and "random_separate": which share of each task's weights all tasks own.
+        fresh_start: Whether the network starts from weights that the search has not seen.
+        rescale: Whether each layer's weights start larger by one over the square root of its tasks' mean density.
+    """
+
+    kind: str = "tickets"
+    search: Search = field(default_factory=Search)
+    level: str = "best"
+    shared: float | None = None
+    fresh_start: bool = False
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.kind, KINDS_OF_MASKS, "kind of masks")
+        _check(self.level, ("best", "last"), "level")
+        if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
+            raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it with separate ones alone")
+
+    @property
+    def searches(self) -> bool:
+        """Whether tickets must be found first."""
+        return self.kind in ("tickets", "random_like", "one_for_all")
+
+    @property
+    def scores(self) -> bool:
+        """Whether the magnitudes of the single-task baselines are read."""
+        return self.kind in ("separate", "unanimous")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model, trained once and judged once.
+
+    Attributes:
+        model: One of `ranking.build.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
+        tasks: The tasks' names.
+        seed: Of initial weights, order of the rows and random masks.
+        training: The network and how it is trained.
+        masks: Of sparse sharing; None for full ones.
+        objective: "alternating" (a step a task), "joint" (one on the sum), "uncertainty" or "pcgrad" (one each).
+        scales: Task -> factor of its loss: Eq 2's a and b.
+        conflict: Thresholds and factors for rows clicked and hardly watched, or None.
+        options: Further options of the model.
+        is_tested: Whether the test days are read; choices are made without them.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    seed: int = 0
+    training: Training = field(default_factory=Training)
+    masks: Masks | None = None
+    objective: str = "alternating"
+    scales: tuple[tuple[str, float], ...] = ()
+    conflict: Conflict | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    is_tested: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.model, MODELS, "model")
+        _check(self.objective, OBJECTIVES, "objective")
+        if self.masks is not None and self.model != "sparse_sharing":
+            raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing alone")
+
+    @property
+    def key(self) -> str:
+        """The name of what it leaves on disk: the same settings give the same name."""
+        return f"{self.model}-{digest(asdict(self))}-seed_{self.seed}"
+
+    def at(self, seed: int, learning_rate: float | None = None, is_tested: bool = True) -> Trial:
+        """Return the same trial at another seed, and with another learning rate of its own training if one is given."""
+        training = self.training if learning_rate is None else replace(self.training, learning_rate=learning_rate)
+        return replace(self, seed=seed, training=training, is_tested=is_tested)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return all settings as JSON-able data."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain

@@ -1,0 +1,138 @@
+"""The one place where a name becomes a model; and what a model's network costs a row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse.nn import MaskedLinear, MaskedMLP
+from lt4rec_sparse.ranker.features import EncodedFeatures
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.recsys.models.aitm import AITM
+from lt4rec_sparse.recsys.models.esmm import ESMM
+from lt4rec_sparse.recsys.models.inputs import TaskInputs
+from lt4rec_sparse.recsys.models.mmoe import MMoE
+from lt4rec_sparse.recsys.models.models import HardSharing, SparseSharing
+from lt4rec_sparse.recsys.models.multitask import MultiTask
+from lt4rec_sparse.recsys.models.ple import PLE
+from lt4rec_sparse.recsys.models.shared_bottom import SharedBottom
+
+_CLASSES: dict[str, type[MultiTask]] = {
+    "single_task": SparseSharing,
+    "hard_sharing": HardSharing,
+    "sparse_sharing": SparseSharing,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "esmm": ESMM,
+    "aitm": AITM,
+}
+MODELS = tuple(_CLASSES)
+
+
+def build(
+    name: str,
+    fields: Sequence[tuple[str, str, bool]],
+    table_sizes: Mapping[str, int],
+    tasks: Sequence[str],
+    hidden: Sequence[int],
+    embedding_dim: int,
+    *,
+    cross: str = "dlrm",
+    exclusive_dim: int = 0,
+    **options: Any,
+) -> MultiTask:
+    """Return a new model by its name, its start drawn from torch's global generator.
+
+    Args:
+        name: One of `MODELS`; "single_task" is "sparse_sharing" with one task.
+        fields: The fields, in the order of the encoder.
+        table_sizes: Table name -> number of rows.
+        tasks: The tasks' names, in order.
+        hidden: Widths of the hidden layers; what they are of, the model's class says.
+        embedding_dim: Width of an embedding that tasks share.
+        cross: One of `inputs.CROSSES`.
+        exclusive_dim: Width of a task's own embedding; 0 for none.
+        options: The keyword arguments of the model's class.
+
+    Raises:
+        ValueError: If there is no such model, cross or option, an option or width is out of range, a field's table has
+            no size, or a single-task model is asked for several tasks.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"model: got {name!r}, wanted one of {', '.join(MODELS)}")
+    parameters = inspect.signature(_CLASSES[name].__init__).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if not options.keys() <= set(known):
+        wanted = ", ".join(known) or "none"
+        raise ValueError(f"options of {name}: got {', '.join(options)}, wanted {wanted}")
+    if name == "single_task" and len(tasks) != 1:
+        raise ValueError(f"tasks of single_task: got {', '.join(tasks)}, wanted one")
+    for width, value, least in (("embedding_dim", embedding_dim, 1), ("exclusive_dim", exclusive_dim, 0)):
+        if value < least:
+            raise ValueError(f"{width}: got {value}, wanted at least {least}")
+    inputs: CrossedEmbeddings | TaskInputs
+    if cross == "dlrm" and not exclusive_dim:
+        inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim)
+    else:
+        inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim)
+    make: Any = _CLASSES[name]  # whose classes differ in their options, checked above
+    model: MultiTask = make(inputs, tasks, hidden, **options)
+    return model
+
+
+@torch.no_grad()
+def mlp_multiply_adds(model: nn.Module) -> int:
+    """Return the multiply-adds of everything behind the input, for one row and all tasks.
+
+    Of a masked layer each task's kept weights count, but for those that read a neuron without weights: that is a
+    constant, and compaction leaves it out. Of a plain one all weights, as often as it runs, which is found by
+    running the model on one row. A gate is such a layer; what a mixture or a dot product takes by itself is left out.
+
+    Raises:
+        ValueError: If the model is not one of this package.
+    """
+    if not isinstance(model, MultiTask):
+        raise ValueError(f"model: got a {type(model).__name__}, wanted one that `build` makes")
+    device = next(model.parameters()).device
+    plain = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, MaskedLinear)]
+    # Whatever tasks share of a masked layer, each of them runs what its mask keeps, once.
+    total = sum(_kept(m) for m in model.modules() if isinstance(m, MaskedMLP))
+
+    def count(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        nonlocal total
+        assert isinstance(layer, nn.Linear)
+        total += layer.weight.numel() * (result.numel() // layer.out_features)
+
+    hooks = [layer.register_forward_hook(count) for layer in plain]
+    try:
+        model(_one_row(model.inputs).to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def _kept(mlp: MaskedMLP) -> int:
+    total = 0
+    for task in mlp.tasks:
+        alive: Tensor | None = None
+        for layer in mlp.masked_layers():
+            kept = layer.mask(task)
+            total += int((kept if alive is None else kept & alive).sum())
+            alive = kept.any(1)
+    return total
+
+
+def _one_row(inputs: CrossedEmbeddings | TaskInputs) -> EncodedFeatures:
+    multi = sum(field.multi for field in inputs.fields)
+    single = len(inputs.fields) - multi
+    return EncodedFeatures(
+        torch.zeros(1, single, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(multi + 1, dtype=torch.int64),
+    )

@@ -1,0 +1,83 @@
+"""How a trained model is judged: metrics over a split, and the predictions themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse.ranker.features import EncodedFeatures
+from lt4rec_sparse.recsys.metrics import Metric, metrics_of
+from lt4rec_sparse.recsys.training.stream import Stream
+
+Model = nn.Module | Callable[[EncodedFeatures, str], Tensor]
+
+
+class Predictions(NamedTuple):
+    """What a model says of every row of a split, in the order of the files.
+
+    Attributes:
+        probabilities: Task -> float32 `[rows]`, also of rows that are not the task's.
+        rows: Task -> bool `[rows]`, True where the row is the task's.
+        labels: Task -> float32 `[rows]`.
+        groups: int64 `[rows]`.
+        values: The carried columns, float64 `[rows]`.
+    """
+
+    probabilities: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    groups: Tensor
+    values: dict[str, Tensor]
+
+
+@torch.inference_mode()
+def evaluate(model: Model, stream: Stream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Judge a model on one epoch of `stream`.
+
+    Args:
+        model: `model(features, task) -> logits [rows, 1]`.
+        stream: Batches of the split.
+        kinds: Task name -> kind of its label, which names its metrics (`metrics_of`).
+
+    Returns:
+        Slice name ("all", and each slice of the data) -> task -> metric -> value.
+    """
+    if isinstance(model, nn.Module):
+        model.eval()
+    parts: dict[str, dict[str, dict[str, Metric]]] = {}
+    for batch in stream.epoch(0):
+        for task, kind in kinds.items():
+            rows = batch.rows[task].nonzero().squeeze(1)
+            logits = model(batch.features.take(rows), task).squeeze(1).double()
+            labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
+            inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
+            for name, chosen in inside.items():
+                metrics = parts.setdefault(name, {}).setdefault(task, metrics_of(kind))
+                pick = [t if chosen is None else t[chosen] for t in (logits, labels, groups)]
+                for metric in metrics.values():
+                    metric.update(*(t.numpy() for t in pick))
+    return {
+        name: {task: {key: metric.compute() for key, metric in metrics.items()} for task, metrics in tasks.items()}
+        for name, tasks in parts.items()
+    }
+
+
+@torch.inference_mode()
+def predict(model: Model, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
+    """Score every row of one epoch of `stream` for every task, rows that are no task's included."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    batches = list(stream.epoch(0))
+    scores = {
+        task: torch.cat([torch.sigmoid(model(batch.features, task).squeeze(1)) for batch in batches]) for task in tasks
+    }
+    return Predictions(
+        scores,
+        {task: torch.cat([batch.rows[task] for batch in batches]) for task in tasks},
+        {task: torch.cat([batch.labels[task] for batch in batches]) for task in tasks},
+        torch.cat([batch.groups for batch in batches]),
+        {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values},
+    )

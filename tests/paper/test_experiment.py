@@ -1,0 +1,107 @@
+"""An experiment end to end, small: its records, its page, and that nothing is done twice."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.paper import serving_times, tuning
+from lt4rec_sparse.paper.experiment import EXPERIMENTS, Resources, run_experiment
+from lt4rec_sparse.paper.regimes import Regimes, column_kinds, run_regimes
+from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
+from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.harness.trials import Training
+from lt4rec_sparse.stopwatch import interleaved
+
+TRAINING = Training(hidden=(16, 8), embedding_dim=2, batch_size=2048)
+HERE = Resources(executor="here")
+TRAINED = "cheap"  # the experiment that trains; the others judge what they start from
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving_times, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
+        patch.setattr(tuning, "RATES", (1e-3, 2e-3))
+        patch.setattr(tuning, "FURTHER", 0)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "log"
+    simulate(SimulatorConfig(users=60, videos=40, impressions=1_500, days=6), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
+    if name != TRAINED:
+        monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    seeds = 2 if name == TRAINED else 1
+    report = run_experiment(name, log, tmp_path, seeds, TRAINING, HERE)
+    text = report.read_text(encoding="utf-8")
+    records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
+    assert all(title in text for title in records["rows"].values())
+    for picture in re.findall(r"\((plots/\w+\.png)\)", text):
+        assert (report.parent / picture).stat().st_size > 0
+    page = (report.parent / "report.html").read_text(encoding="utf-8")
+    assert 'src="plots/' not in page, "pictures stand within"
+    trained = {(record["row"], record["seed"], tuple(record["trial"]["tasks"])) for record in records["records"]}
+    assert {row for row, _, _ in trained} == set(records["rows"])
+    assert {seed for _, seed, _ in trained} == set(range(seeds))
+    # A second time nothing is trained.
+    monkeypatch.setattr(starts, "train", None)
+    assert run_experiment(name, log, tmp_path, seeds, TRAINING, HERE) == report
+
+
+def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    run_experiment("table3", log, tmp_path / "out", 1, TRAINING, HERE)
+    other = tmp_path / "other"
+    simulate(SimulatorConfig(users=60, videos=40, impressions=1_500, days=6, seed=1), other)
+    with pytest.raises(DataError, match="wanted the same"):
+        run_experiment("table3", other, tmp_path / "out", 1, TRAINING, HERE)
+
+
+def test_regimes_are_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    regimes = Regimes(3_000, (0.2, 0.5), (0.5,), TRAINING)
+    report = run_regimes(tmp_path / "map", 1, regimes, executor="here")
+    records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
+    assert [(cell["click_rate"], cell["conflict"]) for cell in records["cells"]] == [(0.2, 0.5), (0.5, 0.5)]
+    for cell in records["cells"]:
+        found = cell["recovery"][0]
+        assert found["way"] == "tickets"
+        assert set(found["density"]["ctr"]) == {"shared", "click", "watch", "noise"}
+        assert len(cell["differences"]["hard_sharing"]) == 1
+    assert (report.parent / "plots" / "regimes.png").stat().st_size > 0
+    with pytest.raises(InputError, match="got trials on another simulated log"):
+        run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), executor="here")
+
+
+def test_columns_of_pairs_matter_where_the_truth_multiplies_them():
+    fields = [("user_shared_0", "a", False), ("video_shared_0", "b", False), ("user_click_0", "c", False)]
+    fields += [("video_click_0", "d", False), ("user_click_1", "e", False), ("tags", "t", True)]
+    truth = {name: name.split("_")[1] for name, _, multi in fields if not multi} | {"tags": "noise"}
+    kinds = column_kinds(fields, truth, dim=2)
+    assert kinds[:12] == ["shared"] * 4 + ["click"] * 6 + ["noise"] * 2
+    pairs = dict(zip([(i, j) for i in range(6) for j in range(i + 1, 6)], kinds[12:], strict=True))
+    assert {pair for pair, kind in pairs.items() if kind == "shared"} == {(0, 1)}
+    assert {pair for pair, kind in pairs.items() if kind == "click"} == {(2, 3), (3, 4)}
+
+
+def test_what_is_no_experiment_is_refused(small_folder, tmp_path):
+    with pytest.raises(InputError, match="experiment: got 'table9', wanted one of table2"):
+        run_experiment("table9", small_folder, tmp_path, 1)
+    with pytest.raises(InputError, match="seeds: got 0, wanted at least 1"):
+        run_experiment("table2", small_folder, tmp_path, 0)
+    with pytest.raises(InputError, match="losses: got one of like, wanted them of the log's tasks"):
+        run_experiment("table2", small_folder, tmp_path, 1, Training(losses=(("like", "bce"),)))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,360 @@
+"""The figures: what stands in their axes is what the records say, for one and several seeds, two and four tasks."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.paper import figures
+from lt4rec_sparse.recsys.harness.arms import HARD, MAIN_METRIC, SINGLE
+from lt4rec_sparse.recsys.plots import DEAD, SHARED, TASK_COLOURS
+
+TWO = {"ctr": "binary", "cvr": "ratio"}
+FOUR = {**TWO, "like": "binary", "long_view": "binary"}
+TITLES = {
+    "single_task": "single-task",
+    "hard_sharing": "hard sharing",
+    "s_weight": "S-Weight",
+    "s_neuron": "S-Neuron",
+    "s_block": "S-Block of 32",
+    "random_like": "random masks: densities of the tickets' layers",
+}
+DENSE = ("single_task", "hard_sharing")
+LEVELS = 6
+
+
+def record_of(row, seed, tasks):
+    """A trial made by hand: no two rows, seeds, tasks or levels alike, and none of them far from the others."""
+    place = list(TITLES).index(row)
+    rng = np.random.default_rng([place, seed])
+    base = {"auc": 0.72 + 0.002 * place, "mse": 0.095 - 0.001 * place}
+
+    def metrics(kind, plus):
+        name = MAIN_METRIC[kind]
+        return {name: base[name] + (plus if name == "auc" else -plus / 3) + rng.normal(scale=4e-4)}
+
+    masked = row not in DENSE
+    owned = {"shared": 30 + place, **{f"{task} only": 10 + i + seed for i, task in enumerate(tasks)}, "dead": 35}
+    return {
+        "row": row,
+        "seed": seed,
+        "test": {"all": {task: metrics(kind, 0.002) for task, kind in tasks.items()}},
+        "masks": {
+            "density": {task: 0.4 - 0.02 * place + 0.005 * seed + 0.01 * i for i, task in enumerate(tasks)},
+            "ownership": {f"layers.{i}": owned | {"dead": 20 + 20 * i} for i in range(3)},
+        }
+        if masked
+        else None,
+        "tickets": {
+            task: [
+                {
+                    "level": level,
+                    "density": 0.7**level,
+                    "validation": metrics(kind, 0.003 - 0.0006 * (level - 2 - i) ** 2),
+                }
+                for level in range(LEVELS)
+            ]
+            for i, (task, kind) in enumerate(tasks.items())
+        }
+        if masked
+        else None,
+        "best_level": {task: 2 + (i + seed) % 2 for i, task in enumerate(tasks)} if masked else None,
+        "serving": {
+            "microseconds": {
+                "256": (180.0 + 30 * place if masked else 900.0 - 200 * place) + 5 * rng.random(),
+                "1": 10.0,
+            }
+        },
+    }
+
+
+def records_of(seeds, tasks):
+    return [record_of(row, seed, tasks) for row in TITLES for seed in range(seeds)]
+
+
+def masked_titles():
+    return {row: title for row, title in TITLES.items() if row not in DENSE}
+
+
+def cells_of(seeds, rates=(0.02, 0.1, 0.35), conflicts=(0.0, 0.5, 0.9)):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "click_rate": rate,
+            "conflict": conflict,
+            "differences": {
+                HARD: (2 - 8 * conflict + 10 * rate + rng.normal(size=seeds)).tolist(),
+                SINGLE: (-10 + 30 * rate + 5 * conflict + rng.normal(size=seeds)).tolist(),
+                "random": (rate - 5 * conflict + rng.normal(size=seeds)).tolist(),
+            },
+        }
+        for rate in rates
+        for conflict in conflicts
+    ]
+
+
+PLANTED = {"ctr": ("shared", "click-only"), "cvr": ("shared", "watch-only")}
+
+
+def found_of(seeds, planted=PLANTED):
+    kinds = ("shared", "click-only", "watch-only", "noise")
+    return [
+        {
+            "way": way,
+            "seed": seed,
+            "density": {
+                task: {
+                    kind: (0.3 if way == "random" else 0.5 if kind in needed else 0.15) + 0.01 * seed + 0.02 * i
+                    for i, kind in enumerate(kinds)
+                }
+                for task, needed in planted.items()
+            },
+        }
+        for way in ("tickets", "random")
+        for seed in range(seeds)
+    ]
+
+
+def ticket_values(records, task, kind):
+    """Return `[levels, seeds]`: kept weights in %, and the metric."""
+    curves = [record["tickets"][task] for record in records]
+    x = [[100 * curve[level]["density"] for curve in curves] for level in range(LEVELS)]
+    y = [[curve[level]["validation"][MAIN_METRIC[kind]] for curve in curves] for level in range(LEVELS)]
+    return np.array(x), np.array(y)
+
+
+def no_text_overlaps(figure):
+    """Whether no two texts of a drawn figure cover each other."""
+    figure.set_dpi(mpl.rcParams["savefig.dpi"])  # at which its labels were placed
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [text for text in set(figure.findobj(Text)) if text.get_visible() and text.get_text().strip()]
+    # A tick outside the limits is there and is not drawn.
+    hidden = set()
+    for axis in figure.axes:
+        for side, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            ticks = side.get_major_ticks() + side.get_minor_ticks()
+            outside = [
+                t for t in ticks if not min(low, high) * (1 - 1e-9) <= t.get_loc() <= max(low, high) * (1 + 1e-9)
+            ]
+            hidden |= {label for tick in outside for label in (tick.label1, tick.label2)}
+    boxes = [t.get_window_extent(renderer) for t in texts if t not in hidden]
+    return not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+seeds_and_tasks = pytest.mark.parametrize(("seeds", "tasks"), [(1, FOUR), (3, TWO)])
+
+
+@seeds_and_tasks
+def test_figure_4_has_a_line_a_seed_their_mean_and_the_chosen_levels(tmp_path, seeds, tasks):
+    records = [record for record in records_of(seeds, tasks) if record["row"] == "s_weight"]
+    figure = figures.plot_figure4(records, tasks, tmp_path / "f.png")
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    assert len(figure.axes) == len(tasks)
+    for axis, (task, kind), colour in zip(figure.axes, tasks.items(), TASK_COLOURS, strict=False):
+        x, y = ticket_values(records, task, kind)
+        *by_seed, mean = axis.get_lines()
+        for seed, (line, circle) in enumerate(zip(by_seed[::2], by_seed[1::2], strict=True)):
+            np.testing.assert_array_equal(line.get_xydata(), np.stack([x[:, seed], y[:, seed]], 1))
+            best = records[seed]["best_level"][task]
+            np.testing.assert_array_equal(circle.get_xydata(), [[x[best, seed], y[best, seed]]])
+            assert line.get_color() == colour
+        assert len(by_seed) == 2 * seeds
+        np.testing.assert_array_equal(mean.get_ydata(), y.mean(1))
+        assert mean.get_linewidth() > by_seed[0].get_linewidth()
+        assert axis.get_xscale() == "log"
+        assert axis.get_xlim()[0] > 100 > x.min() > axis.get_xlim()[1]
+        better = "higher" if kind == "binary" else "lower"
+        assert axis.get_title() == f"{task} ({better} is better)"
+        assert axis.get_ylabel() == f"validation {MAIN_METRIC[kind].upper()}"
+
+
+@pytest.mark.parametrize(("seeds", "tasks", "split"), [(1, FOUR, "test"), (3, TWO, "test"), (3, TWO, "validation")])
+def test_granularity_has_a_line_a_title(tmp_path, seeds, tasks, split):
+    records = records_of(seeds, tasks)
+    figure = figures.plot_granularity(records, masked_titles(), tasks, tmp_path / "f.png", split)
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    for axis, (task, kind) in zip(figure.axes, tasks.items(), strict=True):
+        assert [c.get_label() for c in axis.containers] == list(masked_titles().values())
+        for container, row in zip(axis.containers, masked_titles(), strict=True):
+            found = [record for record in records if record["row"] == row]
+            if split == "validation":
+                x, y = ticket_values(found, task, kind)
+            else:
+                x = np.array([[100 * record["masks"]["density"][task] for record in found]])
+                y = np.array([[record["test"]["all"][task][MAIN_METRIC[kind]] for record in found]])
+            line, _, (bars,) = container
+            np.testing.assert_array_equal(line.get_xydata(), np.stack([x.mean(1), y.mean(1)], 1))
+            if seeds > 1:
+                errors = y.std(1, ddof=1) / seeds**0.5
+                heights = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+                np.testing.assert_allclose(heights, 2 * errors, rtol=0, atol=1e-12)  # roundings of values near 1
+
+
+def test_rows_of_one_title_are_one_line_from_dense_to_sparse(tmp_path):
+    titles = {"s_block": "weights", "s_weight": "weights", "s_neuron": "neurons"}
+    figure = figures.plot_granularity(records_of(2, TWO), titles, TWO, tmp_path / "f.png")
+    weights, neurons = (container[0] for container in figure.axes[0].containers)
+    assert len(neurons.get_xdata()) == 1
+    assert list(weights.get_xdata()) == pytest.approx([36.25, 32.25])
+
+
+@seeds_and_tasks
+def test_speed_has_a_mark_a_row_hollow_where_it_is_dense(tmp_path, seeds, tasks):
+    records = records_of(seeds, tasks)
+    figure = figures.plot_speed(records, TITLES, tasks, tmp_path / "f.png")
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    for axis, (task, kind) in zip(figure.axes, tasks.items(), strict=True):
+        for container, row in zip(axis.containers, TITLES, strict=True):
+            found = [record for record in records if record["row"] == row]
+            us = np.mean([record["serving"]["microseconds"]["256"] for record in found])
+            value = np.mean([record["test"]["all"][task][MAIN_METRIC[kind]] for record in found])
+            np.testing.assert_array_equal(container[0].get_xydata(), [[us, value]])
+            assert (container[0].get_markerfacecolor() == "white") == (row in DENSE)
+        seed_marks = [line for line in axis.get_lines() if line.get_markeredgecolor() == "black"]
+        assert sum(len(line.get_xdata()) for line in seed_marks) == len(records)
+        assert axis.get_xlabel() == "microseconds a request of 256 candidates"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == list(TITLES.values())
+
+
+@given(low=st.floats(0.1, 1e5), spread=st.floats(1.5625, 1e6))
+def test_every_time_axis_has_some_round_ticks_within_it(low, spread):
+    ticks = figures._round_ticks(low, low * spread)
+    assert 1 <= len(ticks) <= 9
+    assert ticks == sorted(ticks)
+    assert all(low <= tick <= low * spread for tick in ticks)
+
+
+@seeds_and_tasks
+def test_overlap_has_a_bar_a_layer_and_row_of_100_percent(tmp_path, seeds, tasks):
+    records = records_of(seeds, tasks)
+    titles = {row: TITLES[row] for row in ("s_weight", "random_like")}
+    figure = figures.plot_overlap(records, titles, tmp_path / "f.png")
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    owners = ["shared", *(f"{task} only" for task in tasks), "dead"]
+    colours = [SHARED, *TASK_COLOURS[: len(tasks)], DEAD]
+    for axis, (row, title) in zip(figure.axes, titles.items(), strict=True):
+        assert axis.get_title(loc="left") == title
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["layer 0", "layer 1", "layer 2"]
+        found = [record["masks"]["ownership"] for record in records if record["row"] == row]
+        bars = iter(axis.patches)
+        for layer in ("layers.0", "layers.1", "layers.2"):
+            left = 0.0
+            for owner, colour in zip(owners, colours, strict=True):
+                bar = next(bars)
+                shares = [100 * seed[layer][owner] / sum(seed[layer].values()) for seed in found]
+                assert bar.get_width() == pytest.approx(np.mean(shares))
+                assert bar.get_x() == pytest.approx(left, abs=1e-12)
+                assert to_hex(bar.get_facecolor()) == colour
+                left += bar.get_width()
+            assert left == pytest.approx(100)
+        ends = sum(len(lines.get_segments()) for lines in axis.collections)
+        assert ends == (0 if seeds == 1 else 3 * seeds * (len(owners) - 1))
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_regimes_say_mean_and_error_of_each_cell(tmp_path, seeds):
+    cells = cells_of(seeds)
+    figure = figures.plot_regimes(cells[:-1], tmp_path / "f.png")  # one cell is missing
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    for axis, other in zip(figure.axes, (HARD, SINGLE, "random"), strict=False):
+        (image,) = axis.get_images()
+        low, high = image.get_clim()
+        assert low == -high
+        shown = image.get_array()
+        assert shown.mask[2, 2]
+        assert shown.count() == len(cells) - 1
+        for cell, text in zip(cells, axis.texts, strict=False):
+            x, y = text.get_position()
+            assert [label.get_text() for label in axis.get_xticklabels()][x] == f"{100 * cell['click_rate']:g}"
+            assert [label.get_text() for label in figure.axes[0].get_yticklabels()][y] == f"{cell['conflict']:g}"
+            values = cell["differences"][other]
+            assert shown[y, x] == np.mean(values)
+            error = f" ± {np.std(values, ddof=1) / seeds**0.5:.1f}" if seeds > 1 else ""
+            assert text.get_text().replace("\n", " ") == f"{np.mean(values):+.1f}{error} %"
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_recovery_has_tickets_beside_random_masks_and_marks_what_was_planted(tmp_path, seeds):
+    found = found_of(seeds)
+    figure = figures.plot_recovery(found, PLANTED, tmp_path / "f.png")
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    for axis, (task, needed), colour in zip(figure.axes, PLANTED.items(), TASK_COLOURS, strict=False):
+        tickets, random = [c for c in axis.containers if c.get_label() in figures.WAYS]
+        for bars, way, face in ((tickets, "tickets", colour), (random, "random", DEAD)):
+            for i, kind in enumerate(("shared", "click-only", "watch-only", "noise")):
+                kept = [100 * record["density"][task][kind] for record in found if record["way"] == way]
+                assert bars[i].get_height() == pytest.approx(np.mean(kept))
+                assert to_hex(bars[i].get_facecolor()) == face
+                assert round(bars[i].get_x() + bars[i].get_width() / 2) == i
+        bold = {label.get_text() for label in axis.get_xticklabels() if label.get_fontweight() == "bold"}
+        assert bold == set(needed)
+
+
+def test_35_rows_differ():
+    assert len(set(figures._styles(map(str, range(35))).values())) == 35
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=6))
+def test_the_standard_error_is_the_deviation_of_the_mean(values):
+    mean = sum(values) / len(values)
+    expected = (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+    assert figures.standard_error(values) == pytest.approx(expected)
+
+
+def test_one_seed_has_no_standard_error():
+    assert np.isnan(figures.standard_error([1.0]))
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    path = tmp_path / "f.png"
+    weight = [record for record in records_of(2, TWO) if record["row"] == "s_weight"]
+    single = [record for record in records_of(1, TWO) if record["row"] == "single_task"]
+    titles = {"s_weight": "S-Weight"}
+    with pytest.raises(InputError, match=r"records: got the seeds \[0, 0\], wanted each once"):
+        figures.plot_figure4([weight[0], weight[0]], TWO, path)
+    with pytest.raises(InputError, match=r"records: got the seeds \[\], wanted each once and at least one"):
+        figures.plot_figure4([], TWO, path)
+    with pytest.raises(InputError, match=r"tickets of single_task, seed 0: got none"):
+        figures.plot_figure4(single, TWO, path)
+    shorter = {**weight[1], "tickets": {task: curve[:-1] for task, curve in weight[1]["tickets"].items()}}
+    with pytest.raises(InputError, match=r"tickets of 'ctr': got \[6, 5\] levels"):
+        figures.plot_figure4([weight[0], shorter], TWO, path)
+    with pytest.raises(InputError, match=r"split: got 'train', wanted 'test' or 'validation'"):
+        figures.plot_granularity(weight, titles, TWO, path, "train")
+    with pytest.raises(InputError, match=r"masks of single_task, seed 0: got none"):
+        figures.plot_granularity(single, {"single_task": "single-task"}, TWO, path)
+    with pytest.raises(InputError, match=r"s_weight: got the seeds \[\]"):
+        figures.plot_speed(single, titles, TWO, path)
+    with pytest.raises(
+        InputError, match=r"serving of s_weight, seed 0: got times of \['1', '256'\] candidates, wanted 8"
+    ):
+        figures.plot_speed(weight, titles, TWO, path, candidates=8)
+    with pytest.raises(InputError, match=r"serving of s_weight, seed 0: got times of \[\] candidates"):
+        figures.plot_speed([{**weight[0], "serving": None}], titles, TWO, path)
+    with pytest.raises(InputError, match=r"masks of single_task, seed 0: got none"):
+        figures.plot_overlap(single, {"single_task": "single-task"}, path)
+    with pytest.raises(InputError, match=r"cells: got 2, 1 of them distinct"):
+        figures.plot_regimes([cells_of(1)[0]] * 2, path)
+    with pytest.raises(InputError, match=r"cells: got 0, 0 of them distinct"):
+        figures.plot_regimes([], path)
+    with pytest.raises(InputError, match=r"found: got the ways \['tickets'\], wanted \['random', 'tickets'\]"):
+        figures.plot_recovery(found_of(1)[:1], PLANTED, path)
+    with pytest.raises(InputError, match=r"tickets: got the seeds \[0, 0\]"):
+        figures.plot_recovery([found_of(1)[0], *found_of(1)], PLANTED, path)
+    assert not path.exists()

@@ -1,0 +1,266 @@
+"""The artefact and the ranker: what is served is what was trained, and nothing damaged is served at all."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Layer, assert_exact, assert_rounding, mlp_reference
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lt4rec_sparse import Ranker, freeze, load, save
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.ops import PRECISIONS
+from lt4rec_sparse.ranker import ArtefactError
+from lt4rec_sparse.ranker.artefact import _digest
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.recsys.models import SparseSharing
+
+
+@pytest.fixture(scope="module")
+def model(small_log):
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4, std=0.3)
+    model = SparseSharing(inputs, ("ctr", "cvr"), (32, 16))
+    generator = torch.Generator().manual_seed(0)
+    for task in model.tasks:
+        shapes = model.mlp.mask(task).shapes
+        model.mlp.set_mask(Mask.random(shapes, {n: r * c // 5 for n, (r, c) in shapes.items()}, generator), task)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def artefact(model, small_log, tmp_path_factory):
+    path = tmp_path_factory.mktemp("artefact") / "model.safetensors"
+    save(Ranker(small_log.encoder, copy.deepcopy(model.inputs), freeze(model.mlp, sigmoid=True)), path)
+    return path
+
+
+def test_served_equals_trained_for_every_task(model, artefact, small_log):
+    ranker = load(artefact)
+    for batch in small_log.stream("test", 256, shuffle=False).epoch(0):
+        served = ranker.score_encoded(batch.features)
+        with torch.no_grad():
+            x = model.inputs(batch.features)
+        for i, task in enumerate(model.tasks):
+            mask = model.mlp.mask(task)
+            layers = [
+                Layer(layer.weight.detach() * mask[f"layers.{j}"], layer.bias.detach(), "relu")
+                for j, layer in enumerate(model.mlp.masked_layers())
+            ]
+            head = model.mlp.heads[task]
+            reference = mlp_reference(x, [*layers, Layer(head.weight.detach(), head.bias.detach(), "sigmoid")])
+            assert_rounding(served[:, i : i + 1], reference)
+            assert_rounding(torch.sigmoid(model(batch.features, task)).detach(), reference)
+
+
+def test_saving_and_loading_change_no_bit(artefact, small_log, tmp_path):
+    first = load(artefact)
+    save(first, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == artefact.read_bytes()
+    features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
+    assert_exact(load(tmp_path / "again.safetensors").score_encoded(features), first.score_encoded(features))
+
+
+def candidates(small_log, n=5):
+    """Raw values of made-up candidates: one of each kind of column."""
+    rng = np.random.default_rng(0)
+    batch = {}
+    for column in small_log.schema.features:
+        if column.kind == "dense":
+            batch[column.name] = rng.random(n) * 100
+        elif column.kind == "multi":
+            batch[column.name] = [[1, 2] if column.type == "int" else ["a", "b"]] * n
+        else:
+            batch[column.name] = [int(i) if column.type == "int" else str(i) for i in range(n)]
+    return batch
+
+
+def test_score_from_raw_values(artefact, small_log):
+    ranker = load(artefact)
+    batch = candidates(small_log)
+    scores = ranker.score(batch)
+    assert set(scores) == {"ctr", "cvr"}
+    assert all(s.shape == (5,) and s.dtype == np.float32 and ((s > 0) & (s < 1)).all() for s in scores.values())
+    encoded = ranker.score_encoded(small_log.encoder.encode(batch)).numpy()
+    assert np.array_equal(np.stack(list(scores.values()), 1), encoded)
+
+
+def test_a_candidates_score_does_not_depend_on_the_others(artefact, small_log):
+    ranker, batch = load(artefact), candidates(small_log, 40)
+    whole = ranker.score(batch)
+    for row in (0, 7, 39):
+        alone = ranker.score({name: values[row : row + 1] for name, values in batch.items()})
+        for task in whole:
+            # The cross is a batched product of torch, whose order of summation may differ: float32 rounding remains.
+            assert abs(float(alone[task][0]) - float(whole[task][row])) <= 2.0**-20
+
+
+def test_a_missing_column_is_named(artefact, small_log):
+    batch = candidates(small_log)
+    name = next(iter(batch))
+    del batch[name]
+    with pytest.raises(ValueError, match=name):
+        load(artefact).score(batch)
+
+
+def test_no_candidates_give_no_scores(artefact, small_log):
+    scores = load(artefact).score({name: values[:0] for name, values in candidates(small_log).items()})
+    assert all(s.shape == (0,) for s in scores.values())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
+        load(tmp_path / "nothing.safetensors")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_truncated_or_altered_files_are_refused(artefact, tmp_path_factory, data):
+    contents = bytearray(artefact.read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        contents = contents[: data.draw(st.integers(0, len(contents) - 1), label="length")]
+    else:
+        place = data.draw(st.integers(0, len(contents) - 1), label="place")
+        contents[place] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    path = tmp_path_factory.mktemp("damaged") / "model.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(ArtefactError, match=r"model\.safetensors"):
+        load(path)
+
+
+def rewritten(artefact, path, change):
+    with safe_open(artefact, "pt") as file:
+        meta = json.loads(file.metadata()["lt4rec_sparse"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(meta, tensors)
+    save_file(tensors, path, metadata={"lt4rec_sparse": json.dumps(meta)})
+    return path
+
+
+def test_another_version_is_refused(artefact, tmp_path):
+    path = rewritten(artefact, tmp_path / "m.safetensors", lambda meta, tensors: meta.update(version=99))
+    with pytest.raises(ArtefactError, match="got version 99, wanted 1"):
+        load(path)
+
+
+def test_a_swapped_tensor_is_refused(artefact, tmp_path):
+    def swap(meta, tensors):
+        a, b = "heads.ctr.weight", "heads.cvr.weight"
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    with pytest.raises(ArtefactError, match="do not match their checksum"):
+        load(rewritten(artefact, tmp_path / "m.safetensors", swap))
+
+
+def test_other_safetensors_are_refused(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(ArtefactError, match="safetensors of another kind"):
+        load(tmp_path / "m.safetensors")
+
+
+# Precisions
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, artefact, small_log, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibrated") / "model.safetensors"
+    with torch.inference_mode():
+        rows = model.inputs(next(small_log.stream("train", 1000).epoch(0)).features)
+    ranker = load(artefact)
+    save(Ranker(ranker.encoder, ranker.inputs, ranker.mlp.calibrated(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_artefact_is_loaded_in_any_precision(calibrated, artefact, small_log, precision):
+    ranker, uncalibrated = load(calibrated, precision), load(artefact)
+    assert ranker.precision == ranker.mlp.precision == precision
+    features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
+    scores = ranker.score_encoded(features)
+    assert_exact(scores, load(calibrated).to_precision(precision).score_encoded(features))
+    assert_exact(scores, ranker.mlp(ranker.inputs(features)))
+    # Codes change nothing but int8, and no precision changes the weights.
+    assert_exact(ranker.to_precision("fp32").score_encoded(features), uncalibrated.score_encoded(features))
+    assert torch.equal(scores, uncalibrated.score_encoded(features)) == (precision == "fp32")
+
+
+def test_codes_are_kept_to_the_bit(calibrated, tmp_path):
+    first = load(calibrated)
+    save(first.to_precision("int8"), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == calibrated.read_bytes()
+    again = load(tmp_path / "again.safetensors")
+    assert again.mlp.codes == first.mlp.codes
+    assert [len(codes) for codes in again.mlp.codes.values()] == [3, 3]
+
+
+def test_without_codes_the_file_is_as_before_there_were_any(artefact, calibrated, tmp_path):
+    keys = {"version", "tasks", "layers", "dim", "encoder", "sha256"}
+    for path, wanted in ((artefact, keys), (calibrated, keys | {"codes"})):
+        with safe_open(path, "pt") as file:
+            meta = json.loads(file.metadata()["lt4rec_sparse"])
+        assert set(meta) == wanted
+        assert meta["version"] == 1
+
+
+def test_int8_without_codes_is_refused(artefact):
+    with pytest.raises(ArtefactError, match="got an artefact without codes, wanted a calibrated one for int8"):
+        load(artefact, "int8")
+    assert load(artefact, "bf16").precision == "bf16"
+
+
+def test_an_unknown_precision_is_refused(calibrated):
+    with pytest.raises(InputError, match="precision: got 'fp8', wanted one of fp32, bf16, int8"):
+        load(calibrated, "fp8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"ctr": [[0.1, 3]] * 3},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3]] * 2},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.0, 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [float("nan"), 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [float("inf"), 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], ["0.1", 3]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1, 256]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1, 2.5]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.1, 3], [0.1, 3], [0.1]]},
+        {"ctr": [[0.1, 3]] * 3, "cvr": [[0.2, 3], [0.1, 3], [0.1, 3]]},
+        {"ctr": 1, "cvr": 2},
+        [1, 2],
+        "codes",
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(calibrated, tmp_path, codes, precision):
+    def change(meta, tensors):
+        meta["codes"] = codes
+        del meta["sha256"]
+        meta["sha256"] = _digest(meta, tensors)
+
+    path = rewritten(calibrated, tmp_path / "m.safetensors", change)
+    with pytest.raises(ArtefactError, match=r"m\.safetensors: got contents that do not fit together"):
+        load(path, precision)
+
+
+def test_a_ranker_wants_probabilities(model, small_log):
+    with pytest.raises(ValueError, match="wanted sigmoid"):
+        Ranker(small_log.encoder, copy.deepcopy(model.inputs), freeze(model.mlp))
+
+
+def test_importing_the_package_imports_no_reader_plotter_or_compiler():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lt4rec_sparse; "
+        "print([m for m in ('pyarrow', 'matplotlib', 'triton', 'typer', 'pandas') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

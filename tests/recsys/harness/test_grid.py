@@ -1,0 +1,75 @@
+"""Jobs run once what they need is done; an error stops what has not begun; a worker has one thread."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
+
+
+def test_jobs_run_after_what_they_need_and_before_that_in_order():
+    done = []
+    jobs = {
+        "c": Job(done.append, ("c",), ("a", "b")),
+        "a": Job(done.append, ("a",)),
+        "d": Job(done.append, ("d",), ("c",)),
+        "b": Job(done.append, ("b",)),
+    }
+    told = []
+    run_jobs(jobs, executor="here", progress=lambda now, total: told.append((now, total)))
+    assert done == ["a", "b", "c", "d"]
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert run_jobs({}) == {}
+
+
+def test_an_error_stops_what_has_not_begun():
+    done = []
+    jobs = {"bad": Job(int, ("no number",)), "after": Job(done.append, (1,), ("bad",))}
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_jobs(jobs, executor="here")
+    assert not done
+
+
+def test_jobs_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="job 'a': needs"):
+        run_jobs({"a": Job(print, (), ("nowhere",))}, executor="here")
+    with pytest.raises(ValueError, match="job 'a': needs"):
+        run_jobs({"a": Job(print, (), ("b",)), "b": Job(print, (), ("a",))}, executor="here")
+    with pytest.raises(InputError, match="executor: got 'cloud', wanted one of processes, ray, here"):
+        run_jobs({}, executor="cloud")
+
+
+def test_workers_are_processes_of_one_thread():
+    jobs = {"process": Job(os.getpid, ()), "threads": Job(torch.get_num_threads, ())}
+    found = run_jobs(jobs, workers=1)
+    assert found["process"] != os.getpid()
+    assert found["threads"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    work = f"import time\nfile = open({str(pipe)!r}, 'w')\nprint('began', file=file, flush=True)\n"
+    work += "time.sleep(20)\nprint('survived', file=file)"
+    main = f"from lt4rec_sparse.experiments.grid import Job, run_jobs\nrun_jobs({{'a': Job(exec, ({work!r},))}}, 1)"
+    parent = subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with parent, pipe.open() as file:
+        assert file.readline() == "began\n"
+        parent.kill()
+        assert file.read() == ""  # the worker's end of the pipe is closed
+
+
+def test_ray_is_asked_for_by_name_where_it_is_missing():
+    try:
+        import ray
+    except ImportError:
+        with pytest.raises(InputError, match="pip install ray"):
+            run_jobs({"a": Job(os.getpid, ())}, executor="ray")
+    else:
+        assert ray
+        assert run_jobs({"threads": Job(torch.get_num_threads, ())}, workers=1, executor="ray") == {"threads": 1}

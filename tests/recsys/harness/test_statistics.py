@@ -1,0 +1,122 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt4rec_sparse.recsys.harness.statistics import (
+    Difference,
+    is_better,
+    or_none,
+    paired_difference,
+    summary,
+    t_quantile,
+)
+
+# Two-sided 95 % points as printed in every table of Student's distribution.
+PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 29: 2.045, 30: 2.042, 120: 1.980}
+
+
+@pytest.mark.parametrize("degrees", PRINTED)
+def test_t_quantiles_are_the_printed_ones(degrees):
+    assert round(t_quantile(degrees), 3) == PRINTED[degrees]
+
+
+def test_t_quantiles_of_other_confidences():
+    assert [round(t_quantile(5, confidence), 3) for confidence in (0.9, 0.99)] == [2.015, 4.032]
+    assert t_quantile(7, 0.0) == 0.0
+    assert round(t_quantile(10_000), 3) == 1.960
+
+
+@given(degrees=st.integers(1, 200), confidence=st.floats(0.01, 0.99))
+def test_t_quantiles_grow_with_confidence_and_shrink_with_degrees(degrees, confidence):
+    here = t_quantile(degrees, confidence)
+    assert t_quantile(degrees + 1, confidence) < here < t_quantile(degrees, confidence + 0.005)
+
+
+def test_no_degrees_of_freedom_are_refused():
+    with pytest.raises(ValueError, match="degrees: got 0, wanted at least 1"):
+        t_quantile(0)
+    with pytest.raises(ValueError, match=r"confidence: got 1.0, wanted a number in \[0, 1\)"):
+        t_quantile(3, 1.0)
+
+
+def test_summary_by_hand():
+    three = summary([1.0, 2.0, 6.0])
+    assert (three.mean, three.deviation, three.seeds) == (3.0, pytest.approx(math.sqrt(7)), 3)
+    assert three.record() == {"mean": 3.0, "deviation": pytest.approx(math.sqrt(7)), "seeds": 3}
+
+
+def test_differences_by_hand():
+    values, base = {0: 4.0, 1: 6.0, 2: 11.0}, {2: 10.0, 1: 4.0, 0: 4.0}
+    absolute = paired_difference(values, base)  # 0, 2, 1
+    assert (absolute.mean, absolute.seeds) == (1.0, 3)
+    assert absolute.error == pytest.approx(1 / math.sqrt(3))
+    relative = paired_difference(values, base, relative=True)  # 0 %, 50 %, 10 %
+    assert relative.mean == pytest.approx(20)
+    assert relative.error == pytest.approx(math.sqrt(700 / 3))
+    low, high = absolute.interval
+    assert (low, high) == (pytest.approx(1 - 4.302653 / math.sqrt(3)), pytest.approx(1 + 4.302653 / math.sqrt(3)))
+
+
+@given(st.dictionaries(st.integers(0, 9), st.integers(-99, 99), min_size=2), st.integers(-99, 99))
+def test_a_difference_from_oneself_is_nothing_and_a_shift_has_no_error(values, shift):
+    shifted = paired_difference({seed: value + shift for seed, value in values.items()}, values)
+    assert (shifted.mean, shifted.error) == (shift, 0.0)
+    assert is_better(shifted, True) == (shift > 0)
+    assert is_better(shifted, False) == (shift < 0)
+
+
+def test_better_means_beyond_the_error_in_the_good_direction():
+    gain, loss = Difference(0.2, 0.1, 5, False), Difference(-0.2, 0.1, 5, False)
+    assert [is_better(gain, True), is_better(gain, False), is_better(loss, True), is_better(loss, False)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    equal = Difference(0.1, 0.1, 5, False)
+    assert not is_better(equal, True)
+
+
+def test_one_seed_has_no_error_and_is_never_better():
+    one = paired_difference({0: 2.0}, {0: 1.0})
+    assert one.mean == 1.0
+    assert math.isnan(one.error)
+    assert not is_better(one, True)
+    assert json.loads(json.dumps(one.record(), allow_nan=False)) == {
+        "difference": 1.0,
+        "error": None,
+        "interval": [None, None],
+        "seeds": 1,
+        "relative": False,
+    }
+    assert summary([2.0]).record() == {"mean": 2.0, "deviation": None, "seeds": 1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_what_is_no_number_is_never_better_and_null_in_json(bad):
+    difference = paired_difference({0: bad, 1: 2.0}, {0: 1.0, 1: 1.0})
+    assert not is_better(difference, True)
+    assert not is_better(difference, False)
+    assert difference.record()["difference"] is None
+    assert summary([bad, 1.0]).record() == {"mean": None, "deviation": None, "seeds": 2}
+
+
+def test_percent_of_nothing_is_no_number():
+    assert math.isnan(paired_difference({0: 1.0, 1: 1.0}, {0: 0.0, 1: 1.0}, relative=True).mean)
+
+
+def test_other_seeds_are_refused():
+    with pytest.raises(ValueError, match=r"seeds: got \[0, 2\], wanted \[0, 1\], those of the base"):
+        paired_difference({0: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0})
+    with pytest.raises(ValueError, match="values: got none"):
+        paired_difference({}, {})
+    with pytest.raises(ValueError, match="values: got none"):
+        summary([])
+
+
+def test_or_none():
+    assert [or_none(x) for x in (1.5, math.nan, -math.inf, np.float64(2))] == [1.5, None, None, 2.0]

@@ -1,0 +1,73 @@
+"""Declared trials: equal settings have equal names, others others; searches share what they have in common."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
+from lt4rec_sparse.recsys.models import Conflict
+
+TRIAL = Trial("sparse_sharing", ("ctr", "cvr"), masks=Masks())
+OTHERS = {
+    "model": Trial("mmoe", ("ctr", "cvr")),
+    "tasks": replace(TRIAL, tasks=("cvr", "ctr")),
+    "seed": replace(TRIAL, seed=1),
+    "training": replace(TRIAL, training=Training(learning_rate=2e-3)),
+    "masks": replace(TRIAL, masks=Masks(level="last")),
+    "objective": replace(TRIAL, objective="joint"),
+    "scales": replace(TRIAL, scales=(("cvr", 5.0),)),
+    "conflict": replace(TRIAL, conflict=Conflict()),
+    "options": replace(TRIAL, options=(("experts", 2),)),
+    "is_tested": replace(TRIAL, is_tested=False),
+}
+
+
+def test_every_setting_is_in_the_key():
+    assert set(OTHERS) == {field.name for field in fields(Trial)}
+    keys = {TRIAL.key, *(other.key for other in OTHERS.values())}
+    assert len(keys) == 1 + len(OTHERS)
+    assert replace(TRIAL).key == TRIAL.key
+
+
+def test_another_seed_and_rate_change_nothing_else():
+    other = TRIAL.at(3, 5e-4, is_tested=False)
+    assert (other.seed, other.training.learning_rate, other.is_tested) == (3, 5e-4, False)
+    assert other.masks == TRIAL.masks, "the search keeps its own learning rate"
+    assert other.at(0, TRIAL.training.learning_rate) == TRIAL
+
+
+def test_searches_that_take_the_same_steps_share_a_folder():
+    four, eight = Search(rounds=4, density=0.2), Search(rounds=8, density=0.04)
+    assert four.folder("ctr") == eight.folder("ctr")
+    assert Search(rounds=4, density=0.1).folder("ctr") != four.folder("ctr")
+    for change in (
+        {"granularity": "neuron"},
+        {"scope": "layer"},
+        {"method": "one_shot"},
+        {"rewind": 0.5},
+        {"training": Training(warm_up=0.5)},
+    ):
+        assert Search(**change).folder("ctr") != four.folder("ctr")
+    assert Search(method="gradual", density=0.1).folder("ctr") != Search(method="gradual").folder("ctr")
+
+
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (lambda: Search(method="magic"), "method: got 'magic', wanted one of rounds"),
+        (lambda: Search(granularity="half"), "granularity: got 'half', wanted one of weight"),
+        (lambda: Search(density=1.0), "search: got 4 rounds to 1.0"),
+        (lambda: Search(rewind=1.0), "rewind: got 1.0, wanted 0 or more, less than 1 epochs"),
+        (lambda: Masks("separate"), "shared: got None with separate masks"),
+        (lambda: Masks(shared=0.5), "shared: got 0.5 with tickets masks"),
+        (lambda: Training(dtype="float8"), "dtype: got 'float8', wanted one of float32, bfloat16"),
+        (lambda: Training(warm_up=-1), "warm_up: got -1"),
+        (lambda: Trial("oracle", ("ctr",)), "model: got 'oracle', wanted one of"),
+        (lambda: Trial("mmoe", ("ctr",), masks=Masks()), "masks: got some for mmoe"),
+        (lambda: replace(TRIAL, objective="both"), "objective: got 'both', wanted one of alternating"),
+    ],
+)
+def test_bad_settings_are_refused(make, shown):
+    with pytest.raises(InputError, match=shown.replace("(", r"\(")):
+        make()

@@ -1,0 +1,166 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.metrics import AUC, MSE
+from lt4rec_sparse.recsys.models import HardSharing, SparseSharing, loss_of
+from lt4rec_sparse.recsys.training import Alternating, TaskLosses, evaluate, train
+
+KINDS = {"ctr": "binary", "cvr": "ratio"}
+LOSSES = {task: loss_of(kind) for task, kind in KINDS.items()}
+ALTERNATING = Alternating(TaskLosses(LOSSES))
+
+
+def new_model(prepared: Prepared, kind=SparseSharing, tasks=("ctr", "cvr")):
+    torch.manual_seed(0)
+    model = kind(CrossedEmbeddings(prepared.encoder.fields, prepared.encoder.table_sizes, dim=4), tasks, (16, 8))
+    if kind is SparseSharing:
+        generator = torch.Generator().manual_seed(1)
+        for task in tasks:
+            mask = model.mlp.mask(task)
+            half = {name: kept.numel() // 2 for name, kept in mask.items()}
+            model.mlp.set_mask(type(mask).random(mask.shapes, half, generator), task)
+    return model
+
+
+def states_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_training_learns(small_log):
+    model = new_model(small_log)
+    validation = small_log.stream("validation", 512, shuffle=False)
+    before = evaluate(model, validation, KINDS)["all"]
+    records = []
+    stream = small_log.stream("train", 128, seed=0)
+    train(model, MaskedAdam(model, 3e-3), stream, ALTERNATING, epochs=2, log=records.append)
+    after = evaluate(model, validation, KINDS)["all"]
+    assert after["ctr"]["auc"] > max(before["ctr"]["auc"], 0.55)
+    assert after["cvr"]["mse"] < before["cvr"]["mse"]
+    assert [(r["task"], r["epoch"]) for r in records] == [("ctr", 0), ("cvr", 0), ("ctr", 1), ("cvr", 1)]
+    assert records[2]["train_loss"] < records[0]["train_loss"]
+
+
+class MachineGoneError(Exception):
+    """Stands for a machine that goes away."""
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
+def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_log, tmp_path, stop_after):
+    def go(model, checkpoint, stop=None):
+        def progress(done, total):
+            if done == stop:
+                raise MachineGoneError
+
+        stream = small_log.stream("train", 512, seed=3)
+        assert 4 < len(stream) < 9, "the stops above stand for the first epoch, its end and the second"
+        records = []
+        train(
+            model,
+            MaskedAdam(model),
+            stream,
+            ALTERNATING,
+            epochs=2,
+            checkpoint=checkpoint,
+            checkpoint_every=2,
+            log=records.append,
+            progress=progress,
+        )
+        return records
+
+    whole, cut, resumed = new_model(small_log), new_model(small_log), new_model(small_log)
+    records = go(whole, None)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(MachineGoneError):
+        go(cut, checkpoint, stop_after)
+    assert go(resumed, checkpoint)[-2:] == records[-2:]
+    assert states_equal(whole, resumed)
+    assert not checkpoint.exists()
+
+
+def test_a_step_for_one_task_leaves_the_other_tasks_weights_alone(small_log):
+    model = new_model(small_log)
+    before = {name: w.detach().clone() for name, w in model.mlp.masked_weights().items()}
+    head = model.mlp.heads["cvr"].weight.detach().clone()
+    train(
+        model,
+        MaskedAdam(model),
+        small_log.stream("train", 512),
+        Alternating(TaskLosses({"ctr": LOSSES["ctr"]})),
+        epochs=1,
+    )
+    for name, weight in model.mlp.masked_weights().items():
+        kept = model.mlp.mask("ctr")[name]
+        assert torch.equal(weight[~kept], before[name][~kept])
+        assert not torch.equal(weight[kept], before[name][kept])
+    assert torch.equal(model.mlp.heads["cvr"].weight, head)
+
+
+def test_hard_sharing_has_an_mlp_of_its_own_for_each_task(small_log):
+    model = new_model(small_log, HardSharing)
+    other = [p.detach().clone() for p in model.mlps["cvr"].parameters()]
+    shared = model.inputs.embedding.detach().clone()
+    train(
+        model,
+        MaskedAdam(model),
+        small_log.stream("train", 2048),
+        Alternating(TaskLosses({"ctr": LOSSES["ctr"]})),
+        epochs=1,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(model.mlps["cvr"].parameters(), other, strict=True))
+    assert not torch.equal(model.inputs.embedding, shared)
+
+
+@pytest.mark.parametrize("kind", [SparseSharing, HardSharing])
+def test_all_tasks_at_once_equal_each_task_alone(small_log, kind):
+    model = new_model(small_log, kind)
+    features = next(small_log.stream("test", 64, shuffle=False).epoch(0)).features
+    every = model(features)
+    for i, task in enumerate(model.tasks):
+        assert torch.equal(every[:, i : i + 1], model(features, task))
+
+
+def test_evaluation_is_by_slice_and_over_the_tasks_own_rows(small_log):
+    model = new_model(small_log).eval()
+    result = evaluate(model, small_log.stream("test", 100, shuffle=False), KINDS)
+    (batch,) = small_log.stream("test", 1 << 20, shuffle=False).epoch(0)
+    with torch.inference_mode():
+        logits = {task: model(batch.features, task).squeeze(1).double().numpy() for task in KINDS}
+    for part in result:
+        inside = torch.ones(batch.batch, dtype=torch.bool) if part == "all" else batch.slices[part]
+        for task, metric, key in (("ctr", AUC(), "auc"), ("cvr", MSE(), "mse")):
+            rows = (inside & batch.rows[task]).numpy()
+            metric.update(logits[task][rows], batch.labels[task].double().numpy()[rows], batch.groups.numpy()[rows])
+            assert abs(result[part][task][key] - metric.compute()) < 1e-5
+    assert set(result) == {"all", *batch.slices}
+
+
+def test_a_loss_that_is_no_number_names_batch_and_task(small_log):
+    model = new_model(small_log)
+    model.inputs.embedding.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss of ctr: got nan in epoch 0, batch 0"):
+        train(model, MaskedAdam(model), small_log.stream("train", 128), ALTERNATING, epochs=1)
+
+
+def test_a_batch_without_rows_of_a_task_gives_that_task_no_step(small_log):
+    class OnlyUnclicked:
+        def __len__(self):
+            return 2
+
+        def epoch(self, number, start=0):
+            for batch in islice(small_log.stream("train", 256, seed=0).epoch(number), start, 2):
+                yield batch.take((~batch.rows["cvr"]).nonzero().squeeze(1))
+
+    model = new_model(small_log)
+    head = model.mlp.heads["cvr"].weight.detach().clone()
+    records = []
+    train(model, MaskedAdam(model), OnlyUnclicked(), ALTERNATING, epochs=1, log=records.append)
+    assert torch.equal(model.mlp.heads["cvr"].weight, head)
+    assert [(r["task"], r["batches"], r["train_loss"] is None) for r in records] == [
+        ("ctr", 2, False),
+        ("cvr", 0, True),
+    ]
