@@ -207,6 +207,15 @@ class SharedWeight:
             dense[~self.mask(task)] = 0
         return dense
 
+    def select(self, tasks: Sequence[str]) -> SharedWeight:
+        """Return the weight of some of the tasks alone, in the order given.
+
+        Raises:
+            ValueError: If the weight has no such task.
+        """
+        planes = unpack_bits(self.bitmask[[self._index(task) for task in tasks]], self.shape[1])
+        return SharedWeight.from_dense(self.to_dense(), dict(zip(tasks, planes, strict=True)))
+
     def csr(self, task: str) -> CSRWeight:
         """Return one task's view as compressed sparse rows.
 

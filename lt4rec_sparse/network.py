@@ -1,0 +1,206 @@
+"""The frozen network: what `freeze` makes, artefacts carry and every backend prepacks from. A value, no module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lt4rec_sparse.formats import SharedWeight
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+# The one table of activations: the position of a name is its code in csrc/engine.h.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class QuantizationParameters(NamedTuple):
+    """How int8 represents the activations that enter a layer: `q = round(x / scale) + zero_point`, within 0 to 255."""
+
+    scale: float  # above 0
+    zero_point: int  # 0 to 255
+
+
+class SparseLayer(NamedTuple):
+    """One layer for all tasks: `activation(x @ (weight * mask_task).T + bias)`."""
+
+    weight: SharedWeight
+    bias: Tensor | None  # [out_features], float
+    activation: str
+
+
+class DenseLayer(NamedTuple):
+    """One layer of one task: `activation(x @ weight.T + bias)`."""
+
+    weight: Tensor  # [out_features, in_features], float
+    bias: Tensor | None
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenNetwork:
+    """Every task's MLP over one `x`: shared hidden layers, read through the task's mask, and a dense head per task.
+
+    Task `t` computes `h = act(h @ (W_i * mask_i,t).T + b_i)` layer by layer from `x`, then its head. Without heads the
+    last hidden layer is every task's output, as in a single masked linear layer. Layers are counted from 0; the heads
+    are the last.
+
+    Args:
+        hidden: The shared layers, input first; all with the same tasks in the same order.
+        heads: Task name -> its head, in the order of the outputs. Empty: the last hidden layer gives the outputs.
+        quantization: Task name -> quantisation parameters of the input of each layer, the head's last; `x` has the
+            same for all tasks. None where the network is not calibrated for int8.
+
+    Raises:
+        ValueError: If widths do not chain, tasks differ, heads differ in width, an activation is unknown, or the
+            quantisation parameters do not fit.
+    """
+
+    hidden: tuple[SparseLayer, ...]
+    heads: Mapping[str, DenseLayer] = field(default_factory=dict)
+    quantization: Mapping[str, tuple[QuantizationParameters, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.hidden and not self.heads:
+            raise ValueError("network: got no layer, wanted at least one")
+        width = self.in_features
+        for i, layer in enumerate(self.hidden):
+            if layer.weight.shape[1] != width:
+                raise ValueError(f"layer {i}: got in_features {layer.weight.shape[1]}, wanted {width}")
+            if layer.weight.tasks != self.tasks:
+                raise ValueError(f"layer {i}: got tasks {layer.weight.tasks}, wanted {self.tasks}")
+            _check_layer(f"layer {i}", layer.weight.shape[0], layer.bias, layer.activation)
+            width = layer.weight.shape[0]
+        for task, head in self.heads.items():
+            if head.weight.dim() != 2 or head.weight.shape[1] != width:
+                got = tuple(head.weight.shape)
+                raise ValueError(f"head of {task}: got a weight of shape {got}, wanted [out_features, {width}]")
+            _check_layer(f"head of {task}", head.weight.shape[0], head.bias, head.activation)
+        widths = sorted({head.weight.shape[0] for head in self.heads.values()})
+        if len(widths) > 1:
+            raise ValueError(f"heads: got out_features {widths}, wanted the same for every task")
+        if self.quantization is not None:
+            check_quantization(self.quantization, self.tasks, self.depth)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in the order of the outputs."""
+        return tuple(self.heads) or self.hidden[0].weight.tasks
+
+    @property
+    def in_features(self) -> int:
+        """Width of `x`."""
+        return int(self.hidden[0].weight.shape[1] if self.hidden else next(iter(self.heads.values())).weight.shape[1])
+
+    @property
+    def depth(self) -> int:
+        """How many layers a task runs, the head among them."""
+        return len(self.hidden) + bool(self.heads)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """`out_features` of each layer, the heads' last."""
+        heads = [int(head.weight.shape[0]) for head in self.heads.values()][:1]
+        return (*(layer.weight.shape[0] for layer in self.hidden), *heads)
+
+    @property
+    def outputs(self) -> int:
+        """Width of the result: every task's outputs side by side."""
+        return len(self.tasks) * self.widths[-1]
+
+    def layer(self, index: int, task: str) -> DenseLayer:
+        """Return layer `index` as `task` sees it: dense float32, exact zeros where its mask prunes.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if index == len(self.hidden) and self.heads:
+            head = self.heads[self._known(task)]
+            return DenseLayer(head.weight.detach().float(), _float(head.bias), head.activation)
+        layer = self.hidden[index]
+        return DenseLayer(layer.weight.to_dense(self._known(task)).float(), _float(layer.bias), layer.activation)
+
+    def mask(self, index: int, task: str) -> Tensor:
+        """Return what layer `index` keeps for `task`: bool `[out_features, in_features]`; a head keeps everything."""
+        if index == len(self.hidden) and self.heads:
+            return torch.ones_like(self.heads[self._known(task)].weight, dtype=torch.bool)
+        return self.hidden[index].weight.mask(self._known(task))
+
+    def span(self, first: int, last: int, tasks: Sequence[str] | None = None) -> FrozenNetwork:
+        """Return layers `first` to `last`, both included, as a network of their own, for all tasks or some of them."""
+        names = self.tasks if tasks is None else tuple(self._known(task) for task in tasks)
+        layers = self.hidden[first : last + 1]
+        if names != self.tasks:
+            layers = tuple(layer._replace(weight=layer.weight.select(names)) for layer in layers)
+        heads = {task: self.heads[task] for task in names} if self.heads and last == len(self.hidden) else {}
+        quantization = self.quantization and {task: self.quantization[task][first : last + 1] for task in names}
+        return FrozenNetwork(layers, heads, quantization)
+
+    def with_quantization(self, quantization: Mapping[str, Sequence[QuantizationParameters]] | None) -> FrozenNetwork:
+        """Return the same layers with other quantisation parameters."""
+        copied = None if quantization is None else {task: tuple(q) for task, q in quantization.items()}
+        return replace(self, quantization=copied)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all compressed weights, dense heads and biases."""
+        weights = [*(layer.weight for layer in self.hidden), *(head.weight for head in self.heads.values())]
+        biases = [*(layer.bias for layer in self.hidden), *(head.bias for head in self.heads.values())]
+        return sum(weight.nbytes for weight in weights) + sum(bias.nbytes for bias in biases if bias is not None)
+
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """Kept weights over all weights of each hidden layer, mean over the tasks."""
+        return tuple(
+            sum(layer.weight.mask(task).float().mean().item() for task in self.tasks) / len(self.tasks)
+            for layer in self.hidden
+        )
+
+    def _known(self, task: str) -> str:
+        if task not in self.tasks:
+            raise ValueError(f"task: got {task!r}, wanted one of {', '.join(self.tasks)}")
+        return task
+
+
+def check_quantization(
+    quantization: Mapping[str, Sequence[QuantizationParameters]], tasks: Sequence[str], depth: int
+) -> None:
+    """Check that quantisation parameters are complete and can be computed with in float32.
+
+    Raises:
+        ValueError: If a task or a layer is missing or unknown, a scale or its inverse is no float32 above 0, a zero
+            point is not within 0 to 255, or tasks quantise `x` differently.
+    """
+    if set(quantization) != set(tasks):
+        raise ValueError(f"quantization: got tasks {list(quantization)}, wanted {list(tasks)}")
+    for task, of_task in quantization.items():
+        if len(of_task) != depth:
+            raise ValueError(f"quantization of {task}: got {len(of_task)} layers, wanted {depth}")
+        for i, (scale, zero_point) in enumerate(of_task):
+            where = f"quantization of {task}, layer {i}"
+            if not isinstance(scale, (int, float)) or not 2.0**-126 <= scale <= 2.0**126 or math.isnan(scale):
+                raise ValueError(f"{where}: got scale {scale}, wanted above 0 and finite in float32")
+            if not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
+                raise ValueError(f"{where}: got zero point {zero_point}, wanted 0 to 255")
+    if len({of_task[0] for of_task in quantization.values()}) > 1:
+        got = [of_task[0] for of_task in quantization.values()]
+        raise ValueError(f"quantization: got {got} for x, wanted the same for all tasks")
+
+
+def _check_layer(name: str, out_features: int, bias: Tensor | None, activation: str) -> None:
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{name}: got a bias of shape {tuple(bias.shape)}, wanted ({out_features},)")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: got activation {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float()
