@@ -6,7 +6,6 @@ On the CPU it is the native engine of `csrc/`; tests and benchmarks force one of
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lt4rec_sparse import network
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.kernels import cpu, reference
 
@@ -139,12 +139,11 @@ def prepack_gpu(
         dtype: Of weights and activations: float32, float16 or bfloat16. Sums are float32.
         device: Whose kernels run it.
     """
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
-    layers = gpu_layers(tasks)
-    network = kernels.prepack(layers, kernels.default_chain(layers, dtype, device), dtype, device)
-    parts, layout = kernels.flatten(network)
-    outputs = sum(path[-1][0].weight.shape[0] for path in tasks)
-    return GpuParts(parts, layout, tasks[0][0][0].weight.shape[1], outputs)
+    from lt4rec_sparse.kernels.gpu import network as kernels
+
+    frozen = _network(tasks)
+    parts, layout = kernels.flatten(kernels.predicted(frozen, dtype, device))
+    return GpuParts(parts, layout, frozen.in_features, frozen.outputs)
 
 
 def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
@@ -171,32 +170,17 @@ def sparse_mlp_gpu(x: Tensor, prepacked: GpuParts) -> Tensor:
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp_gpu(x, parts, layout, outputs))
 
 
-def gpu_layers(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> list[Any]:
-    """Return the layers as `kernels.gpu_network.Layer`: dense on the CPU, all tasks of a layer together, aligned.
-
-    Args:
-        tasks: As in `prepack`; layer by layer as wide for every task.
-    """
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
-    layers = []
+def _network(tasks: Sequence[Sequence[tuple[SparseLayer, str]]]) -> network.FrozenNetwork:
+    hidden, heads = [], {}
     for of_layer in zip(*tasks, strict=True):
-        weights = [layer.weight for layer, _ in of_layer]
-        is_shared = all(weight is weights[0] for weight in weights)
-        dense = weights[0].to_dense().float() if is_shared else None
-        biases = [
-            torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach().float()
-            for layer, _ in of_layer
-        ]
-        layers.append(
-            kernels.Layer(
-                dense,
-                torch.stack([layer.weight.to_dense(task).float() for layer, task in of_layer]),
-                torch.stack([layer.weight.mask(task) for layer, task in of_layer]),
-                torch.stack(biases),
-                of_layer[0][0].activation,
-            )
-        )
-    return cast(list[Any], kernels.align(layers))
+        layer, _ = of_layer[0]
+        if [name for _, name in of_layer] == list(layer.weight.tasks):
+            hidden.append(network.SparseLayer(*layer))
+        else:
+            names = [name for _, name in tasks[0]] if len(tasks) == 1 else hidden[0].weight.tasks
+            for task, (head, plane) in zip(names, of_layer, strict=False):
+                heads[task] = network.DenseLayer(head.weight.to_dense(plane), *head[1:])
+    return network.FrozenNetwork(tuple(hidden), heads)
 
 
 def cpu_engine() -> str:
@@ -288,8 +272,9 @@ def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
 
 
 def _sparse_mlp_gpu(x: Tensor, parts: Sequence[Tensor], layout: str, outputs: int) -> Tensor:
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
-    return cast(Tensor, kernels.unflatten(parts, layout)(x))
+    from lt4rec_sparse.kernels.gpu import network as kernels
+
+    return kernels.unflatten(parts, layout)(x)
 
 
 _library.impl("sparse_mlp_gpu", _sparse_mlp_gpu, "CUDA")
