@@ -1,8 +1,8 @@
 """Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
 
-    plan = measure_plan(frozen)
+    plan = measure_plan(frozen.network)
     print(plan)
-    served = GpuMLP(frozen, plan)
+    served = SparseMLP(frozen.network, plan.precision, GraphExecutor(frozen.network, plan))
     scores = served(x)
 
 A launch costs the host some microseconds, and the kernels of a small batch take no longer than that. So each bucket of
@@ -12,33 +12,30 @@ batch sizes is captured once, over buffers that stay, and a request is one copy,
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lt4rec_sparse.formats import SharedWeight
-from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
+from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.compaction import Compacted, compact
-from lt4rec_sparse.nn.masked import task_index
-from lt4rec_sparse.nn.plan import (
+from lt4rec_sparse.nn.plan.plan import (
     GPU_PRECISIONS,
     BatchPlan,
     Chain,
     Contestant,
     Machine,
+    NetworkFacts,
     Plan,
     Segment,
     check_fits,
     fastest_chain,
-    network_of,
     ranked,
 )
-from lt4rec_sparse.nn.sparse import ALL, SparseMLP
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
 BUCKETS = (1, 64, 256, 1024, 2048, 8192)
@@ -105,141 +102,67 @@ class GraphExecutor:
         _check(precision, batch_sizes)
         ways = Ways(network, precision, device)
         if plan is not None:
-            check_fits(ways.paths, plan, ways.machine)
-        self.network = network
-        self.precision = precision
+            check_fits(network, plan, ways.machine)
+        self.network, self.plan, self.precision = network, plan, precision
         self.batch_sizes = tuple(batch_sizes)
-        self._lock = Lock()
-        chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
+        chains = [ways.default] * len(batch_sizes) if plan is None else [x.contestants[0].chain for x in plan.batches]
         networks = {chain: ways.network(chain) for chain in chains}
-        self.prepacked_nbytes = ways.nbytes(networks)
-        # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, others have another.
-        self._stream = _stream(device)
-        self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._buckets = [_Graphed(networks[c], b, self._stream) for b, c in zip(batch_sizes, chains, strict=True)]
+        self._nbytes = ways.nbytes(chains)
+        self._lock = Lock()
+        # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, and each executor
+        # has a stream of its own.
+        stream = _stream(device)
+        self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._buckets = [_Graphed(networks[c], b, stream) for b, c in zip(batch_sizes, chains, strict=True)]
         self.device = self._buckets[0].x.device
+
+    def __reduce__(self) -> tuple[type[GraphExecutor], tuple[Any, ...]]:
+        """Copy the arguments: a copy captures graphs of its own."""
+        return type(self), (self.network, self.plan, self.precision, self.batch_sizes, self.device)
 
     @torch.inference_mode()
     def run(self, x: Tensor, out: Tensor) -> None:
-        """Write every task's outputs side by side into `out`.
+        """Write every task's outputs, side by side (`ops.Executor.run`).
 
         Args:
             x: `[rows, in_features]`, of any floating dtype, on the GPU or off it.
             out: `[rows, outputs]`, float32, on the GPU or off it.
+
+        Raises:
+            TypeError: If `x` is of no floating dtype.
+            ValueError: If a shape or dtype is another.
         """
+        if x.dim() != 2 or x.shape[1] != self.network.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [rows, {self.network.in_features}]")
+        if not x.is_floating_point():
+            raise TypeError(f"x: got {x.dtype}, wanted a floating dtype")
+        wanted = (len(x), self.network.outputs)
+        if out.shape != wanted or out.dtype != torch.float32:
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {wanted}")
         largest = self.batch_sizes[-1]
         with self._lock:
             if self._done is not None:  # a request on another stream may still read the buffers
                 self._done.wait(torch.cuda.current_stream(self.device))
-            for start in range(0, x.shape[0], largest):
+            for start in range(0, len(x), largest):
                 part = x[start : start + largest]
-                bucket = self._buckets[bisect_left(self.batch_sizes, part.shape[0])]
+                bucket = self._buckets[bisect_left(self.batch_sizes, len(part))]
                 bucket.run(part, out[start : start + largest])
             if self._done is not None:
                 self._done.record(torch.cuda.current_stream(self.device))
 
-
-class GpuMLP(nn.Module):
-    """A frozen MLP that serves from a GPU by a `GraphExecutor`: takes the place of the `SparseMLP` it is made from.
-
-    Args:
-        mlp: The frozen MLP. It is left as it is.
-        plan: As of `GraphExecutor`, as are the others.
-        precision: Without a plan: "bf16", "fp16" or "fp32".
-        batch_sizes: Without a plan: the buckets, ascending.
-        device: The GPU.
-
-    Raises:
-        InputError: As `GraphExecutor`.
-        ValueError: As `GraphExecutor`.
-    """
-
-    def __init__(
-        self,
-        mlp: SparseMLP,
-        plan: Plan | None = None,
-        precision: str = "bf16",
-        batch_sizes: Sequence[int] = BUCKETS,
-        device: torch.device | str = "cuda",
-    ) -> None:
-        super().__init__()
-        self.executor = GraphExecutor(frozen_network(mlp), plan, precision, batch_sizes, device)
-        self.plan = plan
-        self.in_features = mlp.in_features
-        self.out_features = mlp.out_features
-        self.tasks = mlp.tasks
-        self.hidden = mlp.hidden
-        self.heads = mlp.heads
-        self.codes = mlp.codes
-        self.nbytes = mlp.nbytes
-        self.precision = self.executor.precision
-
-    @torch.inference_mode()
-    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Score every task, or return one task's part of it.
-
-        Args:
-            x: `[..., in_features]`, of any floating dtype, on the GPU or off it.
-            task: The task's name; None returns every task. All are computed in any case.
-
-        Returns:
-            `[..., tasks * out_features]`, float32, on the GPU, or `[..., out_features]` of the task.
-
-        Raises:
-            ValueError: If the last dimension is another, or there is no such task.
-        """
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        scores = torch.empty(rows.shape[0], self.out_features, device=self.executor.device)
-        self.executor.run(rows, scores)
-        y = scores if x.dim() == 2 else scores.reshape(*x.shape[:-1], self.out_features)
-        return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
-
-    def score_into(self, x: Tensor, out: Tensor) -> None:
-        """Write every task's scores into `out`.
-
-        Args:
-            x: `[batch, in_features]`.
-            out: `[batch, tasks * out_features]`, float32, on any device.
-
-        Raises:
-            ValueError: If a shape or dtype is another.
-        """
-        if x.dim() != 2 or x.shape[1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
-        wanted = (len(x), self.out_features)
-        if out.shape != wanted or out.dtype != torch.float32:
-            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {wanted}")
-        self.executor.run(x, out)
-
     @property
-    def prepacked_nbytes(self) -> int:
-        """Bytes of the weights as the buckets' chains read them."""
-        return sum(self.executor.prepacked_nbytes.values())
-
-    def extra_repr(self) -> str:
-        """Show tasks, precision and buckets."""
-        return (
-            f"tasks={', '.join(self.tasks)}, {self.precision}, batch {', '.join(map(str, self.executor.batch_sizes))}"
-        )
-
-
-def frozen_network(mlp: SparseMLP) -> FrozenNetwork:
-    """Return what a frozen module computes, as a value."""
-    if not mlp.hidden:  # a `SparseLinear`, whose tasks read one weight
-        return FrozenNetwork((SparseLayer(*next(iter(mlp.heads.values()))),))
-    heads = {task: DenseLayer(head.weight.to_dense(ALL), *head[1:]) for task, head in mlp.heads.items()}
-    return FrozenNetwork(tuple(SparseLayer(*layer) for layer in mlp.hidden), heads)
+    def prepacked_nbytes(self) -> dict[str, int]:
+        """Kernel -> bytes of the weights that it reads on the GPU."""
+        return dict(self._nbytes)
 
 
 def measure_plan(
-    mlp: SparseMLP,
+    network: FrozenNetwork,
     batch_sizes: Sequence[int] = BUCKETS,
     precision: str = "bf16",
     device: torch.device | str = "cuda",
 ) -> Plan:
-    """Measure the ways to run a frozen MLP on this GPU, weights warm in its L2 cache.
+    """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
 
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
     of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
@@ -249,8 +172,8 @@ def measure_plan(
     A way whose kernel does not fit on this GPU is left out.
 
     Args:
-        mlp: The frozen MLP.
-        batch_sizes: Ascending; the buckets of the `GpuMLP` that serves by it.
+        network: The frozen network.
+        batch_sizes: Ascending; the buckets of the `GraphExecutor` that serves by it.
         precision: "bf16", "fp16" or "fp32".
         device: The GPU.
 
@@ -262,9 +185,9 @@ def measure_plan(
     """
     device = torch.device(device)
     _check(precision, batch_sizes)
-    ways = Ways(frozen_network(mlp), precision, device)
+    ways = Ways(network, precision, device)
     batches = tuple(_measure_batch(ways, batch) for batch in batch_sizes)
-    return Plan(ways.machine, network_of(ways.paths), precision, batches)
+    return Plan(ways.machine, NetworkFacts.of(network), precision, batches)
 
 
 class Ways:
@@ -284,11 +207,11 @@ class Ways:
         from lt4rec_sparse.kernels.gpu import network as kernels
 
         self._kernels: Any = kernels
+        self._network = network
         self.layers = kernels.layers_of(network)
         self.precision = precision
         self.dtype = DTYPES[precision]
         self.device = device
-        self.paths: Any = _Paths(network)
         self._runs: dict[Segment, Any] = {}
 
     @property
@@ -299,7 +222,7 @@ class Ways:
     @cached_property
     def compacted(self) -> Compacted:
         """The network without what is dead in it."""
-        return compact(self.paths)
+        return compact(self._network)
 
     @property
     def default(self) -> Chain:
@@ -327,7 +250,7 @@ class Ways:
         runs = tuple(self.run(segment) for segment in chain)
         return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
 
-    def nbytes(self, chains: Iterable[Chain]) -> dict[str, int]:
+    def nbytes(self, chains: Sequence[Chain]) -> dict[str, int]:
         """Bytes of the weights that chains read, by the kernel that reads them; a run of several chains counts once."""
         total: dict[str, int] = {}
         for segment in dict.fromkeys(segment for chain in chains for segment in chain):
@@ -350,21 +273,6 @@ class Ways:
 
     def _chain(self, spans: Any) -> Chain:
         return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
-
-
-class _Paths:
-    """A frozen network as `compact`, `check_fits` and `network_of` read it: each task's layers, input first."""
-
-    def __init__(self, network: FrozenNetwork) -> None:
-        self.tasks, self.in_features = network.tasks, network.in_features
-        heads = {}
-        for task, head in network.heads.items():
-            kept = torch.ones_like(head.weight, dtype=torch.bool)
-            heads[task] = [(SparseLayer(SharedWeight.from_dense(head.weight, {ALL: kept}), *head[1:]), ALL)]
-        self._layers = [[*((layer, task) for layer in network.hidden), *heads.get(task, [])] for task in network.tasks]
-
-    def _paths(self) -> list[list[tuple[SparseLayer, str]]]:
-        return self._layers
 
 
 class _Graphed:
@@ -466,10 +374,6 @@ def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
             chains[name] = chain
     mixed = fastest_chain(us)
     return chains if mixed in chains.values() else {**chains, "mixed": mixed}
-
-
-def _winner(batch: BatchPlan) -> Chain:
-    return batch.contestants[0].chain
 
 
 def _check(precision: str, batch_sizes: Sequence[int]) -> None:

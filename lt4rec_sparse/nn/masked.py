@@ -173,7 +173,7 @@ class MaskedLinear(nn.Linear):
     # Where the masks become another tensor, it may stand where the old one stood: they are packed anew.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}mask_tasks"] = self.mask_tasks
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

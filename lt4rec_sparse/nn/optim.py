@@ -210,8 +210,8 @@ class MaskedAdam:
         for i, layer in enumerate(self._masked):
             if layer._parameters.get("weight") is None:
                 raise ValueError(
-                    f"masked layer {i}: got a weight that is computed, wanted a parameter: first call prune.remove, which "
-                    "keeps what torch.nn.utils.prune pruned, or parametrize.remove_parametrizations"
+                    f"masked layer {i}: got a weight that is computed, wanted a parameter: first call prune.remove, "
+                    "which keeps what torch.nn.utils.prune pruned, or parametrize.remove_parametrizations"
                 )
 
     def _check_masks(self) -> None:

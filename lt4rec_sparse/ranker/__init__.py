@@ -1,4 +1,4 @@
-"""Serving: the artefact on disk and the ranker that scores from it. Needs no training code."""
+"""Serving: the artefact on disk, and the ranker that scores with it. Needs no training code."""
 
 from lt4rec_sparse.ranker.artefact import ArtefactError, load, save
 from lt4rec_sparse.ranker.ranker import Ranker

@@ -1,23 +1,29 @@
-"""The artefact: one safetensors file that holds a `Ranker` whole, checked in full when it is loaded.
+"""The artefact: one safetensors file that holds a whole `Ranker`, checked in full when it is loaded.
 
 Tensors (names and bit order of compressed-tensors where it has them):
 
 - `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i; `layers.<i>.bias`.
-- `heads.<task>.weight`, `.bias`: each task's head, dense.
+- `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
 - `inputs.embedding`: all embedding tables in one matrix, in the order of the encoder's tables.
 - `encoder.<name>`: vocabularies and bucket borders.
 
 Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
-`encoder` (its description and the schema), where the MLP is calibrated for int8 `codes` (task -> [scale, zero point] of
-each layer, the head's last), and `sha256` over all else: the metadata without it and each tensor's name, dtype, shape
-and bytes. Weights are float32 whatever the precision: that is chosen when the artefact is loaded. Codes came without a
-new version, for old files do without them and old readers pass over them.
+`encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale, zero point] of the
+input of each layer, the head's last), and `sha256` over everything else: the metadata without it and each tensor's
+name, dtype, shape and bytes. Weights are stored in full precision; how they compute is chosen when the artefact is
+loaded. All weights and embeddings are finite. `codes` were added without a new version: old files lack them, and old
+readers ignore them. Readers ignore unknown keys.
+
+A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
+`save` does: writing into it would change a model that is in use.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,137 +33,298 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import whole_file
-from lt4rec_sparse.formats import SharedWeight
+from lt4rec_sparse.files import parse_json, whole_file
+from lt4rec_sparse.formats import VALUE_DTYPES, SharedWeight
+from lt4rec_sparse.network import (
+    ACTIVATIONS,
+    PRECISIONS,
+    DenseLayer,
+    FrozenNetwork,
+    QuantizationParameters,
+    SparseLayer,
+)
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.nn.sparse import ALL
-from lt4rec_sparse.ops import PRECISIONS, Codes, SparseLayer
 from lt4rec_sparse.ranker.features import FeatureEncoder
+from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.ranker import Ranker
 
 KEY = "lt4rec_sparse"
 VERSION = 1
+# As safetensors spells the dtypes of weights, bit planes, offsets and the encoder's arrays.
+DTYPES = ("F32", "F16", "BF16", "U8", "I32", "I64", "F64")
+MAX_WIDTH = (1 << 31) - 1
 
 
 class ArtefactError(InputError):
-    """An artefact that is not whole, not ours, or not what it says it is."""
+    """An artefact that is incomplete, of another kind, or inconsistent."""
 
 
 def save(ranker: Ranker, path: str | Path) -> None:
     """Write a ranker as one file, whole or not at all.
 
     Args:
-        ranker: What to write.
-        path: The file, by custom `model.safetensors`.
+        ranker: The ranker to write.
+        path: The file, usually `model.safetensors`.
+
+    Raises:
+        InputError: If a weight or an embedding is NaN or infinite.
     """
-    tensors: dict[str, Tensor] = {"inputs.embedding": ranker.inputs.embedding.detach()}
-    for i, layer in enumerate(ranker.mlp.hidden):
-        tensors |= {
-            f"layers.{i}.compressed": layer.weight.values,
-            f"layers.{i}.bitmask": layer.weight.bitmask,
-            f"layers.{i}.row_offsets": layer.weight.row_offsets,
-            f"layers.{i}.bias": _bias(layer),
-        }
-    for task, head in ranker.mlp.heads.items():
-        tensors |= {f"heads.{task}.weight": head.weight.to_dense(), f"heads.{task}.bias": _bias(head)}
+    network, of_network = network_to_tensors(_network_of(ranker.mlp))
     arrays, description = ranker.encoder.to_arrays()
+    tensors = network | {"inputs.embedding": ranker.inputs.embedding.detach()}
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    meta = {
-        "version": VERSION,
-        "tasks": list(ranker.tasks),
-        "layers": [{"shape": list(x.weight.shape), "activation": x.activation} for x in ranker.mlp.hidden],
-        "dim": ranker.inputs.dim,
-        "encoder": description,
-    }
-    if ranker.mlp.codes is not None:
-        meta["codes"] = ranker.mlp.codes
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    _check_finite(tensors)
+    meta = {"version": VERSION, "dim": ranker.inputs.dim, "encoder": description, **of_network}
     meta["sha256"] = _digest(meta, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})
 
 
 def load(path: str | Path, precision: str = "fp32") -> Ranker:
-    """Read a ranker that `save` wrote, check it in full, and prepack it for this machine.
+    """Read a ranker that `save` wrote, check it in full, and prepare it for this machine.
 
     Example:
         `load("model.safetensors").score({"video_id": [7, 9], ...})` returns `{"ctr": [...], "cvr": [...]}`.
 
     Args:
-        path: The file.
-        precision: How its MLP shall compute: "fp32", "bf16" or "int8".
+        path: The file. It is memory-mapped while the ranker lives.
+        precision: How the MLP computes: "fp32", "bf16" or "int8".
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ArtefactError: If the file is truncated, altered, of another kind or of another version; if it holds no codes
-            and is to run in int8.
+        ArtefactError: If the file is truncated, altered, of another kind or version, or holds anything that cannot be
+            served; if `precision` is "int8" and the MLP is not calibrated.
         InputError: If there is no such precision.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, wanted an artefact (model.safetensors)")
+    meta, tensors = _read(path)
+    if meta.get("version") != VERSION:
+        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {VERSION}")
+    if meta.pop("sha256", None) != _digest(meta, tensors):
+        raise ArtefactError(f"{path}: the contents do not match their checksum, wanted an unaltered artefact")
+    if precision == "int8" and meta.get("codes") is None:
+        raise ArtefactError(f"{path}: got no quantisation parameters, wanted an artefact that is calibrated for int8")
+    try:
+        return _ranker(meta, tensors, precision)
+    except ValueError as error:
+        raise ArtefactError(f"{path}: got contents that do not fit together: {error}") from error
+
+
+def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a network as an artefact stores it: its tensors, and its entries of the metadata.
+
+    Raises:
+        ValueError: If there is no head, or one does not end in a sigmoid: the file does not say which activation.
+    """
+    if not network.heads or any(head.activation != "sigmoid" for head in network.heads.values()):
+        got = {task: head.activation for task, head in network.heads.items()}
+        raise ValueError(f"heads: got {got}, wanted one per task that ends in a sigmoid")
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(network.hidden):
+        tensors |= {
+            f"layers.{i}.compressed": layer.weight.values,
+            f"layers.{i}.bitmask": layer.weight.bitmask,
+            f"layers.{i}.row_offsets": layer.weight.row_offsets,
+            f"layers.{i}.bias": _bias(layer),
+        }
+    for task, head in network.heads.items():
+        # safetensors refuses tensors that share memory, as those of tasks with one head would.
+        tensors |= {f"heads.{task}.weight": head.weight.clone(), f"heads.{task}.bias": _bias(head).clone()}
+    meta: dict[str, Any] = {
+        "tasks": list(network.tasks),
+        "layers": [{"shape": list(layer.weight.shape), "activation": layer.activation} for layer in network.hidden],
+    }
+    if network.quantization is not None:
+        meta["codes"] = {task: [list(of_layer) for of_layer in network.quantization[task]] for task in network.tasks}
+    return tensors, meta
+
+
+def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FrozenNetwork:
+    """Read `network_to_tensors` back, without trusting it.
+
+    Raises:
+        ValueError: If an entry or a tensor is absent, of a wrong type, or does not fit the others.
+    """
+    tasks = _tasks(meta)
+    hidden = []
+    for i, entry in enumerate(_list(meta, "layers")):
+        shape, activation = _layer(entry, f"layers[{i}]")
+        part = f"layers.{i}."
+        parts = (_tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
+        weight = SharedWeight(shape, tasks, *parts)
+        weight.validate()
+        hidden.append(SparseLayer(weight, _tensor(tensors, part + "bias", VALUE_DTYPES), activation))
+    heads = {
+        task: DenseLayer(
+            _tensor(tensors, f"heads.{task}.weight", VALUE_DTYPES),
+            _tensor(tensors, f"heads.{task}.bias", VALUE_DTYPES),
+            "sigmoid",
+        )
+        for task in tasks
+    }
+    return FrozenNetwork(tuple(hidden), heads, _quantization(meta, tasks))
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
                 raise ArtefactError(f"{path}: got safetensors of another kind, wanted an artefact of {KEY}")
-            meta = json.loads(metadata[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {', '.join(DTYPES)}")
+                tensors[name] = _aligned(file.get_tensor(name))
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
-    if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        got = meta.get("version") if isinstance(meta, dict) else None
-        raise ArtefactError(f"{path}: got version {got}, wanted {VERSION}")
-    if meta.pop("sha256", None) != _digest(meta, tensors):
-        raise ArtefactError(f"{path}: the contents do not match their checksum, wanted an unaltered artefact")
-    if precision == "int8" and meta.get("codes") is None:
-        raise ArtefactError(f"{path}: got an artefact without codes, wanted a calibrated one for int8")
     try:
-        return _ranker(meta, tensors, precision)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ArtefactError(f"{path}: got contents that do not fit together: {error!r}") from error
+        return parse_json(metadata[KEY], "metadata"), tensors
+    except InputError as error:
+        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
 
 
-def _ranker(meta: dict[str, Any], tensors: dict[str, Tensor], precision: str) -> Ranker:
-    tasks = tuple(meta["tasks"])
-    hidden = []
-    for i, layer in enumerate(meta["layers"]):
-        part = f"layers.{i}."
-        rows, columns = layer["shape"]
-        weight = SharedWeight(
-            (rows, columns),
-            tasks,
-            tensors[part + "bitmask"],
-            tensors[part + "row_offsets"],
-            tensors[part + "compressed"],
-        )
-        weight.validate()
-        hidden.append(SparseLayer(weight, tensors[part + "bias"], layer["activation"]))
-    heads = {}
-    for task in tasks:
-        dense = tensors[f"heads.{task}.weight"]
-        head = SharedWeight.from_dense(dense, {ALL: torch.ones_like(dense, dtype=torch.bool)})
-        heads[task] = SparseLayer(head, tensors[f"heads.{task}.bias"], "sigmoid")
-    arrays = {name.removeprefix("encoder."): t.numpy() for name, t in tensors.items() if name.startswith("encoder.")}
-    encoder = FeatureEncoder.from_arrays(arrays, meta["encoder"])
-    inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, meta["dim"])
-    inputs.load_state_dict({"embedding": tensors["inputs.embedding"]})
-    codes = meta.get("codes")
-    if codes is not None:
-        codes = {task: [Codes(*code) for code in of_task] for task, of_task in dict(codes).items()}
-    return Ranker(encoder, inputs, SparseMLP(hidden, heads, precision, codes))
+def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: str) -> Ranker:
+    _check_finite(tensors)
+    network = network_from_tensors(tensors, meta)
+    description = meta.get("encoder")
+    if not isinstance(description, dict):
+        raise ValueError(f"encoder: got {shown(description)}, wanted a table")
+    arrays = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+    stray = next((name for name, t in arrays.items() if t.dtype in VALUE_DTYPES), None)
+    if stray is not None:
+        raise ValueError(f"encoder.{stray}: got {arrays[stray].dtype}, wanted uint8, int64 or float64")
+    encoder = FeatureEncoder.from_arrays({name: t.numpy() for name, t in arrays.items()}, description)
+    fields, dim = encoder.fields, _width(meta.get("dim"), "dim")
+    # The pairs of fields are as many as their number squared: compared with the network before they are made.
+    width = len(fields) * dim + len(fields) * (len(fields) - 1) // 2
+    if width != network.in_features:
+        raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
+    embedding = _tensor(tensors, "inputs.embedding", VALUE_DTYPES).float()
+    inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=embedding)
+    return Ranker(encoder, inputs, _mlp_of(network, precision))
 
 
-def _bias(layer: SparseLayer) -> Tensor:
+# What the metadata may hold.
+
+
+def _tasks(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    tasks = _list(meta, "tasks")
+    if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks: got {shown(tasks)}, wanted at least one name, each once")
+    return tuple(tasks)
+
+
+def _layer(entry: Any, where: str) -> tuple[tuple[int, int], str]:
+    shape, activation = (entry.get("shape"), entry.get("activation")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(shape, list) or len(shape) != 2 or not isinstance(activation, str):
+        raise ValueError(f"{where}: got {shown(entry)}, wanted a shape and an activation")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{where}: got activation {shown(activation)}, wanted one of {', '.join(ACTIVATIONS)}")
+    return (_width(shape[0], where), _width(shape[1], where)), activation
+
+
+def _quantization(
+    meta: Mapping[str, Any], tasks: Sequence[str]
+) -> dict[str, tuple[QuantizationParameters, ...]] | None:
+    stored = meta.get("codes")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or set(stored) != set(tasks):
+        raise ValueError(f"codes: got {shown(stored)}, wanted quantisation parameters of {', '.join(tasks)}")
+    return {task: tuple(_parameters(x, task) for x in _list(stored, task)) for task in tasks}
+
+
+def _parameters(entry: Any, task: str) -> QuantizationParameters:
+    kinds = [type(x) for x in entry] if isinstance(entry, list) else None
+    if kinds not in ([float, int], [int, int]):
+        raise ValueError(f"codes of {task}: got {shown(entry)}, wanted pairs of a scale and a zero point")
+    return QuantizationParameters(*entry)
+
+
+def _list(entries: Mapping[str, Any], name: str) -> list[Any]:
+    value = entries.get(name)
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: got {shown(value)}, wanted a list")
+    return value
+
+
+def _width(value: Any, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_WIDTH:
+        raise ValueError(f"{where}: got width {shown(value)}, wanted a number from 1 to {MAX_WIDTH}")
+    return value
+
+
+# What the tensors may hold.
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"{name}: is absent")
+    if dtypes is not None and tensors[name].dtype not in dtypes:
+        raise ValueError(f"{name}: got {tensors[name].dtype}, wanted one of {', '.join(map(str, dtypes))}")
+    return tensors[name]
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights and embeddings that are NaN or infinite; the borders of buckets may be infinite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in VALUE_DTYPES and tensor.numel():
+            low, high = tensor.aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise InputError(f"{name}: got NaN or Inf among {tensor.numel()} numbers, wanted finite ones")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that starts at a multiple of its element's size; safetensors lets files do otherwise."""
+    if tensor.data_ptr() % tensor.element_size() == 0:
+        return tensor
+    return _bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a contiguous tensor; torch does not view an empty one in another dtype."""
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _bias(layer: SparseLayer | DenseLayer) -> Tensor:
     return torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
 
 
-def _digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor).numpy().data)
     return digest.hexdigest()
+
+
+# To be deleted once `SparseMLP` takes a `FrozenNetwork` and has it as `network`.
+
+
+def _network_of(mlp: Any) -> FrozenNetwork:
+    heads = {task: DenseLayer(x.weight.to_dense(), x.bias, x.activation) for task, x in mlp.heads.items()}
+    hidden = tuple(SparseLayer(*layer) for layer in mlp.hidden)
+    codes = mlp.codes and {task: tuple(QuantizationParameters(*x) for x in mlp.codes[task]) for task in heads}
+    return FrozenNetwork(hidden, heads, codes)
+
+
+def _mlp_of(network: FrozenNetwork, precision: str) -> SparseMLP:
+    from lt4rec_sparse import ops
+
+    heads = {
+        task: ops.SparseLayer(
+            SharedWeight.from_dense(x.weight, {ALL: torch.ones_like(x.weight, dtype=torch.bool)}), x.bias, x.activation
+        )
+        for task, x in network.heads.items()
+    }
+    codes = {task: [ops.Codes(*x) for x in of_task] for task, of_task in (network.quantization or {}).items()}
+    return SparseMLP([ops.SparseLayer(*layer) for layer in network.hidden], heads, precision, codes or None)

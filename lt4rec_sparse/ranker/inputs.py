@@ -1,4 +1,4 @@
-"""From ids to the MLP's input: embeddings, mean-pooled multi-valued fields, pairwise dots. Trained and served alike."""
+"""From ids to the MLP's input: embeddings, mean-pooled multi-valued fields, pairwise dots; in training and serving."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from lt4rec_sparse.ranker.features import EncodedFeatures, Field
 class CrossedEmbeddings(nn.Module):
     """Embed every field and cross all pairs: `x = [e_1, ..., e_n, e_i . e_j for i < j]` (DLRM style).
 
-    A multi-valued field is the mean of its values' embeddings, and zero where it has none. All tables stand in one
-    matrix, so that a batch is one lookup for its single-valued fields and one pooled lookup for the others.
+    A multi-valued field is the mean of its values' embeddings, and zero if it has none. One matrix holds all tables, so
+    that a batch takes one lookup for its single-valued fields and one pooled lookup for the others.
 
     Args:
         fields: The fields, in the order of the encoder.
         table_sizes: Table name -> number of rows.
         dim: Width of an embedding.
         std: Standard deviation of the initial embeddings.
+        embedding: `[sum of the table sizes, dim]`, float32: embeddings to use as they are, without a copy, instead of
+            drawing new ones.
 
     Raises:
-        ValueError: If there is no field, or a field's table has no size.
+        ValueError: If there is no field, a field's table has no size, or `embedding` has another shape or dtype.
 
     Source: LT4REC (arXiv 2008.09872), Figure 1; the cross of DLRM (arXiv 1906.00091), one triangle without diagonal.
     """
@@ -37,7 +39,12 @@ class CrossedEmbeddings(nn.Module):
     pair_of: Tensor
 
     def __init__(
-        self, fields: Sequence[tuple[str, str, bool]], table_sizes: Mapping[str, int], dim: int = 16, std: float = 0.05
+        self,
+        fields: Sequence[tuple[str, str, bool]],
+        table_sizes: Mapping[str, int],
+        dim: int = 16,
+        std: float = 0.05,
+        embedding: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.fields = tuple(Field(*field) for field in fields)
@@ -51,12 +58,18 @@ class CrossedEmbeddings(nn.Module):
             starts[table], total = total, total + size
         ordered = sorted(self.fields, key=lambda field: field.multi)  # single-valued fields first, order kept
         self.n_single = sum(not field.multi for field in self.fields)
-        self.embedding = nn.Parameter(torch.empty(total, dim).normal_(std=std))
+        # Sizes may come from a file: they are compared with what is there before anything of that size is made.
+        if embedding is None:
+            embedding = torch.empty(total, dim).normal_(std=std)
+        elif embedding.shape != (total, dim) or embedding.dtype != torch.float32:
+            got = f"{embedding.dtype} {tuple(embedding.shape)}"
+            raise ValueError(f"embedding: got {got}, wanted torch.float32 {(total, dim)}")
+        self.embedding = nn.Parameter(embedding)
         self.register_buffer("table_starts", torch.tensor([starts[f.table] for f in ordered]), persistent=False)
         n = len(self.fields)
         rows, columns = torch.triu_indices(n, n, offset=1)
         self.register_buffer("pairs", rows * n + columns, persistent=False)
-        # Of each place of the n x n dots the pair that it is of; of the diagonal any.
+        # The pair that each of the n x n dots belongs to; on the diagonal any pair.
         pair_of = torch.zeros(n, n, dtype=torch.int64)
         pair_of[rows, columns] = pair_of[columns, rows] = torch.arange(len(rows))
         self.register_buffer("pair_of", pair_of.flatten(), persistent=False)
@@ -106,14 +119,14 @@ class CrossedEmbeddings(nn.Module):
 
 
 def _cross(embedded: Tensor, pairs: Tensor) -> Tensor:
-    """Return `[embedded, dots of pairs]`, `[batch, n dim + n (n - 1) / 2]`, of `embedded [batch, n, dim]`."""
-    with ops.without_autocast(embedded):  # products of so few numbers take longer to cast than to form
+    """Return `[embedded, dots of pairs]`, `[batch, n dim + n (n - 1) / 2]`, for `embedded [batch, n, dim]`."""
+    with ops.without_autocast(embedded):  # products of so few numbers take longer to cast than to compute
         dots = torch.bmm(embedded, embedded.transpose(1, 2)).flatten(1)  # [batch, n * n]
     return torch.cat([embedded.flatten(1), dots.index_select(1, pairs)], dim=1)
 
 
 class _Cross(torch.autograd.Function):
-    """`_cross` with its gradient in one gather and one product: torch's own scatters, and multiplies twice."""
+    """`_cross` with a gradient of one gather and one product; torch's own scatters, and multiplies twice."""
 
     @staticmethod
     def forward(ctx: Any, embedded: Tensor, pairs: Tensor, pair_of: Tensor) -> Tensor:

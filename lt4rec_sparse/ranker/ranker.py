@@ -1,4 +1,4 @@
-"""The served model: raw feature values in, every task's probability out, through compressed weights."""
+"""The served model: from raw feature values to every task's probability, through compressed weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Ranker:
     Args:
         encoder: Raw values to ids, as fitted in training.
         inputs: Ids to the MLP's input, as trained.
-        mlp: The frozen MLP, its heads ending in a sigmoid.
+        mlp: The frozen MLP; each task's head has one output and ends in a sigmoid.
 
     Raises:
-        ValueError: If the widths of `inputs` and `mlp` differ, or a head does not end in a sigmoid.
+        ValueError: If the widths of `inputs` and `mlp` differ, or a head has several outputs or no sigmoid.
     """
 
     def __init__(
@@ -35,8 +35,11 @@ class Ranker:
     ) -> None:
         if inputs.out_features != mlp.in_features:
             raise ValueError(
-                f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, those of the inputs"
+                f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, the width of the inputs"
             )
+        if mlp.out_features != len(mlp.tasks):
+            got = mlp.out_features // len(mlp.tasks)
+            raise ValueError(f"mlp: got heads with {got} outputs, wanted one output per task: {', '.join(mlp.tasks)}")
         for task, head in mlp.heads.items():
             if head.activation != "sigmoid":
                 raise ValueError(
@@ -49,15 +52,15 @@ class Ranker:
 
     @property
     def precision(self) -> str:
-        """How the MLP computes: "fp32", "bf16" or "int8"; on a GPU "fp16" too, and no int8."""
+        """How the MLP computes: "fp32", "bf16" or "int8"; on a GPU "fp32", "bf16" or "fp16"."""
         return self.mlp.precision
 
     def to_precision(self, precision: str) -> Ranker:
         """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
 
         Raises:
-            ValueError: If there is no such precision, "int8" is asked of a ranker that is not calibrated, or it is
-                planned or on a GPU.
+            ValueError: If there is no such precision, the precision is "int8" and the ranker is not calibrated, or the
+                ranker is planned or on a GPU.
         """
         return Ranker(self.encoder, self.inputs, self._sparse("to_precision").to_precision(precision))
 
@@ -65,8 +68,8 @@ class Ranker:
         """Return the same ranker with its MLP served by a plan of this CPU: `Plan.measure(ranker.mlp)`.
 
         Raises:
-            InputError: If the plan is of another network or machine.
-            ValueError: If it is planned, or on a GPU, already.
+            InputError: If the plan was measured for another network or machine.
+            ValueError: If the ranker is planned, or on a GPU, already.
         """
         return Ranker(self.encoder, self.inputs, PlannedMLP(self._sparse("planned"), plan))
 
@@ -80,14 +83,14 @@ class Ranker:
         """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
 
         Args:
-            precision: Of the MLP, without a plan: "bf16", "fp16" or "fp32".
+            precision: How the MLP computes if there is no plan: "bf16", "fp16" or "fp32".
             plan: From `nn.gpu.measure_plan(ranker.mlp)`; None takes the kernels that are predicted to be fastest.
             device: The GPU.
-            batch_sizes: Without a plan: the request sizes that are captured, ascending (`GpuMLP`).
+            batch_sizes: The request sizes that are captured if there is no plan, ascending (`GpuMLP`).
 
         Raises:
             InputError: If torch sees no such device; or as `GpuMLP`.
-            ValueError: If it is planned or on a GPU already, or there is no such precision.
+            ValueError: If the ranker is planned or on a GPU already, or there is no such precision.
         """
         mlp = self._sparse("on_gpu")
         device = torch.device(device)
@@ -106,21 +109,21 @@ class Ranker:
         """Score a batch of candidates from raw values.
 
         Args:
-            batch: Column name -> one value a candidate (list or array; None or NaN is missing; a multi-valued column
-                holds a list of values, or one separated string, a candidate). Columns that are no feature are ignored.
+            batch: Column name -> one value per candidate (list or array; None or NaN is missing; in a multi-valued
+                column each is a list of values, or one separated string). Columns that are not features are ignored.
 
         Returns:
             Task name -> probability (or expected ratio) of each candidate, float32 `[batch]`.
 
         Raises:
-            ValueError: If a feature column is missing or has another length than the others.
+            ValueError: If a feature column is missing, or its length differs from the others'.
         """
         scores = self.score_encoded(self.encoder.encode(batch)).cpu().numpy()
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
 
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures) -> Tensor:
-        """Score encoded candidates: `[batch, tasks]`, float32, where the ranker's embeddings are."""
+        """Score encoded candidates: `[batch, tasks]`, float32, on the device of the ranker's embeddings."""
         if self.inputs.embedding.device.type != "cpu":
             features = features.to(self.inputs.embedding.device)
         x: Tensor = self.inputs(features)

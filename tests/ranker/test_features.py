@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -143,9 +144,18 @@ def test_a_carried_outcome_is_no_feature_and_must_be_none() -> None:
             {"histories": [{"name": "h", "when": "click", "columns": ["video"], "length": 0}]},
             "history 'h': got length=0",
         ),
+        (
+            {"histories": [{"name": "h", "when": "click", "columns": ["video"], "length": 2**62}]},
+            "history 'h': got length=4611686018427387904, wanted 1 to 65536",
+        ),
         ({"tasks": [{"name": "t", "kind": "binary", "label": "l", "divide_by": "d"}]}, "task 't': got divide_by='d'"),
         ({"tasks": [{"name": "t", "kind": "binary", "label": "l", "extra": True}]}, "got extra tasks only"),
         ({"carried": ["play", "click", "play"]}, "carried: got 'play' twice"),
+        ({"columns": [{"name": "a", "encoding": "hash", "size": 2**31}]}, "size=2147483648, wanted .* 2 to 2147483647"),
+        ({"columns": [{"name": "a", "encoding": "hash", "size": 2**62}]}, "column 'a': got hash of .* size=4611"),
+        ({"columns": [{"name": "a", "kind": "dense", "buckets": 2**62}]}, "column 'a': got min_count=1, buckets=46116"),
+        ({"columns": [{"name": "a", "size": 10**4000}]}, r"column 'a': got size=10+\.\.\. with a vocabulary"),
+        ({"time": {"day": "date", "utc_offset_hours": 10**9}}, "got utc_offset_hours=1000000000, wanted -23 to 23"),
         ({"split": {"test_days": 0}}, "got test_days=0, validation_days=2"),
         ({"split": {"train": ["1"]}}, "wanted all three or none"),
         ({"split": {"train": ["1"], "validation": ["2"], "test": ["1"]}}, "day '1' is listed twice"),
@@ -166,6 +176,17 @@ def test_toml_error_names_the_file(tmp_path: Any) -> None:
     path.write_text("nam = 'x'")
     with pytest.raises(SchemaError, match=r"schema\.toml: schema: key 'nam' is unknown"):
         Schema.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["name = " + "[" * 100_000, "name = " + "[" * 200 + "]" * 200, ".".join(["name"] * 2_000) + " = 1"]
+)
+def test_toml_that_is_nested_too_deeply_is_one_line(tmp_path: Any, text: str) -> None:
+    path = tmp_path / "schema.toml"
+    path.write_text(text)
+    with pytest.raises(SchemaError, match=r"schema\.toml: .*nested too deeply, wanted") as caught:
+        Schema.from_toml(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_divisor_may_be_a_feature() -> None:
@@ -280,11 +301,10 @@ def test_hash_is_pinned() -> None:
 
 
 def test_hash_is_the_same_in_another_process() -> None:
-    load = "import numpy as np; from lt4rec_sparse.features.tables import hash64"
+    load = "import numpy as np; from lt4rec_sparse.ranker.features.tables import hash64"
     code = f"{load}; print(hash64(np.array(['a'], object))[0])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
-    )
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert int(run.stdout) == hash64(np.array(["a"], object))[0]
 
 
@@ -381,6 +401,7 @@ def test_no_rows() -> None:
         ("video.keys", None, "encoder table 'video': keys: got nothing"),
         ("video.keys", np.zeros(3, np.float32), "keys: got float32 of shape"),
         ("colour.offsets", np.array([0, 9]), "encoder table 'colour': offsets: got no ascending cut"),
+        ("price.cuts", np.array([np.nan]), "encoder table 'price': cuts: got an unsorted array"),
         ("price.cuts", np.array([1.0, 0.0]), "encoder table 'price': cuts: got an unsorted array"),
     ],
 )

@@ -12,7 +12,7 @@ from oracle import Layer, assert_exact, assert_rounding, mlp_reference
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lt4rec_sparse import Ranker, freeze, load, save
+from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.ops import PRECISIONS
@@ -68,7 +68,7 @@ def test_saving_and_loading_change_no_bit(artefact, small_log, tmp_path):
 
 
 def candidates(small_log, n=5):
-    """Raw values of made-up candidates: one of each kind of column."""
+    """Raw values of made-up candidates, with every column of the schema."""
     rng = np.random.default_rng(0)
     batch = {}
     for column in small_log.schema.features:
@@ -185,12 +185,12 @@ def test_an_artefact_is_loaded_in_any_precision(calibrated, artefact, small_log,
     scores = ranker.score_encoded(features)
     assert_exact(scores, load(calibrated).to_precision(precision).score_encoded(features))
     assert_exact(scores, ranker.mlp(ranker.inputs(features)))
-    # Codes change nothing but int8, and no precision changes the weights.
+    # Calibration changes int8 only, and no precision changes the weights.
     assert_exact(ranker.to_precision("fp32").score_encoded(features), uncalibrated.score_encoded(features))
     assert torch.equal(scores, uncalibrated.score_encoded(features)) == (precision == "fp32")
 
 
-def test_codes_are_kept_to_the_bit(calibrated, tmp_path):
+def test_quantisation_parameters_are_kept_to_the_bit(calibrated, tmp_path):
     first = load(calibrated)
     save(first.to_precision("int8"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == calibrated.read_bytes()
@@ -199,7 +199,7 @@ def test_codes_are_kept_to_the_bit(calibrated, tmp_path):
     assert [len(codes) for codes in again.mlp.codes.values()] == [3, 3]
 
 
-def test_without_codes_the_file_is_as_before_there_were_any(artefact, calibrated, tmp_path):
+def test_an_artefact_that_is_not_calibrated_has_no_entry_for_it(artefact, calibrated, tmp_path):
     keys = {"version", "tasks", "layers", "dim", "encoder", "sha256"}
     for path, wanted in ((artefact, keys), (calibrated, keys | {"codes"})):
         with safe_open(path, "pt") as file:
@@ -208,8 +208,10 @@ def test_without_codes_the_file_is_as_before_there_were_any(artefact, calibrated
         assert meta["version"] == 1
 
 
-def test_int8_without_codes_is_refused(artefact):
-    with pytest.raises(ArtefactError, match="got an artefact without codes, wanted a calibrated one for int8"):
+def test_int8_is_refused_without_calibration(artefact):
+    with pytest.raises(
+        ArtefactError, match="got no quantisation parameters, wanted an artefact that is calibrated for int8"
+    ):
         load(artefact, "int8")
     assert load(artefact, "bf16").precision == "bf16"
 
@@ -238,7 +240,7 @@ def test_an_unknown_precision_is_refused(calibrated):
         "codes",
     ],
 )
-def test_codes_that_do_not_fit_are_refused(calibrated, tmp_path, codes, precision):
+def test_quantisation_parameters_that_do_not_fit_are_refused(calibrated, tmp_path, codes, precision):
     def change(meta, tensors):
         meta["codes"] = codes
         del meta["sha256"]
@@ -252,6 +254,12 @@ def test_codes_that_do_not_fit_are_refused(calibrated, tmp_path, codes, precisio
 def test_a_ranker_wants_probabilities(model, small_log):
     with pytest.raises(ValueError, match="wanted sigmoid"):
         Ranker(small_log.encoder, copy.deepcopy(model.inputs), freeze(model.mlp))
+
+
+def test_a_ranker_wants_one_output_per_task(model, small_log):
+    wide = MaskedMLP(model.inputs.out_features, (8,), out_features=2, tasks=("ctr", "cvr"))
+    with pytest.raises(ValueError, match="mlp: got heads with 2 outputs, wanted one output per task: ctr, cvr"):
+        Ranker(small_log.encoder, copy.deepcopy(model.inputs), freeze(wide, sigmoid=True))
 
 
 def test_importing_the_package_imports_no_reader_plotter_or_compiler():

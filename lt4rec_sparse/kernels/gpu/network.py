@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,19 +120,6 @@ def layers_of(network: FrozenNetwork) -> list[Layer]:
         )
         columns = ALIGNMENT
     return layers
-
-
-def predicted(network: FrozenNetwork, dtype: torch.dtype, device: torch.device) -> GpuNetwork:
-    """Prepack a frozen network for the chain that is predicted to be fastest.
-
-    Args:
-        network: On the CPU.
-        dtype: Of weights and activations: float32, float16 or bfloat16. Sums are float32.
-        device: Whose kernels run it.
-    """
-    layers = layers_of(network)
-    runs = tuple(prepack_run(layers, span, dtype, device) for span in default_chain(layers, dtype, device))
-    return GpuNetwork(runs, layers[0].masked.shape[2], dtype)
 
 
 def prepack_run(
@@ -269,53 +254,6 @@ def engine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return f"interpreter on {device.type}{arithmetic}"
     return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}{arithmetic}"
-
-
-def flatten(value: Any) -> tuple[list[Tensor], str]:
-    """Return a network's tensors, and the rest of it as JSON: what an operator can be given."""
-    parts: list[Tensor] = []
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            parts.append(value)
-            return {"part": len(parts) - 1}
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return {"type": type(value).__name__, "fields": [walk(item) for item in value]}
-        return [walk(item) for item in value] if isinstance(value, tuple) else value
-
-    return parts, json.dumps(walk(value))
-
-
-def unflatten(parts: Sequence[Tensor], layout: str) -> GpuNetwork:
-    """Undo `flatten`."""
-    network = _build(_layout(layout), parts)
-    assert isinstance(network, GpuNetwork)
-    return network
-
-
-_TYPES = {  # those whose parts an operator takes: neither streams nor semi-structured tensors are
-    kind.__name__: kind
-    for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, DenseTailRun, CompactRun)
-} | {kind.__name__: kind for kind in (Weight, BlockWeight, Tail)}
-
-
-@lru_cache(maxsize=64)
-def _layout(layout: str) -> Any:
-    return json.loads(layout)
-
-
-def _build(value: Any, parts: Sequence[Tensor]) -> Any:
-    if isinstance(value, list):
-        return tuple(_build(item, parts) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "part" in value:
-        return parts[value["part"]]
-    if "dtype" in value:
-        return getattr(torch, value["dtype"])
-    return _TYPES[value["type"]](*(_build(item, parts) for item in value["fields"]))
 
 
 def _weight(layer: Layer, format: str, dtype: torch.dtype, device: torch.device) -> Weight:

@@ -1,4 +1,4 @@
-"""A batch of rows as ids: what every model of this project takes as input."""
+"""A batch of rows as ids: the input of every model of this project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EncodedFeatures:
             `multi_values[multi_offsets[f * batch + b] : multi_offsets[f * batch + b + 1]]`, as `EmbeddingBag` wants it
             with `include_last_offset`. An empty bag pools to zero.
 
-    Ids may be stored as int32 (a cache does); whatever `take` returns is int64.
+    Ids may be stored as int32, as in a cache; `take` always returns int64.
     """
 
     single: Tensor

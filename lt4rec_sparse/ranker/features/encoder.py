@@ -11,6 +11,7 @@ import torch
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.features.encoded import EncodedFeatures
+from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.features.schema import Column, Schema
 from lt4rec_sparse.ranker.features.tables import (
     MISSING,
@@ -30,7 +31,7 @@ FORMAT = 1
 
 
 class Field(NamedTuple):
-    """One input field of a model: its column, its embedding table, and whether it is a bag of values."""
+    """One input field of a model: its column, its embedding table, and whether it holds a bag of values."""
 
     column: str
     table: str
@@ -84,7 +85,7 @@ class FeatureEncoder:
         return cls(schema, {name: fit.table() for name, fit in fits.items()})
 
     def encode(self, columns: Mapping[str, Any]) -> EncodedFeatures:
-        """Encode raw columns; `features.raw` says in which forms they may come.
+        """Encode raw columns, in any of the forms that `features.raw` describes.
 
         Args:
             columns: Every feature column by name, all with the same number of rows; further columns are ignored.
@@ -93,7 +94,7 @@ class FeatureEncoder:
             `EncodedFeatures` with int64 ids on the CPU.
 
         Raises:
-            ValueError: If a column is absent, has another length than the first or values of another type.
+            ValueError: If a column is absent, differs from the first in length, or has a value of a wrong type.
         """
         batch = self._rows(columns)
         single = np.full((batch, len(self._single)), MISSING, np.int64)
@@ -112,7 +113,7 @@ class FeatureEncoder:
         )
 
     def to_arrays(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Return the fitted tables as arrays named `<table>.<part>`, and the schema as JSON-able data."""
+        """Return the fitted tables as arrays named `<table>.<part>`, and the schema as data for JSON."""
         arrays = {
             f"{name}.{part}": array for name, table in self._tables.items() for part, array in table.to_arrays().items()
         }
@@ -123,11 +124,11 @@ class FeatureEncoder:
         """Read `to_arrays` back.
 
         Raises:
-            ValueError: If the format is another, the schema is wrong, or an array is absent or malformed.
+            ValueError: If the format differs, the schema is wrong, or an array is absent or malformed.
         """
         if meta.get("format") != FORMAT:
-            raise ValueError(f"encoder format: got {meta.get('format')!r}, wanted {FORMAT}")
-        schema = Schema.from_dict(meta["schema"])
+            raise ValueError(f"encoder format: got {shown(meta.get('format'))}, wanted {FORMAT}")
+        schema = Schema.from_dict(meta.get("schema", {}))
         return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
 
     def _rows(self, columns: Mapping[str, Any]) -> int:

@@ -1,8 +1,8 @@
-"""Raw columns as callers have them, checked once and made plain: present values, and where they stand.
+"""Raw columns as callers have them, checked once and reduced to the values that are present, and their positions.
 
 A categorical or dense column is a sequence of `batch` values (list, array or masked array); None, NaN and masked are
 missing. A multi-valued column is a sequence of `batch` lists or separated strings, or the pair `(values, offsets)` with
-row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast one.
+row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast form.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.features.schema import Column
 from lt4rec_sparse.ranker.features.tables import Array, Ids
 
@@ -25,7 +26,7 @@ def rows_of(column: Column, raw: Any) -> int:
     """Return how many rows a raw column has.
 
     Raises:
-        ValueError: If `raw` is no sequence.
+        ValueError: If `raw` is not a sequence.
     """
     if _is_bags(column, raw):
         return len(raw[1]) - 1
@@ -35,7 +36,7 @@ def rows_of(column: Column, raw: Any) -> int:
 
 
 def single(column: Column, raw: Any) -> tuple[Array, Present]:
-    """Return the values that are there (int64, object or float64 by the column) and which rows have one (bool).
+    """Return the values that are present (int64, object or float64 by the column) and which rows have one (bool).
 
     Raises:
         ValueError: If a value has another type than the column.
@@ -112,7 +113,7 @@ def _integers(column: Column, raw: Any) -> tuple[Array, Present]:
             values = np.array(raw, object)
         else:
             present &= ~np.isnan(values)
-            # From 2^63 on a float is no int64 and would wrap around; infinity is one of those.
+            # A float of 2^63 or more, infinity among them, would wrap around as int64.
             stray = present & ((values != np.trunc(values)) | (np.abs(values) >= 2.0**63))
             if stray.any():
                 raise _refuse(column, values[stray][0], "an int of 64 bits")
@@ -147,14 +148,14 @@ def _strings(column: Column, raw: Any) -> tuple[Array, Present]:
 
 
 def _unmasked(raw: Any) -> tuple[Array, Present]:
-    """Return the data and a fresh mask of what is there; an empty column has any type, so it becomes object."""
+    """Return the data and a new mask of the values that are present; an empty column may have any type: object."""
     values = np.ma.getdata(raw) if isinstance(raw, np.ndarray) else _array(raw)
     present = ~np.ma.getmaskarray(raw) if isinstance(raw, np.ma.MaskedArray) else np.ones(len(values), np.bool_)
     return (values if len(values) else values.astype(object)), present
 
 
 def _array(raw: Any) -> Array:
-    """Return a list as numpy would, but never mixed types turned into text or ragged lists refused."""
+    """Return a list as numpy does, but without turning mixed types into text or refusing ragged lists."""
     if not set(map(type, raw)) <= {int, float}:
         values = np.empty(len(raw), object)
         values[:] = raw
@@ -163,11 +164,9 @@ def _array(raw: Any) -> Array:
 
 
 def _there(values: Array) -> Present:
-    """Return which objects are neither None nor NaN, the one value that differs from itself."""
+    """Return which objects are neither None nor NaN; only NaN differs from itself."""
     return np.fromiter((value is not None and value == value for value in values), np.bool_, len(values))
 
 
 def _refuse(column: Column, got: Any, wanted: str) -> InputError:
-    shown = repr(got)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return InputError(f"column {column.name!r}: got {shown} ({type(got).__name__}), wanted {wanted}")
+    return InputError(f"column {column.name!r}: got {shown(got)} ({type(got).__name__}), wanted {wanted}")

@@ -1,4 +1,4 @@
-"""Between parsed TOML or JSON and frozen dataclasses: the annotations are the format, and nothing else is accepted."""
+"""From parsed TOML or JSON to frozen dataclasses and back: the annotations are the format; all else is refused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class SchemaError(InputError):
 
 
 def to_plain(value: Any) -> Any:
-    """Return the result of `asdict` with lists for tuples and without what is None, which TOML cannot say."""
+    """Return the result of `asdict` with lists for tuples and without entries that are None, which TOML lacks."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items() if item is not None}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_toml(record: Any) -> str:
-    """Return a dataclass as TOML, without what has its default: `from_plain` reads the parsed text back equal.
+    """Return a dataclass as TOML, without fields that are at their default; `from_plain` reads it back equal.
 
     Its fields are text, numbers, tuples of those, dataclasses, or tuples of dataclasses, which hold no further ones.
     """
@@ -38,7 +38,7 @@ def to_toml(record: Any) -> str:
         elif isinstance(value, tuple) and any(map(is_dataclass, value)):
             tables += [line for item in value for line in ("", f"[[{field.name}]]", to_toml(item))]
         else:
-            # TOML's strings are JSON's, but for one control character.
+            # TOML writes strings as JSON does, except for one control character.
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{field.name} = {text}")
     return "\n".join([*lines, *tables])
@@ -54,28 +54,35 @@ def from_plain(value: Any, hint: Any, where: str) -> Any:
         return _record(value, hint, where)
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise SchemaError(f"{where}: got {value!r}, wanted a list")
+            raise SchemaError(f"{where}: got {shown(value)}, wanted a list")
         return tuple(from_plain(item, get_args(hint)[0], f"{where}[{index}]") for index, item in enumerate(value))
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise SchemaError(f"{where}: got {value!r}, wanted one of {', '.join(map(repr, get_args(hint)))}")
+            wanted = ", ".join(map(repr, get_args(hint)))
+            raise SchemaError(f"{where}: got {shown(value)}, wanted one of {wanted}")
         return value
     accepted = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    if type(value) not in accepted:  # `type`, not isinstance: true is no 1
+    if type(value) not in accepted:  # `type`, not isinstance: True is not 1 here
         wanted = " or ".join(kind.__name__ for kind in accepted if kind is not NoneType)
-        raise SchemaError(f"{where}: got {value!r}, wanted {wanted}")
+        raise SchemaError(f"{where}: got {shown(value)}, wanted {wanted}")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return `repr(value)` for an error message, cut at 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _record(value: Any, cls: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise SchemaError(f"{where}: got {value!r}, wanted a table")
+        raise SchemaError(f"{where}: got {shown(value)}, wanted a table")
     if isinstance(value.get("name"), str):
-        where = f"{where} {value['name']!r}"
+        where = f"{where} {shown(value['name'])}"
     hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
     for key in value:
         if key not in known:
-            raise SchemaError(f"{where}: key {key!r} is unknown, wanted one of {', '.join(known)}")
+            raise SchemaError(f"{where}: key {shown(key)} is unknown, wanted one of {', '.join(known)}")
     for key, field in known.items():
         if key not in value and field.default is MISSING:
             raise SchemaError(f"{where}: key {key!r} is absent, wanted {', '.join(known)}")

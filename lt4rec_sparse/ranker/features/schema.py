@@ -1,7 +1,7 @@
-"""What a click log holds: its columns, its tasks, its days, and which of its columns no model may see.
+"""The contents of a click log: its columns, its tasks, its days, and the columns that no model may see.
 
-A schema is plain data. It is written as TOML beside a log, travels inside the served artefact as JSON, and is checked
-once, here, so that everything below it can trust it.
+A schema is plain data. It is written as TOML beside a log, is stored as JSON in the served artefact, and is checked
+once, here, so that all other code can trust it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import check_depth
+from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, shown, to_plain, to_toml
 
 ValueType = Literal["int", "string"]
 # Prepared data stores ids as int32.
-MAX_IDS = 1 << 31
+MAX_IDS = (1 << 31) - 1
+# More cuts than a sketch of the training values has points would be noise; longer bags are no recent past.
+MAX_BUCKETS = MAX_HISTORY = 1 << 16
 RATE_BUCKETS = 16
 
 
@@ -49,7 +53,7 @@ class Join:
 class Time:
     """The day of a row: a `day` column (sortable, e.g. 20220425 or 2022-04-25), or the date of a `timestamp`.
 
-    `order` sorts the rows of one day for histories; without it they keep the order of the files.
+    `order` sorts the rows of a day for histories; without it they keep the order of the files.
     """
 
     day: str | None = None
@@ -61,6 +65,8 @@ class Time:
     def __post_init__(self) -> None:
         if (self.day is None) == (self.timestamp is None):
             raise SchemaError(f"time: got day={self.day!r} and timestamp={self.timestamp!r}, wanted exactly one")
+        if not -24 < self.utc_offset_hours < 24:
+            raise SchemaError(f"time: got utc_offset_hours={shown(self.utc_offset_hours)}, wanted -23 to 23")
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ class Split:
         if twice is not None:
             raise SchemaError(f"split: day {twice!r} is listed twice, wanted it in one split")
         if self.test_days < 1 or self.validation_days < 1:
-            got = f"test_days={self.test_days}, validation_days={self.validation_days}"
+            got = f"test_days={shown(self.test_days)}, validation_days={shown(self.validation_days)}"
             raise SchemaError(f"split: got {got}, wanted at least 1 each")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The column whose rows belong together (the user): the unit of GAUC and of histories."""
+    """The column that says which rows belong together (the user): the unit of GAUC and of histories."""
 
     column: str
     type: ValueType = "int"
@@ -95,7 +101,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """One feature: how its raw values become ids of an embedding table.
+    """One feature, and how its raw values become ids of an embedding table.
 
     Attributes:
         name: The column in the log, in a side table, or among the derived columns.
@@ -103,10 +109,10 @@ class Column:
         type: Of the raw values; `dense` ignores it.
         table: The embedding table; columns that name the same table share its ids. Empty means the column's own.
         encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted).
-        size: Ids of a hashed table, the missing one included.
-        min_count: A value that is rarer in training is unseen.
-        separator: Between the values of a `multi` column that comes as text.
-        buckets: Of a `dense` column, at most.
+        size: Number of ids of a hashed table, including the one for a missing value; below 2^31.
+        min_count: A value that is rarer than this in training counts as unseen.
+        separator: Between the values of a `multi` column that is stored as text.
+        buckets: The greatest number of buckets of a `dense` column, 2 to 65,536.
     """
 
     name: str
@@ -122,20 +128,19 @@ class Column:
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", self.table or self.name)
         where = f"column {self.name!r}"
-        if self.encoding == "hash" and (self.kind == "dense" or self.size < 2):
-            raise SchemaError(
-                f"{where}: got hash of kind={self.kind!r}, size={self.size}, wanted categorical, size >= 2"
-            )
+        if self.encoding == "hash" and (self.kind == "dense" or not 2 <= self.size <= MAX_IDS):
+            got = f"hash of kind={self.kind!r}, size={shown(self.size)}"
+            raise SchemaError(f"{where}: got {got}, wanted categorical, size 2 to {MAX_IDS}")
         if self.encoding == "vocabulary" and self.size:
-            raise SchemaError(f"{where}: got size={self.size} with a vocabulary, wanted encoding='hash'")
-        if self.min_count < 1 or self.buckets < 2 or not self.separator:
-            got = f"min_count={self.min_count}, buckets={self.buckets}, separator={self.separator!r}"
-            raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets >= 2, a separator")
+            raise SchemaError(f"{where}: got size={shown(self.size)} with a vocabulary, wanted encoding='hash'")
+        if self.min_count < 1 or not 2 <= self.buckets <= MAX_BUCKETS or not self.separator:
+            got = f"min_count={shown(self.min_count)}, buckets={shown(self.buckets)}, separator={self.separator!r}"
+            raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets 2 to {MAX_BUCKETS}, a separator")
 
     @property
     def table_rule(self) -> tuple[object, ...]:
-        """What columns that share a table must agree on."""
-        # A dense column never shares: its cuts are its own, so its name is part of its rule.
+        """The settings that columns sharing a table must agree on."""
+        # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
         own = self.name if self.kind == "dense" else ""
         return (own, self.type, self.encoding, self.size, self.min_count)
 
@@ -148,7 +153,9 @@ class Task:
     `ratio`: the label is in [0, 1], or made so by `clip(label / divide_by, 0, 1)`; the metric is MSE (lower is better).
 
     A row belongs to the task when every column in `rows` is nonzero and the label exists: it is not missing, and with
-    `divide_by` the numerator is not negative and the divisor is positive. Other tasks keep the row.
+    `divide_by` the numerator is not negative and the divisor is positive. Other tasks keep the row. In labels, divisors
+    and row filters an infinite number counts as missing; an infinite label without `divide_by` is out of range, and an
+    infinite weight is refused.
 
     An `extra` task is prepared as any other, but left out of a run that does not name it.
     """
@@ -175,8 +182,8 @@ class History:
     `when` may be an outcome: yesterday's outcome is known today. The bags are multi-valued columns named
     `<name>_<column>` in the table of `<column>`, oldest value first.
 
-    A mean-pooled bag of a few values hides how often; with `rates` there are two dense columns besides, over all
-    earlier days: `<name>_count`, how many such rows the group had, and `<name>_rate`, their share of all its rows
+    A mean-pooled bag of a few values hides how frequent they are. With `rates` there are also two dense columns, over
+    all earlier days: `<name>_count`, how many such rows the group had, and `<name>_rate`, their share of all its rows
     (missing before the first).
     """
 
@@ -187,8 +194,9 @@ class History:
     rates: bool = False
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise SchemaError(f"history {self.name!r}: got length={self.length}, wanted at least 1")
+        if not 1 <= self.length <= MAX_HISTORY:
+            got = f"length={shown(self.length)}"
+            raise SchemaError(f"history {self.name!r}: got {got}, wanted 1 to {MAX_HISTORY}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of the rows that reports show on its own: those where `column` equals `value`."""
+    """A part of the rows that reports show separately: those where `column` equals `value`."""
 
     name: str
     column: str
@@ -210,10 +218,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Schema:
-    """Everything the data layer, the encoder and a report need to know of one click log.
+    """Everything that the data layer, the encoder and a report need to know about a click log.
 
-    Columns in `carried` are numbers that travel with the rows and are no features by that, such as the play time that
-    a replay counts. They may be outcomes; a feature may be carried too.
+    Columns in `carried` are numbers that stay with the rows without being features, such as the play time that a
+    replay counts. They may be outcomes; a feature may be carried too.
 
     Raises:
         SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
@@ -278,7 +286,7 @@ class Schema:
         return schema
 
     def to_toml(self) -> str:
-        """Return the schema as TOML, which says only what is no default; `Schema.from_toml` reads it back equal."""
+        """Return the schema as TOML without the defaults; `Schema.from_toml` reads it back equal."""
         return to_toml(self) + "\n"
 
     @classmethod
@@ -286,12 +294,19 @@ class Schema:
         """Read a schema file; errors begin with its path.
 
         Raises:
-            SchemaError: As in `from_dict`, or if the file is no TOML.
+            SchemaError: As in `from_dict`, or if the file is not TOML or is nested deeper than any schema.
         """
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
-            return cls.from_dict(toml.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:  # SchemaError, TOMLDecodeError and UnicodeDecodeError alike
+            content = toml.loads(Path(path).read_text(encoding="utf-8"))
+        except RecursionError as error:
+            raise SchemaError(f"{path}: got TOML nested too deeply, wanted a schema") from error
+        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError alike
+            raise SchemaError(f"{path}: {error}") from error
+        try:
+            check_depth(content, "schema")
+            return cls.from_dict(content)
+        except InputError as error:
             raise SchemaError(f"{path}: {error}") from error
 
     def _check_names(self) -> None:

@@ -1,6 +1,6 @@
 """From a raw value to its id in an embedding table: a vocabulary, a hash, or a quantile bucket.
 
-Id 0 is a missing value everywhere and is given by the encoder; a table sees only values that are there. In a
+Id 0 is a missing value everywhere and is given by the encoder; a table sees only values that are present. In a
 vocabulary id 1 is any value unseen in training.
 """
 
@@ -19,14 +19,14 @@ MISSING, UNSEEN = 0, 1
 Array = NDArray[Any]
 Ids = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
-# Merging costs a sort; pending counts wait until there are this many, or as many as the vocabulary has values.
+# Merging costs a sort: counts wait until there are this many of them, or as many as the vocabulary has values.
 MERGE_AT = 1 << 20
 # A sketch of this many points places a quantile within 1e-5 of its rank.
 SKETCH_POINTS = 1 << 17
 
 
 class Table(Protocol):
-    """Ids of one embedding table, all in `[1, size)` for values that are there."""
+    """Ids of one embedding table, all in `[1, size)` for values that are present."""
 
     @property
     def size(self) -> int:
@@ -40,10 +40,10 @@ class Table(Protocol):
 
 
 class Fit(Protocol):
-    """Training values streamed in, a table out."""
+    """Takes training values in chunks and makes a table of them."""
 
     def add(self, values: Array) -> None:
-        """Count the values of one chunk; missing ones are left out by the caller."""
+        """Count the values of one chunk; the caller leaves out missing ones."""
 
     def table(self) -> Table:
         """Return the table of all values added so far."""
@@ -59,7 +59,7 @@ class IntVocabulary:
 
     @property
     def size(self) -> int:
-        """Missing, unseen, and one id a key."""
+        """Missing, unseen, and one id per key."""
         return len(self.keys) + 2
 
     def lookup(self, values: Array) -> Ids:
@@ -90,7 +90,7 @@ class StringVocabulary:
 
     @property
     def size(self) -> int:
-        """Missing, unseen, and one id a key."""
+        """Missing, unseen, and one id per key."""
         return len(self.keys) + 2
 
     def lookup(self, values: Array) -> Ids:
@@ -114,7 +114,7 @@ class StringVocabulary:
 
 
 class HashTable:
-    """Any value, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`."""
+    """Ids of any values, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -149,11 +149,11 @@ class QuantileTable:
 
     @property
     def size(self) -> int:
-        """Missing, and one bucket more than there are cuts."""
+        """Missing, and one more bucket than there are cuts."""
         return len(self.cuts) + 2
 
     def lookup(self, values: Array) -> Ids:
-        """Return ids; a value on a cut is in the bucket below it, so that a heavy tie gets a bucket of its own."""
+        """Return ids; a value on a cut is in the bucket below it, so that a frequent value gets its own bucket."""
         below: Ids = np.searchsorted(self.cuts, values, side="left")
         return below + 1
 
@@ -165,7 +165,7 @@ class QuantileTable:
     def from_arrays(cls, arrays: dict[str, Array]) -> QuantileTable:
         """Read `to_arrays` back."""
         cuts = _checked(arrays, "cuts", np.float64)
-        if not (np.diff(cuts) > 0).all():
+        if np.isnan(cuts).any() or not (np.diff(cuts) > 0).all():
             raise ValueError("cuts: got an unsorted array, wanted ascending values")
         return cls(cuts)
 
@@ -228,7 +228,7 @@ class QuantileFit:
 
 
 class _Histogram:
-    """Distinct values and their counts, of a stream, in memory bounded by `limit` where there is one."""
+    """Distinct values of a stream and their counts, in memory that `limit` bounds if it is given."""
 
     def __init__(self, dtype: type[np.generic], limit: int | None = None) -> None:
         self._values: Array = np.empty(0, dtype)
@@ -270,7 +270,7 @@ class _Histogram:
 def hash64(values: Array) -> Hashes:
     """Hash `[n]` values: splitmix64 of int64, or the first 8 little-endian bytes of blake2b of UTF-8 strings.
 
-    Both are fixed for ever: a served model's hashed ids depend on them.
+    Neither may ever change: the hashed ids of served models depend on them.
     """
     if values.dtype != np.object_:
         return _splitmix64(values.astype(np.int64).view(np.uint64))
