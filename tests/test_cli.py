@@ -209,7 +209,7 @@ def test_inspect_shows_what_an_artefact_holds(finished):
     assert lines[0] == "tasks: ctr, cvr"
     fields = lines[1].removeprefix("fields: ").split(", ")
     assert set(fields) == {column.name for column in ranker.encoder.schema.features}
-    layer = ranker.mlp.hidden[1].weight
+    layer = ranker.mlp.network.hidden[1].weight
     density = layer.mask("ctr").float().mean().item()
     assert lines[3].startswith(f"layer 1: 16 -> 8, kept by ctr {density:.1%}, cvr ")
     blobs = {name: ranker.mlp.to_precision(name).prepacked_nbytes for name in ("fp32", "bf16", "int8")}
@@ -223,7 +223,8 @@ def test_inspect_shows_what_an_artefact_holds(finished):
 @pytest.fixture
 def uncalibrated(finished, tmp_path):
     ranker = load(finished / "model.safetensors")
-    save(Ranker(ranker.encoder, ranker.inputs, SparseMLP(ranker.mlp.hidden, ranker.mlp.heads)), tmp_path / "old")
+    mlp = SparseMLP(ranker.mlp.network.with_quantization(None))
+    save(Ranker(ranker.encoder, ranker.inputs, mlp), tmp_path / "old")
     return tmp_path / "old"
 
 
