@@ -161,19 +161,23 @@ def exact_reference(x: Tensor, tasks: Sequence[Task], precision: str) -> Tensor:
     fp32 and bf16 need numbers whose sums are exact in every order, such as small integers; int8 takes any numbers.
     """
     if precision == "int8":
-        largest = [largest_of_first(tasks, t) for t in range(len(tasks))]
-        return torch.cat([_int8_reference(x, *of_task) for of_task in zip(tasks, largest, strict=True)], dim=1)
+        of_tasks = zip(tasks, largest_of_firsts(tasks), strict=True)
+        return torch.cat([_int8_reference(x, task, largest) for task, largest in of_tasks], dim=1)
     operand = rounded_to_bf16 if precision == "bf16" else lambda v: v
     return torch.cat([_float_reference(x, task, operand) for task in tasks], dim=1)
 
 
-def largest_of_first(tasks: Sequence[Task], t: int) -> Tensor:
-    """Return the weight that int8 stores as 127, for each row of task `t`'s first layer.
+def largest_of_firsts(tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the absolute weight that int8 stores as 127, for each row of each task's first layer.
 
-    Tasks that share a weight have it in common, so that it does not show in a result what is multiplied once.
+    Tasks that share a weight have it in common, so that a result does not show what was multiplied once.
     """
-    group = next(group for group in weight_groups(tasks) if t in group)
-    return torch.stack([tasks[other][0].weight.abs().amax(dim=1) for other in group]).amax(dim=0)
+    largest = [task[0].weight.abs().amax(dim=1) for task in tasks]
+    for group in weight_groups(tasks):
+        of_group = torch.stack([largest[t] for t in group]).amax(dim=0)
+        for t in group:
+            largest[t] = of_group
+    return largest
 
 
 def rounded_to_bf16(v: Tensor) -> Tensor:

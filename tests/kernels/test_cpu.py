@@ -292,7 +292,7 @@ PAIR_FIRST = {(0, 1, 2): 0.3, (0, 1): 0.3, (1, 2): 0.2, (0,): 0.1, (2,): 0.1}
 MANY = {tuple(range(10)): 0.2, (0, 1, 2, 3): 0.2, (4, 5): 0.2, (6, 7, 8): 0.2, (9,): 0.1, (0, 9): 0.1, (10,): 0.0}
 # Too little in common for any set of tasks.
 LITTLE = {(0, 1, 2): 0.1, (0, 1): 0.05, (1, 2): 0.05, (0,): 0.3, (1,): 0.3, (2,): 0.2}
-EACH_WITH_EACH = {pair: 1 / 10 for pair in itertools.combinations(range(5), 2)}
+EACH_WITH_EACH = dict.fromkeys(itertools.combinations(range(5), 2), 1 / 10)
 
 
 class SharedSets(NamedTuple):
