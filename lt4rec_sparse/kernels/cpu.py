@@ -365,7 +365,7 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
     _check_part(f"{where}.values", layer.values, torch.float32, (layer.values.numel(),))
     tasks = 1
     if layer.planes is not None:
-        tasks = len(layer.planes)
+        tasks = max([1, *layer.planes.shape[:1]])  # no planes have no address, which would make the layer a dense one
         _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, rows, (columns + 7) // 8))
     if layer.bias is not None:
         _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))
