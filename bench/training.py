@@ -2,7 +2,8 @@
 
 The peer is torch-rechub's MMoE (`pip install torch-rechub`), given the same rows, fields, embedding and expert widths,
 optimiser and batch. Its layers are its own: batch normalisation in every MLP, one lookup per field. It is timed as its
-users run it, `MTLTrainer` over its `DataGenerator`, and again on batches made before the clock starts, which favours it. Ours runs its whole loop, including the making of batches and labels, and wide logits as well.
+users run it, `MTLTrainer` over its `DataGenerator`, and again on batches made before the clock starts, which favours
+it. Ours runs its whole loop, including the making of batches and labels, and wide logits as well.
 
 The plain loop is Algorithm 1 as every public implementation has it: each round reads the files again and multiplies by
 dense `weight * mask` in float32, with torch's Adam over every weight, one task after another, and trains the
