@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.network import FrozenNetwork
@@ -49,6 +50,7 @@ class SparseMLP(nn.Module):
         self.in_features = network.in_features
         self.out_features = network.outputs  # of all tasks
         self._given = executor
+        self._has_engine = executor is None and ops.cpu_engine() != "reference"
         self._on_cpu = ops.executor(network, precision) if executor is None else executor
         self._elsewhere: dict[torch.device, Executor] = {}
 
@@ -64,8 +66,7 @@ class SparseMLP(nn.Module):
             `[..., out_features]` of the task.
 
         Raises:
-            ValueError: If the last dimension is another, or there is no such task.
-            TypeError: If `x` is of a dtype that the executor does not read.
+            ValueError: If the width is another, the executor does not read the dtype, or there is no such task.
         """
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
@@ -210,7 +211,7 @@ class SparseMLP(nn.Module):
         return self._elsewhere[x.device]
 
     def _traced(self, rows: Tensor) -> Tensor:
-        if rows.device.type != "cpu" or self._given is not None or ops.cpu_engine() == "reference":
+        if rows.device.type != "cpu" or not self._has_engine:
             return self._run(rows)
         return ops.sparse_mlp(rows, _blob(self), self.out_features)
 
@@ -240,7 +241,9 @@ def _is_traced(x: Tensor) -> bool:
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
 def _blob(mlp: SparseMLP) -> Tensor:
-    return ops.prepack(mlp.network, mlp.precision)
+    """Return the engine's blob for every batch size: a constant of the traced graph."""
+    with _disable_current_modes():  # the weights are real, whatever x is
+        return ops.prepack(mlp.network, mlp.precision)
 
 
 def _form(network: FrozenNetwork) -> str:

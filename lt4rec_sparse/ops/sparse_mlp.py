@@ -93,13 +93,12 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
         `[batch, outputs]`, float32; the tasks side by side, in the order of `prepack`.
 
     Raises:
-        ValueError: If `x` is not `[batch, in_features]`.
-        TypeError: If `x` is not float32 or bfloat16 on the CPU.
+        ValueError: If `x` is not `[batch, in_features]`, float32 or bfloat16, on the CPU.
     """
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
     if x.dtype not in X_DTYPES or x.device.type != "cpu":
-        raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
+        raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
 
 
