@@ -19,49 +19,32 @@ _INTEGERS = {
 }
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """`y_t = activation(x_t @ (weight * mask_t).T + bias)`, the tasks' rows one after another.
+def masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`y[t] = activation(x[t] @ (weight * mask_t).T + bias)`; of an `x` of one task, every task reads it.
 
-    `x_t` is `x[starts[t] : starts[t] + lengths[t]]`. A pruned weight contributes nothing, were it NaN.
+    A pruned weight contributes nothing, even if it is NaN.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    activate = ACTIVATIONS[activation]
-    parts = [
-        activate(F.linear(x[start : start + length], _masked(weight, mask, x.dtype), bias))
-        for mask, start, length in zip(masks, starts, lengths, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    x = x.expand(len(masks), -1, -1)
+    sums = [F.linear(rows, _masked(weight, mask, x.dtype), bias) for rows, mask in zip(x, masks, strict=True)]
+    return _stacked([ACTIVATIONS[activation](z) for z in sums])
 
 
-def masked_linear_dgrad(
-    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
-) -> Tensor:
-    """`dx = sum over the tasks of dy_t @ (weight * mask_t)`, each in its rows of `dx [rows, in_features]`."""
-    if len(masks) == 1 and lengths[0] == rows:
-        return dy @ _masked(weight, masks[0], dy.dtype)
-    dx = dy.new_zeros(rows, weight.shape[1])
-    for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True):
-        dx[start : start + length] += part @ _masked(weight, mask, dy.dtype)
-    return dx
+def masked_linear_dgrad(dy: Tensor, weight: Tensor, masks: Tensor, is_shared: bool) -> Tensor:
+    """`dx[t] = dy[t] @ (weight * mask_t)`; their sum, of one task's shape, if all tasks read the same `x`."""
+    dx = [rows @ _masked(weight, mask, dy.dtype) for rows, mask in zip(dy, masks, strict=True)]
+    return sum(dx[1:], dx[0])[None] if is_shared else _stacked(dx)
 
 
-def masked_linear_wgrad(
-    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """`dW = sum over the tasks of (dy_t.T @ x_t) * mask_t`: a pruned weight receives no gradient."""
-    parts = [
-        _masked((part.T @ x[start : start + length]).to(dtype), mask, dtype)
-        for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def masked_linear_wgrad(dy: Tensor, x: Tensor, masks: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dW = sum over the tasks of (dy[t].T @ x[t]) * mask_t`: a pruned weight receives no gradient."""
+    tasks = zip(dy, x.expand(len(masks), -1, -1), masks, strict=True)
+    dw = [_masked((of_task.T @ rows).to(dtype), mask, dtype) for of_task, rows, mask in tasks]
+    return torch.stack(dw).sum(0) if len(dw) > 1 else dw[0]
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts) if len(parts) > 1 else parts[0][None]  # without a copy
 
 
 def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

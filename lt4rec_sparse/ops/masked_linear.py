@@ -6,8 +6,7 @@ force one of the two there through `kernels.gpu.masked_linear.forced_path`.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -16,19 +15,12 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels import reference
 
+# `x` is `[tasks, rows, in_features]`, or `[1, rows, in_features]` if all tasks read the same: then `is_shared`, and the
+# gradient of `x` is the sum over the tasks. `y` and `dy` are `[tasks, rows, out_features]`.
 _library = torch.library.Library("lt4rec_sparse", "FRAGMENT")
-_library.define(
-    "masked_linear(Tensor x, Tensor weight, Tensor masks, Tensor? bias, SymInt[] starts, SymInt[] lengths,"
-    " str activation) -> Tensor"
-)
-_library.define(
-    "masked_linear_dgrad(Tensor dy, Tensor weight, Tensor masks, SymInt[] starts, SymInt[] lengths, SymInt rows)"
-    " -> Tensor"
-)
-_library.define(
-    "masked_linear_wgrad(Tensor dy, Tensor x, Tensor masks, SymInt[] starts, SymInt[] lengths, ScalarType dtype)"
-    " -> Tensor"
-)
+_library.define("masked_linear(Tensor x, Tensor weight, Tensor masks, Tensor? bias, str activation) -> Tensor")
+_library.define("masked_linear_dgrad(Tensor dy, Tensor weight, Tensor masks, bool is_shared) -> Tensor")
+_library.define("masked_linear_wgrad(Tensor dy, Tensor x, Tensor masks, ScalarType dtype) -> Tensor")
 
 
 def masked_linear(
@@ -65,60 +57,46 @@ def masked_linear(
     if mask.dim() != 2:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted [out_features, in_features]")
     _check_masked_linear(x, weight, mask[None], bias, activation)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = torch.ops.lt4rec_sparse.masked_linear(rows, weight, mask[None], bias, [0], [rows.shape[0]], activation)
-    return cast(Tensor, y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0]))
+    rows = x[None] if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])
+    y = torch.ops.lt4rec_sparse.masked_linear(rows, weight, mask[None], bias, activation)
+    return cast(Tensor, y.view(*x.shape[:-1], weight.shape[0]))
 
 
 def masked_linear_tasks(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str = "none",
+    x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """Apply a linear layer through every task's mask, each to its own range of rows: `masked_linear`, tasks at once.
+    """Apply a linear layer through every task's mask at once: `y[t] = activation(x[t] @ (weight * mask_t).T + bias)`.
 
-    The ranges may overlap, as where all tasks read the same `x`. Of a batch with rows of one task alone, order it
-    [only a | both | only b], and each task has one range. The gradients of `x` and of the weight are the sums over the
-    tasks, always in the same order.
+    Each task reads its own rows of `x`, or all read the same. The gradient of the weight, and of an `x` that all read,
+    is the sum over the tasks, always in the same order.
 
     Args:
-        x: `[rows, in_features]`, as in `masked_linear`.
+        x: `[tasks, rows, in_features]`, or `[rows, in_features]` for all tasks; as in `masked_linear`.
         weight: As in `masked_linear`.
         masks: `[tasks, out_features, in_features]`, bool, or their `pack_words`.
         bias: As in `masked_linear`; one for all tasks.
-        starts: Where each task's rows start in `x`.
-        lengths: How many they are.
         activation: As in `masked_linear`.
 
     Returns:
-        `[sum of lengths, out_features]`, dtype of `x`: the tasks' rows one after another.
+        `[tasks, rows, out_features]`, dtype of `x`.
 
     Raises:
-        ValueError: As `masked_linear`, or if a range is not inside `x`.
+        ValueError: As `masked_linear`, or if `x` has the rows of another number of tasks.
 
     Example:
         >>> x, weight, masks = torch.ones(3, 2), torch.ones(1, 2), torch.tensor([[[True, False]], [[True, True]]])
-        >>> masked_linear_tasks(x, weight, masks, None, starts=(0, 1), lengths=(2, 2)).flatten().tolist()
-        [1.0, 1.0, 2.0, 2.0]
+        >>> masked_linear_tasks(x, weight, masks).flatten(1).tolist()
+        [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
     """
     x = _autocast(x)
-    if x.dim() != 2 or masks.dim() != 3:
-        raise ValueError(
-            f"x and masks: got shapes {tuple(x.shape)} and {tuple(masks.shape)}, wanted [rows, in_features] and "
-            "[tasks, out_features, in_features]"
-        )
+    if masks.dim() != 3:
+        raise ValueError(f"masks: got shape {tuple(masks.shape)}, wanted [tasks, out_features, in_features]")
+    if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(masks)):
+        wanted = f"[rows, in_features] or [{len(masks)}, rows, in_features], for as many tasks as there are masks"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted {wanted}")
     _check_masked_linear(x, weight, masks, bias, activation)
-    if not len(masks) == len(starts) == len(lengths):
-        raise ValueError(f"starts, lengths: got {len(starts)} and {len(lengths)}, wanted {len(masks)}, one a task")
-    for start, length in zip(starts, lengths, strict=True):
-        if start < 0 or length < 0 or start + length > x.shape[0]:
-            raise ValueError(f"range: got {length} rows from {start} on, wanted some of the {x.shape[0]} rows of x")
-    y = torch.ops.lt4rec_sparse.masked_linear(x, weight, masks, bias, list(starts), list(lengths), activation)
-    return cast(Tensor, y)
+    rows = x if x.dim() == 3 else x[None]
+    return cast(Tensor, torch.ops.lt4rec_sparse.masked_linear(rows, weight, masks, bias, activation))
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -164,14 +142,15 @@ def _check_masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor 
 
 
 def _on_gpu(name: str) -> Callable[..., Tensor]:
-    """Return the GPU's kernel; it is imported when it is first called, since CPU builds of torch have no Triton."""
     specification = getattr(reference, name)
 
     def run(first: Tensor, *rest: Any) -> Tensor:
         if first.dtype == torch.float64:  # for checks of gradients: the kernels sum in float32
             return cast(Tensor, specification(first, *rest))
-        kernel = getattr(importlib.import_module("lt4rec_sparse.kernels.gpu.masked_linear"), name)
-        return cast(Tensor, kernel(first, *rest))
+        # Imported when first called, and here alone: CPU builds of torch have no Triton.
+        from lt4rec_sparse.kernels.gpu import masked_linear as kernels
+
+        return cast(Tensor, getattr(kernels, name)(first, *rest))
 
     return run
 
@@ -192,36 +171,24 @@ for _name in ("masked_linear", "masked_linear_dgrad", "masked_linear_wgrad"):
 
 
 @torch.library.register_fake("lt4rec_sparse::masked_linear")
-def _masked_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-) -> Tensor:
-    return x.new_empty(sum(lengths), weight.shape[0])
+def _masked_linear_fake(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(masks.shape[0], x.shape[1], weight.shape[0])
 
 
 @torch.library.register_fake("lt4rec_sparse::masked_linear_dgrad")
-def _masked_linear_dgrad_fake(
-    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
-) -> Tensor:
-    return dy.new_empty(rows, weight.shape[1])
+def _masked_linear_dgrad_fake(dy: Tensor, weight: Tensor, masks: Tensor, is_shared: bool) -> Tensor:
+    return dy.new_empty(1 if is_shared else masks.shape[0], dy.shape[1], weight.shape[1])
 
 
 @torch.library.register_fake("lt4rec_sparse::masked_linear_wgrad")
-def _masked_linear_wgrad_fake(
-    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    return dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
+def _masked_linear_wgrad_fake(dy: Tensor, x: Tensor, masks: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty(dy.shape[2], x.shape[2], dtype=dtype)
 
 
 def _masked_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, masks, bias, ctx.starts, ctx.lengths, activation = inputs
+    x, weight, masks, bias, activation = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # Of a ReLU the result tells where its gradient passes. weight * mask is formed again, and never kept.
+    # The result of a ReLU tells where its gradient passes. weight * mask is formed again, and never kept.
     ctx.save_for_backward(x, weight, masks, *([output] if activation == "relu" else []))
 
 
@@ -229,15 +196,12 @@ def _masked_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, masks, *outputs = ctx.saved_tensors
     if outputs:
         dy = torch.ops.aten.threshold_backward(dy, outputs[0], 0)
-    needs_x, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
-    rows, ranges = x.shape[0], (ctx.starts, ctx.lengths)
+    needs_x, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
     return (
-        torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, weight, masks, *ranges, rows) if needs_x else None,
-        torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, x, masks, *ranges, weight.dtype) if needs_weight else None,
+        torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, weight, masks, x.shape[0] == 1) if needs_x else None,
+        torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, x, masks, weight.dtype) if needs_weight else None,
         None,
-        dy.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
-        None,
-        None,
+        dy.sum((0, 1), dtype=ctx.bias_dtype) if needs_bias else None,
         None,
     )
 
@@ -251,34 +215,25 @@ torch.library.register_autograd(
 
 
 def _dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, weight, masks, ctx.starts, ctx.lengths, _ = inputs
+    dy, weight, masks, _ = inputs
     ctx.save_for_backward(dy, weight, masks)
 
 
 def _dgrad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dy, weight, masks = ctx.saved_tensors
-    ranges = (ctx.starts, ctx.lengths)
-    d_dy = torch.ops.lt4rec_sparse.masked_linear(g, weight, masks, None, *ranges, "none")
-    return (
-        d_dy,
-        torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, g, masks, *ranges, weight.dtype),
-        None,
-        None,
-        None,
-        None,
-    )
+    d_dy = torch.ops.lt4rec_sparse.masked_linear(g, weight, masks, None, "none")
+    return d_dy, torch.ops.lt4rec_sparse.masked_linear_wgrad(dy, g, masks, weight.dtype), None, None
 
 
 def _wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, x, masks, ctx.starts, ctx.lengths, _ = inputs
+    dy, x, masks, _ = inputs
     ctx.save_for_backward(dy, x, masks)
 
 
 def _wgrad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dy, x, masks = ctx.saved_tensors
-    ranges = (ctx.starts, ctx.lengths)
-    d_dy = torch.ops.lt4rec_sparse.masked_linear(x, g, masks, None, *ranges, "none")
-    return d_dy, torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, g, masks, *ranges, x.shape[0]), None, None, None, None
+    d_dy = torch.ops.lt4rec_sparse.masked_linear(x, g, masks, None, "none")
+    return d_dy, torch.ops.lt4rec_sparse.masked_linear_dgrad(dy, g, masks, x.shape[0] == 1), None, None
 
 
 torch.library.register_autograd("lt4rec_sparse::masked_linear_dgrad", _dgrad_backward, setup_context=_dgrad_setup)

@@ -77,6 +77,14 @@ def prepack(network: FrozenNetwork, precision: str = "fp32") -> Tensor:
     return cpu.prepack(network, precision)
 
 
+def layout_nbytes(network: FrozenNetwork, precision: str = "fp32") -> dict[str, int]:
+    """Return layout of the engine -> bytes that it takes once a batch size needs it; nothing without the engine."""
+    if not cpu.is_available():
+        return {}
+    layouts = cpu.LAYOUTS if precision != "int8" else cpu.LAYOUTS[:1]
+    return {layout: cpu.prepack(network, precision, (layout,)).numel() for layout in layouts}
+
+
 def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     """Run all tasks' sparse MLPs over one `x`, in one call: `h = activation(h @ (weight * mask_task).T + bias)`.
 
