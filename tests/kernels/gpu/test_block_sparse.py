@@ -216,6 +216,10 @@ def test_equal_calls_give_equal_bits_and_rows_do_not_see_each_other() -> None:
     packed = BlockWeight.from_dense(weight, block_masks(1, 32, 64, 16, 0.5, seed=2), 16, torch.float32)
     y = forward(x, packed, None, (0,), (20,))
     assert_exact(forward(x, packed, None, (0,), (20,)), y)
+    if DEVICE.type == "cpu":  # the interpreter's BLAS sums rows in another order by their place: integers, exact in any
+        x = draw(20, 64, seed=0)
+        packed = BlockWeight.from_dense(weight.sign(), block_masks(1, 32, 64, 16, 0.5, seed=2), 16, torch.float32)
+        y = forward(x, packed, None, (0,), (20,))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     assert_exact(forward(x[order], packed, None, (0,), (20,)), y[order])
 
