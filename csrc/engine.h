@@ -121,16 +121,16 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 //
 // BlobHeader | LayerRecord[layers], task by task | the sections of each layer. Every section starts at a multiple of
 // BLOB_ALIGNMENT bytes from the blob's start, where the records say; the blob's size is a multiple of it too, so that
-// a blob may end right at the end of a page. Little-endian and private to this build: what goes to disk is the
-// canonical CSR. The only writer is lt4rec_prepack; calls check the header and trust the rest.
+// a blob may end right at the end of a page. Little-endian and private to this build: what goes to disk are the
+// canonical layers. The only writer is lt4rec_prepack; calls check the header and trust the rest.
 //
 // Ordering: the features of a hidden layer stand in descending order of their kept weights, and the next layer's
 // columns are renumbered to match. Inputs and heads keep their order.
 //
-// Sharing: where several tasks keep the same weights of the first layer, their products are formed once. A SHARED
-// layer has 1 + tasks parts of `part_features` features each: what all tasks keep, then what each keeps beside it.
-// A COMBINED layer of a task has no weights: it adds part 0 and the task's own part.
-enum { BLOB_VERSION = 2, BLOB_ALIGNMENT = 64 };
+// Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
+// features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
+// has no weights: it adds the task's parts in their order.
+enum { BLOB_VERSION = 3, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -150,8 +150,11 @@ typedef struct {
   uint32_t layers;         // records
   uint32_t hidden_features;  // of the widest layer's output, shared layers apart; a multiple of GROUP
   uint32_t shared_features;  // of the shared layer's output; 0 for none
-  uint32_t reserved;
+  uint32_t layouts;        // those that the blob holds
 } BlobHeader;
+
+// A network is prepacked for the paths that it will take; tables are for PATH_TABLES, slices for PATH_SLICES.
+enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2 };
 
 enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
 enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
@@ -162,12 +165,13 @@ typedef struct {
   uint32_t out_features;   // SHARED: of all parts together
   uint32_t activation;     // SHARED: none
   uint32_t is_head;        // 1: the last layer of its task; its result goes to out, the next layer reads x again
-  uint32_t part;           // COMBINED: the task's own part
+  uint32_t part_count;     // COMBINED
   uint32_t part_features;  // SHARED and COMBINED; a multiple of GROUP
   float inverse_scale;     // S8, of the activations that enter: code = round(x * inverse_scale) + zero_point
   int32_t zero_point;      // S8: 0 to 255
   uint32_t reserved;
   uint64_t bias;           // float[padded(out_features)]; zeros where there is none
+  uint64_t parts;          // COMBINED: uint32_t[part_count], at least one
   // Slices (F32, BF16; none in COMBINED).
   uint64_t block_slices;   // uint32_t[block_count(in_features)]: how many slices each block has
   uint64_t slices;         // Slice[]: block after block
@@ -183,19 +187,22 @@ typedef struct {
   uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
 } LayerRecord;
 
-// One layer in canonical CSR. Addresses travel as integers, so that a caller without C can write this as int64s; the
-// scale travels as the bits of a double.
+// One task's layer in canonical form, which is that of formats.py and of artefacts. Tasks whose layers have the same
+// `values` and `planes` share the weight. Addresses travel as integers, so that a caller without C can write this as
+// int64s; the scale travels as the bits of a double.
 typedef struct {
-  int64_t crow_indices;  // int32_t[out_features + 1]
-  int64_t col_indices;   // int32_t[nnz], strictly ascending within a row
-  int64_t values;        // float[nnz]
+  int64_t values;        // float[nnz]: what any task keeps, row by row, columns ascending
+  int64_t planes;        // uint8_t[tasks][out_features][(in_features + 7) / 8]: column k is bit k % 8 of byte k / 8;
+                         // padding is 0. Or 0 for a dense weight, all of whose values stand in `values`
+  int64_t tasks;         // planes
+  int64_t task;          // the plane that this layer reads
   int64_t bias;          // float[out_features], or 0 for none
   int64_t in_features;   // at least 1
   int64_t out_features;  // at least 1; above MAX_OUT_FEATURES is refused
   int64_t nnz;
   int64_t activation;
   int64_t is_head;
-  double input_scale;    // S8: what one step of the codes of the activations that enter is worth; above 0
+  double input_scale;    // S8: what one step of the quantised input is worth; above 0
   int64_t input_zero_point;
 } CanonicalLayer;
 
@@ -207,7 +214,9 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 3276
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, uint8_t** blob, char* message);
+// `layouts` are those that the blob shall hold; S8 has only tables.
+int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts, uint8_t** blob,
+                       char* message);
 void lt4rec_free(uint8_t* blob);
 
 // --- The part of the engine that is written once per instruction set ----------------------------------------------
@@ -237,7 +246,8 @@ typedef struct {
   // Element by element, `count` of them; vectorised by the compiler from one source, elementwise.h.
   void (*widen_bf16)(const uint16_t* from, int64_t count, float* to);
   void (*round_bf16)(const float* from, int64_t count, uint16_t* to);  // denormals become zeros, NaN stays NaN
-  // to = relu(a + b + bias), or without relu; `b` and `bias` may be null. A line gets its zeros too.
+  // to = relu(a + b + bias), or without relu; `b` and `bias` may be null, and `to` of add_f32 may be `a`. A line gets
+  // its zeros too.
   void (*add_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to);
   void (*line_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* line);
   void (*line_bf16)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, uint16_t* line);
@@ -274,13 +284,17 @@ enum {
   STATUS_BAD_BLOB = 1,   // wrong magic, version, size or alignment
   STATUS_BAD_SHAPE = 2,  // in_features or outputs are not the blob's
   STATUS_NO_MEMORY = 3,
+  STATUS_NO_LAYOUT = 4,  // the blob was not prepacked for the path
 };
 
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
-// Which path a call takes. AUTO: by batch size. S8 has only tables.
+// Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has. S8 has only tables.
 enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2 };
+
+// PATH_TABLES or PATH_SLICES: what is faster for this many rows.
+int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch);
 
 typedef struct {
   const void* x;        // float[batch, in_features], or bfloat16

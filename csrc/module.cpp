@@ -1,5 +1,5 @@
 // The module lt4rec_sparse.kernels._engine: addresses and sizes in, status out. The door that checks its arguments is
-// native.py; this file only unpacks integers and lets go of the GIL.
+// cpu.py; this file only unpacks integers and lets go of the GIL.
 //
 // METH_FASTCALL on the limited API: one build serves every CPython from 3.10, at 1.5 us a call.
 #define PY_SSIZE_T_CLEAN
@@ -55,14 +55,21 @@ PyObject* set_isa(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// prepack(layers, count, precision) -> bytearray
+// path(precision, batch) -> PATH_TABLES or PATH_SLICES
+PyObject* path(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t a[2];
+  if (!unpack(args, count, a, 2)) return nullptr;
+  return PyLong_FromLongLong(lt4rec_path(isa_in_force, a[0], a[1]));
+}
+
+// prepack(layers, count, precision, layouts) -> bytearray
 PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[3], bytes;
-  if (!unpack(args, count, a, 3)) return nullptr;
+  int64_t a[4], bytes;
+  if (!unpack(args, count, a, 4)) return nullptr;
   char message[MESSAGE_BYTES] = "";
   uint8_t* blob;
   Py_BEGIN_ALLOW_THREADS;
-  bytes = lt4rec_prepack(address<const CanonicalLayer>(a[0]), a[1], a[2], &blob, message);
+  bytes = lt4rec_prepack(address<const CanonicalLayer>(a[0]), a[1], a[2], a[3], &blob, message);
   Py_END_ALLOW_THREADS;
   if (bytes == -1) PyErr_SetString(PyExc_ValueError, message);
   if (bytes == -2) PyErr_NoMemory();
@@ -86,7 +93,7 @@ PyObject* sparse_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(status);
 }
 
-// describe(blob, bytes) -> the header's facts in the order of native.py, or None for no blob of ours
+// describe(blob, bytes) -> the header's facts in the order of cpu.py, or None for no blob of ours
 PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t a[2];
   if (!unpack(args, count, a, 2)) return nullptr;
@@ -95,7 +102,7 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   BlobHeader h;
   std::memcpy(&h, blob, sizeof(h));
   using Long = unsigned long long;
-  return Py_BuildValue("(IIIIIKKKKKKK)", h.precision, h.in_features, h.outputs, h.tasks, h.layers, Long(h.nnz),
+  return Py_BuildValue("(IIIIIIKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers, Long(h.nnz),
                        Long(h.products), Long(h.slice_products), Long(h.table_products), Long(h.bytes),
                        Long(h.slice_bytes), Long(h.table_bytes));
 }
@@ -106,6 +113,7 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, nullptr},
     {"supported_isas", supported_isas, METH_NOARGS, nullptr},
     {"set_isa", FASTCALL(set_isa), nullptr},
+    {"path", FASTCALL(path), nullptr},
     {"prepack", FASTCALL(prepack), nullptr},
     {"sparse_mlp", FASTCALL(sparse_mlp), nullptr},
     {"describe", FASTCALL(describe), nullptr},
@@ -121,7 +129,8 @@ PyMODINIT_FUNC PyInit__engine(void) {
   PyObject* module = PyModule_Create(&definition);
   if (module && (PyModule_AddIntConstant(module, "STATUS_BAD_BLOB", STATUS_BAD_BLOB) < 0 ||
                  PyModule_AddIntConstant(module, "STATUS_BAD_SHAPE", STATUS_BAD_SHAPE) < 0 ||
-                 PyModule_AddIntConstant(module, "STATUS_NO_MEMORY", STATUS_NO_MEMORY) < 0))
+                 PyModule_AddIntConstant(module, "STATUS_NO_MEMORY", STATUS_NO_MEMORY) < 0 ||
+                 PyModule_AddIntConstant(module, "STATUS_NO_LAYOUT", STATUS_NO_LAYOUT) < 0))
     Py_CLEAR(module);
   return module;
 }

@@ -1,26 +1,101 @@
-// Canonical CSR -> the layers of a blob. The only place that checks what the kernels trust.
+// Compressed weights, as files and formats.py hold them -> the layers of a blob. The only place that checks what the kernels trust.
 #include "network.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <functional>
+#include <map>
 #include <numeric>
+#include <utility>
 
 namespace lt4rec {
 namespace {
 
-struct Csr {
-  const int32_t* crow_indices;
-  const int32_t* col_indices;
-  const float* values;
-  const float* bias;
+// __builtin_popcount is a call into the library where the build may not assume the instruction.
+struct BitCounts {
+  uint8_t of[256] = {};
+  constexpr BitCounts() {
+    for (int byte = 1; byte < 256; ++byte) of[byte] = uint8_t(of[byte / 2] + byte % 2);
+  }
+};
+constexpr BitCounts kBits;
 
-  explicit Csr(const CanonicalLayer& layer)
-      : crow_indices(reinterpret_cast<const int32_t*>(layer.crow_indices)),
-        col_indices(reinterpret_cast<const int32_t*>(layer.col_indices)),
-        values(reinterpret_cast<const float*>(layer.values)),
-        bias(reinterpret_cast<const float*>(layer.bias)) {}
+int64_t count_bits(const uint8_t* bytes, int64_t count) {
+  int64_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits += kBits.of[bytes[i]];
+  return bits;
+}
+
+// One task's view of a compressed weight: the kept weights of a row are the set bits of its plane, and their values
+// stand among those of the union's set bits.
+class View {
+ public:
+  explicit View(const CanonicalLayer& layer)
+      : layer_(layer), values_(reinterpret_cast<const float*>(layer.values)),
+        planes_(reinterpret_cast<const uint8_t*>(layer.planes)), bytes_((layer.in_features + 7) / 8) {
+    if (planes_) {
+      const int64_t plane = layer.out_features * bytes_;
+      union_.assign(planes_, planes_ + plane);
+      for (int64_t task = 1; task < layer.tasks; ++task)
+        for (int64_t i = 0; i < plane; ++i) union_[size_t(i)] |= planes_[task * plane + i];
+    }
+    for (int64_t row = 0; row < layer.out_features; ++row) {
+      starts_.push_back(nnz_of_union_);
+      nnz_of_union_ += planes_ ? count_bits(&union_[size_t(row * bytes_)], bytes_) : layer.in_features;
+    }
+  }
+
+  int64_t nnz_of_union() const { return nnz_of_union_; }
+
+  // Calls visit(column, value, index of the value) for each weight of the row that the layer's task keeps, columns
+  // ascending.
+  template <class Visit>
+  void each_kept(int64_t row, Visit visit) const {
+    int64_t index = starts_[size_t(row)];
+    if (!planes_) {
+      for (int64_t column = 0; column < layer_.in_features; ++column, ++index)
+        visit(int32_t(column), values_[index], index);
+      return;
+    }
+    const uint8_t *own = plane(layer_.task, row), *all = &union_[size_t(row * bytes_)];
+    for (int64_t byte = 0; byte < bytes_; ++byte)
+      for (unsigned bits = all[byte], kept = own[byte]; bits; bits &= bits - 1, ++index)
+        if (kept & bits & -bits) visit(int32_t(byte * 8 + __builtin_ctz(bits)), values_[index], index);
+  }
+
+  // The same for each weight of the union.
+  template <class Visit>
+  void each_of_union(int64_t row, Visit visit) const {
+    int64_t index = starts_[size_t(row)];
+    const uint8_t* all = &union_[size_t(row * bytes_)];
+    for (int64_t byte = 0; byte < bytes_; ++byte)
+      for (unsigned bits = all[byte]; bits; bits &= bits - 1, ++index)
+        visit(int32_t(byte * 8 + __builtin_ctz(bits)), values_[index], index);
+  }
+
+  const uint8_t* own_bits(int64_t row) const { return plane(layer_.task, row); }
+  const uint8_t* union_bits(int64_t row) const { return &union_[size_t(row * bytes_)]; }
+  int64_t row_bytes() const { return bytes_; }
+
+  std::vector<int64_t> kept_weights() const {
+    std::vector<int64_t> kept;
+    for (int64_t row = 0; row < layer_.out_features; ++row)
+      kept.push_back(planes_ ? count_bits(plane(layer_.task, row), bytes_) : layer_.in_features);
+    return kept;
+  }
+
+ private:
+  const uint8_t* plane(int64_t task, int64_t row) const {
+    return planes_ + (task * layer_.out_features + row) * bytes_;
+  }
+
+  const CanonicalLayer& layer_;
+  const float* values_;
+  const uint8_t* planes_;
+  std::vector<uint8_t> union_;  // of the planes; empty where the weight is dense
+  int64_t bytes_, nnz_of_union_ = 0;
+  std::vector<int64_t> starts_;  // of each row in the values
 };
 
 // Where each feature of a layer's input or output stands: position[feature].
@@ -80,41 +155,30 @@ Layer without_weights(const CanonicalLayer& from, const Positions& rows) {
   layer.is_head = uint32_t(from.is_head);
   layer.input_scale = from.input_scale;
   layer.zero_point = int32_t(from.input_zero_point);
-  if (const float* bias = Csr(from).bias)
+  if (const auto* bias = reinterpret_cast<const float*>(from.bias))
     for (int32_t row : inverse(rows)) layer.bias.push_back(bias[row]);
   return layer;
 }
 
-Layer linear(const CanonicalLayer& from, const Positions& columns, const Positions& rows) {
-  const Csr csr(from);
+Layer linear(const CanonicalLayer& from, const View& view, const Positions& columns, const Positions& rows) {
   Layer layer = without_weights(from, rows);
   layer.weight.columns = from.in_features;
+  layer.weight.expect(kept_weights(from));
   RowBuilder builder(from.in_features);
   for (int32_t row : inverse(rows)) {
-    for (int32_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i)
-      builder.set(columns[size_t(csr.col_indices[i])], csr.values[i]);
+    view.each_kept(row, [&](int32_t column, float value, int64_t) { builder.set(columns[size_t(column)], value); });
     builder.append_to(layer.weight);
   }
   return layer;
 }
 
-std::vector<int64_t> kept_weights(const CanonicalLayer& layer) {
-  const Csr csr(layer);
-  std::vector<int64_t> kept;
+// The largest absolute weight of each row, over what the layer's own task keeps.
+std::vector<float> largest_weights(const CanonicalLayer& layer, const View& view) {
+  std::vector<float> largest(size_t(layer.out_features));
   for (int64_t row = 0; row < layer.out_features; ++row)
-    kept.push_back(csr.crow_indices[row + 1] - csr.crow_indices[row]);
-  return kept;
-}
-
-// The largest absolute weight of each row, over all of `layers`, whose rows are as many.
-std::vector<float> largest_weights(const std::vector<const CanonicalLayer*>& layers) {
-  std::vector<float> largest(size_t(layers[0]->out_features));
-  for (const CanonicalLayer* layer : layers) {
-    const Csr csr(*layer);
-    for (size_t row = 0; row < largest.size(); ++row)
-      for (int32_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i)
-        largest[row] = std::max(largest[row], std::fabs(csr.values[i]));
-  }
+    view.each_kept(row, [&](int32_t, float value, int64_t) {
+      largest[size_t(row)] = std::max(largest[size_t(row)], std::fabs(value));
+    });
   return largest;
 }
 
@@ -124,90 +188,145 @@ std::vector<float> in_order(const std::vector<float>& values, const Positions& p
   return ordered;
 }
 
-// What the tasks' first layers have in common: for each row, the columns and values that all of them keep.
-Matrix common_weights(const std::vector<const CanonicalLayer*>& tasks) {
-  Matrix common;
-  common.columns = tasks[0]->in_features;
-  std::vector<Csr> csrs;
-  for (const CanonicalLayer* task : tasks) csrs.emplace_back(*task);
-  std::vector<int32_t> at(tasks.size());
-  for (int64_t row = 0; row < tasks[0]->out_features; ++row) {
-    for (size_t t = 0; t < tasks.size(); ++t) at[t] = csrs[t].crow_indices[row];
-    for (int32_t i = csrs[0].crow_indices[row]; i < csrs[0].crow_indices[row + 1]; ++i) {
-      bool in_all = true;
-      for (size_t t = 1; t < tasks.size(); ++t) {
-        const int32_t end = csrs[t].crow_indices[row + 1];
-        while (at[t] < end && csrs[t].col_indices[at[t]] < csrs[0].col_indices[i]) ++at[t];
-        in_all = in_all && at[t] < end && csrs[t].col_indices[at[t]] == csrs[0].col_indices[i] &&
-                 std::memcmp(&csrs[t].values[at[t]], &csrs[0].values[i], sizeof(float)) == 0;
-      }
-      if (!in_all) continue;
-      common.column.push_back(csrs[0].col_indices[i]);
-      common.value.push_back(csrs[0].values[i]);
-    }
-    common.end_row();
-  }
-  return common;
+bool shares_weight(const CanonicalLayer& a, const CanonicalLayer& b) {
+  return a.planes != 0 && a.planes == b.planes && a.values == b.values;
 }
 
-// Appends one part of a shared layer: `common`, or with it what the task keeps beside it; whole groups.
-void append_part(const Matrix& common, const CanonicalLayer* task, const Positions& rows, int64_t part_features,
-                 Matrix& weight) {
-  for (int32_t row : inverse(rows)) {
-    int64_t c = common.starts[size_t(row)];
-    const int64_t end = common.starts[size_t(row) + 1];
-    if (!task) {
-      weight.column.insert(weight.column.end(), common.column.begin() + c, common.column.begin() + end);
-      weight.value.insert(weight.value.end(), common.value.begin() + c, common.value.begin() + end);
-    } else {
-      const Csr csr(*task);
-      for (int32_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i) {
-        if (c < end && common.column[size_t(c)] == csr.col_indices[i]) {
-          ++c;
-          continue;
+// Who keeps each weight of a union: `set_of[i]` is the number of a set of tasks, `sets` has a bit for each of its tasks.
+struct Owners {
+  std::vector<uint32_t> set_of;
+  std::vector<uint64_t> sets;
+  std::vector<int64_t> counts;  // of each set's weights
+};
+
+Owners owners_of(const std::vector<View>& tasks, int64_t out_features) {
+  Owners owners;
+  owners.set_of.reserve(size_t(tasks[0].nnz_of_union()));
+  std::map<uint64_t, uint32_t> numbers;
+  std::vector<uint32_t> of_few(tasks.size() <= 8 ? 256 : 0);  // the number and one of each set, where sets are few
+  std::vector<const uint8_t*> own(tasks.size());
+  for (int64_t row = 0; row < out_features; ++row) {
+    for (size_t t = 0; t < tasks.size(); ++t) own[t] = tasks[t].own_bits(row);
+    const uint8_t* all = tasks[0].union_bits(row);
+    for (int64_t byte = 0; byte < tasks[0].row_bytes(); ++byte) {
+      for (unsigned bits = all[byte]; bits; bits &= bits - 1) {
+        const int bit = __builtin_ctz(bits);
+        uint64_t set = 0;  // without a branch: masks are as good as random
+        for (size_t t = 0; t < tasks.size(); ++t) set |= uint64_t(own[t][byte] >> bit & 1) << t;
+        uint32_t number = set < of_few.size() ? of_few[set] : 0;
+        if (number == 0) {
+          const auto found = numbers.try_emplace(set, uint32_t(owners.sets.size())).first;
+          if (found->second == owners.sets.size()) owners.sets.push_back(set), owners.counts.push_back(0);
+          number = found->second + 1;
+          if (set < of_few.size()) of_few[set] = number;
         }
-        weight.column.push_back(csr.col_indices[i]);
-        weight.value.push_back(csr.values[i]);
+        owners.set_of.push_back(number - 1);
+        ++owners.counts[number - 1];
       }
     }
-    weight.end_row();
   }
-  for (auto row = int64_t(rows.size()); row < part_features; ++row) weight.end_row();
+  return owners;
+}
+
+// The parts of a shared layer: sets of tasks, the shared ones first, then each task's own. What the tasks of set s keep
+// goes to the parts `cover[s]`, which are disjoint and have those tasks as their union.
+struct Parts {
+  std::vector<uint64_t> sets;
+  std::vector<std::vector<uint32_t>> cover;
+  size_t shared = 0;
+};
+
+Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features) {
+  constexpr int64_t kMostShared = 8;       // the sums of more parts cost what they save
+  constexpr size_t kMostCandidates = 256;  // the search is quadratic in them
+  const int64_t room = MAX_OUT_FEATURES / padded(out_features) - int64_t(tasks);
+  Parts parts;
+  parts.cover.resize(owners.sets.size());
+  std::vector<uint64_t> left(owners.sets);  // of each set, the tasks that no part serves yet
+  std::vector<std::pair<int64_t, uint64_t>> candidates;
+  for (size_t s = 0; s < owners.sets.size(); ++s)
+    if (owners.sets[s] & (owners.sets[s] - 1)) candidates.emplace_back(owners.counts[s], owners.sets[s]);
+  std::sort(candidates.begin(), candidates.end(), std::greater<>());
+  if (candidates.size() > kMostCandidates) candidates.resize(kMostCandidates);
+  const auto take = [&](uint64_t part) {
+    for (size_t s = 0; s < left.size(); ++s) {
+      if (part & ~left[s]) continue;
+      parts.cover[s].push_back(uint32_t(parts.sets.size()));
+      left[s] &= ~part;
+    }
+    parts.sets.push_back(part);
+  };
+  while (int64_t(parts.sets.size()) < std::min(kMostShared, room)) {
+    int64_t most = -1;
+    uint64_t best = 0;
+    for (const auto& candidate : candidates) {
+      const uint64_t part = candidate.second;
+      const int64_t of_part = __builtin_popcountll(part);
+      // To add one part to a task's sum costs as much as some eight multiply-adds for each output feature.
+      int64_t saved = -8 * of_part * out_features;
+      for (size_t s = 0; s < left.size(); ++s)
+        if (!(part & ~left[s])) saved += owners.counts[s] * (of_part - 1);
+      if (saved > most) most = saved, best = part;
+    }
+    if (!best) break;
+    take(best);
+  }
+  parts.shared = parts.sets.size();
+  for (size_t task = 0; task < tasks; ++task) take(uint64_t{1} << task);
+  return parts;
 }
 
 // The shared first layer of all tasks, or a layer of kind LINEAR where sharing does not pay. Writes where the tasks'
-// features stand.
-Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, Positions& positions) {
+// features stand, and which parts each task adds.
+Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::vector<View>& views,
+                   Positions& positions, std::vector<std::vector<uint32_t>>& parts_of_task) {
   const CanonicalLayer& first = *tasks[0];
-  const auto count = int64_t(tasks.size());
-  for (const CanonicalLayer* task : tasks)
-    if (task->out_features != first.out_features) return {};
-  const int64_t part_features = padded(first.out_features);
-  if (count < 2 || (count + 1) * part_features > MAX_OUT_FEATURES) return {};
-  const Matrix common = common_weights(tasks);
-  // Each task's sum of two parts costs as much as some eight products of a row.
-  if (common.nnz() * (count - 1) < 8 * count * first.out_features) return {};
-
+  if (tasks.size() < 2 || tasks.size() > 64) return {};
   bool has_head = false;
   std::vector<int64_t> kept(size_t(first.out_features));
-  for (const CanonicalLayer* task : tasks) {
-    has_head = has_head || task->is_head;
-    const std::vector<int64_t> of_task = kept_weights(*task);
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    if (!shares_weight(*tasks[t], first)) return {};
+    has_head = has_head || tasks[t]->is_head;
+    const std::vector<int64_t> of_task = views[t].kept_weights();
     for (size_t row = 0; row < kept.size(); ++row) kept[row] += of_task[row];
   }
+  const Owners owners = owners_of(views, first.out_features);
+  const Parts parts = choose_parts(owners, tasks.size(), first.out_features);
+  if (parts.shared == 0) return {};
   positions = has_head ? in_place(first.out_features) : by_kept_weights(kept);
 
+  const int64_t part_features = padded(first.out_features);
   Layer layer;
   layer.kind = LAYER_SHARED;
   layer.in_features = layer.weight.columns = first.in_features;
-  layer.out_features = (count + 1) * part_features;
+  layer.out_features = int64_t(parts.sets.size()) * part_features;
   layer.part_features = uint32_t(part_features);
   layer.input_scale = first.input_scale;
   layer.zero_point = int32_t(first.input_zero_point);
-  layer.largest = in_order(largest_weights(tasks), positions);
   layer.largest.resize(size_t(part_features));
-  append_part(common, nullptr, positions, part_features, layer.weight);
-  for (const CanonicalLayer* task : tasks) append_part(common, task, positions, part_features, layer.weight);
+  std::vector<Matrix> matrices(parts.sets.size());
+  for (size_t s = 0; s < owners.sets.size(); ++s)
+    for (uint32_t part : parts.cover[s]) matrices[part].expect(owners.counts[s]);
+  size_t position = 0;
+  for (int32_t row : inverse(positions)) {
+    float& largest = layer.largest[position++];
+    views[0].each_of_union(row, [&](int32_t column, float value, int64_t i) {
+      const std::vector<uint32_t>& cover = parts.cover[owners.set_of[size_t(i)]];
+      if (!cover.empty()) largest = std::max(largest, std::fabs(value));
+      for (uint32_t part : cover) {
+        matrices[part].column.push_back(column);
+        matrices[part].value.push_back(value);
+      }
+    });
+    for (Matrix& matrix : matrices) matrix.end_row();
+  }
+  for (const Matrix& matrix : matrices) layer.weight.append(matrix, part_features);
+  for (size_t task = 0; task < tasks.size(); ++task) {
+    std::vector<uint32_t> of_task;
+    for (size_t part = 0; part < parts.sets.size(); ++part)
+      if (parts.sets[part] >> task & 1) of_task.push_back(uint32_t(part));
+    parts_of_task.push_back(std::move(of_task));
+  }
   return layer;
 }
 
@@ -224,7 +343,6 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
                   (long long)got, (long long)bound);
     return false;
   };
-  const Csr csr(layer);
   if (layer.out_features > MAX_OUT_FEATURES) return refuse_size("out_features", layer.out_features, MAX_OUT_FEATURES);
   if (layer.in_features > MAX_IN_FEATURES) return refuse_size("in_features", layer.in_features, MAX_IN_FEATURES);
   if (precision == PRECISION_S8) {
@@ -247,30 +365,27 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
       }
       return true;
     };
-    if (!is_finite("values", csr.values, layer.nnz)) return false;
-    if (csr.bias && !is_finite("bias", csr.bias, layer.out_features)) return false;
+    if (!is_finite("values", reinterpret_cast<const float*>(layer.values), layer.nnz)) return false;
+    const auto* bias = reinterpret_cast<const float*>(layer.bias);
+    if (bias && !is_finite("bias", bias, layer.out_features)) return false;
     if (layer.input_zero_point < 0 || layer.input_zero_point > 255)
       return refuse("input_zero_point", 0, layer.input_zero_point, "0 to", 255);
   }
-  const int64_t rows = layer.out_features;
-  if (csr.crow_indices[0] != 0) return refuse("crow_indices", 0, csr.crow_indices[0], "exactly", 0);
-  if (csr.crow_indices[rows] != layer.nnz)
-    return refuse("crow_indices", rows, csr.crow_indices[rows], "nnz", layer.nnz);
-  // All row starts before any column: a start out of range would send the column check astray.
-  for (int64_t row = 0; row < rows; ++row)
-    if (csr.crow_indices[row + 1] < csr.crow_indices[row])
-      return refuse("crow_indices", row + 1, csr.crow_indices[row + 1], "at least", csr.crow_indices[row]);
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t least = 0;
-    for (int64_t i = csr.crow_indices[row]; i < csr.crow_indices[row + 1]; ++i) {
-      const int64_t column = csr.col_indices[i];
-      if (column >= layer.in_features)
-        return refuse("col_indices", i, column, "less than in_features", layer.in_features);
-      if (column < least) return refuse("col_indices", i, column, "ascending within its row, at least", least);
-      least = column + 1;
+  if (layer.planes == 0) {
+    const int64_t all = layer.in_features * layer.out_features;
+    return layer.nnz == all || refuse("values", layer.nnz, layer.nnz, "one for each weight of a dense layer,", all);
+  }
+  if (layer.task < 0 || layer.task >= layer.tasks) return refuse("task", 0, layer.task, "less than", layer.tasks);
+  if (const int64_t used = layer.in_features % 8) {
+    const auto* planes = reinterpret_cast<const uint8_t*>(layer.planes);
+    const int64_t bytes = (layer.in_features + 7) / 8;
+    for (int64_t row = 0; row < layer.tasks * layer.out_features; ++row) {
+      const int padding = planes[row * bytes + bytes - 1] >> used;
+      if (padding) return refuse("bitmask padding of row", row, padding, "exactly", 0);
     }
   }
-  return true;
+  const int64_t kept = View(layer).nnz_of_union();
+  return kept == layer.nnz || refuse("bitmask", 0, kept, "as many set bits as there are values,", layer.nnz);
 }
 
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message) {
@@ -283,43 +398,57 @@ bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLay
   return false;
 }
 
-std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count) {
+int64_t kept_weights(const CanonicalLayer& layer) {
+  const std::vector<int64_t> kept = View(layer).kept_weights();
+  return std::accumulate(kept.begin(), kept.end(), int64_t{0});
+}
+
+std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t precision) {
+  std::vector<View> views(layers, layers + count);
   std::vector<const CanonicalLayer*> firsts;
-  for (int64_t i = 0; i < count; ++i)
-    if (i == 0 || layers[i - 1].is_head) firsts.push_back(&layers[i]);
+  std::vector<View> first_views;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i != 0 && !layers[i - 1].is_head) continue;
+    firsts.push_back(&layers[i]);
+    first_views.push_back(views[size_t(i)]);
+  }
 
   std::vector<Layer> arranged;
   Positions shared_positions;
-  Layer shared = shared_layer(firsts, shared_positions);
+  std::vector<std::vector<uint32_t>> parts_of_task;
+  Layer shared = shared_layer(firsts, first_views, shared_positions, parts_of_task);
   const bool is_shared = shared.kind == LAYER_SHARED;
   const uint32_t part_features = shared.part_features;
   if (is_shared) arranged.push_back(std::move(shared));
 
-  bool is_one_width = true;
-  for (const CanonicalLayer* first : firsts)
-    is_one_width = is_one_width && first->out_features == layers[0].out_features;
-
   Positions columns;
-  uint32_t task = 0;
+  size_t task = 0;
   for (int64_t i = 0; i < count; ++i) {
     const CanonicalLayer& from = layers[i];
+    const View& view = views[size_t(i)];
     const bool is_first = i == 0 || layers[i - 1].is_head;
     if (is_first && is_shared) {
       Layer layer = without_weights(from, shared_positions);
       layer.kind = LAYER_COMBINED;
-      layer.part = ++task;
+      layer.parts = parts_of_task[task++];
       layer.part_features = part_features;
       arranged.push_back(std::move(layer));
       columns = shared_positions;
       continue;
     }
     if (is_first) columns = in_place(from.in_features);
-    Positions rows = from.is_head ? in_place(from.out_features) : by_kept_weights(kept_weights(from));
-    arranged.push_back(linear(from, columns, rows));
-    // Whether products are shared must not show in the result.
-    const bool is_alone = !is_first || !is_one_width;
-    arranged.back().largest = in_order(largest_weights(is_alone ? std::vector{&from} : firsts), rows);
+    Positions rows = from.is_head ? in_place(from.out_features) : by_kept_weights(view.kept_weights());
+    arranged.push_back(linear(from, view, columns, rows));
     columns = std::move(rows);
+    if (precision != PRECISION_S8) continue;
+    std::vector<float> largest = largest_weights(from, view);
+    // Whether multiply-adds are shared must not show in the result: tasks of one weight have their scales in common.
+    for (size_t other = 0; is_first && other < firsts.size(); ++other) {
+      if (!shares_weight(*firsts[other], from)) continue;
+      const std::vector<float> of_other = largest_weights(*firsts[other], first_views[other]);
+      for (size_t row = 0; row < largest.size(); ++row) largest[row] = std::max(largest[row], of_other[row]);
+    }
+    arranged.back().largest = in_order(largest, columns);
   }
   return arranged;
 }

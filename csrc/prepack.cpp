@@ -59,6 +59,7 @@ PackedSlices<Step> pack_slices(const Layer& layer) {
   const int64_t rows = weight.rows(), blocks = block_count(weight.columns);
   constexpr int64_t kKept = kept_per_step(static_cast<const Step*>(nullptr));
   PackedSlices<Step> packed;
+  packed.steps.reserve(size_t(weight.nnz()) / (SLICE_ROWS * kKept) * 5 / 4);  // with some padding
   std::vector<int64_t> begin(weight.starts.begin(), weight.starts.end() - 1);  // of each row in the block at hand
   std::vector<int64_t> end(begin);
   // Whole slices; rows past the last have nothing to add.
@@ -246,6 +247,7 @@ std::vector<int32_t> zero_point_sums(const Layer& layer) {
 // Appends section after section, each at its alignment.
 class BlobWriter {
  public:
+  explicit BlobWriter(uint64_t expected_bytes) { blob_.reserve(expected_bytes); }
   template <class T>
   uint64_t append(const std::vector<T>& section) {
     const uint64_t at = bytes();
@@ -286,7 +288,7 @@ void append_table(const Layer& layer, BlobWriter& writer, LayerRecord& record, B
   header.table_products += packed.weights.size();
 }
 
-std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, uint64_t nnz) {
+std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
   BlobHeader header{};
   header.magic = BLOB_MAGIC;
   header.version = BLOB_VERSION;
@@ -294,10 +296,12 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
   header.in_features = uint32_t(layers[0].in_features);
   header.layers = uint32_t(layers.size());
   header.nnz = nnz;
+  if (precision == PRECISION_S8) layouts = LAYOUT_TABLES;
+  header.layouts = uint32_t(layouts);
   std::vector<LayerRecord> records;
   std::vector<float> shared_scale;  // of a part's features
 
-  BlobWriter writer;
+  BlobWriter writer(16 * nnz + 4096);  // at least about what follows
   // The place of the header and the records, whose contents are known last.
   writer.append(std::vector<uint8_t>(sizeof(BlobHeader) + layers.size() * sizeof(LayerRecord)));
   for (Layer& layer : layers) {
@@ -307,7 +311,8 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
     record.out_features = uint32_t(layer.out_features);
     record.activation = layer.activation;
     record.is_head = layer.is_head;
-    record.part = layer.part;
+    record.part_count = uint32_t(layer.parts.size());
+    if (!layer.parts.empty()) record.parts = writer.append(layer.parts);
     record.part_features = layer.part_features;
     record.zero_point = layer.zero_point;
     if (layer.input_scale > 0) record.inverse_scale = float(1 / layer.input_scale);
@@ -331,11 +336,11 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
         append_table<TableS8>(layer, writer, record, header);
       }
     } else if (layer.kind != LAYER_COMBINED && precision == PRECISION_BF16) {
-      append_slices<StepBf16>(layer, writer, record, header);
-      append_table<TableBf16>(layer, writer, record, header);
+      if (layouts & LAYOUT_SLICES) append_slices<StepBf16>(layer, writer, record, header);
+      if (layouts & LAYOUT_TABLES) append_table<TableBf16>(layer, writer, record, header);
     } else if (layer.kind != LAYER_COMBINED) {
-      append_slices<StepF32>(layer, writer, record, header);
-      append_table<TableF32>(layer, writer, record, header);
+      if (layouts & LAYOUT_SLICES) append_slices<StepF32>(layer, writer, record, header);
+      if (layouts & LAYOUT_TABLES) append_table<TableF32>(layer, writer, record, header);
     }
     records.push_back(record);
 
@@ -353,8 +358,8 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, ui
 
 }  // namespace
 
-extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, uint8_t** blob,
-                                  char* message) {
+extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts,
+                                  uint8_t** blob, char* message) {
   *blob = nullptr;
   try {
     uint64_t nnz = 0;
@@ -362,9 +367,9 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
       if (!lt4rec::is_canonical(layers[i], i, precision, message)) return -1;
       const bool reads_x = i == 0 || layers[i - 1].is_head;
       if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
-      nnz += uint64_t(layers[i].nnz);
+      nnz += uint64_t(lt4rec::kept_weights(layers[i]));
     }
-    const std::vector<uint8_t> written = write_blob(lt4rec::arrange(layers, count), precision, nnz);
+    const std::vector<uint8_t> written = write_blob(lt4rec::arrange(layers, count, precision), precision, layouts, nnz);
     *blob = static_cast<uint8_t*>(std::aligned_alloc(BLOB_ALIGNMENT, written.size()));
     if (*blob == nullptr) return -2;
     std::memcpy(*blob, written.data(), written.size());

@@ -21,6 +21,13 @@ struct Network {
   const LayerRecord* layers;
 
   const float* floats(uint64_t section) const { return reinterpret_cast<const float*>(blob + section); }
+  const uint32_t* parts(const LayerRecord& layer) const {
+    return reinterpret_cast<const uint32_t*>(blob + layer.parts);
+  }
+  // Sums of tables hold the bias already; what is combined from parts lacks it.
+  const float* missing_bias(const LayerRecord& layer) const {
+    return layer.kind == LAYER_COMBINED ? floats(layer.bias) : nullptr;
+  }
 };
 
 // While it lives, denormals count as zero, as bfloat16 arithmetic is defined. Other processors' kernels see to it
@@ -114,15 +121,17 @@ struct LinesF32 {
                        float* y, int64_t y_stride) {
     net.isa->table_f32(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  // a + b, with the bias that only a sum of two parts still lacks.
   static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
                    float* line) {
-    const float* bias = b ? net.floats(layer.bias) : nullptr;
+    const float* bias = net.missing_bias(layer);
     net.isa->line_f32(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
   static void head(const Network& net, const LayerRecord& layer, const float* a, const float* b, float* to) {
-    const float* bias = b ? net.floats(layer.bias) : nullptr;
+    const float* bias = net.missing_bias(layer);
     net.isa->add_f32(a, b, bias, layer.out_features, layer.activation == ACTIVATION_RELU, to);
+  }
+  static void add(const Network& net, const float* a, const float* b, int64_t count, float* to) {
+    net.isa->add_f32(a, b, nullptr, count, false, to);
   }
 };
 
@@ -141,7 +150,7 @@ struct LinesBf16 : LinesF32 {
   }
   static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
                    uint16_t* line) {
-    const float* bias = b ? net.floats(layer.bias) : nullptr;
+    const float* bias = net.missing_bias(layer);
     net.isa->line_bf16(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
 };
@@ -167,6 +176,9 @@ struct LinesS8 {
   static void head(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, float* to) {
     net.isa->dequantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
     if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(to, nullptr, nullptr, layer.out_features, true, to);
+  }
+  static void add(const Network&, const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = a[i] + b[i];
   }
 };
 
@@ -214,10 +226,7 @@ class TablePath {
         Lines::multiply(net_, layer, x, x_stride, rows, values_, net_.header->hidden_features);
       for (int r = 0; r < rows; ++r) {
         const Value *a = values_ + r * int64_t{net_.header->hidden_features}, *b = nullptr;
-        if (layer.kind == LAYER_COMBINED) {
-          a = shared_ + r * int64_t{net_.header->shared_features};
-          b = a + int64_t{layer.part} * layer.part_features;
-        }
+        if (layer.kind == LAYER_COMBINED) combine(layer, r, a, b);
         Activation* line = hidden_[i % 2] + r * hidden_stride_;
         if (!layer.is_head && layer.activation == ACTIVATION_SIGMOID) {
           Lines::head(net_, layer, a, b, real_);
@@ -249,6 +258,19 @@ class TablePath {
       x = real_;
     }
     return Lines::load(net_, net_.layers[0], x, count, line);
+  }
+
+  // The parts of one row as a sum of two, or one.
+  void combine(const LayerRecord& layer, int row, const Value*& a, const Value*& b) const {
+    const Value* parts = shared_ + row * int64_t{net_.header->shared_features};
+    const auto part = [&](uint32_t p) { return parts + int64_t{net_.parts(layer)[p]} * layer.part_features; };
+    Value* sum = values_ + row * int64_t{net_.header->hidden_features};
+    a = part(0);
+    for (uint32_t p = 1; p + 1 < layer.part_count; ++p) {
+      Lines::add(net_, a, part(p), layer.part_features, sum);
+      a = sum;
+    }
+    if (layer.part_count > 1) b = part(layer.part_count - 1);
   }
 
   const Network& net_;
@@ -380,19 +402,26 @@ class SlicePath {
     }
   }
 
-  // The sum of two parts, lane by lane; the bias is the same for all of them.
+  // The sum of the parts, lane by lane; the bias is the same for all of them.
   void combine(const LayerRecord& layer, float* y, int lanes) const {
     const int64_t stride = lane_stride(lanes);
     const float* bias = net_.floats(layer.bias);
+    const uint32_t *parts = net_.parts(layer), last = layer.part_count - 1;
     for (int64_t row = 0; row < tile_rows(layer.out_features); row += BLOCK_FEATURES + 1)
       std::memset(y + row * stride, 0, size_t(stride) * sizeof(float));
     for (int64_t feature = 0; feature < layer.out_features; ++feature) {
-      const float* common = shared_ + tile_row(feature) * stride;
-      const float* own = shared_ + tile_row(int64_t{layer.part} * layer.part_features + feature) * stride;
+      const auto part = [&](uint32_t p) {
+        return shared_ + tile_row(int64_t{parts[p]} * layer.part_features + feature) * stride;
+      };
       float biases[64];
       for (int lane = 0; lane < lanes; ++lane) biases[lane] = bias[feature];
-      float* sum = y + tile_row(feature) * stride;
-      net_.isa->add_f32(common, own, biases, lanes, layer.activation == ACTIVATION_RELU, sum);
+      float* to = y + tile_row(feature) * stride;
+      const float* sum = part(0);
+      for (uint32_t p = 1; p < last; ++p) {
+        net_.isa->add_f32(sum, part(p), nullptr, lanes, false, to);
+        sum = to;
+      }
+      net_.isa->add_f32(sum, last ? part(last) : nullptr, biases, lanes, layer.activation == ACTIVATION_RELU, to);
     }
   }
 
@@ -506,23 +535,30 @@ extern "C" int lt4rec_check_blob(const uint8_t* blob, int64_t bytes) {
   return is_ours && header->bytes == uint64_t(bytes) ? STATUS_OK : STATUS_BAD_BLOB;
 }
 
+extern "C" int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch) {
+  if (precision == PRECISION_S8) return PATH_TABLES;
+  const int from = precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16;
+  return batch >= from ? PATH_SLICES : PATH_TABLES;
+}
+
 extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t bytes, const SparseMlpCall* call) {
   if (const int status = lt4rec_check_blob(blob, bytes)) return status;
   const auto* header = reinterpret_cast<const BlobHeader*>(blob);
   if (call->in_features != header->in_features || call->outputs != header->outputs) return STATUS_BAD_SHAPE;
   if (call->batch == 0) return STATUS_OK;
 
+  const int64_t wanted = call->path == PATH_AUTO ? lt4rec_path(isa, header->precision, call->batch) : call->path;
+  const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
+  if (call->path == PATH_TABLES && !has_tables) return STATUS_NO_LAYOUT;
+  if (call->path == PATH_SLICES && !has_slices && header->precision != PRECISION_S8) return STATUS_NO_LAYOUT;
+  const bool uses_slices = has_slices && (wanted == PATH_SLICES || !has_tables);
+
   const Network net{isa, blob, header, reinterpret_cast<const LayerRecord*>(header + 1)};
-  const auto uses_slices = [&](int from) {
-    return call->path == PATH_SLICES || (call->path == PATH_AUTO && call->batch >= from);
-  };
   switch (header->precision) {
     case PRECISION_F32:
-      if (uses_slices(isa->slices_from_f32)) return run_slices<TilesF32>(net, *call, false);
-      return run_tables<LinesF32>(net, *call, false);
+      return uses_slices ? run_slices<TilesF32>(net, *call, false) : run_tables<LinesF32>(net, *call, false);
     case PRECISION_BF16:
-      if (uses_slices(isa->slices_from_bf16)) return run_slices<TilesBf16>(net, *call, true);
-      return run_tables<LinesBf16>(net, *call, true);
+      return uses_slices ? run_slices<TilesBf16>(net, *call, true) : run_tables<LinesBf16>(net, *call, true);
     default: return run_tables<LinesS8>(net, *call, false);
   }
 }

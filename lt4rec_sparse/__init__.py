@@ -1,33 +1,63 @@
-"""Sparse kernels, training and serving for LT4REC: one shared ranking network, one lottery-ticket mask per task."""
+"""Run pruned networks fast, and rank with them: masks, compressed weights, CPU and GPU kernels, training and serving.
 
-from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.nn import (
-    GpuMLP,
-    MaskedLinear,
-    MaskedMLP,
-    Plan,
-    PlannedMLP,
-    SparseLinear,
-    SparseMLP,
-    freeze,
-    measure_plan,
-)
-from lt4rec_sparse.ranker import Ranker, load, save
+The public names of the library and the ranker. They are imported when they are first asked for, so that the command
+line answers `--help` without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lt4rec_sparse.formats import SharedWeight
+    from lt4rec_sparse.masks import Mask
+    from lt4rec_sparse.network import FrozenNetwork
+    from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze
+    from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "FrozenNetwork": "network",
+    "Mask": "masks",
+    "MaskedAdam": "nn",
+    "MaskedLinear": "nn",
+    "MaskedMLP": "nn",
+    "Plan": "nn",
+    "Ranker": "ranker",
+    "SharedWeight": "formats",
+    "SparseLinear": "nn",
+    "SparseMLP": "nn",
+    "freeze": "nn",
+    "load": "ranker",
+    "save": "ranker",
+}
+
 __all__ = [
-    "GpuMLP",
+    "FrozenNetwork",
     "Mask",
+    "MaskedAdam",
     "MaskedLinear",
     "MaskedMLP",
     "Plan",
-    "PlannedMLP",
     "Ranker",
+    "SharedWeight",
     "SparseLinear",
     "SparseMLP",
     "freeze",
     "load",
-    "measure_plan",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

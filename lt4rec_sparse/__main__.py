@@ -1,23 +1,28 @@
-"""`lt4rec-sparse`, and `python -m lt4rec_sparse`: the command line, or a line that says what it needs."""
+"""`lt4rec-sparse`, and `python -m lt4rec_sparse`: the command line, or one line that says what it needs."""
 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 
-NEEDS = ("typer", "rich", "pyarrow", "matplotlib", "markdown_it")
+# What the extra `recsys` installs, by import name.
+EXTRA = ("click", "markdown_it", "matplotlib", "pyarrow", "rich", "tomli", "typer")
 
 
 def main() -> None:
-    """Run the command line."""
-    missing = [name for name in NEEDS if find_spec(name) is None]
-    if missing:
-        got = f"an installation without {', '.join(missing)}, which serves artefacts from Python only"
-        sys.stderr.write(f"lt4rec-sparse: got {got}, wanted: pip install 'lt4rec-sparse[recsys]'\n")
-        sys.exit(2)
-    from lt4rec_sparse.cli import app
+    """Run the command line.
 
-    app(prog_name="lt4rec-sparse")
+    Raises:
+        SystemExit: With the exit code; without the extra `recsys`, with a line that says how to install it.
+    """
+    try:
+        from lt4rec_sparse.cli import app
+
+        app(prog_name="lt4rec-sparse")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
+            raise
+        sys.exit(f"lt4rec-sparse needs {missing}, which the extra brings: pip install 'lt4rec-sparse[recsys]'")
 
 
 if __name__ == "__main__":

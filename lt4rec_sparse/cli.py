@@ -393,21 +393,15 @@ def plan(
     """
     import torch
 
-    from lt4rec_sparse.nn import Plan, SparseMLP, measure_plan
     from lt4rec_sparse.ranker import load
 
     check_out(out)
     is_gpu = _is_gpu(device)
     mlp = load(model).mlp
-    assert isinstance(mlp, SparseMLP)
     if is_gpu and not torch.cuda.is_available():
         raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
-    sizes = {"batch_sizes": batch} if batch else {}
     try:
-        if is_gpu:
-            measured = measure_plan(mlp, precision=precision, device=device, **sizes)
-        else:
-            measured = Plan.measure(mlp, precision=precision, **sizes)
+        measured = mlp.measure_plan(batch, precision, device)
     except ValueError as error:
         raise InputError(str(error)) from error
     measured.save(out)
@@ -417,20 +411,24 @@ def plan(
 @app.command()
 def inspect(model: Artefact) -> None:
     """Show the tasks, fields, layers and bytes of an artefact."""
-    from lt4rec_sparse.ops import PRECISIONS
+    from lt4rec_sparse import ops
+    from lt4rec_sparse.network import PRECISIONS
     from lt4rec_sparse.ranker import load
 
     ranker = load(model)
+    network = ranker.mlp.network
     typer.echo(f"tasks: {', '.join(ranker.tasks)}")
     typer.echo(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
-    for i, layer in enumerate(ranker.mlp.hidden):
+    for i, layer in enumerate(network.hidden):
         kept = ", ".join(f"{task} {layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks)
         rows, columns = layer.weight.shape
         typer.echo(f"layer {i}: {columns} -> {rows}, kept by {kept}, {layer.weight.nbytes:,} bytes")
-    is_calibrated = ranker.mlp.codes is not None
+    is_calibrated = network.quantization is not None
     kinds = [precision for precision in PRECISIONS if is_calibrated or precision != "int8"]
-    prepacked = ", ".join(f"{kind} {ranker.to_precision(kind).mlp.prepacked_nbytes:,}" for kind in kinds)
-    typer.echo(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {prepacked}")
+    typer.echo(f"MLP: {network.nbytes:,} bytes; prepacked in memory, for the batch sizes in use:")
+    for kind in kinds:
+        layouts = [f"{nbytes:,} as {layout}" for layout, nbytes in ops.layout_nbytes(network, kind).items()]
+        typer.echo(f"  {kind}: {', '.join(layouts) or 'no engine'}")
     typer.echo(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
     typer.echo(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
 

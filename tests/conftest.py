@@ -1,4 +1,4 @@
-"""Settings of all tests: replayable examples, no deadline (a first call may compile or page in)."""
+"""Settings for all tests: replayable examples, no deadline (a first call may compile or page in)."""
 
 import os
 
@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-# Without a GPU the Triton kernels are interpreted. Triton reads this when a kernel is defined, so it stands before all.
+# Without a GPU the Triton kernels are interpreted. Triton reads this when a kernel is defined: set it before all else.
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 else:
@@ -18,11 +18,22 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill `torch.empty` with NaN, so that a result that was never written does not pass for zero."""
+    """Fill `torch.empty` with NaN, so that a result that was never written cannot pass for zero."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# Registered in pyproject.toml; each implies `heavy`.
+HEAVY = ("ahead_of_time", "bench_short", "gpu_rehearsal", "neon", "packaging", "sanitizers", "triton36")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.get_closest_marker(name) for name in HEAVY):
+            item.add_marker("heavy")
 
 
 def pytest_configure() -> None:

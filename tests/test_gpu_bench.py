@@ -38,6 +38,7 @@ def rehearsal(tmp_path_factory):
     return done, json.loads(out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.gpu_rehearsal
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 class TestRehearsal:
     def test_every_case_ran_and_nothing_failed(self, rehearsal):

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
+
 _engine: Any
 _absence_reason = ""
 try:
@@ -26,26 +28,28 @@ except ImportError as error:
     _engine = None
     _absence_reason = str(error)
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
-PRECISIONS = ("fp32", "bf16", "int8")
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/engine.h
 PATHS = ("auto", "tables", "slices")
 Path = Literal["auto", "tables", "slices"]
+LAYOUTS = ("tables", "slices")  # bit i of the engine's layouts
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackLayer(NamedTuple):
-    """One layer in canonical CSR: `activation(x @ W.T + bias)`; all tensors contiguous on the CPU.
+    """One task's layer as the engine takes it: `activation(x @ (weight * mask).T + bias)`; contiguous CPU tensors.
 
-    Columns ascend strictly within a row. A kept weight may be 0; it still meets its activation.
+    Layers of several tasks that hold the same `values` and `planes` share the weight. A kept weight may be 0; it still
+    meets its activation.
     """
 
-    crow_indices: Tensor  # int32 [out_features + 1]
-    col_indices: Tensor  # int32 [nnz]
-    values: Tensor  # float32 [nnz]
+    values: Tensor  # float32 [nnz]: what any task keeps, row by row, columns ascending
+    planes: Tensor | None  # uint8 [tasks, out_features, ceil(in_features / 8)], as SharedWeight.bitmask; None: dense
+    task: int  # the plane that this layer reads
     bias: Tensor | None  # float32 [out_features]
     in_features: int
-    activation: str  # "none", "relu" or "sigmoid"
-    # Of the activations that enter, in int8 only: code = round(x / input_scale) + input_zero_point, within 0 to 255.
+    out_features: int
+    activation: str  # one of network.ACTIVATIONS
+    # Of the input, in int8 only: q = round(x / input_scale) + input_zero_point, within 0 to 255.
     input_scale: float = 0.0
     input_zero_point: int = 0
 
@@ -85,29 +89,77 @@ def forced_isa(name: str) -> Iterator[None]:
         _force_isa(before)
 
 
-def prepack(tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32") -> Tensor:
-    """Lay out the layers of all tasks for the kernels: one blob for every batch size and instruction set.
+def path_for(batch: int, precision: str) -> str:
+    """Name the faster path for `batch` rows on the instruction set in force: "tables" or "slices"."""
+    return PATHS[_present().path(PRECISIONS.index(precision), batch)]
 
-    Where several tasks keep the same weights of the first layer, the blob holds those once, and their products with
-    `x` are formed once. The blob is private to this build of the engine and can be copied, but is not for the disk:
-    that takes the canonical format. Its byte specification stands in csrc/engine.h.
+
+def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] = LAYOUTS) -> Tensor:
+    """Lay out a frozen network for the kernels (`prepack_layers`), straight from its union values and bit planes.
+
+    Raises:
+        ValueError: As `prepack_layers`; or if int8 is wanted of a network without quantisation parameters.
+    """
+    if precision == "int8" and network.quantization is None:
+        raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
+    shared = [(layer, _as_float(layer.weight.values), layer.weight.bitmask.contiguous()) for layer in network.hidden]
+    tasks = []
+    for t, task in enumerate(network.tasks):
+        layers = [
+            PackLayer(
+                values,
+                planes,
+                t,
+                None if layer.bias is None else _as_float(layer.bias),
+                layer.weight.shape[1],
+                layer.weight.shape[0],
+                layer.activation,
+            )
+            for layer, values, planes in shared
+        ]
+        if network.heads:
+            weight, bias, activation = network.heads[task]
+            rows, columns = weight.shape
+            bias = None if bias is None else _as_float(bias)
+            layers.append(PackLayer(_as_float(weight).flatten(), None, 0, bias, columns, rows, activation))
+        if network.quantization is not None:
+            parameters = network.quantization[task]
+            layers = [
+                layer._replace(input_scale=scale, input_zero_point=zero_point)
+                for layer, (scale, zero_point) in zip(layers, parameters, strict=True)
+            ]
+        tasks.append(layers)
+    return prepack_layers(tasks, precision, layouts)
+
+
+def prepack_layers(
+    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = LAYOUTS
+) -> Tensor:
+    """Lay out the layers of all tasks for the kernels: one blob for every instruction set.
+
+    Where several tasks share the weight of the first layer, what they keep in common is multiplied with `x` once, for
+    each set of tasks for which that pays. The blob is private to this build of the engine and can be copied, but is not
+    for the disk: that takes the canonical format. Its byte specification stands in csrc/engine.h.
 
     Args:
         tasks: For each task its layers in order; all tasks read the same `x`.
         precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
+        layouts: Of "tables", for small batches and int8, and "slices", for large ones (sliced ELLPACK).
 
     Returns:
         `[bytes]`, uint8.
 
     Raises:
-        ValueError: If a layer is not canonical CSR, the layers do not chain, there is no such precision, or a layer
-            cannot have it (in int8: an input_scale that is not above 0, a weight that is not finite).
+        ValueError: If a layer is not canonical, the layers do not chain, there is no such precision or layout, or a
+            layer cannot have the precision (in int8: an input_scale that is not above 0, a weight that is not finite).
     """
     engine = _present()
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    if not layouts or any(layout not in LAYOUTS for layout in layouts):
+        raise ValueError(f"layouts: got {tuple(layouts)}, wanted some of {', '.join(LAYOUTS)}")
     if not tasks or not all(tasks):
         raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
     in_features = tasks[0][0].in_features
@@ -119,13 +171,14 @@ def prepack(tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32") -> Te
             if layer.in_features != wanted:
                 raise ValueError(f"{where}.in_features: got {layer.in_features}, wanted {wanted}")
             rows.append(_canonical_layer(layer, where, is_head=i == len(layers) - 1))
-            wanted = layer.crow_indices.numel() - 1
+            wanted = layer.out_features
     table = torch.tensor(rows, dtype=torch.int64)
-    blob = engine.prepack(table.data_ptr(), len(rows), PRECISIONS.index(precision))
+    bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts))
+    blob = engine.prepack(table.data_ptr(), len(rows), PRECISIONS.index(precision), bits)
     return torch.frombuffer(blob, dtype=torch.uint8).clone()  # the clone is aligned to 64 bytes
 
 
-class Network:
+class Prepacked:
     """A prepacked network, ready to be called: what a call would otherwise look up every time.
 
     Args:
@@ -141,13 +194,13 @@ class Network:
         self._blob = _blob_address(prepacked)
         self._call = _present().sparse_mlp
 
-    def __reduce__(self) -> tuple[type[Network], tuple[Tensor]]:
+    def __reduce__(self) -> tuple[type[Prepacked], tuple[Tensor]]:
         """Make copies anew: each holds the address of its own memory."""
         return type(self), (self._prepacked,)
 
-    def sparse_mlp(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
-        """Write all tasks' heads for `x` into `out`; see the function of this name."""
-        # Every look at a tensor costs as much as a layer for one candidate: those that pass take the short way.
+    def run(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
+        """Write all tasks' heads for `x` into `out`, as `sparse_mlp` does."""
+        # Each query of a tensor costs as much as a layer for one candidate: valid inputs take the short way.
         if not (x.is_cpu and out.is_cpu and out.dtype is torch.float32 and x.dtype in _ACTIVATION_DTYPES):
             _check_matrix("x", x, _ACTIVATION_DTYPES)
             _check_matrix("out", out, (torch.float32,))
@@ -188,6 +241,8 @@ class Network:
         )
         if status == _engine.STATUS_NO_MEMORY:
             raise MemoryError("no scratch memory for sparse_mlp")
+        if status == _engine.STATUS_NO_LAYOUT:
+            raise ValueError(f"path: got {path!r}, wanted what the blob was prepacked for: {self.facts.layouts}")
         if status:  # the header was read when this object was made: someone wrote over it
             raise ValueError(_NO_BLOB)
 
@@ -201,7 +256,7 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
 
     Args:
         x: `[batch, in_features]`, float32 or bfloat16, CPU; rows may be strided, elements of a row not.
-        prepacked: What `prepack` returned; its contents are trusted. Who calls often makes a `Network` of it.
+        prepacked: What `prepack` returned; its contents are trusted. For repeated calls, construct a `Prepacked`.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
         path: Which of the two kernels for a layer; "auto" takes the faster one for the batch. int8 has only tables.
@@ -210,27 +265,66 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
         MemoryError: If scratch memory runs out; `out` is undefined then.
     """
-    Network(prepacked).sparse_mlp(x, out, threads, path)
+    Prepacked(prepacked).run(x, out, threads, path)
 
 
-class Prepacked(NamedTuple):
+class Executor:
+    """A frozen network in the engine. Each layout is prepacked when a batch first needs it, and kept.
+
+    Args:
+        network: The network.
+        precision: "fp32", "bf16" or "int8".
+
+    Raises:
+        ValueError: If the network is not calibrated and int8 is wanted.
+    """
+
+    def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
+        if precision == "int8" and network.quantization is None:
+            raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
+        self.network, self.precision = network, precision
+        self._precision = PRECISIONS.index(precision)
+        self._prepacked: dict[int, Prepacked] = {}
+        self._path = _present().path
+
+    def __reduce__(self) -> tuple[type[Executor], tuple[FrozenNetwork, str]]:
+        """Copy the network alone: a copy prepacks for itself, where it first runs."""
+        return type(self), (self.network, self.precision)
+
+    def run(self, x: Tensor, out: Tensor) -> None:
+        """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
+        path = self._path(self._precision, len(x))
+        prepacked = self._prepacked.get(path)
+        if prepacked is None:
+            blob = prepack(self.network, self.precision, (PATHS[path],))
+            prepacked = self._prepacked.setdefault(path, Prepacked(blob))
+        prepacked.run(x, out)
+
+    @property
+    def prepacked_nbytes(self) -> dict[str, int]:
+        """Layout -> bytes of what is prepacked so far."""
+        return {PATHS[path]: prepacked.facts.nbytes for path, prepacked in self._prepacked.items()}
+
+
+class Facts(NamedTuple):
     """A blob's header."""
 
     precision: str
+    layouts: tuple[str, ...]
     in_features: int
     outputs: int
     tasks: int
     layers: int  # a layer that tasks share counts once more than they are
     nnz: int  # kept weights of all tasks
-    products: int  # multiply-adds of one row of the batch: what tasks share counts once
-    slice_products: int  # the same, with padding, on the path for large batches
-    table_products: int  # and on the path for small ones
+    multiply_adds: int  # of one row of the batch: what tasks share counts once
+    slice_multiply_adds: int  # the same, with padding, on the path for large batches
+    table_multiply_adds: int  # and on the path for small ones
     nbytes: int
     slice_nbytes: int  # of these, read by one path only
     table_nbytes: int
 
 
-def describe(prepacked: Tensor) -> Prepacked:
+def describe(prepacked: Tensor) -> Facts:
     """Read a blob's header.
 
     Raises:
@@ -239,7 +333,8 @@ def describe(prepacked: Tensor) -> Prepacked:
     facts = _present().describe(*_blob_address(prepacked))
     if facts is None:
         raise ValueError(_NO_BLOB)
-    return Prepacked(PRECISIONS[facts[0]], *facts[1:])
+    precision, layouts, *others = facts
+    return Facts(PRECISIONS[precision], tuple(name for i, name in enumerate(LAYOUTS) if layouts >> i & 1), *others)
 
 
 _NO_BLOB = "prepacked: got no blob of this build of the engine, wanted what prepack() returned, 8-byte aligned"
@@ -259,38 +354,42 @@ def _force_isa(name: str) -> None:
 
 
 def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, ...]:
-    """The eleven words of CanonicalLayer in csrc/engine.h, with every length checked; contents are checked there."""
-    out_features = layer.crow_indices.numel() - 1
-    if layer.in_features < 1 or out_features < 1:
-        raise ValueError(
-            f"{where}: got in_features {layer.in_features}, out_features {out_features}, wanted at least 1"
-        )
-    if layer.activation not in _ACTIVATIONS:
-        raise ValueError(f"{where}.activation: got {layer.activation!r}, wanted one of {', '.join(_ACTIVATIONS)}")
-    nnz = layer.col_indices.numel()
-    _check_vector(f"{where}.crow_indices", layer.crow_indices, torch.int32, out_features + 1)
-    _check_vector(f"{where}.col_indices", layer.col_indices, torch.int32, nnz)
-    _check_vector(f"{where}.values", layer.values, torch.float32, nnz)
+    """The words of CanonicalLayer in csrc/engine.h, with every length checked; contents are checked there."""
+    rows, columns = layer.out_features, layer.in_features
+    if columns < 1 or rows < 1:
+        raise ValueError(f"{where}: got in_features {columns}, out_features {rows}, wanted at least 1")
+    if layer.activation not in _ACTIVATION_CODES:
+        raise ValueError(f"{where}.activation: got {layer.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    _check_part(f"{where}.values", layer.values, torch.float32, (layer.values.numel(),))
+    tasks = 1
+    if layer.planes is not None:
+        tasks = len(layer.planes)
+        _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, rows, (columns + 7) // 8))
     if layer.bias is not None:
-        _check_vector(f"{where}.bias", layer.bias, torch.float32, out_features)
+        _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))
     return (
-        layer.crow_indices.data_ptr(),
-        layer.col_indices.data_ptr(),
         layer.values.data_ptr(),
+        0 if layer.planes is None else layer.planes.data_ptr(),
+        tasks,
+        layer.task,
         0 if layer.bias is None else layer.bias.data_ptr(),
-        layer.in_features,
-        out_features,
-        nnz,
-        _ACTIVATIONS[layer.activation],
+        columns,
+        rows,
+        layer.values.numel(),
+        _ACTIVATION_CODES[layer.activation],
         is_head,
         *struct.unpack("<q", struct.pack("<d", layer.input_scale)),
         layer.input_zero_point,
     )
 
 
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
-    if tensor.shape != (numel,):
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted ({numel},)")
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _check_part(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {shape}")
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: got {tensor.dtype} on {tensor.device}, contiguous {tensor.is_contiguous()}, "

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lt4rec_sparse.masks import unpack_words
-
-
-class DenseLayer(NamedTuple):
-    """One layer of an MLP with its pruned weights as zeros: `activation(x @ weight.T + bias)`."""
-
-    weight: Tensor  # float32
-    bias: Tensor | None
-    activation: str
-    codes: tuple[float, int] = (0.0, 0)  # in int8: scale and zero point of the activations that enter
-
+from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork, QuantizationParameters
 
 _INTEGERS = {
     torch.float64: torch.int64,
@@ -27,52 +17,34 @@ _INTEGERS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu, "sigmoid": torch.sigmoid}
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """`y_t = activation(x_t @ (weight * mask_t).T + bias)`, the tasks' rows one after another.
+def masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`y[t] = activation(x[t] @ (weight * mask_t).T + bias)`; of an `x` of one task, every task reads it.
 
-    `x_t` is `x[starts[t] : starts[t] + lengths[t]]`. A pruned weight contributes nothing, were it NaN.
+    A pruned weight contributes nothing, even if it is NaN.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    activate = ACTIVATIONS[activation]
-    parts = [
-        activate(F.linear(x[start : start + length], _masked(weight, mask, x.dtype), bias))
-        for mask, start, length in zip(masks, starts, lengths, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    x = x.expand(len(masks), -1, -1)
+    sums = [F.linear(rows, _masked(weight, mask, x.dtype), bias) for rows, mask in zip(x, masks, strict=True)]
+    return _stacked([ACTIVATIONS[activation](z) for z in sums])
 
 
-def masked_linear_dgrad(
-    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
-) -> Tensor:
-    """`dx = sum over the tasks of dy_t @ (weight * mask_t)`, each in its rows of `dx [rows, in_features]`."""
-    if len(masks) == 1 and lengths[0] == rows:
-        return dy @ _masked(weight, masks[0], dy.dtype)
-    dx = dy.new_zeros(rows, weight.shape[1])
-    for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True):
-        dx[start : start + length] += part @ _masked(weight, mask, dy.dtype)
-    return dx
+def masked_linear_dgrad(dy: Tensor, weight: Tensor, masks: Tensor, is_shared: bool) -> Tensor:
+    """`dx[t] = dy[t] @ (weight * mask_t)`; their sum, of one task's shape, if all tasks read the same `x`."""
+    dx = [rows @ _masked(weight, mask, dy.dtype) for rows, mask in zip(dy, masks, strict=True)]
+    return sum(dx[1:], dx[0])[None] if is_shared else _stacked(dx)
 
 
-def masked_linear_wgrad(
-    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """`dW = sum over the tasks of (dy_t.T @ x_t) * mask_t`: a pruned weight receives no gradient."""
-    parts = [
-        _masked((part.T @ x[start : start + length]).to(dtype), mask, dtype)
-        for part, mask, start, length in zip(torch.split(dy, list(lengths)), masks, starts, lengths, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def masked_linear_wgrad(dy: Tensor, x: Tensor, masks: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dW = sum over the tasks of (dy[t].T @ x[t]) * mask_t`: a pruned weight receives no gradient."""
+    tasks = zip(dy, x.expand(len(masks), -1, -1), masks, strict=True)
+    dw = [_masked((of_task.T @ rows).to(dtype), mask, dtype) for of_task, rows, mask in tasks]
+    return torch.stack(dw).sum(0) if len(dw) > 1 else dw[0]
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts) if len(parts) > 1 else parts[0][None]  # without a copy
 
 
 def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,51 +54,93 @@ def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.view(_INTEGERS[dtype]) * kept.view(torch.int8)).view(dtype)
 
 
-def linear(x: Tensor, layer: DenseLayer) -> Tensor:
-    """`x @ weight.T + bias` in float32."""
-    return F.linear(x, layer.weight, layer.bias)
-
-
 def linear_bf16(x: Tensor, layer: DenseLayer) -> Tensor:
-    """The same of `x` and weights rounded to bfloat16, to nearest even; denormals are zeros; summed in float32."""
+    """`x @ weight.T + bias` of operands rounded to bfloat16, to nearest even; denormals are zeros; float32 sums."""
     x, weight = (t.masked_fill(t.abs() < 2.0**-126, 0).bfloat16().float() for t in (x, layer.weight))
     return F.linear(x, weight, layer.bias)
 
 
-def linear_int8(x: Tensor, layer: DenseLayer, row_scale: Tensor) -> Tensor:
-    """The same of `x` as codes of 0 to 255 and weights as codes of -127 to 127; the sums are exact integers.
+def linear_int8(x: Tensor, layer: DenseLayer, parameters: QuantizationParameters, row_scale: Tensor) -> Tensor:
+    """The same of `x` quantised to 0 to 255 and weights quantised to -127 to 127; the sums are exact integers.
 
     Product and bias round once to float64 and once to float32, where a kernel's fused multiply-add rounds once: a
     last bit that differs where the first rounding makes a tie, one time in some 2^29.
     """
-    scale, zero_point = layer.codes
-    codes = ((x * torch.tensor(1 / scale).to(x)).round() + zero_point).clamp(0, 255)
+    scale, zero_point = parameters
+    quantized = ((x * torch.tensor(1 / scale).to(x)).round() + zero_point).clamp(0, 255)
     weight = (layer.weight / row_scale[:, None]).round().clamp(-127, 127).masked_fill(row_scale[:, None] == 0, 0)
-    sums = ((codes.double() - zero_point) @ weight.double().T).float()
+    sums = ((quantized.double() - zero_point) @ weight.double().T).float()
     product = sums.double() * (row_scale.double() * scale).float().double()
     return (product if layer.bias is None else product + layer.bias.double()).float()
 
 
-def row_scales(layers: Sequence[DenseLayer]) -> Tensor:
-    """What one step of the weights' int8 codes is worth in each row, `[out_features]`: `max |weight| / 127`."""
-    return torch.stack([layer.weight.abs().amax(1) for layer in layers]).amax(0) / 127
+class Executor:
+    """A frozen network in dense eager torch, on any device: what every kernel is held against.
 
+    It is as slow as dense torch, and serves where no kernel can.
 
-def sparse_mlp(x: Tensor, tasks: Sequence[Sequence[DenseLayer]], precision: str = "fp32") -> Tensor:
-    """Each task's MLP over the same `x`, outputs side by side: `[batch, sum of out_features]`.
-
-    In int8 the tasks count `x` alike, and their first layers, where these are of one width, share their row scales.
+    Args:
+        network: The network.
+        precision: "fp32", "bf16" or "int8".
     """
-    firsts = [layers[0] for layers in tasks]
-    is_shared = len({len(layer.weight) for layer in firsts}) == 1
-    outputs = []
-    for layers in tasks:
-        h = x
-        for i, layer in enumerate(layers):
-            if precision == "int8":
-                z = linear_int8(h, layer, row_scales(firsts if i == 0 and is_shared else [layer]))
-            else:
-                z = linear_bf16(h, layer) if precision == "bf16" else linear(h, layer)
-            h = ACTIVATIONS[layer.activation](z)
-        outputs.append(h)
-    return torch.cat(outputs, dim=1)
+
+    def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
+        self.network, self.precision = network, precision
+        depth = range(network.depth)
+        self._layers = {task: [network.layer(i, task) for i in depth] for task in network.tasks}
+
+    def run(self, x: Tensor, out: Tensor) -> None:
+        """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
+        if x.dim() != 2 or x.shape[1] != self.network.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.network.in_features}]")
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16")
+        y = torch.cat([self._task(x, task) for task in self.network.tasks], dim=1)
+        if out.shape != y.shape or out.dtype != torch.float32:
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {tuple(y.shape)}")
+        out.copy_(y)
+
+    def inputs(self, x: Tensor, task: str) -> Iterator[Tensor]:
+        """Yield what enters each layer of one task, in float32; `x` comes first."""
+        h = x.float()
+        for i, layer in enumerate(self._on(task, x.device)):
+            yield h
+            h = self._apply(h, layer, i, task)
+
+    @property
+    def prepacked_nbytes(self) -> dict[str, int]:
+        """Layout -> bytes of what is held beside the network."""
+        layers = [layer for of_task in self._layers.values() for layer in of_task]
+        return {"dense": sum(part.nbytes for layer in layers for part in layer[:2] if part is not None)}
+
+    def _task(self, x: Tensor, task: str) -> Tensor:
+        h = x.float()
+        for i, layer in enumerate(self._on(task, x.device)):
+            h = self._apply(h, layer, i, task)
+        return h
+
+    def _apply(self, h: Tensor, layer: DenseLayer, index: int, task: str) -> Tensor:
+        if self.precision == "int8":
+            assert self.network.quantization is not None
+            # Tasks that share the first layer's weight have its row scales in common: the union's.
+            shares = index == 0 and self.network.hidden
+            tasks = self.network.tasks if shares else (task,)
+            weights = [self._layers[name][index].weight.to(h.device) for name in tasks]
+            z = linear_int8(h, layer, self.network.quantization[task][index], row_scales(weights))
+        else:
+            z = linear_bf16(h, layer) if self.precision == "bf16" else F.linear(h, layer.weight, layer.bias)
+        return ACTIVATIONS[layer.activation](z)
+
+    def _on(self, task: str, device: torch.device) -> list[DenseLayer]:
+        layers = self._layers[task]
+        if device.type == "cpu":
+            return layers
+        return [
+            DenseLayer(w.to(device), None if bias is None else bias.to(device), activation)
+            for w, bias, activation in layers
+        ]
+
+
+def row_scales(weights: Sequence[Tensor]) -> Tensor:
+    """What one step of the quantised weights is worth in each row, `[out_features]`: `max |weight| / 127` over all."""
+    return torch.stack([weight.abs().amax(1) for weight in weights]).amax(0) / 127

@@ -1,18 +1,17 @@
-"""Modules: masked ones are trained (`masked`), sparse ones are served (`sparse`, `gpu`), inputs are both."""
+"""Modules: masked ones are trained, sparse ones are served, `freeze` makes the latter from the former."""
 
-from lt4rec_sparse.nn.gpu import GpuMLP, measure_plan
+from lt4rec_sparse.nn.convert import freeze
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
-from lt4rec_sparse.nn.plan import Plan, PlannedMLP
-from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP, freeze
+from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.nn.plan import Plan
+from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 
 __all__ = [
-    "GpuMLP",
+    "MaskedAdam",
     "MaskedLinear",
     "MaskedMLP",
     "Plan",
-    "PlannedMLP",
     "SparseLinear",
     "SparseMLP",
     "freeze",
-    "measure_plan",
 ]

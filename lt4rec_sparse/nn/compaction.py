@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,14 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.nn.sparse import SparseMLP
-from lt4rec_sparse.ops import SparseLayer
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-}
+from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork
 
 
 class CompactLayer(NamedTuple):
@@ -58,7 +51,7 @@ class Compacted:
         for layers in self.tasks:
             h = x[:, self.columns]
             for layer in layers:
-                h = _ACTIVATIONS[layer.activation](F.linear(h, layer.weight, layer.bias))
+                h = ACTIVATIONS[layer.activation](F.linear(h, layer.weight, layer.bias))
             outputs.append(h)
         return torch.cat(outputs, dim=-1)
 
@@ -87,7 +80,7 @@ class Compacted:
         return "\n".join([*lines, f"multiply-adds: {before:,} -> {after:,}, {after / before:.1%}"])
 
 
-def compact(mlp: SparseMLP) -> Compacted:
+def compact(network: FrozenNetwork) -> Compacted:
     """Drop what no output depends on, and fold what is constant: dense layers of only the neurons that compute.
 
     For each task alone, by its masks (a kept weight counts, were it zero):
@@ -114,35 +107,36 @@ def compact(mlp: SparseMLP) -> Compacted:
         >>> mlp = MaskedMLP(8, hidden=(4, 2))
         >>> first = torch.tensor([True, False, False, False])[:, None].expand(4, 8)  # three neurons without fan-in
         >>> mlp.set_mask(Mask({"layers.0": first, "layers.1": torch.ones(2, 4, dtype=torch.bool)}))
-        >>> print(compact(freeze(mlp)))
+        >>> print(compact(freeze(mlp).network))
         task: 8-4-2-1 -> 8-1-2-1
         multiply-adds: 42 -> 12, 28.6%
 
     Args:
-        mlp: Of any precision; what is made has float32 weights.
+        network: The frozen network; the result has float32 weights.
     """
-    paths = mlp._paths()
-    compacted = [_compact_path(path) for path in paths]
+    compacted = [_compact_task(network, task) for task in network.tasks]
     is_read = torch.stack([inputs for inputs, _ in compacted]).any(0)
     if not is_read.any():
         is_read[0] = True
     columns = is_read.nonzero().squeeze(1)
     tasks = [[CompactLayer(first.weight[:, columns], *first[1:]), *rest] for _, (first, *rest) in compacted]
-    return Compacted(mlp.tasks, columns, tasks, [[layer.weight.shape for layer, _ in path] for path in paths])
+    shapes = list(zip(network.widths, (network.in_features, *network.widths), strict=False))
+    return Compacted(network.tasks, columns, tasks, [shapes] * len(network.tasks))
 
 
-def _compact_path(path: Sequence[tuple[SparseLayer, str]]) -> tuple[Tensor, list[CompactLayer]]:
+def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[CompactLayer]]:
     """Compact one task's layers; return also which columns of `x` it reads, all of which its first layer still has."""
-    weights = [layer.weight.to_dense(task).float() for layer, task in path]
-    masks = [layer.weight.mask(task) for layer, task in path]
+    path = [network.layer(i, task) for i in range(network.depth)]
+    weights = [layer.weight for layer in path]
+    masks = [network.mask(i, task) for i in range(network.depth)]
     biases = [
-        torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().cpu().double()
-        for (layer, _), weight in zip(path, weights, strict=True)
+        torch.zeros(len(layer.weight), dtype=torch.float64) if layer.bias is None else layer.bias.cpu().double()
+        for layer in path
     ]
     # Up: each constant goes into the biases above it, after which nothing reads it.
     for i in range(len(path) - 1):
         is_constant = ~masks[i].any(1)
-        value = _ACTIVATIONS[path[i][0].activation](biases[i])
+        value = ACTIVATIONS[path[i].activation](biases[i].clone())
         folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
         biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
         masks[i + 1] = masks[i + 1] & ~is_constant
@@ -157,7 +151,7 @@ def _compact_path(path: Sequence[tuple[SparseLayer, str]]) -> tuple[Tensor, list
         kept.insert(0, is_read.nonzero().squeeze(1))
     columns: list[Tensor | slice] = [slice(None), *kept[:-1]]
     layers = []
-    for (layer, _), weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
+    for layer, weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
         left = weight.masked_fill(~mask, 0)[rows][:, read]
         layers.append(CompactLayer(left, bias[rows].float(), layer.activation))
     return masks[0][kept[0]].any(0), layers

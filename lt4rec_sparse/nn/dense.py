@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.ops import SparseLayer
+from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork
 
 Product = Callable[[Tensor], Tensor]
 
@@ -32,29 +32,29 @@ def dense_kernels(precision: str) -> tuple[str, ...]:
     return ("dense", "onednn") if has_onednn else ("dense",)
 
 
-class DenseLayer:
+class DenseRun:
     """One layer for all tasks, its masks multiplied in beforehand: `activation(h @ (weight * mask_task).T + bias)`.
 
     In bf16 weights, biases and activations are bfloat16, and so is the result: sums are float32 and rounded once.
 
     Args:
-        tasks: For each task the layer, with the name of the task whose plane of the weight it reads.
-        reads_x: Whether all tasks read the same input. Their weights then stand in one matrix, if their activations
-            are the same: one product instead of several.
+        network: The frozen network.
+        index: Which layer. The tasks' layers that read `x` stand in one matrix: one product instead of several.
         kernel: "dense" or "onednn"; one of `dense_kernels(precision)`.
         precision: "fp32" or "bf16".
     """
 
-    def __init__(self, tasks: Sequence[tuple[SparseLayer, str]], reads_x: bool, kernel: str, precision: str) -> None:
+    def __init__(self, network: FrozenNetwork, index: int, kernel: str, precision: str) -> None:
         dtype = _DTYPES[precision]
         make = packed_product if kernel == "onednn" else _product
-        weights = [layer.weight.to_dense(task).to(dtype) for layer, task in tasks]
+        layers = [network.layer(index, task) for task in network.tasks]
+        weights = [layer.weight.to(dtype) for layer in layers]
         biases = [
-            torch.zeros(layer.weight.shape[0], dtype=dtype) if layer.bias is None else layer.bias.to(dtype)
-            for layer, _ in tasks
+            torch.zeros(len(layer.weight), dtype=dtype) if layer.bias is None else layer.bias.to(dtype)
+            for layer in layers
         ]
-        activations = [layer.activation for layer, _ in tasks]
-        if reads_x and len(set(activations)) == 1:
+        activations = [layer.activation for layer in layers]
+        if index == 0 and len(set(activations)) == 1:
             weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], activations[:1]
         self.nbytes = sum(part.nbytes for part in (*weights, *biases))
         self._products = [make(*parts) for parts in zip(weights, biases, activations, strict=True)]
@@ -76,7 +76,7 @@ class DenseLayer:
 
 
 def _product(weight: Tensor, bias: Tensor, activation: str) -> Product:
-    activate = {"none": lambda y: y, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[activation]
+    activate = ACTIVATIONS[activation]
     return lambda h: activate(F.linear(h, weight, bias))
 
 
@@ -85,7 +85,7 @@ def packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
     # What torch.compile makes of a frozen Linear on the CPU (torch/_inductor/fx_passes/mkldnn_fusion.py).
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_BATCH)
     linear = torch.ops.mkldnn._linear_pointwise.default
-    epilogue = "relu" if activation == "relu" else "none"
-    if activation == "sigmoid":  # torch's, for oneDNN's is another approximation
-        return lambda h: torch.sigmoid_(linear(h, packed, bias, epilogue, [], ""))
-    return lambda h: linear(h, packed, bias, epilogue, [], "")
+    if activation == "relu":  # in oneDNN's epilogue; its sigmoid is another approximation than torch's
+        return lambda h: linear(h, packed, bias, "relu", [], "")
+    activate = ACTIVATIONS[activation]
+    return lambda h: activate(linear(h, packed, bias, "none", [], ""))

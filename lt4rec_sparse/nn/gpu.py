@@ -1,44 +1,41 @@
 """Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
 
-    plan = measure_plan(frozen)
+    plan = measure_plan(frozen.network)
     print(plan)
-    served = GpuMLP(frozen, plan)
+    served = SparseMLP(frozen.network, plan.precision, GraphExecutor(frozen.network, plan))
     scores = served(x)
 
-A launch costs some microseconds of the host, and a small batch's kernels no more than that: so every bucket of batch
-sizes is captured once, over buffers that stay, and a request is one copy, one replay and one copy.
+A launch costs the host some microseconds, and the kernels of a small batch take no longer than that. So each bucket of
+batch sizes is captured once, over buffers that stay, and a request is one copy, one replay and one copy.
 """
 
 from __future__ import annotations
 
-import importlib
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lt4rec_sparse import ops
+from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.compaction import Compacted, compact
-from lt4rec_sparse.nn.masked import task_index
-from lt4rec_sparse.nn.plan import (
+from lt4rec_sparse.nn.plan.plan import (
     GPU_PRECISIONS,
     BatchPlan,
     Chain,
     Contestant,
     Machine,
+    NetworkFacts,
     Plan,
     Segment,
     check_fits,
     fastest_chain,
-    network_of,
     ranked,
 )
-from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
 BUCKETS = (1, 64, 256, 1024, 2048, 8192)
@@ -52,7 +49,6 @@ ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latt
 # Where two are as fast, the first is chosen: it takes the least memory.
 _DENSE = ("dense", "apart", "tail dense", "tail branches")
 _NETWORKS = {
-    "shared": (("shared", "tail shared"), ()),
     "masked": (("masked", "tail masked"), ()),
     "premasked": (("premasked", "tail premasked"), ()),
     "compact": (("compact",), ()),
@@ -62,8 +58,8 @@ _NETWORKS = {
 }
 
 
-class GpuMLP(nn.Module):
-    """A frozen MLP that serves from a GPU: takes the place of the `SparseMLP` it is made from.
+class GraphExecutor:
+    """Runs a frozen network on a GPU, from CUDA graphs.
 
     For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
     streams, and run one after another. A request goes to the smallest bucket that holds it, and is cut where it is
@@ -73,129 +69,111 @@ class GpuMLP(nn.Module):
     `torch.backends.cuda.matmul` lets cuBLAS), and so are logits.
 
     Args:
-        mlp: The frozen MLP. It is left as it is.
+        network: The frozen network, on the CPU.
         plan: What `measure_plan` found for it, or for one like it, on such a GPU; its batch sizes are the buckets. None
             takes the chain that is predicted to be fastest.
         precision: Without a plan: "bf16", "fp16" or "fp32".
         batch_sizes: Without a plan: the buckets, ascending.
         device: The GPU.
 
+    Attributes:
+        network: The frozen network.
+        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
+        batch_sizes: The buckets.
+        device: The GPU, with its index.
+
     Raises:
         InputError: If the plan is of another network, GPU, torch or Triton.
-        ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
+        ValueError: If there is no such precision, the batch sizes do not ascend from 1, or the plan or the heads ask
+            for what the kernels cannot do.
     """
 
     def __init__(
         self,
-        mlp: SparseMLP,
+        network: FrozenNetwork,
         plan: Plan | None = None,
         precision: str = "bf16",
         batch_sizes: Sequence[int] = BUCKETS,
         device: torch.device | str = "cuda",
     ) -> None:
-        super().__init__()
         device = torch.device(device)
         if plan is not None:
-            check_fits(mlp, plan, _machine(device, plan.precision))
             precision, batch_sizes = plan.precision, [batch.batch for batch in plan.batches]
         _check(precision, batch_sizes)
-        self.plan = plan
-        self.in_features = mlp.in_features
-        self.out_features = mlp.out_features
-        self.tasks = mlp.tasks
-        self.hidden = mlp.hidden
-        self.heads = mlp.heads
-        self.codes = mlp.codes
-        self.nbytes = mlp.nbytes
-        self.precision = precision
+        ways = Ways(network, precision, device)
+        if plan is not None:
+            check_fits(network, plan, ways.machine)
+        self.network, self.plan, self.precision = network, plan, precision
+        self.batch_sizes = tuple(batch_sizes)
+        chains = [ways.default] * len(batch_sizes) if plan is None else [x.contestants[0].chain for x in plan.batches]
+        networks = {chain: ways.network(chain) for chain in chains}
+        self._nbytes = ways.nbytes(chains)
         self._lock = Lock()
-        ways = Ways(mlp, precision, device)
-        chains = [ways.default] * len(batch_sizes) if plan is None else [_winner(batch) for batch in plan.batches]
-        self._networks = {chain: ways.network(chain) for chain in dict.fromkeys(chains)}
-        # Graphs of one stream share cuBLAS' workspace: those of one MLP run one after another, others have another.
-        self._stream = _stream(device)
-        self._done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._buckets = [_Graphed(self._networks[c], b, self._stream) for b, c in zip(batch_sizes, chains, strict=True)]
-        self.device = self._buckets[0].x.device  # with its index
+        # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, and each executor
+        # has a stream of its own.
+        stream = _stream(device)
+        self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._buckets = [_Graphed(networks[c], b, stream) for b, c in zip(batch_sizes, chains, strict=True)]
+        self.device = self._buckets[0].x.device
+
+    def __reduce__(self) -> tuple[type[GraphExecutor], tuple[Any, ...]]:
+        """Copy the arguments: a copy captures graphs of its own."""
+        return type(self), (self.network, self.plan, self.precision, self.batch_sizes, self.device)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Score every task, or return one task's part of it.
+    def run(self, x: Tensor, out: Tensor) -> None:
+        """Write every task's outputs, side by side (`ops.Executor.run`).
 
         Args:
-            x: `[..., in_features]`, of any floating dtype, on the GPU or off it.
-            task: The task's name; None returns every task. All are computed in any case.
-
-        Returns:
-            `[..., tasks * out_features]`, float32, on the GPU, or `[..., out_features]` of the task.
+            x: `[rows, in_features]`, of any floating dtype, on the GPU or off it.
+            out: `[rows, outputs]`, float32, on the GPU or off it.
 
         Raises:
-            ValueError: If the last dimension is another, or there is no such task.
+            TypeError: If `x` is of no floating dtype.
+            ValueError: If a shape or dtype is another.
         """
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        scores = torch.empty(rows.shape[0], self.out_features, device=self.device)
-        largest = self._buckets[-1].batch
+        if x.dim() != 2 or x.shape[1] != self.network.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [rows, {self.network.in_features}]")
+        if not x.is_floating_point():
+            raise TypeError(f"x: got {x.dtype}, wanted a floating dtype")
+        wanted = (len(x), self.network.outputs)
+        if out.shape != wanted or out.dtype != torch.float32:
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {wanted}")
+        largest = self.batch_sizes[-1]
         with self._lock:
             if self._done is not None:  # a request on another stream may still read the buffers
                 self._done.wait(torch.cuda.current_stream(self.device))
-            for start in range(0, rows.shape[0], largest):
-                part = rows[start : start + largest]
-                self._bucket(part.shape[0]).score_into(part, scores[start : start + largest])
+            for start in range(0, len(x), largest):
+                part = x[start : start + largest]
+                bucket = self._buckets[bisect_left(self.batch_sizes, len(part))]
+                bucket.run(part, out[start : start + largest])
             if self._done is not None:
                 self._done.record(torch.cuda.current_stream(self.device))
-        y = scores if x.dim() == 2 else scores.reshape(*x.shape[:-1], self.out_features)
-        return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
-
-    def score_into(self, x: Tensor, out: Tensor) -> None:
-        """Write every task's scores into `out`.
-
-        Args:
-            x: `[batch, in_features]`.
-            out: `[batch, tasks * out_features]`, float32, on any device.
-
-        Raises:
-            ValueError: If a shape or dtype is another.
-        """
-        y = self(x)
-        if out.shape != y.shape or out.dtype != y.dtype:
-            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted {y.dtype} {tuple(y.shape)}")
-        out.copy_(y)
 
     @property
-    def prepacked_nbytes(self) -> int:
-        """Bytes of the weights as the buckets' chains want them."""
-        return sum(network.nbytes for network in self._networks.values())
-
-    def extra_repr(self) -> str:
-        """Show tasks, precision and buckets."""
-        return (
-            f"tasks={', '.join(self.tasks)}, {self.precision}, batch {', '.join(str(b.batch) for b in self._buckets)}"
-        )
-
-    def _bucket(self, batch: int) -> _Graphed:
-        return self._buckets[bisect_left([bucket.batch for bucket in self._buckets], batch)]
+    def prepacked_nbytes(self) -> dict[str, int]:
+        """Kernel -> bytes of the weights that it reads on the GPU."""
+        return dict(self._nbytes)
 
 
 def measure_plan(
-    mlp: SparseMLP,
+    network: FrozenNetwork,
     batch_sizes: Sequence[int] = BUCKETS,
     precision: str = "bf16",
     device: torch.device | str = "cuda",
 ) -> Plan:
-    """Measure the ways to run a frozen MLP on this GPU, weights warm in its L2 cache.
+    """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
 
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
     of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
-    format, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
+    layout, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
     masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
-    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is never slower than it but by noise.
+    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is slower than that by noise at most.
     A way whose kernel does not fit on this GPU is left out.
 
     Args:
-        mlp: The frozen MLP.
-        batch_sizes: Ascending; the buckets of the `GpuMLP` that serves by it.
+        network: The frozen network.
+        batch_sizes: Ascending; the buckets of the `GraphExecutor` that serves by it.
         precision: "bf16", "fp16" or "fp32".
         device: The GPU.
 
@@ -207,33 +185,44 @@ def measure_plan(
     """
     device = torch.device(device)
     _check(precision, batch_sizes)
-    ways = Ways(mlp, precision, device)
+    ways = Ways(network, precision, device)
     batches = tuple(_measure_batch(ways, batch) for batch in batch_sizes)
-    return Plan(_machine(device, precision), network_of(mlp), precision, batches)
+    return Plan(ways.machine, NetworkFacts.of(network), precision, batches)
 
 
 class Ways:
-    """The runs and networks that a frozen MLP can be prepacked for, each prepacked once.
+    """The runs and chains that a frozen network can be prepacked for, each prepacked once.
 
     Args:
-        mlp: The frozen MLP.
+        network: The frozen network.
         precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
         device: Where they run.
+
+    Raises:
+        ValueError: If heads end in different activations.
     """
 
-    def __init__(self, mlp: SparseMLP, precision: str, device: torch.device) -> None:
-        self._kernels: Any = importlib.import_module("lt4rec_sparse.kernels.gpu.gpu_network")
-        self.layers = ops.gpu_layers(mlp._paths())
+    def __init__(self, network: FrozenNetwork, precision: str, device: torch.device) -> None:
+        # Imported when first needed, and here alone: CPU builds of torch have no Triton.
+        from lt4rec_sparse.kernels.gpu import network as kernels
+
+        self._kernels: Any = kernels
+        self._network = network
+        self.layers = kernels.layers_of(network)
         self.precision = precision
         self.dtype = DTYPES[precision]
         self.device = device
-        self._mlp = mlp
         self._runs: dict[Segment, Any] = {}
+
+    @property
+    def machine(self) -> Machine:
+        """What a plan's timings depend on, besides the network."""
+        return Machine(self._kernels.engine(self.device, self.dtype), 0, str(torch.__version__))
 
     @cached_property
     def compacted(self) -> Compacted:
         """The network without what is dead in it."""
-        return compact(self._mlp)
+        return compact(self._network)
 
     @property
     def default(self) -> Chain:
@@ -242,7 +231,7 @@ class Ways:
 
     @cached_property
     def segments(self) -> Chain:
-        """Every run that fits."""
+        """Every run that the layers allow."""
         is_smaller = self.compacted.multiply_adds <= WORTH_COMPACTING * self.compacted.multiply_adds_before
         return self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller))
 
@@ -260,6 +249,13 @@ class Ways:
         """Return the runs of a chain as one network."""
         runs = tuple(self.run(segment) for segment in chain)
         return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
+
+    def nbytes(self, chains: Sequence[Chain]) -> dict[str, int]:
+        """Bytes of the weights that chains read, by the kernel that reads them; a run of several chains counts once."""
+        total: dict[str, int] = {}
+        for segment in dict.fromkeys(segment for chain in chains for segment in chain):
+            total[segment.kernel] = total.get(segment.kernel, 0) + self._kernels.nbytes(self.run(segment))
+        return total
 
     def examples(self, batch: int) -> list[Tensor]:
         """Draw activations as they enter each layer: `[tasks, batch, in_features]`, or those of x."""
@@ -280,9 +276,9 @@ class Ways:
 
 
 class _Graphed:
-    """One network at one batch size, as a CUDA graph over buffers of its own; the network itself where there is no GPU.
+    """One network at one batch size, as a CUDA graph over its own buffers; without a GPU the network itself.
 
-    Rows beyond a request's are those of an earlier one: no row reads another's.
+    The rows beyond a request's are those of an earlier request: no row reads another.
     """
 
     def __init__(self, network: Any, batch: int, stream: torch.cuda.Stream | None) -> None:
@@ -290,7 +286,7 @@ class _Graphed:
         self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
         self._replay, self._scores = _captured(partial(network, self.x), stream)
 
-    def score_into(self, x: Tensor, out: Tensor) -> None:
+    def run(self, x: Tensor, out: Tensor) -> None:
         """Score up to `batch` rows."""
         self.x[: len(x), : x.shape[1]].copy_(x)
         self._replay()
@@ -299,6 +295,12 @@ class _Graphed:
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+@cache
+def _timing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all timing: torch hands out 32, in turn, and those of executors must not be among it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _captured(
@@ -343,7 +345,7 @@ def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, roun
     """Time calls in interleaved rounds, on a GPU as graphs of several repetitions each."""
     if device.type != "cuda":
         return dict(zip(calls, interleaved(_named(calls), rounds=rounds, round_us=1.0).values(), strict=True))
-    stream = _stream(device)
+    stream = _timing_stream(device)
     graphs = {key: _captured(call, stream, REPEATS)[0] for key, call in calls.items()}
 
     def waited(replay: Callable[[], None]) -> None:
@@ -372,20 +374,6 @@ def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
             chains[name] = chain
     mixed = fastest_chain(us)
     return chains if mixed in chains.values() else {**chains, "mixed": mixed}
-
-
-def _winner(batch: BatchPlan) -> Chain:
-    return batch.contestants[0].chain
-
-
-def _machine(device: torch.device, precision: str) -> Machine:
-    kernels = importlib.import_module("lt4rec_sparse.kernels.gpu.masked_linear")
-    arithmetic = f", {kernels.precision()}" if precision == "fp32" else ""
-    if device.type != "cuda":
-        return Machine(f"interpreter on {device.type}{arithmetic}", 0, str(torch.__version__))
-    triton = importlib.import_module("triton")
-    name = torch.cuda.get_device_name(device)
-    return Machine(f"{name}, triton {triton.__version__}{arithmetic}", 0, str(torch.__version__))
 
 
 def _check(precision: str, batch_sizes: Sequence[int]) -> None:

@@ -1,10 +1,10 @@
-"""Layers that are trained through a mask a task: drop-ins for `nn.Linear` and for an MLP."""
+"""Layers that are trained through one mask per task: drop-ins for `nn.Linear` and for an MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +13,25 @@ from lt4rec_sparse import ops
 from lt4rec_sparse.masks import Mask, pack_words
 
 
-class TaskRows(NamedTuple):
-    """Which rows of a batch each task reads, in the order of the tasks: `lengths[t]` rows from `starts[t]` on."""
-
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    def apart(self) -> TaskRows:
-        """Return where they stand in a result, whose rows are the tasks' one after another."""
-        return TaskRows((0, *accumulate(self.lengths[:-1])), self.lengths)
-
-
 class MaskedLinear(nn.Linear):
     """A linear layer that each task sees through its own mask: `y = x @ (weight * mask_task).T + bias`.
 
     With no `tasks` it is a drop-in for `nn.Linear` with one mask, at first all True.
 
-    Masks change through `set_mask`, or with a loaded state. On a GPU they are read packed, from `mask_words`: a mask
-    that is written in place is packed again before the next call, but inside a compiled graph nothing looks for that.
+    Masks change through `set_mask`, with a loaded state, or by `torch.nn.utils.prune`. On a GPU they are read packed,
+    from `mask_words`: a mask that is written in place is packed again before the next call, but a compiled graph does
+    not look for that.
+
+    A state holds `masks`, and in `mask_tasks` the names of their tasks (JSON, as uint8). Masks are loaded by name,
+    whatever the order; other names raise. A state without names, as of version 0.1, is loaded if it cannot be
+    mistaken: if there is one task, or all its masks are equal.
+
+    `torch.nn.utils.prune` on `weight` prunes for every task, and for ever: what it prunes is pruned from the masks, so
+    that `mask` tells and `freeze` keeps it, before and after `prune.remove`. A parametrisation of the weight changes
+    no mask.
+
+    Under `DistributedDataParallel` masks are equal in all processes after its construction. It would send them again
+    with every forward pass: `broadcast_buffers=False` avoids that.
 
     Example:
         >>> layer = MaskedLinear(4, 2)
@@ -42,9 +43,13 @@ class MaskedLinear(nn.Linear):
         in_features: Width of `x`.
         out_features: Width of `y`.
         bias: Whether there is a bias; it is never masked.
-        tasks: The tasks' names.
         device: As in `nn.Linear`.
         dtype: As in `nn.Linear`.
+        tasks: The tasks' names.
+
+    Raises:
+        TypeError: If `bias` is not a bool.
+        ValueError: If there is no task, or a name stands twice.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2.
     """
@@ -57,10 +62,13 @@ class MaskedLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        tasks: Sequence[str] = ("task",),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        tasks: Sequence[str] = ("task",),
     ) -> None:
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: got {bias!r}, wanted True or False (tasks are named by keyword)")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.tasks = check_tasks(tasks)
         planes = torch.ones(len(tasks), out_features, in_features, dtype=torch.bool, device=device)
@@ -79,9 +87,14 @@ class MaskedLinear(nn.Linear):
     def set_mask(self, mask: Tensor, task: str | None = None) -> None:
         """Set one task's mask: bool `[out_features, in_features]`, True = kept; copied.
 
+        While `torch.nn.utils.prune` prunes the weight, what it prunes stays pruned.
+
         Raises:
+            TypeError: If the mask is not a tensor.
             ValueError: If the shape or dtype is another, or the task is unknown.
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: got a {type(mask).__name__}, wanted a bool tensor {tuple(self.weight.shape)}")
         if mask.shape != self.weight.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(self.weight.shape)}, True = kept"
@@ -89,24 +102,48 @@ class MaskedLinear(nn.Linear):
         self.masks[task_index(self.tasks, task)] = mask.to(self.masks.device)
         self._pack()
 
-    def forward(
-        self, x: Tensor, task: str | None = None, activation: str = "none", rows: TaskRows | None = None
-    ) -> Tensor:
-        """Apply the layer through one task's mask, or through every task's, each to its rows.
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias as the next forward pass reads them.
+
+        They are the attributes of these names but where `torch.nn.utils.prune` is at work: it computes the attributes
+        before each forward pass, so that after a step of an optimiser they are those of the step before.
+        """
+        weight, bias = (self._pruned(name) for name in ("weight", "bias"))
+        assert weight is not None
+        return weight, bias
+
+    def forward(self, x: Tensor, task: str | None = None, activation: str = "none", every_task: bool = False) -> Tensor:
+        """Apply the layer through one task's mask, or through every task's at once.
 
         Args:
-            x: `[..., in_features]`, dtype and device of the weight; a lower dtype under autocast.
+            x: `[..., in_features]`, dtype and device of the weight; a lower dtype under autocast. For every task
+                `[rows, in_features]`, which all of them read, or `[tasks, rows, in_features]`.
             task: The task's name; may be left out where there is one.
             activation: "none", or "relu" in the same kernel.
-            rows: Instead of a task: which rows of `x [rows, in_features]` each task reads.
+            every_task: Whether to apply every task's mask, instead of that of `task`; in one launch on a GPU.
 
         Returns:
-            `[..., out_features]`, dtype of `x`; of several tasks their rows one after another.
+            `[..., out_features]`, dtype of `x`; of every task `[tasks, rows, out_features]`.
+
+        Raises:
+            ValueError: If there is no such task, or a shape, dtype or device disagrees.
         """
-        if rows is not None:
-            return ops.masked_linear_tasks(x, self.weight, self._planes(), self.bias, *rows, activation)
+        if every_task:
+            return ops.masked_linear_tasks(x, self.weight, self._planes(), self.bias, activation)
         plane = self._planes()[task_index(self.tasks, task)]
         return ops.masked_linear(x, self.weight, plane, self.bias, activation)
+
+    @property
+    def mask_tasks(self) -> Tensor:
+        """The tasks' names, as a state holds them: uint8, the bytes of a JSON list."""
+        return torch.frombuffer(bytearray(json.dumps(self.tasks).encode()), dtype=torch.uint8)
+
+    def _pruned(self, name: str) -> Tensor | None:
+        original: Tensor | None = self._parameters.get(f"{name}_orig")
+        if original is None:
+            value: Tensor | None = getattr(self, name)
+            return value
+        return original * self.get_buffer(f"{name}_mask").to(original)
 
     def _planes(self) -> Tensor:
         """Return the masks as the kernels of the device read them."""
@@ -117,6 +154,9 @@ class MaskedLinear(nn.Linear):
         return self.mask_words
 
     def _pack(self) -> None:
+        pruned = self._buffers.get("weight_mask")  # of torch.nn.utils.prune
+        if pruned is not None:
+            self.masks &= pruned.to(self.masks.device) != 0
         words = pack_words(self.masks)
         if words.device == self.mask_words.device:
             self.mask_words.copy_(words)  # in place, where captured and compiled graphs read it
@@ -124,11 +164,40 @@ class MaskedLinear(nn.Linear):
             self.mask_words = words  # a state was loaded into a module on the meta device
         self._packed = _identity(self.masks)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in `nn.Module`; what `torch.nn.utils.prune` registers for the weight is pruned from the masks."""
+        super().register_buffer(name, tensor, persistent)
+        if name == "weight_mask":
+            self._pack()
+
     # Where the masks become another tensor, it may stand where the old one stood: they are packed anew.
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}mask_tasks"] = self.mask_tasks
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        errors: list[str] = args[-1]
+        names, masks = state_dict.pop(f"{prefix}mask_tasks", None), state_dict.get(f"{prefix}masks")
+        if masks is not None:
+            try:
+                state_dict[f"{prefix}masks"] = self._of_own_tasks(masks, names)
+            except ValueError as error:
+                errors.append(f"{prefix}masks: {error}")
+                state_dict[f"{prefix}masks"] = self.masks
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._pack()
+
+    def _of_own_tasks(self, masks: Tensor, names: Tensor | None) -> Tensor:
+        """Return the masks of a state in the order of this layer's tasks."""
+        if names is None:
+            if len(masks) > 1 and not bool((masks == masks[:1]).all()):
+                raise ValueError("got several without the names of their tasks, wanted mask_tasks beside them")
+            return masks
+        got = json.loads(bytes(names.tolist()))
+        if sorted(got) != sorted(self.tasks) or len(masks) != len(got):
+            raise ValueError(f"got {len(masks)} of tasks {', '.join(got)}, wanted those of {', '.join(self.tasks)}")
+        return masks if got == list(self.tasks) else masks[[got.index(task) for task in self.tasks]]
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaskedLinear:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -146,9 +215,10 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskedMLP(nn.Module):
-    """One shared MLP, a mask and a head a task: `h = relu(h @ (weight * mask_task).T + bias)`, then the task's head.
+    """One shared MLP, with a mask and a head per task: `h = relu(h @ (weight * mask_task).T + bias)`, then the head.
 
-    Only the hidden weights are masked, never biases and heads. With no `tasks` it is a drop-in for an MLP.
+    Only the hidden weights are masked, never biases and heads. With no `tasks` it is a drop-in for an MLP. States,
+    pruning by torch and `DistributedDataParallel` are as for `MaskedLinear`.
 
     Example:
         >>> mlp = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
@@ -158,8 +228,12 @@ class MaskedMLP(nn.Module):
     Args:
         in_features: Width of `x`.
         hidden: Widths of the hidden layers.
-        out_features: Width of each task's head.
+        out_features: How many outputs each task has: the width of its head.
         tasks: The tasks' names.
+
+    Raises:
+        TypeError: If `out_features` is not a number.
+        ValueError: If there is no hidden layer, no task, or a name stands twice.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2 and Algorithm 1, `sNET * mask`.
     """
@@ -169,11 +243,14 @@ class MaskedMLP(nn.Module):
         in_features: int,
         hidden: Sequence[int] = (512, 256, 128),
         out_features: int = 1,
+        *,
         tasks: Sequence[str] = ("task",),
     ) -> None:
         super().__init__()
         if not hidden:
             raise ValueError("hidden: got no layer, wanted at least one width")
+        if not isinstance(out_features, int):
+            raise TypeError(f"out_features: got {out_features!r}, wanted how many outputs each task has")
         self.in_features = in_features
         self.out_features = out_features
         self.tasks = check_tasks(tasks)
@@ -192,69 +269,55 @@ class MaskedMLP(nn.Module):
         return {f"layers.{i}": layer.weight for i, layer in enumerate(self.masked_layers())}
 
     def mask(self, task: str | None = None) -> Mask:
-        """Return one task's mask over all hidden layers."""
+        """Return one task's mask over all hidden layers.
+
+        Raises:
+            ValueError: If there is no such task, or none is named and there are several.
+        """
         return Mask({f"layers.{i}": layer.mask(task) for i, layer in enumerate(self.masked_layers())})
 
     def set_mask(self, mask: Mask, task: str | None = None) -> None:
         """Set one task's mask over all hidden layers.
 
         Raises:
+            TypeError: If it is not a `Mask`.
             ValueError: If the mask names other layers or shapes than `masked_weights`, or the task is unknown.
         """
         wanted = {name: (w.shape[0], w.shape[1]) for name, w in self.masked_weights().items()}
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask: got a {type(mask).__name__}, wanted a Mask of layers {', '.join(wanted)}")
         if mask.shapes != wanted:
             raise ValueError(f"mask: got layers {mask.shapes}, wanted {wanted}")
         for name, layer in zip(wanted, self.masked_layers(), strict=True):
             layer.set_mask(mask[name], task)
 
-    def forward(
-        self, x: Tensor, task: str | None = None, rows: Mapping[str, tuple[int, int]] | None = None
-    ) -> Tensor | dict[str, Tensor]:
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Run one task's subnetwork, or all of them at once.
 
         Args:
-            x: `[batch, in_features]`.
+            x: `[..., in_features]`.
             task: The task's name; None runs every task: each layer of all of them in one launch on a GPU.
-            rows: Where tasks read parts of the batch only: task -> first row, and the row after the last. With two
-                tasks order the batch [only a | both | only b].
 
         Returns:
-            Logits: `[batch, out_features]` of the task; or those of all tasks side by side,
-            `[batch, tasks * out_features]`; or with `rows` task -> `[its rows, out_features]`.
+            Logits: `[..., out_features]` of the task, or `[..., tasks * out_features]` of all tasks side by side.
 
         Raises:
-            ValueError: If there is no such task, both task and rows are given, rows name other tasks, or a range is not
-                inside the batch.
+            ValueError: If there is no such task.
         """
+        if task is None and len(self.tasks) == 1:
+            task = self.tasks[0]
         if task is not None:
-            if rows is not None:
-                raise ValueError(f"task and rows: got both, {task!r} and {dict(rows)}, wanted one of them")
             task_index(self.tasks, task)
             for layer in self.layers:
                 x = layer(x, task, "relu")
             logits: Tensor = self.heads[task](x)
             return logits
-        if rows is None and len(self.tasks) == 1:
-            only: Tensor = self(x, self.tasks[0])
-            return only
-        of_tasks = self._task_rows(x.shape[0], rows)
+        h = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for layer in self.layers:
-            x = layer(x, None, "relu", of_tasks)
-            of_tasks = of_tasks.apart()
-        parts = torch.split(x, list(of_tasks.lengths))
-        scores = {name: self.heads[name](part) for name, part in zip(self.tasks, parts, strict=True)}
-        return scores if rows is not None else torch.cat(list(scores.values()), dim=-1)
-
-    def _task_rows(self, batch: int, rows: Mapping[str, tuple[int, int]] | None) -> TaskRows:
-        if rows is None:
-            return TaskRows((0,) * len(self.tasks), (batch,) * len(self.tasks))
-        if set(rows) != set(self.tasks):
-            raise ValueError(f"rows: got tasks {', '.join(rows)}, wanted {', '.join(self.tasks)}")
-        for name, (start, stop) in rows.items():
-            if not 0 <= start <= stop <= batch:
-                raise ValueError(f"rows of {name}: got {start} to {stop}, wanted some of the {batch} rows of x")
-        ranges = [rows[name] for name in self.tasks]
-        return TaskRows(tuple(start for start, _ in ranges), tuple(stop - start for start, stop in ranges))
+            h = layer(h, None, "relu", every_task=True)
+        scores = [self.heads[name](of_task) for name, of_task in zip(self.tasks, h.unbind(), strict=True)]
+        y = torch.cat(scores, dim=-1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _identity(t: Tensor) -> tuple[int, int]:
@@ -266,7 +329,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' names as a tuple.
 
     Raises:
-        ValueError: If there is none, one stands twice, or there are more than 62 (owners are bits of an int64).
+        ValueError: If there is no name, one stands twice, or there are more than 62.
     """
     if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or len(tasks) > 62:
         raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names, 1 to 62 of them")

@@ -11,7 +11,7 @@ from lt4rec_sparse.nn.masked import MaskedLinear
 
 
 class _Part(NamedTuple):
-    """Weights of one layer that the same tasks own and that took as many steps: all of them live in the same time."""
+    """Weights of one layer that the same tasks own and that took the same number of steps."""
 
     layer: MaskedLinear
     owners: frozenset[str]
@@ -20,7 +20,7 @@ class _Part(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """What Adam remembers of a layer's weights, one by one, flattened: zeros where it remembers nothing."""
+    """What Adam remembers of each of a layer's weights, flattened: zeros where it remembers nothing."""
 
     steps: Tensor  # int64
     exp_avg: Tensor  # dtype of the weight
@@ -31,17 +31,18 @@ class MaskedAdam:
     """Adam whose step for a task leaves every weight outside that task's mask bit for bit untouched.
 
     A plain Adam moves a weight whose gradient is zero, by its momentum and by weight decay: a step for one task would
-    move what only another task owns. Here each masked weight lives in its own time: only steps of tasks that own it
-    happen to it, its momentum, its decay and its bias correction included. Parameters that are not masked (embeddings,
-    biases, heads) take the plain step, those without gradient none.
+    move what only another task owns. Here each masked weight has its own count of steps: only steps for tasks that own
+    it change it, its momentum, its decay and its bias correction. Parameters that are not masked (embeddings, biases,
+    heads) take the plain step, and those without gradient none.
 
-    Weights that the same tasks own and that took as many steps are gathered into one vector, stepped by torch's Adam,
-    and put back; momentum is stored for kept weights only. Where a layer has one task and all its weights took as many
-    steps, the plain step does the same in a third of the time: without gradient, momentum and decay it subtracts zero.
+    Weights that the same tasks own and that took the same number of steps are gathered into one vector, stepped by
+    torch's Adam, and put back; momentum is stored for kept weights only. If a layer has one task and all its weights
+    took the same number of steps, the plain step does the same in a third of the time: without gradient, momentum and
+    decay it subtracts zero.
 
-    Masks may change while the model trains, if `remask` follows. Each weight's time goes on as long as any task owns
-    it: a weight that stays owned keeps its momentum and its count of steps, whichever tasks own it; one that nobody
-    owns any more is forgotten; one that nobody owned before begins at step 0 without momentum, its bias correction too.
+    Masks may change while the model trains, if `remask` follows. A weight keeps its momentum and its count of steps as
+    long as any task owns it, whichever that is. A weight that no task owns any more is forgotten; one that no task
+    owned before begins at step 0, without momentum.
 
     Args:
         model: Its `MaskedLinear` layers' weights are stepped through the masks that they have now.
@@ -49,6 +50,9 @@ class MaskedAdam:
         betas: As in `torch.optim.Adam`.
         eps: As in `torch.optim.Adam`.
         weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient.
+
+    Raises:
+        ValueError: If a masked weight is no parameter, since a parametrisation or `torch.nn.utils.prune` computes it.
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980).
     """
@@ -62,6 +66,7 @@ class MaskedAdam:
         weight_decay: float = 0.0,
     ) -> None:
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+        self._check_weights()
         self._adam = torch.optim.Adam(model.parameters(), learning_rate, betas, eps, weight_decay, fused=True)
         masked = {id(layer.weight) for layer in self._masked}
         self._weight_decay = weight_decay
@@ -99,11 +104,12 @@ class MaskedAdam:
             values.grad = None
 
     def remask(self) -> None:
-        """Take over the masks as they are now; what happens to each weight's time stands with the class.
+        """Take over the masks as they are now; the class says what happens to momentum and counts of steps.
 
-        The weights themselves are left alone: set those that begin to live to what they are to begin from. A step
-        takes longer the more counts of steps there are among the weights, one a time at which some began to live.
+        The weights themselves are left alone: set those that a mask newly keeps to what they are to begin from. A step
+        takes longer the more different counts of steps there are among the weights.
         """
+        self._check_weights()
         self._gather(self._moments())
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +127,7 @@ class MaskedAdam:
         Load the model's state first. The masks may be others than those that this optimiser was made with.
 
         Raises:
-            ValueError: If the state is one of other parameters, or of weights that no mask keeps now.
+            ValueError: If the state has other parameters, or steps of weights that no mask keeps now.
         """
         wanted = [list(layer.weight.view(-1).shape) for layer in self._masked]
         got = [list(moments["steps"].shape) for moments in state["masked"]]
@@ -163,7 +169,7 @@ class MaskedAdam:
         return result
 
     def _gather(self, moments: list[_Moments]) -> None:
-        """Form the parts anew, by the masks as they are now and by each weight's steps."""
+        """Form the parts again, from the masks as they are now and each weight's count of steps."""
         free = [(parameter, state) for parameter in self._free if (state := self._adam.state.get(parameter))]
         self._adam.state.clear()
         self._adam.state.update(free)
@@ -187,24 +193,33 @@ class MaskedAdam:
                 self._remember(part.values, of_layer, part.places)
         whole = [layer.weight for layer in self._whole]
         self._adam.param_groups[0]["params"] = [*self._free, *whole, *(part.values for part in self._parts)]
-        # Of every layer: one that is whole now and pruned later would be stepped past its new mask.
+        # Of every layer: one that is whole now and pruned later would otherwise be stepped past its new mask.
         self._masks = [layer.masks.clone() for layer in self._masked]
         self._versions = _versions(self._masked)
 
     def _remember(self, values: Tensor, moments: _Moments, places: Tensor | slice) -> None:
         steps = int(moments.steps[places][:1].sum())  # the same everywhere; 0 of no weight
-        if steps:  # else torch makes the state with the first step
+        if steps:  # otherwise torch makes the state with the first step
             self._adam.state[values] = {
                 "step": torch.tensor(float(steps), dtype=torch.float32, device=values.device),
                 "exp_avg": moments.exp_avg[places].clone().view_as(values),
                 "exp_avg_sq": moments.exp_avg_sq[places].clone().view_as(values),
             }
 
+    def _check_weights(self) -> None:
+        for i, layer in enumerate(self._masked):
+            if layer._parameters.get("weight") is None:
+                raise ValueError(
+                    f"masked layer {i}: got a weight that is computed, wanted a parameter: first call prune.remove, "
+                    "which keeps what torch.nn.utils.prune pruned, or parametrize.remove_parametrizations"
+                )
+
     def _check_masks(self) -> None:
+        self._check_weights()
         versions = _versions(self._masked)
         if versions == self._versions:
             return
-        # Written since, maybe with what stood there before, as when a checkpoint is loaded.
+        # Written since, perhaps with the same values, as when a checkpoint is loaded.
         if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._masked, self._masks, strict=True)):
             raise RuntimeError("masks: got others than the optimiser knows, wanted remask() after they change")
         self._versions = versions
@@ -220,7 +235,7 @@ def _nothing(layer: MaskedLinear) -> _Moments:
 
 
 def _parts(layer: MaskedLinear, steps: Tensor) -> list[_Part]:
-    # Split by task and by count: on a CPU some ten times faster than sorting the owners of every weight.
+    # Split by task and by count: on a CPU about ten times faster than sorting the owners of every weight.
     by_owners = [(frozenset[str](), torch.arange(steps.numel(), device=steps.device))]
     for task, kept in zip(layer.tasks, layer.masks.flatten(1), strict=True):
         halves = [(names, places, kept[places]) for names, places in by_owners]

@@ -1,88 +1,64 @@
-"""Layers that are served from compressed weights, and `freeze`, where the type changes once.
+"""Modules that serve a frozen network: the one place that checks `x`, reshapes it, names tasks and calls an executor.
 
-A `MaskedMLP` is trained and never served; a `SparseMLP` is served and never trained.
+A `MaskedMLP` is trained and never served; a `SparseMLP` is served and never trained. `nn.convert.freeze` is between.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.formats import SharedWeight
-from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP, task_index
-from lt4rec_sparse.nn.quantization import calibrate, check_codes
-from lt4rec_sparse.ops import Codes, SparseLayer
-
-ALL = "all"  # the one plane of a head, which belongs to its task alone and keeps every weight
+from lt4rec_sparse.network import FrozenNetwork
+from lt4rec_sparse.nn.masked import task_index
+from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
+from lt4rec_sparse.nn.quantization import calibrate
+from lt4rec_sparse.ops import Executor
 
 
 class SparseMLP(nn.Module):
-    """All tasks' sparse MLPs in one call of the CPU engine, or in a few launches on a GPU, from compressed weights.
+    """All tasks' sparse MLPs in one call, from compressed weights.
 
-    The hidden weights are one `SharedWeight` a layer: the union of the tasks' masks once, a bit plane a task. The
-    engine's own layout is prepacked from them when the module is made, and lives only in memory; a GPU's, where `x` is
-    on one, at the first call there. int8 runs as the dense reference on a GPU. `nn.gpu.GpuMLP` serves there faster, by
-    a measured plan and from CUDA graphs.
+    On the CPU the native engine runs them, prepacked when a batch size first needs a layout; dense torch does without
+    the engine or on another device. Another executor can take its place: `planned`, `on_gpu`.
+
+    `state_dict` carries the whole network as extra state. `load_state_dict` takes a network of the same widths, tasks
+    and activations, or raises.
 
     Args:
-        hidden: The hidden layers, input first, all with the same tasks.
-        heads: Task name -> its last layer, `[out_features, hidden[-1]]`, of one plane; in the order of the outputs.
-        precision: How it computes: "fp32", "bf16" or "int8" (`ops.prepack`). The canonical weights are kept as they
-            are, so that any precision can be made from any other.
-        codes: Task name -> how int8 counts the activations that enter each layer, the head's last; None where that is
-            not calibrated.
+        network: The frozen network: layers, heads, quantisation parameters.
+        precision: How it computes: "fp32", "bf16" or "int8". The canonical weights are kept as they are, so that any
+            precision can be made from any other.
+        executor: What runs it; None takes the default of each device that `x` comes from.
 
     Raises:
-        ValueError: If widths do not chain, tasks differ between layers, there is no such precision, codes are not
-            valid, or "int8" comes without codes.
+        ValueError: If there is no such precision, or "int8" comes without quantisation parameters.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[SparseLayer],
-        heads: dict[str, SparseLayer],
-        precision: str = "fp32",
-        codes: Mapping[str, Sequence[Codes]] | None = None,
-    ) -> None:
+    def __init__(self, network: FrozenNetwork, precision: str = "fp32", executor: Executor | None = None) -> None:
         super().__init__()
-        width = hidden[0].weight.shape[1] if hidden else next(iter(heads.values())).weight.shape[1]
-        self.in_features = width
-        for i, layer in enumerate(hidden):
-            if layer.weight.shape[1] != width:
-                raise ValueError(f"layer {i}: got in_features {layer.weight.shape[1]}, wanted {width}")
-            if layer.weight.tasks != tuple(heads):
-                raise ValueError(
-                    f"layer {i}: got tasks {layer.weight.tasks}, wanted {tuple(heads)}, those of the heads"
-                )
-            width = layer.weight.shape[0]
-        for task, head in heads.items():
-            if head.weight.shape[1] != width:
-                raise ValueError(f"head of {task}: got in_features {head.weight.shape[1]}, wanted {width}")
-        self.hidden = tuple(hidden)
-        self.heads = dict(heads)
-        self.tasks = tuple(heads)
-        widths = {head.weight.shape[0] for head in heads.values()}
-        if len(widths) > 1:
-            raise ValueError(f"heads: got out_features {sorted(widths)}, wanted the same for every task")
-        self.out_features = sum(head.weight.shape[0] for head in heads.values())
-        self.precision: str = precision
-        self.codes: dict[str, tuple[Codes, ...]] | None = None
-        if codes is not None:
-            check_codes(codes, self.tasks, len(self.hidden) + 1)
-            self.codes = {task: tuple(codes[task]) for task in self.tasks}
-        self.prepacked = ops.prepack(self._paths(), precision, self._codes())
-        self._network = None if self.prepacked is None else ops.Network(self.prepacked)
-        self._gpu: dict[torch.device, ops.GpuParts] = {}
+        self._set(network, precision, executor)
+
+    def _set(self, network: FrozenNetwork, precision: str, executor: Executor | None) -> None:
+        self.network = network
+        self.precision = precision
+        self.tasks = network.tasks
+        self.in_features = network.in_features
+        self.out_features = network.outputs  # of all tasks
+        self._given = executor
+        self._has_engine = executor is None and ops.cpu_engine() != "reference"
+        self._on_cpu = ops.executor(network, precision) if executor is None else executor
+        self._elsewhere: dict[torch.device, Executor] = {}
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.
 
         Args:
-            x: `[..., in_features]`, float32 or bfloat16; on a GPU float16 too.
+            x: `[..., in_features]`, float32 or bfloat16; what else the executor reads.
             task: The task's name; None returns every task. All are computed in any case, in one call.
 
         Returns:
@@ -90,25 +66,19 @@ class SparseMLP(nn.Module):
             `[..., out_features]` of the task.
 
         Raises:
-            ValueError: If the last dimension is another, or there is no such task.
-            TypeError: If `x` is neither float32 nor bfloat16.
+            ValueError: If the width is another, the executor does not read the dtype, or there is no such task.
         """
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if x.device.type == "cuda" and self.precision != "int8":
-            y = ops.sparse_mlp_gpu(rows, self.prepack_on(x.device))
-        elif self.prepacked is None or x.device.type != "cpu":
-            y = ops.sparse_mlp_dense(rows, self._paths(), self.precision, self._codes())
-        else:
-            y = ops.sparse_mlp(rows, self.prepacked, self.out_features)
-        y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
+        rows = x if len(shape) == 2 else x.reshape(-1, self.in_features)
+        y = self._traced(rows) if _is_traced(rows) else self._run(rows)
+        if len(shape) != 2:
+            y = y.reshape(*shape[:-1], self.out_features)
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
-        """Write every task's scores into `out`, with as little of Python and torch in between as there can be.
-
-        For inference alone: autograd and `torch.compile` do not see it.
+        """Write every task's scores into memory that is there already. For inference alone.
 
         Args:
             x: `[batch, in_features]`, float32 or bfloat16; rows may be strided, elements of a row not.
@@ -117,166 +87,168 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: If a shape, dtype, device or stride is another.
         """
-        if self._network is not None and x.is_cpu:
-            self._network.sparse_mlp(x, out)
-            return
-        y = self(x)
-        if out.shape != y.shape:
-            raise ValueError(f"out: got shape {tuple(out.shape)}, wanted {tuple(y.shape)}")
-        out.copy_(y)
+        self._executor(x).run(x, out)
 
     def to_precision(self, precision: str) -> SparseMLP:
-        """Return the same MLP in another precision; both share the canonical weights.
+        """Return the same network in another precision; both share the canonical weights.
 
         Example:
+            >>> from lt4rec_sparse.nn import MaskedMLP, freeze
             >>> mlp = freeze(MaskedMLP(8, hidden=(4, 2)))
             >>> mlp.calibrated(torch.rand(100, 8)).to_precision("int8").precision
             'int8'
 
         Raises:
-            ValueError: If there is no such precision, or "int8" is asked of an MLP that is not calibrated.
+            ValueError: If there is no such precision, "int8" is asked of an MLP that is not calibrated, or its executor
+                was chosen.
         """
-        return self._remade(precision, self.codes)
-
-    def prepack_on(self, device: torch.device) -> ops.GpuParts:
-        """Return what a GPU runs, prepacked at the first call.
-
-        `forward` calls it. Who compiles or exports the module calls it first, so that it is not traced.
-        """
-        if device not in self._gpu:
-            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            self._gpu[device] = ops.prepack_gpu(self._paths(), dtype, device)
-        return self._gpu[device]
+        self._wants_default("to_precision")
+        return type(self)(self.network, precision).eval()
 
     def calibrated(self, x: Tensor) -> SparseMLP:
-        """Return the same MLP, in the same precision, with codes for int8 from representative inputs (`calibrate`)."""
-        return self._remade(self.precision, calibrate(self, x))
+        """Return the same MLP with quantisation parameters for int8 from representative inputs (`calibrate`)."""
+        self._wants_default("calibrated")
+        return type(self)(calibrate(self.network, x), self.precision).eval()
+
+    def measure_plan(
+        self,
+        batch_sizes: Sequence[int] | None = None,
+        precision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Plan:
+        """Measure which kernels are fastest for each batch size on this machine (`nn.plan.measure`, `nn.gpu`).
+
+        Args:
+            batch_sizes: Ascending; those that will be served, or near them. None takes the usual ones of the device.
+            precision: On the CPU the lowest allowed, on a GPU the one of all; None takes the MLP's own, or bf16.
+            device: The CPU or a GPU.
+        """
+        if torch.device(device).type == "cpu":
+            return measure(self.network, batch_sizes or BATCH_SIZES, precision or self.precision)
+        from lt4rec_sparse.nn import gpu
+
+        return gpu.measure(self.network, batch_sizes or gpu.BATCH_SIZES, precision or "bf16", device)
+
+    def planned(self, plan: Plan) -> SparseMLP:
+        """Return the same network, served by a plan that was measured on this CPU.
+
+        Raises:
+            InputError: If the plan is of another network or machine.
+            ValueError: If its executor was chosen already, or the plan uses int8 and the network is not calibrated.
+        """
+        self._wants_default("planned")
+        return type(self)(self.network, plan.precision, PlannedExecutor(self.network, plan)).eval()
+
+    def on_gpu(
+        self,
+        precision: str = "bf16",
+        plan: Plan | None = None,
+        device: torch.device | str = "cuda",
+        batch_sizes: Sequence[int] | None = None,
+    ) -> SparseMLP:
+        """Return the same network, served from CUDA graphs (`nn.gpu.GraphExecutor`, whose arguments these are).
+
+        Raises:
+            InputError: If the plan is of another network or machine.
+            ValueError: If its executor was chosen already, or an argument is wrong.
+        """
+        self._wants_default("on_gpu")
+        from lt4rec_sparse.nn import gpu
+
+        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BATCH_SIZES, device)
+        return type(self)(self.network, executor.precision, executor).eval()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the canonical weights and biases."""
-        return sum(layer_nbytes(layer) for layer in (*self.hidden, *self.heads.values()))
+        return self.network.nbytes
 
     @property
-    def prepacked_nbytes(self) -> int:
-        """Bytes of what the engine of this machine made from them; 0 without the engine."""
-        return 0 if self.prepacked is None else self.prepacked.numel()
+    def prepacked_nbytes(self) -> dict[str, int]:
+        """Layout -> bytes of what the executors made from them so far."""
+        result: dict[str, int] = {}
+        for executor in (self._on_cpu, *self._elsewhere.values()):
+            for layout, nbytes in executor.prepacked_nbytes.items():
+                result[layout] = result.get(layout, 0) + nbytes
+        return result
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the network and the precision for `state_dict`."""
+        tensors, data = self.network.to_tensors()
+        return {"tensors": tensors, "data": data, "precision": self.precision}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take a network of the same form from a `state_dict`.
+
+        Raises:
+            ValueError: If its widths, tasks or activations are others, or its parts do not fit together.
+        """
+        network = FrozenNetwork.from_tensors(state["tensors"], state["data"])
+        if (got := _form(network)) != (wanted := _form(self.network)):
+            raise ValueError(f"state: got a network of {got}, wanted {wanted}")
+        if self._given is not None:
+            raise ValueError(f"state: got one for an MLP served by a {type(self._given).__name__}, wanted the default")
+        self._set(network, state["precision"], None)
 
     def extra_repr(self) -> str:
         """Show widths, tasks and densities."""
-        shapes = " -> ".join(str(layer.weight.shape[0]) for layer in self.hidden)
-        union = [f"{layer.weight.nnz / (layer.weight.shape[0] * layer.weight.shape[1]):.1%}" for layer in self.hidden]
-        return (
-            f"{self.in_features} -> {shapes}, tasks={', '.join(self.tasks)}, {self.precision}, "
-            f"union density: {', '.join(union)}"
-        )
+        widths = " -> ".join(str(width) for width in (self.in_features, *self.network.widths))
+        densities = ", ".join(f"{density:.1%}" for density in self.network.densities)
+        return f"{widths}, tasks={', '.join(self.tasks)}, {self.precision}, densities: {densities}"
 
-    def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
-        return SparseMLP(self.hidden, self.heads, precision, codes).eval()
+    def _run(self, rows: Tensor) -> Tensor:
+        if len(rows.shape) == 2 and rows.stride(1) != 1:
+            rows = rows.contiguous()
+        out = torch.empty(len(rows), self.out_features, device=rows.device)
+        self._executor(rows).run(rows, out)
+        return out
 
-    def _codes(self) -> list[tuple[Codes, ...]] | None:
-        return None if self.codes is None else [self.codes[task] for task in self.tasks]
+    def _executor(self, x: Tensor) -> Executor:
+        if x.is_cpu or self._given is not None:
+            return self._on_cpu
+        if x.device not in self._elsewhere:
+            self._elsewhere[x.device] = ops.executor(self.network, self.precision, x.device)
+        return self._elsewhere[x.device]
 
-    def _paths(self) -> list[list[tuple[SparseLayer, str]]]:
-        return [[*((layer, task) for layer in self.hidden), (head, ALL)] for task, head in self.heads.items()]
+    def _traced(self, rows: Tensor) -> Tensor:
+        if rows.device.type != "cpu" or not self._has_engine:
+            return self._run(rows)
+        return ops.sparse_mlp(rows, _blob(self), self.out_features)
+
+    def _wants_default(self, name: str) -> None:
+        if self._given is not None:
+            got = type(self._given).__name__
+            raise ValueError(f"{name}: got an MLP that is served by a {got}, wanted the one that it was made from")
 
 
 class SparseLinear(SparseMLP):
     """A linear layer served from a compressed weight: what `freeze` makes of a `MaskedLinear`.
 
-    Args:
-        weight: `[out_features, in_features]` for all its tasks; their outputs stand side by side.
-        bias: `[out_features]`, or None.
-        precision: As of `SparseMLP`.
-        codes: As of `SparseMLP`.
+    Its network has one hidden layer and no heads: the outputs of all its tasks stand side by side.
     """
 
-    def __init__(
-        self,
-        weight: SharedWeight,
-        bias: Tensor | None,
-        precision: str = "fp32",
-        codes: Mapping[str, Sequence[Codes]] | None = None,
-    ) -> None:
-        heads = {task: SparseLayer(weight, bias, "none") for task in weight.tasks}
-        super().__init__((), heads, precision, codes)
 
-    def _remade(self, precision: str, codes: Mapping[str, Sequence[Codes]] | None) -> SparseMLP:
-        layer = next(iter(self.heads.values()))
-        return SparseLinear(layer.weight, layer.bias, precision, codes).eval()
-
-    def _paths(self) -> list[list[tuple[SparseLayer, str]]]:
-        return [[(layer, task)] for task, layer in self.heads.items()]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the canonical weight and bias; all tasks read the same."""
-        return layer_nbytes(next(iter(self.heads.values())))
-
-    def extra_repr(self) -> str:
-        """Show widths, tasks and density."""
-        weight, tasks = next(iter(self.heads.values())).weight, ", ".join(self.tasks)
-        return f"{weight.shape[1]} -> {weight.shape[0]}, tasks={tasks}, {self.precision}, union nnz={weight.nnz}"
+def _is_traced(x: Tensor) -> bool:
+    """Tell whether something watches the operators: autograd, a compiler, a tracer. They do not see an executor."""
+    return (
+        torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
-def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
-    """Return a copy of `model` for serving, every masked layer in it replaced by its compressed form.
-
-    `freeze(mlp)(x)` equals `mlp(x)` within rounding, for every task; the copy cannot be trained.
-
-    Example:
-        >>> mlp = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
-        >>> x = torch.ones(3, 8)
-        >>> torch.allclose(freeze(mlp)(x), mlp(x), atol=1e-6)
-        True
-
-    Args:
-        model: A `MaskedMLP`, a `MaskedLinear`, or any module that contains them.
-        sigmoid: Whether the heads of the MLPs end in a sigmoid: probabilities instead of logits.
-
-    Raises:
-        ValueError: If the model contains no masked layer.
-    """
-    frozen: dict[int, nn.Module] = {}
-    inner: set[int] = set()
-    for module in model.modules():
-        sparse = None if id(module) in inner else _freeze_masked(module, sigmoid)
-        if sparse is not None:
-            frozen[id(module)] = sparse
-            inner |= {id(part) for part in module.modules()}
-    if not frozen:
-        raise ValueError(
-            f"model: got a {type(model).__name__} without masked layers, wanted a MaskedMLP or MaskedLinear"
-        )
-    # As the memo of the copy, the frozen layers take the masked ones' place wherever they are referred to.
-    result: nn.Module = copy.deepcopy(model, frozen)
-    return result.eval().requires_grad_(False)
+@torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
+def _blob(mlp: SparseMLP) -> Tensor:
+    """Return the engine's blob for every batch size: a constant of the traced graph."""
+    with _disable_current_modes():  # the weights are real, whatever x is
+        return ops.prepack(mlp.network, mlp.precision)
 
 
-def freeze_layer(layer: nn.Linear, masks: dict[str, Tensor], activation: str) -> SparseLayer:
-    """Compress one linear layer through the tasks' masks."""
-    weight = SharedWeight.from_dense(layer.weight.detach().cpu(), {task: mask.cpu() for task, mask in masks.items()})
-    return SparseLayer(weight, None if layer.bias is None else layer.bias.detach().cpu().clone(), activation)
-
-
-def layer_nbytes(layer: SparseLayer) -> int:
-    """Bytes of a layer's canonical weight and bias."""
-    return layer.weight.nbytes + (0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size())
-
-
-def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
-    if isinstance(module, MaskedLinear):
-        layer = freeze_layer(module, {task: module.mask(task) for task in module.tasks}, "none")
-        return SparseLinear(layer.weight, layer.bias)
-    if isinstance(module, MaskedMLP):
-        hidden = [
-            freeze_layer(layer, {task: layer.mask(task) for task in module.tasks}, "relu")
-            for layer in module.masked_layers()
-        ]
-        heads = {}
-        for task, head in module.heads.items():
-            assert isinstance(head, nn.Linear)
-            kept = torch.ones_like(head.weight, dtype=torch.bool)
-            heads[task] = freeze_layer(head, {ALL: kept}, "sigmoid" if sigmoid else "none")
-        return SparseMLP(hidden, heads)
-    return None
+def _form(network: FrozenNetwork) -> str:
+    """Describe what two networks must have in common for one to take the other's state."""
+    widths = "-".join(str(width) for width in (network.in_features, *network.widths))
+    activations = [layer.activation for layer in network.hidden]
+    activations += [head.activation for head in network.heads.values()]
+    return f"widths {widths}, tasks {', '.join(network.tasks)}, activations {', '.join(activations)}"

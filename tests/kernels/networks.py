@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels import cpu
 
-# What a machine of this kind may run.
+# What a machine of this kind may have.
 ISAS = (
     ("scalar", "neon")
     if platform.machine() in ("aarch64", "arm64")
     else ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 )
+# What this machine runs, none above the one that LT4REC_SPARSE_ISA holds the engine to.
+RUNNABLE_ISAS = cpu.supported_isas()[: cpu.supported_isas().index(cpu.isa()) + 1] if cpu.is_available() else ()
 PATHS = (("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables"))
 INPUT_CODES = (0.05, 117)  # of x, in int8: the first layers of all tasks have these in common
 
@@ -37,7 +39,7 @@ class Kernel(NamedTuple):
         return out
 
 
-KERNELS = [Kernel(precision, path, isa) for (precision, path), isa in itertools.product(PATHS, ISAS)]
+KERNELS = [Kernel(precision, path, isa) for (precision, path), isa in itertools.product(PATHS, RUNNABLE_ISAS)]
 
 
 class MaskedLayer(NamedTuple):

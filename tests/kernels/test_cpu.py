@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.networks import (
+    ISAS,
     KERNELS,
     PATHS,
+    RUNNABLE_ISAS,
     Kernel,
     MaskedLayer,
     Task,
@@ -73,6 +75,15 @@ def integers_like(*shape: int, seed: int = 0) -> Tensor:
 
 def normal_like(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_has_a_kernel_for_every_precision(isa: str) -> None:
+    if isa not in RUNNABLE_ISAS:
+        pytest.skip(f"this machine does not run {isa}, or LT4REC_SPARSE_ISA holds the engine below it")
+    with cpu.forced_isa(isa):
+        assert cpu.isa() == isa
+        assert {kernel.precision for kernel in KERNELS if kernel.isa == isa} == set(cpu.PRECISIONS)
 
 
 def test_the_reference_of_int8_rounds_once() -> None:
@@ -659,7 +670,7 @@ def test_any_mlp_is_exact_and_has_one_blob(
     case = exact_case([task], x.bfloat16() if has_bfloat16_x else x, precision)
     assert torch.equal(prepack([task], precision), case.prepacked)
     for kernel in KERNELS:
-        if kernel.precision == precision and kernel.isa in cpu.supported_isas():
+        if kernel.precision == precision:
             with cpu.forced_isa(kernel.isa):
                 assert_case(kernel, case, threads=threads)
 

@@ -15,6 +15,7 @@ LIBRARIES = Path("/usr/aarch64-linux-gnu")  # where Debian puts those of its cro
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
+@pytest.mark.neon
 def test_neon_computes_what_the_scalar_definition_does(tmp_path: Path) -> None:
     for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
         if shutil.which(tool) is None:

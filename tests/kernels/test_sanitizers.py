@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 NOT_HERE = 77
 
 
+@pytest.mark.sanitizers
 def test_sanitizers_find_nothing_but_what_they_must() -> None:
     command = [sys.executable, "-m", "tests.kernels.sanitize", "quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from lt4rec_sparse import Mask, MaskedMLP, Plan, freeze, ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import project_to_2_4, prune_by_magnitude
 from lt4rec_sparse.nn.plan import Segment
+from lt4rec_sparse.ops.sparse_mlp import _sparse_mlp_gpu
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -160,7 +161,7 @@ def on_this_device():
         yield
         return
     library = torch.library.Library("lt4rec_sparse", "IMPL")
-    library.impl("sparse_mlp_gpu", ops._sparse_mlp_gpu, "CPU")
+    library.impl("sparse_mlp_gpu", _sparse_mlp_gpu, "CPU")
     yield
     library._destroy()
 

@@ -17,6 +17,7 @@ from oracle import assert_exact, small_integers
 from lt4rec_sparse import MaskedLinear, MaskedMLP, ops
 from lt4rec_sparse.masks import pack_words
 from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.ops.masked_linear import _on_gpu
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -37,7 +38,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(MaskedLinear, "_planes", lambda layer: layer.mask_words)
     library = torch.library.Library("lt4rec_sparse", "IMPL")
     for name in OPS:
-        library.impl(name, ops._on_gpu(name), "CPU")
+        library.impl(name, _on_gpu(name), "CPU")
     yield
     library._destroy()
     assert not any(torch._C._dispatch_has_kernel_for_dispatch_key(f"lt4rec_sparse::{name}", "CPU") for name in OPS)

@@ -1,1 +1,1 @@
-"""Triton kernels and the ways to run a frozen network on a GPU. Imported only where Triton is."""
+"""Triton kernels, and the ways in which a GPU runs a frozen network. Imported only when a GPU first needs them."""

@@ -1,23 +1,25 @@
 """A block-sparse matrix product in Triton, for all tasks of one weight in one launch: forward, for serving.
 
-Masks are kept or pruned in square blocks of B x B weights. A program has BLOCK_M rows and one row of blocks, and walks
-the blocks that are kept there, BLOCK_K / B of them a step: compute and bytes fall with the density.
+Masks keep or prune square blocks of B x B weights. A program has BLOCK_M rows and one row of blocks, and walks the
+blocks that are kept there, BLOCK_K / B of them per step: compute and bytes fall with the density.
 
-    y[y_starts[t] + i] = activation(x[x_starts[t] + i] @ (weight * mask_t).T + bias),    0 <= i < lengths[t]
+    y[t] = activation(x[t] @ (weight * mask_t).T + bias)            x [tasks, rows, in_features], in 16 bits
 
-What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `s B (BLOCK_M + B)` bytes from the L2
-cache for its tiles of x and of the weight, s bytes an element. At s = 2 that is `B / (1 + B / BLOCK_M)` operations a
-byte: 28 at B = 32 and BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. So:
+or `x[0]` for every task, where `x` is `[1, rows, in_features]`.
 
-- L2 bytes are all that counts, and tiles are tall: at 64 rows it is 21 operations a byte, and 512 rows add 6 % to 28.
+What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `2 B (BLOCK_M + B)` bytes from the L2
+cache for its tiles of x and of the weight. That is `B / (1 + B / BLOCK_M)` operations per byte: 28 at B = 32 and
+BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. So:
+
+- L2 bytes are all that counts, and tiles are tall: at 64 rows it is 21 operations per byte, and 512 rows add 6 % to 28.
 - A tile of one row of blocks is narrow, but x is read `density N / B` times in all: 3.2 times at 10 % of 1024 outputs,
   where a dense tile of 256 columns reads it 4 times. Two rows of blocks in one program would need 19 % of the columns
   of x for twice 10 %: little is won. Tasks whose masks overlap do win: `together` reads x once for both, and multiplies
   a block that one of them lacks by zeros, which the idle tensor cores do for nothing.
 - Two programs on each multiprocessor hide the start of one, three loads that wait for one another, behind the other.
 
-Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32, 10 % kept: 241 MB and 44 us a
-task in the first layer, 62 us in all, where cuBLAS at 650 TFLOP/s needs 123 us: 2.0x; and 2.4x with two tasks that
+Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32, 10 % kept: 241 MB and 44 us
+per task in the first layer, 62 us in all, where cuBLAS at 650 TFLOP/s needs 123 us: 2.0x; and 2.4x with two tasks that
 have half of their blocks in common, together in the first layer. Blocks of 64 give 3.2x, blocks of 16 only 1.2x. To be
 measured.
 
@@ -26,7 +28,6 @@ Letters, in kernels only: M rows, N out_features, K in_features, B the side of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,29 +36,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lt4rec_sparse.kernels.gpu.launch import Launch
-from lt4rec_sparse.kernels.gpu.masked_matmul import MAX_TASKS, coded, pick
-from lt4rec_sparse.kernels.gpu.tiles import MULTIPROCESSORS, Tile, arithmetic
+from lt4rec_sparse.kernels.gpu.epilogue import epilogue
+from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, choose_tile
 
 BLOCKS = (16, 32, 64)  # sides that wgmma takes as its N, and at least one of its K-steps
 MAX_COLUMNS = 128  # of one program: sums of more do not fit in registers beside 128 rows
-VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 
-# By arithmetic (`tiles.arithmetic`) and by the columns of a program, `together * block`; largest first. `block_k` is a
-# multiple of every block that can have so many columns. Two programs of an entry fit on a multiprocessor of an H200.
+# By the columns of a program, `together * block`; largest first. `block_k` is a multiple of every block that can have
+# so many columns. Two programs of an entry fit on a multiprocessor of an H200.
 TILES = {
-    ("16", 16): (Tile(256, 16, 64, 8, 3), Tile(64, 16, 64, 4, 6), Tile(16, 16, 64, 4, 6)),
-    ("16", 32): (Tile(256, 32, 64, 8, 3), Tile(64, 32, 64, 4, 6), Tile(16, 32, 64, 4, 6)),
-    ("16", 64): (Tile(256, 64, 64, 8, 2), Tile(64, 64, 64, 4, 4), Tile(16, 64, 64, 4, 6)),
-    ("16", 128): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(16, 128, 64, 4, 4)),
-    ("tf32", 16): (Tile(256, 16, 32, 8, 3), Tile(64, 16, 32, 4, 6), Tile(16, 16, 32, 4, 6)),
-    ("tf32", 32): (Tile(256, 32, 32, 8, 3), Tile(64, 32, 32, 4, 6), Tile(16, 32, 32, 4, 6)),
-    ("tf32", 64): (Tile(128, 64, 64, 8, 2), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-    ("tf32", 128): (Tile(64, 128, 64, 8, 2), Tile(64, 128, 64, 8, 2), Tile(16, 128, 64, 4, 2)),
-    ("fp32", 16): (Tile(128, 16, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 32, 4, 3)),
-    ("fp32", 32): (Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 4, 3)),
-    ("fp32", 64): (Tile(64, 64, 64, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
-    ("fp32", 128): (Tile(64, 128, 64, 8, 3), Tile(32, 128, 64, 8, 3), Tile(16, 128, 64, 8, 3)),
+    16: (Tile(256, 16, 64, 8, 3), Tile(64, 16, 64, 4, 6), Tile(16, 16, 64, 4, 6)),
+    32: (Tile(256, 32, 64, 8, 3), Tile(64, 32, 64, 4, 6), Tile(16, 32, 64, 4, 6)),
+    64: (Tile(256, 64, 64, 8, 2), Tile(64, 64, 64, 4, 4), Tile(16, 64, 64, 4, 6)),
+    128: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(16, 128, 64, 4, 4)),
 }
 
 
@@ -69,7 +61,7 @@ def entries(col_ptr, place_ptr, e, end, g, TOGETHER: tl.constexpr):
     return col, tl.load(places, mask=(e < end)[None, :] & (g >= 0)[:, None], other=-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def block_sparse_fwd_kernel(
     x_ptr,
     values_ptr,
@@ -78,18 +70,15 @@ def block_sparse_fwd_kernel(
     place_ptr,
     bias_ptr,
     y_ptr,
-    x_starts,
-    y_starts,
-    lengths,
+    M,
     N,
     K,
+    stride_xt,
     stride_xm,
     stride_bt,
     stride_ym,
-    TASKS: tl.constexpr,
     TOGETHER: tl.constexpr,  # tasks of one program: they read the same rows, so an x tile is loaded once for them
     ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of B
     B: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,15 +89,12 @@ def block_sparse_fwd_kernel(
     group = tl.program_id(1)
     first_task = group * TOGETHER
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    length = pick(lengths, first_task, TASKS)
-    if tl.program_id(2) * BLOCK_M >= length:
-        return
     # A column of the tile is a neuron of a task: B neurons of one task, then the same of the next.
     column = tl.arange(0, TOGETHER * B)
     g = column // B
     neuron = column % B
-    has_row = (m < length)[:, None]
-    x_rows = x_ptr + (pick(x_starts, first_task, TASKS) + m).to(tl.int64)[:, None] * stride_xm
+    has_row = (m < M)[:, None]
+    x_rows = x_ptr + first_task.to(tl.int64) * stride_xt + m.to(tl.int64)[:, None] * stride_xm
     row_ptr = crow_ptr + group * (tl.cdiv(N, B) + 1) + block_row
     begin = tl.load(row_ptr)
     end = tl.load(row_ptr + 1)
@@ -122,24 +108,19 @@ def block_sparse_fwd_kernel(
         k = tl.max_contiguous(tl.multiple_of(col * B + k_in_block, B), B)
         offsets = place.to(tl.int64) * (B * B) + (neuron * B)[:, None] + k_in_block[None, :]
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, B)), (1, B))
-        # Entries beyond the end, too, must not be read: a NaN in x times a weight of zero is NaN.
+        # Entries beyond the end must not be read either: a NaN in x times a weight of zero is NaN.
         has_column = col >= 0 if EVEN_K else (col >= 0) & (k < K)
         x = tl.load(x_rows + k[None, :], mask=has_row & has_column[None, :], other=0.0)
         w = tl.load(values_ptr + offsets, mask=place >= 0, other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
         # The next step's, and carried there: columns loaded in the step that needs them would take half of the
         # pipeline's stages for themselves.
         e += BLOCK_K // B
         col, place = entries(col_ptr, place_ptr, e, end, g, TOGETHER)
     n = block_row * B + neuron
     task = first_task + g
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + task * stride_bt + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0, 0.0, acc)  # NaN stays NaN
-    elif ACTIVATION == "sigmoid":
-        acc = tl.sigmoid(acc)
-    y_rows = (pick(y_starts, task, TASKS)[None, :] + m[:, None]).to(tl.int64)
+    acc = epilogue(acc, bias_ptr, task * stride_bt + n, n < N, ACTIVATION)
+    y_rows = (task[None, :] * M + m[:, None]).to(tl.int64)
     tl.store(y_ptr + y_rows * stride_ym + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=has_row & (n < N)[None, :])
 
 
@@ -149,15 +130,15 @@ class BlockWeight(NamedTuple):
     Layout, for a weight `[out_features, in_features]` in square blocks of side `block` (the last ones padded with
     zeros), `R = ceil(out_features / block)` rows of blocks, and groups of `together` tasks that one program serves:
 
-    - `values`: float32, float16 or bfloat16 `[stored, block, block]`; blocks, each row by row. A weight that a task
-      prunes within a block that it keeps is zero. A block that is the same bits for several tasks stands once.
+    - `values`: float16 or bfloat16 `[stored, block, block]`; blocks, each row by row. A weight that a task prunes
+      within a block that it keeps is zero. A block that is the same bits for several tasks stands once.
     - `crow`: int32 `[tasks / together, R + 1]`; row of blocks `r` of group `g` is entries `crow[g, r]` to
       `crow[g, r + 1]`.
     - `col`: int32 `[entries]`; block columns, ascending in each row: those that any task of the group keeps.
     - `place`: int32 `[entries, together]`; where the block of each task of the group stands in `values`, or -1 if the
       task does not keep it.
 
-    Bytes: `itemsize block^2 stored + 4 (1 + together) entries + 4 (R + 1) tasks / together`.
+    Bytes: `2 block^2 stored + 4 (1 + together) entries + 4 (R + 1) tasks / together`.
     """
 
     shape: tuple[int, int]  # out_features, in_features
@@ -179,7 +160,7 @@ class BlockWeight(NamedTuple):
             weight: `[out_features, in_features]`, float32, float16 or bfloat16.
             masks: `[tasks, out_features, in_features]`, bool, True = kept; on the device of `weight`.
             block: The side of a block: 16, 32 or 64.
-            dtype: Of the values, and of the `x` to multiply; float32, float16 or bfloat16.
+            dtype: Of the values, and of the `x` to multiply; float16 or bfloat16.
             together: How many tasks, one after another, read the same rows of `x`: 1, 2 or 4, a divisor of the number
                 of tasks, and at most `128 / block`.
 
@@ -191,7 +172,7 @@ class BlockWeight(NamedTuple):
         # Chosen, not multiplied: a pruned weight may be NaN.
         content = _cut(torch.where(masks, weight.detach().to(dtype), 0), block)  # [tasks, R, C, block, block]
         kept = _cut(masks, block).flatten(-2).any(-1)  # [tasks, R, C]
-        bits = content.view(torch.int32 if dtype == torch.float32 else torch.int16)  # NaN equals itself, 0 not -0
+        bits = content.view(torch.int16)  # NaN equals itself, 0 does not equal -0
         task = torch.arange(tasks, device=weight.device)[:, None, None]
         owner = task.expand_as(kept).clone()  # the first task with the same block
         for t in range(tasks):
@@ -215,92 +196,51 @@ class BlockWeight(NamedTuple):
             places.view_as(groups).permute(0, 2, 3, 1)[listed].to(torch.int32),
         )
 
-    def to_dense(self, task: int) -> Tensor:
-        """Return `[out_features, in_features]` of one task, with zeros where nothing is kept."""
-        n, k = self.shape
-        rows, columns = triton.cdiv(n, self.block), triton.cdiv(k, self.block)
-        group, member = divmod(task, self.together)
-        crow = self.crow[group].long()
-        entries = slice(int(crow[0]), int(crow[-1]))
-        row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff())
-        place = self.place[entries, member].long()
-        is_kept = place >= 0
-        blocks = self.values.new_zeros(rows, columns, self.block, self.block)
-        blocks[row[is_kept], self.col[entries].long()[is_kept]] = self.values[place[is_kept]]
-        return blocks.transpose(1, 2).reshape(rows * self.block, columns * self.block)[:n, :k]
-
-    @property
-    def density(self) -> float:
-        """Kept blocks over all blocks, of all tasks together."""
-        n, k = self.shape
-        blocks = self.tasks * -(-n // self.block) * -(-k // self.block)
-        return int((self.place >= 0).sum()) / blocks
-
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in (self.values, self.crow, self.col, self.place))
 
 
-def forward_into(
-    x: Tensor,
-    weight: BlockWeight,
-    bias: Tensor | None,
-    y: Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-    precision: str,
-) -> None:
-    """Write `y [sum(lengths), out_features]`; `bias` is `[out_features]`, or `[tasks, out_features]`.
+def forward_into(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, activation: str) -> None:
+    """Write the result; the arguments are those of `block_sparse_launch`.
 
     Raises:
-        ValueError: If `x` has not the dtype of the weight, or tasks that stand together read different rows.
+        ValueError: If `x` does not have the dtype of the weight, or a program is to serve tasks of different rows.
     """
     if x.dtype != weight.values.dtype:
-        raise ValueError(f"x: got {x.dtype}, wanted {weight.values.dtype}, as the weight has")
-    ranges = list(zip(starts, lengths, strict=True))
-    for first in range(0, weight.tasks, weight.together):
-        group = ranges[first : first + weight.together]
-        if len(set(group)) != 1:
-            raise ValueError(f"starts and lengths: got {group} for tasks that stand together, wanted the same rows")
-    y_starts = [sum(lengths[:t]) for t in range(weight.tasks)]
-    rows = x if x.stride(1) == 1 else x.contiguous()
-    for first in range(0, weight.tasks, MAX_TASKS):
-        tasks = slice(first, first + MAX_TASKS)
-        part, part_bias = weight, bias
-        if weight.tasks > MAX_TASKS:
-            crow = weight.crow[first // weight.together : (first + MAX_TASKS) // weight.together]
-            part = weight._replace(crow=crow, tasks=len(crow) * weight.together)
-            part_bias = bias[tasks] if bias is not None and bias.dim() == 2 else bias
-        block_sparse_launch(
-            rows, part, part_bias, y, starts[tasks], y_starts[tasks], lengths[tasks], activation, precision
-        ).run()
+        raise ValueError(f"x: got {x.dtype}, wanted {weight.values.dtype}, that of the weight")
+    if len(x) > 1 and weight.together > 1:
+        raise ValueError(f"x: got the rows of {len(x)} tasks, wanted one for {weight.together} tasks together")
+    block_sparse_launch(x if x.stride(2) == 1 else x.contiguous(), weight, bias, y, activation).run()
 
 
 def block_sparse_launch(
-    x: Tensor,
-    weight: BlockWeight,
-    bias: Tensor | None,
-    y: Tensor,
-    x_starts: Sequence[int],
-    y_starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-    precision: str,
-    tile: Tile | None = None,
+    x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, activation: str, tile: Tile | None = None
 ) -> Launch:
-    """Make the launch of `block_sparse_fwd_kernel`, in the table's tile unless one is given."""
-    n, k = weight.shape
+    """Make the launch of `block_sparse_fwd_kernel`, in the table's tile unless one is given.
+
+    Args:
+        x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
+        weight: Of all tasks.
+        bias: `[out_features]`, or `[tasks, out_features]`.
+        y: `[tasks, rows, out_features]`; a task's first row follows the last row of the task before. Float32 or the
+            dtype of `x`.
+        activation: "none", "relu" or "sigmoid".
+        tile: One of `TILES`.
+    """
+    (n, k), rows = weight.shape, x.shape[1]
     block_rows, groups = triton.cdiv(n, weight.block), weight.tasks // weight.together
     if tile is None:
-        # What Triton tells its compiler, which otherwise copies element by element, through registers.
-        is_aligned = k % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-        columns = weight.together * weight.block
-        tile = block_sparse_tile(max(lengths), block_rows * groups, columns, x.dtype, precision, is_aligned)
+        tiles = TILES[weight.together * weight.block]
+        # What Triton tells its compiler, which otherwise copies element by element, through registers: the tallest
+        # tile spills then.
+        is_aligned = k % 16 == 0 and x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
+        fitting = tiles if is_aligned else tiles[1:]
+        tile = choose_tile(fitting, rows, lambda t: block_rows * groups * triton.cdiv(rows, t.block_m))
     return Launch(
         block_sparse_fwd_kernel,
-        (block_rows, groups, triton.cdiv(max(lengths), tile.block_m)),
+        (block_rows, groups, triton.cdiv(rows, tile.block_m)),
         {
             "x_ptr": x,
             "values_ptr": weight.values,
@@ -309,20 +249,17 @@ def block_sparse_launch(
             "place_ptr": weight.place,
             "bias_ptr": bias,
             "y_ptr": y,
-            "x_starts": coded(x_starts),
-            "y_starts": coded(y_starts),
-            "lengths": coded(lengths),
+            "M": rows,
             "N": n,
             "K": k,
-            "stride_xm": x.stride(0),
+            "stride_xt": x.stride(0) if len(x) > 1 else 0,
+            "stride_xm": x.stride(1),
             "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
-            "stride_ym": y.stride(0),
+            "stride_ym": y.stride(1),
         },
         {
-            "TASKS": weight.tasks,
             "TOGETHER": weight.together,
             "ACTIVATION": activation,
-            "PRECISION": precision,
             "EVEN_K": k % weight.block == 0,
             "B": weight.block,
             "BLOCK_M": tile.block_m,
@@ -333,21 +270,8 @@ def block_sparse_launch(
     )
 
 
-def block_sparse_tile(
-    rows: int, block_rows: int, columns: int, dtype: torch.dtype, precision: str, is_aligned: bool = True
-) -> Tile:
-    """Choose for `rows` of one task, the rows of blocks of all groups, and the columns of a program."""
-    tiles = TILES[arithmetic(dtype, precision), columns]
-    if rows <= 32:
-        return tiles[-1]
-    # Three quarters of the GPU at least: a lower tile would fill it and read the weights more often. The tallest would
-    # spill where rows are not aligned.
-    is_filling = block_rows * triton.cdiv(rows, tiles[0].block_m) >= MULTIPROCESSORS * 3 // 4
-    return tiles[0] if is_filling and is_aligned else tiles[1]
-
-
 def _check(weight: Tensor, masks: Tensor, block: int, dtype: torch.dtype, together: int) -> None:
-    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in VALUE_DTYPES:
+    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in (torch.float32, *DTYPES):
         got = f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"weight: got {got}, wanted float32, float16 or bfloat16 [out_features, in_features]")
     if masks.dtype != torch.bool or masks.dim() != 3 or len(masks) == 0 or masks.shape[1:] != weight.shape:
@@ -357,8 +281,8 @@ def _check(weight: Tensor, masks: Tensor, block: int, dtype: torch.dtype, togeth
         raise ValueError(f"masks: got device {masks.device}, wanted that of the weight, {weight.device}")
     if block not in BLOCKS:
         raise ValueError(f"block: got {block}, wanted one of {', '.join(map(str, BLOCKS))}")
-    if dtype not in VALUE_DTYPES:
-        raise ValueError(f"dtype: got {dtype}, wanted float32, float16 or bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, wanted float16 or bfloat16")
     if together not in (1, 2, 4) or len(masks) % together or together * block > MAX_COLUMNS:
         wanted = f"1, 2 or 4, a divisor of the {len(masks)} tasks, at most {MAX_COLUMNS // block}"
         raise ValueError(f"together: got {together}, wanted {wanted}")

@@ -1,21 +1,39 @@
-"""A kernel launch as a value: made from tensors and run, or compiled ahead of time for a GPU that is not there."""
+"""A kernel launch as a value, the tile in which it runs, and the one rule that chooses the tile.
+
+Each kernel lists its tiles in a table beside it, so that every entry can be compiled ahead of time for a GPU that is
+not there (`tests/kernels/gpu/ahead_of_time.py`): without spills for two tasks on sm_80 and sm_90, and on wgmma on sm_90
+where the tile has at least 64 rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108
+BUSY = 0.75  # of the multiprocessors: a smaller tile would occupy the rest, but reads its operands more often
+FEW_ROWS = 32  # up to which the bytes of the weights are all that counts
 MOST_SHARED_BYTES = 163 * 1024  # of a block on sm_80, which the tables keep within
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work: M rows, N out_features, K in_features of one program, or of one step of its loop."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int  # of the software pipeline
 
 
 class Launch(NamedTuple):
     """One launch of a Triton kernel, with everything that its compilation depends on.
 
-    `arguments` holds tensors, integers, tuples of integers, and None for a pointer that the kernel does not read.
+    `arguments` holds tensors, integers, and None for a pointer that the kernel does not read.
     """
 
     kernel: Any  # a triton.jit function
@@ -26,7 +44,7 @@ class Launch(NamedTuple):
     stages: int
 
     def run(self) -> None:
-        """Launch on the device of the tensors; nothing happens where the grid is empty."""
+        """Launch on the device of the tensors; an empty grid launches nothing."""
         if 0 in self.grid:
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
@@ -47,11 +65,38 @@ class Launch(NamedTuple):
         )
 
 
+def choose_tile(tiles: Sequence[Tile], rows: int, programs: Callable[[Tile], int], busy: float = BUSY) -> Tile:
+    """Choose from a kernel's table, whose tiles stand largest first and whose last one is for few rows alone.
+
+    It is the largest tile whose programs keep enough of the GPU busy, since a large tile reads its operands from the L2
+    cache less often; if none does, the smallest. Chosen by arithmetic, not yet by a clock.
+
+    Args:
+        tiles: The table.
+        rows: Rows of one task.
+        programs: How many programs a launch in a tile has.
+        busy: The share of the multiprocessors that must have a program.
+    """
+    if rows <= FEW_ROWS:
+        return tiles[-1]
+    return next((tile for tile in tiles[:-1] if programs(tile) >= MULTIPROCESSORS * busy), tiles[-2:][0])
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """Name the row of a table for operands of `dtype`; `precision` is "ieee" or "tf32", and counts in float32.
+
+    "16" is float16 and bfloat16, "fp32" is IEEE arithmetic on the ordinary cores, "tf32" is as it says.
+    """
+    if dtype != torch.float32:
+        return "16"
+    return "fp32" if precision == "ieee" else "tf32"
+
+
 @cache
 def has_room(device: torch.device) -> bool:
-    """Tell whether every tile of the tables fits into a block's shared memory there: as on an A100, H100 or B200.
+    """Tell whether every tile fits into a block's shared memory there: as on an A100, H100 or B200.
 
-    The consumer chips of the same generations have 99 KB. Interpreted, everything fits.
+    The consumer chips of the same generations have 99 KB. Under the interpreter everything fits.
     """
     if device.type != "cuda":
         return True

@@ -1,8 +1,8 @@
-"""The other way to a masked product: one kernel multiplies the masks in and casts, then cuBLAS.
+"""The other way to a masked product: one kernel multiplies the masks in and casts, then cuBLAS multiplies.
 
-Reads the weight once and writes a copy for each task, which a large batch pays back: its product has no words to
-expand. The gradient of the weight is cuBLAS' product a task, masked and added up by one kernel. Same arguments and
-results as `masked_matmul`.
+It reads the weight once and writes a copy per task, which a large batch pays back: its product has no words to expand.
+The gradient of the weight is cuBLAS' product per task, masked and added up by one kernel. Same arguments and results as
+`masked_matmul`.
 
 Rows that do not start at multiples of 16 bytes are slow everywhere, in cuBLAS too: here the copies, and `x`, are padded
 with columns of zeros.
@@ -10,15 +10,13 @@ with columns of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu.launch import Launch
-from lt4rec_sparse.kernels.gpu.weight_tile import kept
+from lt4rec_sparse.kernels.gpu.weights import where_kept
 
 BLOCK_N, BLOCK_K, WARPS = 16, 128, 4  # 16 rows of 256 to 512 bytes: bound by memory, in any shape
 ALIGNMENT = 8  # columns: 16 bytes of 16-bit elements
@@ -35,9 +33,7 @@ def mask_and_cast_kernel(
     rows = tl.program_id(2).to(tl.int64) * N + n
     inside = (n < N)[:, None] & (k < K)[None, :]
     values = tl.load(weight_ptr + n[:, None] * stride_wn + k[None, :], mask=inside, other=0.0)
-    w = k0 // 32 + tl.arange(0, BLOCK_K // 32)
-    words = tl.load(words_ptr + rows[:, None] * W + w[None, :], mask=(n < N)[:, None], other=0)
-    values = tl.where(kept(words, BLOCK_N, BLOCK_K), values, 0.0)
+    values = where_kept(values, words_ptr, rows, k0, n < N, W, BLOCK_N, BLOCK_K)
     is_out = (n < N)[:, None] & (k < stride_on)[None, :]
     tl.store(out_ptr + rows[:, None] * stride_on + k[None, :], values.to(out_ptr.dtype.element_ty), mask=is_out)
 
@@ -51,59 +47,39 @@ def mask_and_sum_kernel(
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     inside = (n < N)[:, None] & (k < K)[None, :]
-    w = k0 // 32 + tl.arange(0, BLOCK_K // 32)
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for task in range(0, TASKS):
         rows = (task * N + n).to(tl.int64)
         products = tl.load(products_ptr + rows[:, None] * stride_pn + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        words = tl.load(words_ptr + rows[:, None] * W + w[None, :], mask=(n < N)[:, None], other=0)
-        total += tl.where(kept(words, BLOCK_N, BLOCK_K), products, 0.0)
+        total += where_kept(products, words_ptr, rows, k0, n < N, W, BLOCK_N, BLOCK_K)
     dw = dw_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """Return `y [sum(lengths), out_features]` (`masked_matmul.forward`)."""
-    masked, x = mask_and_cast(weight, words, x.dtype), _aligned(x)
-    y = x.new_empty(sum(lengths), weight.shape[0])
-    bias = None if bias is None else bias.to(x.dtype)
-    for task, start, length, rows in zip(masked, starts, lengths, torch.split(y, list(lengths)), strict=True):
-        if bias is None:
-            torch.mm(x[start : start + length], task.T, out=rows)
-        else:
-            torch.addmm(bias, x[start : start + length], task.T, out=rows)
-    return y.relu_() if activation == "relu" else y
+def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return `y [tasks, rows, out_features]` (`masked_matmul.forward`)."""
+    masked, x = mask_and_cast(weight, words, x.dtype), _aligned(x).expand(len(words), -1, -1)
+    bias = x.new_zeros(len(weight)) if bias is None else bias.to(x.dtype)
+    y = x.new_empty(*x.shape[:2], len(weight))
+    for x_of_task, w, rows in zip(x, masked, y, strict=True):
+        torch.addmm(bias, x_of_task, w.T, out=rows)  # the bias is in the product's epilogue, as in no batched product
+    return y.relu_() if activation == "relu" else y  # cuBLAS' own ReLU makes no promise for NaN
 
 
-def dgrad(
-    dy: Tensor, weight: Tensor, words: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
-) -> Tensor:
-    """Return `dx [rows, in_features]` (`masked_matmul.dgrad`)."""
+def dgrad(dy: Tensor, weight: Tensor, words: Tensor, is_shared: bool) -> Tensor:
+    """Return `dx [tasks, rows, in_features]`, or its sum (`masked_matmul.dgrad`)."""
     masked, k = mask_and_cast(weight, words, dy.dtype), weight.shape[1]
-    if len(masked) == 1 and lengths[0] == rows:
-        return (dy @ masked[0])[:, :k].contiguous()
-    dx = dy.new_zeros(rows, masked.shape[2], dtype=torch.float32)  # the sum over the tasks rounds once
-    for task, start, length, part in zip(masked, starts, lengths, torch.split(dy, list(lengths)), strict=True):
-        dx[start : start + length] += matmul(part, task, torch.float32)
-    return dx[:, :k].to(dy.dtype).contiguous()
+    if not is_shared or len(words) == 1:
+        dx = torch.bmm(dy, masked)
+    else:
+        dx = matmul(dy, masked, torch.float32).sum(0, keepdim=True).to(dy.dtype)  # rounds once
+    return dx[:, :, :k].contiguous()
 
 
-def wgrad(
-    dy: Tensor, x: Tensor, words: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def wgrad(dy: Tensor, x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `dW [out_features, in_features]` in `dtype` (`masked_matmul.wgrad`)."""
-    dw = x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
-    x = _aligned(x)
-    parts = zip(torch.split(dy, list(lengths)), starts, lengths, strict=True)
-    products = torch.stack([matmul(part.T, x[start : start + length], dtype) for part, start, length in parts])
+    dw = x.new_empty(dy.shape[2], x.shape[2], dtype=dtype)
+    products = matmul(dy.transpose(1, 2), _aligned(x).expand(len(words), -1, -1), dtype)
     mask_and_sum_launch(products, words, dw).run()
     return dw
 
@@ -162,7 +138,7 @@ def mask_and_sum_launch(products: Tensor, words: Tensor, dw: Tensor) -> Launch:
 
 def _aligned(x: Tensor) -> Tensor:
     """Return `x` with as many columns as `mask_and_cast` makes."""
-    columns = -x.shape[1] % ALIGNMENT
+    columns = -x.shape[-1] % ALIGNMENT
     return torch.nn.functional.pad(x, (0, columns)) if columns else x
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu import mask_and_cast, masked_matmul
 from lt4rec_sparse.kernels.gpu.launch import has_room
-from lt4rec_sparse.kernels.gpu.tiles import CUBLAS_ROWS
 from lt4rec_sparse.masks import pack_words
 
 PATHS = ("triton", "cublas")
+# Rows of a task from which on one kernel masks and casts, then cuBLAS multiplies: decoding costs 4 to 5 instructions
+# per weight and row tile, and cuBLAS has the better main loop. Predicted, to be measured.
+CUBLAS_ROWS = 4096
 _forced: list[str] = []  # not a context variable: autograd runs the backward pass of a GPU in a thread of its own
 
 
@@ -29,39 +31,27 @@ def forced_path(path: str) -> Iterator[None]:
         _forced.pop()
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    bias: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    activation: str,
-) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`reference.masked_linear` on a GPU."""
     bias = None if bias is None else bias.contiguous()
-    parts = (_rows(x), _rows(weight), _words(masks), bias, starts, lengths, activation)
-    if _path(x, lengths, *weight.shape) == "triton":
+    parts = (_rows(x), _rows(weight), _words(masks), bias, activation)
+    if _path(x, *weight.shape) == "triton":
         return masked_matmul.forward(*parts, precision())
     return mask_and_cast.forward(*parts)
 
 
-def masked_linear_dgrad(
-    dy: Tensor, weight: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], rows: int
-) -> Tensor:
+def masked_linear_dgrad(dy: Tensor, weight: Tensor, masks: Tensor, is_shared: bool) -> Tensor:
     """`reference.masked_linear_dgrad` on a GPU."""
-    parts = (_rows(dy), _rows(weight), _words(masks), starts, lengths, rows)
-    if _path(dy, lengths, *weight.shape) == "triton":
+    parts = (dy.contiguous(), _rows(weight), _words(masks), is_shared)
+    if _path(dy, *weight.shape) == "triton":
         return masked_matmul.dgrad(*parts, precision())
     return mask_and_cast.dgrad(*parts)
 
 
-def masked_linear_wgrad(
-    dy: Tensor, x: Tensor, masks: Tensor, starts: Sequence[int], lengths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def masked_linear_wgrad(dy: Tensor, x: Tensor, masks: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.masked_linear_wgrad` on a GPU."""
-    parts = (_rows(dy), _rows(x), _words(masks), starts, lengths, dtype)
-    if _path(x, lengths, dy.shape[1], x.shape[1]) == "triton":
+    parts = (dy.contiguous(), _rows(x), _words(masks), dtype)
+    if _path(dy, dy.shape[2], x.shape[2]) == "triton":
         return masked_matmul.wgrad(*parts, precision())
     return mask_and_cast.wgrad(*parts)
 
@@ -71,12 +61,13 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _path(t: Tensor, lengths: Sequence[int], out_features: int, in_features: int) -> str:
+def _path(t: Tensor, out_features: int, in_features: int) -> str:
+    """Choose for `[tasks, rows, features]`, one of the operands."""
     if _forced:
         return _forced[-1]
     # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.
     is_aligned = out_features % 16 == 0 and in_features % 16 == 0
-    is_for_triton = max(lengths) < CUBLAS_ROWS and is_aligned and has_room(t.device)
+    is_for_triton = t.shape[1] < CUBLAS_ROWS and is_aligned and has_room(t.device)
     return "triton" if is_for_triton else "cublas"
 
 
@@ -86,4 +77,4 @@ def _words(masks: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """Return `t` with neighbouring elements in its rows."""
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()

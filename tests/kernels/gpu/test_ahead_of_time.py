@@ -34,6 +34,7 @@ tt.func public @kernel(%words_ptr: !tt.ptr<i32>) {
 """
 
 
+@pytest.mark.ahead_of_time
 def test_every_kernel_compiles_within_its_gates() -> None:
     # Never in this process, whose kernels may be the interpreter's.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -102,6 +103,7 @@ for kind, case in sorted(kinds.items()):
 """
 
 
+@pytest.mark.ahead_of_time
 def test_no_batch_compiles_anew() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILED_ANEW]

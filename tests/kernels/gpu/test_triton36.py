@@ -15,7 +15,10 @@ FOLDER = ROOT / ".triton36"
 # Triton 3.6's interpreter fails with NumPy 2.4 and later.
 INSTALL = f"pip install --no-deps --target {FOLDER.name} triton==3.6.0 numpy==2.3.5"
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER.name}: `{INSTALL}` in the repository makes it")
+pytestmark = [
+    pytest.mark.triton36,
+    pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER.name}: `{INSTALL}` in the repository makes it"),
+]
 
 
 def test_every_kernel_compiles_within_its_gates() -> None:

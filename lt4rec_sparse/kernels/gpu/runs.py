@@ -1,4 +1,4 @@
-"""The ways to run a layer of a frozen MLP on a GPU, each with what it reads, prepacked.
+"""The ways to run a layer of a frozen network on a GPU, each with what it reads, prepacked.
 
 A *run* takes activations `[tasks, rows, in_features]`, or `[1, rows, in_features]` of an input that all tasks read, and
 returns `[tasks, rows, out_features]`, in float32 where its layer is the network's last. The ways, by the names that
@@ -6,8 +6,8 @@ plans use:
 
 - "dense": the masks multiplied in beforehand, cuBLAS; the first layer of all tasks in one product, later ones in one
   batched product. "apart": the later ones task by task, each with its ReLU in the product's epilogue.
-- "premasked", "masked", "shared": the Triton product of `masked_matmul`, from that format of `device_weight`.
-- "tail premasked", "tail masked", "tail shared": `fused_tail`, from there to the scores in one launch.
+- "premasked", "masked": the Triton product of `masked_matmul`, from that layout of `weights`.
+- "tail premasked", "tail masked": `fused_tail`, from there to the scores in one launch.
 - "tail dense", "tail branches": the same layers by cuBLAS, task after task with bias and ReLU in the epilogues, or the
   tasks side by side as branches of a CUDA graph.
 - "block16", "block32", "block64": `block_sparse`.
@@ -17,8 +17,7 @@ plans use:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,10 +26,11 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, masked_matmul
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.device_weight import Weight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.mask_and_cast import matmul
 from lt4rec_sparse.kernels.gpu.masked_linear import precision
+from lt4rec_sparse.kernels.gpu.weights import Weight
+from lt4rec_sparse.network import ACTIVATIONS
 
 
 class StackedRun(NamedTuple):
@@ -58,10 +58,10 @@ class BatchedRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        weight = self.weight.transpose(1, 2)
+        weight, activate = self.weight.transpose(1, 2), ACTIVATIONS[self.activation]
         if self.is_last:  # logits are not rounded to 16 bits: scores would be full of ties
-            return _activate(matmul(h, weight, torch.float32).add_(self.bias), self.activation)
-        return _activate(torch.baddbmm(self.bias, h, weight), self.activation)
+            return activate(matmul(h, weight, torch.float32).add_(self.bias))
+        return activate(torch.baddbmm(self.bias, h, weight))
 
 
 class ApartRun(NamedTuple):
@@ -78,7 +78,7 @@ class ApartRun(NamedTuple):
             if self.activation == "relu":
                 torch._addmm_activation(bias, x, weight.T, out=rows)
             else:
-                _activate(torch.addmm(bias, x, weight.T, out=rows), self.activation)
+                rows.copy_(_dense(x, weight, bias, self.activation, False))
         return y
 
 
@@ -92,12 +92,9 @@ class ProductRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        tasks, rows, n = self.weight.tasks, h.shape[1], self.weight.shape[0]
-        y = h.new_empty(tasks * rows, n, dtype=torch.float32 if self.is_last else h.dtype)
-        x = h[0] if h.shape[0] == 1 else h
-        ranges = ((0,) * tasks, (rows,) * tasks)
-        masked_matmul.forward_into(x, self.weight, self.bias, y, *ranges, self.activation, precision())
-        return y.view(tasks, rows, n)
+        y = _result(h, self.weight.tasks, self.weight.shape[0], self.is_last)
+        masked_matmul.forward_launch(h, self.weight, self.bias, y, self.activation, precision()).run()
+        return y
 
 
 class BlockRun(NamedTuple):
@@ -110,13 +107,9 @@ class BlockRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        tasks, rows, n = self.weight.tasks, h.shape[1], self.weight.shape[0]
-        y = h.new_empty(tasks * rows, n, dtype=torch.float32 if self.is_last else h.dtype)
-        starts = (0,) * tasks if h.shape[0] == 1 else tuple(rows * t for t in range(tasks))
-        x = h.reshape(-1, h.shape[2])
-        lengths = (rows,) * tasks
-        block_sparse.forward_into(x, self.weight, self.bias, y, starts, lengths, self.activation, precision())
-        return y.view(tasks, rows, n)
+        y = _result(h, self.weight.tasks, self.weight.shape[0], self.is_last)
+        block_sparse.forward_into(h, self.weight, self.bias, y, self.activation)
+        return y
 
 
 class TailRun(NamedTuple):
@@ -128,41 +121,48 @@ class TailRun(NamedTuple):
         """Apply it."""
         tasks, out, _ = self.tail.head.shape
         scores = h.new_empty(h.shape[1], tasks * out, dtype=torch.float32)
-        fused_tail.fused_tail_into(h, self.tail, scores, precision())
+        fused_tail.fused_tail_launch(h, self.tail, scores).run()
         return scores.view(h.shape[1], tasks, out).transpose(0, 1)
 
 
 class DenseTailRun(NamedTuple):
-    """The layers after the first and the head, dense, of each task by itself."""
+    """The layers after the first and the head, dense, task by task."""
 
     weights: tuple[Tensor, ...]  # of each layer [tasks, N, K]; the head's outputs padded, which cuBLAS is slow without
     biases: tuple[Tensor, ...]  # of each layer [tasks, N]
     outputs: int  # of the head
     activation: str  # of the head
-    in_branches: bool
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        tasks = range(len(self.weights[0]))
-        if not (self.in_branches and h.is_cuda):
-            return torch.stack([self._task(h[t], t) for t in tasks])
-        main = torch.cuda.current_stream(h.device)
-        sides = _sides(h.device, len(tasks) - 1)
-        parts = []
-        for t, side in zip(tasks[1:], sides, strict=True):
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                parts.append(self._task(h[t], t))
-        parts.insert(0, self._task(h[0], 0))
-        for side in sides:
-            main.wait_stream(side)
-        return torch.stack(parts)
+        return torch.stack([self.task(h[t], t) for t in range(len(h))])
 
-    def _task(self, h: Tensor, task: int) -> Tensor:
+    def task(self, h: Tensor, task: int) -> Tensor:
+        """Return one task's outputs, of its own `h [rows, in_features]`."""
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = _dense(h, weight[task], bias[task], "none" if i == last else "relu", i == last)
-        return _activate(h[:, : self.outputs], self.activation)
+        return ACTIVATIONS[self.activation](h[:, : self.outputs])
+
+
+class BranchedTailRun(NamedTuple):
+    """The same with the tasks side by side, as branches of a CUDA graph."""
+
+    tail: DenseTailRun
+    sides: tuple[torch.cuda.Stream, ...]  # of this network alone: graphs of one stream share cuBLAS' workspace
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Apply it."""
+        main = torch.cuda.current_stream(h.device)
+        parts = []
+        for t, side in enumerate(self.sides, 1):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                parts.append(self.tail.task(h[t], t))
+        parts.insert(0, self.tail.task(h[0], 0))
+        for side in self.sides:
+            main.wait_stream(side)
+        return torch.stack(parts)
 
 
 class SemiStructuredRun(NamedTuple):
@@ -174,9 +174,8 @@ class SemiStructuredRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        inputs = h.expand(len(self.weights), -1, -1)
-        parts = zip(inputs, self.weights, self.bias, strict=True)
-        return torch.stack([_activate(F.linear(x.contiguous(), *part), self.activation) for x, *part in parts])
+        parts = zip(h.expand(len(self.weights), -1, -1), self.weights, self.bias, strict=True)
+        return ACTIVATIONS[self.activation](torch.stack([F.linear(x.contiguous(), *part) for x, *part in parts]))
 
 
 class CompactRun(NamedTuple):
@@ -191,8 +190,7 @@ class CompactRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        x = h[0]
-        x = x.index_select(1, self.columns)
+        x = h[0].index_select(1, self.columns)
         hs: Sequence[Tensor] = [x] * len(self.weights)
         if self.first is not None and self.first_bias is not None:
             y = _dense(x, self.first, self.first_bias, self.activations[0][0], False)
@@ -207,27 +205,27 @@ class CompactRun(NamedTuple):
 
 
 Run = (
-    StackedRun | BatchedRun | ApartRun | ProductRun | BlockRun | TailRun | DenseTailRun | SemiStructuredRun | CompactRun
+    StackedRun
+    | BatchedRun
+    | ApartRun
+    | ProductRun
+    | BlockRun
+    | TailRun
+    | DenseTailRun
+    | BranchedTailRun
+    | SemiStructuredRun
+    | CompactRun
 )
 
 
-@cache
-def _sides(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """Return streams for branches, of a priority of their own: torch hands out 32 of each, in turn."""
-    return tuple(torch.cuda.Stream(device, priority=-1) for _ in range(count))  # type: ignore[no-untyped-call]
+def _result(h: Tensor, tasks: int, outputs: int, is_last: bool) -> Tensor:
+    return h.new_empty(tasks, h.shape[1], outputs, dtype=torch.float32 if is_last else h.dtype)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:
     """`activation(x @ weight.T + bias)`; of a last layer in float32."""
     if is_last:
-        return _activate(matmul(x, weight.T, torch.float32).add_(bias), activation)
+        return ACTIVATIONS[activation](matmul(x, weight.T, torch.float32).add_(bias))
     if activation == "relu":
         return torch._addmm_activation(bias, x, weight.T)  # cuBLASLt's epilogue: bias and ReLU
-    return _activate(torch.addmm(bias, x, weight.T), activation)
-
-
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": torch.relu_, "sigmoid": torch.sigmoid_}
-
-
-def _activate(y: Tensor, activation: str) -> Tensor:
-    return _ACTIVATE[activation](y)
+    return ACTIVATIONS[activation](torch.addmm(bias, x, weight.T))

@@ -1,25 +1,26 @@
-"""A frozen MLP on a GPU as one network: a chain of runs over its layers, and what runs there are (`gpu_runs`)."""
+"""A frozen network on a GPU: a chain of runs over its layers, prepacked, and what runs there are (`runs`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
-from lt4rec_sparse.kernels.gpu.gpu_runs import (
+from lt4rec_sparse.kernels.gpu.launch import has_room
+from lt4rec_sparse.kernels.gpu.masked_linear import precision
+from lt4rec_sparse.kernels.gpu.runs import (
     ApartRun,
     BatchedRun,
     BlockRun,
+    BranchedTailRun,
     CompactRun,
     DenseTailRun,
     ProductRun,
@@ -28,23 +29,21 @@ from lt4rec_sparse.kernels.gpu.gpu_runs import (
     StackedRun,
     TailRun,
 )
-from lt4rec_sparse.kernels.gpu.launch import has_room
-from lt4rec_sparse.kernels.gpu.masked_linear import precision
+from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
+from lt4rec_sparse.network import FrozenNetwork
 
 Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
 # Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too: widths are padded, those
 # of x so that the tiles' steps divide it, by columns of zeros and by neurons whose bias and weights are zeros.
 X_ALIGNMENT, ALIGNMENT, HEAD_ALIGNMENT = 64, 16, 8
-MAX_SHARED, MAX_SHARED_TAIL = 3, 2  # tasks: the planes of more, each read for the union, do not fit in registers
 MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
 
 
 class Layer(NamedTuple):
-    """One layer of a frozen MLP, dense on the CPU, as runs are prepacked from it."""
+    """One layer of all tasks, dense on the CPU, as runs are prepacked from it."""
 
-    weight: (
-        Tensor | None
-    )  # float32 [out_features, in_features], which the masks select from; None if tasks have their own
+    # float32 [out_features, in_features], which the masks select from; None if tasks have their own, as heads
+    weight: Tensor | None
     masked: Tensor  # float32 [tasks, out_features, in_features], zeros where nothing is kept
     masks: Tensor  # bool, likewise
     bias: Tensor  # float32 [tasks, out_features]
@@ -85,38 +84,42 @@ class GpuNetwork(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the weights stand."""
-        return flatten(self)[0][0].device
+        return next(_tensors(self.runs)).device
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and biases, as prepacked."""
-        return sum(_nbytes(part) for part in flatten(self)[0])
+        return nbytes(self.runs)
 
 
-def align(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers with every width but the last one's outputs padded."""
-    aligned, columns = [], X_ALIGNMENT
-    for i, layer in enumerate(layers):
-        _, n, k = layer.masked.shape
-        rows = 0 if i == len(layers) - 1 else -n % ALIGNMENT
+def layers_of(network: FrozenNetwork) -> list[Layer]:
+    """Return the layers of a frozen network as runs are prepacked from them, every inner width padded.
+
+    Raises:
+        ValueError: If heads end in different activations: on a GPU they are one layer.
+    """
+    layers, columns = [], X_ALIGNMENT
+    for i in range(network.depth):
+        of_tasks = [network.layer(i, task) for task in network.tasks]
+        activations = {layer.activation for layer in of_tasks}
+        if len(activations) > 1:
+            raise ValueError(f"heads: got activations {', '.join(sorted(activations))}, wanted one for all tasks")
+        n, k = of_tasks[0].weight.shape
+        rows = 0 if i == network.depth - 1 else -n % ALIGNMENT
         ragged = (0, -k % columns, 0, rows)
-        weight = None if layer.weight is None else F.pad(layer.weight, ragged)
-        masked, masks, bias = F.pad(layer.masked, ragged), F.pad(layer.masks, ragged), F.pad(layer.bias, (0, rows))
-        aligned.append(Layer(weight, masked, masks, bias, layer.activation))
+        shared = network.hidden[i].weight.to_dense().float() if i < len(network.hidden) else None
+        biases = [torch.zeros(n) if layer.bias is None else layer.bias for layer in of_tasks]
+        layers.append(
+            Layer(
+                None if shared is None else F.pad(shared, ragged),
+                F.pad(torch.stack([layer.weight for layer in of_tasks]), ragged),
+                F.pad(torch.stack([network.mask(i, task) for task in network.tasks]), ragged),
+                F.pad(torch.stack(biases), (0, rows)),
+                activations.pop(),
+            )
+        )
         columns = ALIGNMENT
-    return aligned
-
-
-def prepack(
-    layers: Sequence[Layer],
-    chain: Sequence[Span],
-    dtype: torch.dtype,
-    device: torch.device,
-    compacted: Compacted | None = None,
-) -> GpuNetwork:
-    """Prepack a frozen MLP, `align`ed, for a chain of runs that cover its layers in order."""
-    runs = tuple(prepack_run(layers, span, dtype, device, compacted) for span in chain)
-    return GpuNetwork(runs, layers[0].masked.shape[2], dtype)
+    return layers
 
 
 def prepack_run(
@@ -126,7 +129,11 @@ def prepack_run(
     device: torch.device,
     compacted: Compacted | None = None,
 ) -> Run:
-    """Prepack what one run reads."""
+    """Prepack what one run reads, of the layers of `layers_of`.
+
+    Raises:
+        ValueError: If there is no such way, or the layers do not allow it.
+    """
     kernel, first, last = span
     layer, is_last = layers[first], first == len(layers) - 1
     tasks = layer.masked.shape[0]
@@ -136,7 +143,12 @@ def prepack_run(
             raise ValueError("compacted: got None, wanted the compacted MLP, for a chain that runs it")
         return _compact_run(compacted, dtype, device)
     if kernel in ("tail dense", "tail branches"):
-        return _dense_tail(layers[first : last + 1], kernel == "tail branches", dtype, device)
+        tail = _dense_tail(layers[first : last + 1], dtype, device)
+        if kernel == "tail dense":
+            return tail
+        # Of a priority of their own: torch hands out 32 streams of each, in turn.
+        sides = (torch.cuda.Stream(device, priority=-1) for _ in range(tasks - 1))  # type: ignore[no-untyped-call]
+        return BranchedTailRun(tail, tuple(sides))
     if kernel.startswith("tail "):
         return TailRun(_tail(layers[first : last + 1], kernel.removeprefix("tail "), dtype, device))
     if kernel in ("dense", "apart"):
@@ -166,7 +178,7 @@ def prepack_run(
             raise ValueError("2:4: got masks that keep more than two of four, wanted lottery.project_to_2_4's")
         weights = tuple(torch.sparse.to_sparse_semi_structured(w) for w in layer.masked.to(device, dtype))
         return SemiStructuredRun(weights, bias.to(dtype), layer.activation)
-    raise ValueError(f"kernel: got {kernel!r}, wanted one of the ways of gpu_network")
+    raise ValueError(f"kernel: got {kernel!r}, wanted one of the ways of kernels.gpu.runs")
 
 
 def spans(
@@ -181,12 +193,11 @@ def spans(
         yield "dense", i, i
         if 0 < i < last and tasks > 1:
             yield "apart", i, i
-        if layer.weight is None:  # a head, of a task alone
+        if layer.weight is None:  # heads, each of one task alone
             continue
         for kernel in FORMATS:
-            if not (kernel == "shared" and tasks > MAX_SHARED):
-                yield kernel, i, i
-        for side in block_sparse.BLOCKS:
+            yield kernel, i, i
+        for side in block_sparse.BLOCKS if dtype in block_sparse.DTYPES else ():
             if _block_density(layer.masks, side) <= MAX_BLOCK_DENSITY:
                 yield f"block{side}", i, i
         is_for_sparse_cores = device.type == "cuda" and dtype != torch.float32 and n % 32 == 0 and k % 64 == 0
@@ -207,11 +218,8 @@ def tail_spans(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device
         yield "tail dense", first, last
         if tail[0].masked.shape[0] > 1 and device.type == "cuda":
             yield "tail branches", first, last
-        for format in FORMATS:
-            is_compressed = format == "shared"
-            if is_compressed and tail[0].masked.shape[0] > MAX_SHARED_TAIL:
-                continue
-            if fused_tail.fits(widths, dtype, precision(), is_compressed):
+        if fused_tail.fits(widths, dtype):
+            for format in FORMATS:
                 yield f"tail {format}", first, last
 
 
@@ -232,51 +240,20 @@ def fits(run: Run, h: Tensor) -> bool:
     return True
 
 
-def flatten(value: Any) -> tuple[list[Tensor], str]:
-    """Return a network's tensors, and the rest of it as JSON: what an operator can be given."""
-    parts: list[Tensor] = []
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            parts.append(value)
-            return {"part": len(parts) - 1}
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return {"type": type(value).__name__, "fields": [walk(item) for item in value]}
-        return [walk(item) for item in value] if isinstance(value, tuple) else value
-
-    return parts, json.dumps(walk(value))
+def nbytes(value: Any) -> int:
+    """Bytes of all tensors in a network, a run, or several of them."""
+    # A semi-structured tensor holds two, and has no storage of its own.
+    packed = [[getattr(part, name, None) for name in ("packed", "meta")] for part in _tensors(value)]
+    held = zip(_tensors(value), packed, strict=True)
+    return sum(sum(t.nbytes for t in inner if t is not None) or part.nbytes for part, inner in held)
 
 
-def unflatten(parts: Sequence[Tensor], layout: str) -> GpuNetwork:
-    """Undo `flatten`."""
-    network = _build(_layout(layout), parts)
-    assert isinstance(network, GpuNetwork)
-    return network
-
-
-_TYPES = {  # a semi-structured tensor is no part that an operator takes, so its run is not among them
-    kind.__name__: kind
-    for kind in (GpuNetwork, StackedRun, BatchedRun, ApartRun, ProductRun, BlockRun, TailRun, DenseTailRun, CompactRun)
-} | {kind.__name__: kind for kind in (Weight, BlockWeight, Tail)}
-
-
-@lru_cache(maxsize=64)
-def _layout(layout: str) -> Any:
-    return json.loads(layout)
-
-
-def _build(value: Any, parts: Sequence[Tensor]) -> Any:
-    if isinstance(value, list):
-        return tuple(_build(item, parts) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "part" in value:
-        return parts[value["part"]]
-    if "dtype" in value:
-        return getattr(torch, value["dtype"])
-    return _TYPES[value["type"]](*(_build(item, parts) for item in value["fields"]))
+def engine(device: torch.device, dtype: torch.dtype) -> str:
+    """Name what a plan's timings depend on: the GPU, Triton's version, and the arithmetic of float32 products."""
+    arithmetic = f", {precision()}" if dtype == torch.float32 else ""
+    if device.type != "cuda":
+        return f"interpreter on {device.type}{arithmetic}"
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}{arithmetic}"
 
 
 def _weight(layer: Layer, format: str, dtype: torch.dtype, device: torch.device) -> Weight:
@@ -284,7 +261,7 @@ def _weight(layer: Layer, format: str, dtype: torch.dtype, device: torch.device)
         if format != "premasked":
             raise ValueError(f"format: got {format} for tasks with weights of their own, wanted premasked")
         tasks, n, k = layer.masked.shape
-        return Weight(format, (n, k), layer.masked.to(device, dtype), None, None, tasks)
+        return Weight(format, (n, k), layer.masked.to(device, dtype), None, tasks)
     return Weight.prepack(layer.weight, layer.masks, format, dtype, device)
 
 
@@ -299,7 +276,7 @@ def _tail(layers: Sequence[Layer], format: str, dtype: torch.dtype, device: torc
     )
 
 
-def _dense_tail(layers: Sequence[Layer], in_branches: bool, dtype: torch.dtype, device: torch.device) -> DenseTailRun:
+def _dense_tail(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> DenseTailRun:
     *hidden, head = layers
     outputs = head.masked.shape[1]
     rows = -outputs % HEAD_ALIGNMENT
@@ -309,7 +286,6 @@ def _dense_tail(layers: Sequence[Layer], in_branches: bool, dtype: torch.dtype, 
         (*(layer.bias.to(device, dtype) for layer in hidden), F.pad(head.bias, (0, rows)).to(device, torch.float32)),
         outputs,
         head.activation,
-        in_branches,
     )
 
 
@@ -336,18 +312,13 @@ def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device)
 
 
 def _aligned(layers: Sequence[Any]) -> list[Layer]:
-    """Pad one task's compact layers as `align` does, those of x too to its hidden widths' alignment."""
+    """Pad one task's compact layers as `layers_of` does, the columns of x as the inner widths."""
     aligned = []
     for i, (weight, bias, activation) in enumerate(layers):
         rows = 0 if i == len(layers) - 1 else -len(weight) % ALIGNMENT
         padded = F.pad(weight, (0, -weight.shape[1] % ALIGNMENT, 0, rows))
         aligned.append(Layer(None, padded, padded != 0, F.pad(bias, (0, rows)), activation))
     return aligned
-
-
-def _nbytes(part: Tensor) -> int:
-    packed = [getattr(part, name, None) for name in ("packed", "meta")]  # of a semi-structured tensor
-    return sum(t.nbytes for t in packed if t is not None) or part.nbytes
 
 
 def _block_density(masks: Tensor, side: int) -> float:
@@ -360,3 +331,12 @@ def _block_density(masks: Tensor, side: int) -> float:
 
 def _is_2_4(masks: Tensor) -> bool:
     return bool((masks.view(*masks.shape[:2], -1, 4).sum(-1) <= 2).all())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)

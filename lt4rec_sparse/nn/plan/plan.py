@@ -1,0 +1,304 @@
+"""The measured plan as a value: which layers of a frozen network run in which kernel, batch size by batch size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lt4rec_sparse import ops
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
+from lt4rec_sparse.stopwatch import Timing
+
+VERSION = 1
+KERNELS = ("sparse", "dense", "onednn")  # of a CPU
+GPU_KERNELS = (  # `kernels.gpu` tells what they are
+    *("dense", "apart", "premasked", "masked", "block16", "block32", "block64", "2:4", "compact"),
+    *("tail premasked", "tail masked", "tail dense", "tail branches"),
+)
+GPU_PRECISIONS = ("bf16", "fp16", "fp32")
+TIE = 0.02  # one chain differs this much between two measurements
+DENSITY_DRIFT = 0.1  # of a layer's kept weights: its time changes about as much
+
+
+class Segment(NamedTuple):
+    """Neighbouring layers that run in one kernel, for all tasks alike.
+
+    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer "dense", torch's product, or
+    "onednn", the same with a packed weight (`dense_kernels`).
+    """
+
+    kernel: str
+    precision: str
+    first: int
+    last: int  # included
+
+    def __str__(self) -> str:
+        span = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return f"{self.kernel} {self.precision} {span}"
+
+
+Chain = tuple[Segment, ...]
+
+
+class Contestant(NamedTuple):
+    """One chain of kernels through the whole network, measured end to end."""
+
+    name: str  # "sparse <precision>", "dense <precision>" or "mixed"; on a GPU the kernel that it is named after
+    chain: Chain
+    timing: Timing
+
+
+class BatchPlan(NamedTuple):
+    """What was measured at one batch size. Timings compare within `contestants` and within `segments`."""
+
+    batch: int
+    contestants: tuple[Contestant, ...]  # the winner first
+    segments: tuple[tuple[Segment, Timing], ...]
+
+
+class Machine(NamedTuple):
+    """What a plan's timings depend on, besides the network."""
+
+    engine: str  # its instruction set, or "reference" without the engine; or a GPU's name and Triton's version
+    threads: int  # 0 on a GPU
+    torch: str
+
+
+class NetworkFacts(NamedTuple):
+    """The facts of a network that its timings depend on."""
+
+    in_features: int
+    out_features: tuple[int, ...]  # of each layer, the heads' last
+    tasks: int
+    densities: tuple[float, ...]  # of each layer, mean over the tasks
+
+    @classmethod
+    def of(cls, network: FrozenNetwork) -> NetworkFacts:
+        """Read them from a network."""
+        densities = [round(density, 4) for density in network.densities]
+        return cls(
+            network.in_features, network.widths, len(network.tasks), (*densities, *([1.0] if network.heads else []))
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which kernel runs which layers at each batch size, with the measurement behind the choice.
+
+    For each batch size the winner is the fastest of these, end to end: the engine alone and dense layers alone, in each
+    precision allowed, and the best mixture of all. So it is slower than dense by noise at most. Within 2 % is a tie,
+    which goes to the higher precision, then to the engine (less memory; its bits do not depend on the batch), and to a
+    mixture last.
+
+    In bf16 a dense layer rounds its sums to bfloat16 too, where the engine does not; so no head is dense in bf16, whose
+    scores would be full of ties. "dense bf16" is the fastest of both precisions, layer by layer.
+    """
+
+    machine: Machine
+    network: NetworkFacts
+    precision: str  # the lowest allowed
+    batches: tuple[BatchPlan, ...]  # by ascending batch
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        raw = {
+            "version": VERSION,
+            "machine": self.machine._asdict(),
+            "network": self.network._asdict(),
+            "precision": self.precision,
+            "batches": [
+                {
+                    "batch": plan.batch,
+                    "contestants": [
+                        {"name": name, "chain": [x._asdict() for x in chain], "timing": timing._asdict()}
+                        for name, chain, timing in plan.contestants
+                    ],
+                    "segments": [
+                        {"segment": segment._asdict(), "timing": timing._asdict()} for segment, timing in plan.segments
+                    ],
+                }
+                for plan in self.batches
+            ],
+        }
+        write_whole(path, json.dumps(raw, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote. `check_fits` tells whether it fits this machine and a network.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            InputError: If it is no plan, or one of another version.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = _get(raw, "version", int)
+            if version == VERSION:
+                return _from_json(raw)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: got no plan ({error}), wanted what Plan.save wrote") from error
+        raise InputError(f"{path}: got a plan of version {version}, wanted {VERSION}: measure again")
+
+    def __str__(self) -> str:
+        """Show every measured chain at every batch size, the winner first."""
+        widths = " -> ".join(str(width) for width in (self.network.in_features, *self.network.out_features))
+        densities = ", ".join(f"{density:.0%}" for density in self.network.densities)
+        width = max(len(contestant.name) for plan in self.batches for contestant in plan.contestants)
+        lines = [
+            f"{widths}, densities {densities}, tasks {self.network.tasks}, precision {self.precision}",
+            f"engine {self.machine.engine}, "
+            + (f"threads {self.machine.threads}, " if self.machine.threads else "")
+            + f"torch {self.machine.torch}",
+            f"{'batch':>5}   {'':<{width}} {'median us':>10} {'p20':>10} {'p80':>10} {'ratio':>6}  layers",
+        ]
+        for plan in self.batches:
+            best_us = plan.contestants[0].timing.median_us
+            for i, (name, chain, timing) in enumerate(plan.contestants):
+                lines.append(
+                    f"{'' if i else plan.batch:>5} {' ' if i else '*'} {name:<{width}} {timing.median_us:>10.1f} "
+                    f"{timing.p20_us:>10.1f} {timing.p80_us:>10.1f} {timing.median_us / best_us:>6.2f}  "
+                    f"{show(chain)}"
+                )
+        return "\n".join(lines)
+
+
+def fastest_chain(us: Mapping[Segment, float]) -> Chain:
+    """Return the segments that cover all layers in the least time together, or nothing if none do."""
+    layers = 1 + max((segment.last for segment in us), default=0)
+
+    @cache
+    def rest(first: int, before: tuple[str, str]) -> tuple[float, Chain]:
+        if first == layers:
+            return 0.0, ()
+        found: list[tuple[float, Chain]] = []
+        for segment, segment_us in us.items():
+            # Neighbours in the engine are one segment, whatever noise says of their sum.
+            joined = segment.kernel == "sparse" and segment[:2] == before
+            if segment.first == first and not joined:
+                rest_us, chain = rest(segment.last + 1, segment[:2])
+                found.append((segment_us + rest_us, (segment, *chain)))
+        return min(found, default=(math.inf, ()))
+
+    return rest(0, ("", ""))[1]
+
+
+def ranked(contestants: Sequence[Contestant]) -> tuple[Contestant, ...]:
+    """Put the winner first: of those within a tie of the fastest the one given first; then by time."""
+    limit = (1 + TIE) * min(x.timing.median_us for x in contestants)
+    winner = next(x for x in contestants if x.timing.median_us <= limit)
+    return (winner, *sorted((x for x in contestants if x is not winner), key=lambda x: x.timing.median_us))
+
+
+def show(chain: Chain) -> str:
+    """Name the kernel of each layer, neighbours of one kernel and precision together."""
+    groups = [list(group) for _, group in groupby(chain, lambda segment: segment[:2])]
+    return ", ".join(str(group[0]._replace(last=group[-1].last)) for group in groups)
+
+
+def check_fits(network: FrozenNetwork, plan: Plan, machine: Machine) -> None:
+    """Refuse a plan of another network or machine.
+
+    Raises:
+        InputError: If one of the facts that its timings depend on is another.
+    """
+    facts = {**plan.machine._asdict(), **plan.network._asdict()}
+    wanted = {**machine._asdict(), **NetworkFacts.of(network)._asdict()}
+    for name, want in wanted.items():
+        got = facts[name]
+        if name == "densities" and len(got) == len(want):
+            is_same = all(abs(g - w) <= DENSITY_DRIFT * w for g, w in zip(got, want, strict=True))
+        else:
+            is_same = got == want
+        if not is_same:
+            raise InputError(f"plan: got one for {name} {got}, wanted {want}: measure again")
+
+
+def this_machine() -> Machine:
+    """Return the facts of this CPU."""
+    return Machine(ops.cpu_engine(), torch.get_num_threads(), str(torch.__version__))
+
+
+# --- What a file holds is checked field by field before any of it is used ---------------------------------------------
+
+
+def _get(raw: Any, name: str, kind: type) -> Any:
+    if not isinstance(raw, dict) or name not in raw:
+        raise ValueError(f"{name} is missing")
+    value = raw[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name}: got {str(value)[:50]!r}, wanted a {kind.__name__}")
+    return value
+
+
+def _list(raw: Any, name: str, kind: type) -> list[Any]:
+    values: list[Any] = _get(raw, name, list)
+    return [_get({name: value}, name, kind) for value in values]
+
+
+def _from_json(raw: Mapping[str, Any]) -> Plan:
+    machine, facts = _get(raw, "machine", dict), _get(raw, "network", dict)
+    network = NetworkFacts(
+        _get(facts, "in_features", int),
+        tuple(_list(facts, "out_features", int)),
+        _get(facts, "tasks", int),
+        tuple(_list(facts, "densities", float)),
+    )
+    if len(network.densities) != len(network.out_features):
+        raise ValueError(f"densities: got {len(network.densities)}, wanted {len(network.out_features)}")
+    made_on = Machine(_get(machine, "engine", str), _get(machine, "threads", int), _get(machine, "torch", str))
+    is_gpu = made_on.threads == 0
+    batches = []
+    for batch in _list(raw, "batches", dict):
+        contestants = [
+            Contestant(_get(x, "name", str), tuple(map(_segment, _list(x, "chain", dict))), _timing(x))
+            for x in _list(batch, "contestants", dict)
+        ]
+        if not contestants:
+            raise ValueError("contestants: got none, wanted at least one")
+        for contestant in contestants:
+            _check_chain(contestant.chain, len(network.out_features), is_gpu)
+        alone = tuple((_segment(_get(x, "segment", dict)), _timing(x)) for x in _list(batch, "segments", dict))
+        batches.append(BatchPlan(_get(batch, "batch", int), tuple(contestants), alone))
+    sizes = [batch.batch for batch in batches]
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
+        raise ValueError(f"batches: got {sizes}, wanted at least one, ascending from 1")
+    precision = _get(raw, "precision", str)
+    if precision not in (GPU_PRECISIONS if is_gpu else PRECISIONS):
+        raise ValueError(f"precision: got {precision!r}, wanted one that this kind of machine has")
+    return Plan(made_on, network, precision, tuple(batches))
+
+
+def _segment(raw: Any) -> Segment:
+    first, last = _get(raw, "first", int), _get(raw, "last", int)
+    return Segment(_get(raw, "kernel", str), _get(raw, "precision", str), first, last)
+
+
+def _timing(raw: Any) -> Timing:
+    timing = _get(raw, "timing", dict)
+    return Timing(*(_get(timing, name, float) for name in Timing._fields))
+
+
+def _check_chain(chain: Chain, layers: int, is_gpu: bool) -> None:
+    kernels, precisions = (GPU_KERNELS, GPU_PRECISIONS) if is_gpu else (KERNELS, PRECISIONS)
+    following = 0
+    for kernel, precision, first, last in chain:
+        spans = kernel in ("sparse", "compact") or kernel.startswith("tail ")
+        is_known = kernel in kernels and precision in precisions and (spans or first == last)
+        if not is_known or first != following or not first <= last < layers:
+            got = (kernel, precision, first, last)
+            raise ValueError(f"chain: got {got}, wanted a known kernel for layer {following} of {layers}")
+        following = last + 1
+    if following != layers:
+        raise ValueError(f"chain: got one that ends before layer {following}, wanted {layers} layers")

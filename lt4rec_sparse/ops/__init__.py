@@ -1,0 +1,27 @@
+"""The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once."""
+
+from lt4rec_sparse.ops.masked_linear import masked_linear, masked_linear_tasks, without_autocast
+from lt4rec_sparse.ops.sparse_mlp import (
+    X_DTYPES,
+    Executor,
+    cpu_engine,
+    executor,
+    layer_inputs,
+    layout_nbytes,
+    prepack,
+    sparse_mlp,
+)
+
+__all__ = [
+    "X_DTYPES",
+    "Executor",
+    "cpu_engine",
+    "executor",
+    "layer_inputs",
+    "layout_nbytes",
+    "masked_linear",
+    "masked_linear_tasks",
+    "prepack",
+    "sparse_mlp",
+    "without_autocast",
+]
