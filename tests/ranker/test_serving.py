@@ -196,7 +196,7 @@ def test_quantisation_parameters_are_kept_to_the_bit(calibrated, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == calibrated.read_bytes()
     again = load(tmp_path / "again.safetensors")
     assert again.mlp.network.quantization == first.mlp.network.quantization
-    assert [len(codes) for codes in again.mlp.network.quantization.values()] == [3, 3]
+    assert [len(of_task) for of_task in again.mlp.network.quantization.values()] == [3, 3]
 
 
 def test_an_artefact_that_is_not_calibrated_has_no_entry_for_it(artefact, calibrated, tmp_path):
