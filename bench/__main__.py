@@ -1,4 +1,7 @@
-"""`python -m bench SUITE`: measure a suite, keep what a run or an experiment found, or write the README's tables."""
+"""`python -m bench SUITE`: measure a suite, keep the results of a run or an experiment, or write the README's tables.
+
+`--short` runs every line of a suite on small cases, once, and writes nothing: its times mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from pathlib import Path
 from bench import cpu, experiments, gpu, gpu_bytes, readme, record, training
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER] | no-amx | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER"
+    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | gpu [--dry OUT] | gpu-bytes"
+    " | training PREPARED_FOLDER [--short]"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | readme"
 )
 
@@ -20,16 +24,22 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["cpu"]:
             cpu.run()
+        case ["cpu", "--short"]:
+            cpu.run(is_short=True)
         case ["cpu", run_folder]:
             cpu.run(Path(run_folder))
         case ["no-amx"]:
             cpu.run_without_amx()
+        case ["no-amx", "--short"]:
+            cpu.run_without_amx(is_short=True)
         case ["gpu", *options]:
             return gpu.main(options)
         case ["gpu-bytes"]:
             print(gpu_bytes.run())
         case ["training", prepared]:
             print(training.run(Path(prepared)))
+        case ["training", prepared, "--short"]:
+            print(json.dumps(training.measured(Path(prepared), steps=2, rounds=1), indent=1))
         case ["keep-experiment", folder, name]:
             print(experiments.keep(Path(folder), name))
         case ["keep", folder, name]:

@@ -1,10 +1,10 @@
 """The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
-All read row-major rows and write row-major scores, so the engine's transposes are inside its time. Contestants of a
+All read row-major rows and write row-major scores, so the engine's transposes are part of its time. Contestants of a
 case run in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
 
-Four suites make up the record: uniform masks over batch, sparsity and threads; the real tickets of a run, where one is
-given; the same weights hot and cold; and what is not about opponents: prepacking, two tasks, break-even.
+Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
+the same weights hot and cold; and prepacking, two tasks and break-even. The short form runs one small case of each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,29 +24,58 @@ from bench import record
 from bench.peers import NAMES, Peer, check, peers, reference, timings
 from bench.roofline import roofline
 from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse.kernels.cpu import prepack
 from lt4rec_sparse.ops import cpu_engine
 from lt4rec_sparse.recsys.report import table
 from lt4rec_sparse.stopwatch import interleaved
 from tests.oracle import Layer
 
 IN_FEATURES, HIDDEN = 1024, (512, 256, 128)
-GRID = (
-    *((b, s) for b in (1, 4, 8, 16) for s in (0.8, 0.9)),
-    *((b, s) for b in (64, 256, 1024, 4096) for s in (0.8, 0.9, 0.95)),
+
+
+class Cases(NamedTuple):
+    """What is measured."""
+
+    grid: tuple[tuple[int, float], ...]  # batch, sparsity
+    cold: tuple[tuple[int, float], ...]
+    break_even: tuple[float, ...]  # sparsities
+    prepack: tuple[float, ...]  # sparsities
+    two_tasks: tuple[int, ...]  # batches
+    settings: dict[str, Any]  # of the stopwatch
+
+
+WHOLE = Cases(
+    grid=(
+        *((b, s) for b in (1, 4, 8, 16) for s in (0.8, 0.9)),
+        *((b, s) for b in (64, 256, 1024, 4096) for s in (0.8, 0.9, 0.95)),
+    ),
+    cold=tuple((b, s) for b in (1, 8) for s in (0.8, 0.9, 0.95)),
+    break_even=(0.2, 0.35, 0.5, 0.6, 0.7, 0.8),
+    prepack=(0.8, 0.9, 0.95),
+    two_tasks=(1, 8, 64, 256, 1024),
+    settings={},
 )
-SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents run too, the slowest of all
+SHORT = Cases(((8, 0.9),), ((1, 0.9),), (0.2, 0.95), (0.9,), (8,), {"rounds": 1, "round_us": 1.0})
+SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents, the slowest of all, run too
 PRECISIONS = ("fp32", "bf16", "int8")
 ONEDNN_ISA, WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
 COLD_SWEEP_BYTES = 256 << 20  # more than any cache, written between two calls
 OVERLAP = 0.6  # of two tasks' masks, intersection over union
 
 
-def run(run_folder: Path | None = None, seed: int = 0) -> None:
-    """Measure all suites and write `results/cpu.json`; `run_folder` is a run whose tickets are measured too."""
+def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -> None:
+    """Measure all suites and write `results/cpu.json`.
+
+    Args:
+        run_folder: A run whose tickets are measured too.
+        seed: Of masks, weights and inputs.
+        is_short: Run one case of each suite once, print the report and write nothing.
+    """
+    cases = SHORT if is_short else WHOLE
     threads_before = torch.get_num_threads()
     result: dict[str, Any] = {
         "machine": record.machine(),
-        "roofline": roofline()._asdict(),
+        "roofline": None if is_short else roofline()._asdict(),
         "engine": cpu_engine(),
         "mlp": f"{IN_FEATURES}-{'-'.join(map(str, HIDDEN))}-1",
         "seed": seed,
@@ -56,41 +85,49 @@ def run(run_folder: Path | None = None, seed: int = 0) -> None:
     try:
         for threads in sorted({1, threads_before}):
             torch.set_num_threads(threads)
-            for batch, sparsity in GRID:
+            for batch, sparsity in cases.grid:
                 mask = uniform_mask(sparsity, seed)
-                names = [n for n in NAMES if batch in SPARSE_PEERS_AT or not _is_sparse(n)]
-                case = _case(mask, batch, threads, names, seed)
+                names = [n for n in NAMES if is_short or batch in SPARSE_PEERS_AT or not _is_sparse(n)]
+                case = _case(mask, batch, threads, names, seed, cases.settings)
                 result["absent"] |= case.pop("absent")
                 result["cases"].append({"threads": threads, "sparsity": sparsity, "batch": batch, **case})
                 Console().print(_line(result["cases"][-1]))
         result["tickets"] = [] if run_folder is None else _tickets(run_folder, seed)
         torch.set_num_threads(1)
-        result["cold"] = [_cold(batch, sparsity, seed) for batch in (1, 8) for sparsity in (0.8, 0.9, 0.95)]
-        result["break_even"] = _break_even(seed)
-        result["prepack"] = [_prepack(sparsity, seed) for sparsity in (0.8, 0.9, 0.95)]
-        result["two_tasks"] = [_two_tasks(batch, 0.8, seed) for batch in (1, 8, 64, 256, 1024)]
+        result["cold"] = [_cold(batch, sparsity, seed, cases.settings) for batch, sparsity in cases.cold]
+        result["break_even"] = _break_even(cases.break_even, seed, cases.settings)
+        result["prepack"] = [_prepack(sparsity, seed, cases.settings) for sparsity in cases.prepack]
+        result["two_tasks"] = [_two_tasks(batch, 0.8, seed, cases.settings) for batch in cases.two_tasks]
     finally:
         torch.set_num_threads(threads_before)
-    Console().print(record.write("cpu", result))
+    if not is_short:
+        Console().print(record.write("cpu", result))
     Console(width=160).print(report(result), markup=False)
 
 
-def run_without_amx(seed: int = 0) -> None:
-    """Measure large batches with AMX taken from torch and OpenVINO, as on most processors; `results/cpu_no_amx.json`.
+def run_without_amx(seed: int = 0, is_short: bool = False) -> None:
+    """Measure without AMX in torch and OpenVINO, as on most processors, and write `results/cpu_no_amx.json`.
+
+    ONNX Runtime, which does not obey `ONEDNN_MAX_CPU_ISA`, takes no part in int8. `is_short` runs one case once, prints
+    it and writes nothing.
 
     Raises:
-        RuntimeError: If `ONEDNN_MAX_CPU_ISA` does not say so; ONNX Runtime, which does not obey it, is left out.
+        RuntimeError: If `ONEDNN_MAX_CPU_ISA` does not take AMX away.
     """
     if os.environ.get(ONEDNN_ISA) != WITHOUT_AMX:
         raise RuntimeError(f"{ONEDNN_ISA}: got {os.environ.get(ONEDNN_ISA)!r}, wanted {WITHOUT_AMX!r} before the start")
     torch.set_num_threads(1)
     names = [n for n in NAMES if not _is_sparse(n) and n != "onnxruntime int8"]
     cases = []
-    for batch, sparsity in GRID:
+    grid, *_, settings = SHORT if is_short else WHOLE
+    for batch, sparsity in grid:
         if batch in (1, 8, 64, 256, 1024):
-            case = _case(uniform_mask(sparsity, seed), batch, 1, names, seed)
+            case = _case(uniform_mask(sparsity, seed), batch, 1, names, seed, settings)
             case.pop("absent")
             cases.append({"threads": 1, "sparsity": sparsity, "batch": batch, **case})
+    if is_short:
+        Console().print(*map(_line, cases), sep="\n")
+        return
     where = {"machine": record.machine(), "engine": cpu_engine(), ONEDNN_ISA: WITHOUT_AMX, "seed": seed}
     Console().print(record.write("cpu_no_amx", {**where, "cases": cases}))
 
@@ -112,14 +149,16 @@ def masked_mlp(masks: dict[str, Mask], seed: int) -> MaskedMLP:
     return mlp
 
 
-def _case(mask: Mask, batch: int, threads: int, names: Sequence[str], seed: int) -> dict[str, Any]:
+def _case(
+    mask: Mask, batch: int, threads: int, names: Sequence[str], seed: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Time the engine in every precision and the opponents `names` in one interleaved run."""
     mlp = masked_mlp({"task": mask}, seed)
     layers = _layers(mlp)
     x = torch.randn(batch, layers[0].weight.shape[1], generator=torch.Generator().manual_seed(seed))
     with peers(layers, x, threads, names) as (present, absent):
         ours = _ours(mlp, layers, x)
-        measured = timings([*ours, *present])
+        measured = timings([*ours, *present], **settings)
     return {
         "nnz": sum(int((layer.weight != 0).sum()) for layer in layers),
         "contestants": {
@@ -157,7 +196,7 @@ def _layers(mlp: MaskedMLP) -> list[Layer]:
 
 
 def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Time the last tickets of a run's first seed: as skewed as pruning makes them."""
+    """Time the last tickets of a run's first seed, whose density differs from layer to layer."""
     cases = []
     for task_folder in sorted((run_folder / "seed_0" / "tickets").iterdir()):
         levels = sorted(task_folder.glob("level_*.mask.safetensors"), key=lambda p: int(p.name.split(".")[0][6:]))
@@ -165,7 +204,7 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
         dense = [n for n in NAMES if not _is_sparse(n)]
         torch.set_num_threads(1)
         for batch in (1, 8, 64, 256, 1024):
-            case = _case(mask, batch, 1, dense, seed)
+            case = _case(mask, batch, 1, dense, seed, {})
             case.pop("absent")
             cases.append(
                 {"task": task_folder.name, "threads": 1, "batch": batch, "density": mask.layer_density(), **case}
@@ -173,7 +212,7 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
     return cases
 
 
-def _cold(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
+def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Time single calls between which every cache is overwritten, and the same calls hot."""
     mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
     layers = _layers(mlp)
@@ -181,8 +220,8 @@ def _cold(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
     sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
     with peers(layers, x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
         contestants = [*_ours(mlp, layers, x), *present]
-        hot = timings(contestants)
-        cold = timings(contestants, rounds=9, before=lambda: sweep.fill(1))
+        hot = timings(contestants, **settings)
+        cold = timings(contestants, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
     return {
         "batch": batch,
         "sparsity": sparsity,
@@ -198,19 +237,26 @@ def _cold(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _break_even(seed: int, batch: int = 256) -> dict[str, float | None]:
-    """Return for each precision the sparsity from which the engine is faster than the best dense opponent."""
-    sparsities = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8)
+def _break_even(
+    sparsities: Sequence[float], seed: int, settings: dict[str, Any], batch: int = 256
+) -> dict[str, float | None]:
+    """Return for each precision the sparsity from which the engine is faster than the best dense opponent.
+
+    None where it is not faster at any of `sparsities`, or where no opponent has the precision.
+    """
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     contestants = []
     for sparsity in sparsities:
         mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
         contestants += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, _layers(mlp), x)]
     with peers(_layers(mlp), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
-        measured = timings([*contestants, *present])
+        measured = timings([*contestants, *present], **settings)
     found: dict[str, float | None] = {}
     for precision in PRECISIONS:
-        dense = min(measured[p.name].median_us for p in present if p.precision == precision)
+        dense = min((measured[p.name].median_us for p in present if p.precision == precision), default=0.0)
+        if not dense:
+            found[precision] = None
+            continue
         ours = [measured[f"ours {precision} {s}"].median_us / dense for s in sparsities]
         faster = [i for i, time_ratio in enumerate(ours) if time_ratio < 1]
         if not faster:
@@ -224,24 +270,25 @@ def _break_even(seed: int, batch: int = 256) -> dict[str, float | None]:
     return found
 
 
-def _prepack(sparsity: float, seed: int) -> dict[str, Any]:
-    """Time prepacking, from the canonical format to the blob, and size both."""
+def _prepack(sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Time prepacking all layouts from the frozen network, and give the bytes of both."""
     frozen = freeze(masked_mlp({"task": uniform_mask(sparsity, seed)}, seed), sigmoid=True)
     assert isinstance(frozen, SparseMLP)
     frozen = frozen.calibrated(torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(seed)))
-    measured = interleaved({precision: partial(frozen.to_precision, precision) for precision in PRECISIONS})
+    prepacks = {precision: partial(prepack, frozen.network, precision) for precision in PRECISIONS}
+    measured = interleaved(prepacks, **settings)
     return {
         "sparsity": sparsity,
         "canonical_bytes": frozen.nbytes,
         "precisions": {
-            precision: {"bytes": frozen.to_precision(precision).prepacked_nbytes, **measured[precision]._asdict()}
+            precision: {"bytes": prepacks[precision]().numel(), **measured[precision]._asdict()}
             for precision in PRECISIONS
         },
     }
 
 
-def _two_tasks(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
-    """Time two tasks whose masks overlap by OVERLAP against the first of them alone."""
+def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Time two tasks whose masks overlap by OVERLAP, and the first of them alone."""
     one = uniform_mask(sparsity, seed)
     two = _overlapping(one, OVERLAP, seed + 1)
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
@@ -254,7 +301,7 @@ def _two_tasks(batch: int, sparsity: float, seed: int) -> dict[str, Any]:
             out = torch.empty(batch, frozen.out_features)
             contestants[f"{name} {precision}"] = partial(frozen.to_precision(precision).score_into, x, out)
     with torch.inference_mode():
-        measured = interleaved(contestants)
+        measured = interleaved(contestants, **settings)
     return {
         "batch": batch,
         "sparsity": sparsity,
@@ -283,7 +330,11 @@ def _is_sparse(name: str) -> bool:
 
 
 def best(case: dict[str, Any], kind: str, precisions: Sequence[str]) -> tuple[str, float]:
-    """Return the fastest contestant of a kind among these precisions, and its median in microseconds."""
+    """Return the fastest contestant of a kind among these precisions, and its median in microseconds.
+
+    Raises:
+        ValueError: If there is none.
+    """
     found = {
         name: float(c["median_us"])
         for name, c in case["contestants"].items()
@@ -297,6 +348,11 @@ def ratio(case: dict[str, Any], precision: str) -> float:
     """Return how many times faster the engine, in this precision or a finer one, was than the best dense opponent."""
     finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
     return best(case, "dense", [precision])[1] / best(case, "ours", finer)[1]
+
+
+def _has_dense(case: dict[str, Any] | None, precision: str) -> bool:
+    contestants = case["contestants"].values() if case else ()
+    return any(c["kind"] == "dense" and c["precision"] == precision for c in contestants)
 
 
 def _line(case: dict[str, Any]) -> str:
@@ -314,12 +370,15 @@ def report(result: dict[str, Any]) -> str:
 
 
 def speed_table(result: dict[str, Any], precision: str) -> str:
-    """Return the ratios to the best dense opponent of a precision: rows threads and sparsity, columns batch."""
+    """Return the ratios to the best dense opponent of a precision: rows threads and sparsity, columns batch.
+
+    A cell is empty where no dense opponent has the precision.
+    """
     batches = sorted({case["batch"] for case in result["cases"]})
     rows = []
     for threads in sorted({case["threads"] for case in result["cases"]}):
         for sparsity in sorted({case["sparsity"] for case in result["cases"]}):
             at = {c["batch"]: c for c in result["cases"] if c["threads"] == threads and c["sparsity"] == sparsity}
-            cells = [f"{ratio(at[batch], precision):.1f}" if batch in at else "" for batch in batches]
+            cells = [f"{ratio(at[b], precision):.1f}" if _has_dense(at.get(b), precision) else "" for b in batches]
             rows.append([str(threads), f"{sparsity:.0%}", *cells])
     return table(["threads", "sparsity", *(f"batch {batch}" for batch in batches)], rows)

@@ -1,22 +1,23 @@
 """The opponents of the CPU engine: what else runs a pruned MLP on this machine, each at its best and none unchecked.
 
-An opponent gets what helps it. Weights are packed, models compiled and buffers bound before the clock starts, for one
-batch size. bf16 opponents of torch get an `x` that is bf16 already, where every other converts or quantises inside its
-time. int8 ones are calibrated on `x` too, so nothing clips. Sparse ones take the weights' zeros, keep activations as
-`[features, batch]` between layers and may hand back a transposed view.
+Each opponent gets what helps it. Weights are packed, models compiled and buffers bound before the clock starts, for one
+batch size. bf16 opponents of torch get an `x` that is bf16 already; all others convert or quantise within their time.
+int8 opponents are calibrated on `x` too, so that nothing clips. Sparse opponents take the weights' zeros, keep
+activations as `[features, batch]` between layers and may return a transposed view.
 
-`peers` finds out which opponents this machine has and says of each other why not:
+`peers` finds the opponents that run on this machine and gives the reason for each that does not: it is not installed,
+the processor lacks what it needs, it raises, or its scores are wrong.
 
 - The extra `bench` installs onnx, ONNX Runtime, OpenVINO and scipy.
-- SparseProp has no wheel, and its build wants pybind11 beside it: with the environment active,
+- SparseProp has no wheel, and its build needs pybind11: with the environment active,
   `pip install pybind11 setuptools && pip install --no-build-isolation sparseprop`.
-- DeepSparse (evaluation licence) wants Python 3.8 to 3.11 and an old onnx, so it runs in a Python of its own:
+- DeepSparse (evaluation licence) needs Python 3.8 to 3.11 and an old onnx, so it runs in a Python of its own:
   `python3.11 -m venv deepsparse && deepsparse/bin/pip install deepsparse 'numpy<2'`, and
   `LT4REC_BENCH_DEEPSPARSE_PYTHON=deepsparse/bin/python`.
 
 `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` in the environment takes AMX away from torch and from OpenVINO; ONNX Runtime
-(MLAS) has no such switch. `threads` goes to every runtime with a setting of its own; torch's is the caller's
-(`torch.set_num_threads`), SparseProp's is OpenMP's, scipy has one thread.
+(MLAS) has no such switch. `threads` goes to every runtime with a setting of its own; torch's is set by the caller
+(`torch.set_num_threads`), SparseProp's is OpenMP's, and scipy has one thread.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from tests.oracle import UNIT_ROUNDOFF, Bounded, Layer, assert_rounding
 Array = NDArray[Any]
 
 DEEPSPARSE_PYTHON = "LT4REC_BENCH_DEEPSPARSE_PYTHON"
-DEEPSPARSE_RUN_S = 0.01  # one command to the other process, whose pipe takes some 50 us, lasts this long
+DEEPSPARSE_RUN_S = 0.01  # duration of one command to the other process, whose pipe takes about 50 us
 
 
 class Peer(NamedTuple):
@@ -55,19 +56,19 @@ class Peer(NamedTuple):
     precision: str  # "fp32", "bf16" or "int8"
     kind: str  # "dense" or "sparse"
     run: Callable[[], object]  # makes `calls` forward passes
-    scores: Callable[[], Tensor]  # what a pass gives, `[batch, out_features]`
+    scores: Callable[[], Tensor]  # the result of a pass, `[batch, out_features]`
     calls: int = 1
 
 
 class Absent(NamedTuple):
-    """An opponent that this machine does not have, and why."""
+    """An opponent that does not run on this machine, and why."""
 
     name: str
     reason: str
 
 
 class UnavailableError(Exception):
-    """An opponent that is installed in part, or cannot take this MLP."""
+    """An opponent that is only partly installed, or that this processor or this MLP rules out."""
 
 
 class WrongError(Exception):
@@ -75,17 +76,17 @@ class WrongError(Exception):
 
 
 class Case(NamedTuple):
-    """What an opponent is made from."""
+    """What an opponent is built from."""
 
     layers: Sequence[Layer]
     x: Tensor
     threads: int
-    folder: Path  # for models, gone with the opponents
-    stack: ExitStack  # for what must end with the opponents
+    folder: Path  # for models; deleted with the opponents
+    stack: ExitStack  # for whatever must end with the opponents
 
 
 class Made(NamedTuple):
-    """What only its maker knows of a `Peer`."""
+    """The part of a `Peer` that only its maker knows."""
 
     run: Callable[[], object]
     scores: Callable[[], Tensor]
@@ -96,18 +97,18 @@ class Made(NamedTuple):
 def peers(
     layers: Sequence[Layer], x: Tensor, threads: int, names: Collection[str] | None = None
 ) -> Iterator[tuple[list[Peer], list[Absent]]]:
-    """Make the opponents for one MLP and one batch, check each, and leave nothing running behind them.
+    """Make the opponents for one MLP and one batch, check each, and leave nothing running afterwards.
 
-    An opponent whose scores are not the MLP's is absent too: its time would say nothing.
+    An opponent that raises, or whose scores are not the MLP's, is absent too, with its reason.
 
     Args:
         layers: The MLP; pruned weights are zeros in place, `[out_features, in_features]`, float32.
         x: `[batch, in_features]`, float32, row-major.
-        threads: How many threads a runtime with its own setting gets.
-        names: Of `NAMES`, those to make; None makes all.
+        threads: Number of threads for runtimes that have a setting of their own.
+        names: Those of `NAMES` to make; None makes all.
 
     Yields:
-        The opponents found, and those that are not, each with its reason.
+        The opponents that run, and those that do not, each with its reason.
     """
     present, absent = [], []
     with ExitStack() as stack:
@@ -121,6 +122,9 @@ def peers(
                 check(peer, references[precision])
             except (ImportError, UnavailableError, WrongError) as error:
                 absent.append(Absent(name, str(error)))
+            except Exception as error:  # others' code: ONNX Runtime's errors derive from nothing narrower
+                first_line = str(error).strip().partition("\n")[0]
+                absent.append(Absent(name, f"raised {type(error).__name__}: {first_line}"))
             else:
                 present.append(peer)
         yield present, absent
@@ -147,16 +151,16 @@ def reference(layers: Sequence[Layer], x: Tensor, precision: str) -> Bounded:
     """Return the MLP in float64 and how far a correct opponent of this precision may lie from it, elementwise.
 
     The worst case carried from layer to layer (`tests.oracle.mlp_reference`) is as large as the scores themselves for
-    four wide layers, in fp32 too, so it would accept anything. But roundings are many and independent: where a value v
+    four wide layers, in fp32 too, so it would accept anything. But roundings are many and independent: if a value v
     enters the score with slope dy/dv and is off by a uniform error of at most d(v), which is sub-Gaussian with its
-    variance d(v)^2 / 3, to first order
+    variance d(v)^2 / 3, then to first order
 
         P(|y - ref64| > 6 sqrt(sum of (dy/dv d(v))^2 / 3)) < 2 exp(-6^2 / 2) = 3e-8,
 
-    with slopes from back propagation. Rounded are x, the weights, the biases, each layer's sum and what its activation
-    makes of it; fp32 and bf16 by d(v) = u |v|, int8 by half a step of 8 bits over the tensor's range. Further there are
-    the k additions of a sum, each at most u_fp32 (|h| @ |W|.T + |b|). Which of these an opponent rounds is its own
-    business; that it is this MLP which was timed is ours.
+    with slopes from back propagation. x, the weights, the biases, each layer's sum and the result of its activation are
+    rounded: fp32 and bf16 by d(v) = u |v|, int8 by half a step of 8 bits over the tensor's range. The k additions of a
+    sum add at most u_fp32 (|h| @ |W|.T + |b|) each. An opponent may round any of these or none; the gate only asks
+    whether it computes this MLP.
     """
     hs, zs = _forward(layers, x)
     seen_hs, seen_zs = _forward(layers, _calibration(x))
@@ -181,7 +185,7 @@ def reference(layers: Sequence[Layer], x: Tensor, precision: str) -> Bounded:
 
 
 def _forward(layers: Sequence[Layer], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return x and what every layer makes of it, and every layer's sum, in float64."""
+    """Return x and the output of every layer, and the sum of every layer, in float64."""
     hs, zs = [x.double()], []
     for layer in layers:
         zs.append(F.linear(hs[-1], layer.weight.double(), _bias(layer).double()))
@@ -192,13 +196,13 @@ def _forward(layers: Sequence[Layer], x: Tensor) -> tuple[list[Tensor], list[Ten
 def _calibration(x: Tensor) -> Tensor:
     """Return `x`, so that nothing clips, and for a small batch the same rows with their columns shifted.
 
-    The range of a single row would end at its own score, and a clipped score is right however wrong it was before.
+    The range of a single row would end at its own score, and clipping would then hide any error in that score.
     """
     return torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))])
 
 
 def _off(precision: str, values: Tensor, seen: Tensor) -> Tensor:
-    """Return how far rounding takes each value at most, where `seen` gave int8 its range; zero is exact."""
+    """Return the largest rounding error of each value, where `seen` gave int8 its range; zero is exact."""
     if precision == "int8":
         return _step(seen) / 2 * (values != 0)
     return UNIT_ROUNDOFF[_DTYPES[precision]] * values.abs()
@@ -228,6 +232,8 @@ _ACTIVATION_ERROR = {"relu": 0.0, "sigmoid": 3 * 2 * UNIT_ROUNDOFF[torch.float32
 
 def _torch(case: Case, dtype: torch.dtype) -> Made:
     """Chain `F.linear` and in-place activations."""
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UnavailableError("this processor has no bfloat16 arithmetic: torch would run plain loops")
     x = case.x.to(dtype)
     layers = [(w.to(dtype), None if b is None else b.to(dtype), _ACTIVATIONS[a]) for w, b, a in case.layers]
 
@@ -244,6 +250,8 @@ def _onednn(case: Case, dtype: torch.dtype) -> Made:
     """Chain oneDNN's fused layers on packed weights, as inductor's freezing does."""
     if not torch.backends.mkldnn.is_available():
         raise UnavailableError("this torch is built without oneDNN")
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UnavailableError("this processor has no bfloat16 arithmetic that oneDNN uses")
     x, batch = case.x.to(dtype), len(case.x)
     pack, linear = torch.ops.mkldnn._reorder_linear_weight.default, torch.ops.mkldnn._linear_pointwise.default
     layers = [(pack(w.to(dtype), batch), None if b is None else b.to(dtype), a) for w, b, a in case.layers]
@@ -318,7 +326,7 @@ def _onnxruntime(case: Case, model: Callable[[Case], Path]) -> Made:
 
 
 def _openvino(case: Case, model: Callable[[Case], Path], precision: str) -> Made:
-    """Run one request for ever, on memory it shares with us."""
+    """Reuse one request, on memory that it shares with us."""
     import openvino as ov
 
     settings = {
@@ -327,9 +335,13 @@ def _openvino(case: Case, model: Callable[[Case], Path], precision: str) -> Made
         "INFERENCE_NUM_THREADS": case.threads,
         "NUM_STREAMS": 1,
     }
-    request = ov.Core().compile_model(model(case), "CPU", settings).create_infer_request()
+    compiled = ov.Core().compile_model(model(case), "CPU", settings)
+    runs_in = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if runs_in != precision:
+        raise UnavailableError(f"OpenVINO runs in {runs_in} on this processor, not in {precision}")
+    request = compiled.create_infer_request()
     y = _result(case)
-    # The request does not keep what it is given: who holds `ends` keeps the memory.
+    # The request does not keep what it is given alive: `ends` does.
     ends = ov.Tensor(case.x.numpy(), shared_memory=True), ov.Tensor(y, shared_memory=True)
     request.set_input_tensor(ends[0])
     request.set_output_tensor(ends[1])
@@ -347,7 +359,7 @@ def _result(case: Case) -> Array:
 
 
 def _gemm_model(case: Case) -> Path:
-    """Write the MLP as float32 Gemms of a fixed batch, which OpenVINO takes better than an open one."""
+    """Write the MLP as float32 Gemms with a fixed batch, which OpenVINO runs faster than an open one."""
     from onnx import helper
 
     nodes: list[Any] = []
@@ -363,7 +375,7 @@ def _gemm_model(case: Case) -> Path:
 
 
 def _int8_model(case: Case) -> Path:
-    """Quantise `_gemm_model` statically: u8 activations, s8 weights a scale a row, as QuantizeLinear pairs (QDQ)."""
+    """Quantise `_gemm_model` statically: u8 activations, s8 weights with one scale per row, as QuantizeLinear pairs."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -373,7 +385,7 @@ def _int8_model(case: Case) -> Path:
     )
 
     class Rows(CalibrationDataReader):
-        """The calibration rows, a batch at a time: the model's batch is fixed."""
+        """The calibration rows, one batch at a time: the model's batch is fixed."""
 
         def __init__(self) -> None:
             self.rows = iter([{"x": rows.numpy()} for rows in _calibration(case.x).split(len(case.x))])
@@ -399,8 +411,8 @@ def _int8_model(case: Case) -> Path:
 def _integer_model(case: Case) -> Path:
     """Write the MLP as SparseML exports it, the one int8 graph that DeepSparse runs sparse.
 
-    A layer is QuantizeLinear, MatMulInteger, an int32 Add, Cast and Mul; weights have one scale a matrix. Any other
-    graph of the same MLP falls back to the dense ONNX Runtime that is built into it.
+    A layer is QuantizeLinear, MatMulInteger, an int32 Add, Cast and Mul; weights have one scale per matrix. DeepSparse
+    runs any other graph of the same MLP on the dense ONNX Runtime that is built into it.
     """
     from onnx import TensorProto, helper
 
@@ -444,7 +456,7 @@ def _save(case: Case, name: str, nodes: list[Any], constants: dict[str, Any]) ->
     ]
     initializers = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
     graph = helper.make_graph(nodes, name, ends[:1], ends[1:], initializers)
-    # The newest versions that DeepSparse 1.8 reads; nothing newer is of use here.
+    # The newest versions that DeepSparse 1.8 reads; nothing newer is needed here.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     path = case.folder / f"{name}.onnx"
     onnx.save(model, path)
@@ -508,7 +520,7 @@ def _transposed(case: Case, multiply: Callable[[int, Array], Array]) -> Made:
 
 
 def _deepsparse(case: Case, model: Callable[[Case], Path]) -> Made:
-    """Run DeepSparse in its own Python; a command there is many calls, so that the pipe is not in the time."""
+    """Run DeepSparse in its own Python; one command makes many calls, so that the pipe's time does not count."""
     python = os.environ.get(DEEPSPARSE_PYTHON, "")
     if shutil.which(python) is None:
         raise UnavailableError(f"{DEEPSPARSE_PYTHON} names no Python that has DeepSparse: got {python!r}")
@@ -542,7 +554,7 @@ def _deepsparse(case: Case, model: Callable[[Case], Path]) -> Made:
     return Made(partial(run, calls), lambda: torch.from_numpy(np.load(y)), calls)
 
 
-# Ends when its stdin does. The engine prints a banner where the answers go, unless it is led away.
+# Ends when its stdin does. The engine prints a banner on stdout, so the answers go to a copy of it.
 _DEEPSPARSE = """
 import os, sys
 answers = os.fdopen(os.dup(1), "w")

@@ -1,4 +1,4 @@
-"""What a committed result says of where it was measured, so that a figure can be judged and made again."""
+"""Where a committed result was measured, so that a figure can be judged and reproduced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop", "torch_rechub")
-COMMIT = "LT4REC_SPARSE_COMMIT"  # of a copied tree; ends in "-dirty" if the tree is another
+COMMIT = "LT4REC_SPARSE_COMMIT"  # of a copied tree; ends in "-dirty" if the tree differs from it
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -47,11 +47,11 @@ def read(name: str) -> dict[str, Any]:
 
 
 def _source() -> dict[str, Any]:
-    """Return the commit, and whether the code is that commit's; a copied tree has no git, and its copier says both."""
+    """Return the commit, and whether the code is that commit's; for a copied tree the environment says both."""
     try:
         return {
             "commit": _git("rev-parse", "--short=12", "HEAD"),
-            # What is written from results does not make the code another.
+            # Files written from results are not code.
             "clean": not _git(
                 "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results", ":!/README.md"
             ),
@@ -70,9 +70,11 @@ def _git(*arguments: str) -> str:
 
 
 def _processor() -> str:
-    """Name the processor as Linux does, with family and model where the name says nothing."""
+    """Name the processor as Linux does, with family and model, because some names say nothing."""
     facts = dict(
         line.split(":", 1) for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if ":" in line
     )
     facts = {key.strip(): value.strip() for key, value in facts.items()}
+    if "model name" not in facts:  # ARM
+        return f"{platform.machine()} (implementer {facts.get('CPU implementer')}, part {facts.get('CPU part')})"
     return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']}, stepping {facts['stepping']})"

@@ -1,15 +1,15 @@
-"""What one core of this machine reaches, to hold a kernel's time against: bytes read and operations done in a second.
+"""What one core of this machine reaches, to compare a kernel's time with: bytes read and operations done per second.
 
-Every figure is measured through a library that comes close to the machine's limit, in its best round, since whatever
-disturbs a round makes it slower. The limit itself lies a little above.
+Every figure is the best round of a library call that comes close to the machine's limit, because a disturbance can
+only make a round slower. The limit itself is a little higher.
 
 - Read bandwidth: BLAS's dot product over two vectors, ascending, again and again: two 64-byte loads for every fused
-  multiply-add, and nothing stored. A call reads 8 KB of each, so that it stays in one thread; its own cost is in the
-  figure, which only L1's shows. A cache is read over a third of its size, since it holds other things too, and those
-  of the core's other hardware thread; the last one over four times the cache before it, for on a rented machine
-  strangers fill the rest. DRAM is read over four times the last cache.
-- Floating point: `torch.mm` of two square matrices. fp32 is what vector multiply-adds reach; bf16 takes AMX where there
-  is one. Two hardware threads of a core share both: what the other one does is in the figure, as it is in a kernel's.
+  multiply-add, and nothing stored. A call reads 8 KB of each, so that it stays in one thread; the cost of the call is
+  part of the figure, which matters for L1 alone. A cache is read over a third of its size, because it also holds other
+  data and that of the core's other hardware thread; the last cache over four times the size of the one before it,
+  because other tenants of a rented machine fill the rest. DRAM is read over four times the last cache.
+- Floating point: `torch.mm` of two square matrices. fp32 is what vector multiply-adds reach; bf16 uses AMX where there
+  is one. The two hardware threads of a core share both limits, so the figure includes what the other thread does.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 DOT = 2048  # floats of a vector in one call: two of 8 KB fit a third of L1, and BLAS needs more to start threads
-READ_BYTES = 400_000_000  # in one timed call, some 2 ms in L1
-SIZE = 2048  # of the square matrices, whose product takes long beside the cost of a call
-ROUNDS = 7  # in some of which nobody else runs, on a shared machine
+READ_BYTES = 400_000_000  # in one timed call, about 2 ms in L1
+SIZES = (256, 512, 1024, 2048)  # of the square matrices
+PRODUCT_S = 0.01  # a product that takes this long is large enough; bf16 at 2048 takes minutes without SIMD
+ROUNDS = 7  # on a shared machine, some of them are undisturbed
 
 
 class Roofline(NamedTuple):
-    """One core; gbps is 1e9 bytes a second, gflops 1e9 multiplications and additions a second."""
+    """One core; gbps is 1e9 bytes per second, gflops 1e9 multiplications and additions per second."""
 
     read_gbps: dict[str, float]  # "L1", "L2", "L3" and so on, then "DRAM"
     working_set_bytes: dict[str, int]  # over which each was read
@@ -38,7 +39,7 @@ class Roofline(NamedTuple):
 
 
 def roofline() -> Roofline:
-    """Measure this machine with one thread; some seconds, and four times the last cache in memory."""
+    """Measure this machine with one thread; takes some seconds, and four times the last cache in memory."""
     caches = cache_bytes()
     sets = {name: size // 3 for name, size in caches.items()}
     *_, before, last = caches
@@ -54,7 +55,7 @@ def roofline() -> Roofline:
 
 
 def cache_bytes() -> dict[str, int]:
-    """Return the size of every data cache of the first core, as Linux tells it: `{"L1": 49152, ...}`."""
+    """Return the size of every data cache of the first core, as Linux reports it: `{"L1": 49152, ...}`."""
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
@@ -75,10 +76,16 @@ def read_gbps(working_set: int) -> float:
 
 
 def gflops(dtype: torch.dtype) -> float:
-    """Return what `torch.mm` reaches with the threads torch has."""
+    """Return what `torch.mm` reaches with torch's threads, on the smallest of `SIZES` that takes `PRODUCT_S`."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(SIZE, SIZE, generator=generator).to(dtype) for _ in range(2))
-    return 2 * SIZE**3 / _best_s(lambda: torch.mm(a, b)) / 1e9
+    for size in SIZES:
+        a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+        torch.mm(a, b)  # oneDNN generates code in the first call
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if time.perf_counter() - start >= PRODUCT_S:
+            break
+    return 2 * size**3 / _best_s(lambda: torch.mm(a, b)) / 1e9
 
 
 def _best_s(call: Callable[[], object]) -> float:

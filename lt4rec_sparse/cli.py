@@ -1,17 +1,22 @@
-"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`."""
+"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`.
+
+Commands import what they need when they run: `--help` and a mistyped option are answered without loading torch.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lt4rec_sparse import __version__
 from lt4rec_sparse.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,10 +24,14 @@ if TYPE_CHECKING:
 
 # Click's own in older versions of typer, a copy within typer in newer ones.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+TRAINING_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+MAX_WIDTH = 1 << 16
+MAX_EMBEDDING_DIM = 4096
+LINE_SECONDS = 5.0  # between two lines of a stage where the output is no terminal
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands, each of which answers bad input in one line."""
+    """The commands; each answers bad input with one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Parse a command's arguments and run it."""
@@ -32,12 +41,50 @@ class Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help=__doc__,
+    help="Train one network for several ranking tasks, with a sparse mask per task, and serve it. "
+    "`lt4rec-sparse run` without options tries it on a simulated click log.",
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lt4rec-sparse {__version__}")
+        raise typer.Exit
+
+
+def _within(low: float, high: float) -> Callable[[float | None], float | None]:
+    """Return a check of an option's number, the same in every version of typer; NaN is within nothing."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise typer.BadParameter(f"got {value}, wanted {low:,} to {high:,}")
+        return value
+
+    return check
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"got {value}, wanted a finite number")
+    return value
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
+Hidden = Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")]
+EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
+Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 
 
 @app.command()
@@ -45,32 +92,54 @@ def run(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A folder in KuaiRand's layout, or with Parquet or CSV files and a schema.toml; else simulated."
+            help="A folder with Parquet or CSV files and a schema.toml, or in KuaiRand's layout. "
+            "Without it a small click log is simulated."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder; a run that stopped goes on there.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of every training: 1, or 2 on the simulated log.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; a run that was interrupted continues there. [runs/<data>]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How often everything is trained, each time from another start.")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of every training. By default 1, or 2 on the simulated log.")
+    ] = None,
     masks: Annotated[
         str,
-        typer.Option(help="random, without a search; tickets, the paper's; or best: both, and validation chooses."),
+        typer.Option(
+            help="How the masks are found. random: drawn, without a search; tickets: pruned step by step, as in the "
+            "paper; best: both, and the validation days choose."
+        ),
     ] = "best",
-    rounds: Annotated[int, typer.Option(help="Rounds of pruning a task, for tickets.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of pruning per task in a search for tickets.")] = 4,
     density: Annotated[
-        float, typer.Option(help="Share of the hidden weights that a random mask keeps, or the last ticket.")
+        float,
+        typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end."),
     ] = 0.2,
-    batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 256 simulated.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
-    embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
-    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Impressions per training step. By default 1024, or 256 on the simulated log.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(callback=_finite, help="Learning rate of Adam.")] = 1e-3,
+    embedding_dim: EmbeddingDim = 16,
+    hidden: Hidden = "512,256,128",
     granularity: Annotated[
-        str, typer.Option(help="What pruning takes as one: weight, 2:4, block4, block16, block32, block64 or neuron.")
+        str,
+        typer.Option(
+            help="What is pruned or kept together: single weights (weight), two of four (2:4), square blocks (block4, "
+            "block16, block32, block64) or whole neurons (neuron)."
+        ),
     ] = "weight",
-    tasks: Annotated[str, typer.Option(help="Names, such as ctr,cvr,like; all but the schema's extra ones.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(help="Names of tasks, such as ctr,cvr,like. By default all that the schema does not call extra."),
+    ] = "",
+    quiet: Quiet = False,
 ) -> None:
-    """Give each task a mask, train one shared network, freeze it, and report it against its opponents."""
+    """Train a sparse shared network on a click log, freeze it, and report it beside other models.
+
+    The run folder then holds report.md, report.html and model.safetensors, which `score` serves.
+    """
     from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
-    from lt4rec_sparse.recsys.run import run as run_experiment
+    from lt4rec_sparse.recsys.run import run as run_product
 
     default = RunSettings() if data else SIMULATED
     settings = RunSettings(
@@ -84,11 +153,11 @@ def run(
         rounds=rounds,
         density=density,
         granularity=granularity,
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=names(tasks),
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
-    with progress_bars() as progress:
-        report = run_experiment(data, out, settings, progress)
+    with shown_progress(quiet) as progress:
+        report = run_product(data, out, settings, progress)
     typer.echo(f"{report}, report.html, model.safetensors, metrics.jsonl")
 
 
@@ -98,39 +167,70 @@ def experiment(
         str, typer.Argument(help="table2, table3, figure4, granularity, cheap, tickets, tasks, or regimes (simulated).")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="A folder in KuaiRand's layout, or with a schema.toml; not for regimes.")
+        Path | None,
+        typer.Option(help="A folder with a schema.toml, or in KuaiRand's layout; none for regimes."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where all experiments on this log stand; what stopped goes on there.")
+        Path | None,
+        typer.Option(
+            help="The folder that all experiments on this log share; one that was interrupted continues there. "
+            "[runs/experiments/<data>]"
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds of every row.")] = 5,
-    workers: Annotated[int | None, typer.Option(help="Processes side by side; one a core.")] = None,
-    executor: Annotated[str, typer.Option(help="processes, ray (where it is installed), or here.")] = "processes",
+    seeds: Annotated[int, typer.Option(help="How often every row is trained, each time from another start.")] = 5,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."
+        ),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
+    ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Impressions a batch.")] = 1024,
-    embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
-    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
-    cross: Annotated[str, typer.Option(help="dlrm, wide_deep or deepfm.")] = "dlrm",
-    products: Annotated[str, typer.Option(help="What products compute in while training.")] = "bfloat16",
-    loss: Annotated[
-        list[str] | None, typer.Option(help="A task's loss, such as ctr=focal: bce, focal or mse; for each task once.")
+    batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
+    embedding_dim: EmbeddingDim = 16,
+    hidden: Hidden = "512,256,128",
+    cross: Annotated[
+        str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
+    ] = "dlrm",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What training computes matrix products in: fp32 or bf16. By default as the experiment does."
+        ),
     ] = None,
-    cvr_scale: Annotated[float, typer.Option(help="Eq 2's b beside a = 1, of S-Weight-taskbalance.")] = 5.0,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
+    ] = None,
+    cvr_scale: Annotated[
+        float,
+        typer.Option(callback=_finite, help="Row S-Weight-taskbalance: weight of the CVR loss; the CTR loss has 1."),
+    ] = 5.0,
     conflict: Annotated[
         str,
         typer.Option(
-            help="Of S-Weight-gradientconflict: when a video is long (ms), below which ratios a long and a short one "
-            "are hardly watched, and what such a row counts for the click and for the watching."
+            help="Row S-Weight-gradientconflict: five numbers. A video is long above the first (ms); a long one is "
+            "hardly watched below the second (watch ratio), another below the third; such a clicked row counts by the "
+            "fourth in the CTR loss and by the fifth in the CVR loss."
         ),
     ] = "60000,0.1,0.2,0.2,5",
     exclusive_dim: Annotated[
         int | None,
-        typer.Option(help="Width of a task's own embedding, of S-Weight-multiview; a quarter of the others'."),
+        typer.Option(
+            callback=_within(1, MAX_EMBEDDING_DIM),
+            help="Row S-Weight-multiview: width of each task's own embedding. By default a quarter of --embedding-dim.",
+        ),
     ] = None,
-    wider: Annotated[float, typer.Option(help="Width factor of S-Weight-biggernet.")] = 1.375,
-    impressions: Annotated[int, typer.Option(help="Of each simulated log of regimes.")] = 2_000_000,
+    wider: Annotated[
+        float,
+        typer.Option(callback=_within(0, 16), help="Row S-Weight-biggernet: factor of the hidden layers' widths."),
+    ] = 1.375,
+    impressions: Annotated[int, typer.Option(help="Only for regimes: impressions of each simulated log.")] = 2_000_000,
+    quiet: Quiet = False,
 ) -> None:
-    """Carry out a declared experiment of the paper, or beyond it, over seeds, and write its tables and plots."""
+    """Carry out an experiment of the paper, or beyond it, and write its tables and plots."""
     from lt4rec_sparse.paper.declared import Variants
     from lt4rec_sparse.paper.experiment import Resources, run_experiment
     from lt4rec_sparse.paper.regimes import Regimes, run_regimes
@@ -140,12 +240,14 @@ def experiment(
         if data is not None:
             raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
         out = out or Path("runs") / "experiments" / "regimes"
-        with progress_bars() as progress:
+        with shown_progress(quiet) as progress:
             report = run_regimes(out, seeds, Regimes(impressions), workers, executor, progress)
         typer.echo(f"{report}, report.html, records.json")
         return
     if data is None:
         raise InputError("--data: got none, wanted a folder with a log")
+    if precision is not None and precision not in TRAINING_DTYPES:
+        raise InputError(f"--precision: got {precision!r}, wanted one of {', '.join(TRAINING_DTYPES)}")
     training = Training(
         hidden=widths(hidden),
         embedding_dim=embedding_dim,
@@ -153,11 +255,12 @@ def experiment(
         batch_size=batch_size,
         cross=cross,
         losses=tuple(sorted(losses(loss or []).items())),
-        dtype=products,
     )
+    if precision is not None:
+        training = replace(training, dtype=TRAINING_DTYPES[precision])
     variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
     out = out or Path("runs") / "experiments" / data.resolve().name
-    with progress_bars() as progress:
+    with shown_progress(quiet) as progress:
         report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 
@@ -165,15 +268,29 @@ def experiment(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    impressions: Annotated[int, typer.Option(help="Rows of the log.")] = 80_000,
-    conflict: Annotated[float, typer.Option(help="How far the tasks oppose each other, 0 to 1.")] = 0.5,
-    click_rate: Annotated[float, typer.Option(help="Share of impressions that are clicked.")] = 0.35,
-    watch_rate: Annotated[float | None, typer.Option(help="Share of clicks that are viewed long.")] = None,
-    planted_fields: Annotated[int, typer.Option(help="Fields of each kind and side whose use is known.")] = 0,
-    request_size: Annotated[int, typer.Option(help="Videos shown at once.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    impressions: Annotated[int, typer.Option(callback=_within(100, 1_000_000_000), help="Rows of the log.")] = 80_000,
+    conflict: Annotated[
+        float, typer.Option(callback=_finite, help="How strongly the tasks oppose each other, 0 to 1.")
+    ] = 0.5,
+    click_rate: Annotated[
+        float, typer.Option(callback=_finite, help="Share of the impressions that are clicked, above 0 and below 1.")
+    ] = 0.35,
+    watch_rate: Annotated[
+        float | None,
+        typer.Option(callback=_finite, help="Share of the clicks that are watched long. By default it is not fixed."),
+    ] = None,
+    planted_fields: Annotated[
+        int,
+        typer.Option(
+            callback=_within(0, 1_000),
+            help="Number of fields of each kind (for both tasks, for clicks, for watching, for neither) per user and "
+            "per video. 0 for realistic columns instead.",
+        ),
+    ] = 0,
+    request_size: Annotated[int, typer.Option(help="Videos that are shown to a user at once.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same log.")] = 0,
 ) -> None:
-    """Write a click log with planted truth: Parquet files and their schema.toml."""
+    """Write a simulated click log whose truth is known: Parquet files and their schema.toml."""
     from lt4rec_sparse.recsys.data import SimulatorConfig
     from lt4rec_sparse.recsys.data import simulate as write_log
 
@@ -193,95 +310,117 @@ def simulate(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
-    candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with the model's feature columns.")],
-    out: Annotated[Path, typer.Argument(help="The Parquet file to write: one column a task.")],
+    model: Artefact,
+    candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with every feature column of the model.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="The file to write, .parquet or .csv: one row per candidate in their order, one column per task."
+        ),
+    ],
+    keep: Annotated[
+        str,
+        typer.Option(help="Columns of CANDIDATES to write before the scores, such as user_id,video_id."),
+    ] = "",
     precision: Annotated[
-        str, typer.Option(help="How the MLP computes: fp32, bf16 or int8; on a GPU fp32, bf16 or fp16.")
-    ] = "fp32",
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, or a GPU, as cuda or cuda:1.")] = "cpu",
-    plan: Annotated[Path | None, typer.Option(help="What `plan` measured here; it decides the precision.")] = None,
+        str | None,
+        typer.Option(help="How the MLP computes: fp32 (default), bf16 or int8; on a GPU fp32, bf16 or fp16."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, or a GPU such as cuda or cuda:1.")] = "cpu",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="What `lt4rec-sparse plan` measured on this machine: which kernels run, in which precision."),
+    ] = None,
 ) -> None:
     """Score a file of candidates."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    from lt4rec_sparse.files import whole_file
     from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import read_candidates
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+    check_out(out)
+    if out.suffix not in (".csv", ".parquet"):
+        raise InputError(f"OUT: got {out.name!r}, wanted a name that ends in .csv or .parquet")
+    is_gpu = _is_gpu(device)
     measured = None if plan is None else Plan.load(plan)
-    if _is_gpu(device):
-        ranker = load(model).on_gpu(precision, measured, device)
+    if measured is not None and precision not in (None, measured.precision):
+        got = f"{precision} beside a plan that was measured for {measured.precision}"
+        raise InputError(f"--precision: got {got}, wanted the same, or one of the two options")
+    if is_gpu:
+        ranker = load(model).on_gpu(precision or "fp32", measured, device)
     elif measured is not None:
         ranker = load(model).planned(measured)
     else:
-        ranker = load(model, precision)
-    scores = ranker.score(read_candidates(candidates, ranker.encoder.schema))
-    with whole_file(out) as temporary:
-        pq.write_table(pa.table(dict(scores)), temporary)
+        ranker = load(model, precision or "fp32")
+    kept_names = names(keep)
+    twice = next((name for name in kept_names if name in ranker.tasks), None)
+    if twice is not None:
+        raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
+    features, kept = read_candidates(candidates, ranker.encoder.schema, kept_names)
+    scores = ranker.score(features)
+    columns = dict(zip(kept.column_names, kept.columns, strict=True))
+    write_table(pa.table(columns | scores), out)
 
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")],
-    out: Annotated[Path, typer.Argument(help="The file to write, for `score --plan`.")],
+    model: Artefact,
+    out: Annotated[Path, typer.Argument(help="The file to write, for `lt4rec-sparse score --plan`.")],
     precision: Annotated[
-        str, typer.Option(help="The lowest allowed: fp32, bf16 or int8; on a GPU the one of all: fp32, bf16 or fp16.")
+        str,
+        typer.Option(
+            help="The lowest precision allowed: fp32, bf16 or int8. On a GPU the precision of all layers: fp32, bf16 "
+            "or fp16."
+        ),
     ] = "fp32",
-    device: Annotated[str, typer.Option(help="What to measure: cpu, or a GPU, as cuda or cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="What to measure: cpu, or a GPU such as cuda or cuda:1.")] = "cpu",
     batch: Annotated[
-        list[int] | None, typer.Option(help="A request size to measure; as often as wanted, ascending.")
+        list[int] | None,
+        typer.Option(help="A request size to measure. May be given several times, in ascending order."),
     ] = None,
 ) -> None:
-    """Measure which kernels serve an artefact fastest here, batch size by batch size."""
+    """Measure which kernels serve an artefact fastest on this machine, for each request size."""
     import torch
 
-    from lt4rec_sparse.nn import Plan, SparseMLP, measure_plan
     from lt4rec_sparse.ranker import load
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+    check_out(out)
     is_gpu = _is_gpu(device)
     mlp = load(model).mlp
-    assert isinstance(mlp, SparseMLP)
     if is_gpu and not torch.cuda.is_available():
         raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
-    sizes = {"batch_sizes": batch} if batch else {}
     try:
-        if is_gpu:
-            measured = measure_plan(mlp, precision=precision, device=device, **sizes)
-        else:
-            measured = Plan.measure(mlp, precision=precision, **sizes)
+        measured = mlp.measure_plan(batch, precision, device)
     except ValueError as error:
         raise InputError(str(error)) from error
     measured.save(out)
-    Console(highlight=False, markup=False, soft_wrap=True).print(str(measured))
+    typer.echo(str(measured))
 
 
 @app.command()
-def inspect(model: Annotated[Path, typer.Argument(help="The artefact, model.safetensors.")]) -> None:
+def inspect(model: Artefact) -> None:
     """Show what an artefact holds: tasks, fields, layers, densities, precisions, bytes."""
-    from lt4rec_sparse.ops import PRECISIONS
+    from lt4rec_sparse import ops
+    from lt4rec_sparse.network import PRECISIONS
     from lt4rec_sparse.ranker import load
 
     ranker = load(model)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"tasks: {', '.join(ranker.tasks)}")
-    console.print(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
-    for i, layer in enumerate(ranker.mlp.hidden):
-        density = {task: f"{layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks}
+    network = ranker.mlp.network
+    typer.echo(f"tasks: {', '.join(ranker.tasks)}")
+    typer.echo(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
+    for i, layer in enumerate(network.hidden):
+        kept = ", ".join(f"{task} {layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks)
         rows, columns = layer.weight.shape
-        console.print(f"layer {i}: {columns} -> {rows}, kept by {density}, {layer.weight.nbytes:,} bytes")
-    is_calibrated = ranker.mlp.codes is not None
+        typer.echo(f"layer {i}: {columns} -> {rows}, kept by {kept}, {layer.weight.nbytes:,} bytes")
+    is_calibrated = network.quantization is not None
     kinds = [precision for precision in PRECISIONS if is_calibrated or precision != "int8"]
-    prepacked = ", ".join(f"{kind} {ranker.to_precision(kind).mlp.prepacked_nbytes:,}" for kind in kinds)
-    console.print(f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {prepacked}")
-    console.print(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
-    console.print(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
+    typer.echo(f"MLP: {network.nbytes:,} bytes; prepacked in memory, for the batch sizes in use:")
+    for kind in kinds:
+        layouts = [f"{nbytes:,} as {layout}" for layout, nbytes in ops.layout_nbytes(network, kind).items()]
+        typer.echo(f"  {kind}: {', '.join(layouts) or 'no engine'}")
+    typer.echo(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
+    typer.echo(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
 
 
 def _is_gpu(device: str) -> bool:
@@ -291,63 +430,158 @@ def _is_gpu(device: str) -> bool:
     return kind == "cuda"
 
 
+def check_out(out: Path) -> None:
+    """Refuse a file that cannot be written before hours of work, not after them.
+
+    Raises:
+        InputError: If `out` is a folder, or is in none.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+
+
+def write_table(table: Any, out: Path) -> None:
+    """Write an Arrow table as CSV or Parquet, by the file's extension.
+
+    Raises:
+        InputError: If a column cannot be written as CSV.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    from lt4rec_sparse.files import whole_file
+
+    nested = next((field.name for field in table.schema if pa.types.is_nested(field.type)), None)
+    if out.suffix == ".csv" and nested is not None:
+        raise InputError(
+            f"--keep: got column {nested!r}, which holds lists, wanted an OUT that ends in .parquet for it"
+        )
+    with whole_file(out) as temporary:
+        if out.suffix == ".csv":
+            pyarrow.csv.write_csv(table, temporary)
+        else:
+            pq.write_table(table, temporary)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an error of the user's input into one line on stderr and exit code 2."""
+    """Turn an error that the user can correct into one line on stderr and exit code 2."""
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever read the output has enough of it; typer ends quietly
-    except (InputError, OSError, UsageError) as error:
-        text = getattr(error, "format_message", error.__str__)()  # the latter leaves out which option it was
+        raise  # the reader of the output has read enough; typer ends quietly
+    except (InputError, OSError, UsageError, MemoryError) as error:
+        text = getattr(error, "format_message", error.__str__)()  # `str` leaves out which option it was
+        if isinstance(error, MemoryError):
+            text = f"got sizes beyond this machine's memory ({text}), wanted smaller ones"
         typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
         raise typer.Exit(2) from error
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar a stage while it runs, and a line once it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def shown_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show each stage on stderr, with the time left: a bar on a terminal, lines elsewhere, nothing if `quiet`."""
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
-    started: dict[str, TaskID] = {}
-    said: set[str] = set()  # a stage may begin again: a search of rates goes on where the best is at an edge
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:
+        yield Lines(lambda line: typer.echo(line, err=True))
+        return
+    bars: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as shown:
 
         def progress(stage: str, done: int, total: int) -> None:
-            if stage not in started:
-                started[stage] = bars.add_task(stage, total=total)
-            bars.update(started[stage], completed=done, total=total)
-            if done == total:
-                bars.stop_task(started[stage])
-                if not console.is_terminal and stage not in said:
-                    said.add(stage)
-                    console.print(f"done: {stage}", highlight=False)
+            if stage not in bars:
+                bars[stage] = shown.add_task(stage, total=total)
+            shown.update(bars[stage], completed=done, total=total)
 
         yield progress
+
+
+class Lines:
+    """Progress as lines of text: at a stage's first and last step, and at most every `LINE_SECONDS` in between.
+
+    Args:
+        write: Called with each line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._begun: dict[str, tuple[float, int]] = {}  # stage -> when it was first heard of, and the steps done then
+        self._written: dict[str, tuple[float, str]] = {}  # stage -> when its last line was written, and that line
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take in that `done` of `total` steps of a stage are done."""
+        now = time.monotonic()
+        begun, before = self._begun.setdefault(stage, (now, done))
+        line = f"{stage}: {done} of {total}"
+        last = self._written.get(stage)
+        if last is not None and (last[1] == line or (done < total and now - last[0] < LINE_SECONDS)):
+            return
+        self._written[stage] = now, line
+        if before < done < total:
+            line += f", about {_duration((now - begun) / (done - before) * (total - done))} left"
+        self._write(line)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return "ctr, cvr" as names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def widths(text: str) -> tuple[int, ...]:
     """Return "512,256,128" as numbers.
 
     Raises:
-        InputError: If a part is no number.
+        InputError: If a part is not a number, or is too large.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
+    if max(found) > MAX_WIDTH:
+        raise InputError(f"--hidden: got {text!r}, wanted widths of at most {MAX_WIDTH}")
+    return found
 
 
 def losses(named: list[str]) -> dict[str, str]:
     """Return ["ctr=focal"] as task -> loss.
 
     Raises:
-        InputError: If one is no pair, or a task stands twice.
+        InputError: If one is not a pair, or a task is repeated.
     """
     pairs = [text.partition("=") for text in named]
     found = {task: loss for task, _, loss in pairs}
     if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
-        raise InputError(f"--loss: got {' '.join(named)}, wanted such as ctr=focal, for each task once")
+        raise InputError(f"--loss: got {' '.join(named)}, wanted pairs such as ctr=focal, at most one per task")
     return found
 
 
@@ -355,21 +589,14 @@ def conflict_of(text: str) -> Conflict:
     """Return "60000,0.1,0.2,0.2,5" as thresholds and factors.
 
     Raises:
-        InputError: If they are not five numbers of at least 0.
+        InputError: If they are not five finite numbers of at least 0.
     """
     from lt4rec_sparse.recsys.models import Conflict
 
     try:
-        long_ms, long_ratio, short_ratio, click, watch = (float(part) for part in text.split(","))
+        long_ms, long_ratio, short_ratio, click, watch = numbers = [float(part) for part in text.split(",")]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"got {numbers}, wanted finite numbers")
         return Conflict(long_ms, long_ratio, short_ratio, click, watch)
     except ValueError as error:
         raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error
-
-
-def main() -> None:
-    """Run the command line."""
-    app(prog_name="lt4rec-sparse")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""The one family of errors that the user can mend."""
+"""The base class of errors that the user can correct."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used; the message is one line that names the thing, what was got and what was wanted."""
+    """An input cannot be used; the message is one line that names it, what was found and what was wanted."""

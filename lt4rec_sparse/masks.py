@@ -1,26 +1,29 @@
-"""Which weights live: one `Mask` a task, a bool tensor a layer, True = kept."""
+"""Which weights are kept: one `Mask` per task, with one bool tensor per layer, True = kept."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse.files import whole_file
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import parse_json, whole_file
 
+FORMAT = "lt4rec_sparse.mask.v1"
 Shapes = Mapping[str, tuple[int, int]]
 
 
 class Mask(Mapping[str, Tensor]):
     """The kept weights of one task: layer name -> bool `[out_features, in_features]`, True = kept.
 
-    A mapping that does not change: pruning makes a new mask. Two masks are equal if they name the same layers and
-    keep the same weights.
+    A mapping that does not change: pruning makes a new mask. Two masks are equal if they have the same layers and keep
+    the same weights.
 
     Example:
         >>> mask = Mask({"layers.0": torch.tensor([[True, False], [True, True]])})
@@ -32,7 +35,7 @@ class Mask(Mapping[str, Tensor]):
 
     Raises:
         TypeError: If a layer is not bool.
-        ValueError: If a layer has not two dimensions, or there is no layer.
+        ValueError: If a layer does not have two dimensions, or there is no layer.
     """
 
     def __init__(self, layers: Mapping[str, Tensor]) -> None:
@@ -120,12 +123,11 @@ class Mask(Mapping[str, Tensor]):
         return all(bool((other[name] | ~kept).all()) for name, kept in self.items())
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as safetensors: one `<layer>.bitmask` a layer (`pack_bits`), the shapes in the metadata."""
+        """Write the mask as safetensors: one `<layer>.bitmask` per layer (`pack_bits`), the shapes in the metadata."""
         tensors = {f"{name}.bitmask": pack_bits(kept) for name, kept in self.items()}
         with whole_file(path) as temporary:
-            save_file(
-                tensors, temporary, metadata={"format": "lt4rec_sparse.mask.v1", "shapes": json.dumps(self.shapes)}
-            )
+            # One entry: safetensors writes several in a random order, and equal masks would be different files.
+            save_file(tensors, temporary, metadata={FORMAT: json.dumps(self.shapes)})
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -133,21 +135,27 @@ class Mask(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is not a mask, or is damaged.
+            InputError: If the file is not a mask, or is damaged; the message begins with its path.
         """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "lt4rec_sparse.mask.v1":
-                    raise ValueError(f"{path}: got format {metadata.get('format')}, wanted lt4rec_sparse.mask.v1")
-                shapes = json.loads(metadata["shapes"])
-                return cls({n: unpack_bits(file.get_tensor(f"{n}.bitmask"), k) for n, (_, k) in shapes.items()})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable mask: {error}") from error
+            raise InputError(f"{path}: got no readable mask ({error}), wanted {FORMAT}") from error
+        # Until 0.1.0 the format and the shapes were two entries.
+        shapes = metadata.get(FORMAT, metadata.get("shapes") if metadata.get("format") == FORMAT else None)
+        if shapes is None:
+            raise InputError(f"{path}: got format {metadata.get('format')}, wanted {FORMAT}")
+        try:
+            described = parse_json(shapes, "shapes")
+            return cls({name: _unpacked(tensors.get(f"{name}.bitmask"), shape) for name, shape in described.items()})
+        except ValueError as error:
+            raise InputError(f"{path}: got a damaged mask ({error}), wanted {FORMAT}") from error
 
 
 def overlap(a: Mask, b: Mask) -> dict[str, float]:
-    """Intersection over union of two masks, layer by layer; 1.0 where neither keeps anything.
+    """Return the intersection over union of two masks for each layer; 1.0 where neither keeps anything.
 
     Raises:
         ValueError: If the masks are not over the same layers.
@@ -180,7 +188,7 @@ def ownership(masks: Mapping[str, Mask]) -> dict[str, dict[str, int]]:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor along its last dimension, eight columns a byte.
+    """Pack a bool tensor along its last dimension, eight columns per byte.
 
     Column `k` is bit `k % 8` (least significant first) of byte `k // 8`; the last byte is padded with zero bits.
 
@@ -221,7 +229,7 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
 
 
 def pack_words(mask: Tensor) -> Tensor:
-    """Pack a bool tensor along its last dimension as GPU kernels read it, 32 columns a word.
+    """Pack a bool tensor along its last dimension as GPU kernels read it, 32 columns per word.
 
     Column `k` is bit `k % 32` of word `k // 32`. Rows are padded with zero bits to 128 columns, so that each starts at
     a multiple of 16 bytes, and a tile of up to 128 columns never reads beyond its row.
@@ -237,9 +245,17 @@ def pack_words(mask: Tensor) -> Tensor:
 
 
 def unpack_words(words: Tensor, columns: int) -> Tensor:
-    """Undo `pack_words`: bool `[..., columns]`, True = kept. What stands in the padding is not looked at."""
+    """Undo `pack_words`: bool `[..., columns]`, True = kept. Padding bits are ignored."""
     bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
     return bits.flatten(-2)[..., :columns] != 0
+
+
+def _unpacked(bits: Tensor | None, shape: Any) -> Tensor:
+    rows, columns = shape if isinstance(shape, list) and len(shape) == 2 else (None, None)
+    if bits is None or bits.dim() != 2 or bits.shape[0] != rows or type(columns) is not int or columns < 0:
+        got = None if bits is None else tuple(bits.shape)
+        raise ValueError(f"bitmask: got {got} for {str(shape)[:60]}, wanted [out_features, ceil(in_features / 8)]")
+    return unpack_bits(bits, columns)
 
 
 def _check_same_shapes(a: Mask, b: Mask) -> None:

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +15,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import lt4rec_sparse
+from lt4rec_sparse import cli
 from lt4rec_sparse.cli import app
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker import Ranker, load, save
@@ -58,7 +63,7 @@ def refusal(*arguments):
     """Return the one line that bad input is answered with, after `lt4rec-sparse: `."""
     result = invoke(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("done: ")]  # stages before it
+    (line,) = [line for line in result.stderr.splitlines() if not re.search(r": \d+ of \d+", line)]  # stages before it
     assert line == result.stderr.splitlines()[-1]
     assert line.startswith("lt4rec-sparse: ")
     return line.removeprefix("lt4rec-sparse: ")
@@ -78,8 +83,9 @@ def finished(tmp_path_factory):
     assert result.exit_code == 0
     assert result.stdout == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl\n"
     lines = result.stderr.splitlines()
-    assert all(line.startswith("done: ") for line in lines)
-    assert (lines[0], lines[-1]) == ("done: simulate", "done: freeze and measure")
+    assert all(re.fullmatch(r".+: \d+ of \d+(, about .+ left)?", line) for line in lines)
+    assert lines[:2] == ["simulate: 0 of 1", "simulate: 1 of 1"]
+    assert lines[-1] == "freeze and measure: 1 of 1"
     return out
 
 
@@ -188,8 +194,11 @@ def test_scores_in_a_precision(finished, tmp_path, precision):
 def test_no_candidates_have_no_scores(finished, tmp_path):
     table = candidates_of(finished / "simulated", ["2024-01-06"], tmp_path / "scratch")
     pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
-    assert invoke("score", finished / "model.safetensors", tmp_path / "none.parquet", tmp_path / "s").exit_code == 0
-    assert pq.read_table(tmp_path / "s").num_rows == 0
+    assert (
+        invoke("score", finished / "model.safetensors", tmp_path / "none.parquet", tmp_path / "s.parquet").exit_code
+        == 0
+    )
+    assert pq.read_table(tmp_path / "s.parquet").num_rows == 0
 
 
 def test_inspect_shows_what_an_artefact_holds(finished):
@@ -202,7 +211,7 @@ def test_inspect_shows_what_an_artefact_holds(finished):
     assert set(fields) == {column.name for column in ranker.encoder.schema.features}
     layer = ranker.mlp.hidden[1].weight
     density = layer.mask("ctr").float().mean().item()
-    assert lines[3].startswith(f"layer 1: 16 -> 8, kept by {{'ctr': '{density:.1%}', ")
+    assert lines[3].startswith(f"layer 1: 16 -> 8, kept by ctr {density:.1%}, cvr ")
     blobs = {name: ranker.mlp.to_precision(name).prepacked_nbytes for name in ("fp32", "bf16", "int8")}
     sizes = ", ".join(f"{name} {size:,}" for name, size in blobs.items())
     assert lines[4] == f"MLP: {ranker.mlp.nbytes:,} bytes, prepacked in memory: {sizes}"
@@ -218,16 +227,84 @@ def uncalibrated(finished, tmp_path):
     return tmp_path / "old"
 
 
-def test_inspect_says_where_there_are_no_codes(uncalibrated):
+def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     lines = invoke("inspect", uncalibrated).stdout.splitlines()
     assert re.search(r"prepacked in memory: fp32 [\d,]+, bf16 [\d,]+$", lines[4])
     assert lines[5] == "calibrated for int8: no"
 
 
+COMMANDS = ("run", "experiment", "simulate", "score", "plan", "inspect")
+
+
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("run", "simulate", "score", "inspect"))
+    assert all(command in result.stdout for command in (*COMMANDS, "--version", "--install-completion"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command):
+    parameters = typer.main.get_command(app).commands[command].params
+    assert len(parameters) > 1 or command == "inspect"
+    for parameter in parameters:
+        assert len(parameter.help.split()) >= 3, parameter.name
+
+
+def test_the_version_is_the_packages():
+    assert invoke("--version").stdout == f"lt4rec-sparse {lt4rec_sparse.__version__}\n"
+
+
+def test_lines_of_progress_come_first_last_and_now_and_then(monkeypatch):
+    now, lines = iter([0, 1, 6, 7, 20, 3000, 3001, 3002, 3003]), []
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    progress = cli.Lines(lines.append)
+    for done in (0, 1, 2, 3, 4, 5, 1000, 1000):
+        progress("train", done, 1000)
+    progress("write", 1, 1)
+    assert lines == [
+        "train: 0 of 1000",
+        "train: 2 of 1000, about 50 min left",
+        "train: 4 of 1000, about 83 min left",
+        "train: 5 of 1000, about 165.8 h left",
+        "train: 1000 of 1000",
+        "write: 1 of 1",
+    ]
+
+
+def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
+    def report(data, out, settings, progress):
+        progress("train", 1, 2)
+        return out / "report.md"
+
+    monkeypatch.setattr(run_module, "run", report)
+    assert invoke("run", "--out", tmp_path).stderr == "train: 1 of 2\n"
+    result = invoke("run", "--out", tmp_path, "-q")
+    assert (result.stderr, result.stdout.split(",")[0]) == ("", f"{tmp_path}/report.md")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "pyarrow"])
+def test_without_its_packages_the_command_says_what_to_install(missing):
+    hide = f"u.find_spec = lambda name, find=u.find_spec: None if name == {missing!r} else find(name)"
+    code = f"import importlib.util as u; {hide}\nfrom lt4rec_sparse.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        rf"lt4rec-sparse: got .* without {missing}, .*pip install 'lt4rec-sparse\[recsys\]'\n", result.stderr
+    )
+
+
+def test_help_imports_nothing_that_computes():
+    code = (
+        "import sys; sys.argv[1:] = ['--help']\n"
+        "import lt4rec_sparse; before = set(sys.modules)\n"
+        "from lt4rec_sparse.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'numpy', 'pyarrow', 'matplotlib', 'safetensors')\n"
+        "print([name for name in heavy if name in set(sys.modules) - before])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
 
 
 # Bad arguments
@@ -242,7 +319,10 @@ def test_help_names_every_command():
         (["--hidden", "-16"], r"hidden: got \(-16,\), wanted"),
         (["--density", "0"], "density: got 0.0, wanted more than 0 and less than 1"),
         (["--density", "1.5"], "density: got 1.5, wanted more than 0 and less than 1"),
-        (["--density", "nan"], "density: got nan, wanted"),
+        (["--density", "nan"], "Invalid value for '--density': got nan, wanted a finite number"),
+        (["--learning-rate", "inf"], "Invalid value for '--learning-rate': got inf, wanted a finite number"),
+        (["--embedding-dim", "1000000000"], "Invalid value for '--embedding-dim': got 1000000000, wanted 1 to 4,096"),
+        (["--hidden", "99999999999"], "--hidden: got '99999999999', wanted widths of at most 65536"),
         (["--density", "few"], "Invalid value for '--density': "),
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--seeds", "two"], "Invalid value for '--seeds': "),
@@ -251,7 +331,7 @@ def test_help_names_every_command():
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),
-        (["--embedding-dim", "0"], "embedding_dim: got 0, wanted at least 1"),
+        (["--embedding-dim", "0"], "Invalid value for '--embedding-dim': got 0, wanted 1 to 4,096"),
         (["--depth", "3"], "No such option: --depth"),
         (["surplus"], "unexpected extra argument.*surplus"),
     ],
@@ -270,15 +350,25 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
         (["--batch-size", "-1"], "batch_size: got -1, wanted at least 1"),
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--cross", "dcn"], "cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"),
-        (["--products", "int8"], "dtype: got 'int8', wanted one of float32, bfloat16"),
-        (["--loss", "ctr"], "--loss: got ctr, wanted such as ctr=focal, for each task once"),
+        (["--precision", "int8"], "--precision: got 'int8', wanted one of fp32, bf16"),
+        (["--workers", "0"], "Invalid value for '--workers': got 0, wanted 1 to 1,024"),
+        (["--workers", "-1"], "Invalid value for '--workers': got -1, wanted 1 to"),
+        (["--embedding-dim", "1000000000"], "Invalid value for '--embedding-dim': got 1000000000, wanted 1 to 4,096"),
+        (["--hidden", "99999999999"], "--hidden: got '99999999999', wanted widths of at most 65536"),
+        (["--exclusive-dim", "1000000000"], "Invalid value for '--exclusive-dim': got 1000000000, wanted 1 to"),
+        (["--cvr-scale", "nan"], "Invalid value for '--cvr-scale': got nan, wanted a finite number"),
+        (["--wider", "nan"], "Invalid value for '--wider': got nan, wanted 0 to 16"),
+        (["--wider", "1e9"], "Invalid value for '--wider': got 1000000000.0, wanted 0 to 16"),
+        (["--conflict", "60000,nan,0.2,0.2,5"], "--conflict: got '60000,nan,0.2,0.2,5', wanted five numbers"),
+        (["--conflict", "60000,0.1,0.2,0.2,inf"], "--conflict: got '60000,0.1,0.2,0.2,inf', wanted five numbers"),
+        (["--loss", "ctr"], "--loss: got ctr, wanted pairs such as ctr=focal, at most one per task"),
         (["--loss", "ctr=bce", "--loss", "ctr=mse"], "--loss: got ctr=bce ctr=mse, wanted"),
         (["--loss", "ctr=hinge"], "loss: got 'hinge', wanted one of bce, focal, mse"),
         (["--conflict", "60000,0.1"], "--conflict: got '60000,0.1', wanted five numbers such as"),
         (["--conflict", "-1,0.1,0.2,0.2,5"], "--conflict: got '-1,0.1,0.2,0.2,5', wanted five numbers"),
         (["--wider", "0"], "wider: got 0.0, wanted more than 0"),
         (["--cvr-scale", "-2"], "cvr_scale: got -2.0, wanted more than 0"),
-        (["--exclusive-dim", "0"], "exclusive_dim: got 0, wanted at least 1"),
+        (["--exclusive-dim", "0"], "Invalid value for '--exclusive-dim': got 0, wanted 1 to 4,096"),
     ],
 )
 def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, arguments, message):
@@ -293,8 +383,23 @@ def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, argumen
         (["experiment", "table2"], "--data: got none, wanted a folder with a log"),
         (["experiment", "regimes", "--data", "{tmp}"], "--data: got .* for regimes, wanted none"),
         (["simulate"], "Missing argument"),
-        (["simulate", "{tmp}/log", "--impressions", "10"], "impressions: got 10, wanted at least 100"),
+        (
+            ["simulate", "{tmp}/log", "--impressions", "10"],
+            "Invalid value for '--impressions': got 10, wanted 100 to 1,000,000,000",
+        ),
         (["simulate", "{tmp}/log", "--conflict", "1.5"], r"conflict: got 1.5, wanted a number in \[0, 1\]"),
+        (
+            ["simulate", "{tmp}/log", "--conflict", "nan"],
+            "Invalid value for '--conflict': got nan, wanted a finite number",
+        ),
+        (
+            ["simulate", "{tmp}/log", "--impressions", "9999999999999"],
+            "Invalid value for '--impressions': got 9999999999999, wanted",
+        ),
+        (
+            ["simulate", "{tmp}/log", "--planted-fields", "9999999"],
+            "Invalid value for '--planted-fields': got 9999999, wanted 0 to 1,000",
+        ),
         (["simulate", "{tmp}/log", "--seed", "-1"], "seed: got -1, wanted at least 0"),
         (["score", "{tmp}/model.safetensors"], "Missing argument"),
         (["train"], "No such command 'train'"),
@@ -315,10 +420,12 @@ def test_simulate_replaces_nothing_of_the_users(tmp_path):
     assert "folder: got files without truth.json, wanted" in refusal("simulate", folder)
     assert "File exists" in refusal("simulate", tmp_path / "file" / "below")
     assert contents(tmp_path) == before
-    (folder / "truth.json").write_text('{"whose": "not ours"}')
-    before = contents(tmp_path)
-    assert "truth.json: got no truth of a simulated log, wanted" in refusal("simulate", folder)
-    assert contents(tmp_path) == before
+    for text in ('{"whose": "not ours"}', "[", "[" * 100_000, "\xff"):
+        (folder / "truth.json").write_text(text, encoding="latin-1")
+        before = contents(tmp_path)
+        line = refusal("simulate", folder)
+        assert "truth.json: got " in line and line.endswith("wanted a new, an empty or an earlier folder")
+        assert contents(tmp_path) == before
 
 
 # Bad data: each case changes one thing of a good folder
@@ -396,10 +503,30 @@ BAD_DATA = {
         r"schema\.toml: .*'clicked': key 'rate' is unknown, wanted one of name, when",
     ),
     "outcome as a feature": (outcome_as_a_feature, r"schema\.toml: column 'play_time_ms': .*is an outcome, wanted"),
-    "no files": (with_schema('log = ["log/*.parquet"]', "log = []"), "log: got a list of files without any, wanted"),
+    "no files": (with_schema('log = ["log/*.parquet"]', "log = []"), "log: got an empty list of files, wanted"),
     "files elsewhere": (
         with_schema("log/*.parquet", "/log/*.parquet"),
         r"log: got file pattern '/log/\*\.parquet', wanted one relative",
+    ),
+    "files outside": (
+        with_schema("log/*.parquet", "../*/*.parquet"),
+        r"log: got file pattern '\.\./\*/\*\.parquet', wanted one relative to the folder and within it",
+    ),
+    "an endless file": (
+        lambda folder: (folder / "log" / "zero.parquet").symlink_to("/dev/zero"),
+        r"zero\.parquet: got a folder, a device or a pipe, wanted a regular file",
+    ),
+    "a pipe": (
+        lambda folder: os.mkfifo(folder / "log" / "pipe.parquet"),
+        r"pipe\.parquet: got a folder, a device or a pipe, wanted a regular file",
+    ),
+    "TOML nested too deeply": (
+        lambda folder: (folder / "schema.toml").write_text("a = " + "[" * 100_000),
+        r"schema\.toml: got TOML nested too deeply, wanted a schema",
+    ),
+    "hash beyond int32": (
+        with_schema('name = "author_id"', 'name = "author_id"\nencoding = "hash"\nsize = 4611686018427387904'),
+        r"schema\.toml: column 'author_id': got hash of .*size=4611686018427387904, wanted",
     ),
     "absent files": (with_schema("videos.parquet", "films.parquet"), r"log: got no file 'films\.parquet', wanted"),
     "garbage": (
@@ -625,8 +752,59 @@ def test_a_precision_that_cannot_be_is_refused(finished, uncalibrated, candidate
     line = refusal("score", finished / "model.safetensors", *rest, "fp8")
     assert line == "precision: got 'fp8', wanted one of fp32, bf16, int8"
     line = refusal("score", uncalibrated, *rest, "int8")
-    assert line == f"{uncalibrated}: got an artefact without codes, wanted a calibrated one for int8"
+    assert line == f"{uncalibrated}: got no quantisation parameters, wanted an artefact that is calibrated for int8"
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_scores_come_with_the_columns_that_are_kept(finished, candidates, tmp_path, kind):
+    table = candidates.append_column("request", pa.array([f"r{i}" for i in range(len(candidates))]))
+    path, out = tmp_path / "candidates.parquet", tmp_path / f"scores.{kind}"
+    pq.write_table(table, path)
+    assert invoke("score", finished / "model.safetensors", path, out, "--keep", "request, video_id").exit_code == 0
+    scores = pq.read_table(out) if kind == "parquet" else pyarrow.csv.read_csv(out)
+    assert scores.column_names == ["request", "video_id", "ctr", "cvr"]
+    assert scores.select(["request", "video_id"]).to_pydict() == table.select(["request", "video_id"]).to_pydict()
+    assert invoke("score", finished / "model.safetensors", path, tmp_path / "plain.parquet").exit_code == 0
+    plain = pq.read_table(tmp_path / "plain.parquet")
+    for task in plain.column_names:  # a float32 is printed with as many digits as tell it from the next
+        assert np.array_equal(np.float32(scores[task].to_numpy()), plain[task].to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s.parquet", "--keep", "ghost"], "candidates.parquet: column 'ghost' is absent, wanted one of "),
+        (["s.parquet", "--keep", "ctr"], "--keep: got 'ctr', the name of a task, wanted columns of other names"),
+        (
+            ["s.csv", "--keep", "tags"],
+            "--keep: got column 'tags', which holds lists, wanted an OUT that ends in .parquet",
+        ),
+        (["s.txt"], "OUT: got 's.txt', wanted a name that ends in .csv or .parquet"),
+        (["s"], "OUT: got 's', wanted a name that ends in .csv or .parquet"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(finished, candidates, tmp_path, arguments, message):
+    pq.write_table(candidates, tmp_path / "candidates.parquet")
+    before = contents(tmp_path)
+    out, *rest = arguments
+    line = refusal("score", finished / "model.safetensors", tmp_path / "candidates.parquet", tmp_path / out, *rest)
+    assert message in line
+    assert contents(tmp_path) == before
+
+
+def test_a_plan_and_another_precision_are_refused(finished, candidates, tmp_path):
+    pq.write_table(candidates, tmp_path / "candidates.parquet")
+    model, plan, out = finished / "model.safetensors", tmp_path / "plan.json", tmp_path / "s.parquet"
+    assert invoke("plan", model, plan, "--batch", "1").exit_code == 0
+    arguments = ("score", model, tmp_path / "candidates.parquet", out, "--plan", plan, "--precision")
+    line = refusal(*arguments, "bf16")
+    assert (
+        line
+        == "--precision: got bf16 beside a plan that was measured for fp32, wanted the same, or one of the two options"
+    )
+    assert not out.exists()
+    assert invoke(*arguments, "fp32").exit_code == 0
 
 
 def test_scores_need_a_place(finished, candidates, tmp_path):

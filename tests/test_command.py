@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lt4rec_sparse import command
+from lt4rec_sparse import __main__ as command
 
 ROOT = Path(__file__).parents[1]
 BLOCK = """
@@ -20,7 +20,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-RUN = "from lt4rec_sparse.command import main; sys.argv = ['lt4rec-sparse', '--help']; main()"
+RUN = "from lt4rec_sparse.__main__ import main; sys.argv = ['lt4rec-sparse', '--help']; main()"
 
 
 def run(absent: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:

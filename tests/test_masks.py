@@ -2,8 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from lt4rec_sparse.masks import Mask, overlap, ownership, pack_bits, pack_words, unpack_bits, unpack_words
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.masks import FORMAT, Mask, overlap, ownership, pack_bits, pack_words, unpack_bits, unpack_words
 
 SHAPES = {"layers.0": (5, 9), "layers.1": (3, 5)}
 
@@ -93,8 +95,47 @@ def test_load_refuses_a_damaged_file(tmp_path):
     path = tmp_path / "mask.safetensors"
     random_mask(0).save(path)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="not a readable mask"):
+    with pytest.raises(InputError, match=r"mask\.safetensors: got no readable mask"):
         Mask.load(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "got format None, wanted lt4rec_sparse.mask.v1"),
+        ({"format": "lt4rec_sparse.mask.v0"}, "got format lt4rec_sparse.mask.v0"),
+        ({FORMAT: "{"}, "got a damaged mask .*no JSON"),
+        ({FORMAT: "[" * 100_000}, "got a damaged mask .*nested too deeply"),
+        ({FORMAT: "{}"}, "got a damaged mask .*got no layer"),
+        ({FORMAT: '{"b": [2, 9]}'}, "got a damaged mask .*got None"),
+        ({FORMAT: '{"a": [2]}'}, r"got a damaged mask .*for \[2\]"),
+        ({FORMAT: '{"a": [3, 9]}'}, r"got a damaged mask .*got \(2, 2\) for \[3, 9\]"),
+        ({FORMAT: '{"a": [2, 8]}'}, "got a damaged mask .*wanted torch.uint8"),
+        ({FORMAT: '{"a": [2, -7]}'}, "got a damaged mask"),
+        ({FORMAT: '{"a": [2, 9.0]}'}, "got a damaged mask"),
+        ({FORMAT: '{"a": [2, 4611686018427387904]}'}, "got a damaged mask"),
+    ],
+)
+def test_load_names_what_a_file_lacks(tmp_path, metadata, message):
+    path = tmp_path / "mask.safetensors"
+    save_file({"a.bitmask": torch.zeros(2, 2, dtype=torch.uint8)}, path, metadata=metadata)
+    with pytest.raises(InputError, match=rf"mask\.safetensors: {message}") as caught:
+        Mask.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_masks_are_equal_files(tmp_path):
+    for i in range(8):
+        random_mask(0).save(tmp_path / str(i))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_mask_of_0_1_0_is_read(tmp_path):
+    mask = random_mask(0)
+    tensors = {f"{name}.bitmask": pack_bits(kept) for name, kept in mask.items()}
+    shapes = '{"layers.0": [5, 9], "layers.1": [3, 5]}'
+    save_file(tensors, tmp_path / "mask.safetensors", metadata={"format": FORMAT, "shapes": shapes})
+    assert Mask.load(tmp_path / "mask.safetensors") == mask
 
 
 def test_overlap_and_ownership():

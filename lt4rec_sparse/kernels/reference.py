@@ -91,7 +91,14 @@ class Executor:
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
-        out.copy_(torch.cat([self._task(x, task) for task in self.network.tasks], dim=1))
+        if x.dim() != 2 or x.shape[1] != self.network.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.network.in_features}]")
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16")
+        y = torch.cat([self._task(x, task) for task in self.network.tasks], dim=1)
+        if out.shape != y.shape or out.dtype != torch.float32:
+            raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {tuple(y.shape)}")
+        out.copy_(y)
 
     def inputs(self, x: Tensor, task: str) -> Iterator[Tensor]:
         """Yield what enters each layer of one task, in float32; `x` comes first."""

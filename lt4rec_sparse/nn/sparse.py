@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.network import FrozenNetwork
@@ -49,6 +50,7 @@ class SparseMLP(nn.Module):
         self.in_features = network.in_features
         self.out_features = network.outputs  # of all tasks
         self._given = executor
+        self._has_engine = executor is None and ops.cpu_engine() != "reference"
         self._on_cpu = ops.executor(network, precision) if executor is None else executor
         self._elsewhere: dict[torch.device, Executor] = {}
 
@@ -64,8 +66,7 @@ class SparseMLP(nn.Module):
             `[..., out_features]` of the task.
 
         Raises:
-            ValueError: If the last dimension is another, or there is no such task.
-            TypeError: If `x` is of a dtype that the executor does not read.
+            ValueError: If the width is another, the executor does not read the dtype, or there is no such task.
         """
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
@@ -109,14 +110,24 @@ class SparseMLP(nn.Module):
         self._wants_default("calibrated")
         return type(self)(calibrate(self.network, x), self.precision).eval()
 
-    def measure_plan(self, batch_sizes: Sequence[int] = BATCH_SIZES, precision: str | None = None) -> Plan:
-        """Measure which kernels are fastest for each batch size on this CPU (`nn.plan.measure`).
+    def measure_plan(
+        self,
+        batch_sizes: Sequence[int] | None = None,
+        precision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Plan:
+        """Measure which kernels are fastest for each batch size on this machine (`nn.plan.measure`, `nn.gpu`).
 
         Args:
-            batch_sizes: Ascending; those that will be served, or near them.
-            precision: The lowest allowed; None takes the MLP's own.
+            batch_sizes: Ascending; those that will be served, or near them. None takes the usual ones of the device.
+            precision: On the CPU the lowest allowed, on a GPU the one of all; None takes the MLP's own, or bf16.
+            device: The CPU or a GPU.
         """
-        return measure(self.network, batch_sizes, self.precision if precision is None else precision)
+        if torch.device(device).type == "cpu":
+            return measure(self.network, batch_sizes or BATCH_SIZES, precision or self.precision)
+        from lt4rec_sparse.nn import gpu
+
+        return gpu.measure(self.network, batch_sizes or gpu.BATCH_SIZES, precision or "bf16", device)
 
     def planned(self, plan: Plan) -> SparseMLP:
         """Return the same network, served by a plan that was measured on this CPU.
@@ -127,6 +138,25 @@ class SparseMLP(nn.Module):
         """
         self._wants_default("planned")
         return type(self)(self.network, plan.precision, PlannedExecutor(self.network, plan)).eval()
+
+    def on_gpu(
+        self,
+        precision: str = "bf16",
+        plan: Plan | None = None,
+        device: torch.device | str = "cuda",
+        batch_sizes: Sequence[int] | None = None,
+    ) -> SparseMLP:
+        """Return the same network, served from CUDA graphs (`nn.gpu.GraphExecutor`, whose arguments these are).
+
+        Raises:
+            InputError: If the plan is of another network or machine.
+            ValueError: If its executor was chosen already, or an argument is wrong.
+        """
+        self._wants_default("on_gpu")
+        from lt4rec_sparse.nn import gpu
+
+        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BATCH_SIZES, device)
+        return type(self)(self.network, executor.precision, executor).eval()
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +211,7 @@ class SparseMLP(nn.Module):
         return self._elsewhere[x.device]
 
     def _traced(self, rows: Tensor) -> Tensor:
-        if rows.device.type != "cpu" or self._given is not None or ops.cpu_engine() == "reference":
+        if rows.device.type != "cpu" or not self._has_engine:
             return self._run(rows)
         return ops.sparse_mlp(rows, _blob(self), self.out_features)
 
@@ -211,11 +241,14 @@ def _is_traced(x: Tensor) -> bool:
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
 def _blob(mlp: SparseMLP) -> Tensor:
-    return ops.prepack(mlp.network, mlp.precision)
+    """Return the engine's blob for every batch size: a constant of the traced graph."""
+    with _disable_current_modes():  # the weights are real, whatever x is
+        return ops.prepack(mlp.network, mlp.precision)
 
 
 def _form(network: FrozenNetwork) -> str:
     """Describe what two networks must have in common for one to take the other's state."""
     widths = "-".join(str(width) for width in (network.in_features, *network.widths))
-    activations = [layer.activation for layer in (*network.hidden, *list(network.heads.values())[:1])]
+    activations = [layer.activation for layer in network.hidden]
+    activations += [head.activation for head in network.heads.values()]
     return f"widths {widths}, tasks {', '.join(network.tasks)}, activations {', '.join(activations)}"

@@ -7,6 +7,7 @@ from lt4rec_sparse.ops.sparse_mlp import (
     cpu_engine,
     executor,
     layer_inputs,
+    layout_nbytes,
     prepack,
     sparse_mlp,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "cpu_engine",
     "executor",
     "layer_inputs",
+    "layout_nbytes",
     "masked_linear",
     "masked_linear_tasks",
     "prepack",

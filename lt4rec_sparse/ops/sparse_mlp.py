@@ -77,6 +77,14 @@ def prepack(network: FrozenNetwork, precision: str = "fp32") -> Tensor:
     return cpu.prepack(network, precision)
 
 
+def layout_nbytes(network: FrozenNetwork, precision: str = "fp32") -> dict[str, int]:
+    """Return layout of the engine -> bytes that it takes once a batch size needs it; nothing without the engine."""
+    if not cpu.is_available():
+        return {}
+    layouts = cpu.LAYOUTS if precision != "int8" else cpu.LAYOUTS[:1]
+    return {layout: cpu.prepack(network, precision, (layout,)).numel() for layout in layouts}
+
+
 def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     """Run all tasks' sparse MLPs over one `x`, in one call: `h = activation(h @ (weight * mask_task).T + bias)`.
 
@@ -93,13 +101,12 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
         `[batch, outputs]`, float32; the tasks side by side, in the order of `prepack`.
 
     Raises:
-        ValueError: If `x` is not `[batch, in_features]`.
-        TypeError: If `x` is not float32 or bfloat16 on the CPU.
+        ValueError: If `x` is not `[batch, in_features]`, float32 or bfloat16, on the CPU.
     """
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
     if x.dtype not in X_DTYPES or x.device.type != "cpu":
-        raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
+        raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
 
 

@@ -44,7 +44,6 @@ from lt4rec_sparse.network import (
     SparseLayer,
 )
 from lt4rec_sparse.nn import SparseMLP
-from lt4rec_sparse.nn.sparse import ALL
 from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -71,7 +70,7 @@ def save(ranker: Ranker, path: str | Path) -> None:
     Raises:
         InputError: If a weight or an embedding is NaN or infinite.
     """
-    network, of_network = network_to_tensors(_network_of(ranker.mlp))
+    network, of_network = network_to_tensors(ranker.mlp.network)
     arrays, description = ranker.encoder.to_arrays()
     tensors = network | {"inputs.embedding": ranker.inputs.embedding.detach()}
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
@@ -209,7 +208,7 @@ def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: s
         raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
     embedding = _tensor(tensors, "inputs.embedding", VALUE_DTYPES).float()
     inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=embedding)
-    return Ranker(encoder, inputs, _mlp_of(network, precision))
+    return Ranker(encoder, inputs, SparseMLP(network, precision).eval())
 
 
 # What the metadata may hold.
@@ -305,26 +304,3 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(_bytes(tensor).numpy().data)
     return digest.hexdigest()
-
-
-# To be deleted once `SparseMLP` takes a `FrozenNetwork` and has it as `network`.
-
-
-def _network_of(mlp: Any) -> FrozenNetwork:
-    heads = {task: DenseLayer(x.weight.to_dense(), x.bias, x.activation) for task, x in mlp.heads.items()}
-    hidden = tuple(SparseLayer(*layer) for layer in mlp.hidden)
-    codes = mlp.codes and {task: tuple(QuantizationParameters(*x) for x in mlp.codes[task]) for task in heads}
-    return FrozenNetwork(hidden, heads, codes)
-
-
-def _mlp_of(network: FrozenNetwork, precision: str) -> SparseMLP:
-    from lt4rec_sparse import ops
-
-    heads = {
-        task: ops.SparseLayer(
-            SharedWeight.from_dense(x.weight, {ALL: torch.ones_like(x.weight, dtype=torch.bool)}), x.bias, x.activation
-        )
-        for task, x in network.heads.items()
-    }
-    codes = {task: [ops.Codes(*x) for x in of_task] for task, of_task in (network.quantization or {}).items()}
-    return SparseMLP([ops.SparseLayer(*layer) for layer in network.hidden], heads, precision, codes or None)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.nn import GpuMLP, Plan, PlannedMLP, SparseMLP
-from lt4rec_sparse.nn.gpu import BUCKETS
+from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
@@ -30,9 +29,7 @@ class Ranker:
         ValueError: If the widths of `inputs` and `mlp` differ, or a head has several outputs or no sigmoid.
     """
 
-    def __init__(
-        self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP | PlannedMLP | GpuMLP
-    ) -> None:
+    def __init__(self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> None:
         if inputs.out_features != mlp.in_features:
             raise ValueError(
                 f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, the width of the inputs"
@@ -40,7 +37,7 @@ class Ranker:
         if mlp.out_features != len(mlp.tasks):
             got = mlp.out_features // len(mlp.tasks)
             raise ValueError(f"mlp: got heads with {got} outputs, wanted one output per task: {', '.join(mlp.tasks)}")
-        for task, head in mlp.heads.items():
+        for task, head in mlp.network.heads.items():
             if head.activation != "sigmoid":
                 raise ValueError(
                     f"head of {task}: got activation {head.activation}, wanted sigmoid: freeze(sigmoid=True)"
@@ -62,48 +59,41 @@ class Ranker:
             ValueError: If there is no such precision, the precision is "int8" and the ranker is not calibrated, or the
                 ranker is planned or on a GPU.
         """
-        return Ranker(self.encoder, self.inputs, self._sparse("to_precision").to_precision(precision))
+        return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
 
     def planned(self, plan: Plan) -> Ranker:
-        """Return the same ranker with its MLP served by a plan of this CPU: `Plan.measure(ranker.mlp)`.
+        """Return the same ranker with its MLP served by a plan of this CPU: `ranker.mlp.measure_plan()`.
 
         Raises:
             InputError: If the plan was measured for another network or machine.
             ValueError: If the ranker is planned, or on a GPU, already.
         """
-        return Ranker(self.encoder, self.inputs, PlannedMLP(self._sparse("planned"), plan))
+        return Ranker(self.encoder, self.inputs, self.mlp.planned(plan))
 
     def on_gpu(
         self,
         precision: str = "bf16",
         plan: Plan | None = None,
         device: torch.device | str = "cuda",
-        batch_sizes: Sequence[int] = BUCKETS,
+        batch_sizes: Sequence[int] | None = None,
     ) -> Ranker:
         """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
 
         Args:
             precision: How the MLP computes if there is no plan: "bf16", "fp16" or "fp32".
-            plan: From `nn.gpu.measure_plan(ranker.mlp)`; None takes the kernels that are predicted to be fastest.
+            plan: From `ranker.mlp.measure_plan(device=...)`; None takes the kernels that are predicted to be fastest.
             device: The GPU.
-            batch_sizes: The request sizes that are captured if there is no plan, ascending (`GpuMLP`).
+            batch_sizes: The request sizes that are captured if there is no plan, ascending; None takes `nn.gpu`'s.
 
         Raises:
-            InputError: If torch sees no such device; or as `GpuMLP`.
+            InputError: If torch sees no such device, or the plan is of another network or machine.
             ValueError: If the ranker is planned or on a GPU already, or there is no such precision.
         """
-        mlp = self._sparse("on_gpu")
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
-        served = GpuMLP(mlp, plan, precision, batch_sizes, device)
+        served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
-
-    def _sparse(self, name: str) -> SparseMLP:
-        if not isinstance(self.mlp, SparseMLP):
-            got = type(self.mlp).__name__
-            raise ValueError(f"{name}: got a ranker that serves by a {got}, wanted the one that it was made from")
-        return self.mlp
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.

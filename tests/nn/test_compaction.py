@@ -4,11 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
-from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse import FrozenNetwork, Mask, MaskedLinear, MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.formats import SharedWeight
 from lt4rec_sparse.lottery import prune_by_magnitude
-from lt4rec_sparse.nn.compaction import compact
-from lt4rec_sparse.ops import SparseLayer
+from lt4rec_sparse.network import DenseLayer, SparseLayer
+from lt4rec_sparse.nn.compaction import Compacted
+from lt4rec_sparse.nn.compaction import compact as compact_network
 
 
 def masked_mlp(widths, n_tasks, density, dead, seed):
@@ -31,12 +32,15 @@ def oracle_layers(mlp, task, head="none"):
     return [*layers, Layer(mlp.heads[task].weight.detach(), mlp.heads[task].bias.detach(), head)]
 
 
+def compact(mlp: SparseMLP) -> Compacted:
+    return compact_network(mlp.network)
+
+
 def frozen_again(compacted, t):
     """Make one task of what was compacted a frozen MLP of its own; its masks are the weights that are not zero."""
     *hidden, head = compacted.tasks[t]
     layers = [SparseLayer(SharedWeight.from_dense(w, {"task": w != 0}), bias, act) for w, bias, act in hidden]
-    last = SharedWeight.from_dense(head.weight, {"all": torch.ones_like(head.weight, dtype=torch.bool)})
-    return SparseMLP(layers, {"task": SparseLayer(last, head.bias, head.activation)})
+    return SparseMLP(FrozenNetwork(tuple(layers), {"task": DenseLayer(*head)}))
 
 
 networks = given(
@@ -206,7 +210,7 @@ def test_a_kept_weight_of_zero_is_alive():
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])
-def test_empty_masks_leave_one_zero_neuron_a_layer(n_tasks):
+def test_empty_masks_leave_one_zero_neuron_per_layer(n_tasks):
     mlp = masked_mlp((6, 5, 4), n_tasks, 0.0, 0.0, 0)
     compacted = compact(freeze(mlp))
     assert compacted.columns.tolist() == [0]

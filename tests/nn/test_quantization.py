@@ -1,4 +1,4 @@
-"""Calibration: codes span what enters a layer, 0 is always one of them, and what cannot be counted is refused."""
+"""Calibration: the range spans what enters a layer and 0, and what cannot be quantised is refused."""
 
 import math
 
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from oracle import assert_exact, assert_rounding, linear_reference
 
 from lt4rec_sparse import MaskedLinear, MaskedMLP, freeze, ops
-from lt4rec_sparse.nn.quantization import TOLERANCE, calibrate, check_codes, is_tolerable
-from lt4rec_sparse.ops import Codes
+from lt4rec_sparse.network import QuantizationParameters as Parameters
+from lt4rec_sparse.network import check_quantization
+from lt4rec_sparse.nn.quantization import TOLERANCE, calibrate, is_tolerable
 
 TASKS = ("ctr", "cvr")
 
@@ -20,10 +21,10 @@ def frozen_mlp(*widths, tasks=TASKS, seed=0):
     return freeze(MaskedMLP(widths[0], widths[1:], tasks=tasks))
 
 
-def decoded(h, codes):
-    """What the codes of `h` stand for, in float64."""
-    code = torch.round(h.double() / codes.scale + codes.zero_point).clamp(0, 255)
-    return (code - codes.zero_point) * codes.scale
+def dequantized(h, parameters):
+    """What `h` is after it was quantised, in float64."""
+    q = torch.round(h.double() / parameters.scale + parameters.zero_point).clamp(0, 255)
+    return (q - parameters.zero_point) * parameters.scale
 
 
 @given(
@@ -32,21 +33,21 @@ def decoded(h, codes):
     span=st.sampled_from([1e-3, 1.0, 1e4]),
     seed=st.integers(0, 2**31),
 )
-def test_codes_span_all_that_enters_a_layer(rows, low, span, seed):
+def test_the_range_spans_all_that_enters_a_layer(rows, low, span, seed):
     mlp = frozen_mlp(13, 9, 7, seed=seed)
     x = low + span * torch.rand(rows, 13, generator=torch.Generator().manual_seed(seed))
-    codes = calibrate(mlp, x)
-    assert codes["ctr"][0] == codes["cvr"][0]
-    for task, path in zip(TASKS, mlp._paths(), strict=True):
-        assert len(codes[task]) == 3
-        for i, (h, code) in enumerate(zip(ops.layer_inputs(x, path), codes[task], strict=True)):
+    found = calibrate(mlp.network, x).quantization
+    assert found["ctr"][0] == found["cvr"][0]
+    for task in TASKS:
+        assert len(found[task]) == 3
+        for i, (h, code) in enumerate(zip(ops.layer_inputs(mlp.network, x, task), found[task], strict=True)):
             # A zero point is a whole number, which may push one end of the range out by half a step.
             assert (
-                (decoded(h, code) - h.double()).abs() <= code.scale * (0.501 if code.zero_point == 0 else 1.001)
+                (dequantized(h, code) - h.double()).abs() <= code.scale * (0.501 if code.zero_point == 0 else 1.001)
             ).all()
             if i > 0:
                 assert code.zero_point == 0
-            assert decoded(torch.zeros(1), code).item() == 0
+            assert dequantized(torch.zeros(1), code).item() == 0
 
 
 @given(seed=st.integers(0, 2**31), density=st.sampled_from([0.0, 0.3, 1.0]))
@@ -57,30 +58,29 @@ def test_a_calibrated_layer_errs_by_its_steps_at_most(seed, density):
     x = torch.randn(30, 40)
     int8 = freeze(layer).calibrated(x).to_precision("int8")
     weight = (layer.weight * layer.mask()).detach()
-    codes = int8.codes["task"][0]
+    codes = int8.network.quantization["task"][0]
     # Weights err by half a step each, activations by a step.
     weight_error = (weight.double().abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight) * layer.mask()
-    counted = decoded(x, codes)
+    counted = dequantized(x, codes)
     rounding = linear_reference(x, weight, layer.bias.detach(), torch.float32)
     bound = codes.scale * weight.double().abs().sum(1) + counted.abs() @ weight_error.T
     assert_rounding(int8(x), rounding._replace(bound=2 * rounding.bound + 1.001 * bound))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, -1e-42, 5.0, -5.0])
-def test_constant_activations_have_codes(value):
+def test_constant_activations_can_be_quantised(value):
     mlp = frozen_mlp(6, 5)
     x = torch.full((4, 6), value)
-    codes = calibrate(mlp, x)
-    check_codes(codes, TASKS, 2)
-    assert all(code.scale > 0 for of_task in codes.values() for code in of_task)
-    assert abs(decoded(x, codes["ctr"][0]) - value).max() <= 1e-6
+    found = calibrate(mlp.network, x).quantization
+    check_quantization(found, TASKS, 2)
+    assert abs(dequantized(x, found["ctr"][0]) - value).max() <= 1e-6
     assert mlp.calibrated(x).to_precision("int8")(x).isfinite().all()
 
 
-def test_a_layer_that_is_dead_on_these_rows_counts_to_one():
+def test_a_layer_that_is_dead_on_these_rows_spans_one():
     mlp = MaskedMLP(3, (4,))
     mlp.layers[0].bias.data.fill_(-100)
-    assert calibrate(freeze(mlp), torch.rand(5, 3))["task"][1] == Codes(1 / 255, 0)
+    assert calibrate(freeze(mlp).network, torch.rand(5, 3)).quantization["task"][1] == Parameters(1 / 255, 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -95,57 +95,58 @@ def test_activations_that_overflow_are_refused():
     mlp = MaskedMLP(1, (1,))
     mlp.layers[0].weight.data.fill_(3e38)
     with pytest.raises(ValueError, match="enters layer 1 of task"):
-        calibrate(freeze(mlp), torch.full((1, 1), 10.0))
+        calibrate(freeze(mlp).network, torch.full((1, 1), 10.0))
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (6,)])
 def test_no_rows_are_refused(shape):
     with pytest.raises(ValueError, match=r"x: got shape .*, wanted \[rows, 6\], at least one row"):
-        calibrate(frozen_mlp(6, 5), torch.ones(shape))
+        calibrate(frozen_mlp(6, 5).network, torch.ones(shape))
 
 
 def test_calibration_does_not_depend_on_the_precision_it_starts_from():
     mlp, x = frozen_mlp(20, 9), torch.randn(50, 20)
     calibrated = mlp.calibrated(x)
     assert calibrated.precision == "fp32"
-    assert calibrated.to_precision("int8").calibrated(x).codes == calibrated.codes
-    assert mlp.codes is None
+    again = calibrated.to_precision("int8").calibrated(x)
+    assert again.network.quantization == calibrated.network.quantization
+    assert mlp.network.quantization is None
     assert_exact(calibrated(x), mlp(x))
 
 
-GOOD = {task: (Codes(0.5, 3), Codes(0.25, 0)) for task in TASKS}
+GOOD = {task: (Parameters(0.5, 3), Parameters(0.25, 0)) for task in TASKS}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"like": GOOD["ctr"]}, r"codes: got tasks \['ctr', 'cvr', 'like'\], wanted \['ctr', 'cvr'\]"),
-        ({"ctr": GOOD["ctr"][:1]}, "codes of ctr: got 1 layers, wanted 2"),
-        ({"cvr": (GOOD["cvr"][0], Codes(0.0, 0))}, "codes of cvr, layer 1: got scale 0.0, wanted above 0"),
-        ({"cvr": (GOOD["cvr"][0], Codes(-1.0, 0))}, "codes of cvr, layer 1: got scale -1.0"),
-        ({"cvr": (GOOD["cvr"][0], Codes(math.nan, 0))}, "codes of cvr, layer 1: got scale nan"),
-        ({"cvr": (GOOD["cvr"][0], Codes(math.inf, 0))}, "codes of cvr, layer 1: got scale inf"),
-        ({"cvr": (GOOD["cvr"][0], Codes(1e-39, 0))}, "got scale 1e-39, wanted above 0 and finite in float32"),
-        ({"cvr": (GOOD["cvr"][0], Codes(1.0, 256))}, "got zero point 256, wanted 0 to 255"),
-        ({"cvr": (GOOD["cvr"][0], Codes(1.0, -1))}, "got zero point -1, wanted 0 to 255"),
-        ({"cvr": (GOOD["cvr"][0], Codes(1.0, 1.0))}, r"got zero point 1\.0, wanted 0 to 255"),
-        ({"cvr": (Codes(0.5, 4), GOOD["cvr"][1])}, r"codes: got .* for x, wanted the same for all tasks"),
+        ({"like": GOOD["ctr"]}, r"quantization: got tasks \['ctr', 'cvr', 'like'\], wanted \['ctr', 'cvr'\]"),
+        ({"ctr": GOOD["ctr"][:1]}, "quantization of ctr: got 1 layers, wanted 2"),
+        (
+            {"cvr": (GOOD["cvr"][0], Parameters(0.0, 0))},
+            "quantization of cvr, layer 1: got scale 0.0, wanted above 0",
+        ),
+        ({"cvr": (GOOD["cvr"][0], Parameters(-1.0, 0))}, "quantization of cvr, layer 1: got scale -1.0"),
+        ({"cvr": (GOOD["cvr"][0], Parameters(math.nan, 0))}, "quantization of cvr, layer 1: got scale nan"),
+        ({"cvr": (GOOD["cvr"][0], Parameters(math.inf, 0))}, "quantization of cvr, layer 1: got scale inf"),
+        (
+            {"cvr": (GOOD["cvr"][0], Parameters(1e-39, 0))},
+            "got scale 1e-39, wanted above 0 and finite in float32",
+        ),
+        ({"cvr": (GOOD["cvr"][0], Parameters(1.0, 256))}, "got zero point 256, wanted 0 to 255"),
+        ({"cvr": (GOOD["cvr"][0], Parameters(1.0, -1))}, "got zero point -1, wanted 0 to 255"),
+        ({"cvr": (GOOD["cvr"][0], Parameters(1.0, 1.0))}, r"got zero point 1\.0, wanted 0 to 255"),
+        (
+            {"cvr": (Parameters(0.5, 4), GOOD["cvr"][1])},
+            r"quantization: got .* for x, wanted the same for all tasks",
+        ),
     ],
 )
-def test_codes_that_do_not_fit_are_refused(change, message):
-    check_codes(GOOD, TASKS, 2)
+def test_parameters_that_do_not_fit_are_refused(change, message):
+    check_quantization(GOOD, TASKS, 2)
     mlp = frozen_mlp(6, 5)
     with pytest.raises(ValueError, match=message):
-        type(mlp)(mlp.hidden, mlp.heads, codes=GOOD | change)
-
-
-def test_codes_are_known_by_their_tasks_and_not_by_their_order():
-    mlp = frozen_mlp(6, 5)
-    codes = {"cvr": (Codes(0.5, 3), Codes(0.25, 0)), "ctr": (Codes(0.5, 3), Codes(4.0, 7))}
-    assert list(type(mlp)(mlp.hidden, mlp.heads, codes=codes).codes.items()) == [
-        ("ctr", codes["ctr"]),
-        ("cvr", codes["cvr"]),
-    ]
+        mlp.network.with_quantization(GOOD | change)
 
 
 def test_tolerance_is_a_loss_of_auc_and_a_rise_of_mse():

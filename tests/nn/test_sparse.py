@@ -1,4 +1,6 @@
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
-from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, ops
 from lt4rec_sparse.kernels import cpu
-from lt4rec_sparse.ops import PRECISIONS
+from lt4rec_sparse.network import PRECISIONS
+
+needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
 def masked_mlp(widths, tasks, density, seed):
@@ -127,7 +131,7 @@ def test_without_the_engine_the_reference_serves_the_same(monkeypatch):
     monkeypatch.setattr(cpu, "is_available", lambda: False)
     with pytest.warns(RuntimeWarning, match="run dense in torch"):
         frozen = freeze(mlp, sigmoid=True)
-    assert frozen.prepacked_nbytes == 0
+    assert list(frozen.prepacked_nbytes) == ["dense"]
     for i, task in enumerate(mlp.tasks):
         assert_rounding(frozen(x)[:, i : i + 1], mlp_reference(x, oracle_layers(mlp, task, "sigmoid")))
 
@@ -142,8 +146,8 @@ def wide_mlp(tasks=("ctr", "cvr"), sigmoid=False):
 def test_a_precision_shares_the_canonical_weights_and_leads_back(precision):
     mlp, x = wide_mlp(), torch.randn(9, 300)
     other = mlp.to_precision(precision)
-    assert (other.precision, other.codes) == (precision, mlp.codes)
-    assert (other.hidden, other.heads) == (mlp.hidden, mlp.heads)
+    assert other.precision == precision
+    assert other.network is mlp.network
     assert other.nbytes == mlp.nbytes
     assert precision in repr(other)
     assert_exact(other.to_precision("fp32")(x), mlp(x))
@@ -169,19 +173,16 @@ def without_engine(make):
             return make()
 
 
-needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
-
-
 @needs_engine
 def test_without_the_engine_int8_scores_are_the_same():
     mlp, x = wide_mlp(), torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
     reference = without_engine(lambda: mlp.to_precision("int8"))
-    assert reference.prepacked is None
+    assert list(reference.prepacked_nbytes) == ["dense"]
     assert_exact(reference(x), mlp.to_precision("int8")(x))
     out = torch.empty(20, 2)
     reference.score_into(x, out)
     assert_exact(out, reference(x))
-    with pytest.raises(ValueError, match=r"out: got shape \(1, 2\), wanted \(20, 2\)"):
+    with pytest.raises(ValueError, match=r"out: got torch.float32 \(1, 2\), wanted torch.float32 \(20, 2\)"):
         reference.score_into(x, out[:1])
 
 
@@ -203,29 +204,121 @@ def test_a_linear_layer_has_precisions_too():
     x = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
     int8 = freeze(layer).calibrated(x).to_precision("int8")
     assert isinstance(int8, SparseLinear)
-    assert set(int8.codes) == {"a", "b"}
+    assert set(int8.network.quantization) == {"a", "b"}
     assert int8(x).shape == (50, 8)
     assert "int8" in repr(int8)
 
 
-def test_int8_wants_codes():
+def test_int8_wants_a_calibrated_network():
     mlp = freeze(MaskedMLP(6, (5, 4)))
-    with pytest.raises(ValueError, match="codes: got None, wanted codes for each task and layer, as int8 needs them"):
+    with pytest.raises(
+        ValueError, match="network: got one without quantisation parameters, wanted a calibrated one for int8"
+    ):
         mlp.to_precision("int8")
     with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
         mlp.to_precision("fp16")
 
 
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda mlp: pickle.loads(pickle.dumps(mlp))])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_copy_stands_on_its_own(precision):
+def test_a_copy_stands_on_its_own(precision, copied_by):
     mlp, x, out = wide_mlp().to_precision(precision), torch.randn(3, 300), torch.empty(3, 2)
     wanted = mlp(x)
-    copied = copy.deepcopy(mlp)
-    if mlp.prepacked is not None:
-        mlp.prepacked.zero_()
+    copied = copied_by(mlp)
+    for layer in mlp.network.hidden:
+        layer.weight.values.zero_()
     copied.score_into(x, out)
     assert_exact(out, wanted)
     assert_exact(copied(x), wanted)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_state_carries_the_whole_network(precision, tmp_path):
+    mlp = wide_mlp().to_precision(precision)
+    torch.save(mlp.state_dict(), tmp_path / "state.pt")
+    other = freeze(masked_mlp((300, 24, 17), ("ctr", "cvr"), 0.1, 7))
+    x = torch.randn(9, 300)
+    other(x)  # prepacks what the state replaces
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.precision == precision
+    assert_exact(other(x), mlp(x))
+
+
+@pytest.mark.parametrize(
+    ("widths", "tasks", "sigmoid"),
+    [
+        ((300, 24, 16), ("ctr", "cvr"), False),
+        ((300, 24), ("ctr", "cvr"), False),
+        ((300, 24, 17), ("cvr", "ctr"), False),
+        ((300, 24, 17), ("ctr",), False),
+        ((300, 24, 17), ("ctr", "cvr"), True),
+    ],
+)
+def test_the_state_of_another_form_is_refused(widths, tasks, sigmoid):
+    state = wide_mlp().state_dict()
+    other, x = freeze(masked_mlp(widths, tasks, 0.3, 1), sigmoid=sigmoid), torch.randn(2, 300)
+    before = other(x)
+    with pytest.raises(ValueError, match=r"state: got a network of widths 300-24-17-1, tasks ctr, cvr, .*, wanted"):
+        other.load_state_dict(state)
+    assert_exact(other(x), before)
+
+
+def test_a_state_without_the_network_is_refused():
+    mlp = wide_mlp()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        mlp.load_state_dict({})
+    broken = mlp.state_dict()
+    broken["_extra_state"]["tensors"]["layers.0.row_offsets"][1] += 1
+    with pytest.raises(ValueError, match="row_offsets"):
+        freeze(masked_mlp((300, 24, 17), ("ctr", "cvr"), 0.6, 0)).load_state_dict(broken)
+
+
+@needs_engine
+def test_only_what_is_used_is_prepacked():
+    mlp = wide_mlp()
+    assert mlp.prepacked_nbytes == {}
+    mlp(torch.randn(1, 300))
+    assert list(mlp.prepacked_nbytes) == [cpu.path_for(1, "fp32")]
+    mlp(torch.randn(70, 300))
+    assert set(mlp.prepacked_nbytes) == {cpu.path_for(batch, "fp32") for batch in (1, 70)}
+
+
+@needs_engine
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_serving_one_batch_size_takes_at_most_twice_the_canonical_bytes(precision, batch):
+    mlp = freeze(masked_mlp((512, 256, 128), ("task",), 0.2, 0))
+    mlp = mlp.calibrated(torch.randn(64, 512)).to_precision(precision)
+    mlp(torch.randn(batch, 512))
+    (prepacked,) = mlp.prepacked_nbytes.values()
+    assert prepacked <= 2 * mlp.nbytes
+
+
+@needs_engine
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compilers_and_tracers_see_one_operator(precision):
+    mlp = wide_mlp().to_precision(precision)
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    wanted = mlp(x)
+    exported = torch.export.export(mlp, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert torch.ops.lt4rec_sparse.sparse_mlp.default in targets
+    more = torch.randn(90, 300, generator=torch.Generator().manual_seed(1))
+    for module in (exported.module(), torch.compile(mlp, fullgraph=True, backend="eager")):
+        assert_exact(module(x), wanted)
+        assert_exact(module(more), mlp(more))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # users still trace
+        traced = torch.jit.trace(mlp, (x,), check_trace=False)
+    assert_exact(traced(more), mlp(more))
+
+
+def test_a_backward_pass_is_refused():
+    mlp = wide_mlp()
+    if ops.cpu_engine() == "reference":
+        pytest.skip("the dense reference is not an operator of ours")
+    with pytest.raises(RuntimeError, match="wanted inference only"):
+        mlp(torch.randn(2, 300, requires_grad=True)).sum().backward()
 
 
 def test_a_model_without_masked_layers_is_refused():
@@ -242,4 +335,4 @@ def test_compressed_is_smaller_and_says_so():
     frozen = freeze(masked_mlp((256, 128, 64), ("ctr", "cvr"), 0.1, 0))
     dense = 4 * (256 * 128 + 128 * 64)
     assert frozen.nbytes < dense / 3
-    assert "union density" in repr(frozen)
+    assert "densities: 10.0%, 10.0%" in repr(frozen)

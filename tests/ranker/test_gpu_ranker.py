@@ -80,6 +80,15 @@ def test_what_a_gpu_cannot_do_is_refused(ranker, monkeypatch):
 def test_the_command_names_a_device_that_is_not_there(ranker, tmp_path, capsys, device, message):
     save(ranker, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit):
-        app(["score", str(tmp_path / "model.safetensors"), "rows.parquet", str(tmp_path / "out"), "--device", device])
+        app(
+            [
+                "score",
+                str(tmp_path / "model.safetensors"),
+                "rows.parquet",
+                str(tmp_path / "out.parquet"),
+                "--device",
+                device,
+            ]
+        )
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.parquet").exists()

@@ -54,14 +54,14 @@ class PlannedExecutor:
         """Write every task's outputs, side by side (`ops.Executor.run`).
 
         Raises:
-            TypeError: If `x` is not float32 or bfloat16 on the CPU.
+            ValueError: If a shape, dtype or device is another.
         """
         runs = self._chains[bisect_left(self._borders, len(x))]
         if len(runs) == 1 and isinstance(runs[0], EngineRun):
             runs[0].write(x, out)
             return
         if x.dtype not in ops.X_DTYPES or not x.is_cpu:
-            raise TypeError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
+            raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16 on cpu")
         if x.shape[1:] != (self.network.in_features,):
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.network.in_features}]")
         y = follow(runs, len(self.network.tasks), x)

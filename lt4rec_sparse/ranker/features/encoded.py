@@ -56,17 +56,13 @@ class EncodedFeatures:
         """Return a slice of rows, or `take` of positions."""
         return self.take(torch.arange(self.batch, device=self.single.device)[rows] if isinstance(rows, slice) else rows)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedFeatures:
+    def to(self, device: torch.device | str) -> EncodedFeatures:
         """Return the same rows on `device`."""
-        return EncodedFeatures(
-            self.single.to(device, non_blocking=non_blocking),
-            self.multi_values.to(device, non_blocking=non_blocking),
-            self.multi_offsets.to(device, non_blocking=non_blocking),
-        )
+        return EncodedFeatures(self.single.to(device), self.multi_values.to(device), self.multi_offsets.to(device))
 
     @staticmethod
     def cat(parts: Sequence[EncodedFeatures]) -> EncodedFeatures:
-        """Return the rows of all parts, one part after another; parts have the same fields and at least a row each."""
+        """Return the rows of all parts, one part after another; each has the same fields and at least one row."""
         if len(parts) == 1:
             return parts[0]
         n_multi = (parts[0].multi_offsets.numel() - 1) // parts[0].batch

@@ -1,4 +1,4 @@
-"""From a click log, real or simulated, to batches: readers, splits by day, histories, the encoder's fit."""
+"""From a click log, real or simulated, to batches: readers, splits by day, histories, fitting the encoder."""
 
 from lt4rec_sparse.recsys.data.batches import Batch, BatchStream
 from lt4rec_sparse.recsys.data.candidates import read_candidates

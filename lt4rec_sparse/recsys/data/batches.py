@@ -1,9 +1,9 @@
-"""Batches of a prepared split: shuffled by seed, resumable at any batch, read from Parquet once if memory allows.
+"""Batches of a prepared split: shuffled by a seed, resumable at any batch, read from Parquet once if memory allows.
 
 Row groups are joined to *windows* of about half a million rows, each a cross-section of the whole split (every k-th
 row group), because the files are in the order of days. An epoch visits the windows in a seeded order and permutes the
-rows inside each: a small split is one window, and its shuffle is a full one. Without shuffling, rows come in the order
-of the files.
+rows within each window; a small split is a single window and thus fully shuffled. Without shuffling, rows come in the
+order of the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.ranker.features import EncodedFeatures
-from lt4rec_sparse.recsys.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT, split_files
+from lt4rec_sparse.recsys.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT, damaged, split_files
 
 # Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
 WINDOW_ROWS = 1 << 19
@@ -31,11 +31,11 @@ CACHE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with their labels; every tensor has the batch first.
+    """Rows with their labels; the batch is the first dimension of every tensor.
 
     Attributes:
         features: Ids of the input fields.
-        labels: Per task, `[batch]` float32; 0 where the row is not the task's.
+        labels: Per task, `[batch]` float32; 0 where the row does not belong to the task.
         rows: Per task, `[batch]` bool: True where the row belongs to the task.
         weights: Per task, `[batch]` float32.
         groups: `[batch]` int64, the group (user) of each row.
@@ -68,25 +68,9 @@ class Batch:
             _take(self.values, rows),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the same rows on `device`."""
-
-        def moved(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: column.to(device, non_blocking=non_blocking) for name, column in columns.items()}
-
-        return Batch(
-            self.features.to(device, non_blocking),
-            moved(self.labels),
-            moved(self.rows),
-            moved(self.weights),
-            self.groups.to(device, non_blocking=non_blocking),
-            moved(self.slices),
-            moved(self.values),
-        )
-
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
-        """Return the rows of all parts, one part after another; parts have at least a row each."""
+        """Return the rows of all parts, one part after another; each part has at least one row."""
         if len(parts) == 1:
             return parts[0]
         return Batch(
@@ -104,18 +88,19 @@ class BatchStream:
     """Epochs of batches over one split of a prepared folder.
 
     The order of an epoch depends on `seed`, the epoch's number and the prepared files only, so `(epoch, batch)` is the
-    whole cursor: `stream.epoch(3, start=40)` gives what `stream.epoch(3)` gives from its 41st batch on, bit for bit.
+    whole cursor: `stream.epoch(3, start=40)` yields, bit for bit, what `stream.epoch(3)` yields from its 41st batch on.
 
     Args:
         folder: A prepared folder.
         split: `train`, `validation` or `test`.
-        batch_size: Rows of every batch but the last.
-        seed: Of the shuffle.
-        shuffle: False for the order of the files.
+        batch_size: Rows of every batch except the last.
+        seed: Seed of the shuffle.
+        shuffle: False keeps the order of the files.
         cache_bytes: Decoded windows are kept in memory up to this many bytes.
 
     Raises:
-        ValueError: If the batch size is not positive or the split is no split.
+        ValueError: If the batch size is not positive or there is no such split.
+        DataError: If a file of the split is damaged; the message begins with its path.
     """
 
     def __init__(
@@ -134,7 +119,7 @@ class BatchStream:
         self._files = split_files(folder, split)
         groups = [
             (file, group, metadata.row_group(group).num_rows)
-            for file, metadata in enumerate(map(pq.read_metadata, self._files))
+            for file, metadata in enumerate(map(_metadata, self._files))
             for group in range(metadata.num_row_groups)
         ]
         self.rows: int = sum(rows for _, _, rows in groups)
@@ -147,11 +132,11 @@ class BatchStream:
         self._cache_bytes = cache_bytes
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return ceil(self.rows / self.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of epoch `number`, from batch `start` on; windows before it are not read."""
+        """Yield the batches of epoch `number` from batch `start` on; windows before it are not read."""
         order = list(range(len(self._windows)))
         if self._shuffle:
             order = np.random.default_rng([self._seed, number]).permutation(len(order)).tolist()
@@ -184,7 +169,7 @@ class BatchStream:
             return cached
         data = self._read(window)
         self._cache[window] = data
-        # Epochs visit every window once, so the least recently used one is the next to come for longest.
+        # Epochs visit every window once, so the least recently used one is needed again last.
         while len(self._cache) > 1 and sum(map(_nbytes, self._cache.values())) > self._cache_bytes:
             self._cache.popitem(last=False)
         return data
@@ -193,11 +178,23 @@ class BatchStream:
         groups: dict[int, list[int]] = {}
         for file, group, _ in self._windows[window]:
             groups.setdefault(file, []).append(group)
-        tables = []
-        for file, chosen in groups.items():
-            with pq.ParquetFile(self._files[file]) as parquet:
-                tables.append(parquet.read_row_groups(chosen))
+        tables = [_row_groups(self._files[file], chosen) for file, chosen in groups.items()]
         return _decoded(pa.concat_tables(tables).combine_chunks())
+
+
+def _metadata(path: Path) -> Any:
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def _row_groups(path: Path, groups: list[int]) -> Any:
+    try:
+        with pq.ParquetFile(path) as parquet:
+            return parquet.read_row_groups(groups)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
 
 
 def _decoded(table: Any) -> Batch:
@@ -223,13 +220,13 @@ def _decoded(table: Any) -> Batch:
 
 
 def _with_prefix(table: Any, prefix: str) -> dict[str, Any]:
-    """Return the columns whose name begins with `prefix`, by the rest of their name, as plain Arrow arrays."""
+    """Return the columns whose name begins with `prefix`, keyed by the rest of the name, as plain Arrow arrays."""
     names = [name for name in table.column_names if name.startswith(prefix)]
     return {name.removeprefix(prefix): table[name].combine_chunks() for name in names}
 
 
 def _tensors(table: Any, prefix: str) -> dict[str, Tensor]:
-    # A copy: Arrow's memory is read-only, which torch does not know.
+    # A copy, because Arrow's memory is read-only, which torch does not respect.
     columns = _with_prefix(table, prefix).items()
     return {name: torch.from_numpy(np.array(column.to_numpy(zero_copy_only=False))) for name, column in columns}
 

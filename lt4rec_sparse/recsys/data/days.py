@@ -1,7 +1,7 @@
-"""The log, day by day: read once, labels checked where the file is still known, exact duplicates dropped.
+"""The log, day by day: read once, labels checked while the file is still known, exact duplicates dropped.
 
-One pass deals the rows out to a file per day; then each day alone is freed of duplicates, put in order and written with
-the columns the schema needs. Memory is bounded by one day of the log, however long it is.
+One pass distributes the rows to one file per day; then each day is freed of duplicates, sorted and written with the
+columns that the schema needs. Memory is bounded by one day of the log, however long the log is.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_
 
 DAY = "__day__"
 POSITION = "__position__"
-# Every day keeps a file open while the log is dealt out, and a process may commonly open 1,024.
+# Each day keeps a file open while rows are distributed, and a process may usually open 1,024.
 MAX_DAYS = 900
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class DayLog:
-    """The log in a temporary folder, one file a day, days ascending.
+    """The log in a temporary folder, one file per day, days ascending.
 
     Attributes:
-        days: Names of the days; numbers sort as numbers, everything else as text (ISO dates do).
+        days: Names of the days, sorted as numbers if all are numbers and as text otherwise, such as ISO dates.
         rows_read: Rows of the source.
-        duplicates: Rows dropped because an equal row of the same day came before.
+        duplicates: Rows dropped because they equal an earlier row of the same day.
     """
 
     days: tuple[str, ...]
@@ -52,7 +53,7 @@ def log_columns(source: Source) -> list[str]:
     """Return the columns of the log.
 
     Raises:
-        DataError: If its files disagree about them, or one lacks a column that only the log can have.
+        DataError: If its files differ in columns, or lack a column that must be in the log.
     """
     schema, first = source.schema, source.log[0]
     names = column_names(first)
@@ -75,16 +76,16 @@ def log_columns(source: Source) -> list[str]:
 
 
 def partition(source: Source, folder: Path, batch_rows: int, progress: Progress) -> DayLog:
-    """Read the log once and leave it in `folder` by day, without duplicates and in order.
+    """Read the log once and write it to `folder` by day, without duplicates and in order.
 
     Args:
         source: The data set.
         folder: An empty folder for temporary files.
         batch_rows: Rows of a record batch of `DayLog.read`.
-        progress: Told of every file read and every day put in order.
+        progress: Called after every file read and every day sorted.
 
     Raises:
-        DataError: If a file, a type, a label or a day is not what the schema says.
+        DataError: If a file, a type, a label or a day contradicts the schema.
     """
     types, names = raw_types(source.schema), log_columns(source)
     dealt, rows_read = _deal(source, folder, types, names, progress)
@@ -130,7 +131,7 @@ def _deal(
 
 
 def _alike(path: Path, batch: Any, layout: Any) -> Any:
-    """Return a batch in the types of the first one: columns that the schema does not name come as each file has them.
+    """Return a batch in the types of the first one: files may differ in the types of columns that the schema omits.
 
     Raises:
         DataError: If a value cannot be cast.
@@ -147,7 +148,7 @@ def _alike(path: Path, batch: Any, layout: Any) -> Any:
 
 
 def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
-    """Cut a batch into its days, rows in their order."""
+    """Cut a batch into its days; rows keep their order."""
     column = time.day or time.timestamp or ""
     days = batch[column]
     if days.null_count:
@@ -169,7 +170,7 @@ def _sortable(days: Mapping[str, Path]) -> Any:
 
 
 def _distinct(path: Path, names: list[str]) -> Any:
-    """Return a day's rows without those that equal an earlier one in every column."""
+    """Return the rows of a day without those that equal an earlier one in every column."""
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_stream(file).read_all()
     keys = pa.table([_key(table[name]) for name in names], names=names)
@@ -179,7 +180,7 @@ def _distinct(path: Path, names: list[str]) -> Any:
 
 
 def _key(column: Any) -> Any:
-    """Return what a column is compared by: Arrow groups by no lists, so theirs is their text."""
+    """Return the column that rows are compared by: Arrow does not group by lists, so they become text."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f")
     return column
@@ -192,9 +193,9 @@ def _in_order(table: Any, time: Time) -> Any:
 
 
 def _check(path: Path, batch: Any, schema: Schema) -> None:
-    """Refuse labels out of range, negative weights and rows without a group.
+    """Refuse labels out of range, weights that are negative or no float32, and rows without a group.
 
-    A missing label is no error: its row is not the task's. Nor is any value that `divide_by` makes a ratio of.
+    A missing label is no error: its row does not belong to the task. With `divide_by` no value is an error.
     """
     if batch[schema.group.column].null_count:
         raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
@@ -208,10 +209,11 @@ def _check(path: Path, batch: Any, schema: Schema) -> None:
             _refuse_first(path, task.label, label, fine, f"{wanted} for task {task.name!r}")
         if task.weight is not None:
             weight = batch[task.weight]
-            _refuse_first(path, task.weight, weight, pc.greater_equal(weight, 0), f"a weight for task {task.name!r}")
+            fine = pc.and_(pc.greater_equal(weight, 0), pc.less_equal(weight, MAX_WEIGHT))
+            _refuse_first(path, task.weight, weight, fine, f"a finite weight of at least 0 for task {task.name!r}")
 
 
 def _refuse_first(path: Path, name: str, values: Any, fine: Any, wanted: str) -> None:
-    wrong = values.filter(pc.invert(fine))  # a missing value compares as missing, and is not kept
+    wrong = values.filter(pc.invert(fine))  # a missing value compares as missing, and is dropped
     if len(wrong):
         raise DataError(f"{path}: column {name!r}: got {wrong[0].as_py()}, wanted {wanted}")

@@ -1,7 +1,7 @@
-"""What each group (user) did on earlier days: a bounded list of past values, looked up before the day is added.
+"""What each group (user) did on earlier days: a bounded list of past values, read before the day itself is added.
 
-The order of calls is the proof that nothing leaks: `bags` and `rates` for the rows of a day see only days that were
-closed by `add_day` before, and a day is added after its last row was read.
+The order of calls ensures that nothing leaks: `bags` and `rates` for the rows of a day see only days that `add_day`
+has added, and a day is added after its last row was read.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from lt4rec_sparse.ranker.features import History
 from lt4rec_sparse.ranker.features.tables import Array, Ids, IntVocabulary
 
-# Bags of strings are compared by their text, joined by a character that text does not hold.
+# Bags of strings are compared by their text, joined by a character that does not occur in it.
 JOINT = "\x1f"
 NOTHING = -1
 Floats = NDArray[np.float64]
 
 
 class PastRows:
-    """The last `history.length` rows of every group, as codes of their values: `[groups, length]` a column.
+    """The last `history.length` rows of every group, as codes of their values: `[groups, length]` per column.
 
     Args:
         history: Which columns, and how many rows.
@@ -37,10 +37,10 @@ class PastRows:
         self._seen = np.empty((0, 2), np.int64)  # per group: rows that count, and all rows
 
     def bags(self, groups: Ids) -> dict[str, tuple[Array, Ids]]:
-        """Return for rows of the groups `[n]` the past values of every column, oldest first.
+        """Return, for rows of the groups `[n]`, the past values of every column, oldest first.
 
         Returns:
-            By column `(values [nnz], offsets [n + 1])`; an unknown group has empty bags.
+            Column -> `(values [nnz], offsets [n + 1])`; an unknown group has empty bags.
         """
         slots = self._index.lookup(groups) - 2
         return {
@@ -48,14 +48,14 @@ class PastRows:
         }
 
     def rates(self, groups: Ids) -> tuple[Floats, Floats]:
-        """Return for rows of the groups `[n]` how many of their past rows count, and the share (NaN without any)."""
+        """Return, for rows of the groups `[n]`, how many of their past rows count, and the share (NaN without any)."""
         slots = self._index.lookup(groups) - 2
         seen = _rows(self._seen, slots, unknown=0)
         count, rows = seen[:, 0].astype(np.float64), seen[:, 1]
         return count, np.divide(count, rows, out=np.full(len(groups), np.nan), where=rows > 0)
 
     def add_day(self, groups: Ids, counts: NDArray[np.bool_], columns: dict[str, Any]) -> None:
-        """Close a day.
+        """Add a day whose rows have all been read.
 
         Args:
             groups: `[n]` int64, the group of each row, in the order of the day.
@@ -72,12 +72,12 @@ class PastRows:
         slots = slots[counts]
         order = np.argsort(slots, kind="stable")
         active, begins, lengths = np.unique(slots[order], return_index=True, return_counts=True)
-        # Age 0 is the last row of its group on this day; what is older than the list is long goes.
+        # Age 0 is the last row of its group on this day; rows older than the length of the list are dropped.
         age = np.repeat(begins + lengths, lengths) - 1 - np.arange(len(order))
         young = age < self._length
         row = np.repeat(np.arange(len(active)), lengths)[young]
         kept, place = order[young], self._length - 1 - age[young]
-        # What was at place p + (rows of today) moves to place p.
+        # The value at place p + (rows of today) moves to place p.
         source = np.arange(self._length) + lengths[:, None]
         for name, column in columns.items():
             codes = np.concatenate([self._codes[name], np.full((len(fresh), self._length), NOTHING, np.int64)])
@@ -97,7 +97,7 @@ def _rows(table: Ids, slots: Ids, unknown: int) -> Ids:
 
 
 class _Bags:
-    """Every distinct bag of a column, once; its place here is its code. A single value is a bag of one."""
+    """Every distinct bag of a column once; its position is its code. A single value is a bag of one."""
 
     def __init__(self) -> None:
         self._codes: dict[Any, int] = {}
@@ -105,7 +105,7 @@ class _Bags:
         self._ends = np.zeros(1, np.int64)
 
     def codes(self, column: Any) -> Ids:
-        """Return the code of each row's bag; bags not met before get new ones."""
+        """Return the code of each row's bag; new bags get new codes."""
         text = pc.binary_join(column.cast(pa.list_(pa.string())), JOINT) if pa.types.is_list(column.type) else column
         coded = text.dictionary_encode()
         distinct = coded.dictionary.to_pylist()

@@ -1,8 +1,8 @@
-"""Planted fields of a simulated log: input columns of which the truth is known for which task each of them matters.
+"""Planted fields of a simulated log: input columns for which it is known to which tasks each of them matters.
 
-Users and videos have fields of four kinds, as many of each: `shared` ones matter for both tasks, `click` ones for the
-clicks alone, `watch` ones for the watching alone, `noise` ones for nothing. A score of a kind is made of that kind's
-fields only: half of its variance are products of user and video factors, half are effects of single values. Then
+Users and videos have the same number of fields of four kinds: `shared` ones matter for both tasks, `click` ones for
+clicks alone, `watch` ones for watching alone, `noise` ones for neither. The score of a kind depends on that kind's
+fields only: half of its variance comes from products of user and video factors, half from single values. Then
 
 ```text
 click score = sqrt(shared) * (sqrt(1 - conflict) * agreed + sqrt(conflict) * bait) + sqrt(1 - shared) * clicking
@@ -10,7 +10,7 @@ watch score = sqrt(shared) * (sqrt(1 - conflict) * agreed - sqrt(conflict) * bai
 ```
 
 where `agreed` and `bait` are two uncorrelated scores of the shared fields. The bait raises clicks and lowers watching:
-the conflict is one on the same fields, and what the two tasks make of those correlates by `1 - 2 * conflict`.
+the tasks conflict on the same fields, and their scores of the shared fields have the correlation `1 - 2 * conflict`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 SIDES, KINDS = ("user", "video"), ("shared", "click", "watch", "noise")
 VALUES = 16
 FACTORS = 4
-# A video's or an author's id, and the videos of a user's past, would tell what the fields do: none would be needed.
+# The id of a video or its author, and the videos of a user's past, would replace the fields: none would be needed.
 IDENTITIES = ("video_id", "author_id")
 
 
@@ -54,12 +54,12 @@ def signals(
     """Return the click score and the watch score of every row, by the formulas above.
 
     Args:
-        rng: Where the factors and the effects of all values come from.
+        rng: Draws the factors and the effects of all values.
         users: The users' fields, `[users]` each.
         videos: The videos' fields, `[videos]` each.
         rows: The user and the video of each row, `[n]` each.
-        shared: Share of the variance that the shared fields make, in [0, 1].
-        conflict: Share of that by which the tasks are opposed, in [0, 1].
+        shared: Share of the variance that comes from the shared fields, in [0, 1].
+        conflict: Share of that in which the tasks oppose each other, in [0, 1].
 
     Returns:
         Two arrays `[n]`; their parts have mean 0 and deviation 1 over the rows.
@@ -67,7 +67,7 @@ def signals(
     agreed, bait, clicking, watching = (
         _score(rng, kind, users, videos, rows) for kind in ("shared", "shared", "click", "watch")
     )
-    # Both are of the same few values, and would correlate by chance.
+    # Both depend on the same few values and would correlate by chance.
     bait = standardised(bait - (agreed * bait).mean() * agreed)
     agreed, bait = np.sqrt(shared * (1 - conflict)) * agreed, np.sqrt(shared * conflict) * bait
     alone = np.sqrt(1 - shared)
@@ -81,14 +81,14 @@ def standardised(score: Floats) -> Floats:
 
 
 def planted_schema(schema: Schema, per_kind: int) -> Schema:
-    """Return the schema of a log with planted fields: they are features, identities and histories are not."""
+    """Return the schema of a log with planted fields: they are features; identities and histories are not."""
     kept = (column for column in schema.columns if column.name not in IDENTITIES)
     planted = (Column(name, type="int") for name in field_kinds(per_kind))
     return replace(schema, columns=(*kept, *planted), histories=())
 
 
 def feature_kinds(schema: Schema, per_kind: int, shared: float) -> dict[str, str]:
-    """Return the kind of every feature of a planted schema: `noise`, unless the truth makes something of it."""
+    """Return the kind of every feature of a planted schema: `noise` unless the truth depends on it."""
     absent = {name for name, share in {"shared": shared, "click": 1 - shared, "watch": 1 - shared}.items() if not share}
     planted = {name: kind for name, kind in field_kinds(per_kind).items() if kind not in absent}
     return {column.name: planted.get(column.name, "noise") for column in schema.features}
@@ -101,15 +101,15 @@ def _score(
     videos: Mapping[str, Ints],
     rows: tuple[Ints, Ints],
 ) -> Floats:
-    """Return one score a row, of mean 0 and deviation 1, that depends on the fields of one kind only."""
+    """Return one score per row, of mean 0 and deviation 1, that depends on the fields of one kind only."""
     tables = []
     for fields in (users, videos):
         codes = [codes for name, codes in fields.items() if f"_{kind}_" in name]
-        # A column a user or video: its factors, and last its effect, summed over the fields.
+        # One column per user or video: its factors and, last, its effect, summed over the fields.
         tables.append(np.sum([rng.normal(size=(FACTORS + 1, VALUES))[:, field] for field in codes], axis=0))
     (user, video), (user_rows, video_rows) = tables, rows
     products = np.zeros(len(user_rows))
-    for factor in range(FACTORS):  # all at once would be the largest thing in memory
+    for factor in range(FACTORS):  # all at once would take the most memory of all
         products += user[factor, user_rows] * video[factor, video_rows]
     effects = user[FACTORS, user_rows] + video[FACTORS, video_rows]
     return standardised(standardised(products) + standardised(effects))

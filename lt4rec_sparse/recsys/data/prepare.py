@@ -1,4 +1,4 @@
-"""From a click log to a folder that trains: `prepare` once, then as many epochs as wanted."""
+"""From a click log to a prepared folder: `prepare` once, then train for any number of epochs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder, Schema, Split
+from lt4rec_sparse.ranker.features.records import from_plain, shown
 from lt4rec_sparse.recsys.data.batches import CACHE_BYTES, BatchStream
 from lt4rec_sparse.recsys.data.days import log_columns, partition
 from lt4rec_sparse.recsys.data.folders import whole_folder
@@ -37,7 +38,7 @@ from lt4rec_sparse.recsys.data.progress import Progress, silent
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import DataError, FileState, Source, open_source
 
-# A change of the layout or of what is computed makes older prepared folders stale.
+# To be raised when the layout or the contents change: older prepared folders are then stale.
 VERSION = 2
 ROW_GROUP_ROWS = 65_536
 
@@ -47,7 +48,7 @@ class Prepared:
     """A prepared folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its path.
         encoder: Fitted on the training days.
         counts: `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
     """
@@ -66,7 +67,7 @@ class Prepared:
         """Open what `prepare` wrote.
 
         Raises:
-            DataError: If the folder was not prepared by this version.
+            DataError: If the folder was not prepared by this version, or a file in it is damaged.
         """
         content = _content(folder)
         if content.get("version") != VERSION:
@@ -76,8 +77,16 @@ class Prepared:
     def stream(
         self, split: str, batch_size: int, seed: int = 0, shuffle: bool = True, cache_bytes: int = CACHE_BYTES
     ) -> BatchStream:
-        """Return the batches of `train`, `validation` or `test`; see `BatchStream`."""
-        return BatchStream(self.folder, split, batch_size, seed, shuffle, cache_bytes)
+        """Return the batches of `train`, `validation` or `test`; see `BatchStream`.
+
+        Raises:
+            DataError: If the split has lost files or gained some.
+        """
+        stream = BatchStream(self.folder, split, batch_size, seed, shuffle, cache_bytes)
+        if stream.rows != self.counts[split]["rows"]:
+            got = f"{stream.rows} rows in {split}"
+            raise DataError(f"{self.folder}: got {got}, wanted {self.counts[split]['rows']} as in {PREPARED}")
+        return stream
 
 
 def prepare(
@@ -92,7 +101,7 @@ def prepare(
 
     The log is streamed: memory holds one day of it, the side tables, the vocabularies and the histories. `out` appears
     whole or not at all; if it was prepared from the same files with the same schema, it is opened as it is. Files are
-    the same if their bytes are: those with the size and time of change of then are believed to be, others are read.
+    the same if their bytes are. Those whose size and modification time have not changed are not read again.
 
     Args:
         source_folder: A folder of CSV or Parquet files.
@@ -115,7 +124,7 @@ def prepare(
         changed = f"got data of other files, contents, schema or version than {source_folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
     with whole_folder(out, PREPARED) as folder:
-        # Before the log is read: a file that changes meanwhile is then another one at the next look.
+        # Before the log is read, so that a file that changes meanwhile is noticed next time.
         states = source.states()
         scratch = folder / "scratch"
         scratch.mkdir()
@@ -123,10 +132,14 @@ def prepare(
         splits = split_days(log.days, source.schema.split)
         reader = RowReader(source, log, log_columns(source))
         train = reader.read(frozenset(splits["train"]))
-        encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in _told(train, "fit", splits, progress)))
+        encoder = FeatureEncoder.fit(
+            source.schema, (rows.features for rows in _reported(train, "fit", splits, progress))
+        )
         counts = {name: _Counts(source.schema, days) for name, days in splits.items()}
         split_of = {day: name for name, days in splits.items() for day in days}
-        _write(folder, encoder, _told(reader.read(frozenset(split_of)), "encode", splits, progress), split_of, counts)
+        _write(
+            folder, encoder, _reported(reader.read(frozenset(split_of)), "encode", splits, progress), split_of, counts
+        )
         content = {
             "version": VERSION,
             "fingerprint": fingerprint,
@@ -166,7 +179,7 @@ def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]
 
 
 class _Counts:
-    """What a split holds, counted while it is written."""
+    """The contents of a split, counted while it is written."""
 
     def __init__(self, schema: Schema, days: tuple[str, ...]) -> None:
         self._days, self._rows = days, 0
@@ -180,7 +193,7 @@ class _Counts:
             self._tasks[name] = (members + int(task.member.sum()), total + float(task.label.sum(dtype=np.float64)))
 
     def checked(self, where: str) -> dict[str, Any]:
-        """Return the counts as JSON-able data.
+        """Return the counts as data for JSON.
 
         Raises:
             DataError: If a task has no row.
@@ -245,8 +258,10 @@ def _feature_columns(encoder: FeatureEncoder, encoded: EncodedFeatures) -> dict[
     return columns
 
 
-def _told(stream: Iterator[Rows], stage: str, splits: dict[str, tuple[str, ...]], progress: Progress) -> Iterator[Rows]:
-    """Pass rows on and tell the progress by days."""
+def _reported(
+    stream: Iterator[Rows], stage: str, splits: dict[str, tuple[str, ...]], progress: Progress
+) -> Iterator[Rows]:
+    """Pass rows on and report the progress by days."""
     total = len(splits["train"]) if stage == "fit" else sum(map(len, splits.values()))
     seen: set[str] = set()
     for rows in stream:
@@ -257,18 +272,23 @@ def _told(stream: Iterator[Rows], stage: str, splits: dict[str, tuple[str, ...]]
 
 
 def _is_current(out: Path, source: Source, fingerprint: str) -> bool:
-    """Return whether `out` holds what `prepare` would write, and note new times of unchanged files there."""
+    """Return whether `out` holds what `prepare` would write; note there the new times of unchanged files."""
     content = _content(out)
     if content.get("fingerprint") != fingerprint:
         return False
-    known = {name: FileState(**state) for name, state in content["files"].items()}
+    known = {name: _state(out / PREPARED, name, state) for name, state in content["files"].items()}
     states = source.states(known)
     if _digests(states) != _digests(known):
         return False
     if states != known:
-        with suppress(OSError):  # a folder that nobody may write to is as current, and read again next time
+        with suppress(OSError):  # a folder that cannot be written to is current too; its files are read again next time
             write_whole(out / PREPARED, json.dumps(content | {"files": _plain(states)}, indent=1))
     return True
+
+
+def _state(path: Path, name: str, plain: Any) -> FileState:
+    state: FileState = from_plain(plain, FileState, f"{path}: {name}")
+    return state
 
 
 def _digests(states: Mapping[str, FileState]) -> dict[str, str]:
@@ -280,7 +300,16 @@ def _plain(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Return `prepared.json`, or nothing where there is none."""
+    """Return `prepared.json`, or nothing if there is none.
+
+    Raises:
+        InputError: If the file is damaged; the message begins with its path.
+    """
     path = folder / PREPARED
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    for name, kind in {"version": int, "fingerprint": str, "files": dict, "counts": dict}.items():
+        if not isinstance(content.get(name), kind):
+            raise DataError(f"{path}: {name}: got {shown(content.get(name))}, wanted a {kind.__name__}")
     return content

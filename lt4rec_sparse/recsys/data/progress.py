@@ -1,4 +1,4 @@
-"""How long work tells how far it is: `progress(stage, done, total)`."""
+"""How work that takes long reports its progress: `progress(stage, done, total)`."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""

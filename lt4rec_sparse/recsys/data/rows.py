@@ -21,13 +21,13 @@ from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-# Groups of some rows, which of them count for a history, and the history's columns of those.
+# The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
 Events = tuple[Ids, Bools, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """One task's view of some rows: `label`, `member` (the row belongs to the task) and `weight`, each `[n]`."""
+    """Some rows as one task sees them: `label`, `member` (the row belongs to the task) and `weight`, each `[n]`."""
 
     label: Floats
     member: Bools
@@ -36,9 +36,9 @@ class TaskRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and what goes with them.
+    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, labels and the rest.
 
-    Carried columns are `values`, float64 with NaN for what is missing.
+    `values` are the carried columns, float64 with NaN for missing values.
     """
 
     day: str
@@ -50,15 +50,15 @@ class Rows:
 
 
 class RowReader:
-    """Rows of the log, complete with everything known before each impression.
+    """Rows of the log with everything that is known before each impression.
 
     Args:
         source: The data set.
         log: Its log by day.
-        log_columns: The columns of the log; where a side table has one of the same name, the log's stands.
+        log_columns: The columns of the log; they take precedence over columns of a side table with the same name.
 
     Raises:
-        DataError: If a column is nowhere, or a side table has a key twice.
+        DataError: If a column is absent everywhere, or a side table has a key twice.
     """
 
     def __init__(self, source: Source, log: DayLog, log_columns: list[str]) -> None:
@@ -75,7 +75,7 @@ class RowReader:
             raise DataError(f"{source.folder}: column {wanted[0]!r} is absent, wanted it in one of {files}")
 
     def read(self, days: frozenset[str]) -> Iterator[Rows]:
-        """Yield the rows of the given days, in order; the other days only pass into the histories."""
+        """Yield the rows of the given days, in order; earlier days only enter the histories."""
         pasts = {history.name: PastRows(history) for history in self._schema.histories}
         last = max(map(self._log.days.index, days), default=-1)
         for day in self._log.days[: last + 1]:
@@ -133,7 +133,7 @@ class _SideTable:
         if not parts:
             raise DataError(f"{paths[0].parent}: {' '.join(join.files)}: got no row, wanted a side table")
         table = pa.concat_tables(parts)
-        # A row without a key is nobody's; a missing int key would turn all of them into floats.
+        # Nothing joins a row without a key; and a missing int key would turn all keys into floats.
         table = table.filter(table[join.on].is_valid()).combine_chunks()
         self._keys = _keys(table[join.on].combine_chunks(), join, paths)
         self.columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
@@ -161,16 +161,16 @@ def _keys(keys: Any, join: Join, paths: tuple[Path, ...]) -> IntVocabulary | Str
 def raw_column(column: Any) -> Any:
     """Return an Arrow column as `features.raw` takes it: an array, masked where missing, or values and offsets."""
     if pa.types.is_list(column.type):
-        # A side table's row that is not there is a missing list, and an empty bag.
+        # A key that the side table lacks gives a missing list: an empty bag.
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
         return raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if column.null_count == 0 or not pa.types.is_integer(column.type):
-        return column.to_numpy(zero_copy_only=False)  # missing text comes as None, a missing float as NaN
+        return column.to_numpy(zero_copy_only=False)  # missing text becomes None, a missing float NaN
     return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
 
 
 def _group_ids(column: Any) -> Ids:
-    """Return int64 ids of groups: numbers as they are, text by its 64-bit hash."""
+    """Return int64 ids of groups: numbers as they are, text as its 64-bit hash."""
     values = column.to_numpy(zero_copy_only=False)
     return values if values.dtype == np.int64 else hash64(values).view(np.int64)
 
@@ -181,7 +181,8 @@ def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
     if task.divide_by is not None:
         divisor = _floats(columns[task.divide_by])
         member &= (label >= 0) & (divisor > 0)  # NaN compares false: no divisor, no label
-        label = np.clip(np.divide(label, divisor, out=np.zeros_like(label), where=member), 0, 1)
+        with np.errstate(over="ignore"):  # a ratio beyond float64 is cut to 1 as any other above 1
+            label = np.clip(np.divide(label, divisor, out=np.zeros_like(label), where=member), 0, 1)
     for name in task.rows:
         member &= np.nan_to_num(_floats(columns[name])) != 0
     weight = np.ones_like(label) if task.weight is None else _floats(columns[task.weight])
@@ -192,8 +193,10 @@ def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
 
 
 def _floats(column: Any) -> NDArray[np.float64]:
-    """Return a float64 column with NaN for what is missing, writable."""
-    return np.array(column.to_numpy(zero_copy_only=False), np.float64)
+    """Return a float64 column, writable, with NaN for missing and for infinite values: no count or time is infinite."""
+    values = np.array(column.to_numpy(zero_copy_only=False), np.float64)
+    values[np.isinf(values)] = np.nan
+    return values
 
 
 def _joined(events: list[Events]) -> Events:
@@ -210,7 +213,7 @@ def _days_since(day: str, name: str, column: Any) -> Any:
 
 
 def _date(text: str, where: str) -> date:
-    """Read 2022-04-25, 20220425, or either with a time behind it."""
+    """Read 2022-04-25, 20220425, or either followed by a time."""
     digits = text[:10].replace("-", "")[:8]
     try:
         return date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))

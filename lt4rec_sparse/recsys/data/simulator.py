@@ -1,4 +1,4 @@
-"""A click log with a planted truth: the same files as a real one, and the best score any model could reach on it.
+"""A click log with a known truth: the same files as a real log, and the best scores that any model can reach on it.
 
 Users and videos have features; every feature value has hidden factors. Three scores come from products of user and
 video factors and from the context: one shared by both tasks, one of the clicks alone, one of the watching alone.
@@ -9,14 +9,14 @@ watch ~ Beta with mean sigmoid(... strength * (sqrt(shared) * common + sqrt(1 - 
 watching = -conflict * clicking + sqrt(1 - conflict^2) * own
 ```
 
-So `shared` says how much the tasks have in common, and `conflict` how much the rest pulls them apart. As in real logs
-there are missing values, exact duplicates, durations of zero and, on late days, videos that no training day has seen.
+Thus `shared` sets how much the tasks have in common, and `conflict` how much the rest opposes them. As in real logs
+there are missing values, exact duplicates, durations of zero and, on late days, videos that no training day contains.
 
-With `planted_fields` the scores come from further columns, of which `truth.json` tells the task (`data/planted.py`).
-With a `request_size` that many videos are shown to one user at one moment, and the log has the outcome of each: given
-the rows of a `request_id`, any other order of them can be judged. (What a row's neighbours are changes nothing here,
-which no real log promises.) A row's expected play time is, but for the glance at what is not clicked,
-`truth_click * truth_watch * duration_ms`.
+With `planted_fields` the scores come from further columns, whose tasks are listed in `truth.json` (`data/planted.py`).
+With a `request_size` that many videos are shown to one user at one moment, and the log has the outcome of each: any
+other order of the rows of a `request_id` can be evaluated. (Here the outcome of a row does not depend on the others of
+its request, unlike in real logs.) Apart from a short glance at videos that are not clicked, the expected play time of
+a row is `truth_click * truth_watch * duration_ms`.
 
 The proportions of the paper's log, 297M impressions to 121M clicks to 49M conversions, are `click_rate=0.41` and
 `watch_rate=0.4`, with `long_view` as the conversion: more than 0.6 of the video was watched.
@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import read_json
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.folders import whole_folder
 from lt4rec_sparse.recsys.data.planted import draw_fields, feature_kinds, planted_schema, signals, standardised
@@ -56,9 +57,9 @@ STRENGTH = 1.25
 WATCH_CONCENTRATION = 5.0
 WATCH_BIAS = 0.3
 LONG_VIEW = 0.6
-# What is not clicked is played for at most this part: a glance at the start.
+# A video that is not clicked is played for at most this share: a glance at its start.
 GLANCE = 0.05
-# Midpoints of an integral, and bins that stand for all values of a logit or a mean: both are exact to four digits.
+# Midpoints of an integral, and bins for all values of a logit or a mean: both are exact to four digits.
 POINTS, BINS = 400, 1000
 NEW_VIDEOS, MISSING, DUPLICATES, ZERO_DURATIONS = 0.15, 0.02, 0.02, 0.015
 MS_PER_HOUR = 3_600_000
@@ -75,15 +76,15 @@ class SimulatorConfig:
         users: Number of users.
         videos: Number of videos; some of them appear only on later days.
         impressions: Rows before duplicates.
-        days: Days of the log, at least 5: the last two are test, the two before validation.
-        click_rate: Share of clicks.
+        days: Days of the log, at least 5: the last two are for testing, the two before for validation.
+        click_rate: Share of impressions that are clicked.
         shared: Share of each task's signal that both have in common, in [0, 1].
-        conflict: How strongly the rest of the two is opposed, in [0, 1]; with planted fields, the share of what they
-            have in common by which they are opposed.
+        conflict: How strongly the rest of the two signals is opposed, in [0, 1]; with planted fields, the share of
+            their common signal in which they are opposed.
         seed: The same seed gives the same files.
         watch_rate: Share of the clicks that are viewed long. None leaves the bias of the watch ratio at 0.3.
-        planted_fields: Fields of each kind (shared, click, watch, noise) that users have, and that videos have.
-        request_size: Impressions of one request, all of different videos; with 1 there is no `request_id`.
+        planted_fields: Number of fields of each kind (shared, click, watch, noise), for users and for videos.
+        request_size: Impressions per request, all of different videos; with 1 there is no `request_id`.
     """
 
     users: int = 4_000
@@ -111,15 +112,17 @@ class SimulatorConfig:
             if rate is not None and not 0 < rate < 1:
                 raise InputError(f"{name}: got {rate}, wanted a number in (0, 1)")
         if self.impressions % self.request_size:
-            raise InputError(f"impressions: got {self.impressions}, wanted a multiple of {self.request_size} a request")
+            raise InputError(
+                f"impressions: got {self.impressions}, wanted a multiple of request_size, {self.request_size}"
+            )
 
 
 def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
     """Write a simulated log, its side tables, `schema.toml` and `truth.json`, and return the latter's content.
 
-    `truth.json` holds what the true probabilities score on the test days, which no model can beat but by luck
-    (`ctr_auc`, `cvr_mse`), the same for the best `constant`, the kind of every feature if fields are planted
-    (`fields`, else empty), and the `config`. A folder of the same one is kept.
+    `truth.json` holds the scores of the true probabilities on the test days (`ctr_auc`, `cvr_mse`), which a model can
+    beat only by luck, the same for the best `constant`, the kind of every feature if fields are planted (`fields`,
+    else empty), and the `config`. A folder that was written with the same config is kept.
 
     Raises:
         DataError: If the folder holds something else.
@@ -132,7 +135,7 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
             return truth
     rng = np.random.default_rng(config.seed)
     users, videos = _users(rng, config), _videos(rng, config)
-    # A stream of its own: what is drawn for a log without planted fields does not depend on them.
+    # A separate stream, so that logs without planted fields do not depend on this code.
     planting = np.random.default_rng([config.seed, 1])
     users["planted"] = draw_fields(planting, "user", config.users, config.planted_fields)
     videos["planted"] = draw_fields(planting, "video", config.videos, config.planted_fields)
@@ -152,13 +155,13 @@ def _truth(path: Path) -> dict[str, Any]:
     """Read `truth.json`.
 
     Raises:
-        DataError: If it is of something else: the folder that holds it must not be replaced.
+        DataError: If it is another file of that name: its folder must not be replaced.
     """
     try:
-        truth: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        truth = None
-    if not isinstance(truth, dict) or "config" not in truth:
+        truth = read_json(path)
+    except InputError as error:
+        raise DataError(f"{error}; wanted a new, an empty or an earlier folder") from error
+    if "config" not in truth:
         raise DataError(f"{path}: got no truth of a simulated log, wanted a new, an empty or an earlier folder")
     return truth
 
@@ -178,7 +181,7 @@ def _write_schema(config: SimulatorConfig, path: Path) -> Schema:
 def _users(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
     return {
         "segment": rng.integers(SEGMENTS, size=config.users),
-        # -1 is missing: it has no factors, so the truth does not know it either.
+        # -1 is missing: it has no factors, so that the truth does not depend on it either.
         "age": np.where(rng.random(config.users) < MISSING, -1, rng.integers(AGES, size=config.users)),
         "activity": rng.lognormal(size=config.users),
     }
@@ -203,7 +206,7 @@ def _videos(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]
 
 
 def _impressions(rng: np.random.Generator, config: SimulatorConfig, videos: dict[str, Any]) -> dict[str, Any]:
-    """Draw who sees what and when: active users, popular videos that are already there, mostly in the evening."""
+    """Draw who sees which video when: active users, popular videos that are already uploaded, mostly in the evening."""
     requests = config.impressions // config.request_size
     day = np.sort(rng.integers(config.days, size=requests))
     popularity = 1 / (rng.permutation(config.videos) + 10) ** 0.8
@@ -234,7 +237,7 @@ def _impressions(rng: np.random.Generator, config: SimulatorConfig, videos: dict
 
 
 def _candidates(rng: np.random.Generator, weights: Floats, shape: tuple[int, int]) -> Ints:
-    """Return videos `[requests, size]`, drawn by their weights `[videos]`, no one twice in a request.
+    """Return videos `[requests, size]`, drawn by their weights `[videos]`, all different within a request.
 
     Raises:
         InputError: If fewer videos than that have a weight.
@@ -263,7 +266,7 @@ def _outcomes(
     videos: dict[str, Any],
     log: dict[str, Any],
 ) -> None:
-    """Add the true probabilities and what was drawn from them."""
+    """Add the true probabilities and the outcomes drawn from them."""
     if config.planted_fields:
         rows, shares = (log["user"], log["video"]), (config.shared, config.conflict)
         to_click, to_watch = signals(planting, users["planted"], videos["planted"], rows, *shares)
@@ -287,7 +290,7 @@ def _outcomes(
 
 
 def _score(rng: np.random.Generator, users: dict[str, Any], videos: dict[str, Any], log: dict[str, Any]) -> Floats:
-    """Return one score a row, of mean 0 and deviation 1: products of hidden factors, and effects of the context."""
+    """Return one score per row, of mean 0 and deviation 1: products of hidden factors, and effects of the context."""
     user = _factors(rng, SEGMENTS)[users["segment"]] + _factors(rng, AGES)[users["age"]]
     tags = videos["has_tag"] / np.maximum(videos["has_tag"].sum(1, keepdims=True), 1)
     video = _factors(rng, CATEGORIES)[videos["category"]] + tags @ _factors(rng, TAGS)[:-1]
@@ -299,7 +302,7 @@ def _score(rng: np.random.Generator, users: dict[str, Any], videos: dict[str, An
 
 
 def _factors(rng: np.random.Generator, count: int) -> Floats:
-    """Return a row of factors per value, and a last one of zeros: index -1, a missing value."""
+    """Return a row of factors per value, and a last row of zeros: index -1, a missing value."""
     return np.concatenate([rng.normal(size=(count, FACTORS)), np.zeros((1, FACTORS))])
 
 
@@ -314,7 +317,7 @@ def _watch_bias(logits: Floats, click: Floats, rate: float | None) -> float:
         return WATCH_BIAS
     means = np.linspace(0, 1, BINS + 1)
     shares = long_view_share(means)
-    # Clicks by logit, counted once: millions of rows would be looked up at every step of the search.
+    # A histogram of clicks by logit: otherwise each step of the search would go through millions of rows.
     clicks, edges = np.histogram(logits, BINS, weights=click / click.sum())
     middles = (edges[:-1] + edges[1:]) / 2
     return _rising_root(lambda bias: float(clicks @ np.interp(_sigmoid(middles + bias), means, shares)), rate)
@@ -333,7 +336,7 @@ def long_view_share(means: Floats) -> Floats:
     """Return the probability that the watch ratio of a click is above `LONG_VIEW`, `[n]` for expected ratios `[n]`.
 
     The ratio is Beta(a, b) with `a = WATCH_CONCENTRATION * mean` and `b = WATCH_CONCENTRATION - a`. Its density
-    `x^(a-1) (1-x)^(b-1) / B(a, b)` may be infinite at 1; with `u = (1-x)^b` that factor goes, and what is left,
+    `x^(a-1) (1-x)^(b-1) / B(a, b)` may be infinite at 1; with `u = (1-x)^b` that factor vanishes, and the rest,
     `(1 - u^(1/b))^(a-1)` between 0 and `(1-LONG_VIEW)^b`, is summed at midpoints.
     """
     shares = (means == 1).astype(np.float64)
@@ -400,7 +403,7 @@ def _write(
         folder / "videos.parquet",
     )
     (folder / "log").mkdir()
-    # Some rows come twice, next to each other, as where a client sends an event again.
+    # Some rows come twice, next to each other, as if a client sent an event again.
     repeats = 1 + (rng.random(config.impressions) < DUPLICATES)
     start_ms = (FIRST_DAY - date(1970, 1, 1)).days * HOURS * MS_PER_HOUR
     renamed = {"user": "user_id", "video": "video_id"}

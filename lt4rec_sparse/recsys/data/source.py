@@ -1,7 +1,7 @@
-"""A data set on disk: a folder, a schema, and files of CSV or Parquet read as typed record batches.
+"""A data set on disk: a folder, a schema, and CSV or Parquet files that are read as typed record batches.
 
-Types come from the schema and never from a look at the values: a column whose first file holds only digits would change
-its type with the next file. What the schema does not name is read as text from CSV, for the sake of duplicates only.
+Types come from the schema and are never inferred from values: a column whose first file holds only digits would change
+its type with the next file. Columns that the schema does not name are read as text from CSV, only to find duplicates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
-# Text of about 150,000 rows of a wide log: large enough to be fast, small next to a day of any log.
+# Text of about 150,000 rows of a wide log: large enough to be fast, small compared with a day of any log.
 CSV_BLOCK_BYTES = 16 << 20
 DIGEST_BLOCK_BYTES = 1 << 20
 NULL_TEXTS = ["", "NA", "N/A", "NULL", "null", "NaN", "nan"]
@@ -35,12 +35,12 @@ ARROW_TYPES = {"int": pa.int64(), "string": pa.string()}
 
 
 class DataError(InputError):
-    """A data set is not what its schema says; the message is one line: file, column, what was found and wanted."""
+    """A data set contradicts its schema; the message is one line: file, column, what was found and what was wanted."""
 
 
 @dataclass(frozen=True)
 class RawType:
-    """What a raw column is read as: int64, float64, string, or a list of int64 or string split at a separator."""
+    """How a raw column is read: as int64, float64, string, or a list of int64 or string split at a separator."""
 
     arrow: Any
     separator: str | None = None
@@ -48,9 +48,9 @@ class RawType:
 
 @dataclass(frozen=True)
 class FileState:
-    """What a file was at a look: its size, its time of change, and a digest (blake2b) of its bytes.
+    """The state of a file: its size, its modification time, and a digest (blake2b) of its bytes.
 
-    A fresh copy has another time and the same digest, so that the content decides and the time only saves reading.
+    A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
     """
 
     size_bytes: int
@@ -60,7 +60,7 @@ class FileState:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose files have been found: those of the log, and those of every side table of the schema."""
+    """A folder whose files have been found: the files of the log and of every side table of the schema."""
 
     folder: Path
     schema: Schema
@@ -68,7 +68,7 @@ class Source:
     joins: tuple[tuple[Path, ...], ...]
 
     def fingerprint(self, *options: object) -> str:
-        """Return a digest of the schema and of further options; of the files `states` tells."""
+        """Return a digest of the schema and of further options; `states` covers the files."""
         content = json.dumps([self.schema.to_dict(), options], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -76,8 +76,8 @@ class Source:
         """Return the state of every file, by its path relative to the folder.
 
         Args:
-            known: States of an earlier look. A file whose size and time of change are as they were then is not read
-                again: its digest is taken over.
+            known: Earlier states. A file whose size and modification time have not changed since is not read again:
+                its digest is kept.
         """
         states = {}
         for path in (*self.log, *(path for join in self.joins for path in join)):
@@ -94,11 +94,11 @@ def open_source(folder: Path, schema: Schema | None = None) -> Source:
     """Find the files of a data set.
 
     Args:
-        folder: Where the globs of the schema are looked for, there and in its `data/`.
-        schema: Without it, `schema.toml` of the folder; without that, KuaiRand's if its log is there.
+        folder: Its files are found by the globs of the schema, in the folder itself or in its `data/`.
+        schema: By default the folder's `schema.toml`; if there is none, KuaiRand's if its log is there.
 
     Raises:
-        DataError: If the folder, a schema or files are missing.
+        DataError: If the folder, a schema or files are missing, a glob leaves the folder, or a file is not regular.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: got no folder, wanted a data set")
@@ -176,7 +176,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
-    """Yield the named columns as record batches, typed as `types` says and otherwise as they come.
+    """Yield the named columns as record batches, with the types of `types`, and others as they are in the file.
 
     Raises:
         DataError: If the file cannot be read, or a value is not of its column's type.
@@ -203,21 +203,33 @@ def _schema_of(folder: Path) -> Schema:
 
 
 def _matches(folder: Path, pattern: str) -> list[Path]:
-    if not pattern or Path(pattern).is_absolute():
-        raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder")
+    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder and within it")
     return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
 
 
 def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     if not patterns:
-        raise DataError(f"{folder}: got a list of files without any, wanted at least one pattern")
+        raise DataError(f"{folder}: got an empty list of files, wanted at least one pattern")
     paths: list[Path] = []
     for pattern in patterns:
         matches = _matches(folder, pattern)
         if not matches:
             raise DataError(f"{folder}: got no file {pattern!r}, wanted one there or in data/")
+        for path in matches:
+            check_regular(path)
         paths += matches
     return tuple(paths)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file: to read a device or a pipe may never end.
+
+    Raises:
+        DataError: If the path, links followed, is a folder, a device, a pipe or a socket.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
 
 def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
@@ -257,11 +269,11 @@ def _is_list(kind: Any) -> bool:
 
 
 def _cast(column: Any, wanted: RawType) -> Any:
-    """Cast a column without loss (of a timestamp: to its declared unit).
+    """Cast a column without loss (a timestamp: to its declared unit).
 
     Raises:
         pa.ArrowException: If a value cannot be cast.
-        TypeError: If the types do not go together.
+        TypeError: If there is no cast from one type to the other.
     """
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if pa.types.is_list(wanted.arrow):
@@ -272,7 +284,7 @@ def _cast(column: Any, wanted: RawType) -> Any:
         return _bags(lists, values, values.is_valid())
     if pa.types.is_floating(column.type):
         if wanted.arrow == pa.string():
-            # A float as text depends on who prints it ("1" or "1.0"): training and serving would disagree.
+            # A float has several texts, such as "1" and "1.0": training and serving might disagree.
             raise TypeError(f"got {column.type}")
         column = pc.if_else(pc.is_nan(column), None, column)
     if pa.types.is_timestamp(wanted.arrow):
@@ -284,19 +296,19 @@ def _integers(column: Any) -> Any:
     try:
         return column.cast(pa.int64())
     except pa.ArrowInvalid:
-        # Writers of tables with missing values print whole numbers as 3.0.
+        # Some programs write the integers of a column with missing values as 3.0.
         return column.cast(pa.float64()).cast(pa.int64())
 
 
 def _split(column: Any, wanted: RawType) -> Any:
-    """Split text at the separator; blanks around values and empty values go."""
+    """Split text at the separator; blanks around values and empty values are dropped."""
     lists = pc.split_pattern(column, pattern=wanted.separator)
     values = pc.utf8_trim_whitespace(lists.flatten())
     return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
 
 
 def _bags(lists: Any, values: Any, kept: Any) -> Any:
-    """Return lists of the kept ones among `values`, which lie in `lists`; a missing list becomes an empty one."""
+    """Return `lists` with only those of its flat `values` that are kept; a missing list becomes an empty one."""
     ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
     counts = np.concatenate([[0], np.cumsum(kept.to_numpy(zero_copy_only=False))])
     return pa.ListArray.from_arrays(pa.array(counts[ends], pa.int32()), values.filter(kept))

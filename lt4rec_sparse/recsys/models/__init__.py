@@ -1,6 +1,6 @@
-"""The ranking models, by name; what they are trained against, and how their tasks are balanced."""
+"""The ranking models by name, their losses, and ways to balance tasks."""
 
-from lt4rec_sparse.recsys.models.aitm import AITM, behavioural_calibrator
+from lt4rec_sparse.recsys.models.aitm import AITM
 from lt4rec_sparse.recsys.models.balance import UncertaintyWeights, pcgrad
 from lt4rec_sparse.recsys.models.build import MODELS, build, mlp_multiply_adds
 from lt4rec_sparse.recsys.models.conflict import Conflict
@@ -28,7 +28,6 @@ __all__ = [
     "SparseSharing",
     "TaskInputs",
     "UncertaintyWeights",
-    "behavioural_calibrator",
     "build",
     "entire_space",
     "joint_logits",

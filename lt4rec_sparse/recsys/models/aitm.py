@@ -1,4 +1,4 @@
-"""AITM: each task's tower attends to what the task before it found."""
+"""AITM: each task's tower attends to the output of the task before it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lt4rec_sparse.recsys.models.multitask import MultiTask
 class Transfer(nn.Module):
     """Attend to two vectors: `z = sum over u of w_u value(u)`, `w = softmax over u of query(u) . key(u) / sqrt(k)`.
 
-    `u` is `p`, what the earlier task hands on, and `q`, the task's own.
+    `u` is `p`, the vector handed on by the earlier task, and `q`, the task's own.
 
     Args:
-        width: `k`, of the vectors.
+        width: `k`, the width of the vectors.
 
     Source: Xi et al., AITM (arXiv 2105.08489), the adaptive information transfer module.
     """
@@ -40,10 +40,9 @@ class Transfer(nn.Module):
 class AITM(MultiTask):
     """`logit_t = head_t(z_t)`, `z_1 = tower_1(x)`, `z_t = transfer_t(handed_{t-1}(z_{t-1}), tower_t(x))`.
 
-    Tasks stand in the order in which users come to them: impression, click, purchase. A later task's loss trains the
-    towers before it, an earlier one's never those after it. The authors let each probability be end to end, of all
-    impressions, and hold it below the one before (`behavioural_calibrator`); trained on clicked rows only, a later
-    probability is one given the click.
+    Tasks are in the order in which users reach them: impression, click, purchase. A later task's loss trains the towers
+    before it, an earlier task's loss never those after it. In the paper each probability is end to end, over all
+    impressions; trained on clicked rows only, a later probability is conditional on the click.
 
     Parameters of the MLP, two tasks, 1000 inputs, hidden 512-256-128: 1.42 million; hard sharing has 1.35 million.
 
@@ -71,7 +70,7 @@ class AITM(MultiTask):
         self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in self.tasks})
 
     def reads(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        """Return every task up to the last of `tasks`: their towers run before its."""
+        """Return every task up to the last of `tasks`: its tower needs theirs."""
         return self.tasks[: self.tasks.index(tasks[-1]) + 1]
 
     def score(self, views: Mapping[str, Tensor], tasks: tuple[str, ...]) -> Tensor:
@@ -88,19 +87,3 @@ class AITM(MultiTask):
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         """Run the towers in order, all on `x`: `[batch, len(tasks)]`."""
         return self.score(dict.fromkeys(self.tasks, x), tasks)
-
-
-def behavioural_calibrator(logits: Tensor, weights: Tensor) -> Tensor:
-    """Return `sum over t of max(p_t - p_{t-1}, 0)`, weighted mean over rows: a later step is never the likelier one.
-
-    A further term of the loss where probabilities are end to end; how much it counts is the caller's to say. It means
-    nothing for logits that are conditional on the earlier step.
-
-    Args:
-        logits: `[batch, tasks]`, end to end, in the order of the tasks.
-        weights: `[batch]`.
-
-    Source: Xi et al., AITM (arXiv 2105.08489), the behavioural expectation calibrator.
-    """
-    excess = torch.sigmoid(logits).diff(dim=1).relu().sum(1)
-    return (excess * weights).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)

@@ -1,4 +1,4 @@
-"""How the losses, or the gradients, of several tasks become one."""
+"""How the losses or the gradients of several tasks are combined."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.nn.masked import check_tasks
 
-# What stands before `exp(-s)`: 1 / (2 sigma^2) for a squared error, 1 / sigma^2 for a cross entropy.
+# The factor of `exp(-s)`: 1 / (2 sigma^2) for a squared error, 1 / sigma^2 for a cross entropy.
 _PRECISION = {"binary": 1.0, "ratio": 0.5}
 
 
 class UncertaintyWeights(nn.Module):
-    """Weigh each task's loss by how noisy the task is found to be: `sum over t of c_t exp(-s_t) loss_t + s_t / 2`.
+    """Weight each task's loss by the learned noise of the task: `sum over t of c_t exp(-s_t) loss_t + s_t / 2`.
 
-    `s_t = log sigma_t^2` is learned; `c` is 1/2 for a squared error and 1 for a cross entropy. At first `s = 0`.
+    `s_t = log sigma_t^2` is learned; `c` is 1/2 for a squared error and 1 for a cross entropy. `s` starts at 0.
 
     Args:
         tasks: The tasks' names.
         kinds: Task -> kind of its loss: "ratio" (squared error) or "binary" (cross entropy).
 
     Raises:
-        ValueError: If there is no task, one stands twice, or one is of no such kind.
+        ValueError: If there is no task, a task is repeated, or a kind is unknown.
 
     Source: Kendall et al. (arXiv 1705.07115), equations 7 and 10.
     """
@@ -34,14 +34,10 @@ class UncertaintyWeights(nn.Module):
         unknown = [f"{kind} of {task}" for task, kind in self.kinds.items() if kind not in _PRECISION]
         if unknown:
             raise ValueError(f"kinds: got {', '.join(unknown)}, wanted one of {', '.join(_PRECISION)} for each task")
-        # One parameter a task: a batch without rows of a task leaves its own without gradient, and Adam lets it be.
-        # Adam moves a parameter by the learning rate at most, whatever its gradient: of `s`, which has to move by units
-        # within an epoch, the hundredth part.
+        # One parameter per task: without rows of a task in a batch its parameter has no gradient, and Adam skips it.
+        # Adam moves a parameter by at most the learning rate per step, whatever its gradient, but `s` has to move by
+        # whole units within an epoch: the parameter is a hundredth of it.
         self.hundredths = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in self.kinds})
-
-    def weights(self) -> dict[str, float]:
-        """Return what each task's loss is multiplied by now."""
-        return {task: _PRECISION[kind] * self._precision(task).item() for task, kind in self.kinds.items()}
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum, a scalar.
@@ -69,14 +65,14 @@ class UncertaintyWeights(nn.Module):
 
 
 def pcgrad(gradients: Sequence[Sequence[Tensor]], generator: torch.Generator) -> list[Tensor]:
-    """Combine the tasks' gradients so that none undoes another: the sum of `without_conflicts`.
+    """Combine the tasks' gradients so that none opposes another: the sum of `without_conflicts`.
 
     Args:
-        gradients: Of each task, one tensor a parameter; zero where the task does not reach it.
-        generator: Of the random order; on the CPU.
+        gradients: For each task, one tensor per parameter; zero where the task does not use it.
+        generator: Draws the order of the tasks; on the CPU.
 
     Returns:
-        One tensor a parameter.
+        One tensor per parameter.
 
     Raises:
         ValueError: As `without_conflicts` does.
@@ -87,16 +83,16 @@ def pcgrad(gradients: Sequence[Sequence[Tensor]], generator: torch.Generator) ->
 
 
 def without_conflicts(gradients: Sequence[Sequence[Tensor]], generator: torch.Generator) -> list[list[Tensor]]:
-    """Take out of each task's gradient what points against another's: `g_i -= (g_i . g_j / |g_j|^2) g_j` if negative.
+    """Remove from each task's gradient the part that opposes another's: `g_i -= (g_i . g_j / |g_j|^2) g_j` if negative.
 
-    The other tasks come in random order, each with its gradient as it was. All parameters together are one vector.
+    The other tasks come in random order, each with its original gradient. All parameters together are one vector.
 
     Args:
-        gradients: Of each task, one tensor a parameter; zero where the task does not reach it.
-        generator: Of the random order; on the CPU.
+        gradients: For each task, one tensor per parameter; zero where the task does not use it.
+        generator: Draws the order of the tasks; on the CPU.
 
     Returns:
-        Of each task, one tensor a parameter; nothing is changed in place.
+        For each task, one tensor per parameter; nothing is changed in place.
 
     Raises:
         ValueError: If there is no task, or tasks have different numbers of parameters.
@@ -105,7 +101,7 @@ def without_conflicts(gradients: Sequence[Sequence[Tensor]], generator: torch.Ge
     """
     if len({len(parts) for parts in gradients}) != 1:
         got = [len(parts) for parts in gradients]
-        raise ValueError(f"gradients: got {got} tensors of the tasks, wanted as many of each, of at least one task")
+        raise ValueError(f"gradients: got {got} tensors per task, wanted the same number for at least one task")
     projected = []
     for i, own in enumerate(gradients):
         result = list(own)
@@ -118,5 +114,5 @@ def without_conflicts(gradients: Sequence[Sequence[Tensor]], generator: torch.Ge
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    # Parameters are summed in Python's float64: the large sum of an embedding table would swallow a head's.
+    # Parameters are summed in Python's float64: in float32 the large sum of an embedding table would absorb a head's.
     return sum(torch.dot(x.reshape(-1), y.reshape(-1)).item() for x, y in zip(a, b, strict=True))

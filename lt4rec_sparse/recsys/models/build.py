@@ -1,4 +1,4 @@
-"""The one place where a name becomes a model; and what a model's network costs a row."""
+"""Build a model from its name, and count the multiply-adds of its network per row."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build(
         fields: The fields, in the order of the encoder.
         table_sizes: Table name -> number of rows.
         tasks: The tasks' names, in order.
-        hidden: Widths of the hidden layers; what they are of, the model's class says.
+        hidden: Widths of the hidden layers; the model's class says of which layers.
         embedding_dim: Width of an embedding that tasks share.
         cross: One of `inputs.CROSSES`.
         exclusive_dim: Width of a task's own embedding; 0 for none.
@@ -61,7 +61,7 @@ def build(
 
     Raises:
         ValueError: If there is no such model, cross or option, an option or width is out of range, a field's table has
-            no size, or a single-task model is asked for several tasks.
+            no size, or a single-task model gets several tasks.
     """
     if name not in _CLASSES:
         raise ValueError(f"model: got {name!r}, wanted one of {', '.join(MODELS)}")
@@ -80,18 +80,18 @@ def build(
         inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim)
     else:
         inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim)
-    make: Any = _CLASSES[name]  # whose classes differ in their options, checked above
+    make: Any = _CLASSES[name]  # the classes differ in their options, which are checked above
     model: MultiTask = make(inputs, tasks, hidden, **options)
     return model
 
 
 @torch.no_grad()
 def mlp_multiply_adds(model: nn.Module) -> int:
-    """Return the multiply-adds of everything behind the input, for one row and all tasks.
+    """Return the multiply-adds of all layers after the input, for one row and all tasks.
 
-    Of a masked layer each task's kept weights count, but for those that read a neuron without weights: that is a
-    constant, and compaction leaves it out. Of a plain one all weights, as often as it runs, which is found by
-    running the model on one row. A gate is such a layer; what a mixture or a dot product takes by itself is left out.
+    In a masked layer each task's kept weights count, except those that read a neuron without weights: its value is a
+    constant, and compaction removes it. In a plain layer, such as a gate, all weights count, as often as the layer
+    runs, which is found by running the model on one row. Mixtures and dot products are not counted.
 
     Raises:
         ValueError: If the model is not one of this package.
@@ -100,7 +100,7 @@ def mlp_multiply_adds(model: nn.Module) -> int:
         raise ValueError(f"model: got a {type(model).__name__}, wanted one that `build` makes")
     device = next(model.parameters()).device
     plain = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, MaskedLinear)]
-    # Whatever tasks share of a masked layer, each of them runs what its mask keeps, once.
+    # Each task runs the weights that its mask keeps, whatever the tasks share.
     total = sum(_kept(m) for m in model.modules() if isinstance(m, MaskedMLP))
 
     def count(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:

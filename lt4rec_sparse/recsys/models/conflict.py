@@ -1,4 +1,4 @@
-"""Rows on which the tasks pull apart, clicked but hardly watched: how much each task's loss weighs there."""
+"""Rows on which the tasks conflict, clicked but hardly watched, and how much each task's loss weighs there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """By what each row's weight is multiplied, `[batch]` each."""
+    """Factors of each row's weight, `[batch]` each."""
 
     click: Tensor
     watch: Tensor
@@ -18,14 +18,14 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Conflict:
-    """The paper's answer to opposite gradients: a clicked and hardly watched row counts more for CVR, less for CTR.
+    """The paper's answer to opposing gradients: a clicked and hardly watched row counts more for CVR, less for CTR.
 
     Attributes:
         long_ms: A video is long above this duration, in milliseconds.
-        long_ratio: A long video is hardly watched below this share of it.
-        short_ratio: The same of any other video.
-        click_factor: Of such a row in the CTR loss.
-        watch_factor: Of such a row in the CVR loss.
+        long_ratio: A long video is hardly watched below this watch ratio.
+        short_ratio: The same for any other video.
+        click_factor: Factor of such a row in the CTR loss.
+        watch_factor: Factor of such a row in the CVR loss.
 
     Raises:
         ValueError: If a threshold or factor is below 0.
@@ -47,12 +47,12 @@ class Conflict:
     def rows(self, ratio: Tensor, clicked: Tensor, duration_ms: Tensor) -> Tensor:
         """Return the rows in conflict: bool `[batch]`.
 
-        A row without a duration (NaN, or not above 0) or without a ratio (NaN) is none of them.
+        A row without a duration (NaN, or not above 0) or without a ratio (NaN) is never in conflict.
 
         Args:
-            ratio: `[batch]` float, how much of the video was watched.
+            ratio: `[batch]` float, the share of the video that was watched.
             clicked: `[batch]` bool.
-            duration_ms: `[batch]` float, of the video.
+            duration_ms: `[batch]` float, the duration of the video.
 
         Raises:
             ValueError: If the shapes differ, or `clicked` is not bool.
@@ -64,7 +64,7 @@ class Conflict:
         return clicked & hardly & (duration_ms > 0)
 
     def factors(self, ratio: Tensor, clicked: Tensor, duration_ms: Tensor) -> Factors:
-        """Return each row's factors, dtype of `ratio`: 1 where there is no conflict. Arguments as in `rows`."""
+        """Return each row's factors, with the dtype of `ratio`: 1 without a conflict. Arguments as in `rows`."""
         rows, one = self.rows(ratio, clicked, duration_ms), torch.ones_like(ratio)
         return Factors(
             torch.where(rows, self.click_factor * one, one),

@@ -14,12 +14,12 @@ from lt4rec_sparse.recsys.models.multitask import MultiTask
 
 
 class ESMM(MultiTask):
-    """`logit_t = tower_t(x)`: pCTR of the first task, and of each later one pCVR, given a click.
+    """`logit_t = tower_t(x)`: pCTR for the first task, and pCVR given a click for each later one.
 
-    What makes it ESMM is its objective: the first task's loss of pCTR, and of each later one `losses.entire_space` of
-    `pCTR pCVR`, both over all impressions. A pCVR is never trained on clicked rows alone, and served as it is.
+    ESMM is defined by its objective: the loss of pCTR for the first task and `losses.entire_space` of `pCTR pCVR` for
+    each later one, both over all impressions. A pCVR is never trained on clicked rows alone, and is served as it is.
 
-    Parameters of the MLP, two tasks, 1000 inputs, hidden 512-256-128: 1.35 million, as hard sharing has.
+    Parameters of the MLP, two tasks, 1000 inputs, hidden 512-256-128: 1.35 million, as in hard sharing.
 
     Args:
         inputs: Ids to the towers' input.

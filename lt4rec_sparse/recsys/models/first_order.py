@@ -12,10 +12,10 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
 
 class FirstOrder(nn.Module):
-    """One weight an id and task: `logit_task = sum over fields of w_task[id]`, the mean where a field has many values.
+    """One weight per id and task: `logit_task = sum over fields of w_task[id]`, the mean if a field has many values.
 
     Weights start at zero, so that the model starts as its deep part alone. There is no bias: the deep part has one.
-    Tables are the tasks' own, so that a step for one task reaches no other's. Crossed ids are columns of the schema.
+    Each task has its own tables, so that a step for one task moves no other's. Crossed ids are columns of the schema.
 
     Args:
         fields: The fields, in the order of the encoder.

@@ -1,4 +1,4 @@
-"""A gate: how much of each expert goes into a mixture, row by row."""
+"""A gate: the share of each expert in a mixture, row by row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Gate(nn.Module):
 
         Args:
             x: `[batch, in_features]`.
-            experts: Of each expert `[batch, width]`.
+            experts: The output of each expert, `[batch, width]`.
 
         Returns:
             `[batch, width]`.

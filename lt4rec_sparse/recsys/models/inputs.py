@@ -1,4 +1,4 @@
-"""From ids to what each task's network sees, where that is more than one crossed vector for all tasks."""
+"""From ids to the input of each task's network, where it is more than one crossed vector for all tasks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Seen(NamedTuple):
     """A batch as the tasks' networks see it.
 
     Attributes:
-        views: Task -> its network's input, `[batch, out_features]`; one and the same tensor where tasks share it.
-        logits: Task -> what is added to its network's logit, `[batch, 1]`; empty where nothing is.
+        views: Task -> its network's input, `[batch, out_features]`; the same tensor for tasks that share it.
+        logits: Task -> a term to add to its network's logit, `[batch, 1]`; empty if there is none.
     """
 
     views: Mapping[str, Tensor]
@@ -29,10 +29,10 @@ class Seen(NamedTuple):
 
 
 class TaskInputs(nn.Module):
-    """Embeddings, and how they are crossed: before the network, or beside it.
+    """Embeddings, crossed before the network or beside it.
 
-    With fields' vectors `e_1, ..., e_n` (of a multi-valued field the mean of its values'), the network's input `x` and
-    the logit `l` that is added to its own are
+    With the fields' vectors `e_1, ..., e_n` (for a multi-valued field the mean over its values), the network's input
+    `x` and the term `l` that is added to its logit are
 
     - "dlrm": `x = [e_1, ..., e_n, e_i . e_j for i < j]`, no `l`;
     - "wide_deep": `x = [e_1, ..., e_n]`, `l_task = FirstOrder`;
@@ -49,7 +49,7 @@ class TaskInputs(nn.Module):
         exclusive_dim: Width of a task's own embedding; 0 for none.
 
     Raises:
-        ValueError: If there is no such cross, no field, or a field's table has no size, or a width is out of range.
+        ValueError: If there is no such cross, no field, no size of a field's table, or a width is out of range.
 
     Source: DLRM (arXiv 1906.00091); Wide & Deep (Cheng et al., arXiv 1606.07792); DeepFM (Guo et al., 1703.04247).
     """
@@ -95,7 +95,6 @@ class TaskInputs(nn.Module):
         logits = {task: self.first_order(features, task) for task in tasks}
         if self.cross == "deepfm":
             logits = {task: logit + whole[task][:, width:].sum(1, keepdim=True) for task, logit in logits.items()}
-        flat = {
-            id(x): x[:, :width] for x in whole.values()
-        }  # once where tasks share it: a model may ask whether they do
+        # One tensor for tasks that share it: a model may ask whether they do.
+        flat = {id(x): x[:, :width] for x in whole.values()}
         return Seen({task: flat[id(x)] for task, x in whole.items()}, logits)

@@ -1,4 +1,4 @@
-"""A plain MLP: the experts and towers of the models that nothing is pruned in."""
+"""A plain MLP: the experts and towers of models that are not pruned."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Layers of `h = relu(h @ weight.T + bias)`, and a linear head where one is asked for; torch's initial weights.
+    """Layers of `h = relu(h @ weight.T + bias)`, and optionally a linear head; initialised as by torch.
 
     Args:
         in_features: Width of `x`.
-        hidden: Widths of the hidden layers; none is a head alone, or nothing at all.
+        hidden: Widths of the hidden layers; empty for a head alone, or for the identity.
         head: Width of the head; 0 for none.
 
     Raises:
@@ -29,14 +29,14 @@ class MLP(nn.Module):
         self.out_features = head or widths[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[..., out_features]` of `x [..., in_features]`."""
+        """Return `[..., out_features]` for `x [..., in_features]`."""
         for layer in self.layers:
             x = layer(x).relu()
         return x if self.head is None else self.head(x)
 
 
 def lower_and_upper(hidden: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut an MLP's widths: all but the last, which tasks may share, and the last, which is a task's tower.
+    """Split an MLP's widths: all but the last, which tasks may share, and the last, which is a task's tower.
 
     A single width is shared, and a tower is then a head alone.
 
@@ -50,5 +50,5 @@ def lower_and_upper(hidden: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def half(widths: Sequence[int]) -> tuple[int, ...]:
-    """Return half of every width: four experts of it cost about two MLPs."""
+    """Return half of every width: four experts of these widths cost about as much as two MLPs."""
     return tuple(max(1, width // 2) for width in widths)

@@ -1,4 +1,4 @@
-"""MMoE: experts that all tasks share, and a gate a task that mixes them."""
+"""MMoE: experts that all tasks share, and a gate per task that mixes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MMoE(MultiTask):
     Args:
         inputs: Ids to the experts' and the gates' input.
         tasks: The tasks' names.
-        hidden: Widths that the defaults below are made of.
+        hidden: Widths from which the defaults below are derived.
         experts: How many experts.
         expert: Widths of each expert's layers; by default half of all of `hidden` but the last.
         tower: Widths of each tower's hidden layers; by default the last of `hidden`.
@@ -47,7 +47,7 @@ class MMoE(MultiTask):
         lower, upper = lower_and_upper(hidden)
         expert, tower = half(lower) if expert is None else expert, upper if tower is None else tower
         if experts < 1 or not expert:
-            raise ValueError(f"experts: got {experts} of widths {tuple(expert)}, wanted one at least, with a layer")
+            raise ValueError(f"experts: got {experts} of widths {tuple(expert)}, wanted at least one, with a layer")
         width = inputs.out_features
         self.experts = nn.ModuleList(MLP(width, expert) for _ in range(experts))
         self.gates = nn.ModuleDict({task: Gate(width, experts) for task in self.tasks})

@@ -16,7 +16,7 @@ from lt4rec_sparse.recsys.models.multitask import MultiTask
 class SparseSharing(MultiTask):
     """One embedding, one cross and one MLP for all tasks; each task sees the MLP through its own mask.
 
-    With one task and its mask still full this is the paper's single-task baseline of the same size.
+    With one task and a full mask this is the paper's single-task baseline of the same size.
 
     Args:
         inputs: Ids to the MLP's input.
@@ -39,7 +39,7 @@ class SparseSharing(MultiTask):
 
 
 class HardSharing(MultiTask):
-    """Embedding and cross shared, an MLP of its own for each task.
+    """Embedding and cross are shared; each task has its own MLP.
 
     Args:
         inputs: Ids to the MLPs' input.

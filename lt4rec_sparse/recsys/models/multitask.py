@@ -1,4 +1,4 @@
-"""What every ranking model is: inputs, and a network that makes the tasks' logits of what they see."""
+"""The base of every ranking model: inputs, and a network that computes the tasks' logits from them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lt4rec_sparse.recsys.models.inputs import Seen, TaskInputs
 
 
 class MultiTask(nn.Module, ABC):
-    """A model of several tasks over one input, or over a view of it a task.
+    """A model of several tasks over one input, or over one view of it per task.
 
-    A model is its `logits(x, tasks)`. Where every task sees the same `x` it runs once. Where each sees its own, task
-    t's logit is `logits(x_t, (t,))`: then the layers that tasks share run once a task.
+    A model defines `logits(x, tasks)`. If every task sees the same `x`, it runs once. If each sees its own, task t's
+    logit is `logits(x_t, (t,))`: then the layers that tasks share run once per task.
 
     Args:
         inputs: Ids to the network's input: one for all tasks, or `TaskInputs`.
         tasks: The tasks' names, in order.
 
     Raises:
-        ValueError: If there is no task, or one stands twice.
+        ValueError: If there is no task, or a task is repeated.
     """
 
     inputs: Any  # CrossedEmbeddings, which can be served, or TaskInputs
@@ -40,7 +40,7 @@ class MultiTask(nn.Module, ABC):
         """Score a batch.
 
         Returns:
-            Logits: `[batch, 1]` of one task, or `[batch, tasks]`.
+            Logits: `[batch, 1]` for one task, or `[batch, tasks]`.
 
         Raises:
             ValueError: If there is no such task.
@@ -60,7 +60,7 @@ class MultiTask(nn.Module, ABC):
         return tasks
 
     def score(self, views: Mapping[str, Tensor], tasks: tuple[str, ...]) -> Tensor:
-        """Return the network's logits `[batch, len(tasks)]` where each task sees its own view."""
+        """Return the network's logits `[batch, len(tasks)]` if each task sees its own view."""
         first, *others = (views[task] for task in tasks)
         if all(view is first for view in others):
             return self.logits(first, tasks)
@@ -68,7 +68,7 @@ class MultiTask(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
-        """Return the network's logits `[batch, len(tasks)]` where the tasks see the same `x [batch, in_features]`.
+        """Return the network's logits `[batch, len(tasks)]` if the tasks see the same `x [batch, in_features]`.
 
         Args:
             x: The network's input.

@@ -1,4 +1,4 @@
-"""Two views of every field: an embedding that all tasks share, and a narrow one of each task's own."""
+"""Two views of every field: an embedding that all tasks share, and a narrow one for each task alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MultiviewEmbeddings(nn.Module):
 
     `x_task = [s_1, ..., s_n, e_1, ..., e_n, s_i . s_j + e_i . e_j for i < j]`, `s` shared and `e` the task's own: the
     cross of `CrossedEmbeddings` over the joined vectors, since their dot product is the sum of the parts'. A step for
-    one task reaches its own embeddings and the shared ones, and no others.
+    one task moves its own embeddings and the shared ones, and no others.
 
     Args:
         fields: The fields, in the order of the encoder.

@@ -1,4 +1,4 @@
-"""PLE: some experts are a task's own, some are everybody's, and levels of them stand upon each other."""
+"""PLE: levels of experts, some of which belong to one task and some to all."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Extraction(nn.Module):
         in_features: Width of the level's inputs.
         expert: Widths of each expert's layers.
         tasks: The tasks' names.
-        task_experts: Experts of each task's own.
-        shared_experts: Experts of all.
-        last: Whether nothing but towers comes after.
+        task_experts: Number of experts that belong to each task.
+        shared_experts: Number of shared experts.
+        last: Whether this is the last level.
 
     Source: Tang et al. (RecSys 2020, doi 10.1145/3383313.3412236), sections 4.1 (CGC) and 4.2.
     """
@@ -48,14 +48,14 @@ class Extraction(nn.Module):
         self.shared_gate = None if last else Gate(in_features, task_experts * len(tasks) + shared_experts)
 
     def forward(self, x: Mapping[str, Tensor], x_shared: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Extract what each task of `x` needs.
+        """Mix the experts for each task of `x`.
 
         Args:
-            x: Task -> `[batch, in_features]`: every task, at the last level maybe only some.
+            x: Task -> `[batch, in_features]`: every task; at the last level some may be left out.
             x_shared: `[batch, in_features]`.
 
         Returns:
-            Task -> `[batch, expert width]`, and the shared one of that shape; after the last level it is `x_shared`.
+            Task -> `[batch, expert width]`, and the shared vector of that shape, which the last level leaves as it is.
         """
         shared = [expert(x_shared) for expert in self.shared]
         own = {task: [expert(x_t) for expert in self._experts(task)] for task, x_t in x.items()}
@@ -82,15 +82,15 @@ class PLE(MultiTask):
     Args:
         inputs: Ids to the first level's input.
         tasks: The tasks' names.
-        hidden: Widths that the defaults below are made of.
-        levels: How many levels.
-        task_experts: Experts of each task's own, at each level.
-        shared_experts: Experts of all, at each level.
+        hidden: Widths from which the defaults below are derived.
+        levels: Number of levels.
+        task_experts: Number of experts that belong to each task, per level.
+        shared_experts: Number of shared experts, per level.
         expert: Widths of each expert's layers; by default half of all of `hidden` but the last.
         tower: Widths of each tower's hidden layers; by default the last of `hidden`.
 
     Raises:
-        ValueError: If there is no level, no expert of one sort, or an expert without a layer.
+        ValueError: If there is no level, no expert of one kind, or an expert without a layer.
 
     Source: Tang et al. (RecSys 2020, doi 10.1145/3383313.3412236).
     """

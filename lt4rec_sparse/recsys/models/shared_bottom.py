@@ -1,4 +1,4 @@
-"""Shared bottom: the lower layers once for all tasks, a tower a task above them."""
+"""Shared bottom: the lower layers once for all tasks, and a tower per task above them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lt4rec_sparse.recsys.models.multitask import MultiTask
 
 
 class SharedBottom(MultiTask):
-    """`logit_t = tower_t(bottom(x))`: sharing layer by layer, drawn by hand.
+    """`logit_t = tower_t(bottom(x))`: which layers are shared is chosen by hand.
 
     Parameters of the MLP, two tasks, 1000 inputs, hidden 512-256-128: 0.71 million; hard sharing has 1.35 million.
 
     Args:
         inputs: Ids to the bottom's input.
         tasks: The tasks' names.
-        hidden: Widths of the hidden layers on a task's way, the bottom's and then its tower's.
-        shared_layers: How many of them are the bottom; by default all but the last.
+        hidden: Widths of a task's hidden layers: the bottom's and then its tower's.
+        shared_layers: How many of them belong to the bottom; by default all but the last.
 
     Raises:
         ValueError: If `shared_layers` is not 1 to the number of hidden layers.

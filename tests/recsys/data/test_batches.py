@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lt4rec_sparse.recsys.data import Batch, BatchStream, Prepared
+from lt4rec_sparse.recsys.data import Batch, BatchStream, DataError, Prepared
 
 # The function-scoped fixture sets a constant, the same for every example.
 few_examples = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -129,7 +130,25 @@ def test_taking_slices_and_joining_batches(prepared: Prepared) -> None:
     batch = next(prepared.stream("train", 50).epoch(0))
     parts = [batch.take(torch.arange(0, 20)), batch.take(torch.arange(20, 50))]
     assert_same(Batch.cat(parts), batch)
-    assert_same(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "absent", "zeros within", "twice"])
+def test_a_damaged_part_is_named(prepared: Prepared, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(prepared.folder, tmp_path / "out")
+    part = sorted((folder / "train").iterdir())[0]
+    content = part.read_bytes()
+    if damage == "absent":
+        part.unlink()
+    elif damage == "twice":
+        part.with_name("part-99999.parquet").write_bytes(content)
+    else:
+        changed = {"cut": content[:-100], "empty": b"", "zeros within": content[:200] + bytes(2_000) + content[2_200:]}
+        part.write_bytes(changed[damage])
+    with pytest.raises(
+        DataError, match=r"out: got \d+ rows in train|part-00000\.parquet: got a damaged file"
+    ) as caught:
+        list(Prepared.load(folder).stream("train", 100).epoch(0))
+    assert "\n" not in str(caught.value)
 
 
 def test_wrong_arguments(prepared: Prepared, tmp_path: Path) -> None:

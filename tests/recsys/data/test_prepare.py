@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema, Split
 from lt4rec_sparse.recsys.data import Batch, DataError, Prepared, prepare
 from lt4rec_sparse.recsys.data.days import log_columns, partition
@@ -249,7 +253,59 @@ def test_plain_ratio_and_weights(make: Make, log: Log, tmp_path: Path) -> None:
         prepare(folder, tmp_path / "out", schema)
     log["liked"][3], log["importance"][3] = 0.5, -1.0
     folder, schema = make(log, tasks=tasks)
-    with pytest.raises(DataError, match=r"column 'importance': got -1\.0, wanted a weight for task 'like'"):
+    with pytest.raises(
+        DataError, match=r"column 'importance': got -1\.0, wanted a finite weight of at least 0 for task"
+    ):
+        prepare(folder, tmp_path / "out", schema)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("play", [INF, -INF, float("nan"), None])
+@pytest.mark.parametrize("length", [INF, -INF, float("nan"), None, 10.0])
+def test_an_infinite_play_time_or_duration_counts_as_missing(
+    make: Make, log: Log, tmp_path: Path, play: float | None, length: float | None
+) -> None:
+    changed = {"play": [play, *log["play"][1:]], "length": [length, *log["length"][1:]]}
+    folder, schema = make(log | changed | {"length": [length, 10.0, 10.0, 20.0, 10.0, 10.0]}, carried=["play"])
+    first = rows_of(folder, schema, tmp_path / "scratch")[0]
+    assert first.tasks["cvr"].member.tolist() == [False, True]
+    assert first.tasks["cvr"].label.tolist() == [0, 0.5]
+    assert np.isnan(first.values["play"][0])
+    prepare(folder, tmp_path / "out", schema)
+    json.loads((tmp_path / "out" / "prepared.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_finite_ratio_beyond_every_float_is_cut_to_1(make: Make, log: Log, tmp_path: Path) -> None:
+    changed = {"play": [1e308, *log["play"][1:]], "length": [1e-308, *log["length"][1:]]}
+    first = rows_of(*make(log | changed), tmp_path / "scratch")[0]
+    assert first.tasks["cvr"].label.tolist() == [1, 0]
+
+
+def test_an_infinite_row_filter_counts_as_missing(make: Make, log: Log, tmp_path: Path) -> None:
+    tasks = [{"name": "like", "kind": "binary", "label": "click", "rows": ["shown"]}]
+    first = rows_of(*make(log | {"shown": [INF, 1.0] * 3}, tasks=tasks), tmp_path / "scratch")[0]
+    assert first.tasks["like"].member.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("click", INF, "column 'click': got inf, wanted 0 or 1 for task 'ctr'"),
+        ("liked", INF, r"column 'liked': got inf, wanted a ratio in \[0, 1\] for task 'like'"),
+        ("importance", INF, "column 'importance': got inf, wanted a finite weight of at least 0 for task 'like'"),
+        ("importance", 1e300, r"column 'importance': got 1e\+300, wanted a finite weight"),
+    ],
+)
+def test_infinite_labels_and_weights_are_refused(
+    make: Make, log: Log, tmp_path: Path, column: str, value: float, message: str
+) -> None:
+    like = {"name": "like", "kind": "ratio", "label": "liked", "weight": "importance"}
+    log |= {"liked": [0.5] * 6, "importance": [1.0] * 6, "click": [1.0] * 6}
+    log[column][2] = value
+    folder, schema = make(log, tasks=[{"name": "ctr", "kind": "binary", "label": "click"}, like])
+    with pytest.raises(DataError, match=message):
         prepare(folder, tmp_path / "out", schema)
 
 
@@ -398,6 +454,54 @@ def test_prepared_folder_of_another_version(make: Make, tmp_path: Path) -> None:
     (out / "prepared.json").write_text(json.dumps(content | {"version": 0}))
     with pytest.raises(DataError, match=r"got prepared\.json of version 0, wanted 2"):
         Prepared.load(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prepared.json", "{", r"prepared\.json: got no JSON"),
+        ("prepared.json", "[" * 100_000, r"prepared\.json: got JSON nested too deeply"),
+        ("prepared.json", '{"version": 2}', r"prepared\.json: fingerprint: got None, wanted a str"),
+        ("encoder.safetensors", "garbage", r"encoder\.safetensors: got a damaged file"),
+        ("encoder.safetensors", None, r"encoder\.safetensors: got a damaged file .*No such file"),
+    ],
+)
+def test_a_damaged_file_is_named(make: Make, tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    folder, schema = make()
+    path = prepare(folder, tmp_path / "out", schema).folder / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(folder, tmp_path / "out", schema)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_states_of_files_are_named(make: Make, tmp_path: Path) -> None:
+    folder, schema = make()
+    path = prepare(folder, tmp_path / "out", schema).folder / "prepared.json"
+    content = json.loads(path.read_text())
+    content["files"]["log.csv"] = {"size_bytes": "few"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"prepared\.json: log\.csv: key 'changed_ns' is absent"):
+        prepare(folder, tmp_path / "out", schema)
+
+
+def test_others_may_read_what_is_prepared(make: Make, tmp_path: Path) -> None:
+    folder, schema = make()
+    out = prepare(folder, tmp_path / "out", schema).folder
+    (tmp_path / "beside").touch()
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "beside").stat().st_mode}
+
+
+def test_what_a_dead_process_prepared_is_removed(make: Make, tmp_path: Path) -> None:
+    folder, schema = make()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = tmp_path / f".out.{socket.gethostname()}.{int(dead.stdout)}.tmp"
+    (left / "scratch").mkdir(parents=True)
+    prepare(folder, tmp_path / "out", schema)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_encoder_is_stored(make: Make, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
         ({"conflict": 1.5}, r"conflict: got 1.5, wanted a number in \[0, 1\]"),
         ({"planted_fields": -1}, "planted_fields: got -1, wanted at least 0"),
         ({"request_size": 0}, "request_size: got 0, wanted at least 1"),
-        ({"request_size": 7}, "impressions: got 80000, wanted a multiple of 7 a request"),
+        ({"request_size": 7}, "impressions: got 80000, wanted a multiple of request_size, 7"),
         ({"watch_rate": 1.0}, r"watch_rate: got 1.0, wanted a number in \(0, 1\)"),
         ({"click_rate": 0.0}, r"click_rate: got 0.0, wanted a number in \(0, 1\)"),
     ],

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.data import DataError, kuairand_schema, open_source
+from lt4rec_sparse.recsys.data import DataError, kuairand_schema, open_source, read_candidates
 from lt4rec_sparse.recsys.data.source import RawType, raw_types, read_file
 
 BAGS = RawType(pa.list_(pa.int64()), "|")
@@ -58,6 +58,38 @@ def test_missing_files_are_named(tmp_path: Path, make: Callable[..., tuple[Path,
     folder, schema = make(joins=[{"files": ["videos_*.csv"], "on": "video"}])
     with pytest.raises(DataError, match=r"got no file 'videos_\*\.csv'"):
         open_source(folder, schema)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_regular_file_is_refused_and_not_read(
+    tmp_path: Path, make: Callable[..., tuple[Path, Schema]], kind: str
+) -> None:
+    folder, schema = make()
+    odd = folder / "log_2.csv"
+    if kind == "device":
+        odd.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.mkdir()
+    with pytest.raises(DataError, match=r"log_2\.csv: got a folder, a device or a pipe, wanted a regular file"):
+        open_source(folder, schema)
+    with pytest.raises(DataError, match=r"log_2\.csv: got a folder, a device or a pipe, wanted a regular file"):
+        read_candidates(odd, schema)
+
+
+@pytest.mark.parametrize("pattern", ["../log.csv", "a/../../log.csv", "..", "/log.csv", ""])
+def test_patterns_do_not_leave_the_folder(make: Callable[..., tuple[Path, Schema]], pattern: str) -> None:
+    folder, schema = make(files={"log": [pattern]})
+    with pytest.raises(DataError, match=r"got file pattern .*, wanted one relative to the folder and within it"):
+        open_source(folder, schema)
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path: Path, make: Callable[..., tuple[Path, Schema]]) -> None:
+    folder, schema = make()
+    (folder / "log.csv").rename(tmp_path / "elsewhere.csv")
+    (folder / "log.csv").symlink_to(tmp_path / "elsewhere.csv")
+    assert open_source(folder, schema).log == (folder / "log.csv",)
 
 
 def test_fingerprint_follows_schema_and_options(make: Callable[..., tuple[Path, Schema]]) -> None:

@@ -3,7 +3,7 @@ import torch
 from oracle import Bounded, assert_rounding, small_integers
 from recsys.models.samples import FIELDS, SIZES, TASKS, features, reached, with_integers
 
-from lt4rec_sparse.recsys.models import behavioural_calibrator, build
+from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.models.aitm import Transfer
 
 
@@ -50,14 +50,6 @@ def test_each_tower_sees_its_own_view():
     names = reached(model, model(features(), "cvr").sum())
     exclusive = {name.split(".")[3] for name in names if ".exclusive." in name}
     assert exclusive == {"ctr", "cvr"}
-
-
-def test_calibrator_by_hand():
-    logits = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 1.0]])
-    rise = torch.sigmoid(torch.tensor(1.0)) - torch.sigmoid(torch.tensor(-1.0))
-    assert behavioural_calibrator(logits[:1], torch.ones(1)).item() == 0.0
-    assert behavioural_calibrator(logits, torch.tensor([1.0, 3.0])).item() == pytest.approx(3 / 4 * rise.item())
-    assert behavioural_calibrator(logits[:, :1], torch.ones(2)).item() == 0.0
 
 
 def test_bad_input_is_named():

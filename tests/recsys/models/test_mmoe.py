@@ -42,7 +42,7 @@ def test_a_task_reaches_every_expert_and_its_own_gate_and_tower():
 
 @pytest.mark.parametrize("options", [{"experts": 0}, {"expert": ()}])
 def test_bad_input_is_named(options):
-    with pytest.raises(ValueError, match=r"experts: got .*, wanted one at least, with a layer"):
+    with pytest.raises(ValueError, match=r"experts: got .*, wanted at least one, with a layer"):
         new(**options)
 
 
