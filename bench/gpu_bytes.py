@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
 
 from bench import record
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
 from lt4rec_sparse.recsys.report import table
 
 WIDTHS = (1024, 512, 256, 128)

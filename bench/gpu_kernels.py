@@ -11,15 +11,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lt4rec_sparse.kernels.gpu.device_weight import Weight
+from lt4rec_sparse.kernels.gpu.tiles import Tile
 from torch import Tensor
 
 from bench.gpu_serving import masks
 from bench.gpu_setting import FAILURES, Case, Setting, float32_precision, named
 from bench.peers import reference
 from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul, tiles
-from lt4rec_sparse.kernels.gpu.device_weight import Weight
 from lt4rec_sparse.kernels.gpu.launch import Launch
-from lt4rec_sparse.kernels.gpu.tiles import Tile
 from lt4rec_sparse.masks import pack_words
 from tests.oracle import Bounded, Layer, assert_rounding, linear_reference
 

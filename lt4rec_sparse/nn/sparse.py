@@ -127,7 +127,7 @@ class SparseMLP(nn.Module):
             return measure(self.network, batch_sizes or BATCH_SIZES, precision or self.precision)
         from lt4rec_sparse.nn import gpu
 
-        return gpu.measure(self.network, batch_sizes or gpu.BATCH_SIZES, precision or "bf16", device)
+        return gpu.measure_plan(self.network, batch_sizes or gpu.BUCKETS, precision or "bf16", device)
 
     def planned(self, plan: Plan) -> SparseMLP:
         """Return the same network, served by a plan that was measured on this CPU.
@@ -155,7 +155,7 @@ class SparseMLP(nn.Module):
         self._wants_default("on_gpu")
         from lt4rec_sparse.nn import gpu
 
-        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BATCH_SIZES, device)
+        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BUCKETS, device)
         return type(self)(self.network, executor.precision, executor).eval()
 
     @property

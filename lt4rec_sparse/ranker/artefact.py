@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,8 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import parse_json, whole_file
-from lt4rec_sparse.formats import VALUE_DTYPES, SharedWeight
-from lt4rec_sparse.network import (
-    ACTIVATIONS,
-    PRECISIONS,
-    DenseLayer,
-    FrozenNetwork,
-    QuantizationParameters,
-    SparseLayer,
-)
+from lt4rec_sparse.formats import VALUE_DTYPES
+from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.features.records import shown
@@ -124,24 +117,13 @@ def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[
     if not network.heads or any(head.activation != "sigmoid" for head in network.heads.values()):
         got = {task: head.activation for task, head in network.heads.items()}
         raise ValueError(f"heads: got {got}, wanted one per task that ends in a sigmoid")
-    tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(network.hidden):
-        tensors |= {
-            f"layers.{i}.compressed": layer.weight.values,
-            f"layers.{i}.bitmask": layer.weight.bitmask,
-            f"layers.{i}.row_offsets": layer.weight.row_offsets,
-            f"layers.{i}.bias": _bias(layer),
-        }
-    for task, head in network.heads.items():
-        # safetensors refuses tensors that share memory, as those of tasks with one head would.
-        tensors |= {f"heads.{task}.weight": head.weight.clone(), f"heads.{task}.bias": _bias(head).clone()}
-    meta: dict[str, Any] = {
-        "tasks": list(network.tasks),
-        "layers": [{"shape": list(layer.weight.shape), "activation": layer.activation} for layer in network.hidden],
-    }
-    if network.quantization is not None:
-        meta["codes"] = {task: [list(of_layer) for of_layer in network.quantization[task]] for task in network.tasks}
-    return tensors, meta
+    tensors, meta = network.to_tensors()
+    del meta["heads"]
+    # Version 1 has a bias for every layer.
+    for part, layer in _parts(network):
+        tensors.setdefault(f"{part}.bias", torch.zeros(layer.weight.shape[0]))
+    # safetensors refuses tensors that share memory, as those of tasks with one head would.
+    return {name: t.clone() if name.startswith("heads.") else t for name, t in tensors.items()}, meta
 
 
 def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FrozenNetwork:
@@ -151,23 +133,16 @@ def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any])
         ValueError: If an entry or a tensor is absent, of a wrong type, or does not fit the others.
     """
     tasks = _tasks(meta)
-    hidden = []
     for i, entry in enumerate(_list(meta, "layers")):
-        shape, activation = _layer(entry, f"layers[{i}]")
-        part = f"layers.{i}."
-        parts = (_tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
-        weight = SharedWeight(shape, tasks, *parts)
-        weight.validate()
-        hidden.append(SparseLayer(weight, _tensor(tensors, part + "bias", VALUE_DTYPES), activation))
-    heads = {
-        task: DenseLayer(
-            _tensor(tensors, f"heads.{task}.weight", VALUE_DTYPES),
-            _tensor(tensors, f"heads.{task}.bias", VALUE_DTYPES),
-            "sigmoid",
-        )
-        for task in tasks
-    }
-    return FrozenNetwork(tuple(hidden), heads, _quantization(meta, tasks))
+        _check_layer(entry, f"layers[{i}]")
+        for name in ("bitmask", "row_offsets", "compressed"):
+            _tensor(tensors, f"layers.{i}.{name}")
+        _tensor(tensors, f"layers.{i}.bias", VALUE_DTYPES)
+    for task in tasks:
+        for name in ("weight", "bias"):
+            _tensor(tensors, f"heads.{task}.{name}", VALUE_DTYPES)
+    _check_codes(meta, tasks)
+    return FrozenNetwork.from_tensors(tensors, {**meta, "heads": dict.fromkeys(tasks, "sigmoid")})
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -221,31 +196,26 @@ def _tasks(meta: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def _layer(entry: Any, where: str) -> tuple[tuple[int, int], str]:
+def _check_layer(entry: Any, where: str) -> None:
     shape, activation = (entry.get("shape"), entry.get("activation")) if isinstance(entry, dict) else (None, None)
     if not isinstance(shape, list) or len(shape) != 2 or not isinstance(activation, str):
         raise ValueError(f"{where}: got {shown(entry)}, wanted a shape and an activation")
+    for width in shape:
+        _width(width, where)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{where}: got activation {shown(activation)}, wanted one of {', '.join(ACTIVATIONS)}")
-    return (_width(shape[0], where), _width(shape[1], where)), activation
 
 
-def _quantization(
-    meta: Mapping[str, Any], tasks: Sequence[str]
-) -> dict[str, tuple[QuantizationParameters, ...]] | None:
-    stored = meta.get("codes")
-    if stored is None:
-        return None
-    if not isinstance(stored, dict) or set(stored) != set(tasks):
-        raise ValueError(f"codes: got {shown(stored)}, wanted quantisation parameters of {', '.join(tasks)}")
-    return {task: tuple(_parameters(x, task) for x in _list(stored, task)) for task in tasks}
-
-
-def _parameters(entry: Any, task: str) -> QuantizationParameters:
-    kinds = [type(x) for x in entry] if isinstance(entry, list) else None
-    if kinds not in ([float, int], [int, int]):
-        raise ValueError(f"codes of {task}: got {shown(entry)}, wanted pairs of a scale and a zero point")
-    return QuantizationParameters(*entry)
+def _check_codes(meta: Mapping[str, Any], tasks: Sequence[str]) -> None:
+    codes = meta.get("codes")
+    if codes is None:
+        return
+    if not isinstance(codes, dict) or set(codes) != set(tasks):
+        raise ValueError(f"codes: got {shown(codes)}, wanted quantisation parameters of {', '.join(tasks)}")
+    for task in tasks:
+        for pair in _list(codes, task):
+            if not isinstance(pair, list) or [type(x) for x in pair] not in ([float, int], [int, int]):
+                raise ValueError(f"codes of {task}: got {shown(pair)}, wanted pairs of a scale and a zero point")
 
 
 def _list(entries: Mapping[str, Any], name: str) -> list[Any]:
@@ -293,8 +263,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _bias(layer: SparseLayer | DenseLayer) -> Tensor:
-    return torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+def _parts(network: FrozenNetwork) -> Iterator[tuple[str, SparseLayer | DenseLayer]]:
+    yield from ((f"layers.{i}", layer) for i, layer in enumerate(network.hidden))
+    yield from ((f"heads.{task}", head) for task, head in network.heads.items())
 
 
 def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

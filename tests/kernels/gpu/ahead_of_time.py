@@ -37,6 +37,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from lt4rec_sparse.kernels.gpu.device_weight import Weight
+from lt4rec_sparse.kernels.gpu.tiles import Tile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -44,10 +46,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul, tiles
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.device_weight import Weight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.launch import Launch
-from lt4rec_sparse.kernels.gpu.tiles import Tile
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "gpu_compiled.json"
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

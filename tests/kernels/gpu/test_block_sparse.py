@@ -11,12 +11,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lt4rec_sparse.kernels.gpu.tiles import Tile
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu import block_sparse
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16

@@ -12,10 +12,11 @@ from lt4rec_sparse.masks import pack_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lt4rec_sparse.kernels.gpu import fused_tail
 from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
-from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.tiles import MULTIPROCESSORS, Tile, arithmetic
+
+from lt4rec_sparse.kernels.gpu import fused_tail
+from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16

@@ -14,9 +14,10 @@ from lt4rec_sparse.masks import pack_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
+
 from lt4rec_sparse.kernels import reference
 from lt4rec_sparse.kernels.gpu import mask_and_cast, masked_linear, masked_matmul, tiles
-from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
