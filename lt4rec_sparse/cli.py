@@ -391,15 +391,11 @@ def plan(
 
     For each request size the artefact's layers are timed sparse and dense; `score --plan` follows the result.
     """
-    import torch
-
     from lt4rec_sparse.ranker import load
 
     check_out(out)
-    is_gpu = _is_gpu(device)
+    _is_gpu(device)
     mlp = load(model).mlp
-    if is_gpu and not torch.cuda.is_available():
-        raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
     try:
         measured = mlp.measure_plan(batch, precision, device)
     except ValueError as error:

@@ -30,8 +30,9 @@ class MaskedLinear(nn.Linear):
     that `mask` tells and `freeze` keeps it, before and after `prune.remove`. A parametrisation of the weight changes
     no mask.
 
-    Under `DistributedDataParallel` masks are equal in all processes after its construction. It would send them again
-    with every forward pass: `broadcast_buffers=False` avoids that.
+    `DistributedDataParallel` sends the masks of the first process to all others, when it is made and again with every
+    forward pass. The latter is waste: `forward_sync_buffers=False` avoids it. (Before torch 2.13 it is
+    `broadcast_buffers=False`, which sends them never: every process must set the same masks.)
 
     Example:
         >>> layer = MaskedLinear(4, 2)
@@ -194,8 +195,10 @@ class MaskedLinear(nn.Linear):
             if len(masks) > 1 and not bool((masks == masks[:1]).all()):
                 raise ValueError("got several without the names of their tasks, wanted mask_tasks beside them")
             return masks
-        got = json.loads(bytes(names.tolist()))
-        if sorted(got) != sorted(self.tasks) or len(masks) != len(got):
+        got = json.loads(bytes(names.tolist())) if names.dtype == torch.uint8 and names.dim() == 1 else None
+        if not isinstance(got, list) or len(got) != len(masks) or not all(isinstance(name, str) for name in got):
+            raise ValueError(f"got {len(masks)} of tasks {got}, wanted a name for each (in mask_tasks)")
+        if sorted(got) != sorted(self.tasks):
             raise ValueError(f"got {len(masks)} of tasks {', '.join(got)}, wanted those of {', '.join(self.tasks)}")
         return masks if got == list(self.tasks) else masks[[got.index(task) for task in self.tasks]]
 

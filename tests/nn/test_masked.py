@@ -1,4 +1,5 @@
 import copy
+import json
 import pickle
 
 import pytest
@@ -6,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_exact, assert_rounding, linear_reference, small_integers
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP
+from lt4rec_sparse import Mask, MaskedAdam, MaskedLinear, MaskedMLP, freeze
 from lt4rec_sparse.masks import pack_words
 from lt4rec_sparse.nn import masked
 
@@ -22,7 +25,7 @@ def test_with_a_full_mask_it_is_nn_linear():
     torch.manual_seed(0)
     ours = MaskedLinear(10, 4)
     theirs = torch.nn.Linear(10, 4)
-    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "masks"})
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith("mask")})
     x = torch.randn(3, 10)
     assert_rounding(ours(x), linear_reference(x, theirs.weight, theirs.bias, torch.float32))
 
@@ -60,6 +63,18 @@ def test_bad_tasks(tasks):
 def test_a_bad_mask_is_refused():
     with pytest.raises(ValueError, match=r"mask: got torch.float32 \(2, 3\), wanted torch.bool \(2, 3\)"):
         MaskedLinear(3, 2).set_mask(torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"mask: got a Mask, wanted a bool tensor \(2, 3\)"):
+        MaskedLinear(3, 2).set_mask(Mask.full({"layers.0": (2, 3)}))
+    with pytest.raises(TypeError, match=r"mask: got a Tensor, wanted a Mask of layers layers\.0, layers\.1"):
+        MaskedMLP(7, hidden=(6, 5)).set_mask(torch.ones(6, 7, dtype=torch.bool))
+
+
+def test_tasks_are_named_by_keyword():
+    with pytest.raises(TypeError, match=r"bias: got \('a', 'b'\), wanted True or False"):
+        MaskedLinear(16, 8, ("a", "b"))
+    with pytest.raises(TypeError, match=r"out_features: got \('a', 'b'\), wanted how many outputs each task has"):
+        MaskedMLP(16, (8,), ("a", "b"))
+    assert MaskedLinear(16, 8, False, "meta").weight.is_meta  # as nn.Linear's arguments
 
 
 def integer_mlp(tasks=("ctr", "cvr"), density=0.5, seed=0) -> MaskedMLP:
@@ -104,46 +119,24 @@ def test_a_task_runs_its_own_subnetwork(seed, density, batch, tasks):
         assert_exact(ours, theirs)
 
 
-@given(
-    cuts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=3),
-    seed=st.integers(0, 2**31),
-)
-def test_each_task_may_read_its_own_rows(cuts, seed):
-    rows = {f"task{i}": (min(cut), max(cut)) for i, cut in enumerate(cuts)}
-    mlp = integer_mlp(tuple(rows), seed=seed)
-    x = small_integers(9, 7, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    scores = mlp(x, rows=dict(reversed(rows.items())))
-    wanted = {task: dense(mlp, task, x[start:stop]) for task, (start, stop) in rows.items()}
-    assert list(scores) == list(rows)
-    for task in rows:
-        assert_exact(scores[task], wanted[task])
-    every, theirs = (gradients(mlp, x, torch.cat(list(parts.values()))) for parts in (scores, wanted))
-    for mine, other in zip(every, theirs, strict=True):
-        assert_exact(mine, other)
+def test_each_task_has_its_outputs():
+    mlp = MaskedMLP(7, hidden=(6,), out_features=3, tasks=("ctr", "cvr"))
+    x = torch.randn(4, 7)
+    assert_exact(mlp(x), torch.cat([mlp(x, "ctr"), mlp(x, "cvr")], dim=1))
+    assert mlp(x, "cvr").shape == (4, 3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"task": "ctr", "rows": {"ctr": (0, 2), "cvr": (0, 2)}}, r"task and rows: got both, 'ctr' and \{'ctr': "),
-        ({"rows": {"ctr": (0, 2)}}, "rows: got tasks ctr, wanted ctr, cvr"),
-        ({"rows": {"ctr": (0, 2), "like": (0, 2)}}, "rows: got tasks ctr, like, wanted ctr, cvr"),
-        ({"rows": {"ctr": (0, 2), "cvr": (2, 5)}}, "rows of cvr: got 2 to 5, wanted some of the 4 rows of x"),
-        ({"rows": {"ctr": (-1, 2), "cvr": (0, 4)}}, "rows of ctr: got -1 to 2"),
-        ({"rows": {"ctr": (0, 4), "cvr": (3, 2)}}, "rows of cvr: got 3 to 2"),
-        ({"task": "like"}, "task: got 'like', wanted one of ctr, cvr"),
-    ],
-)
-def test_bad_rows(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        MaskedMLP(7, hidden=(6,), tasks=("ctr", "cvr"))(torch.ones(4, 7), **arguments)
+def test_an_unknown_task_of_a_network_is_named():
+    with pytest.raises(ValueError, match="task: got 'like', wanted one of ctr, cvr"):
+        integer_mlp()(torch.ones(4, 7), task="like")
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
-def test_without_tasks_it_takes_what_an_mlp_takes(shape):
-    mlp = integer_mlp(("task",))
+@pytest.mark.parametrize("tasks", [("task",), ("ctr", "cvr")])
+def test_it_takes_what_an_mlp_takes(shape, tasks):
+    mlp = integer_mlp(tasks)
     x = small_integers(*shape, generator=torch.Generator().manual_seed(1))
-    assert_exact(mlp(x), dense(mlp, "task", x))
+    assert_exact(mlp(x), torch.cat([dense(mlp, task, x) for task in tasks], dim=-1))
 
 
 def test_masks_travel_with_the_state():
@@ -153,6 +146,72 @@ def test_masks_travel_with_the_state():
     other.load_state_dict(mlp.state_dict())
     assert other.mask("cvr") == mlp.mask("cvr")
     assert other.mask("ctr") == Mask.full(mlp.mask("ctr").shapes)
+
+
+def test_masks_are_loaded_by_the_names_of_their_tasks():
+    mlp = integer_mlp(("ctr", "cvr"))
+    other = MaskedMLP(7, hidden=(6, 5), tasks=("cvr", "ctr"))
+    other.load_state_dict(mlp.state_dict())
+    assert {task: other.mask(task) for task in mlp.tasks} == {task: mlp.mask(task) for task in mlp.tasks}
+    x = small_integers(3, 7, generator=torch.Generator().manual_seed(1))
+    assert_exact(other(x, "cvr"), mlp(x, "cvr"))
+    again = MaskedMLP(7, hidden=(6, 5), tasks=mlp.tasks)
+    again.load_state_dict(other.state_dict(), assign=True)
+    assert again.mask("ctr") == mlp.mask("ctr")
+    assert all(torch.equal(layer.mask_words, pack_words(layer.masks)) for layer in again.masked_layers())
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize("tasks", [("ctr", "like"), ("ctr",), ("ctr", "cvr", "like")])
+def test_masks_of_other_tasks_are_refused(tasks, is_strict):
+    state = {name: t for name, t in integer_mlp().state_dict().items() if name.startswith("layers")}
+    mlp = MaskedMLP(7, hidden=(6, 5), tasks=tasks)
+    before = {task: mlp.mask(task) for task in tasks}
+    with pytest.raises(RuntimeError, match=r"layers\.1\.masks: got 2 of tasks ctr, cvr, wanted those of ctr"):
+        mlp.load_state_dict(state, strict=is_strict)
+    assert {task: mlp.mask(task) for task in tasks} == before
+
+
+def nameless(module):
+    return {name: t for name, t in module.state_dict().items() if not name.endswith("mask_tasks")}
+
+
+def test_a_state_without_names_is_loaded_where_it_cannot_be_mistaken():
+    single, other = integer_mlp(("ctr",)), integer_mlp(("task",), seed=5)
+    other.load_state_dict(nameless(single), strict=False)  # heads are named too
+    assert other.mask() == single.mask()
+    joint, full = integer_mlp(), MaskedMLP(7, hidden=(6, 5), tasks=("ctr", "cvr"))
+    with pytest.raises(RuntimeError, match="got several without the names of their tasks, wanted mask_tasks"):
+        full.load_state_dict(nameless(joint))
+    for task in joint.tasks:
+        joint.set_mask(single.mask(), task)
+    full.load_state_dict(nameless(joint))
+    assert full.mask("cvr") == single.mask()
+
+
+def test_a_state_without_masks_says_what_is_missing():
+    layer = MaskedLinear(3, 2, tasks=("ctr", "cvr"))
+    plain = torch.nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "masks"'):
+        layer.load_state_dict(plain.state_dict())
+    assert layer.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["masks"]
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("names", [b"", b"{", b"[1, 2]", b"3", b"\xff"])
+def test_damaged_names_are_refused(names):
+    layer = MaskedLinear(3, 2, tasks=("ctr", "cvr"))
+    damaged = torch.tensor(list(names), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="masks: "):
+        layer.load_state_dict(layer.state_dict() | {"mask_tasks": damaged})
+
+
+def test_a_state_goes_through_safetensors(tmp_path):
+    mlp = integer_mlp()
+    save_file(mlp.state_dict(), tmp_path / "state")
+    other = MaskedMLP(7, hidden=(6, 5), tasks=("cvr", "ctr"))
+    other.load_state_dict(load_file(tmp_path / "state"))
+    assert other.mask("cvr") == mlp.mask("cvr")
 
 
 def test_a_mask_of_another_network_is_refused():
@@ -259,7 +318,8 @@ def test_a_layer_can_be_made_in_inference_mode():
 
 def test_packed_masks_are_no_part_of_a_checkpoint():
     layer = random_layer()
-    assert set(layer.state_dict()) == {"weight", "bias", "masks"}
+    assert set(layer.state_dict()) == {"weight", "bias", "masks", "mask_tasks"}
+    assert json.loads(bytes(layer.state_dict()["mask_tasks"].tolist())) == ["a", "b"]
     mlp = integer_mlp()
     assert not [name for name in mlp.state_dict() if "words" in name]
     assert MaskedMLP(7, hidden=(6, 5), tasks=mlp.tasks).load_state_dict(mlp.state_dict()) == ([], [])
@@ -271,14 +331,11 @@ def test_packed_masks_are_no_part_of_a_checkpoint():
 def test_compiled_it_takes_any_rows():
     mlp = integer_mlp()
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch, a, b in ((8, 5, 3), (9, 6, 2), (11, 4, 4)):
+    for batch in (8, 9, 11):
         x = small_integers(batch, 7, generator=torch.Generator().manual_seed(batch)).requires_grad_()
-        rows = {"ctr": (0, a), "cvr": (b, batch)}
-        for arguments in ({}, {"rows": rows}):
+        for arguments in ((), ("cvr",)):
             with torch.compiler.set_stance("default" if batch == 8 else "fail_on_recompile"):
-                ours, wanted = compiled(x, **arguments), mlp(x, **arguments)
-            if "rows" in arguments:
-                ours, wanted = (torch.cat(list(scores.values())) for scores in (ours, wanted))
+                ours, wanted = compiled(x, *arguments), mlp(x, *arguments)
             assert_exact(ours, wanted)
             for mine, theirs in zip(gradients(mlp, x, ours), gradients(mlp, x, wanted), strict=True):
                 assert_exact(mine, theirs)
@@ -301,3 +358,106 @@ def test_state_dict_round_trips_through_compile():
     compiled(x)
     other.load_state_dict(mlp.state_dict())
     assert_exact(compiled(x), mlp(x))
+
+
+# torch's own pruning and parametrisations
+
+
+def test_what_torch_prunes_is_pruned_from_every_mask_and_stays_so():
+    layer = random_layer()
+    before = {task: layer.mask(task).clone() for task in layer.tasks}
+    prune.l1_unstructured(layer, "weight", 0.8)
+    kept = layer.weight_mask != 0
+    assert 0 < kept.sum() < kept.numel()
+    x = torch.randn(5, 130)
+    for task in layer.tasks:
+        assert torch.equal(layer.mask(task), before[task] & kept)
+        wanted = linear_reference(x, layer.weight_orig * layer.mask(task), layer.bias, torch.float32)
+        assert_rounding(layer(x, task), wanted)
+    assert torch.equal(layer.mask_words, pack_words(layer.masks))
+    layer.set_mask(torch.ones(3, 130, dtype=torch.bool), "a")  # what torch prunes no mask brings back
+    assert torch.equal(layer.mask("a"), kept)
+    prune.random_unstructured(layer, "weight", 0.5)  # on top of the first
+    twice = layer.weight_mask != 0
+    assert torch.equal(layer.mask("a"), twice) and twice.sum() < kept.sum()
+    prune.remove(layer, "weight")
+    assert torch.equal(layer.mask("a"), twice)
+    assert isinstance(layer.weight, torch.nn.Parameter) and not layer.weight[~twice].any()
+
+
+def test_freeze_keeps_what_torch_prunes():
+    layer = MaskedLinear(130, 3)
+    prune.l1_unstructured(layer, "weight", 0.8)
+    (frozen,) = freeze(layer).network.densities
+    assert frozen == pytest.approx(0.2, abs=0.01)
+    mlp = MaskedMLP(40, hidden=(30, 20), tasks=("ctr", "cvr"))
+    prune.global_unstructured([(layer, "weight") for layer in mlp.layers], prune.L1Unstructured, amount=0.75)
+    for task in mlp.tasks:
+        assert mlp.mask(task).density == pytest.approx(0.25, abs=0.01)
+    x = torch.randn(6, 40)
+    wanted = mlp(x)
+    for layer in mlp.layers:
+        prune.remove(layer, "weight")
+    for task in mlp.tasks:
+        assert mlp.mask(task).density == pytest.approx(0.25, abs=0.01)
+    assert_exact(mlp(x), wanted)
+
+
+def test_the_state_of_a_pruned_layer_is_loaded_whole():
+    layer, other = random_layer(), random_layer()
+    for module in (layer, other):
+        prune.random_unstructured(module, "weight", 0.5)
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    other.load_state_dict(state)
+    assert torch.equal(other.masks, layer.masks)
+    state["masks"].fill_(True)  # as of a layer that knows nothing of its pruning
+    other.load_state_dict(state)
+    assert torch.equal(other.mask("a"), layer.weight_mask != 0)
+
+
+def test_a_pruned_layer_reads_the_weight_that_was_stepped():
+    layer = MaskedLinear(8, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "bias", 0.5)
+    with torch.no_grad():
+        layer.weight_orig += 1
+        layer.bias_orig += 1
+    weight, bias = layer.weight_and_bias()
+    assert torch.equal(weight, layer.weight_orig * layer.weight_mask)
+    assert torch.equal(bias, layer.bias_orig * layer.bias_mask)
+    layer(torch.ones(1, 8))  # torch computes the attributes now
+    assert torch.equal(weight, layer.weight)
+    plain = MaskedLinear(8, 4, bias=False)
+    assert plain.weight_and_bias() == (plain.weight, None)
+
+
+class Absolute(torch.nn.Module):
+    def forward(self, weight):
+        return weight.abs()
+
+
+@pytest.mark.parametrize(
+    "parametrised",
+    [parametrizations.weight_norm, lambda layer: parametrize.register_parametrization(layer, "weight", Absolute())],
+    ids=["weight_norm", "own"],
+)
+def test_a_parametrised_weight_is_masked_and_frozen(parametrised):
+    layer = MaskedLinear(130, 3)
+    layer.set_mask(random_layer().mask("a"))
+    parametrised(layer)
+    x = torch.randn(5, 130)
+    wanted = linear_reference(x, layer.weight * layer.mask(), layer.bias, torch.float32)
+    assert_rounding(layer(x), wanted)
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert_rounding(freeze(layer)(x), wanted)
+
+
+@pytest.mark.parametrize("compute", [parametrizations.weight_norm, lambda m: prune.identity(m, "weight")])
+def test_masked_adam_refuses_a_weight_that_is_computed(compute):
+    mlp = MaskedMLP(7, hidden=(6, 5))
+    optimizer = MaskedAdam(mlp)
+    compute(mlp.layers[1])
+    for call in (lambda: MaskedAdam(mlp), optimizer.remask, optimizer.step):
+        with pytest.raises(ValueError, match=r"masked layer 1: got a weight that is computed, wanted a param"):
+            call()

@@ -67,56 +67,48 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradgradcheck(ops.masked_linear, inputs)
 
 
+# All tasks at once: of one x that all read, or of rows of their own
+
+every_kind_of_x = pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "apart"])
+every_kind_of_mask = pytest.mark.parametrize("kind", [lambda masks: masks, pack_words], ids=["bool", "words"])
+
+
+def tasks_problem(tasks, is_shared, dtype=torch.float32, weight_dtype=None, integers=True):
+    x, weight, _, bias = problem(6 * tasks, 7, 5, dtype=dtype, integers=integers)
+    x = x[:6] if is_shared else x.view(tasks, 6, 7)
+    weight, bias = (t.to(weight_dtype or dtype) for t in (weight, bias))
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.rand(tasks, 5, 7, generator=generator) < 0.5
+    return x, weight, masks, bias, small_integers(tasks, 6, 5, generator=generator, dtype=dtype)
+
+
+@every_kind_of_x
 @pytest.mark.parametrize("activation", ["none", "relu"])
-def test_gradcheck_of_two_tasks_with_overlapping_rows(activation):
-    x, weight, _, bias = problem(4, 5, 3, dtype=torch.float64)
-    masks = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+def test_gradcheck_of_two_tasks(is_shared, activation):
+    x, weight, masks, bias, _ = tasks_problem(2, is_shared, torch.float64, integers=False)
 
     def apply(x, weight, bias):
-        return ops.masked_linear_tasks(x, weight, masks, bias, (0, 1), (3, 3), activation)
+        return ops.masked_linear_tasks(x, weight, masks, bias, activation)
 
-    assert ops.masked_linear_tasks(x, weight, masks, bias, (0, 1), (3, 3)).abs().min() > 1e-3  # no kink is near
+    assert ops.masked_linear_tasks(x, weight, masks, bias).abs().min() > 1e-3  # no kink is near
     assert torch.autograd.gradcheck(apply, [t.requires_grad_() for t in (x, weight, bias)])
     assert torch.autograd.gradgradcheck(apply, [x, weight, bias])
 
 
-# Several tasks at once: their masks, and the rows that each reads of a batch of 6
-
-RANGES = {
-    "one": ((0,), (6,)),
-    "part-of-one": ((1,), (3,)),
-    "same": ((0, 0), (6, 6)),
-    "overlap": ((0, 2), (4, 4)),
-    "apart-one-empty": ((0, 6, 3), (3, 0, 3)),
-}
-every_range = pytest.mark.parametrize(("starts", "lengths"), RANGES.values(), ids=RANGES)
-every_kind_of_mask = pytest.mark.parametrize("kind", [lambda masks: masks, pack_words], ids=["bool", "words"])
-
-
-def tasks_problem(starts, lengths, dtype=torch.float32, weight_dtype=None, integers=True):
-    x, weight, _, bias = problem(6, 7, 5, dtype=dtype, integers=integers)
-    weight, bias = (t.to(weight_dtype or dtype) for t in (weight, bias))
-    generator = torch.Generator().manual_seed(1)
-    masks = torch.rand(len(starts), 5, 7, generator=generator) < 0.5
-    return x, weight, masks, bias, small_integers(sum(lengths), 5, generator=generator, dtype=dtype)
-
-
-@every_range
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+@every_kind_of_x
 @every_kind_of_mask
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_tasks_are_exactly_one_task_after_another(starts, lengths, kind, activation, dtype):
-    x, weight, masks, bias, dy = tasks_problem(starts, lengths, dtype, torch.float32)
+def test_tasks_are_exactly_one_task_after_another(tasks, is_shared, kind, activation, dtype):
+    x, weight, masks, bias, dy = tasks_problem(tasks, is_shared, dtype, torch.float32)
     x, weight, bias = (t.requires_grad_() for t in (x, weight, bias))
-    ops.masked_linear_tasks(x, weight, kind(masks), bias, starts, lengths, activation).backward(dy)
+    ops.masked_linear_tasks(x, weight, kind(masks), bias, activation).backward(dy)
     dense = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    parts = [
-        dense[0][start : start + length] @ (dense[1] * mask).T + dense[2]
-        for mask, start, length in zip(masks, starts, lengths, strict=True)
-    ]
-    y = torch.cat([part.relu() if activation == "relu" else part for part in parts])
+    y = dense[0] @ (dense[1] * masks).mT + dense[2]
+    y = y.relu() if activation == "relu" else y
     y.backward(dy.double())
-    assert_exact(ops.masked_linear_tasks(x, weight, kind(masks), bias, starts, lengths, activation), y.to(dtype))
+    assert_exact(ops.masked_linear_tasks(x, weight, kind(masks), bias, activation), y.to(dtype))
     for ours, wanted in zip((x, weight, bias), dense, strict=True):
         assert_exact(ours.grad, wanted.grad.to(ours.dtype))
 
@@ -140,37 +132,35 @@ def test_an_activation_is_that_of_the_plain_result(kind):
     assert ops.masked_linear(x, weight, torch.ones_like(mask), bias, "relu")[2].isnan().all()
 
 
-@pytest.mark.parametrize(("starts", "lengths"), [RANGES["one"], RANGES["overlap"]], ids=["one", "overlap"])
+@pytest.mark.parametrize("tasks", [1, 2])
+@every_kind_of_x
 @every_kind_of_mask
-def test_opcheck_masked_linear(starts, lengths, kind):
-    x, weight, masks, bias, dy = tasks_problem(starts, lengths, integers=False)
-    masks, ranges = kind(masks), (list(starts), list(lengths))
-    door = torch.ops.lt4rec_sparse
+def test_opcheck_masked_linear(tasks, is_shared, kind):
+    x, weight, masks, bias, dy = tasks_problem(tasks, is_shared, integers=False)
+    x, masks, door = x.view(-1, 6, 7), kind(masks), torch.ops.lt4rec_sparse
     for activation in ("none", "relu"):
         inputs = (x.clone().requires_grad_(), weight.clone().requires_grad_(), masks, bias.clone().requires_grad_())
-        torch.library.opcheck(door.masked_linear, (*inputs, *ranges, activation))
-    torch.library.opcheck(door.masked_linear_dgrad, (dy, weight, masks, *ranges, len(x)))
-    torch.library.opcheck(door.masked_linear_wgrad, (dy, x, masks, *ranges, torch.float32))
+        torch.library.opcheck(door.masked_linear, (*inputs, activation))
+    torch.library.opcheck(door.masked_linear_dgrad, (dy, weight, masks, is_shared))
+    torch.library.opcheck(door.masked_linear_wgrad, (dy, x, masks, torch.float32))
 
 
 def test_opcheck_of_mixed_dtypes():
-    x, weight, masks, bias, dy = tasks_problem(*RANGES["overlap"], torch.bfloat16, torch.float32, integers=False)
-    ranges = [list(values) for values in RANGES["overlap"]]
+    x, weight, masks, bias, dy = tasks_problem(2, False, torch.bfloat16, torch.float32, integers=False)
     inputs = (x.requires_grad_(), weight.requires_grad_(), masks, bias.requires_grad_())
-    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear, (*inputs, *ranges, "relu"))
-    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_wgrad, (dy, x.detach(), masks, *ranges, torch.float32))
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear, (*inputs, "relu"))
+    torch.library.opcheck(torch.ops.lt4rec_sparse.masked_linear_wgrad, (dy, x.detach(), masks, torch.float32))
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_compiled_once_for_every_batch_it_is_exact(tasks):
-    _, weight, masks, bias, _ = tasks_problem((0,) * tasks, (6,) * tasks)
+    _, weight, masks, bias, _ = tasks_problem(tasks, True)
     weight.requires_grad_()
 
     def apply(x):
         if tasks == 1:
             return ops.masked_linear(x, weight, masks[0], bias, "relu")
-        rows = x.shape[0]
-        return ops.masked_linear_tasks(x, weight, masks, bias, (0, 2), (rows - 1, rows - 2), "relu")
+        return ops.masked_linear_tasks(x, weight, masks, bias, "relu")
 
     compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
     for rows, stance in ((8, "default"), (5, "fail_on_recompile"), (19, "fail_on_recompile")):
@@ -218,7 +208,7 @@ def test_autocast_ends_where_it_is_disabled_and_passes_over_float64():
     x, weight, mask, bias = problem(9, 17, 6)
     plain = ops.masked_linear(x, weight, mask, bias, "relu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.masked_linear_tasks(x, weight, mask[None], bias, (0,), (9,)).dtype == torch.bfloat16
+        assert ops.masked_linear_tasks(x, weight, mask[None], bias).dtype == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
             assert_exact(ops.masked_linear(x, weight, mask, bias, "relu"), plain)
     doubles = [t.double() for t in (x, weight, bias)]
@@ -260,14 +250,16 @@ def test_masked_linear_refuses(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(1, 4, 3)}, r"x and masks: got shapes \(1, 4, 3\) and \(2, 2, 3\), wanted \[rows"),
-        ({"masks": torch.ones(2, 3, dtype=torch.bool)}, r"x and masks: got shapes \(4, 3\) and \(2, 3\), wanted"),
+        (
+            {"x": torch.ones(1, 4, 3)},
+            r"x: got shape \(1, 4, 3\), wanted \[rows, in_features\] or \[2, rows, ",
+        ),
+        ({"x": torch.ones(3)}, r"x: got shape \(3,\), wanted \[rows, in_features\] or \[2, rows, in_features\]"),
+        (
+            {"masks": torch.ones(2, 3, dtype=torch.bool)},
+            r"masks: got shape \(2, 3\), wanted \[tasks, out_features, ",
+        ),
         ({"masks": torch.ones(2, 2, 4, dtype=torch.bool)}, r"mask: got shape \(2, 4\), wanted \(2, 3\)"),
-        ({"starts": (0,)}, "starts, lengths: got 1 and 2, wanted 2, one a task"),
-        ({"lengths": (1, 1, 1)}, "starts, lengths: got 2 and 3, wanted 2, one a task"),
-        ({"starts": (0, 3)}, "range: got 2 rows from 3 on, wanted some of the 4 rows of x"),
-        ({"starts": (-1, 0)}, "range: got 4 rows from -1 on"),
-        ({"lengths": (-1, 2)}, "range: got -1 rows from 0 on"),
         ({"activation": "gelu"}, "activation: got 'gelu', wanted none or relu"),
     ],
 )
@@ -277,8 +269,6 @@ def test_masked_linear_tasks_refuses(change, message):
         "weight": torch.ones(2, 3),
         "masks": torch.ones(2, 2, 3, dtype=torch.bool),
         "bias": None,
-        "starts": (0, 2),
-        "lengths": (4, 2),
     }
     with pytest.raises(ValueError, match=message):
         ops.masked_linear_tasks(**(good | change))
