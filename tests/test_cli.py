@@ -284,17 +284,6 @@ def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
     assert (result.stderr, result.stdout.split(",")[0]) == ("", f"{tmp_path}/report.md")
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "pyarrow"])
-def test_without_its_packages_the_command_says_what_to_install(missing):
-    hide = f"u.find_spec = lambda name, find=u.find_spec: None if name == {missing!r} else find(name)"
-    code = f"import importlib.util as u; {hide}\nfrom lt4rec_sparse.__main__ import main; main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(
-        rf"lt4rec-sparse: got .* without {missing}, .*pip install 'lt4rec-sparse\[recsys\]'\n", result.stderr
-    )
-
-
 def test_help_imports_nothing_that_computes():
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
