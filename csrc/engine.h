@@ -188,8 +188,8 @@ typedef struct {
 } LayerRecord;
 
 // One task's layer in canonical form, which is that of formats.py and of artefacts. Tasks whose layers have the same
-// `values` and `planes` share the weight. Addresses travel as integers, so that a caller without C can write this as
-// int64s; the scale travels as the bits of a double.
+// `values` and `planes`, in one shape, share the weight. Addresses travel as integers, so that a caller without C can
+// write this as int64s; the scale travels as the bits of a double.
 typedef struct {
   int64_t values;        // float[nnz]: what any task keeps, row by row, columns ascending
   int64_t planes;        // uint8_t[tasks][out_features][(in_features + 7) / 8]: column k is bit k % 8 of byte k / 8;

@@ -1,4 +1,5 @@
-// Compressed weights, as files and formats.py hold them -> the layers of a blob. The only place that checks what the kernels trust.
+// Compressed weights, as files and formats.py hold them -> the layers of a blob. The only place that checks what the
+// kernels trust.
 #include "network.h"
 
 #include <algorithm>
@@ -188,8 +189,10 @@ std::vector<float> in_order(const std::vector<float>& values, const Positions& p
   return ordered;
 }
 
+// One weight, and not the first rows or planes of another.
 bool shares_weight(const CanonicalLayer& a, const CanonicalLayer& b) {
-  return a.planes != 0 && a.planes == b.planes && a.values == b.values;
+  return a.planes != 0 && a.planes == b.planes && a.values == b.values && a.tasks == b.tasks &&
+         a.in_features == b.in_features && a.out_features == b.out_features;
 }
 
 // Who keeps each weight of a union: `set_of[i]` is the number of a set of tasks, `sets` has a bit for each of its tasks.
@@ -333,21 +336,17 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
 }  // namespace
 
 bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message) {
-  const auto refuse = [&](const char* what, int64_t at, int64_t got, const char* wanted, int64_t bound) {
-    std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s[%lld]: got %lld, wanted %s %lld", (long long)index, what,
-                  (long long)at, (long long)got, wanted, (long long)bound);
+  const auto refuse = [&](const char* what, int64_t got, const char* wanted, int64_t bound) {
+    std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s: got %lld, wanted %s %lld", (long long)index, what,
+                  (long long)got, wanted, (long long)bound);
     return false;
   };
-  const auto refuse_size = [&](const char* what, int64_t got, int64_t bound) {
-    std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s: got %lld, wanted at most %lld", (long long)index, what,
-                  (long long)got, (long long)bound);
-    return false;
-  };
-  if (layer.out_features > MAX_OUT_FEATURES) return refuse_size("out_features", layer.out_features, MAX_OUT_FEATURES);
-  if (layer.in_features > MAX_IN_FEATURES) return refuse_size("in_features", layer.in_features, MAX_IN_FEATURES);
+  if (layer.out_features > MAX_OUT_FEATURES)
+    return refuse("out_features", layer.out_features, "at most", MAX_OUT_FEATURES);
+  if (layer.in_features > MAX_IN_FEATURES) return refuse("in_features", layer.in_features, "at most", MAX_IN_FEATURES);
   if (precision == PRECISION_S8) {
     if (layer.in_features > MAX_IN_FEATURES_S8)
-      return refuse_size("in_features in int8", layer.in_features, MAX_IN_FEATURES_S8);
+      return refuse("in_features in int8", layer.in_features, "at most", MAX_IN_FEATURES_S8);
     // Both become float32. Written so that a NaN is refused.
     if (!(layer.input_scale > 0 && std::isfinite(float(layer.input_scale)) &&
           std::isfinite(float(1 / layer.input_scale)))) {
@@ -369,23 +368,22 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
     const auto* bias = reinterpret_cast<const float*>(layer.bias);
     if (bias && !is_finite("bias", bias, layer.out_features)) return false;
     if (layer.input_zero_point < 0 || layer.input_zero_point > 255)
-      return refuse("input_zero_point", 0, layer.input_zero_point, "0 to", 255);
+      return refuse("input_zero_point", layer.input_zero_point, "0 to", 255);
   }
   if (layer.planes == 0) {
     const int64_t all = layer.in_features * layer.out_features;
-    return layer.nnz == all || refuse("values", layer.nnz, layer.nnz, "one for each weight of a dense layer,", all);
+    return layer.nnz == all || refuse("values", layer.nnz, "one for each weight of a dense layer,", all);
   }
-  if (layer.task < 0 || layer.task >= layer.tasks) return refuse("task", 0, layer.task, "less than", layer.tasks);
+  if (layer.task < 0 || layer.task >= layer.tasks) return refuse("task", layer.task, "0 or more, below", layer.tasks);
   if (const int64_t used = layer.in_features % 8) {
     const auto* planes = reinterpret_cast<const uint8_t*>(layer.planes);
     const int64_t bytes = (layer.in_features + 7) / 8;
-    for (int64_t row = 0; row < layer.tasks * layer.out_features; ++row) {
-      const int padding = planes[row * bytes + bytes - 1] >> used;
-      if (padding) return refuse("bitmask padding of row", row, padding, "exactly", 0);
-    }
+    for (int64_t row = 0; row < layer.tasks * layer.out_features; ++row)
+      if (const int padding = planes[row * bytes + bytes - 1] >> used)
+        return refuse("padding of planes", padding, "exactly", 0);
   }
   const int64_t kept = View(layer).nnz_of_union();
-  return kept == layer.nnz || refuse("bitmask", 0, kept, "as many set bits as there are values,", layer.nnz);
+  return kept == layer.nnz || refuse("planes", kept, "as many kept weights as there are values,", layer.nnz);
 }
 
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message) {

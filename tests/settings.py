@@ -26,7 +26,7 @@ from lt4rec_sparse.kernels import cpu
 ROOT = Path(__file__).parents[1]
 CHECKS = "checks"  # of bench/results
 SHORT = (
-    *("tests/kernels", "tests/nn", "tests/ranker", "tests/test_ops.py", "tests/test_formats.py"),
+    *("tests/kernels", "tests/nn", "tests/ranker", "tests/ops", "tests/test_formats.py"),
     *("--ignore=tests/kernels/gpu", "--ignore-glob=*gpu*"),
 )
 

@@ -1,38 +1,36 @@
-"""Cases for pytest-benchmark, one layer at a time, to compare two builds or two machines.
+"""Cases for pytest-benchmark, one layer at a time, to compare two builds or two machines; and the suites' short forms.
 
-`pytest tests/test_benchmarks.py --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. No
-verdict: that is in the interleaved ratios of `python -m bench cpu`.
+`pytest tests/test_benchmarks.py --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. They rank
+nothing: the interleaved ratios of `python -m bench cpu` do.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import Layer, assert_rounding, mlp_reference
+from kernels.networks import Kernel, exact_reference, prepack, random_layer, random_mask
+from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
 
+from bench.cpu import PRECISIONS, ratio, speed_table
 from lt4rec_sparse import ops
 from lt4rec_sparse.kernels import cpu
 
+ROOT = Path(__file__).parents[1]
 IN_FEATURES, OUT_FEATURES = 1024, 512
-CODES = {"input_scale": 8 / 255, "input_zero_point": 128}  # of standard normal activations
+OPERANDS = {"fp32": None, "bf16": torch.bfloat16}
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
-
-
-def sparse_layer(density: float) -> tuple[Layer, cpu.PackLayer]:
-    """Return one random layer, dense and compressed."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(OUT_FEATURES, IN_FEATURES, generator=generator) < density
-    weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator) * mask / IN_FEATURES**0.5
-    bias = torch.randn(OUT_FEATURES, generator=generator)
-    crow_indices = torch.nn.functional.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
-    packed = cpu.PackLayer(crow_indices, mask.nonzero()[:, 1].int(), weight[mask], bias, IN_FEATURES, "relu", **CODES)
-    return Layer(weight, bias, "relu"), packed
+needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 
-@pytest.mark.parametrize("density", [0.2, 0.1, 0.05])
+@needs_engine
+@pytest.mark.parametrize("density", [0.2, 0.05])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 @pytest.mark.parametrize(
     ("precision", "path"),
@@ -40,14 +38,16 @@ def sparse_layer(density: float) -> tuple[Layer, cpu.PackLayer]:
 )
 def test_one_sparse_layer(benchmark: Any, precision: str, path: Any, batch: int, density: float) -> None:
     """One layer of the engine, one thread."""
-    layer, packed = sparse_layer(density)
-    prepacked = cpu.prepack([[packed]], precision)
-    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(1))
-    out = torch.empty(batch, OUT_FEATURES)
+    mask = random_mask(OUT_FEATURES, IN_FEATURES, density, seed=0)
+    layer = random_layer(mask, "relu", seed=1, integers=False)
+    prepacked = prepack([[layer]], precision)
+    x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(2))
     benchmark.extra_info |= {"isa": cpu.isa(), "density": density}
-    benchmark(cpu.sparse_mlp, x, prepacked, out, 1, path)
-    if precision == "fp32":
-        assert_rounding(out, mlp_reference(x, [layer]))
+    y = benchmark(Kernel(precision, path, cpu.isa()).run, x, prepacked)
+    if precision == "int8":
+        assert_exact(y, exact_reference(x, [[layer]], precision))
+    else:
+        assert_rounding(y, mlp_reference(x, [layer.dense()], operands=OPERANDS[precision]))
 
 
 @pytest.mark.parametrize("batch", [256, 1024])
@@ -57,10 +57,58 @@ def test_masked_linear(benchmark: Any, direction: str, batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator, requires_grad=True)
     mask = torch.rand(OUT_FEATURES, IN_FEATURES, generator=generator) < 0.2
-    x = torch.randn(batch, IN_FEATURES, generator=generator)
+    x = torch.randn(batch, IN_FEATURES, generator=generator, requires_grad=True)
+    effective = weight.detach() * mask
     if direction == "forward":
-        benchmark(ops.masked_linear, x, weight.detach(), mask)
+        y = benchmark(ops.masked_linear, x.detach(), weight.detach(), mask)
+        assert_rounding(y, linear_reference(x.detach(), effective, None, torch.float32))
         return
     y = ops.masked_linear(x, weight, mask)
-    dy = torch.randn_like(y)
-    benchmark(torch.autograd.grad, y, weight, dy, retain_graph=True)
+    dy = torch.randn(y.shape, generator=generator)
+    dx, dw = benchmark(torch.autograd.grad, y, (x, weight), dy, retain_graph=True)
+    assert_rounding(dx, linear_reference(dy, effective.T, None, torch.float32))
+    kept = linear_reference(dy.T, x.detach().T, None, torch.float32)
+    assert_rounding(dw[mask], Bounded(kept.value[mask], kept.bound[mask]))
+    assert_exact(dw[~mask], torch.zeros_like(dw[~mask]))
+
+
+def case(**medians: float) -> dict[str, Any]:
+    """A case of one batch, from medians by name; names say kind and precision."""
+    kinds = {name: name.split("_") for name in medians}
+    contestants = {n: {"kind": kinds[n][0], "precision": kinds[n][1], "median_us": us} for n, us in medians.items()}
+    return {"threads": 1, "sparsity": 0.9, "batch": 8, "contestants": contestants}
+
+
+def test_a_ratio_is_the_best_dense_opponents_to_the_engine_in_this_precision_or_a_finer_one() -> None:
+    measured = case(ours_fp32=2.0, ours_bf16=8.0, dense_fp32_slow=9.0, dense_fp32=6.0, dense_bf16=4.0, sparse_fp32=1.0)
+    assert ratio(measured, "fp32") == 3.0
+    assert ratio(measured, "bf16") == 2.0
+
+
+def test_a_precision_that_no_opponent_has_leaves_its_cells_empty() -> None:
+    result = {"cases": [case(ours_fp32=2.0, ours_bf16=8.0, ours_int8=1.0, dense_fp32=6.0)]}
+    cells = [speed_table(result, precision).splitlines()[-1] for precision in PRECISIONS]
+    assert cells == ["| 1 | 90% | 3.0 |", "| 1 | 90% |  |", "| 1 | 90% |  |"]
+
+
+def bench(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_engine
+@pytest.mark.bench_short
+def test_the_cpu_suites_run_in_their_short_form() -> None:
+    printed = bench("cpu", "--short")
+    assert "### Against dense fp32" in printed and "ours int8" in printed and "torch fp32" in printed
+    assert "raised" not in printed  # a reason for an absence that we would not know of
+    assert "ours bf16" in bench("no-amx", "--short", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+
+
+@pytest.mark.bench_short
+def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
+    measured = json.loads(bench("training", str(small_log.folder), "--short"))
+    assert set(measured["steps"]["rows_per_second"]) >= {"lt4rec_sparse, fp32", "lt4rec_sparse, bf16"}
+    assert measured["search"]["ours_s"] > 0 and measured["search"]["plain_s"] > 0

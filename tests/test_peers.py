@@ -1,4 +1,4 @@
-"""Opponents compute the MLP they are timed on, wrong ones are found out, and missing ones say why."""
+"""Opponents compute the MLP they are timed on; those that are wrong, raise or are missing are absent and say why."""
 
 import subprocess
 import sys
@@ -108,6 +108,23 @@ def test_a_python_without_deepsparse_is_a_reason(monkeypatch, python, reason):
     with peers.peers(mlp(8, 4, 1), rows(2, 8), 1, ["deepsparse fp32"]) as (present, absent):
         assert not present
         assert reason in absent[0].reason
+
+
+class OddError(Exception):
+    """Derives from nothing narrower, as the errors of ONNX Runtime do."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OddError])
+@pytest.mark.parametrize("raises_late", [False, True])
+def test_a_peer_that_raises_is_absent_and_the_others_are_not(monkeypatch, error, raises_late):
+    def broken(*_):
+        raise error("no such instruction\nand a second line")
+
+    make = (lambda case: peers.Made(broken, broken)) if raises_late else broken
+    monkeypatch.setitem(peers._MAKERS, "broken fp32", ("fp32", "dense", make))
+    with peers.peers(mlp(8, 4, 1), rows(2, 8), 1, ["broken fp32", "torch fp32"]) as (present, absent):
+        assert [peer.name for peer in present] == ["torch fp32"]
+        assert absent == [("broken fp32", f"raised {error.__name__}: no such instruction")]
 
 
 def test_a_wrong_peer_is_absent(monkeypatch):

@@ -31,6 +31,7 @@ except ImportError as error:
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/engine.h
 PATHS = ("auto", "tables", "slices")
 Path = Literal["auto", "tables", "slices"]
+_PATH_CODES = {path: code for code, path in enumerate(PATHS)}  # of csrc/engine.h
 LAYOUTS = ("tables", "slices")  # bit i of the engine's layouts
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -190,6 +191,7 @@ class Prepacked:
 
     def __init__(self, prepacked: Tensor) -> None:
         self.facts = describe(prepacked)
+        self._in_features, self._outputs = self.facts.in_features, self.facts.outputs
         self._prepacked = prepacked  # whose memory the address stays good for
         self._blob = _blob_address(prepacked)
         self._call = _present().sparse_mlp
@@ -205,10 +207,10 @@ class Prepacked:
             _check_matrix("x", x, _ACTIVATION_DTYPES)
             _check_matrix("out", out, (torch.float32,))
         x_shape, out_shape = x.shape, out.shape
-        if len(x_shape) != 2 or x_shape[1] != self.facts.in_features:
-            raise ValueError(f"x: got shape {tuple(x_shape)}, wanted [batch, {self.facts.in_features}]")
-        batch, in_features = x_shape
-        outputs = self.facts.outputs
+        in_features, outputs = self._in_features, self._outputs
+        if len(x_shape) != 2 or x_shape[1] != in_features:
+            raise ValueError(f"x: got shape {tuple(x_shape)}, wanted [batch, {in_features}]")
+        batch = x_shape[0]
         if len(out_shape) != 2 or out_shape[0] != batch or out_shape[1] != outputs:
             raise ValueError(f"out: got shape {tuple(out_shape)}, wanted [{batch}, {outputs}]")
         x_stride, out_stride = in_features, outputs
@@ -224,7 +226,7 @@ class Prepacked:
             threads = torch.get_num_threads()
         elif threads < 1:
             raise ValueError(f"threads: got {threads}, wanted at least 1")
-        if path not in PATHS:
+        if path not in _PATH_CODES:
             raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
         status = self._call(
             *self._blob,
@@ -237,7 +239,7 @@ class Prepacked:
             outputs,
             out_stride,
             threads,
-            PATHS.index(path),
+            _PATH_CODES[path],
         )
         if status == _engine.STATUS_NO_MEMORY:
             raise MemoryError("no scratch memory for sparse_mlp")
@@ -293,7 +295,7 @@ class Executor:
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
-        path = self._path(self._precision, len(x))
+        path = self._path(self._precision, x.shape[0])
         prepacked = self._prepacked.get(path)
         if prepacked is None:
             blob = prepack(self.network, self.precision, (PATHS[path],))
@@ -363,7 +365,7 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
     _check_part(f"{where}.values", layer.values, torch.float32, (layer.values.numel(),))
     tasks = 1
     if layer.planes is not None:
-        tasks = len(layer.planes)
+        tasks = max([1, *layer.planes.shape[:1]])  # no planes have no address, which would make the layer a dense one
         _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, rows, (columns + 7) // 8))
     if layer.bias is not None:
         _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))

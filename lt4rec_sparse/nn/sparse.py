@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lt4rec_sparse import ops
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.masked import task_index
 from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
@@ -69,12 +70,12 @@ class SparseMLP(nn.Module):
             ValueError: If the width is another, the executor does not read the dtype, or there is no such task.
         """
         shape = x.shape
-        if not shape or shape[-1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
-        rows = x if len(shape) == 2 else x.reshape(-1, self.in_features)
-        y = self._traced(rows) if _is_traced(rows) else self._run(rows)
-        if len(shape) != 2:
-            y = y.reshape(*shape[:-1], self.out_features)
+        if len(shape) == 2:  # the executor compares the width: each look at a tensor costs what a small layer does
+            y = self._traced(x) if _is_traced(x) else self._run(x, shape[0])
+        else:
+            if not shape or shape[-1] != self.in_features:
+                raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
+            y = self(x.reshape(-1, self.in_features)).reshape(*shape[:-1], self.out_features)
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
@@ -122,12 +123,17 @@ class SparseMLP(nn.Module):
             batch_sizes: Ascending; those that will be served, or near them. None takes the usual ones of the device.
             precision: On the CPU the lowest allowed, on a GPU the one of all; None takes the MLP's own, or bf16.
             device: The CPU or a GPU.
+
+        Raises:
+            InputError: If torch sees no such device.
+            ValueError: If the batch sizes do not ascend from 1, or the network cannot have the precision.
         """
         if torch.device(device).type == "cpu":
             return measure(self.network, batch_sizes or BATCH_SIZES, precision or self.precision)
+        _check_gpu(device)
         from lt4rec_sparse.nn import gpu
 
-        return gpu.measure(self.network, batch_sizes or gpu.BATCH_SIZES, precision or "bf16", device)
+        return gpu.measure_plan(self.network, batch_sizes or gpu.BUCKETS, precision or "bf16", device)
 
     def planned(self, plan: Plan) -> SparseMLP:
         """Return the same network, served by a plan that was measured on this CPU.
@@ -149,13 +155,14 @@ class SparseMLP(nn.Module):
         """Return the same network, served from CUDA graphs (`nn.gpu.GraphExecutor`, whose arguments these are).
 
         Raises:
-            InputError: If the plan is of another network or machine.
+            InputError: If torch sees no such device, or the plan is of another network or machine.
             ValueError: If its executor was chosen already, or an argument is wrong.
         """
         self._wants_default("on_gpu")
+        _check_gpu(device)
         from lt4rec_sparse.nn import gpu
 
-        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BATCH_SIZES, device)
+        executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BUCKETS, device)
         return type(self)(self.network, executor.precision, executor).eval()
 
     @property
@@ -196,12 +203,17 @@ class SparseMLP(nn.Module):
         densities = ", ".join(f"{density:.1%}" for density in self.network.densities)
         return f"{widths}, tasks={', '.join(self.tasks)}, {self.precision}, densities: {densities}"
 
-    def _run(self, rows: Tensor) -> Tensor:
-        if len(rows.shape) == 2 and rows.stride(1) != 1:
-            rows = rows.contiguous()
-        out = torch.empty(len(rows), self.out_features, device=rows.device)
-        self._executor(rows).run(rows, out)
+    def _run(self, x: Tensor, rows: int) -> Tensor:
+        if not x.is_contiguous() and x.stride(1) != 1:
+            x = x.contiguous()
+        # torch.empty with sizes alone takes 2 us less than any other spelling.
+        is_usual = x.is_cpu and torch.get_default_dtype() is torch.float32
+        out = torch.empty(rows, self.out_features) if is_usual else self._empty(x, rows)
+        (self._on_cpu if x.is_cpu else self._executor(x)).run(x, out)
         return out
+
+    def _empty(self, x: Tensor, rows: int) -> Tensor:
+        return torch.empty(rows, self.out_features, dtype=torch.float32, device=x.device)
 
     def _executor(self, x: Tensor) -> Executor:
         if x.is_cpu or self._given is not None:
@@ -210,10 +222,12 @@ class SparseMLP(nn.Module):
             self._elsewhere[x.device] = ops.executor(self.network, self.precision, x.device)
         return self._elsewhere[x.device]
 
-    def _traced(self, rows: Tensor) -> Tensor:
-        if rows.device.type != "cpu" or not self._has_engine:
-            return self._run(rows)
-        return ops.sparse_mlp(rows, _blob(self), self.out_features)
+    def _traced(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self._has_engine:
+            return self._run(x, x.shape[0])
+        if x.shape[1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
+        return ops.sparse_mlp(x, _blob(self), self.out_features)
 
     def _wants_default(self, name: str) -> None:
         if self._given is not None:
@@ -226,6 +240,11 @@ class SparseLinear(SparseMLP):
 
     Its network has one hidden layer and no heads: the outputs of all its tasks stand side by side.
     """
+
+
+def _check_gpu(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -64,7 +64,7 @@ def _ways(model: nn.Module) -> Mapping[str, Callable[[Tensor], Tensor]]:
     assert isinstance(model, SparseSharing)
     frozen = freeze(model.mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
-    compacted = compact(frozen)
+    compacted = compact(frozen.network)
     return {
         "sparse": partial(score_mlp, frozen),
         "compacted": torch.inference_mode()(compacted.__call__),

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -89,9 +88,6 @@ class Ranker:
             InputError: If torch sees no such device, or the plan is of another network or machine.
             ValueError: If the ranker is planned or on a GPU already, or there is no such precision.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device: got {device}, wanted one that this machine's torch sees: cpu")
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.masks import overlap, ownership
-from lt4rec_sparse.nn import GpuMLP, MaskedMLP, PlannedMLP, SparseMLP, freeze
+from lt4rec_sparse.network import PRECISIONS
+from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.nn.quantization import is_tolerable
-from lt4rec_sparse.ops import PRECISIONS
 from lt4rec_sparse.ranker import Ranker, load, save
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC, SeedRun
@@ -97,7 +97,7 @@ def _precisions(seed_run: SeedRun, rankers: Mapping[str, Ranker]) -> dict[str, d
             for task, metrics_of_task in validation.items()
             for metric, value in metrics_of_task.items()
         ]
-        judged[precision] |= {"prepacked_bytes": ranker.mlp.prepacked_nbytes, "accepted": all(tolerable)}
+        judged[precision] |= {"prepacked_bytes": sum(ranker.mlp.prepacked_nbytes.values()), "accepted": all(tolerable)}
     return judged
 
 
@@ -136,7 +136,7 @@ def _bytes(model: SparseSharing, ranker: Ranker, path: Path) -> dict[str, int]:
         "dense, one model a task: MLPs": tasks * mlp + head,
         "embeddings": embedding,
         "sparse sharing: MLP, canonical": ranker.mlp.nbytes,
-        "sparse sharing: MLP, prepacked in memory": ranker.mlp.prepacked_nbytes,
+        "sparse sharing: MLP, prepacked in memory": sum(ranker.mlp.prepacked_nbytes.values()),
         "artefact on disk": path.stat().st_size,
     }
 
@@ -163,7 +163,7 @@ def _latency(seed_run: SeedRun, model: SparseSharing, rankers: Mapping[str, Rank
     return records
 
 
-def score_mlp(mlp: SparseMLP | PlannedMLP | GpuMLP, x: Tensor) -> Tensor:
+def score_mlp(mlp: SparseMLP, x: Tensor) -> Tensor:
     """Score as a `Ranker` does."""
     scores = x.new_empty(len(x), mlp.out_features)
     mlp.score_into(x, scores)

@@ -7,8 +7,8 @@ import platform
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from oracle import Layer, small_integers
 from torch import Tensor
 
@@ -23,7 +23,7 @@ ISAS = (
 # What this machine runs, none above the one that LT4REC_SPARSE_ISA holds the engine to.
 RUNNABLE_ISAS = cpu.supported_isas()[: cpu.supported_isas().index(cpu.isa()) + 1] if cpu.is_available() else ()
 PATHS = (("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables"))
-INPUT_CODES = (0.05, 117)  # of x, in int8: the first layers of all tasks have these in common
+INPUT_QUANTIZATION = (0.05, 117)  # scale and zero point of x in int8, the same for all tasks
 
 
 class Kernel(NamedTuple):
@@ -49,16 +49,12 @@ class MaskedLayer(NamedTuple):
     mask: Tensor
     bias: Tensor | None
     activation: str
-    input_scale: float = INPUT_CODES[0]
-    input_zero_point: int = INPUT_CODES[1]
+    input_scale: float = INPUT_QUANTIZATION[0]
+    input_zero_point: int = INPUT_QUANTIZATION[1]
 
     def pack(self) -> cpu.PackLayer:
-        """Compress to canonical CSR, by mask and never by `!= 0`."""
-        crow_indices = F.pad(self.mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
-        col_indices = self.mask.nonzero()[:, 1].int()
-        values = self.weight[self.mask]
-        codes = (self.input_scale, self.input_zero_point)
-        return cpu.PackLayer(crow_indices, col_indices, values, self.bias, self.mask.shape[1], self.activation, *codes)
+        """Compress to values and one bit plane, which no other layer shares."""
+        return pack_together([self])[0]
 
     def dense(self) -> Layer:
         """Drop the mask, for the oracle."""
@@ -100,34 +96,88 @@ def random_task(
     return task
 
 
-def prepack(tasks: Sequence[Task], precision: str) -> Tensor:
-    return cpu.prepack([[layer.pack() for layer in task] for task in tasks], precision)
+def pack_bits(mask: Tensor) -> Tensor:
+    """Put column k into bit k % 8 of byte k / 8, by numpy's means alone."""
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+
+
+def pack_together(layers: Sequence[MaskedLayer]) -> list[cpu.PackLayer]:
+    """Compress layers that `agree` to the values of their union and a bit plane each, by mask and never by `!= 0`."""
+    masks = torch.stack([layer.mask for layer in layers])
+    weight = layers[0].weight
+    for layer in layers[1:]:
+        weight = torch.where(layer.mask, layer.weight, weight)
+    values, planes = weight[masks.any(dim=0)], pack_bits(masks)
+    out_features, in_features = layers[0].mask.shape
+    return [
+        cpu.PackLayer(values, planes, t, layer.bias, in_features, out_features, *layer[3:])
+        for t, layer in enumerate(layers)
+    ]
+
+
+def agree(a: MaskedLayer, b: MaskedLayer) -> bool:
+    """Whether two layers of one shape have the same bits wherever both keep a weight."""
+    if a.mask.shape != b.mask.shape:
+        return False
+    both = a.mask & b.mask
+    return torch.equal(a.weight[both].view(torch.int32), b.weight[both].view(torch.int32))
+
+
+def weight_groups(tasks: Sequence[Task]) -> list[list[int]]:
+    """Group the tasks whose first layers are packed as one weight."""
+    groups: list[list[int]] = []
+    for t, task in enumerate(tasks):
+        fitting = (group for group in groups if all(agree(tasks[other][0], task[0]) for other in group))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([t])
+        else:
+            group.append(t)
+    return groups
+
+
+def pack_tasks(tasks: Sequence[Task]) -> list[list[cpu.PackLayer]]:
+    """Compress all layers: first layers that agree as one weight, the others each for itself."""
+    packed = [[layer.pack() for layer in task] for task in tasks]
+    for group in weight_groups(tasks):
+        for t, first in zip(group, pack_together([tasks[t][0] for t in group]), strict=True):
+            packed[t][0] = first
+    return packed
+
+
+def prepack(tasks: Sequence[Task], precision: str, layouts: Sequence[str] = cpu.LAYOUTS) -> Tensor:
+    return cpu.prepack_layers(pack_tasks(tasks), precision, layouts)
 
 
 def is_shared(prepacked: Tensor) -> bool:
-    """Whether the tasks' common weights of the first layer are multiplied once."""
+    """Whether weights of the first layer that several tasks keep are multiplied once."""
     facts = cpu.describe(prepacked)
-    return facts.products < facts.nnz
+    return facts.multiply_adds < facts.nnz
 
 
 def exact_reference(x: Tensor, tasks: Sequence[Task], precision: str) -> Tensor:
     """What the engine must yield to the last bit, without sigmoids.
 
-    In fp32 and bf16 for numbers, integers above all, whose sums are exact in every order. In int8 for all numbers.
+    fp32 and bf16 need numbers whose sums are exact in every order, such as small integers; int8 takes any numbers.
     """
     if precision == "int8":
-        return torch.cat([_int8_reference(x, task, largest_of_first(tasks, task)) for task in tasks], dim=1)
+        of_tasks = zip(tasks, largest_of_firsts(tasks), strict=True)
+        return torch.cat([_int8_reference(x, task, largest) for task, largest in of_tasks], dim=1)
     operand = rounded_to_bf16 if precision == "bf16" else lambda v: v
     return torch.cat([_float_reference(x, task, operand) for task in tasks], dim=1)
 
 
-def largest_of_first(tasks: Sequence[Task], task: Task) -> Tensor:
-    """The weights that int8 counts as 127 in each row of a task's first layer.
+def largest_of_firsts(tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the absolute weight that int8 stores as 127, for each row of each task's first layer.
 
-    First layers of one width have them in common, so that sharing their products changes no result.
+    Tasks that share a weight have it in common, so that a result does not show what was multiplied once.
     """
-    is_one_width = len({len(other[0].mask) for other in tasks}) == 1
-    return torch.stack([other[0].weight.abs().amax(dim=1) for other in (tasks if is_one_width else [task])]).amax(dim=0)
+    largest = [task[0].weight.abs().amax(dim=1) for task in tasks]
+    for group in weight_groups(tasks):
+        of_group = torch.stack([largest[t] for t in group]).amax(dim=0)
+        for t in group:
+            largest[t] = of_group
+    return largest
 
 
 def rounded_to_bf16(v: Tensor) -> Tensor:
@@ -138,8 +188,8 @@ def rounded_to_bf16(v: Tensor) -> Tensor:
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """`a * b + c` in float32, rounded once.
 
-    A product of two float32 is exact in float64. The sum is rounded to odd there: it keeps a trace of what was lost,
-    so that the rounding to float32 cannot take a number just beside a tie for the tie.
+    The product of two float32 numbers is exact in float64. The sum is rounded to odd there: it keeps a trace of what
+    was lost, so that rounding to float32 cannot mistake a number just beside a tie for the tie.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
@@ -176,8 +226,8 @@ def _int8_reference(x: Tensor, task: Task, largest_of_first: Tensor) -> Tensor:
         step = (layer.weight.abs().amax(dim=1) if i else largest_of_first) / 127
         weight = torch.where(step[:, None] > 0, (layer.weight / step[:, None]).round().clamp(-127, 127), 0.0)
         inverse = torch.tensor(1 / layer.input_scale, dtype=torch.float64).float()
-        codes = ((h * inverse).round() + layer.input_zero_point).nan_to_num(nan=0.0).clamp(0, 255)
-        sums = (codes.double() - layer.input_zero_point) @ weight.double().T  # integers below 2^53: exact
+        quantized = ((h * inverse).round() + layer.input_zero_point).nan_to_num(nan=0.0).clamp(0, 255)
+        sums = (quantized.double() - layer.input_zero_point) @ weight.double().T  # integers below 2^53: exact
         scale = (step.double() * layer.input_scale).float()
         bias = torch.zeros_like(step) if layer.bias is None else layer.bias
         h = _activated(fused_multiply_add(sums.float(), scale, bias), layer.activation)

@@ -23,6 +23,8 @@ from kernels.networks import (
     exact_reference,
     fused_multiply_add,
     is_shared,
+    pack_tasks,
+    pack_together,
     prepack,
     random_layer,
     random_mask,
@@ -223,7 +225,7 @@ def tasks_that_share(
     integers: bool = True,
     seed: int = 0,
 ) -> list[Task]:
-    """Of each first layer `overlap` is kept by all tasks; the tasks of `heads` end with it."""
+    """All tasks keep `overlap` of the first layer, and each of them a little more; the tasks in `heads` end with it."""
     common = random_mask(features[1], features[0], overlap, seed)
     draw = random_layer(torch.ones_like(common), "relu", seed, integers=integers)
     tasks = []
@@ -259,7 +261,80 @@ def test_what_is_shared_counts_once(kernel: Kernel) -> None:
     common = functools.reduce(torch.logical_and, [task[0].mask for task in tasks]).sum().item()
     kept = sum(layer.mask.sum().item() for task in tasks for layer in task)
     facts = cpu.describe(prepack(tasks, kernel.precision))
-    assert (facts.nnz, facts.products) == (kept, kept - 2 * common)
+    assert (facts.nnz, facts.multiply_adds) == (kept, kept - 2 * common)
+
+
+def tasks_of_sets(
+    features: Sequence[int], shares: dict[tuple[int, ...], float], *, integers: bool = True
+) -> list[Task]:
+    """Each set of tasks keeps its share of the first layer's columns, and no other task keeps them."""
+    in_features, out_features = features[:2]
+    draw = random_layer(torch.ones(out_features, in_features, dtype=torch.bool), "relu", seed=1, integers=integers)
+    masks = {t: torch.zeros_like(draw.mask) for of_set in shares for t in of_set}
+    order = torch.randperm(in_features, generator=torch.Generator().manual_seed(2))
+    for of_set, columns in zip(shares, order.split([round(s * in_features) for s in shares.values()]), strict=True):
+        for t in of_set:
+            masks[t][:, columns] = True
+    return [
+        [
+            draw._replace(weight=draw.weight * mask, mask=mask),
+            *random_task(features[1:], 0.5, seed=t, integers=integers),
+        ]
+        for t, mask in sorted(masks.items())
+    ]
+
+
+# Of a hundred columns. Parts for abc, ab and bc save more than their sums cost; ac has too few columns for a part.
+PAIRS = {(0, 1, 2): 0.36, (0, 1): 0.24, (1, 2): 0.2, (0, 2): 0.05, (0,): 0.05, (2,): 0.1}
+# ab saves the most where it takes its weights of abc as well; those of c then stand among c's own.
+PAIR_FIRST = {(0, 1, 2): 0.3, (0, 1): 0.3, (1, 2): 0.2, (0,): 0.1, (2,): 0.1}
+# More tasks than `owners_of` keeps a table for; some of them keep nothing of their own, the last one nothing at all.
+MANY = {tuple(range(10)): 0.2, (0, 1, 2, 3): 0.2, (4, 5): 0.2, (6, 7, 8): 0.2, (9,): 0.1, (0, 9): 0.1, (10,): 0.0}
+# Too little in common for any set of tasks.
+LITTLE = {(0, 1, 2): 0.1, (0, 1): 0.05, (1, 2): 0.05, (0,): 0.3, (1,): 0.3, (2,): 0.2}
+EACH_WITH_EACH = dict.fromkeys(itertools.combinations(range(5), 2), 1 / 10)
+
+
+class SharedSets(NamedTuple):
+    shares: dict[tuple[int, ...], float]
+    in_features: int
+    saved: float  # of the columns: multiply-adds that sharing saves in each row
+
+
+SETS = {
+    "pairs": SharedSets(PAIRS, 100, 2 * 0.36 + 0.24 + 0.2),
+    "a pair first": SharedSets(PAIR_FIRST, 100, 0.6 + 0.2),
+    "many": SharedSets(MANY, 100, 9 * 0.2 + 3 * 0.2 + 0.2 + 2 * 0.2),
+    "none pays": SharedSets(LITTLE, 100, 0),
+    "more sets than parts": SharedSets(EACH_WITH_EACH, 400, 8 / 10),
+    "more tasks than a set has bits": SharedSets({tuple(range(65)): 1.0}, 40, 0),
+}
+
+
+@functools.cache
+def case_of_sets(name: str, precision: str) -> Case:
+    shares, in_features, saved = SETS[name]
+    tasks = tasks_of_sets((in_features, 24, 3), shares)
+    case = exact_case(tasks, integers_like(37, in_features), precision)
+    facts = cpu.describe(case.prepacked)
+    assert facts.nnz - facts.multiply_adds == round(24 * saved * in_features)
+    return case
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_any_tasks_may_share_a_part_exactly(kernel: Kernel, name: str) -> None:
+    for rows in (1, 8, 37):
+        assert_case(kernel, case_of_sets(name, kernel.precision), rows=rows)
+
+
+@kernels_of("fp32")
+@pytest.mark.parametrize(("out_features", "can_share"), ((21664, True), (21665, False)))
+def test_no_more_parts_than_a_slice_can_name(kernel: Kernel, out_features: int, can_share: bool) -> None:
+    weight = integers_like(out_features, 17)
+    layer = MaskedLayer(weight, torch.ones_like(weight, dtype=torch.bool), None, "none")
+    case = exact_case([[layer], [layer]], integers_like(2, 17), "fp32")
+    assert is_shared(case.prepacked) == can_share  # two parts of their own and one in common: 3 * 21664 rows
+    assert_case(kernel, case)
 
 
 @functools.cache
@@ -280,8 +355,29 @@ def test_shared_weights_are_as_right_as_their_precision(kernel: Kernel, seed: in
         assert_rounded_case(kernel, case)
 
 
+@pytest.mark.parametrize("change", ("values", "planes", "both", "one of three"))
+def test_weights_at_other_addresses_are_not_shared(kernel: Kernel, change: str) -> None:
+    tasks = tasks_that_share(3, 0.6, (60, 16, 3))
+    packed = pack_tasks(tasks)
+    assert is_shared(cpu.prepack_layers(packed, kernel.precision))
+    first = packed[2][0]
+    assert first.planes is not None
+    if change == "one of three":
+        first = tasks[2][0].pack()
+    if change != "planes":
+        first = first._replace(values=first.values.clone())
+    if change in ("planes", "both"):
+        first = first._replace(planes=first.planes.clone())
+    prepacked = cpu.prepack_layers([*packed[:2], [first, *packed[2][1:]]], kernel.precision)
+    assert not is_shared(prepacked)
+    x = integers_like(9, 60)
+    # In int8 the first two tasks still have their rows' scales in common, the third has its own.
+    wanted = [exact_reference(x, of_weight, kernel.precision) for of_weight in (tasks[:2], tasks[2:])]
+    assert_exact(kernel.run(x, prepacked), torch.cat(wanted, dim=1))
+
+
 @pytest.mark.parametrize("change", ("value", "sign of zero", "rows"))
-def test_weights_that_differ_are_not_shared(kernel: Kernel, change: str) -> None:
+def test_weights_that_differ_are_separate(kernel: Kernel, change: str) -> None:
     tasks = tasks_that_share(2, 1.0, (40, 16, 3))
     first = tasks[1][0]
     if change == "value":
@@ -298,6 +394,30 @@ def test_weights_that_differ_are_not_shared(kernel: Kernel, change: str) -> None
     assert_case(kernel, case)
 
 
+def test_a_dense_layer_is_one_that_keeps_everything(kernel: Kernel) -> None:
+    tasks = [random_task((33, 20, 3), 1.0, seed=1), random_task((33, 18), 1.0, seed=2)]
+    packed = pack_tasks(tasks)
+    dense = [[layer._replace(planes=None) for layer in task] for task in packed]
+    assert torch.equal(cpu.prepack_layers(dense, kernel.precision), cpu.prepack_layers(packed, kernel.precision))
+    assert_case(kernel, exact_case(tasks, integers_like(9, 33), kernel.precision))
+
+
+def test_a_dense_layer_is_not_shared(kernel: Kernel) -> None:
+    first = pack_together(2 * [random_layer(torch.ones(16, 40, dtype=torch.bool), "none", seed=1)])
+    assert is_shared(cpu.prepack_layers([[layer] for layer in first], kernel.precision))
+    dense = [[layer._replace(planes=None)] for layer in first]
+    assert not is_shared(cpu.prepack_layers(dense, kernel.precision))
+
+
+def test_planes_of_tasks_that_are_not_asked_for_do_not_show(kernel: Kernel) -> None:
+    tasks = tasks_that_share(4, 0.4, (90, 20, 3), integers=False)
+    some = [tasks[3], tasks[1]]
+    packed = pack_tasks(tasks)
+    prepacked = cpu.prepack_layers([packed[3], packed[1]], kernel.precision)
+    assert is_shared(prepacked)
+    assert torch.equal(prepacked, prepack(some, kernel.precision))
+
+
 # --- Random numbers ---
 
 
@@ -310,7 +430,7 @@ class RoundedCase(NamedTuple):
 
 
 def rounded_case(tasks: Sequence[Task], x: Tensor, precision: str) -> RoundedCase:
-    """The tasks' heads have a sigmoid in int8."""
+    """In int8 the tasks' heads have a sigmoid."""
     prepacked = prepack(tasks, precision)
     if precision == "int8":
         wanted = exact_reference(x, [without_sigmoid(task) for task in tasks], "int8")
@@ -350,16 +470,17 @@ def sigmoid_of_exact(v: Tensor) -> Bounded:
 
 
 @kernels_of("int8")
-@pytest.mark.parametrize("codes", ((1.0, 0), (1.0, 255), (0.01, 128), (1e-3, 1), (7e-38, 3), (2e38, 200)))
-def test_int8_is_exact_for_every_kind_of_codes(kernel: Kernel, codes: tuple[float, int]) -> None:
+@pytest.mark.parametrize(
+    ("scale", "zero_point"), ((1.0, 0), (1.0, 255), (0.01, 128), (1e-3, 1), (7e-38, 3), (2e38, 200))
+)
+def test_int8_is_exact_for_all_quantisation_parameters(kernel: Kernel, scale: float, zero_point: int) -> None:
+    quantization = {"input_scale": scale, "input_zero_point": zero_point}
     first = random_task((90, 70), 0.4, seed=1, integers=False)[0]
     for task in (
-        [first._replace(input_scale=codes[0], input_zero_point=codes[1])],
+        [first._replace(**quantization)],
         [
             first._replace(activation="none"),
-            random_layer(random_mask(9, 70, 0.4, seed=2), "relu", seed=3)._replace(
-                input_scale=codes[0], input_zero_point=codes[1]
-            ),
+            random_layer(random_mask(9, 70, 0.4, seed=2), "relu", seed=3)._replace(**quantization),
         ],
     ):
         assert_case(kernel, exact_case([task], normal_like(20, 90, seed=4), "int8"))
@@ -408,16 +529,16 @@ def test_a_sigmoid_after_a_shared_layer_is_as_right_as_its_precision(kernel: Ker
     tasks = [[task[0]._replace(activation="sigmoid"), *task[1:]] for task in tasks_that_share(2, 1.0, (40, 33, 2))]
     x = integers_like(9, 40)
     if kernel.precision == "int8":  # sums so large, or 0, that the sigmoid in float32 is 0, 1/2 or 1
-        codes = {"input_scale": 1e3, "input_zero_point": 100}
-        tasks = [[task[0]._replace(weight=task[0].weight.sign(), bias=None, **codes), *task[1:]] for task in tasks]
+        first = {"bias": None, "input_scale": 1e3, "input_zero_point": 100}
+        tasks = [[task[0]._replace(weight=task[0].weight.sign(), **first), *task[1:]] for task in tasks]
         x = x * 1e3
     prepacked = prepack(tasks, kernel.precision)
     assert is_shared(prepacked)
     for y, task in zip(kernel.run(x, prepacked).split(2, dim=1), tasks, strict=True):
         if kernel.precision == "int8":
-            first = exact_reference(x, [without_sigmoid(task[:1])], "int8")  # all weights are 1, so the scales are, too
-            assert ((first == 0) | (first.abs() >= 900)).all()
-            assert_exact(y, exact_reference(first.sigmoid(), [task[1:]], "int8"))
+            h = exact_reference(x, [without_sigmoid(task[:1])], "int8")  # every weight is 1 or -1: so is each scale
+            assert ((h == 0) | (h.abs() >= 900)).all()
+            assert_exact(y, exact_reference(h.sigmoid(), [task[1:]], "int8"))
         else:
             layers = [layer.dense() for layer in task]
             assert_rounding(y, mlp_reference(x, layers, operands=OPERANDS[kernel.precision]))
@@ -604,12 +725,14 @@ def random_networks() -> dict[str, list[Task]]:
     return {
         "deep": [random_task((300, 140, 60, 1), 0.2, seed=13, head="sigmoid", integers=False)],
         "shared": tasks_that_share(3, 0.3, (300, 70, 20, 2), integers=False, seed=13, heads=(1,)),
+        "pairs": tasks_of_sets((300, 70, 2), PAIRS, integers=False),
+        "many": tasks_of_sets((300, 20, 1), MANY, integers=False),
     }
 
 
 @functools.cache
 def case_of_random_numbers(precision: str, name: str) -> Case:
-    """What the readable kernel makes of all rows at once."""
+    """A network, an `x`, and what the readable kernel computes for all rows at once."""
     tasks, x = random_networks()[name], normal_like(257, 300, seed=14)
     prepacked = prepack(tasks, precision)
     with cpu.forced_isa("scalar"):

@@ -9,13 +9,14 @@ import resource
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.networks import exact_reference, prepack, random_layer, random_mask
+from kernels.networks import exact_reference, pack_bits, pack_together, prepack, random_layer, random_mask
 from oracle import assert_exact, small_integers
 from torch import Tensor
 
@@ -27,20 +28,13 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 def full_layer(in_features: int, out_features: int, activation: str = "none") -> cpu.PackLayer:
     """Every weight kept and 1, no bias: each output is the sum of the row, in int8 too."""
-    nnz = in_features * out_features
-    return cpu.PackLayer(
-        torch.arange(0, nnz + 1, in_features, dtype=torch.int32),
-        torch.arange(in_features, dtype=torch.int32).repeat(out_features),
-        torch.ones(nnz),
-        None,
-        in_features,
-        activation,
-        input_scale=1.0,
-    )
+    mask = torch.ones(1, out_features, in_features, dtype=torch.bool)
+    values = torch.ones(in_features * out_features)
+    return cpu.PackLayer(values, pack_bits(mask), 0, None, in_features, out_features, activation, input_scale=1.0)
 
 
 def three_layers(precision: str) -> Tensor:
-    return cpu.prepack([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision)
+    return cpu.prepack_layers([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision)
 
 
 @pytest.fixture(params=cpu.PRECISIONS)
@@ -48,8 +42,9 @@ def blob(request: pytest.FixtureRequest) -> Tensor:
     return three_layers(request.param)
 
 
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def rows_of_bits(*rows: int) -> Tensor:
+    """One plane of rows with up to 8 columns."""
+    return torch.tensor(rows, dtype=torch.uint8).reshape(1, -1, 1)
 
 
 def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
@@ -59,7 +54,7 @@ def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> Non
         moved.copy_(blob)
         out = torch.empty(batch, 3)
         cpu.sparse_mlp(torch.ones(batch, 10), moved, out, path=path)
-        # In int8 the second layer's weights are counted in steps of 1/127.
+        # In int8 the second layer's weights are multiples of 1/127.
         assert_exact(out.round(), torch.tensor([60.0, 60.0, 10.0]).expand(batch, 3))
 
 
@@ -98,14 +93,14 @@ def test_what_is_no_blob_is_refused(blob: Tensor, spoil: Callable[[Tensor], Tens
     with pytest.raises(ValueError, match="prepacked: got"):
         cpu.describe(spoil(blob))
     with pytest.raises(ValueError, match="prepacked: got"):
-        cpu.Network(spoil(blob))
+        cpu.Prepacked(spoil(blob))
 
 
 def test_a_blob_that_was_written_over_is_refused(blob: Tensor) -> None:
-    network = cpu.Network(blob)
+    network = cpu.Prepacked(blob)
     blob.zero_()
     with pytest.raises(ValueError, match="prepacked: got no blob"):
-        network.sparse_mlp(torch.ones(1, 10), torch.empty(1, 3))
+        network.run(torch.ones(1, 10), torch.empty(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -146,32 +141,40 @@ def test_a_path_that_does_not_exist_is_refused(blob: Tensor) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crow_indices": ints(1, 3, 6)}, r"layer 0: crow_indices\[0\]: got 1, wanted exactly 0"),
-        ({"crow_indices": ints(0, 3, 5)}, r"layer 0: crow_indices\[2\]: got 5, wanted nnz 6"),
-        ({"crow_indices": ints(0, 7, 6)}, r"layer 0: crow_indices\[2\]: got 6, wanted at least 7"),
-        ({"crow_indices": ints(0, -1, 6)}, r"layer 0: crow_indices\[1\]: got -1, wanted at least 0"),
-        ({"col_indices": ints(0, 1, 3, 0, 1, 2)}, r"col_indices\[2\]: got 3, wanted less than in_features 3"),
+        ({"planes": rows_of_bits(0b1111, 0b111)}, "layer 0: padding of planes: got 1, wanted exactly 0"),
+        ({"planes": rows_of_bits(0b111, 0b10000111)}, "layer 0: padding of planes: got 16, wanted exactly 0"),
         (
-            {"col_indices": ints(0, 1, 1, 0, 1, 2)},
-            r"col_indices\[2\]: got 1, wanted ascending within its row, at least 2",
+            {"planes": rows_of_bits(0b111, 0b101)},
+            "layer 0: planes: got 5, wanted as many kept weights as there are values, 6",
         ),
-        ({"col_indices": ints(2, 1, 0, 0, 1, 2)}, r"col_indices\[1\]: got 1, wanted ascending"),
-        ({"col_indices": ints(-1, 1, 2, 0, 1, 2)}, r"col_indices\[0\]: got -1"),
-        ({"col_indices": torch.arange(6)}, r"tasks\[0\]\[0\].col_indices: got torch.int64"),
-        ({"crow_indices": ints()}, "out_features -1, wanted at least 1"),
-        ({"crow_indices": ints(0)}, "out_features 0, wanted at least 1"),
-        ({"crow_indices": ints(0, 3, 6)[None]}, r"crow_indices: got shape \(1, 3\), wanted \(3,\)|out_features 0"),
-        ({"values": torch.ones(5)}, r"values: got shape \(5,\), wanted \(6,\)"),
+        ({"planes": rows_of_bits(7, 7)[:0]}, r"planes: got shape \(0, 2, 1\), wanted \(1, 2, 1\)"),
+        ({"planes": None, "values": torch.ones(0)}, "layer 0: values: got 0, wanted one for each weight of a dense"),
+        ({"task": 1}, "layer 0: task: got 1, wanted 0 or more, below 1"),
+        ({"task": -1}, "layer 0: task: got -1, wanted 0 or more, below 1"),
+        ({"planes": rows_of_bits(7, 7)[0]}, r"tasks\[0\]\[0\].planes: got shape \(2, 1\), wanted \(2, 2, 1\)"),
+        ({"planes": rows_of_bits(7, 7, 7)}, r"planes: got shape \(1, 3, 1\), wanted \(1, 2, 1\)"),
+        ({"planes": rows_of_bits(7, 7).expand(1, 2, 2)}, r"planes: got shape \(1, 2, 2\), wanted \(1, 2, 1\)"),
+        ({"planes": torch.tensor(7, dtype=torch.uint8)}, r"planes: got shape \(\), wanted \(1, 2, 1\)"),
+        ({"planes": rows_of_bits(7, 7).to(torch.int8)}, "planes: got torch.int8 on cpu"),
+        ({"planes": rows_of_bits(7, 7).bool()}, "planes: got torch.bool on cpu"),
+        ({"planes": rows_of_bits(7, 0, 7, 0)[:, ::2]}, "planes: got torch.uint8 on cpu, contiguous False"),
+        ({"planes": rows_of_bits(7, 7).to("meta")}, "planes: got torch.uint8 on meta"),
+        ({"planes": None, "values": torch.ones(5)}, "layer 0: values: got 5, wanted one for each weight of a dense"),
+        ({"planes": None, "values": torch.ones(7)}, "layer 0: values: got 7, wanted one for each .* layer, 6"),
+        ({"values": torch.ones(5)}, "layer 0: planes: got 6, wanted as many kept weights as there are values, 5"),
+        ({"values": torch.ones(2, 3)}, r"values: got shape \(2, 3\), wanted \(6,\)"),
         ({"values": torch.ones(12)[::2]}, "contiguous False"),
         ({"values": torch.ones(6).bfloat16()}, "values: got torch.bfloat16"),
         ({"bias": torch.ones(3)}, r"bias: got shape \(3,\), wanted \(2,\)"),
+        ({"bias": torch.ones(2).double()}, "bias: got torch.float64"),
+        ({"out_features": 0}, "out_features 0, wanted at least 1"),
         ({"in_features": 0}, "got in_features 0"),
         ({"activation": "tanh"}, "activation: got 'tanh', wanted one of none, relu, sigmoid"),
     ],
 )
 def test_a_layer_that_is_not_canonical_is_refused(precision: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cpu.prepack([[full_layer(3, 2)._replace(**change)]], precision)
+        cpu.prepack_layers([[full_layer(3, 2)._replace(**change)]], precision)
 
 
 @pytest.mark.parametrize(
@@ -183,152 +186,218 @@ def test_a_layer_that_is_not_canonical_is_refused(precision: str, change: dict[s
         ({"input_scale": float("inf")}, "input_scale: got inf"),
         ({"input_scale": 1e300}, "input_scale: got 1e[+]300"),
         ({"input_scale": 1e-39}, "input_scale: got 1e-39"),  # whose inverse is no float32
-        ({"input_zero_point": 256}, r"input_zero_point\[0\]: got 256, wanted 0 to 255"),
-        ({"input_zero_point": -1}, r"input_zero_point\[0\]: got -1, wanted 0 to 255"),
-        ({"input_zero_point": 2**40}, r"input_zero_point\[0\]: got 1099511627776, wanted 0 to 255"),
+        ({"input_zero_point": 256}, r"input_zero_point: got 256, wanted 0 to 255"),
+        ({"input_zero_point": -1}, r"input_zero_point: got -1, wanted 0 to 255"),
+        ({"input_zero_point": 2**40}, r"input_zero_point: got 1099511627776, wanted 0 to 255"),
         ({"values": torch.tensor([1, 1, 1, 1, float("nan"), 1])}, r"values\[4\]: got -?nan, wanted finite"),
         ({"values": torch.tensor([1, float("-inf"), 1, 1, 1, 1])}, r"values\[1\]: got -inf, wanted finite"),
-        ({"bias": torch.tensor([1, float("nan")])}, r"bias\[1\]: got -?nan, wanted finite"),  # no code tells of it
+        ({"bias": torch.tensor([1, float("nan")])}, r"bias\[1\]: got -?nan, wanted finite"),  # int8 cannot pass it on
     ],
 )
-def test_what_int8_cannot_count_is_refused(change: dict[str, object], message: str) -> None:
+def test_what_int8_cannot_represent_is_refused(change: dict[str, object], message: str) -> None:
     layer = full_layer(3, 2)
     with pytest.raises(ValueError, match=message):
-        cpu.prepack([[layer._replace(**change)]], "int8")
+        cpu.prepack_layers([[layer._replace(**change)]], "int8")
     with pytest.raises(ValueError, match=message.replace("layer 0", "layer 1")):
-        cpu.prepack([[full_layer(4, 3), layer._replace(**change)]], "int8")
-    for precision in ("fp32", "bf16"):  # where codes mean nothing, and NaN is a number like any other
-        assert cpu.prepack([[layer._replace(**change)]], precision).numel() > 0
+        cpu.prepack_layers([[full_layer(4, 3), layer._replace(**change)]], "int8")
+    for precision in ("fp32", "bf16"):  # which ignore quantisation parameters, and for which NaN is a number
+        assert cpu.prepack_layers([[layer._replace(**change)]], precision).numel() > 0
 
 
 @pytest.mark.parametrize("change", ({"input_scale": 0.25}, {"input_zero_point": 3}))
-def test_tasks_that_count_x_in_different_codes_are_refused(change: dict[str, object]) -> None:
-    # x is counted once, for all tasks.
+def test_tasks_that_quantise_x_differently_are_refused(change: dict[str, object]) -> None:
+    # x is quantised once, for all tasks.
     with pytest.raises(ValueError, match="input_"):
-        cpu.prepack(
+        cpu.prepack_layers(
             [[full_layer(3, 2)], [full_layer(3, 2), full_layer(2, 1)], [full_layer(3, 1)._replace(**change)]], "int8"
         )
 
 
 def test_more_inputs_than_int8_can_sum_are_refused() -> None:
-    cpu.prepack([[full_layer(32768, 1)]], "int8")
+    cpu.prepack_layers([[full_layer(32768, 1)]], "int8")
     with pytest.raises(ValueError, match="in_features in int8: got 32769, wanted at most 32768"):
-        cpu.prepack([[full_layer(32769, 1)]], "int8")
-    cpu.prepack([[full_layer(32769, 1)]], "bf16")
+        cpu.prepack_layers([[full_layer(32769, 1)]], "int8")
+    cpu.prepack_layers([[full_layer(32769, 1)]], "bf16")
 
 
-def test_a_precision_that_does_not_exist_is_refused() -> None:
+def test_a_precision_or_layout_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
-        cpu.prepack([[full_layer(3, 2)]], "fp16")
+        cpu.prepack_layers([[full_layer(3, 2)]], "fp16")
+    for layouts in ((), ("tables", "tiles"), ("auto",)):
+        with pytest.raises(ValueError, match=r"layouts: got \(.*\), wanted some of tables, slices"):
+            cpu.prepack_layers([[full_layer(3, 2)]], layouts=layouts)
+
+
+@pytest.mark.parametrize("layouts", (("tables",), ("slices",), ("slices", "tables", "slices")), ids="-".join)
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+def test_a_path_needs_its_layout(precision: str, layouts: Sequence[str]) -> None:
+    tasks = [[random_layer(random_mask(20, 30, 0.4, seed=t), "relu", seed=t)] for t in range(2)]
+    blob = prepack(tasks, precision, layouts)
+    facts = cpu.describe(blob)
+    held = ("tables",) if precision == "int8" else tuple(layout for layout in cpu.LAYOUTS if layout in layouts)
+    assert facts.layouts == held
+    for layout, size, multiply_adds in (
+        ("tables", facts.table_nbytes, facts.table_multiply_adds),
+        ("slices", facts.slice_nbytes, facts.slice_multiply_adds),
+    ):
+        assert (size > 0, multiply_adds > 0) == (layout in held, layout in held)
+    x = small_integers(70, 30, generator=torch.Generator().manual_seed(1))
+    wanted = exact_reference(x, tasks, precision)
+    for batch, path in itertools.product((0, 1, 70), cpu.PATHS):
+        out = torch.full((batch, 40), torch.nan)
+        # int8 has one layout for both paths.
+        if path in ("auto", *held) or precision == "int8":
+            cpu.sparse_mlp(x[:batch], blob, out, path=path)
+            assert_exact(out, wanted[:batch])
+        else:
+            message = rf"path: got '{path}', wanted what the blob was prepacked for: \('{held[0]}',\)"
+            with pytest.raises(ValueError, match=message):
+                cpu.sparse_mlp(x[:batch], blob, out, path=path)
 
 
 def test_layers_that_do_not_chain_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tasks\[0\]\[1\].in_features: got 4, wanted 2"):
-        cpu.prepack([[full_layer(3, 2), full_layer(4, 1)]])
+        cpu.prepack_layers([[full_layer(3, 2), full_layer(4, 1)]])
     with pytest.raises(ValueError, match=r"tasks\[1\]\[0\].in_features: got 4, wanted 3"):
-        cpu.prepack([[full_layer(3, 2)], [full_layer(4, 1)]])
+        cpu.prepack_layers([[full_layer(3, 2)], [full_layer(4, 1)]])
     with pytest.raises(ValueError, match=r"tasks: got layer counts \[1, 0\]"):
-        cpu.prepack([[full_layer(3, 2)], []])
+        cpu.prepack_layers([[full_layer(3, 2)], []])
     with pytest.raises(ValueError, match="tasks: got layer counts"):
-        cpu.prepack([])
+        cpu.prepack_layers([])
+
+
+@pytest.mark.parametrize("precision", cpu.PRECISIONS)
+@pytest.mark.parametrize("part", ("rows", "planes"))
+def test_a_part_of_a_weight_is_a_weight_of_its_own(precision: str, part: str) -> None:
+    # It has the whole one's address, and would read past its own end where it were taken for that.
+    masks = [random_mask(33, 24, 0.8, seed=1), torch.ones(33, 24, dtype=torch.bool)]
+    draw = random_layer(masks[1], "none", seed=1, bias=False)
+    if part == "rows":
+        whole = draw.pack()
+        assert whole.planes is not None
+        less = whole._replace(planes=whole.planes[:, :5], values=whole.values[: 5 * 24], out_features=5)
+        layers = [draw, draw._replace(weight=draw.weight[:5], mask=draw.mask[:5])]
+    else:
+        layers = [draw._replace(weight=draw.weight * mask, mask=mask) for mask in masks]
+        whole = pack_together(layers)[1]
+        assert whole.planes is not None
+        kept = draw.weight[masks[0]]
+        memory = whole.values.clone()
+        memory[: len(kept)] = kept
+        whole = whole._replace(values=memory)
+        less = whole._replace(planes=whole.planes[:1], values=memory[: len(kept)], task=0)
+        layers = [draw._replace(weight=memory.reshape(33, 24)), layers[0]]
+    assert less.planes is not None
+    assert (less.planes.data_ptr(), less.values.data_ptr()) == (whole.planes.data_ptr(), whole.values.data_ptr())
+    x = small_integers(9, 24, generator=torch.Generator().manual_seed(1))
+    wanted = torch.cat([exact_reference(x, [[layer]], precision) for layer in layers], dim=1)
+    for both, columns in (([whole, less], wanted), ([less, whole], wanted.roll(-33, dims=1))):
+        out = torch.full_like(wanted, torch.nan)
+        cpu.sparse_mlp(x, cpu.prepack_layers([[layer] for layer in both], precision), out)
+        assert_exact(out, columns)
 
 
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)
 def test_more_rows_than_a_slice_can_name_are_refused(precision: str) -> None:
-    dead = full_layer(1, 1)._replace(col_indices=ints(), values=torch.ones(0))
-    widest = cpu.prepack([[dead._replace(crow_indices=torch.zeros(65028, dtype=torch.int32))]], precision)
+    def dead_layer(out_features: int) -> cpu.PackLayer:
+        planes = torch.zeros(1, out_features, 1, dtype=torch.uint8)
+        return full_layer(1, 1)._replace(values=torch.ones(0), planes=planes, out_features=out_features)
+
+    widest = cpu.prepack_layers([[dead_layer(65027)]], precision)
     out = torch.empty(2, 65027)
     for path in cpu.PATHS:
         cpu.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
         assert not out.any()
     with pytest.raises(ValueError, match="out_features: got 65028, wanted at most 65027"):
-        cpu.prepack([[dead._replace(crow_indices=torch.zeros(65029, dtype=torch.int32))]], precision)
+        cpu.prepack_layers([[dead_layer(65028)]], precision)
 
 
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)
 @pytest.mark.parametrize("in_features", (2**31, 2**32 + 1, 2**62))
 def test_more_columns_than_an_index_can_name_are_refused(precision: str, in_features: int) -> None:
     with pytest.raises(ValueError, match=f"in_features.*got {in_features}, wanted at most"):
-        cpu.prepack([[full_layer(1, 1)._replace(in_features=in_features)]], precision)
+        cpu.prepack_layers([[full_layer(1, 1)._replace(planes=None, in_features=in_features)]], precision)
 
 
-# What a fuzzer writes into a layer: edges of int32, of the columns and of the row starts.
-WRONG = st.sampled_from((-(2**31), -1, 0, 1, 2, 5, 6, 7, 8, 16, 2**24, 2**31 - 1))
+IN_FEATURES, OUT_FEATURES = 11, 5  # a row is two bytes, of which five bits are padding
+
+
+def mask_of(plane: Tensor) -> Tensor:
+    bits = np.unpackbits(plane.numpy(), axis=-1, bitorder="little")
+    return torch.from_numpy(bits[..., :IN_FEATURES].astype(bool))
 
 
 @settings(max_examples=300)
 @given(
     seed=st.integers(0, 50),
     precision=st.sampled_from(cpu.PRECISIONS),
-    writes=st.lists(
-        st.tuples(st.sampled_from(("crow_indices", "col_indices")), st.integers(0, 100), WRONG), max_size=3
-    ),
-    swap=st.none() | st.tuples(st.integers(0, 100), st.integers(0, 100)),
+    flips=st.lists(st.tuples(st.integers(0, 2 * OUT_FEATURES * 2 - 1), st.integers(0, 7)), max_size=3),
+    swap=st.none() | st.tuples(st.integers(0, 19), st.integers(0, 19)),
+    more_values=st.sampled_from((-1, 0, 0, 0, 0, 1)),
+    task=st.sampled_from((0, 1, 1, 1, 1, 2, -1, 2**40)),
     is_second=st.booleans(),
 )
 def test_a_layer_is_right_or_refused(
     seed: int,
     precision: str,
-    writes: list[tuple[str, int, int]],
+    flips: list[tuple[int, int]],
     swap: tuple[int, int] | None,
+    more_values: int,
+    task: int,
     is_second: bool,
 ) -> None:
-    in_features, out_features = 7, 5
-    mask = random_mask(out_features, in_features, 0.5, seed)
-    layer = random_layer(mask, "relu", seed)
-    packed = layer.pack()
-    for field, at, value in writes:
-        array: Tensor = getattr(packed, field)
-        array[at % len(array)] = value
+    masks = [random_mask(OUT_FEATURES, IN_FEATURES, 0.6, seed + t) for t in range(2)]
+    draw = random_layer(masks[0] | masks[1], "relu", seed)
+    packed = pack_together([draw._replace(weight=draw.weight * mask, mask=mask) for mask in masks])
+    planes = packed[0].planes
+    assert planes is not None
+    at = planes.flatten()
+    for position, bit in flips:
+        at[position] ^= 1 << bit
     if swap:
-        columns = packed.col_indices
-        a, b = (at % len(columns) for at in swap)
-        columns[[a, b]] = columns[[b, a]]
-    task = [full_layer(4, in_features)._replace(input_scale=0.05), packed] if is_second else [packed]
-    starts, columns = packed.crow_indices.tolist(), packed.col_indices.tolist()
-    is_canonical = (
-        (starts[0], starts[-1]) == (0, len(columns))
-        and starts == sorted(starts)
-        and all(0 <= column < in_features for column in columns)
-        and all(columns[i] < columns[i + 1] for i in range(len(columns) - 1) if i + 1 not in starts)
-    )
+        at[list(swap)] = at[list(reversed(swap))]
+    values = torch.cat([packed[0].values, torch.ones(1)])[: len(packed[0].values) + more_values]
+    layers = [layer._replace(values=values) for layer in packed]
+    layers[1] = layers[1]._replace(task=task)
+    before = [full_layer(4, IN_FEATURES)._replace(input_scale=0.05)] if is_second else []
+    tasks = [[*before, layer] for layer in layers]
+    kept = [mask_of(plane) for plane in planes]
+    union = kept[0] | kept[1]
+    is_canonical = torch.equal(pack_bits(torch.stack(kept)), planes) and len(values) == union.sum() and task in (0, 1)
     if not is_canonical:
-        with pytest.raises(ValueError, match=f"layer {int(is_second)}: (crow|col)_indices"):
-            cpu.prepack([task], precision)
+        with pytest.raises(ValueError, match=r"layer [0-3]: (padding of )?(planes|task): got"):
+            cpu.prepack_layers(tasks, precision)
         return
-    blob = cpu.prepack([task], precision)
+    blob = cpu.prepack_layers(tasks, precision)
     if is_second:
         return
-    weight = torch.zeros(out_features, in_features)
-    rows = torch.arange(out_features).repeat_interleave(packed.crow_indices.diff())
-    weight[rows, packed.col_indices] = packed.values
-    kept = torch.zeros_like(mask)
-    kept[rows, packed.col_indices] = True
-    accepted = layer._replace(weight=weight, mask=kept)
-    x = small_integers(9, in_features, generator=torch.Generator().manual_seed(seed))
-    out = torch.empty(9, out_features)
+    weight = torch.zeros(OUT_FEATURES, IN_FEATURES)
+    weight[union] = values
+    accepted = [[draw._replace(weight=weight * kept[t], mask=kept[t], bias=layers[0].bias)] for t in (0, task)]
+    x = small_integers(9, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
+    out = torch.empty(9, 2 * OUT_FEATURES)
     cpu.sparse_mlp(x, blob, out)
-    assert_exact(out, exact_reference(x, [[accepted]], precision))
-    assert torch.equal(blob, prepack([[accepted]], precision))
+    assert_exact(out, exact_reference(x, accepted, precision))
+    assert torch.equal(blob, prepack(accepted, precision))
 
 
 @pytest.mark.parametrize("path", cpu.PATHS)
 def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: cpu.Path) -> None:
     header = struct.Struct("<2I7Q8I")  # BlobHeader of csrc/engine.h
     fields = list(header.unpack_from(blob.numpy()))
-    products, hidden_features = 6, 14
-    assert (fields[products], fields[hidden_features]) == (60 + 12 + 10, 16)
-    fields[products], fields[hidden_features] = 10**9, 2**32 - 16  # enough work for a second thread
+    multiply_adds, hidden_features = 6, 14
+    assert (fields[multiply_adds], fields[hidden_features]) == (60 + 12 + 10, 16)
+    fields[multiply_adds], fields[hidden_features] = 10**9, 2**32 - 16  # enough work for a second thread
     header.pack_into(blob.numpy(), 0, *fields)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (2**37, limits[1]))  # what it takes is above 2^38 on every path
+    resource.setrlimit(resource.RLIMIT_AS, (2**37, limits[1]))  # every path needs more than 2^38 bytes
     try:
         for threads in (1, 2):
             with pytest.raises(MemoryError):
                 cpu.sparse_mlp(torch.ones(200, 10), blob, torch.empty(200, 3), threads, path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    # The scratch memory that this thread has lost is had anew.
+    # This thread allocates its scratch memory again.
     out = torch.empty(200, 3)
     cpu.sparse_mlp(torch.ones(200, 10), three_layers("fp32"), out, path=path)
     assert_exact(out, torch.tensor([60.0, 60.0, 10.0]).expand(200, 3))
@@ -356,7 +425,7 @@ def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str
 def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(kernels, "_engine")
     monkeypatch.setitem(sys.modules, "lt4rec_sparse.kernels._engine", None)
-    spec = importlib.util.spec_from_file_location("native_without_engine", cpu.__file__)
+    spec = importlib.util.spec_from_file_location("cpu_without_engine", cpu.__file__)
     assert spec is not None
     assert spec.loader is not None
     bare = importlib.util.module_from_spec(spec)
@@ -364,4 +433,4 @@ def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pyte
     assert not bare.is_available()
     assert "_engine" in bare.absence_reason()
     with pytest.raises(RuntimeError, match="the native engine is absent"):
-        bare.prepack([[full_layer(3, 2)]])
+        bare.prepack_layers([[full_layer(3, 2)]])

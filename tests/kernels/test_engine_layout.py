@@ -17,8 +17,7 @@ import torch
 from kernels.networks import (
     MaskedLayer,
     Task,
-    is_shared,
-    largest_of_first,
+    largest_of_firsts,
     prepack,
     random_layer,
     random_mask,
@@ -35,11 +34,12 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 Array = NDArray[Any]
 
 HEADER = struct.Struct("<2I7Q8I")
-RECORD = struct.Struct("<7IfiI11Q")
+RECORD = struct.Struct("<7IfiI12Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
 PRECISIONS = ("fp32", "bf16", "int8")
+LAYOUTS = {"tables": 1, "slices": 2}
 
 
 class Header(NamedTuple):
@@ -49,9 +49,9 @@ class Header(NamedTuple):
     slice_bytes: int
     table_bytes: int
     nnz: int
-    products: int
-    slice_products: int
-    table_products: int
+    multiply_adds: int
+    slice_multiply_adds: int
+    table_multiply_adds: int
     precision: int
     in_features: int
     outputs: int
@@ -59,7 +59,7 @@ class Header(NamedTuple):
     layers: int
     hidden_features: int
     shared_features: int
-    reserved: int
+    layouts: int
 
 
 class Record(NamedTuple):
@@ -68,12 +68,13 @@ class Record(NamedTuple):
     out_features: int
     activation: int
     is_head: int
-    part: int
+    part_count: int
     part_features: int
     inverse_scale: float
     zero_point: int
     reserved: int
     bias: int
+    parts: int
     block_slices: int
     slices: int
     steps: int
@@ -123,7 +124,7 @@ class Weights:
     def __init__(self, rows: int, columns: int, dtype: str) -> None:
         self.columns: list[list[int]] = [[] for _ in range(rows)]
         self.dense = np.zeros((rows, columns), dtype)
-        self.products = 0  # padding included
+        self.multiply_adds = 0  # padding included
 
     def put(self, row: int, column: int, weight: Any) -> None:
         self.columns[row].append(column)
@@ -147,6 +148,16 @@ class Blob:
         self.sections.add((at, at + count * dtype.itemsize, kind))
         return np.frombuffer(self.bytes, dtype, count, at)
 
+    def parts(self, record: Record) -> tuple[int, ...]:
+        """Read which parts a combined layer adds, in their order."""
+        return tuple(self.section(record.parts, "<u4", record.part_count).tolist()) if record.part_count else ()
+
+    def part_sets(self) -> list[set[int]]:
+        """Tell the tasks of each part from what their combined layers add."""
+        combined = [self.parts(record) for record in self.records if record.kind == COMBINED]
+        parts = range(1 + max(itertools.chain(*combined), default=-1))
+        return [{t for t, of_task in enumerate(combined) if part in of_task} for part in parts]
+
     def slices(self, record: Record) -> tuple[Weights, Array]:
         """Read the weights, and each row's bias."""
         steps_dtype = SLICE_STEPS[self.precision]
@@ -157,7 +168,7 @@ class Blob:
         slices = self.section(record.slices, SLICE, sum(block_slices), "slice")
         steps = self.section(record.steps, steps_dtype, int(slices["steps"].sum()), "slice")
         slice_bias = self.section(record.slice_bias, "<f4", SLICE_ROWS * block_slices[0], "slice")
-        held.products = steps["weight"].size
+        held.multiply_adds = steps["weight"].size
         at_slice = at_step = 0
         for block, count in enumerate(block_slices):
             named = []
@@ -208,7 +219,7 @@ class Blob:
         shape = (elements, GROUP, table.places)
         indices = self.section(record.indices, "u1", elements * GROUP * table.places, "table").reshape(shape)
         weights = self.section(record.weights, table.dtype, elements * GROUP * table.places, "table").reshape(shape)
-        held.products = weights.size
+        held.multiply_adds = weights.size
         groups_in_turn = [
             group
             for steps, bundle in zip(bundle_steps, bundles, strict=True)
@@ -254,34 +265,40 @@ class Expected(NamedTuple):
     weight: Tensor  # [out_features, in_features], 0 where pruned; none in a combined layer
     mask: Tensor
     bias: Tensor | None
-    layer: MaskedLayer  # whose activation and codes it has
+    layer: MaskedLayer  # whose activation and quantisation parameters it has
     largest: Tensor  # of each row's weights, for int8; of a part's rows, where parts repeat them
     is_head: bool
-    part: int = 0
+    parts: tuple[int, ...] = ()
 
 
-def arranged(tasks: Sequence[Task], shared: bool) -> Iterator[Expected]:
-    """The layers in the order of the records, their features by descending kept weights, inputs and heads apart."""
+def arranged(tasks: Sequence[Task], sets: Sequence[set[int]]) -> Iterator[Expected]:
+    """The layers in the order of the records, features of all but inputs and heads by descending kept weights.
+
+    `sets` are the tasks of each part: where there are parts, all first layers are one weight. A part holds what all of
+    its tasks keep and no earlier part has brought to any of them.
+    """
     in_place = torch.arange(tasks[0][0].mask.shape[1])
+    largest_of_tasks = largest_of_firsts(tasks)
     shared_rows = in_place
-    if shared:
+    if sets:
         firsts = [task[0] for task in tasks]
         kept = torch.stack([first.mask.sum(dim=1) for first in firsts]).sum(dim=0)
         has_head = any(len(task) == 1 for task in tasks)
         shared_rows = torch.arange(len(kept)) if has_head else kept.argsort(descending=True, stable=True)
-        bits = torch.stack([first.weight.view(torch.int32) for first in firsts])
-        common = torch.stack([first.mask for first in firsts]).all(dim=0) & (bits == bits[0]).all(dim=0)
-        masks = [common, *(first.mask & ~common for first in firsts)]
-        weights = [
-            torch.where(mask, first.weight, 0.0) for mask, first in zip(masks, [firsts[0], *firsts], strict=True)
-        ]
+        missing = torch.stack([first.mask for first in firsts])
+        masks, weights = [], []
+        for of_part in map(sorted, sets):
+            masks.append(missing[of_part].all(dim=0))
+            weights.append(torch.where(masks[-1], firsts[of_part[0]].weight, 0.0))
+            missing[of_part] &= ~masks[-1]
+        assert not missing.any(), "a task's parts bring all that it keeps"
         yield Expected(
             SHARED,
             torch.cat([grown(weight[shared_rows]) for weight in weights]),
             torch.cat([grown(mask[shared_rows]) for mask in masks]),
             None,
             firsts[0]._replace(activation="none"),
-            grown(largest_of_first(tasks, tasks[0])[shared_rows]),
+            grown(largest_of_tasks[0][shared_rows]),
             False,
         )
     for t, task in enumerate(tasks):
@@ -290,12 +307,13 @@ def arranged(tasks: Sequence[Task], shared: bool) -> Iterator[Expected]:
             is_head = i == len(task) - 1
             kept = layer.mask.sum(dim=1)
             rows = torch.arange(len(kept)) if is_head else kept.argsort(descending=True, stable=True)
-            largest = layer.weight.abs().amax(dim=1) if i else largest_of_first(tasks, task)
-            if shared and i == 0:
+            largest = layer.weight.abs().amax(dim=1) if i else largest_of_tasks[t]
+            if sets and i == 0:
                 rows = shared_rows
                 nothing = torch.zeros(len(rows), 0)
+                parts = tuple(part for part, of_part in enumerate(sets) if t in of_part)
                 yield Expected(
-                    COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, largest[rows], is_head, 1 + t
+                    COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, largest[rows], is_head, parts
                 )
             else:
                 weight, mask = layer.weight[rows][:, columns], layer.mask[rows][:, columns]
@@ -319,16 +337,30 @@ def as_stored(weight: Tensor, precision: str) -> Array:
     return weight.numpy()
 
 
+# How many columns these tasks alone keep; those of ac are too few for a part.
+PAIR_COLUMNS = {"abc": 60, "ab": 36, "bc": 34, "ac": 6, "a": 4, "b": 5, "c": 5}
+# The tasks of each part.
+PART_SETS = {
+    "shared": [{0, 1}, {0}, {1}],
+    "shared heads": [{0, 1, 2}, {0}, {1}, {2}],
+    "shared in pairs": [{0, 1, 2}, {0, 1}, {1, 2}, {0}, {1}, {2}],
+}
+
+
 @functools.cache
 def networks() -> dict[str, list[Task]]:
     """Every kind of layer, and sizes around every boundary."""
     common = random_mask(40, 150, 0.3, seed=5)
     of_all = random_layer(torch.ones_like(common), "relu", seed=6, integers=False)
 
-    def first(t: int) -> MaskedLayer:
-        mask = common | random_mask(40, 150, 0.2, seed=7 + t)
+    def kept(mask: Tensor, t: int) -> MaskedLayer:
         return of_all._replace(weight=of_all.weight * mask, mask=mask, bias=torch.arange(40.0) + t)
 
+    def first(t: int) -> MaskedLayer:
+        return kept(common | random_mask(40, 150, 0.2, seed=7 + t), t)
+
+    owners = torch.arange(len(PAIR_COLUMNS)).repeat_interleave(torch.tensor(list(PAIR_COLUMNS.values())))
+    pairs = [torch.tensor([task in names for names in PAIR_COLUMNS])[owners] for task in "abc"]
     zeros = random_layer(random_mask(70, 140, 0.5, seed=1), "none", seed=2)
     return {
         "one weight": [[random_layer(torch.ones(1, 1, dtype=torch.bool), "none", seed=1)]],
@@ -340,13 +372,18 @@ def networks() -> dict[str, list[Task]]:
         "kept zeros": [[zeros._replace(weight=zeros.weight * random_mask(70, 140, 0.5, seed=3))]],
         "shared": [[first(0), *random_task((40, 20, 3), 0.4, seed=3)], [first(1), *random_task((40, 6), 0.4, seed=4)]],
         "shared heads": [[first(0), *random_task((40, 7), 0.4, seed=3)], [first(1)], [first(2)]],
+        "shared in pairs": [
+            [kept(columns.expand(40, 150), t), *random_task((40, 5), 0.4, seed=t)] for t, columns in enumerate(pairs)
+        ],
+        "shared by many": [[kept(common & random_mask(40, 150, 0.98, seed=t), t)] for t in range(10)],
+        "little in common": [[kept(random_mask(40, 150, 0.1, seed=20 + t), t)] for t in range(3)],
     } | {f"{i} x {o}": [random_task((i, o, 2), 0.4, seed=i + o)] for i in (15, 17, 32, 65, 128) for o in (4, 16, 81)}
 
 
 @functools.cache
 def packed(name: str, precision: str) -> tuple[Blob, list[Expected]]:
-    tensor = prepack(networks()[name], precision)
-    return Blob(tensor), list(arranged(networks()[name], is_shared(tensor)))
+    blob = Blob(prepack(networks()[name], precision))
+    return blob, list(arranged(networks()[name], blob.part_sets()))
 
 
 of_every_network = pytest.mark.parametrize(
@@ -361,18 +398,34 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 2)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 3)
+    assert header.layouts == (LAYOUTS["tables"] if precision == "int8" else sum(LAYOUTS.values()))
     assert header.bytes == len(blob.bytes)
     assert header.bytes % ALIGNMENT == 0
     assert header.nnz == sum(int(layer.mask.sum()) for task in tasks for layer in task)
-    assert header.products == sum(int(layer.mask.sum()) for layer in layers)
+    assert header.multiply_adds == sum(int(layer.mask.sum()) for layer in layers)
     assert PRECISIONS[header.precision] == precision
     assert header.in_features == tasks[0][0].mask.shape[1]
     assert header.outputs == sum(len(task[-1].mask) for task in tasks)
     assert (header.tasks, header.layers) == (len(tasks), len(layers))
     assert header.hidden_features == max(padded(len(layer.mask)) for task in tasks for layer in task)
     assert header.shared_features == (len(parts[0].mask) if parts else 0)
-    assert header.reserved == 0
+
+
+@of_every_network
+def test_each_task_adds_shared_parts_and_then_its_own(name: str, precision: str) -> None:
+    blob, _ = packed(name, precision)
+    sets = blob.part_sets()
+    assert sets == PART_SETS.get(name, sets)
+    if not sets:
+        assert not name.startswith("shared")
+        return
+    tasks = len(networks()[name])
+    shared = sets[:-tasks]
+    assert 1 <= len(shared) <= 8
+    assert all(len(of_part) > 1 for of_part in shared)
+    assert sets[-tasks:] == [{t} for t in range(tasks)]
+    assert len({frozenset(of_part) for of_part in sets}) == len(sets)
 
 
 @of_every_network
@@ -382,12 +435,13 @@ def test_the_records_say_what_was_packed(name: str, precision: str) -> None:
         out_features = (
             len(expected.bias) if expected.kind == COMBINED and expected.bias is not None else len(expected.mask)
         )
-        part_features = blob.header.shared_features // (1 + len(networks()[name])) if expected.kind != LINEAR else 0
+        part_features = blob.header.shared_features // len(blob.part_sets()) if expected.kind != LINEAR else 0
         assert (record.kind, record.out_features, record.is_head) == (expected.kind, out_features, expected.is_head)
-        assert (record.part, record.part_features) == (expected.part, part_features)
+        assert (blob.parts(record), record.part_features) == (expected.parts, part_features)
+        assert (record.parts > 0) == (expected.kind == COMBINED)
         assert record.in_features == expected.layer.mask.shape[1]
         assert record.activation == ACTIVATIONS[expected.layer.activation]
-        # Codes mean something in int8 alone, and travel in every precision.
+        # Quantisation parameters mean something in int8 alone, and travel in every precision.
         assert record.inverse_scale == torch.tensor(1 / expected.layer.input_scale, dtype=torch.float32).item()
         assert record.zero_point == expected.layer.input_zero_point
         assert record.reserved == 0
@@ -404,7 +458,7 @@ def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precisi
         rows = [row.nonzero().flatten().tolist() for row in expected.mask]
         table = blob.tables(record)
         if precision == "int8":
-            assert np.array_equal(table.dense[: len(rows)], codes_of(expected).numpy())
+            assert np.array_equal(table.dense[: len(rows)], quantized(expected).numpy())
             assert all(columns == sorted(columns) for columns in table.columns)
         else:
             weight = as_stored(expected.weight, precision)
@@ -429,9 +483,9 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
             assert (record.scale, record.start) == (0, 0)
             continue
         if expected.kind != COMBINED:
-            codes = codes_of(expected)
+            weight = quantized(expected)
             start = torch.zeros(whole, dtype=torch.int32)
-            start[: len(codes)] = -expected.layer.input_zero_point * codes.sum(dim=1, dtype=torch.int32)
+            start[: len(weight)] = -expected.layer.input_zero_point * weight.sum(dim=1, dtype=torch.int32)
             assert np.array_equal(blob.section(record.start, "<i4", whole), start.numpy())
         if expected.kind == SHARED:
             assert record.scale == 0
@@ -441,7 +495,7 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
         assert np.array_equal(blob.section(record.scale, "<f4", whole), scale.numpy())
 
 
-def codes_of(expected: Expected) -> Tensor:
+def quantized(expected: Expected) -> Tensor:
     """A layer's weights as int8."""
     step = (expected.largest / 127).repeat(len(expected.weight) // len(expected.largest))[:, None]
     return torch.where(step > 0, (expected.weight / step).round(), 0.0).to(torch.int8)
@@ -452,34 +506,44 @@ def bits_of(weight: Array) -> Array:
     return np.ascontiguousarray(weight).view(f"<u{weight.itemsize}")
 
 
+@pytest.mark.parametrize("layouts", (("tables", "slices"), ("tables",), ("slices",)), ids="-".join)
 @of_every_network
-def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str) -> None:
-    tensor = prepack(networks()[name], precision)
-    blob = Blob(tensor)
-    products = dict.fromkeys(("slices", "tables"), 0)
+def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layouts: tuple[str, ...]) -> None:
+    blob = Blob(prepack(networks()[name], precision, layouts))
+    if precision == "int8":
+        layouts = ("tables",)
+    assert blob.header.layouts == sum(LAYOUTS[layout] for layout in layouts)
+    multiply_adds = dict.fromkeys(LAYOUTS, 0)
     for record in blob.records:
+        blob.parts(record)
         blob.section(record.bias, "<f4", padded(record.out_features))
         if precision == "int8" and record.kind != SHARED:
             blob.section(record.scale, "<f4", padded(record.out_features))
-        if record.kind == COMBINED:
-            continue
-        products["tables"] += blob.tables(record).products
-        if precision == "int8":
+        if precision == "int8" and record.kind != COMBINED:
             blob.section(record.start, "<i4", padded(record.out_features))
+        of_slices = (record.block_slices, record.slices, record.steps, record.slice_bias)
+        of_tables = (record.bundle_steps, record.windows, record.indices, record.weights)
+        if record.kind != COMBINED and "tables" in layouts:
+            multiply_adds["tables"] += blob.tables(record).multiply_adds
         else:
-            products["slices"] += blob.slices(record)[0].products
-    assert (blob.header.slice_products, blob.header.table_products) == (products["slices"], products["tables"])
+            assert not any(of_tables)
+        if record.kind != COMBINED and "slices" in layouts:
+            multiply_adds["slices"] += blob.slices(record)[0].multiply_adds
+        else:
+            assert not any(of_slices)
+    header = blob.header
+    assert multiply_adds == {"tables": header.table_multiply_adds, "slices": header.slice_multiply_adds}
     end = 0
     sizes = dict.fromkeys(("slice", "table", "head", ""), 0)
     for first, past, kind in sorted(blob.sections):
         assert first % ALIGNMENT == 0
         assert first == -(-end // ALIGNMENT) * ALIGNMENT, "a section begins where the one before it ends"
-        assert not blob.bytes[end:first].any(), "what lies between sections is zeros"
+        assert not blob.bytes[end:first].any(), "zeros fill the gap between two sections"
         sizes[kind] += -(-(past - first) // ALIGNMENT) * ALIGNMENT
         end = past
     assert len(blob.bytes) == -(-end // ALIGNMENT) * ALIGNMENT
     assert not blob.bytes[end:].any()
-    assert (blob.header.slice_bytes, blob.header.table_bytes) == (sizes["slice"], sizes["table"])
+    assert (header.slice_bytes, header.table_bytes) == (sizes["slice"], sizes["table"])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -488,14 +552,15 @@ def test_describe_reads_the_header(precision: str) -> None:
     header = blob.header
     assert cpu.describe(torch.from_numpy(blob.bytes)) == (
         precision,
+        ("tables",) if precision == "int8" else ("tables", "slices"),
         header.in_features,
         header.outputs,
         header.tasks,
         header.layers,
         header.nnz,
-        header.products,
-        header.slice_products,
-        header.table_products,
+        header.multiply_adds,
+        header.slice_multiply_adds,
+        header.table_multiply_adds,
         header.bytes,
         header.slice_bytes,
         header.table_bytes,

@@ -308,7 +308,7 @@ def test_compilers_and_tracers_see_one_operator(precision):
         assert_exact(module(x), wanted)
         assert_exact(module(more), mlp(more))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # users still trace
+        warnings.simplefilter("ignore")  # of what torch says about tracing, which users still do
         traced = torch.jit.trace(mlp, (x,), check_trace=False)
     assert_exact(traced(more), mlp(more))
 
@@ -327,8 +327,13 @@ def test_a_model_without_masked_layers_is_refused():
 
 
 def test_a_wrong_width_is_named():
-    with pytest.raises(ValueError, match=r"x: got shape \(2, 5\), wanted \[..., 6\]"):
-        freeze(MaskedMLP(6, (5, 4)))(torch.ones(2, 5))
+    mlp = freeze(MaskedMLP(6, (5, 4)))
+    for x in (torch.ones(2, 5), torch.ones(2, 5, requires_grad=True)):
+        with pytest.raises(ValueError, match=r"x: got shape \(2, 5\), wanted \[batch, 6\]"):
+            mlp(x)
+    for x in (torch.ones(3, 2, 5), torch.ones(5), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"x: got shape .*, wanted \[..., 6\]"):
+            mlp(x)
 
 
 def test_compressed_is_smaller_and_says_so():

@@ -64,7 +64,7 @@ def test_the_weights_of_a_loaded_ranker_are_the_files_own_memory():
     ranker = load(VERSION_1)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(VERSION_1) in line]
     spans = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
-    for tensor in (ranker.inputs.embedding, *(layer.weight.values for layer in ranker.mlp.hidden)):
+    for tensor in (ranker.inputs.embedding, *(layer.weight.values for layer in ranker.mlp.network.hidden)):
         assert any(first <= tensor.data_ptr() < last for first, last in spans)
 
 
@@ -237,7 +237,7 @@ def test_tensors_that_start_at_an_odd_place_score_alike(tmp_path, shift):
     header = content[8 : 8 + length] + b" " * shift
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
     ranker, wanted = load(tmp_path / "model.safetensors"), load(VERSION_1)
-    for layer in ranker.mlp.hidden:
+    for layer in ranker.mlp.network.hidden:
         assert all(part.data_ptr() % part.element_size() == 0 for part in (layer.weight.values, layer.bias))
     assert ranker.inputs.embedding.data_ptr() % 4 == 0
     for task, scores in ranker.score(EXPECTED["candidates"]).items():

@@ -38,9 +38,9 @@ def test_a_gpu_scores_as_the_cpu_does(ranker, features):
     gpu = ranker.on_gpu("fp32", device=DEVICE, batch_sizes=(8,))
     x = ranker.inputs(features)
     scores = gpu.score_encoded(features).cpu()
-    for i, (head, task) in enumerate(zip(ranker.mlp.heads.values(), ranker.tasks, strict=True)):
-        layers = [Layer(layer.weight.to_dense(task), layer.bias, "relu") for layer in ranker.mlp.hidden]
-        layers.append(Layer(head.weight.to_dense(), head.bias, "sigmoid"))
+    for i, (head, task) in enumerate(zip(ranker.mlp.network.heads.values(), ranker.tasks, strict=True)):
+        layers = [Layer(layer.weight.to_dense(task), layer.bias, "relu") for layer in ranker.mlp.network.hidden]
+        layers.append(Layer(head.weight, head.bias, "sigmoid"))
         assert_rounding(scores[:, i : i + 1], mlp_reference(x.detach(), layers))
     assert gpu.precision == "fp32" and gpu.tasks == ranker.tasks
 
@@ -55,9 +55,9 @@ def test_it_is_saved_as_the_ranker_that_it_was_made_from(ranker, tmp_path, featu
 
 def test_what_a_gpu_cannot_do_is_refused(ranker, monkeypatch):
     gpu = ranker.on_gpu("fp16", device=DEVICE, batch_sizes=(1,))
-    with pytest.raises(ValueError, match="on_gpu: got a ranker that serves by a GpuMLP"):
-        gpu.on_gpu()
-    with pytest.raises(ValueError, match="to_precision: got a ranker that serves by a GpuMLP"):
+    with pytest.raises(ValueError, match="on_gpu: got an MLP that is served by a GraphExecutor, wanted"):
+        gpu.on_gpu(device=DEVICE)
+    with pytest.raises(ValueError, match="to_precision: got an MLP that is served by a GraphExecutor, wanted"):
         copy.copy(gpu).to_precision("bf16")
     with pytest.raises(ValueError, match="precision: got 'int8', wanted one of bf16, fp16, fp32"):
         ranker.on_gpu("int8", device=DEVICE)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.ops import PRECISIONS
+from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.ranker import ArtefactError
 from lt4rec_sparse.ranker.artefact import _digest
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -195,8 +195,8 @@ def test_quantisation_parameters_are_kept_to_the_bit(calibrated, tmp_path):
     save(first.to_precision("int8"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == calibrated.read_bytes()
     again = load(tmp_path / "again.safetensors")
-    assert again.mlp.codes == first.mlp.codes
-    assert [len(codes) for codes in again.mlp.codes.values()] == [3, 3]
+    assert again.mlp.network.quantization == first.mlp.network.quantization
+    assert [len(of_task) for of_task in again.mlp.network.quantization.values()] == [3, 3]
 
 
 def test_an_artefact_that_is_not_calibrated_has_no_entry_for_it(artefact, calibrated, tmp_path):

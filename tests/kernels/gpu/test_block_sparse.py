@@ -193,7 +193,9 @@ def test_strides_do_not_matter(layout: str) -> None:
 
 
 def test_equal_calls_give_equal_bits_and_rows_do_not_see_each_other() -> None:
-    x, weight = draw(1, 20, 64, seed=0, integers=False), draw(32, 64, seed=1, integers=False)
+    # The interpreter's products are NumPy's, whose order of summation depends on where a row stands: integers there.
+    integers = DEVICE.type == "cpu"
+    x, weight = draw(1, 20, 64, seed=0, integers=integers), draw(32, 64, seed=1, integers=integers)
     packed = BlockWeight.from_dense(weight, block_masks(1, 32, 64, 16, 0.5, seed=2), 16, HALF)
     y = forward(x, packed, None)
     assert_exact(forward(x, packed, None), y)

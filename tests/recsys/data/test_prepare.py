@@ -512,6 +512,20 @@ def test_encoder_is_stored(make: Make, tmp_path: Path) -> None:
     assert stored.table_sizes == prepared.encoder.table_sizes
 
 
+def test_an_encoder_whose_tables_are_empty_is_stored(make: Make, log: Log, tmp_path: Path) -> None:
+    """Constant, missing and rare values of the only training day leave nothing to fit."""
+    columns = [
+        {"name": "video", "type": "int", "min_count": 9},
+        {"name": "tags", "kind": "multi", "min_count": 9},
+        {"name": "town", "min_count": 9},
+        {"name": "length", "kind": "dense"},
+    ]
+    folder, schema = make(log | {"length": [10.0] * 6}, columns=columns)
+    prepared = prepare(folder, tmp_path / "out", schema)
+    assert set(prepared.encoder.table_sizes.values()) == {2}
+    assert load_encoder(prepared.folder).table_sizes == prepared.encoder.table_sizes
+
+
 def test_columns_of_a_part(make: Make, tmp_path: Path) -> None:
     folder, schema = make()
     part = pq.read_schema(prepare(folder, tmp_path / "out", schema).folder / "train" / "part-00000.parquet")

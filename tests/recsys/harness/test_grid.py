@@ -1,6 +1,7 @@
 """Jobs run once what they need is done; an error stops what has not begun; a worker has one thread."""
 
 import os
+import select
 import subprocess
 import sys
 
@@ -56,9 +57,13 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     os.mkfifo(pipe)
     work = f"import time\nfile = open({str(pipe)!r}, 'w')\nprint('began', file=file, flush=True)\n"
     work += "time.sleep(20)\nprint('survived', file=file)"
-    main = f"from lt4rec_sparse.experiments.grid import Job, run_jobs\nrun_jobs({{'a': Job(exec, ({work!r},))}}, 1)"
+    main = f"from lt4rec_sparse.recsys.harness.grid import Job, run_jobs\nrun_jobs({{'a': Job(exec, ({work!r},))}}, 1)"
     parent = subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with parent, pipe.open() as file:
+    # Opened at once, since a parent that fails never opens its end.
+    with parent, os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
+        while not select.select([file], [], [], 0.1)[0]:
+            assert parent.poll() is None, "the parent ended before its worker began"
+        os.set_blocking(file.fileno(), True)
         assert file.readline() == "began\n"
         parent.kill()
         assert file.read() == ""  # the worker's end of the pipe is closed

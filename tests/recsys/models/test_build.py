@@ -15,11 +15,11 @@ def new(name, tasks=TASKS, hidden=(8, 4), **options):
     return build(name, FIELDS, SIZES, tasks, hidden, 3, **options)
 
 
-def test_sparse_sharing_has_the_names_of_saved_runs():
+def test_sparse_sharing_has_the_state_names_of_saved_runs():
     model = new("sparse_sharing")
     assert set(model.state_dict()) == {
         "inputs.embedding",
-        *(f"mlp.layers.{i}.{part}" for i in (0, 1) for part in ("weight", "bias", "masks")),
+        *(f"mlp.layers.{i}.{part}" for i in (0, 1) for part in ("weight", "bias", "masks", "mask_tasks")),
         *(f"mlp.heads.{task}.{part}" for task in TASKS for part in ("weight", "bias")),
     }
 
