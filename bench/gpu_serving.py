@@ -1,7 +1,7 @@
 """Serving on a GPU: every way that a plan knows, against the dense opponents of `bench/gpu_peers.py`, case by case.
 
 A case is a network, a structure of its masks, a sparsity and a batch. Weights, biases and x are rounded to 16 bits
-before anything else, so that all compute the same network; no sigmoid, which would cost an opponent a kernel.
+first, so that all compute the same network; no sigmoid, which would cost an opponent a kernel.
 """
 
 from __future__ import annotations
@@ -108,18 +108,19 @@ def _ours(load: Load, setting: Setting) -> Ours:
 @lru_cache(maxsize=1)
 def _planned(
     setting: Setting, network: str, structure: str, sparsity: float, batches: tuple[int, ...]
-) -> tuple[Plan, gpu.Ways, gpu.GpuMLP]:
+) -> tuple[Plan, gpu.Ways, SparseMLP]:
     """Measure a plan for several batches at once, for most of it is prepacking."""
     _, frozen = masked_network(_widths(setting, network), structure, sparsity)
     # A rehearsal needs a plan, not a good one; the interpreter would take a minute over it.
     with mock.patch.object(gpu, "_timed", _untimed) if setting.is_dry else nullcontext():
-        plan = gpu.measure_plan(frozen, batches, setting.precision, setting.device)
-    made = gpu.Ways(frozen, setting.precision, setting.device)
-    return plan, made, gpu.GpuMLP(frozen, plan, device=setting.device)
+        plan = gpu.measure_plan(frozen.network, batches, setting.precision, setting.device)
+    made = gpu.Ways(frozen.network, setting.precision, setting.device)
+    executor = gpu.GraphExecutor(frozen.network, plan, device=setting.device)
+    return plan, made, SparseMLP(frozen.network, plan.precision, executor)
 
 
 def _untimed(calls: Mapping[Any, object], *_: object) -> dict[Any, Timing]:
-    # The later the faster, for those are dense, and quickly interpreted.
+    # The later the faster: those are dense, and quickly interpreted.
     return {key: Timing(*[1.0 / (1 + i)] * 3) for i, key in enumerate(calls)}
 
 

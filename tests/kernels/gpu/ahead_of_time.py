@@ -404,15 +404,13 @@ def _wgrad(
             _meta(dtype, count, rows, OUT_FEATURES),
             _x(dtype, tasks, rows),
             _words(count, OUT_FEATURES, IN_FEATURES),
-            _meta(torch.float32, splits, OUT_FEATURES, IN_FEATURES),
+            _meta(torch.float32, splits * (count if tasks == "apart" else 1), OUT_FEATURES, IN_FEATURES),
             _precision(arithmetic),
             tile,
         )
 
     name = f"wgrad masked {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, torch.float32)}"
-    # The words are loaded behind the loop; of tasks apart it is inside another.
-    words = (0,) if tasks == "joint" else (0, tile.block_n * tile.block_k // 32)
-    return _case(name, arithmetic, launch, tile.block_n, words, on_blackwell)
+    return _case(name, arithmetic, launch, tile.block_n, (0,), on_blackwell)  # the words are loaded after the loop
 
 
 def _block_sparse(tile: Tile, block: int, together: int) -> dict[str, Case]:
