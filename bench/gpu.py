@@ -1,8 +1,8 @@
 """The GPU suites: `python -m bench gpu` runs them on a GPU, `python -m bench gpu --dry OUT` rehearses them on a CPU.
 
-On a GPU each suite runs in a process of its own, for an illegal access ends a process' CUDA for good. It writes its
-part before and after every case. It has a share of the seconds that are left when it starts, and a minimum, and drops
-the cases that come last when they are spent; the record says which. `bash bench/gpu.sh` installs, tests and calls this.
+On a GPU each suite runs in its own process, because an illegal access ends CUDA in a process. It writes its part before
+and after every case. It gets a share of the seconds that are left when it starts, and at least a minimum. When they are
+spent it drops the remaining cases; the record says which. `bash bench/gpu.sh` installs, tests and calls this.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from bench import record
 from lt4rec_sparse.recsys.report import table
 
 SUITES = {"assumptions": 0.07, "serving": 0.48, "training": 0.29, "kernels": 0.16}  # name -> share of the seconds
-# To compile and time the first case at least, whatever the suites and steps before have taken.
+# Enough to compile and time the first case, however long the suites and steps before took.
 MINIMUM_S = {"assumptions": 12.0, "serving": 60.0, "training": 40.0, "kernels": 18.0}
 SECONDS = 270.0
-GRACE_S = 20.0  # for a suite's start and for the case that it is in when its seconds are spent
+GRACE_S = 20.0  # for the start of a suite and for the case that runs when its seconds are spent
 NOT_TIMED = "The GPU engine is compiled and interpreted, not yet timed."
 HEADERS = {
     "a": "(a) eager masked, as called",
@@ -70,7 +70,7 @@ def run(seconds: float, is_dry: bool, steps: Sequence[dict[str, Any]] = ()) -> d
             left = end - time.monotonic()
             names, own = (waiting, left) if is_dry else (waiting[:1], seconds_of_next(waiting, left))
             waiting = waiting[len(names) :]
-            limit = max(own, min(own, left) + GRACE_S)  # who lives on a minimum, the seconds being spent, has no grace
+            limit = max(own, min(own, left) + GRACE_S)  # no grace for a suite that has only its minimum left
             parts |= _run_apart(names, own, limit, Path(folder), is_dry)
     device = next((case for case in parts["assumptions"]["cases"] if case["case"] == "device"), {"name": "gpu"})
     return {
@@ -93,7 +93,7 @@ def seconds_of_next(waiting: Sequence[str], left: float) -> float:
 def _run_apart(
     names: Sequence[str], seconds: float, limit: float, folder: Path, is_dry: bool
 ) -> dict[str, dict[str, Any]]:
-    """Run suites in a process, which ends at the limit, and return what each wrote, were it only some of its cases."""
+    """Run suites in a process, which ends at the limit, and return what each wrote, also if it is only some cases."""
     start = time.monotonic()
     command = [sys.executable, "-m", "bench", "gpu", "--suites", *names, "--parts", str(folder)]
     command += ["--seconds", str(seconds)]
@@ -129,7 +129,7 @@ def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
         dropped = [name for name, _ in waiting]
         part.write_text(json.dumps({"cases": cases, "failed": failed, "dropped": dropped}), encoding="utf-8")
 
-    write()  # a case that never ends is dropped, with those behind it
+    write()  # a case that never ends is dropped, with those after it
     while waiting and time.monotonic() - start < seconds:
         case, measure = waiting[0]
         began = time.monotonic()
@@ -206,7 +206,7 @@ def readme_section() -> str:
 
 
 def serving_table(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a row a case: the plan's choice, its time, and the ratios; those to (a) and (c) as Python calls them."""
+    """Return a row per case: the plan's choice, its time, and the ratios; those to (a) and (c) as Python calls them."""
     rows = []
     for case in cases:
         ratios = case["ratios"]
@@ -233,7 +233,7 @@ def serving_table(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def training_table(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a row a case: the time of ours, and the ratios."""
+    """Return a row per case: our time, and the ratios."""
     rows = []
     for case in cases:
         if not case.get("ratios"):
@@ -254,7 +254,7 @@ def training_table(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def tiles_table(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a row a case."""
+    """Return a row per case."""
     rows = []
     for case in cases:
         if case["best"]:
@@ -266,7 +266,7 @@ def tiles_table(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def assumptions_table(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a row a figure."""
+    """Return a row per figure."""
     rows = []
     for case in cases:
         rows += [[f"graph node, {name}", f"{us:.2f} us"] for name, us in case.get("node_us", {}).items()]
@@ -293,7 +293,7 @@ def _steps_table(result: dict[str, Any]) -> str:
 
 
 def _steps(path: Path | None) -> list[dict[str, Any]]:
-    """Read what bench/gpu.sh wrote: a line a step, tabs between its parts."""
+    """Read what bench/gpu.sh wrote: one line per step, tabs between its parts."""
     if path is None:
         return []
     lines = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]

@@ -1,4 +1,4 @@
-"""What two tasks' weights take on a GPU in each format, against a dense bfloat16 copy a task: counted anywhere."""
+"""What two tasks' weights take on a GPU in each layout, against a dense bfloat16 copy per task: counted anywhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lt4rec_sparse.kernels.gpu.device_weight import FORMATS, Weight
 
 from bench import record
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
+from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
 from lt4rec_sparse.recsys.report import table
 
 WIDTHS = (1024, 512, 256, 128)
@@ -27,7 +27,7 @@ def run() -> Path:
 
 
 def bytes_table(found: dict[str, Any]) -> str:
-    """Return a row a sparsity: how many times smaller each format is than a bfloat16 copy a task."""
+    """Return a row per sparsity: how many times smaller each layout is than a bfloat16 copy per task."""
     rows = []
     for case in found["cases"]:
         sizes = case["bytes"]
@@ -37,14 +37,13 @@ def bytes_table(found: dict[str, Any]) -> str:
 
 def _case(sparsity: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    sizes = dict.fromkeys((*FORMATS, "shared, masks apart", "block32"), 0)
+    sizes = dict.fromkeys((*FORMATS, "block32"), 0)
     for k, n in pairwise(WIDTHS):
         weight = torch.randn(n, k, generator=generator)
-        together = _overlapping((n, k), 1 - sparsity, OVERLAP, generator)
-        apart = _overlapping((n, k), 1 - sparsity, (1 - sparsity) / (1 + sparsity), generator)  # independent masks
+        masks = _overlapping((n, k), 1 - sparsity, OVERLAP, generator)
         for format in FORMATS:
-            sizes[format] += Weight.prepack(weight, together, format, torch.bfloat16, CPU).nbytes
-        sizes["shared, masks apart"] += Weight.prepack(weight, apart, "shared", torch.bfloat16, CPU).nbytes
+            packed = Weight.prepack(weight, masks, format, torch.bfloat16, CPU)
+            sizes[format] += packed.values.nbytes + (0 if packed.words is None else packed.words.nbytes)
         coarse = _overlapping((n // 32, k // 32), 1 - sparsity, OVERLAP, generator)
         masks = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
         sizes["block32"] += BlockWeight.from_dense(weight, masks, 32, torch.bfloat16).nbytes

@@ -1,7 +1,7 @@
-"""Every tile of every table, alone, against cuBLAS: which tile wins where, and whether the table picks it.
+"""Every tile of every table, alone, against cuBLAS: which tile wins where, and whether the rule picks it.
 
-A case is a kernel, a format of the weight and a shape. Two tasks throughout; masks keep a tenth, and overlap
-as those that are served.
+A case is a kernel, a layout of the weight and a shape. Two tasks throughout; masks keep a tenth, and overlap like
+those that are served.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lt4rec_sparse.kernels.gpu.device_weight import Weight
-from lt4rec_sparse.kernels.gpu.tiles import Tile
 from torch import Tensor
 
 from bench.gpu_serving import masks
 from bench.gpu_setting import FAILURES, Case, Setting, float32_precision, named
 from bench.peers import reference
-from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul, tiles
-from lt4rec_sparse.kernels.gpu.launch import Launch
+from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul
+from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, arithmetic
+from lt4rec_sparse.kernels.gpu.weights import Weight
 from lt4rec_sparse.masks import pack_words
 from tests.oracle import Bounded, Layer, assert_rounding, linear_reference
 
@@ -45,7 +44,7 @@ DRY, DRY_TAIL = Shape(20, (32, 16)), Shape(20, (16, 16, 16, 1))
 
 
 class Problem:
-    """Tensors of one shape, on the device; x is what a layer before would hand on, and all tasks read it."""
+    """Tensors of one shape, on the device; all tasks read the same x."""
 
     def __init__(self, setting: Setting, shape: Shape, structure: str, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -57,10 +56,8 @@ class Problem:
         self.words = pack_words(self.planes)
         self.weight = weight.to(dtype).float().to(setting.device)
         self.bias = torch.randn(self.n, generator=generator).to(setting.device, dtype)
-        self.x = torch.randn(shape.rows, self.k, generator=generator).to(setting.device, dtype)
-        self.dy = torch.randn(len(TASKS) * shape.rows, self.n, generator=generator).to(setting.device, dtype)
-        self.starts, self.lengths = (0,) * len(TASKS), (shape.rows,) * len(TASKS)
-        self.y_starts = tuple(t * shape.rows for t in range(len(TASKS)))
+        self.x = torch.randn(1, shape.rows, self.k, generator=generator).to(setting.device, dtype)
+        self.dy = torch.randn(len(TASKS), shape.rows, self.n, generator=generator).to(setting.device, dtype)
 
     @property
     def masked(self) -> Tensor:
@@ -72,28 +69,24 @@ def suite(setting: Setting) -> Iterator[Case]:
     """Yield the cases: what serving and training run at bf16 first."""
     first, tails = ((DRY,), (DRY_TAIL,)) if setting.is_dry else (FIRST, TAILS)
     gradients, wide = ((DRY,), (DRY,)) if setting.is_dry else (GRADIENTS, WIDE)
-    arithmetic = (setting.dtype, "ieee")
+    half = (setting.dtype, "ieee")
     for shape in first[:3]:
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *arithmetic)
+        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for shape in tails:
-        yield f"tail premasked {shape}", partial(_tail, setting, shape, "premasked", *arithmetic)
+        yield f"tail premasked {shape}", partial(_tail, setting, shape, "premasked")
     for shape in wide[:2]:
-        yield f"block32 {shape}", partial(_block, setting, shape, 32, *arithmetic)
+        yield f"block32 {shape}", partial(_block, setting, shape, 32)
     for shape in gradients:
-        yield f"forward masked {shape}", partial(_forward, setting, shape, "masked", *arithmetic)
-        yield f"dgrad {shape}", partial(_dgrad, setting, shape, *arithmetic)
-        yield f"wgrad {shape}", partial(_wgrad, setting, shape, *arithmetic)
-    for shape in (*first[3:], *first[:1]):
-        yield f"forward shared {shape}", partial(_forward, setting, shape, "shared", *arithmetic)
-    has_compressed = tiles.arithmetic(setting.dtype, "ieee") in fused_tail.COMPRESSED
-    for format in ("shared", "masked") if has_compressed else ("masked",):
-        for shape in tails[:2]:
-            yield f"tail {format} {shape}", partial(_tail, setting, shape, format, *arithmetic)
+        yield f"forward masked {shape}", partial(_forward, setting, shape, "masked", *half)
+        yield f"dgrad {shape}", partial(_dgrad, setting, shape, *half)
+        yield f"wgrad {shape}", partial(_wgrad, setting, shape, *half)
+    for shape in tails[:2]:
+        yield f"tail masked {shape}", partial(_tail, setting, shape, "masked")
     for block in () if setting.is_dry else (64, 16):
         for shape in wide[:2]:
-            yield f"block{block} {shape}", partial(_block, setting, shape, block, *arithmetic)
-    for shape in () if setting.is_dry else wide:
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *arithmetic)
+            yield f"block{block} {shape}", partial(_block, setting, shape, block)
+    for shape in () if setting.is_dry else (*first[3:], *wide):
+        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for precision in ("tf32",) if setting.is_dry else ("tf32", "ieee"):
         for shape in gradients[:1]:
             single = (torch.float32, precision)
@@ -106,73 +99,80 @@ def _forward(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, pr
     p = Problem(setting, shape, "unstructured", dtype)
     weight_dtype = torch.float32 if format == "masked" else dtype  # a master weight, or prepacked to be served
     weight = Weight.prepack(p.weight, p.planes, format, weight_dtype, setting.device)
-    y = p.x.new_empty(len(TASKS) * p.rows, p.n)
-    parts = (p.x, weight, p.bias, y, p.starts, p.y_starts, p.lengths, "relu", precision)
-    table = (tiles.COMPRESSED if format == "shared" else tiles.FORWARD)[tiles.arithmetic(dtype, precision)]
-    own = tiles.forward_tile(p.rows, p.n * len(TASKS), dtype, precision, format == "shared")
-    calls = {_name(tile): partial(_written, masked_matmul.forward_launch(*parts, tile), y) for tile in table}
-    dense = p.masked.to(dtype).flatten(0, 1).T
-    calls["cuBLAS"] = partial(torch._addmm_activation, p.bias.repeat(len(TASKS)), p.x, dense)
-    wanted = [linear_reference(p.x, task.to(dtype), p.bias, _sums(dtype, precision)) for task in p.masked]
-    value, bound = torch.cat([w.value for w in wanted]).relu(), torch.cat([w.bound for w in wanted])
-    return _measured(setting, calls, _name(own), Bounded(value, bound), precision)
+    y = p.x.new_empty(len(TASKS), p.rows, p.n)
+    parts = (p.x, weight, p.bias, y, "relu", precision)
+    table = masked_matmul.FORWARD[arithmetic(dtype, precision)]
+    launches = {tile: masked_matmul.forward_launch(*parts, tile) for tile in table}
+    return _against_cublas(setting, p, y, launches, masked_matmul.forward_launch(*parts), dtype, precision)
 
 
 def _dgrad(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     p = Problem(setting, shape, "unstructured", dtype)
-    dx = p.x.new_empty(p.rows, p.k)
-    parts = (p.dy, p.weight, p.words, dx, p.starts, p.y_starts, p.lengths, precision)
-    table = tiles.DGRAD[tiles.arithmetic(dtype, precision)]
-    own = tiles.dgrad_tile(p.rows, p.k, dtype, precision)
-    calls = {_name(tile): partial(_written, masked_matmul.dgrad_launch(*parts, tile), dx) for tile in table}
-    dys, dense = p.dy.chunk(len(TASKS)), p.masked.to(dtype)
-    # Two tasks are one product twice as long; side by side, as nobody has them, they are cuBLAS' best case.
-    beside, stacked = torch.cat(dys, 1), dense.flatten(0, 1)
+    dx = torch.empty_like(p.x)
+    parts = (p.dy, p.weight, p.words, dx, precision)
+    table = masked_matmul.DGRAD[arithmetic(dtype, precision)]
+    launches = {tile: masked_matmul.dgrad_launch(*parts, tile) for tile in table}
+    own = _chosen(launches, masked_matmul.dgrad_launch(*parts))
+    calls: dict[str, Callable[[], Tensor]] = {
+        _name(tile): partial(_written, launch, dx[0]) for tile, launch in launches.items()
+    }
+    # Two tasks are one product twice as long; side by side, as no layer has them, they are cuBLAS' best case.
+    beside, stacked = torch.cat(list(p.dy), 1), p.masked.to(dtype).flatten(0, 1)
     calls["cuBLAS"] = partial(torch.mm, beside, stacked)
-    calls["mask and cast"] = partial(mask_and_cast.dgrad, p.dy, p.weight, p.words, p.starts, p.lengths, p.rows)
+    calls["mask and cast"] = partial(_first, mask_and_cast.dgrad, p.dy, p.weight, p.words, True)
     wanted = linear_reference(beside, stacked.T, None, _sums(dtype, precision))
-    return _measured(setting, calls, _name(own), wanted, precision)
+    return _measured(setting, calls, own, wanted, precision)
 
 
 def _wgrad(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     p = Problem(setting, shape, "unstructured", dtype)
-    own = tiles.wgrad_tile(p.n, p.k, dtype, precision)
+    own = _name(masked_matmul.wgrad_tile(p.n, p.k, dtype, precision))
     calls: dict[str, Callable[[], Tensor]] = {}
-    for tile in tiles.WGRAD[tiles.arithmetic(dtype, precision)]:
-        splits = tiles.wgrad_splits(p.rows, -(-p.n // tile.block_n) * -(-p.k // tile.block_k), tile)
+    for tile in masked_matmul.WGRAD[arithmetic(dtype, precision)]:
+        splits = masked_matmul.wgrad_splits(p.rows, -(-p.n // tile.block_n) * -(-p.k // tile.block_k), tile)
         shares = p.weight.new_empty(splits, p.n, p.k)
-        parts = (p.dy, p.x, p.words, shares, p.starts, p.y_starts, p.lengths, precision, tile)
-        calls[_name(tile)] = partial(_summed, masked_matmul.wgrad_launch(*parts), shares)
-    dys = p.dy.chunk(len(TASKS))
-    calls["mask and cast"] = partial(mask_and_cast.wgrad, p.dy, p.x, p.words, p.starts, p.lengths, torch.float32)
-    wanted = [linear_reference(dy.T, p.x.T, None, _sums(dtype, precision)) for dy in dys]
+        launch = masked_matmul.wgrad_launch(p.dy, p.x, p.words, shares, precision, tile)
+        calls[_name(tile)] = partial(_summed, launch, shares)
+    calls["mask and cast"] = partial(mask_and_cast.wgrad, p.dy, p.x, p.words, torch.float32)
+    wanted = [linear_reference(dy.T, p.x[0].T, None, _sums(dtype, precision)) for dy in p.dy]
     value = sum(part.value * plane for part, plane in zip(wanted, p.planes, strict=True))
     # Adding the tasks up rounds once more, relative to no more than their bounds' magnitudes.
     bound = sum(
         (2 * part.bound + part.value.abs() * 2**-22) * plane for part, plane in zip(wanted, p.planes, strict=True)
     )
-    return _measured(setting, calls, _name(own), Bounded(value, bound), precision)
+    return _measured(setting, calls, own, Bounded(value, bound), precision)
 
 
-def _block(setting: Setting, shape: Shape, block: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    p = Problem(setting, shape, f"block{block}", dtype)
+def _block(setting: Setting, shape: Shape, block: int) -> dict[str, Any]:
+    p = Problem(setting, shape, f"block{block}", setting.half)
     together = len(TASKS) if len(TASKS) * block <= block_sparse.MAX_COLUMNS else 1
-    weight = block_sparse.BlockWeight.from_dense(p.weight, p.planes, block, dtype, together)
-    y = p.x.new_empty(len(TASKS) * p.rows, p.n)
-    parts = (p.x, weight, p.bias, y, p.starts, p.y_starts, p.lengths, "relu", precision)
-    table = block_sparse.TILES[tiles.arithmetic(dtype, precision), together * block]
-    block_rows = -(-p.n // block) * len(TASKS) // together
-    own = block_sparse.block_sparse_tile(p.rows, block_rows, together * block, dtype, precision)
-    calls = {_name(t): partial(_written, block_sparse.block_sparse_launch(*parts, t), y) for t in table}
+    weight = block_sparse.BlockWeight.from_dense(p.weight, p.planes, block, setting.half, together)
+    y = p.x.new_empty(len(TASKS), p.rows, p.n)
+    parts = (p.x, weight, p.bias, y, "relu")
+    launches = {tile: block_sparse.block_sparse_launch(*parts, tile) for tile in block_sparse.TILES[together * block]}
+    return _against_cublas(setting, p, y, launches, block_sparse.block_sparse_launch(*parts), setting.half, "ieee")
+
+
+def _against_cublas(
+    setting: Setting,
+    p: Problem,
+    y: Tensor,
+    launches: Mapping[Tile, Launch],
+    own: Launch,
+    dtype: torch.dtype,
+    precision: str,
+) -> dict[str, Any]:
+    """Time a forward product in every tile, and cuBLAS' of both tasks' neurons side by side."""
+    calls: dict[str, Callable[[], Tensor]] = {_name(t): partial(_written, launch, y) for t, launch in launches.items()}
     dense = p.masked.to(dtype).flatten(0, 1).T
-    calls["cuBLAS"] = partial(torch._addmm_activation, p.bias.repeat(len(TASKS)), p.x, dense)
-    wanted = [linear_reference(p.x, task.to(dtype), p.bias, _sums(dtype, precision)) for task in p.masked]
-    value, bound = torch.cat([w.value for w in wanted]).relu(), torch.cat([w.bound for w in wanted])
-    return _measured(setting, calls, _name(own), Bounded(value, bound), precision)
+    calls["cuBLAS"] = partial(torch._addmm_activation, p.bias.repeat(len(TASKS)), p.x[0], dense)
+    wanted = [linear_reference(p.x[0], task.to(dtype), p.bias, _sums(dtype, precision)) for task in p.masked]
+    value, bound = torch.stack([w.value for w in wanted]).relu(), torch.stack([w.bound for w in wanted])
+    return _measured(setting, calls, _chosen(launches, own), Bounded(value, bound), precision)
 
 
-def _tail(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    d0, d1, d2, out = shape.widths
+def _tail(setting: Setting, shape: Shape, format: str) -> dict[str, Any]:
+    (d0, d1, d2, out), dtype = shape.widths, setting.half
     first, second = (
         Problem(setting, Shape(shape.rows, widths), "unstructured", dtype) for widths in ((d0, d1), (d1, d2))
     )
@@ -183,12 +183,10 @@ def _tail(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, preci
     h = torch.randn(len(TASKS), shape.rows, d0, generator=generator).relu_().to(setting.device, dtype)
     tail = fused_tail.Tail(weights, (first.bias, second.bias), head, head_bias, "none")
     scores = torch.empty(shape.rows, len(TASKS) * out, device=setting.device)
-    table = fused_tail.COMPRESSED if format == "shared" else fused_tail.TILES
-    own = fused_tail.tail_tile(shape.rows, len(TASKS), dtype, precision, format == "shared")
-    calls: dict[str, Callable[[], Tensor]] = {}
-    for tile in table[tiles.arithmetic(dtype, precision)]:
-        launch = fused_tail.fused_tail_launch(h, tail, scores, precision, tile)
-        calls[_name(tile)] = partial(_written, launch, scores)
+    launches = {tile: fused_tail.fused_tail_launch(h, tail, scores, tile) for tile in fused_tail.TILES}
+    calls: dict[str, Callable[[], Tensor]] = {
+        _name(tile): partial(_written, launch, scores) for tile, launch in launches.items()
+    }
     layers, wanted = [], []
     for t, rows in enumerate(h):
         hidden = [(p.masked[t], p.bias) for p in (first, second)]
@@ -197,16 +195,16 @@ def _tail(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, preci
             *(Layer(w, b.float(), "relu") for w, b in hidden),
             Layer(head[t].float(), head_bias[t].float(), "none"),
         ]
-        wanted.append(reference(as_checked, rows, setting.precision))
+        wanted.append(reference(as_checked, rows.float(), "bf16"))  # float16, of a rehearsal, rounds less
     calls["cuBLAS"] = partial(_chained, h, layers)
     both = Bounded(*(torch.cat(parts, 1) for parts in zip(*wanted, strict=True)))
-    return _measured(setting, calls, _name(own), both, precision)
+    return _measured(setting, calls, _chosen(launches, fused_tail.fused_tail_launch(h, tail, scores)), both, "ieee")
 
 
 def _measured(
     setting: Setting, calls: Mapping[str, Callable[[], Tensor]], own: str, wanted: Bounded, precision: str
 ) -> dict[str, Any]:
-    """Check each, time those that are right; `own` is the table's choice."""
+    """Check each, time those that are right; `own` is what the rule chooses."""
     with torch.inference_mode(), float32_precision("high" if precision == "tf32" else "highest"):
         failed = {name: why for name, call in calls.items() if (why := _failure(call, wanted))}
         right = {name: call for name, call in calls.items() if name not in failed}
@@ -228,8 +226,8 @@ def _failure(call: Callable[[], Tensor], wanted: Bounded) -> str:
     """Say why a call is not to be timed; nothing if it is right."""
     try:
         y = call()
-        # cuBLAS has the tasks side by side where ours has them one after another.
-        assert_rounding(y if y.shape == wanted.value.shape else torch.cat(y.chunk(len(TASKS), dim=1)), wanted)
+        # cuBLAS has the tasks side by side, and ours one after another.
+        assert_rounding(y if y.shape == wanted.value.shape else torch.stack(y.chunk(len(TASKS), dim=1)), wanted)
     except FAILURES as error:
         return named(error)
     return ""
@@ -238,6 +236,10 @@ def _failure(call: Callable[[], Tensor], wanted: Bounded) -> str:
 def _written(launch: Launch, y: Tensor) -> Tensor:
     launch.run()
     return y
+
+
+def _first(call: Callable[..., Tensor], *parts: object) -> Tensor:
+    return call(*parts)[0]
 
 
 def _summed(launch: Launch, shares: Tensor) -> Tensor:
@@ -257,6 +259,13 @@ def _chained(h: Tensor, tasks: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
 def _sums(dtype: torch.dtype, precision: str) -> torch.dtype:
     """Return whose unit roundoff bounds a sum: TF32 rounds its operands to the mantissa of float16."""
     return torch.float16 if dtype == torch.float32 and precision == "tf32" else torch.float32
+
+
+def _chosen(launches: Mapping[Tile, Launch], own: Launch) -> str:
+    """Name the tile of a launch that chose its own."""
+    return next(
+        _name(t) for t, found in launches.items() if (found.constants, found.warps) == (own.constants, own.warps)
+    )
 
 
 def _name(tile: Tile) -> str:

@@ -1,7 +1,7 @@
 """Serving on a GPU: every way that a plan knows, against the dense opponents of `bench/gpu_peers.py`, case by case.
 
 A case is a network, a structure of its masks, a sparsity and a batch. Weights, biases and x are rounded to 16 bits
-before anything else, so that all compute the same network; no sigmoid, which would cost an opponent a kernel.
+first, so that all compute the same network; no sigmoid, which would cost an opponent a kernel.
 """
 
 from __future__ import annotations
@@ -108,18 +108,19 @@ def _ours(load: Load, setting: Setting) -> Ours:
 @lru_cache(maxsize=1)
 def _planned(
     setting: Setting, network: str, structure: str, sparsity: float, batches: tuple[int, ...]
-) -> tuple[Plan, gpu.Ways, gpu.GpuMLP]:
+) -> tuple[Plan, gpu.Ways, SparseMLP]:
     """Measure a plan for several batches at once, for most of it is prepacking."""
     _, frozen = masked_network(_widths(setting, network), structure, sparsity)
     # A rehearsal needs a plan, not a good one; the interpreter would take a minute over it.
     with mock.patch.object(gpu, "_timed", _untimed) if setting.is_dry else nullcontext():
-        plan = gpu.measure_plan(frozen, batches, setting.precision, setting.device)
-    made = gpu.Ways(frozen, setting.precision, setting.device)
-    return plan, made, gpu.GpuMLP(frozen, plan, device=setting.device)
+        plan = gpu.measure_plan(frozen.network, batches, setting.precision, setting.device)
+    made = gpu.Ways(frozen.network, setting.precision, setting.device)
+    executor = gpu.GraphExecutor(frozen.network, plan, device=setting.device)
+    return plan, made, SparseMLP(frozen.network, plan.precision, executor)
 
 
 def _untimed(calls: Mapping[Any, object], *_: object) -> dict[Any, Timing]:
-    # The later the faster, for those are dense, and quickly interpreted.
+    # The later the faster: those are dense, and quickly interpreted.
     return {key: Timing(*[1.0 / (1 + i)] * 3) for i, key in enumerate(calls)}
 
 
@@ -162,7 +163,7 @@ def _ours_checked(
 def _dense(
     tasks: Sequence[Sequence[TaskLayer]], x: Tensor, load: Load, setting: Setting
 ) -> tuple[list[Opponent], dict[str, str]]:
-    """Make the opponents; return those that are right, and of each other why it is not timed.
+    """Make the opponents; return those that are right, and for each other one why it is not timed.
 
     cuBLAS may add the parts of a sum in bfloat16, as torch lets it by default. Where that is what leaves the bound, all
     are timed with their sums in float32.
@@ -192,7 +193,7 @@ def _reduce_in_bf16(is_allowed: bool) -> None:
 def _wrong(
     runs: Mapping[str, Callable[[Tensor], Any]], tasks: Sequence[Sequence[TaskLayer]], x: Tensor, setting: Setting
 ) -> dict[str, str]:
-    """Return of each that leaves the rounding bound, or cannot run, what is wrong with it."""
+    """Return what is wrong with each that leaves the rounding bound or cannot run."""
     expected = [reference(_layers(layers), x, setting.precision) for layers in tasks]
     return {name: why for name, run in runs.items() if (why := _failure(name, run, expected, x, setting))}
 
@@ -200,7 +201,7 @@ def _wrong(
 def _failure(name: str, run: Callable[[Tensor], Any], expected: Sequence[Bounded], x: Tensor, setting: Setting) -> str:
     """Say why a way is not to be timed; nothing if it is right."""
     try:
-        # As it will be timed: from a graph. Who serves has one already, and a graph cannot hold another.
+        # As it will be timed: from a graph. What is served has one already, and a graph cannot hold another.
         scores = (run if name == "served" else setting.stopwatch.graphed(run, x))(x)
         parts = scores.chunk(len(expected), dim=1) if isinstance(scores, Tensor) else scores
         for part, wanted in zip(parts, expected, strict=True):
@@ -211,7 +212,7 @@ def _failure(name: str, run: Callable[[Tensor], Any], expected: Sequence[Bounded
 
 
 def _timed(dense: Sequence[Opponent], ours: Ours | None, x: Tensor, setting: Setting) -> dict[str, Any]:
-    """Take all four figures of the opponents and of the plan's choice; of other ways, and slower (b'), the first."""
+    """Take all four figures of the opponents and of the plan's choice, and the first of other ways and slower (b')."""
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[Tensor], Any]] = {}
     for opponent in dense:

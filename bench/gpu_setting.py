@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of serving and of the kernels
     precision: str  # its name
+    half: torch.dtype  # of the kernels that take 16 bits alone
     compiler: str  # torch.compile's backend
     stopwatch: Stopwatch
     is_dry: bool
@@ -59,18 +60,18 @@ def on_gpu() -> Setting:
     import torch._dynamo.config as compiler  # slow to import
 
     compiler.recompile_limit = 64  # one function meets every network and batch
-    return Setting(device, torch.bfloat16, "bf16", "inductor", GraphStopwatch(device), False)
+    return Setting(device, torch.bfloat16, "bf16", torch.bfloat16, "inductor", GraphStopwatch(device), False)
 
 
 def dry() -> Setting:
-    """Return the setting of a rehearsal, in float32: Triton's interpreter multiplies bfloat16 wrongly.
+    """Return the setting of a rehearsal, in float32 and float16: Triton's interpreter multiplies bfloat16 wrongly.
 
     Raises:
         RuntimeError: If Triton would compile.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET: wanted 1 before the start, to interpret the kernels")
-    return Setting(torch.device("cpu"), torch.float32, "fp32", "aot_eager", WallStopwatch(), True)
+    return Setting(torch.device("cpu"), torch.float32, "fp32", torch.float16, "aot_eager", WallStopwatch(), True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Timed as called, which is what a user sees, and as a graph of whole steps, which
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -179,8 +180,11 @@ def _measure_ddp(setting: Setting, arithmetic: str, batch: int) -> dict[str, Any
         torch.distributed.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
         try:
             calls: dict[str, Callable[[], object]] = {}
+            # Masks do not change: they need not be sent with every forward pass.
+            names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            option = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
             for name, module in {"ours": mlp, "eager": PlainMaskedMLP(mlp).to(setting.device)}.items():
-                spread = nn.parallel.DistributedDataParallel(deepcopy(module))
+                spread = nn.parallel.DistributedDataParallel(deepcopy(module), **option)
                 calls[name] = Step(module, module, x, labels, autocast)
                 calls[f"{name}, DDP"] = Step(spread, spread, x, labels, autocast)
             timings = setting.stopwatch.called(calls)

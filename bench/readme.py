@@ -242,8 +242,8 @@ def _gpu() -> str:
             gpu.readme_section(),
             f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
             "spills registers, and their figures are committed, so that a change shows.",
-            "Two tasks' hidden weights, how many times smaller than a dense bfloat16 copy a task "
-            f'({found["mlp"]}, masks that overlap by {found["overlap"]:.0%}; those of "masks apart" are independent):',
+            "Two tasks' hidden weights, how many times smaller than a dense bfloat16 copy per task "
+            f"({found['mlp']}, masks that overlap by {found['overlap']:.0%}):",
             gpu_bytes.bytes_table(found),
         ]
     )

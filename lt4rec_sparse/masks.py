@@ -117,11 +117,6 @@ class Mask(Mapping[str, Tensor]):
         """Layer name -> kept weights over all weights of the layer."""
         return {name: nnz / self[name].numel() for name, nnz in self.layer_nnz().items()}
 
-    def is_subset(self, other: Mask) -> bool:
-        """Tell whether every weight kept here is kept in `other` too."""
-        _check_same_shapes(self, other)
-        return all(bool((other[name] | ~kept).all()) for name, kept in self.items())
-
     def save(self, path: str | Path) -> None:
         """Write the mask as safetensors: one `<layer>.bitmask` per layer (`pack_bits`), the shapes in the metadata."""
         tensors = {f"{name}.bitmask": pack_bits(kept) for name, kept in self.items()}

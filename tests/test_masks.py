@@ -151,12 +151,6 @@ def test_owners_add_up_to_the_layer(seeds):
     assert {name: sum(c.values()) for name, c in counts.items()} == {"layers.0": 45, "layers.1": 15}
 
 
-def test_subset():
-    full = Mask.full(SHAPES)
-    assert random_mask(0).is_subset(full)
-    assert not full.is_subset(random_mask(0))
-
-
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

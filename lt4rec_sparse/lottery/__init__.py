@@ -1,4 +1,13 @@
-"""Mask search: pruning, tickets, cheap tickets, and the controls and planted truths that they are judged against."""
+"""Masks: by pruning, by ticket search, at random, from one training run, and the controls that they are compared with.
+
+- Pruning: `prune_by_magnitude` and `project_to_2_4`, at each of `GRANULARITIES`; `wanted_nnz` turns a density into
+  numbers of weights.
+- Ticket search: `search_tickets` trains, prunes and rewinds; `best_ticket` chooses.
+- Random masks: `random_masks` of a density; `random_like` and `random_uniform` for the densities of tickets. Initial
+  weights behind a sparse mask are too small: `scale_to_density`.
+- One training run: `GradualPruning` shrinks a mask, `DropAndGrow` (RigL) exchanges its weights.
+- Controls of sharing between tasks: `one_for_all`, `unanimous`, `separate`, `random_separate`.
+"""
 
 from lt4rec_sparse.lottery.controls import (
     one_for_all,
@@ -10,39 +19,18 @@ from lt4rec_sparse.lottery.controls import (
     unanimous,
 )
 from lt4rec_sparse.lottery.gradual import GradualPruning
-from lt4rec_sparse.lottery.pruning import (
-    GRANULARITIES,
-    SCOPES,
-    check_granularity,
-    check_scope,
-    level_density,
-    level_nnz,
-    project_to_2_4,
-    prune_by_magnitude,
-    wanted_nnz,
-)
-from lt4rec_sparse.lottery.rigl import DISTRIBUTIONS, DropAndGrow, dense_gradients, layer_counts
+from lt4rec_sparse.lottery.pruning import GRANULARITIES, SCOPES, project_to_2_4, prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.lottery.rigl import DropAndGrow
 from lt4rec_sparse.lottery.scaling import scale_to_density
-from lt4rec_sparse.lottery.structure import ColumnRecovery, SharingRecovery, column_recovery, sharing_recovery
 from lt4rec_sparse.lottery.tickets import Ticket, best_ticket, search_tickets
 
 __all__ = [
-    "DISTRIBUTIONS",
     "GRANULARITIES",
     "SCOPES",
-    "ColumnRecovery",
     "DropAndGrow",
     "GradualPruning",
-    "SharingRecovery",
     "Ticket",
     "best_ticket",
-    "check_granularity",
-    "check_scope",
-    "column_recovery",
-    "dense_gradients",
-    "layer_counts",
-    "level_density",
-    "level_nnz",
     "one_for_all",
     "project_to_2_4",
     "prune_by_magnitude",
@@ -53,7 +41,6 @@ __all__ = [
     "scale_to_density",
     "search_tickets",
     "separate",
-    "sharing_recovery",
     "unanimous",
     "wanted_nnz",
 ]

@@ -1,4 +1,4 @@
-"""Controls: masks that a ticket must beat to have been worth its search, and masks that share as much as one likes."""
+"""Controls: random masks, which a ticket must beat to be worth its search, and masks that share a chosen amount."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lt4rec_sparse.masks import Mask, Shapes
 def random_like(
     tickets: Mapping[str, Mask], generator: torch.Generator, granularity: str = "weight"
 ) -> dict[str, Mask]:
-    """For each task a random mask with its ticket's number of kept weights in every layer.
+    """Draw for each task a random mask with its ticket's number of kept weights in every layer.
 
-    Random blocks or neurons for a ticket of these, and 2 of 4 for one of 2:4, so that the search alone makes the
-    difference: such a mask is what `prune_by_magnitude` makes of random magnitudes. It comes as close to the number:
-    exactly for 2:4, and where all of a layer's tiles are of one size.
+    For tickets of blocks or neurons it draws blocks or neurons, and for "2:4" at most 2 of 4, so that only the search
+    makes the difference: these masks are what `prune_by_magnitude` makes of random magnitudes, with its deviations from
+    the number (none for "2:4", and none if all tiles of a layer have the same size).
     """
     return {
         task: _random(ticket.shapes, ticket.layer_nnz(), generator, granularity) for task, ticket in tickets.items()
@@ -28,7 +28,7 @@ def random_like(
 def random_uniform(
     tickets: Mapping[str, Mask], generator: torch.Generator, granularity: str = "weight"
 ) -> dict[str, Mask]:
-    """For each task a random mask with its ticket's density, the same in every layer (`random_like` for blocks)."""
+    """Draw for each task a random mask with its ticket's density, the same in every layer (otherwise `random_like`)."""
     result = {}
     for task, ticket in tickets.items():
         nnz = {name: round(kept.numel() * ticket.density) for name, kept in ticket.items()}
@@ -39,13 +39,13 @@ def random_uniform(
 def random_masks(
     shapes: Shapes, density: float, tasks: Sequence[str], generator: torch.Generator, granularity: str = "weight"
 ) -> dict[str, Mask]:
-    """Give each task a random mask of a density, the same in every layer: sparse sharing without any search."""
+    """Draw a random mask for each task, with the same density in every layer: sparse sharing without a search."""
     nnz = {name: round(rows * columns * density) for name, (rows, columns) in shapes.items()}
     return random_uniform(dict.fromkeys(tasks, Mask.random(shapes, nnz, generator)), generator, granularity)
 
 
 def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:
-    """Give every task the mask of `task`: as sparse as sparse sharing, with nothing private."""
+    """Give every task the mask of `task`: as sparse as sparse sharing, but with no private weights."""
     return dict.fromkeys(masks, masks[task])
 
 
@@ -53,10 +53,11 @@ Scores = Mapping[str, Mapping[str, Tensor]]  # task -> layer name -> [out_featur
 
 
 def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
-    """Give every task one mask, from which a weight is pruned only where every task would prune it.
+    """Give every task one mask, which prunes a weight only if every task would prune it.
 
-    Every task keeps its best weights by its own scores, as many as the others; the mask is the union. As many are they
-    that the union has exactly `nnz`: where one more of each would be too many, the earlier tasks have one more.
+    Every task keeps the same number of weights, those that it scores best, and the mask is their union. The number is
+    chosen so that the union has exactly `nnz` weights; if one more of each task would be too many, the earlier tasks
+    have one more.
 
     Example:
         >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 1, 2, 3]])}}
@@ -65,7 +66,7 @@ def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
 
     Args:
         scores: Task -> layer name -> `[out_features, in_features]`, such as the magnitudes after the task's training.
-        nnz: Size of the union: a quantile over all layers together, or layer name -> of this layer, a quantile each.
+        nnz: Size of the union: over all layers together, or layer name -> of that layer.
 
     Returns:
         Task -> the mask, the same for all.
@@ -73,7 +74,7 @@ def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
     Raises:
         ValueError: If there is no task, layers or shapes disagree, a score is NaN, or `nnz` does not fit.
 
-    Source: Sun et al. (arXiv 2206.04662), DiSparse, with unanimous decisions; the scores are the caller's.
+    Source: Sun et al. (arXiv 2206.04662), DiSparse, unanimous decisions; the scores come from the caller.
     """
     shapes = _check_scores(scores)
     if isinstance(nnz, int):
@@ -89,14 +90,14 @@ def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
 
 
 def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str, Mask]:
-    """Give each task a mask that shares exactly a wanted part of its weights with all the others, and no other weight.
+    """Give each task a mask that shares exactly the wanted part of its weights with all others, and no other weight.
 
     In each layer every task keeps `nnz` weights. `round(shared * nnz)` of them are owned by all tasks, and every other
-    weight by one task at most. Owned by all are first those that are among the `nnz` best of every task, then any, by
-    the sum of their ranks over the tasks. Of the rest, a weight that several tasks want goes to the one that ranks it
-    higher (of equals to the earlier) and has not enough yet; the others take their next best.
+    weight by at most one task. Those owned by all are first the weights among the `nnz` best of every task, then any,
+    by the sum of their ranks over the tasks. Of the rest, a weight that several tasks want goes to the one that ranks
+    it higher (ties to the earlier task) and does not have enough yet; the others take their next best.
 
-    `shared` = 0 makes disjoint masks, 1 one mask for all. How much tickets share by themselves lies between.
+    `shared` = 0 makes disjoint masks, 1 one mask for all. Tickets share something in between.
 
     Example:
         >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 2, 3, 1]])}}
@@ -137,7 +138,7 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
 def random_separate(
     shapes: Shapes, nnz: Mapping[str, int], shared: float, generator: torch.Generator, tasks: Sequence[str]
 ) -> dict[str, Mask]:
-    """Give each task a random mask, as `separate` makes them: what sharing alone does, whatever is shared.
+    """Draw random masks that share like those of `separate`: what sharing alone does, whatever is shared.
 
     Raises:
         ValueError: As `separate`.
@@ -185,18 +186,18 @@ def _check_counts(nnz: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """Rank each task's scores, `[tasks, n]`: 0 is the best; of equal ones the earlier is better."""
+    """Rank each task's scores, `[tasks, n]`: 0 is the best; ties go to the earlier weight."""
     order = scores.detach().cpu().sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1]).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
 
 
 def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
-    """Return bool `[n]`: the `nnz` weights that come first when the tasks name their best in turn, `[tasks, n]`."""
+    """Return bool `[n]`: the first `nnz` weights if the tasks name their best in turn, by scores `[tasks, n]`."""
     tasks, n = scores.shape
     if not 0 <= nnz <= n:
         raise ValueError(f"nnz of {where}: got {nnz}, wanted 0 to {n}")
-    # When a weight is first named: no two weights at once.
+    # When each weight is first named: no two weights at the same time.
     named = (_ranks(scores) * tasks + torch.arange(tasks)[:, None]).min(0).values
     kept = torch.zeros(n, dtype=torch.bool)
     kept[named.sort().indices[:nnz]] = True
@@ -206,14 +207,14 @@ def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
 def _separate(ranks: Tensor, nnz: int, common: int) -> Tensor:
     """Return bool `[tasks, n]` from ranks `[tasks, n]`."""
     tasks, n = ranks.shape
-    # Ranks sum to less than tasks * n, so that whatever all tasks want comes first.
+    # Ranks sum to less than tasks * n, so that what all tasks want comes first.
     worth = ranks.sum(0) + (~(ranks < nnz).all(0)) * (tasks * n)
     is_common = torch.zeros(n, dtype=torch.bool)
     is_common[worth.sort(stable=True).indices[:common]] = True
     kept = is_common.repeat(tasks, 1)
     wanted = nnz - common
     # The tasks name their best in turn, rank by rank. Until the first of them has enough, each gets what it ranks
-    # higher than the others do. From then on the others go on as if it and what it has were not there.
+    # higher than the others do. Then the others continue without that task and its weights.
     left = list(range(tasks)) if wanted else []
     free = ~is_common
     while left:

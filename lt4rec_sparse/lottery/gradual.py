@@ -11,11 +11,11 @@ class GradualPruning:
     """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
 
     Much is pruned early, while much is redundant, and little late. What was pruned once stays pruned. Nothing is
-    rewound: the network that comes out is trained, and its mask is a ticket that cost one training run, where
-    `search_tickets` takes one a round. (Its limit, all at once, is `prune_by_magnitude` on a trained network.)
+    rewound: the resulting network is trained, and its mask is a ticket that cost one training run, where
+    `search_tickets` takes one per round. (Pruning all at once is `prune_by_magnitude` on a trained network.)
 
-    Give `after_batch` to the training loop. It remembers nothing: a run that goes on from a checkpoint prunes as one
-    that was never interrupted.
+    Call `after_batch` from the training loop. It has no state of its own: a run that continues from a checkpoint prunes
+    like one that was never interrupted.
 
     Example:
         >>> mlp = MaskedMLP(8, hidden=(4,))
@@ -26,14 +26,14 @@ class GradualPruning:
         (1.0, 0.72, 0.25)
 
     Args:
-        mlp: Of one task. Its mask shrinks from what it is to `density`.
+        mlp: The MLP of one task. Its mask shrinks from what it is to `density`.
         optimizer: Takes over each new mask (`MaskedAdam.remask`).
-        density: At the end: exactly for single weights; for the others as `prune_by_magnitude` keeps it.
-        granularity: What is pruned as one, of `GRANULARITIES`.
-        scope: What a quantile is taken over, of `SCOPES`.
+        density: The density at the end: exact for single weights, else what `prune_by_magnitude` keeps for it.
+        granularity: What is pruned as a unit, one of `GRANULARITIES`.
+        scope: What a quantile is taken over, one of `SCOPES`.
         begin: The share of all batches after which pruning begins.
-        end: The share after which `density` is reached; the rest is trained through the mask as it is then.
-        every: Batches from one pruning to the next.
+        end: The share after which `density` is reached; the remaining batches are trained through the final mask.
+        every: How many batches lie between two prunings.
 
     Raises:
         ValueError: If the network has several tasks, or an argument is out of its range.
@@ -60,13 +60,13 @@ class GradualPruning:
             raise ValueError(f"begin and end: got {begin} and {end}, wanted 0 <= begin <= end <= 1")
         if every < 1:
             raise ValueError(f"every: got {every}, wanted at least 1")
-        mlp.mask()  # of one task, or there is none to shrink
+        mlp.mask()  # raises if there are several tasks
         self._mlp, self._optimizer = mlp, optimizer
         self._density, self._granularity, self._scope = density, granularity, scope
         self._begin, self._end, self._every = begin, end, every
 
     def density_after(self, done: int, total: int) -> float:
-        """Return the density that is wanted after `done` of `total` batches."""
+        """Return the wanted density after `done` of `total` batches."""
         first, last = self._span(total)
         if done >= last:
             return self._density
@@ -74,7 +74,7 @@ class GradualPruning:
         return self._density + (1 - self._density) * (1 - part) ** 3
 
     def after_batch(self, batch: object, done: int, total: int) -> None:
-        """Prune if it is time to, after `done` of `total` batches; the batch is not looked at."""
+        """Prune if it is time to, after `done` of `total` batches; the batch itself is ignored."""
         first, last = self._span(total)
         if done != last and not (first < done < last and (done - first) % self._every == 0):
             return

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lt4rec_sparse.masks import Mask
 
-# What is pruned as one, finest first. Any other square block would go the same way: "block8" is one word more here.
+# What is pruned as a unit, finest first. Another square block, such as "block8", is only one more word here.
 GRANULARITIES = ("weight", "2:4", "block4", "block16", "block32", "block64", "neuron")
-SCOPES = ("global", "layer")  # what a quantile is taken over: all layers together, as in the paper, or each alone
+SCOPES = ("global", "layer")  # what a quantile is taken over: all layers together, as in the paper, or each layer
 
 
 def prune_by_magnitude(
@@ -21,32 +21,31 @@ def prune_by_magnitude(
 ) -> Mask:
     """Keep the tiles of largest magnitude, over all layers together, while they hold at most `nnz` weights.
 
-    One global quantile, as in the paper; where `nnz` names a number a layer, a quantile a layer (`wanted_nnz` makes
-    either of a density). Of a trained network's full mask this is one-shot pruning: nothing more is needed for it.
+    One global quantile, as in the paper; or one quantile per layer, where `nnz` gives a number for each layer
+    (`wanted_nnz` makes either from a density). Applied to the full mask of a trained network, this is one-shot pruning.
 
     A tile is a weight, a square block or a neuron's row of a layer:
 
     - "weight": single weights by their magnitudes, the paper's S-Weight. Exactly `nnz` survive.
     - "2:4": single weights, of which at most 2 of 4 neighbouring columns survive: `project_to_2_4`, then the quantile
-      over what it left. Exactly `nnz` survive if it left as many. It leaves at most about half of a layer: what is
-      asked for beyond that is not kept.
+      over what it left. Exactly `nnz` survive if it left that many; it leaves at most about half of a layer.
     - "block4", "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first
-      weight, ragged at its last rows and columns. A kernel can skip a dead block.
+      weight; smaller at its last rows and columns. A kernel can skip a dead block.
     - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`): without
       its row a neuron is a constant, which is folded into the biases of the layer above.
 
     The score of a block or a neuron is the mean of its magnitudes: the L1 norm, by which Mao et al. prune at every
-    granularity, over the tile's size, so that a ragged block and a short row are judged as a whole one is. What was
-    pruned before stays pruned and counts as zero in the mean: a tile costs a kernel the same however few of its weights
-    are alive. A tile with any weight alive is alive, and survives with the weights that it has.
+    granularity, divided by the size of the tile, so that small blocks and short rows are judged like whole ones. What
+    was pruned before stays pruned and counts as zero in the mean, because a tile costs a kernel the same however few of
+    its weights are alive. A tile with any weight alive is alive, and survives with the weights that it has.
 
-    This mean is taken relative to that of the weights alive in its layer (after Molchanov et al.). Means over many
-    weights are nearly alike within a layer; as they are they would order layers, not tiles. At 20 % density they left
+    This mean is divided by the mean over the weights alive in its layer (after Molchanov et al.). Without that, means
+    over many weights, which hardly differ within a layer, would rank layers and not tiles: at 20 % density they left
     one neuron of the 512 in the first layer of the KuaiRand network, and 97 and 100 % of the layers above.
 
-    Tiles are taken by descending score; of equal ones the earlier layer, row and column comes first. The longest run
-    of them that holds at most `nnz` weights is kept: the next tile would be one too many. Of blocks and neurons the
-    best of each layer comes before all others and is kept even beyond `nnz`: a layer without any would cut the network.
+    Tiles are taken by descending score; ties go to the earlier layer, row and column. The longest sequence of them that
+    holds at most `nnz` weights is kept. Of blocks and neurons, the best of each layer comes before all others and is
+    kept even beyond `nnz`, since a layer without any would cut the network.
 
     Example:
         >>> alive = Mask.full({"layers.0": (1, 4)})
@@ -60,7 +59,7 @@ def prune_by_magnitude(
     Args:
         weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
         mask: The weights alive.
-        nnz: How many are to survive: of all layers together, or layer name -> of this layer.
+        nnz: How many weights are to survive: of all layers together, or layer name -> of that layer.
         granularity: One of `GRANULARITIES`.
 
     Returns:
@@ -110,11 +109,11 @@ def prune_by_magnitude(
 def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
     """Keep at most 2 of each 4 neighbouring columns of a row: those of largest magnitude among the alive.
 
-    Sparse tensor cores compute such a layer at twice the dense rate. The last group of a row is shorter where
-    `in_features` is no multiple of 4, and keeps at most 2 all the same. Of equal magnitudes the earlier column is kept.
+    Sparse tensor cores compute such a layer at twice the dense rate. If `in_features` is not a multiple of 4, the last
+    group of a row is shorter, and keeps at most 2 as well. Ties go to the earlier column.
 
-    It changes the mask, so nothing here does it unasked. It costs little where masks are sparse: of the groups of a
-    random mask, 0.4 % at 90 % sparsity and 2.7 % at 80 % have more than 2 weights alive. It then prunes 1 to 4 % of
+    It changes the mask, so nothing here does it unless asked. It costs little where masks are sparse: of the groups of
+    a random mask, 0.4 % at 90 % sparsity and 2.7 % at 80 % have more than 2 weights alive. It then prunes 1 to 4 % of
     the weights alive, the smallest of their groups.
 
     Example:
@@ -137,7 +136,7 @@ def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
     layers = {}
     for name, magnitude in _magnitudes(weights, mask).items():
         rows, columns = magnitude.shape
-        # Below every magnitude, so that what is dead and what pads the last group never takes the place of a zero.
+        # Below every magnitude, so that neither dead weights nor padding take the place of a weight that is zero.
         padded = F.pad(magnitude.masked_fill(~mask[name], -1), (0, -columns % 4), value=-1)
         groups = padded.view(rows, (columns + 3) // 4, 4)
         best = groups.sort(dim=2, descending=True, stable=True).indices[:, :, :2]
@@ -147,27 +146,27 @@ def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
 
 
 def check_granularity(granularity: str) -> None:
-    """Check that there is such a granularity.
+    """Check that a granularity is known.
 
     Raises:
-        ValueError: If it is none of `GRANULARITIES`.
+        ValueError: If it is not one of `GRANULARITIES`.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: got {granularity!r}, wanted one of {', '.join(GRANULARITIES)}")
 
 
 def check_scope(scope: str) -> None:
-    """Check that there is such a scope.
+    """Check that a scope is known.
 
     Raises:
-        ValueError: If it is none of `SCOPES`.
+        ValueError: If it is not one of `SCOPES`.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: got {scope!r}, wanted one of {', '.join(SCOPES)}")
 
 
 def tile_shape(granularity: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of what is pruned as one in a layer of this shape."""
+    """Return rows and columns of what is pruned as a unit in a layer of this shape."""
     if granularity in ("weight", "2:4"):
         return 1, 1
     if granularity == "neuron":
@@ -184,7 +183,7 @@ def spread_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) 
 def wanted_nnz(mask: Mask, density: float, scope: str = "global") -> int | dict[str, int]:
     """Return how many weights `prune_by_magnitude` is to keep for a density: of all layers together, or of each.
 
-    The share is one of all weights, not of those alive, rounded; it is never more than are alive.
+    The density is relative to all weights, not to those alive. The number is rounded, and at most those alive.
 
     Example:
         >>> mask = Mask.full({"layers.0": (2, 4), "layers.1": (1, 2)})
@@ -210,7 +209,7 @@ def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
 
 
 def level_density(density: float, rounds: int, level: int) -> float:
-    """Return the share of the weights that is alive after `level` of `rounds` rounds that end at `density`.
+    """Return the share of the weights that are alive after `level` of `rounds` rounds that end at `density`.
 
     Each round keeps the same share, `density ** (1 / rounds)`: 4 rounds to 20 % keep 66.87, 44.72, 29.91 and 20 %.
 
@@ -225,7 +224,7 @@ def level_density(density: float, rounds: int, level: int) -> float:
 
 
 def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
-    """Return each layer's magnitudes in float32, in the order of the mask; 0 where pruned, whatever the value."""
+    """Return each layer's magnitudes in float32, in the order of the mask; 0 where a weight is pruned."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if shapes != mask.shapes:
         raise ValueError(f"weights: got layers {shapes}, wanted {mask.shapes}, those of the mask")
@@ -237,13 +236,13 @@ def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
 
 
 def _mean(magnitude: Tensor, kept: Tensor) -> float:
-    """Average over the weights alive; 1 where that is no number to divide by: all zero, none, or one infinite."""
+    """Average over the weights alive; 1 if that is no divisor: all are zero, there are none, or one is infinite."""
     mean = magnitude.sum(dtype=torch.float64).item() / max(int(kept.sum()), 1)
     return mean if 0 < mean < math.inf else 1.0
 
 
 def _best_of_layers_first(order: Tensor, sizes: list[int]) -> tuple[Tensor, int]:
-    """Move the first tile of each layer to the front; return also how many these are. Layer `i` has `sizes[i]`."""
+    """Move the first tile of each layer to the front, and return how many they are. Layer `i` has `sizes[i]` tiles."""
     layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
     is_best = torch.zeros_like(order, dtype=torch.bool)
     for i in range(len(sizes)):
@@ -254,8 +253,8 @@ def _best_of_layers_first(order: Tensor, sizes: list[int]) -> tuple[Tensor, int]
 def _tile_sums(layer: Tensor, tile: tuple[int, int]) -> Tensor:
     """Sum each tile, `[rows of tiles, columns of tiles]`: counts as int64, magnitudes in float64.
 
-    In float64 the sum of a tile is exact for float32 magnitudes within a factor of some 100,000 of each other, so that
-    equal tiles tie wherever their weights stand.
+    In float64 the sum of a tile is exact for float32 magnitudes within a factor of about 100,000 of each other, so that
+    tiles of equal weights tie in whatever order these are.
     """
     exact = layer.to(torch.int64 if layer.dtype == torch.bool else torch.float64)
     padded = F.pad(exact, (0, -layer.shape[1] % tile[1], 0, -layer.shape[0] % tile[0]))

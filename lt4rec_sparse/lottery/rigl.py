@@ -1,4 +1,4 @@
-"""A ticket from one training run: a sparse network that drops and grows connections while it trains."""
+"""A ticket from one training run: a sparse network that drops and grows connections while it trains (RigL)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from lt4rec_sparse.masks import Mask, Shapes
 from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.nn.optim import MaskedAdam
 
-DISTRIBUTIONS = ("uniform", "erdos-renyi")  # how a density is shared out among layers
+DISTRIBUTIONS = ("uniform", "erdos-renyi")  # how a density is divided among layers
 
 Batch = TypeVar("Batch")
 
 
 class DropAndGrow(Generic[Batch]):
-    """Train a sparse network, and now and then exchange its smallest weights for those of largest gradient (RigL).
+    """Train a sparse network, and regularly exchange its smallest weights for those of largest gradient (RigL).
 
     The network starts behind a random mask. At an update each layer drops the share `drop / 2 (1 + cos(pi t / T))` of
-    its weights, those of smallest magnitude, and grows as many where the loss would fall fastest: where the gradient of
-    the dense weight is largest. So each layer keeps its number of weights for ever. A weight that has just been dropped
-    may be chosen again; then nothing has happened to it. What is new begins at zero, without momentum.
+    its weights, those of smallest magnitude, and grows the same number where the loss would fall fastest: where the
+    gradient of the dense weight is largest. So the number of weights of each layer never changes. A weight that has
+    just been dropped may be chosen again, and is then unchanged. New weights begin at zero, without momentum.
 
-    Give `after_batch` to the training loop. It remembers nothing: a run that goes on from a checkpoint exchanges as one
-    that was never interrupted.
+    Call `after_batch` from the training loop. It has no state of its own: a run that continues from a checkpoint
+    exchanges like one that was never interrupted.
 
     Args:
-        mlp: Of one task. It gets a random mask, whatever it had.
+        mlp: The MLP of one task. It gets a random mask, whatever it had.
         optimizer: Takes over each new mask (`MaskedAdam.remask`).
-        loss: A batch to the task's loss on it as it is trained, without backward: called once an update, for
-            `dense_gradients`.
-        density: Of the network, at all times.
+        loss: Takes a batch and returns the task's loss as it is trained, without a backward pass: called once per
+            update, for `dense_gradients`.
+        density: The density of the network, at all times.
         generator: Draws the first mask.
-        distribution: One of `DISTRIBUTIONS` (`layer_counts`).
-        every: Batches from one update to the next.
-        drop: The share that the first update would exchange at batch 0.
+        distribution: How the density is divided among layers: "uniform" or "erdos-renyi" (`layer_counts`).
+        every: How many batches lie between two updates.
+        drop: The share that an update at batch 0 would exchange.
         end: The share of all batches after which nothing is exchanged any more, `T` above.
 
     Raises:
@@ -93,15 +93,15 @@ class DropAndGrow(Generic[Batch]):
 
 
 def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a loss by every hidden weight, pruned ones too: where a connection would help.
+    """Return the gradient of a loss by every hidden weight, also by pruned ones: where a connection would help.
 
     A masked layer gives no gradient to what it prunes. So while `loss` runs, every weight is kept and the pruned ones
-    are zero: the same loss, and the gradient is that of the dense weight there. Weights and masks are then put back bit
-    for bit, and no `.grad` is touched.
+    are zero: the loss is the same, and the gradient is that of the dense weight. Weights and masks are then restored
+    bit for bit, and no `.grad` is touched.
 
     Args:
-        mlp: Of one task.
-        loss: Computes a loss from `mlp`, without backward.
+        mlp: The MLP of one task.
+        loss: Computes a loss from `mlp`, without a backward pass.
 
     Returns:
         Layer name -> `[out_features, in_features]`, dtype and device of the weight.
@@ -129,12 +129,13 @@ def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Ten
 
 
 def layer_counts(shapes: Shapes, density: float, distribution: str = "uniform") -> dict[str, int]:
-    """Share a density out among layers: layer name -> number of kept weights.
+    """Divide a density among layers: layer name -> number of kept weights.
 
-    - "uniform": the same share of every layer, rounded; the first layer too, which RigL keeps whole.
+    - "uniform": the same share of every layer, rounded; also of the first, which RigL keeps whole.
     - "erdos-renyi": a share in proportion to `(out_features + in_features) / (out_features * in_features)`, so that
-      large layers are sparser and each neuron has about as many connections; a layer of which that would be more than
-      all is kept whole, and the others share the rest. Together exactly `round(density * weights)`.
+      large layers are sparser and all neurons have about the same number of connections. A layer for which that would
+      be more than all its weights is kept whole, and the others share the rest. Together exactly
+      `round(density * weights)`.
 
     Example:
         >>> layer_counts({"layers.0": (10, 90), "layers.1": (10, 10)}, 0.1)
@@ -173,7 +174,7 @@ def layer_counts(shapes: Shapes, density: float, distribution: str = "uniform") 
 
 
 def _exchange(weight: Tensor, gradient: Tensor, kept: Tensor, share: float) -> Tensor:
-    """Return a layer's new mask; of equal magnitudes, and of equal gradients, the earlier weight is kept or grown."""
+    """Return a layer's new mask; ties between magnitudes or between gradients go to the earlier weight."""
     nnz = int(kept.sum())
     n = round(share * nnz)
     magnitude = weight.detach().cpu().double().abs().masked_fill(~kept, -1)

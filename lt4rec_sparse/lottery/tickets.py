@@ -1,4 +1,4 @@
-"""Mask search: Algorithm 1, lines 1 to 9. Train, prune, rewind; each level's mask is judged where it was trained."""
+"""Ticket search: train, prune, rewind, level by level (Algorithm 1, lines 1 to 9)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lt4rec_sparse.nn import MaskedMLP
 
 @dataclass(frozen=True)
 class Ticket:
-    """A mask of one task at one level of pruning, and how the network trained through it did.
+    """A mask of one task at one level of pruning, with the metrics of the network that was trained through it.
 
     Attributes:
         task: The task's name.
-        level: Rounds of pruning that made the mask; 0 is the full mask.
+        level: How many rounds of pruning made the mask; 0 is the full mask.
         mask: The kept weights.
         metrics: Of the task, on the validation split, after training through the mask from the saved start.
     """
@@ -48,8 +48,8 @@ def search_tickets(
 ) -> list[Ticket]:
     """Find one task's tickets: `rounds` rounds of train, prune by magnitude, rewind everything to the start.
 
-    The start is the state in which the model comes, embeddings included, or the one that is given: a state after some
-    batches, of this task (late rewinding) or of all tasks (a multi-task warm-up). Its masks are not looked at.
+    The start is the state of the model when this is called, embeddings included, or the given one: a state after some
+    batches, of this task (late rewinding) or of all tasks (a multi-task warm-up). Its masks are ignored.
 
     Level 0 is the single-task baseline: the full mask, from the start on. A baseline that was trained before need not
     be trained again: at level 0 `train_and_judge` may load its weights and return its metrics.
@@ -60,28 +60,28 @@ def search_tickets(
     Args:
         task: The task's name.
         model: The single-task model, which contains `mlp`.
-        mlp: Whose one mask is searched.
-        train_and_judge: Trains the model from where it stands through the mask it has, at this level, and returns the
+        mlp: The part of the model whose one mask is searched.
+        train_and_judge: Takes the level, trains the model as it is, through the mask that it has, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
-        density: Of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less; where a
+        density: Of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less; if a
             layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps at
-            most half, so that the first ones may be alike.
-        folder: Where the tickets stand. It belongs to one search: none of these arguments is noted there.
-        granularity: What is pruned as one, of `GRANULARITIES`.
-        scope: What a quantile is taken over, of `SCOPES`: all layers together, as in the paper, or each alone; then
-            every layer of a level keeps the same share.
-        start: The state of `model` that each level is rewound to; None for the one in which it comes.
+            most half, so that the first levels may be the same.
+        folder: Where the tickets are written. It belongs to one search: it records none of these arguments.
+        granularity: What is pruned as a unit, one of `GRANULARITIES`.
+        scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer, so
+            that every layer of a level keeps the same share.
+        start: The state of `model` that each level is rewound to; None takes its present state.
 
     Returns:
-        One ticket a level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
+        One ticket per level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
 
     Raises:
         ValueError: If there is no such granularity or scope.
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9; late rewinding: Frankle et al. (arXiv 1912.05671).
     """
-    check_granularity(granularity)  # before the training that would come first
+    check_granularity(granularity)  # not only after the first training
     check_scope(scope)
     folder.mkdir(parents=True, exist_ok=True)
     start = copy.deepcopy(model.state_dict() if start is None else dict(start))  # the model's own follows the training
@@ -94,7 +94,7 @@ def search_tickets(
             mask = Mask.load(saved)
         else:
             mask.save(saved)
-        # Where a search ended that went less far, the last level was judged and not pruned.
+        # The last level of a search with fewer rounds was judged and not pruned.
         if not judged.exists() or (level < rounds and not following.exists()):
             model.load_state_dict(start)
             mlp.set_mask(mask)
@@ -110,9 +110,9 @@ def search_tickets(
 
 
 def best_ticket(tickets: Sequence[Ticket], metric: str, higher_is_better: bool) -> Ticket:
-    """Return the pruned ticket with the best metric; of equals, the sparser.
+    """Return the pruned ticket with the best metric; ties go to the sparser one.
 
-    The full mask is not a choice: the paper gives it up for computation and storage even where it is best.
+    The full mask is never chosen: the paper gives it up for computation and storage even where it is best.
 
     Raises:
         ValueError: If no ticket is pruned, or a metric is not a number.

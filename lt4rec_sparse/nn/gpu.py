@@ -1,8 +1,8 @@
 """Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
 
-    plan = measure_plan(frozen.network)
+    plan = frozen.measure_plan(device="cuda")
     print(plan)
-    served = SparseMLP(frozen.network, plan.precision, GraphExecutor(frozen.network, plan))
+    served = frozen.on_gpu(plan=plan)
     scores = served(x)
 
 A launch costs the host some microseconds, and the kernels of a small batch take no longer than that. So each bucket of

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery import column_recovery, sharing_recovery
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.paper import figures
 from lt4rec_sparse.paper.comparison import LEGEND, comparison_table
 from lt4rec_sparse.paper.declared import BASE, HARD, S_WEIGHT, Row, Rows
+from lt4rec_sparse.paper.recovery import column_recovery, sharing_recovery
 from lt4rec_sparse.paper.tuning import tuned_rates
 from lt4rec_sparse.ranker.features import Field
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt4rec_sparse import MaskedMLP
-from lt4rec_sparse.lottery import DropAndGrow, dense_gradients, layer_counts
+from lt4rec_sparse.lottery import DropAndGrow
+from lt4rec_sparse.lottery.rigl import dense_gradients, layer_counts
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn.optim import MaskedAdam
 

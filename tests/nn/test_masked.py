@@ -78,7 +78,7 @@ def test_tasks_are_named_by_keyword():
 
 
 def integer_mlp(tasks=("ctr", "cvr"), density=0.5, seed=0) -> MaskedMLP:
-    """An MLP of small integers, with a random mask a task."""
+    """An MLP of small integers, with a random mask per task."""
     generator = torch.Generator().manual_seed(seed)
     mlp = MaskedMLP(7, hidden=(6, 5), tasks=tasks)
     for parameter in mlp.parameters():
@@ -273,7 +273,7 @@ class Elsewhere(torch.Tensor):
 
 
 def planes_elsewhere(layer: MaskedLinear, monkeypatch) -> torch.Tensor:
-    """What the layer's kernels would read, were it not on the CPU."""
+    """What the layer's kernels would read if it were not on the CPU."""
     with monkeypatch.context() as patch:
         patch.setattr(masked, "pack_words", lambda masks: pack_words(masks.as_subclass(torch.Tensor)))
         patch.setitem(layer._buffers, "masks", layer.masks.as_subclass(Elsewhere))

@@ -148,43 +148,39 @@ def masked_matmul_wgrad_kernel(
     stride_xt,
     stride_xm,
     SPLITS,
-    TASKS: tl.constexpr,
     TOGETHER: tl.constexpr,  # tasks whose dy stand side by side in one product: an x tile is loaded once for them
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Split s sums its share of each task's rows into dw[s]; the caller adds the shares, in their order.
+    # A program sums one share of the rows of TOGETHER tasks into dw[share]; the caller adds the shares, in their order.
     NEURONS: tl.constexpr = BLOCK_N // TOGETHER
     column = tl.arange(0, BLOCK_N)
     n = tl.program_id(1) * NEURONS + column % NEURONS
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
-    split = tl.program_id(2)
-    share = tl.cdiv(tl.cdiv(M, SPLITS), BLOCK_M) * BLOCK_M
-    end = tl.minimum((split + 1) * share, M)
-    total = tl.zeros((NEURONS, BLOCK_K), dtype=tl.float32)
-    # Only the loop inside it is pipelined.
-    for first_task in tl.range(0, TASKS, TOGETHER, num_stages=1):
-        task = first_task + column // NEURONS
-        dy_columns = dy_ptr + (task * M).to(tl.int64)[None, :] * stride_ym + n[None, :]
-        x_columns = x_ptr + tl.cast(first_task, tl.int64) * stride_xt + k[None, :]
-        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for m0 in range(split * share, end, BLOCK_M):
-            m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-            has_row = (m < end)[:, None]
-            x = tl.load(x_columns + m[:, None] * stride_xm, mask=has_row & (k < K)[None, :], other=0.0)
-            dy = tl.load(dy_columns + m[:, None] * stride_ym, mask=has_row & (n < N)[None, :], other=0.0)
-            acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
-        acc = where_kept(acc, words_ptr, task * N + n, k0, n < N, W, BLOCK_N, BLOCK_K)
-        if TOGETHER == 1:
-            total += acc
-        else:
-            total += tl.sum(acc.reshape(TOGETHER, NEURONS, BLOCK_K), axis=0)
-    rows = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
-    dw = dw_ptr + (split * N + rows).to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (k < K)[None, :])
+    share = tl.program_id(2)
+    first_task = share // SPLITS * TOGETHER
+    task = first_task + column // NEURONS
+    rows = tl.cdiv(tl.cdiv(M, SPLITS), BLOCK_M) * BLOCK_M
+    start = share % SPLITS * rows
+    end = tl.minimum(start + rows, M)
+    dy_columns = dy_ptr + (task * M).to(tl.int64)[None, :] * stride_ym + n[None, :]
+    x_columns = x_ptr + first_task.to(tl.int64) * stride_xt + k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for m0 in range(start, end, BLOCK_M):
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        has_row = (m < end)[:, None]
+        x = tl.load(x_columns + m[:, None] * stride_xm, mask=has_row & (k < K)[None, :], other=0.0)
+        dy = tl.load(dy_columns + m[:, None] * stride_ym, mask=has_row & (n < N)[None, :], other=0.0)
+        acc = tl.dot(dy.T, x, acc, input_precision=PRECISION)
+    acc = where_kept(acc, words_ptr, task * N + n, k0, n < N, W, BLOCK_N, BLOCK_K)
+    if TOGETHER > 1:
+        acc = tl.sum(acc.reshape(TOGETHER, NEURONS, BLOCK_K), axis=0)
+    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    dw = dw_ptr + (share * N + neuron).to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=(neuron < N)[:, None] & (k < K)[None, :])
 
 
 def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activation: str, precision: str) -> Tensor:
@@ -216,7 +212,7 @@ def forward_launch(
         tile: One of `FORWARD`.
     """
     (n, k), tasks, rows = weight.shape, weight.tasks, x.shape[1]
-    together = _together(tasks) if len(x) == 1 else 1
+    together = _together(tasks, x)
     tiles = FORWARD[arithmetic(x.dtype, precision)]
     tile = tile or choose_tile(tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * triton.cdiv(n * tasks, t.block_n))
     return Launch(
@@ -299,7 +295,7 @@ def dgrad_launch(
         },
         {
             "SUMMED": summed,
-            "TOGETHER": _together(summed, (4, 3, 2)),
+            "TOGETHER": next((size for size in (4, 3, 2) if summed % size == 0), 1),  # more do not fit in registers
             "PRECISION": precision,
             "EVEN_N": n % tile.block_n == 0,
             "EVEN_K": k % tile.block_k == 0,
@@ -315,13 +311,19 @@ def dgrad_launch(
 def wgrad(dy: Tensor, x: Tensor, words: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
     """Return `dW [out_features, in_features]` in `dtype`: the sum of `(dy[t].T @ x[t]) * mask_t` over the tasks."""
     n, k = dy.shape[2], x.shape[2]
-    large, small = WGRAD[arithmetic(x.dtype, precision)]
-    tile = large if min(n, k) > small.block_n else small
-    programs = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k)
-    splits = wgrad_splits(x.shape[1], programs, tile)
-    shares = x.new_empty(splits, n, k, dtype=dtype if splits == 1 else torch.float32)
-    wgrad_launch(dy, x, words, shares, precision, tile).run()
-    return shares[0] if splits == 1 else shares.sum(0).to(dtype)
+    tile = wgrad_tile(n, k, x.dtype, precision)
+    groups = len(dy) // _together(len(dy), x)
+    programs = triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k) * groups
+    shares = groups * wgrad_splits(x.shape[1], programs, tile)
+    dw = x.new_empty(shares, n, k, dtype=dtype if shares == 1 else torch.float32)
+    wgrad_launch(dy, x, words, dw, precision, tile).run()
+    return dw[0] if shares == 1 else dw.sum(0).to(dtype)
+
+
+def wgrad_tile(out_features: int, in_features: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Choose for `dW [out_features, in_features]`: the larger tile if it fits inside."""
+    large, small = WGRAD[arithmetic(dtype, precision)]
+    return large if min(out_features, in_features) > small.block_n else small
 
 
 def wgrad_splits(rows: int, programs: int, tile: Tile) -> int:
@@ -336,15 +338,16 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
         dy: `[tasks, rows, out_features]`, contiguous.
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
         words: `[tasks, out_features, W]`.
-        dw: `[splits, out_features, in_features]`, contiguous: the shares of the result.
+        dw: `[shares, out_features, in_features]`, contiguous; as many shares for each group of tasks that a program
+            serves. Their sum is the result.
         precision: Of float32 products: "ieee" or "tf32".
         tile: One of `WGRAD`.
     """
-    (splits, n, k), (tasks, rows, _) = dw.shape, dy.shape
-    together = _together(tasks) if len(x) == 1 else 1
+    (shares, n, k), (tasks, rows, _) = dw.shape, dy.shape
+    together = _together(tasks, x)
     return Launch(
         masked_matmul_wgrad_kernel,
-        (triton.cdiv(k, tile.block_k), triton.cdiv(n, tile.block_n // together), splits),
+        (triton.cdiv(k, tile.block_k), triton.cdiv(n, tile.block_n // together), shares),
         {
             "dy_ptr": dy,
             "x_ptr": x,
@@ -357,10 +360,9 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
             "stride_ym": dy.stride(1),
             "stride_xt": x.stride(0) if len(x) > 1 else 0,
             "stride_xm": x.stride(1),
-            "SPLITS": splits,
+            "SPLITS": shares * together // tasks,
         },
         {
-            "TASKS": tasks,
             "TOGETHER": together,
             "PRECISION": precision,
             "BLOCK_M": tile.block_m,
@@ -372,6 +374,6 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
     )
 
 
-def _together(tasks: int, sizes: tuple[int, ...] = (4, 2)) -> int:
-    """Return how many of the tasks that read the same rows one program serves: more do not fit in registers."""
-    return next((size for size in sizes if tasks % size == 0), 1)
+def _together(tasks: int, x: Tensor) -> int:
+    """Return how many tasks one program serves: of those that read the same rows as many as fit in registers."""
+    return next((size for size in (4, 2) if len(x) == 1 and tasks % size == 0), 1)

@@ -184,7 +184,9 @@ class SeedRun:
         if kind is SparseSharing and tasks != tuple(self.tasks):
             # Every task searches its mask in the network that all of them will share: same start, its own head.
             own = model.state_dict()
-            model.load_state_dict({name: own[name] if name.endswith(".masks") else self._start[name] for name in own})
+            model.load_state_dict(
+                {name: own[name] if name.endswith((".masks", ".mask_tasks")) else self._start[name] for name in own}
+            )
         return model
 
     def _single_tasks(self) -> Callable[[EncodedFeatures, str], Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery import check_granularity
+from lt4rec_sparse.lottery.pruning import check_granularity
 from lt4rec_sparse.ranker.features import Schema, Task
 
 CONFIG = "config.json"

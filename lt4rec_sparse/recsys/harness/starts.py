@@ -108,7 +108,9 @@ class Starts:
         else:
             start = self.network("sparse_sharing", training, everything, seed, {}).state_dict()
         own = model.state_dict()
-        model.load_state_dict({name: own[name] if name.endswith(".masks") else start[name] for name in own})
+        model.load_state_dict(
+            {name: own[name] if name.endswith((".masks", ".mask_tasks")) else start[name] for name in own}
+        )
         return model
 
     def batches(self, training: Training) -> int:

@@ -37,17 +37,16 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from lt4rec_sparse.kernels.gpu.device_weight import Weight
-from lt4rec_sparse.kernels.gpu.tiles import Tile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul, tiles
+from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
-from lt4rec_sparse.kernels.gpu.launch import Launch
+from lt4rec_sparse.kernels.gpu.launch import Launch, Tile
+from lt4rec_sparse.kernels.gpu.weights import Weight
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "gpu_compiled.json"
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -72,9 +71,9 @@ class Case(NamedTuple):
     """A launch of META tensors, and what its compiled form must keep."""
 
     launch: Launch
-    arithmetic: str  # of its products, as in the tables of `tiles`; "" where it has none
+    arithmetic: str  # of its products, as in the kernels' tables; "" where it has none
     rows: int  # of a product: what a wide tensor-core instruction needs 64 of
-    words: tuple[int, ...]  # int32 that a step of a loop with a product loads: one of these, and each is found
+    words: tuple[int, ...]  # int32 that a step of each loop with a product loads: any of these, and all are found
     chips: tuple[int, ...] = (80, 90)
     other_batches: tuple[Launch, ...] = ()  # launches that must run the same code
 
@@ -86,27 +85,23 @@ def masked_matmul_cases() -> dict[str, Case]:
     """Return every entry of the tables for a layer 1024-512 of two tasks, and what is special with the largest."""
     cases: dict[str, Case] = {}
     for arithmetic, dtype in DTYPES.items():
-        for i, tile in enumerate(tiles.FORWARD[arithmetic]):
+        for i, tile in enumerate(masked_matmul.FORWARD[arithmetic]):
             # Training: the weight is float32.
             cases |= _forward("masked", arithmetic, tile, dtype, on_blackwell=i == 0)
-        for i, tile in enumerate(tiles.COMPRESSED[arithmetic]):
-            is_first = i == 0 and arithmetic == "16"
-            cases |= _forward("shared", arithmetic, tile, dtype, dtype, on_blackwell=is_first)
-        for i, tile in enumerate(tiles.DGRAD[arithmetic]):
+        for i, tile in enumerate(masked_matmul.DGRAD[arithmetic]):
             cases |= _dgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
-        for i, tile in enumerate(tiles.WGRAD[arithmetic]):
+        for i, tile in enumerate(masked_matmul.WGRAD[arithmetic]):
             cases |= _wgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
-    half, largest = torch.bfloat16, tiles.FORWARD["16"][0]
-    for tile in tiles.FORWARD["16"]:
+    half, largest = torch.bfloat16, masked_matmul.FORWARD["16"][0]
+    for tile in masked_matmul.FORWARD["16"]:
         cases |= _forward("premasked", "16", tile, half, half)  # serving
     cases |= _forward("masked", "16", largest, half, half)
-    cases |= _forward("masked", "16", largest, half, ranges="ragged")
+    cases |= _forward("masked", "16", largest, half, tasks="apart")
     cases |= _forward("premasked", "16", largest, torch.float16, torch.float16)
-    cases |= _forward("premasked", "16", largest, half, half, ranges="single")
-    cases |= _forward("masked", "tf32", tiles.FORWARD["tf32"][0], torch.float32, ranges="ragged")
-    cases |= _forward("shared", "16", tiles.COMPRESSED["16"][0], half, half, ranges="ragged")
-    cases |= _dgrad("16", tiles.DGRAD["16"][0], half, ranges="ragged")
-    cases |= _wgrad("16", tiles.WGRAD["16"][0], half, ranges="ragged")
+    cases |= _forward("premasked", "16", largest, half, half, tasks="one")
+    cases |= _forward("masked", "tf32", masked_matmul.FORWARD["tf32"][0], torch.float32, tasks="apart")
+    cases |= _dgrad("16", masked_matmul.DGRAD["16"][0], half, tasks="apart")
+    cases |= _wgrad("16", masked_matmul.WGRAD["16"][0], half, tasks="apart")
     return cases
 
 
@@ -125,18 +120,15 @@ def mask_and_cast_cases() -> dict[str, Case]:
 
 
 def fused_tail_cases() -> dict[str, Case]:
-    """Return every entry of the tables for 512-256-128-1 of two tasks, a tail of one hidden layer, and float16."""
+    """Return every entry of the table for 512-256-128-1 of two tasks, a tail of one hidden layer, and float16."""
     cases: dict[str, Case] = {}
     widths = (512, 256, 128, 1)
-    for arithmetic, dtype in DTYPES.items():
-        for tile in fused_tail.TILES[arithmetic]:
-            for form in ("premasked", "masked"):
-                cases |= _tail(form, arithmetic, tile, dtype, widths)
-        for tile in fused_tail.COMPRESSED.get(arithmetic, ()):
-            cases |= _tail("shared", arithmetic, tile, dtype, widths)
-    largest = fused_tail.TILES["16"][0]
-    cases |= _tail("premasked", "16", largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
-    cases |= _tail("premasked", "16", largest, torch.float16, widths, on_blackwell=True)
+    for tile in fused_tail.TILES:
+        for form in ("premasked", "masked"):
+            cases |= _tail(form, tile, torch.bfloat16, widths)
+    largest = fused_tail.TILES[0]
+    cases |= _tail("premasked", largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
+    cases |= _tail("premasked", largest, torch.float16, widths, on_blackwell=True)
     return cases
 
 
@@ -144,9 +136,9 @@ def block_sparse_cases() -> dict[str, Case]:
     """Return every entry of the table for 1024-512 of two tasks on one x."""
     cases: dict[str, Case] = {}
     blocks = {16: (16, 1), 32: (32, 1), 64: (32, 2), 128: (64, 2)}  # by columns: a block's side, tasks together
-    for (arithmetic, columns), entries in block_sparse.TILES.items():
+    for columns, entries in block_sparse.TILES.items():
         for tile in entries:
-            cases |= _block_sparse(arithmetic, tile, DTYPES[arithmetic], *blocks[columns])
+            cases |= _block_sparse(tile, *blocks[columns])
     return cases
 
 
@@ -346,18 +338,8 @@ def main(arguments: list[str]) -> int:
     return bool(complaints)
 
 
-RANGES = {
-    # x_starts and lengths, task by task. Tasks of one set of rows share a program; ragged ranges overlap.
-    "single": ((0,), (2048,)),
-    "joint": ((0, 0), (2048, 2048)),
-    "ragged": ((0, 701), (1399, 1347)),
-}
-# Of other batches: numbers of rows that Triton would compile anew for, were they not hidden from it.
-OTHER_RANGES = {
-    "joint": (((0, 0), (16, 16)), ((0, 0), (1, 1)), ((0, 0), (7, 7))),
-    "ragged": (((0, 16), (16, 32)), ((0, 1), (1, 33)), ((2, 7), (7, 9)), ((0, 1), (1, 0))),
-}
-OTHER_ROWS = (16, 1, 7)
+TASKS = {"one": 1, "joint": 2, "apart": 2}  # two that read the same x, or each its own
+ROWS, OTHER_ROWS = 2048, (16, 1, 7)  # the latter would compile anew, were they not hidden from Triton
 OUT_FEATURES, IN_FEATURES = 512, 1024
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -368,86 +350,71 @@ def _forward(
     tile: Tile,
     dtype: torch.dtype,
     weight_dtype: torch.dtype = torch.float32,
-    ranges: str = "joint",
+    tasks: str = "joint",
     on_blackwell: bool = False,
 ) -> dict[str, Case]:
-    tasks = len(RANGES[ranges][0])
-    weight = _weight(form, weight_dtype, tasks, OUT_FEATURES, IN_FEATURES)
+    count = TASKS[tasks]
+    weight = _weight(form, weight_dtype, count, OUT_FEATURES, IN_FEATURES)
 
-    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+    def launch(rows: int) -> Launch:
         return masked_matmul.forward_launch(
-            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            _x(dtype, tasks, rows),
             weight,
-            _meta(torch.float32, tasks, OUT_FEATURES),
-            _meta(dtype, sum(lengths), OUT_FEATURES),
-            x_starts,
-            _y_starts(lengths),
-            lengths,
+            _meta(torch.float32, count, OUT_FEATURES),
+            _meta(dtype, count, rows, OUT_FEATURES),
             "relu",
             _precision(arithmetic),
             tile,
         )
 
-    words = _words_of_tile(form, tile.block_n, tile.block_k, tile.warps, tasks)
-    dtypes = _product_dtypes(dtype, weight_dtype)
-    return _of_ranges(
-        f"forward {form}", arithmetic, tile, ranges, dtypes, launch, tile.block_m, words, on_blackwell=on_blackwell
-    )
+    words = _words_of_tile(form, tile.block_n, tile.block_k)
+    name = f"forward {form} {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
+    return _case(name, arithmetic, launch, tile.block_m, (words,), on_blackwell)
 
 
 def _dgrad(
-    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", on_blackwell: bool = False
+    arithmetic: str, tile: Tile, dtype: torch.dtype, tasks: str = "joint", on_blackwell: bool = False
 ) -> dict[str, Case]:
-    tasks = len(RANGES[ranges][0])
+    count = TASKS[tasks]
 
-    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+    def launch(rows: int) -> Launch:
         return masked_matmul.dgrad_launch(
-            _meta(dtype, sum(lengths), OUT_FEATURES),
+            _meta(dtype, count, rows, OUT_FEATURES),
             _meta(torch.float32, OUT_FEATURES, IN_FEATURES),
-            _words(tasks, OUT_FEATURES, IN_FEATURES),
-            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
-            x_starts,
-            _y_starts(lengths),
-            lengths,
+            _words(count, OUT_FEATURES, IN_FEATURES),
+            _x(dtype, tasks, rows),
             _precision(arithmetic),
             tile,
         )
 
-    products = tasks if launch(*RANGES[ranges]).constants["TOGETHER"] else 1  # a step
+    products = launch(ROWS).constants["TOGETHER"]  # of a step
     words = products * tile.block_n * tile.block_k // 32
-    dtypes = _product_dtypes(dtype, torch.float32)
-    return _of_ranges(
-        "dgrad masked", arithmetic, tile, ranges, dtypes, launch, tile.block_m, words, on_blackwell=on_blackwell
-    )
+    name = f"dgrad masked {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, torch.float32)}"
+    return _case(name, arithmetic, launch, tile.block_m, (words,), on_blackwell)
 
 
 def _wgrad(
-    arithmetic: str, tile: Tile, dtype: torch.dtype, ranges: str = "joint", on_blackwell: bool = False
+    arithmetic: str, tile: Tile, dtype: torch.dtype, tasks: str = "joint", on_blackwell: bool = False
 ) -> dict[str, Case]:
-    tasks = len(RANGES[ranges][0])
+    count = TASKS[tasks]
 
-    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
-        splits = lengths[0] % 17  # of any kind: 8 of the case, and 16, 1 and 7 of other batches
+    def launch(rows: int) -> Launch:
+        splits = rows % 17 or 8  # of any kind: 8 of the case, and 16, 1 and 7 of other batches
         return masked_matmul.wgrad_launch(
-            _meta(dtype, sum(lengths), OUT_FEATURES),
-            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
-            _words(tasks, OUT_FEATURES, IN_FEATURES),
-            _meta(torch.float32, splits, OUT_FEATURES, IN_FEATURES),
-            x_starts,
-            _y_starts(lengths),
-            lengths,
+            _meta(dtype, count, rows, OUT_FEATURES),
+            _x(dtype, tasks, rows),
+            _words(count, OUT_FEATURES, IN_FEATURES),
+            _meta(torch.float32, splits * (count if tasks == "apart" else 1), OUT_FEATURES, IN_FEATURES),
             _precision(arithmetic),
             tile,
         )
 
-    dtypes = _product_dtypes(dtype, torch.float32)  # the words wait behind the loop
-    return _of_ranges(
-        "wgrad masked", arithmetic, tile, ranges, dtypes, launch, tile.block_n, 0, on_blackwell=on_blackwell
-    )
+    name = f"wgrad masked {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, torch.float32)}"
+    return _case(name, arithmetic, launch, tile.block_n, (0,), on_blackwell)  # the words are loaded after the loop
 
 
-def _block_sparse(arithmetic: str, tile: Tile, dtype: torch.dtype, block: int, together: int) -> dict[str, Case]:
-    tasks, entries, block_rows = 2, 256, OUT_FEATURES // block
+def _block_sparse(tile: Tile, block: int, together: int) -> dict[str, Case]:
+    dtype, tasks, entries, block_rows = torch.bfloat16, 2, 256, OUT_FEATURES // block
     weight = BlockWeight(
         (OUT_FEATURES, IN_FEATURES),
         block,
@@ -459,49 +426,23 @@ def _block_sparse(arithmetic: str, tile: Tile, dtype: torch.dtype, block: int, t
         _meta(torch.int32, entries, together),
     )
 
-    def launch(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> Launch:
+    def launch(rows: int) -> Launch:
         return block_sparse.block_sparse_launch(
-            _meta(dtype, _end(x_starts, lengths), IN_FEATURES),
+            _x(dtype, "joint", rows),
             weight,
             _meta(torch.float32, tasks, OUT_FEATURES),
-            _meta(dtype, sum(lengths), OUT_FEATURES),
-            x_starts,
-            _y_starts(lengths),
-            lengths,
+            _meta(dtype, tasks, rows, OUT_FEATURES),
             "relu",
-            _precision(arithmetic),
             tile,
         )
 
     indices = tile.block_k * (1 + together * block)  # a block's column for each of its own, its place for each weight
-    layout = f"block {block} together {together} {DTYPE_NAMES[dtype]}"
-    return _of_ranges("block_sparse", arithmetic, tile, "joint", layout, launch, tile.block_m, indices)
-
-
-def _of_ranges(
-    kernel: str,
-    arithmetic: str,
-    tile: Tile,
-    ranges: str,
-    dtypes: str,
-    launch: Callable[[tuple[int, ...], tuple[int, ...]], Launch],
-    rows: int,
-    words: int,
-    on_blackwell: bool = False,
-) -> dict[str, Case]:
-    others = tuple(launch(*other) for other in OTHER_RANGES.get(ranges, ()))
-    chips = (80, 90, 100) if on_blackwell else (80, 90)
-    name = f"{kernel} {arithmetic} {_size(tile)} {ranges} {dtypes}"
-    return {name: Case(launch(*RANGES[ranges]), arithmetic, rows, (words,), chips, others)}
+    name = f"block_sparse {_size(tile)} joint block {block} together {together} {DTYPE_NAMES[dtype]}"
+    return _case(name, "16", launch, tile.block_m, (indices,))
 
 
 def _tail(
-    form: str,
-    arithmetic: str,
-    tile: Tile,
-    dtype: torch.dtype,
-    widths: tuple[int, ...],
-    on_blackwell: bool = False,
+    form: str, tile: Tile, dtype: torch.dtype, widths: tuple[int, ...], on_blackwell: bool = False
 ) -> dict[str, Case]:
     tasks, (d0, *hidden, out) = 2, widths
     tail = Tail(
@@ -514,37 +455,39 @@ def _tail(
 
     def launch(rows: int) -> Launch:
         h, scores = _meta(dtype, tasks, rows, d0), _meta(torch.float32, rows, tasks * out)
-        return fused_tail.fused_tail_launch(h, tail, scores, _precision(arithmetic), tile)
+        return fused_tail.fused_tail_launch(h, tail, scores, tile)
 
-    first = launch(2048)
-    chunk = first.constants["BLOCK_D1"]
-    words = [_words_of_tile(form, chunk, tile.block_k, tile.warps, tasks)]
+    constants = launch(ROWS).constants
+    chunk = constants["BLOCK_D1"]
+    words = [_words_of_tile(form, chunk, tile.block_k)]
     if len(hidden) == 2 and chunk < hidden[0]:  # one chunk is no loop
         # A step of the loop over chunks fills the inner loop's pipeline, too.
-        filling = (tile.stages - 1) * words[0]
-        words.append(filling + _words_of_tile(form, first.constants["BLOCK_D2"], chunk, tile.warps, tasks))
-    name = f"tail {form} {arithmetic} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
+        words.append((tile.stages - 1) * words[0] + _words_of_tile(form, constants["BLOCK_D2"], chunk))
+    name = f"tail {form} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
+    return _case(name, "16", launch, tile.block_m, tuple(words), on_blackwell)
+
+
+def _case(
+    name: str,
+    arithmetic: str,
+    launch: Callable[[int], Launch],
+    rows: int,
+    words: tuple[int, ...],
+    on_blackwell: bool = False,
+) -> dict[str, Case]:
     chips = (80, 90, 100) if on_blackwell else (80, 90)
-    others = tuple(map(launch, OTHER_ROWS))
-    return {name: Case(first, arithmetic, tile.block_m, tuple(words), chips, others)}
+    return {name: Case(launch(ROWS), arithmetic, rows, words, chips, tuple(map(launch, OTHER_ROWS)))}
 
 
 def _weight(form: str, dtype: torch.dtype, tasks: int, n: int, k: int) -> Weight:
     if form == "premasked":
-        return Weight(form, (n, k), _meta(dtype, tasks, n, k), None, None, tasks)
-    words = _words(tasks, n, k)
-    if form == "masked":
-        return Weight(form, (n, k), _meta(dtype, n, k), words, None, tasks)
-    return Weight(form, (n, k), _meta(dtype, n * k // 4), words, _meta(torch.int32, n, words.shape[2] // 4), tasks)
+        return Weight(form, (n, k), _meta(dtype, tasks, n, k), None, tasks)
+    return Weight(form, (n, k), _meta(dtype, n, k), _words(tasks, n, k), tasks)
 
 
-def _words_of_tile(form: str, block_n: int, block_k: int, warps: int, tasks: int) -> int:
+def _words_of_tile(form: str, block_n: int, block_k: int) -> int:
     """Return how many int32 `weight_tile` loads."""
-    of_tile = block_n * block_k // 32
-    # Triton takes a load of fewer elements than threads for cheap, and repeats it for a second layout: the union's.
-    copies = 2 if of_tile < 32 * warps else 1
-    shared = (copies * tasks + 1) * of_tile + block_n  # and offsets
-    return {"premasked": 0, "masked": of_tile, "shared": shared}[form]
+    return block_n * block_k // 32 if form == "masked" else 0
 
 
 def _size(tile: Tile) -> str:
@@ -568,13 +511,9 @@ def _words(tasks: int, n: int, k: int) -> torch.Tensor:
     return _meta(torch.int32, tasks, n, 4 * -(-k // 128))
 
 
-def _end(x_starts: tuple[int, ...], lengths: tuple[int, ...]) -> int:
-    """Return how many rows `x` has."""
-    return max(start + length for start, length in zip(x_starts, lengths, strict=True))
-
-
-def _y_starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sum(lengths[:t]) for t in range(len(lengths)))
+def _x(dtype: torch.dtype, tasks: str, rows: int) -> torch.Tensor:
+    """Return what the tasks read, or its gradient."""
+    return _meta(dtype, 2 if tasks == "apart" else 1, rows, IN_FEATURES)
 
 
 def _instruction(case: Case, chip: int) -> str:
