@@ -1,5 +1,13 @@
-"""The base class of errors that the user can correct."""
+"""The base class of errors that the user can correct, and how they show a value."""
+
+from typing import Any
 
 
 class InputError(ValueError):
     """An input cannot be used; the message is one line that names it, what was found and what was wanted."""
+
+
+def shown(value: Any) -> str:
+    """Return `repr(value)` for an error message, cut at 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,64 +148,6 @@ class FrozenNetwork:
         """Return the same layers with other quantisation parameters."""
         copied = None if quantization is None else {task: tuple(q) for task, q in quantization.items()}
         return replace(self, quantization=copied)
-
-    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything as named tensors and plain data: what artefacts and `state_dict` carry.
-
-        Tensors (names and bit order of compressed-tensors where it has them): `layers.<i>.compressed`, `.bitmask`,
-        `.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`. Data: `tasks`; `layers` with
-        the shape and activation of each; `heads` with each task's activation; where calibrated, `codes`: task ->
-        (scale, zero point) of each layer. A layer without a bias has no such tensor.
-        """
-        tensors: dict[str, Tensor | None] = {}
-        for i, layer in enumerate(self.hidden):
-            tensors |= {
-                f"layers.{i}.compressed": layer.weight.values,
-                f"layers.{i}.bitmask": layer.weight.bitmask,
-                f"layers.{i}.row_offsets": layer.weight.row_offsets,
-                f"layers.{i}.bias": layer.bias,
-            }
-        for task, head in self.heads.items():
-            tensors |= {f"heads.{task}.weight": head.weight, f"heads.{task}.bias": head.bias}
-        data: dict[str, Any] = {
-            "tasks": list(self.tasks),
-            "layers": [{"shape": list(x.weight.shape), "activation": x.activation} for x in self.hidden],
-            "heads": {task: head.activation for task, head in self.heads.items()},
-        }
-        if self.quantization is not None:
-            data["codes"] = {task: [list(q) for q in of_task] for task, of_task in self.quantization.items()}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}, data
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> FrozenNetwork:
-        """Undo `to_tensors`, and check everything that a kernel trusts.
-
-        Raises:
-            KeyError: If a part is missing.
-            TypeError: If a part is of another kind.
-            ValueError: If parts do not fit together.
-        """
-        tasks = tuple(data["tasks"])
-        hidden = []
-        for i, layer in enumerate(data["layers"]):
-            part = f"layers.{i}."
-            rows, columns = layer["shape"]
-            parts = (tensors[part + name] for name in ("bitmask", "row_offsets", "compressed"))
-            weight = SharedWeight((rows, columns), tasks, *parts)
-            weight.validate()
-            hidden.append(SparseLayer(weight, tensors.get(part + "bias"), layer["activation"]))
-        heads = {
-            task: DenseLayer(tensors[f"heads.{task}.weight"], tensors.get(f"heads.{task}.bias"), activation)
-            for task, activation in data["heads"].items()
-        }
-        if heads and tuple(heads) != tasks:
-            raise ValueError(f"heads: got tasks {tuple(heads)}, wanted {tasks}")
-        quantization = data.get("codes")
-        if quantization is not None:
-            quantization = {
-                task: tuple(QuantizationParameters(*q) for q in of_task) for task, of_task in quantization.items()
-            }
-        return cls(tuple(hidden), heads, quantization)
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lt4rec_sparse import ops
+from lt4rec_sparse import network_state, ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.masked import task_index
@@ -181,7 +181,7 @@ class SparseMLP(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the network and the precision for `state_dict`."""
-        tensors, data = self.network.to_tensors()
+        tensors, data = network_state.to_tensors(self.network)
         return {"tensors": tensors, "data": data, "precision": self.precision}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: If its widths, tasks or activations are others, or its parts do not fit together.
         """
-        network = FrozenNetwork.from_tensors(state["tensors"], state["data"])
+        network = network_state.from_tensors(state["tensors"], state["data"])
         if (got := _form(network)) != (wanted := _form(self.network)):
             raise ValueError(f"state: got a network of {got}, wanted {wanted}")
         if self._given is not None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse import network_state
+from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import parse_json, whole_file
-from lt4rec_sparse.formats import VALUE_DTYPES, SharedWeight
-from lt4rec_sparse.network import (
-    ACTIVATIONS,
-    PRECISIONS,
-    DenseLayer,
-    FrozenNetwork,
-    QuantizationParameters,
-    SparseLayer,
-)
+from lt4rec_sparse.formats import VALUE_DTYPES
+from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.ranker.features import FeatureEncoder
-from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.ranker import Ranker
 
@@ -53,7 +46,6 @@ KEY = "lt4rec_sparse"
 VERSION = 1
 # As safetensors spells the dtypes of weights, bit planes, offsets and the encoder's arrays.
 DTYPES = ("F32", "F16", "BF16", "U8", "I32", "I64", "F64")
-MAX_WIDTH = (1 << 31) - 1
 
 
 class ArtefactError(InputError):
@@ -121,27 +113,15 @@ def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[
     Raises:
         ValueError: If there is no head, or one does not end in a sigmoid: the file does not say which activation.
     """
-    if not network.heads or any(head.activation != "sigmoid" for head in network.heads.values()):
-        got = {task: head.activation for task, head in network.heads.items()}
-        raise ValueError(f"heads: got {got}, wanted one per task that ends in a sigmoid")
-    tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(network.hidden):
-        tensors |= {
-            f"layers.{i}.compressed": layer.weight.values,
-            f"layers.{i}.bitmask": layer.weight.bitmask,
-            f"layers.{i}.row_offsets": layer.weight.row_offsets,
-            f"layers.{i}.bias": _bias(layer),
-        }
-    for task, head in network.heads.items():
-        # safetensors refuses tensors that share memory, as those of tasks with one head would.
-        tensors |= {f"heads.{task}.weight": head.weight.clone(), f"heads.{task}.bias": _bias(head).clone()}
-    meta: dict[str, Any] = {
-        "tasks": list(network.tasks),
-        "layers": [{"shape": list(layer.weight.shape), "activation": layer.activation} for layer in network.hidden],
-    }
-    if network.quantization is not None:
-        meta["codes"] = {task: [list(of_layer) for of_layer in network.quantization[task]] for task in network.tasks}
-    return tensors, meta
+    tensors, data = network_state.to_tensors(network)
+    heads = data.pop("heads")
+    if not heads or set(heads.values()) != {"sigmoid"}:
+        raise ValueError(f"heads: got {heads}, wanted one per task that ends in a sigmoid")
+    for part in (*(f"layers.{i}" for i in range(len(network.hidden))), *(f"heads.{task}" for task in heads)):
+        rows = len(tensors[f"{part}.weight"] if f"{part}.weight" in tensors else tensors[f"{part}.row_offsets"])
+        # Every layer has a bias there; and safetensors refuses tensors that share memory, as one head for two tasks.
+        tensors[f"{part}.bias"] = tensors.get(f"{part}.bias", torch.zeros(rows)).clone()
+    return tensors | {f"heads.{task}.weight": tensors[f"heads.{task}.weight"].clone() for task in heads}, data
 
 
 def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FrozenNetwork:
@@ -150,24 +130,13 @@ def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any])
     Raises:
         ValueError: If an entry or a tensor is absent, of a wrong type, or does not fit the others.
     """
-    tasks = _tasks(meta)
-    hidden = []
-    for i, entry in enumerate(_list(meta, "layers")):
-        shape, activation = _layer(entry, f"layers[{i}]")
-        part = f"layers.{i}."
-        parts = (_tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
-        weight = SharedWeight(shape, tasks, *parts)
-        weight.validate()
-        hidden.append(SparseLayer(weight, _tensor(tensors, part + "bias", VALUE_DTYPES), activation))
-    heads = {
-        task: DenseLayer(
-            _tensor(tensors, f"heads.{task}.weight", VALUE_DTYPES),
-            _tensor(tensors, f"heads.{task}.bias", VALUE_DTYPES),
-            "sigmoid",
-        )
-        for task in tasks
-    }
-    return FrozenNetwork(tuple(hidden), heads, _quantization(meta, tasks))
+    tasks = meta.get("tasks")
+    names = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
+    network = network_state.from_tensors(tensors, {**meta, "heads": dict.fromkeys(names, "sigmoid")})
+    biases = [*(layer.bias for layer in network.hidden), *(head.bias for head in network.heads.values())]
+    if any(bias is None for bias in biases):
+        raise ValueError("bias: got a layer without one, wanted one for every layer")
+    return network
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -201,75 +170,14 @@ def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: s
     if stray is not None:
         raise ValueError(f"encoder.{stray}: got {arrays[stray].dtype}, wanted uint8, int64 or float64")
     encoder = FeatureEncoder.from_arrays({name: t.numpy() for name, t in arrays.items()}, description)
-    fields, dim = encoder.fields, _width(meta.get("dim"), "dim")
+    fields, dim = encoder.fields, network_state.width(meta.get("dim"), "dim")
     # The pairs of fields are as many as their number squared: compared with the network before they are made.
     width = len(fields) * dim + len(fields) * (len(fields) - 1) // 2
     if width != network.in_features:
         raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
-    embedding = _tensor(tensors, "inputs.embedding", VALUE_DTYPES).float()
+    embedding = network_state.tensor(tensors, "inputs.embedding", VALUE_DTYPES).float()
     inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=embedding)
     return Ranker(encoder, inputs, SparseMLP(network, precision).eval())
-
-
-# What the metadata may hold.
-
-
-def _tasks(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    tasks = _list(meta, "tasks")
-    if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks: got {shown(tasks)}, wanted at least one name, each once")
-    return tuple(tasks)
-
-
-def _layer(entry: Any, where: str) -> tuple[tuple[int, int], str]:
-    shape, activation = (entry.get("shape"), entry.get("activation")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(shape, list) or len(shape) != 2 or not isinstance(activation, str):
-        raise ValueError(f"{where}: got {shown(entry)}, wanted a shape and an activation")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{where}: got activation {shown(activation)}, wanted one of {', '.join(ACTIVATIONS)}")
-    return (_width(shape[0], where), _width(shape[1], where)), activation
-
-
-def _quantization(
-    meta: Mapping[str, Any], tasks: Sequence[str]
-) -> dict[str, tuple[QuantizationParameters, ...]] | None:
-    stored = meta.get("codes")
-    if stored is None:
-        return None
-    if not isinstance(stored, dict) or set(stored) != set(tasks):
-        raise ValueError(f"codes: got {shown(stored)}, wanted quantisation parameters of {', '.join(tasks)}")
-    return {task: tuple(_parameters(x, task) for x in _list(stored, task)) for task in tasks}
-
-
-def _parameters(entry: Any, task: str) -> QuantizationParameters:
-    kinds = [type(x) for x in entry] if isinstance(entry, list) else None
-    if kinds not in ([float, int], [int, int]):
-        raise ValueError(f"codes of {task}: got {shown(entry)}, wanted pairs of a scale and a zero point")
-    return QuantizationParameters(*entry)
-
-
-def _list(entries: Mapping[str, Any], name: str) -> list[Any]:
-    value = entries.get(name)
-    if not isinstance(value, list):
-        raise ValueError(f"{name}: got {shown(value)}, wanted a list")
-    return value
-
-
-def _width(value: Any, where: str) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_WIDTH:
-        raise ValueError(f"{where}: got width {shown(value)}, wanted a number from 1 to {MAX_WIDTH}")
-    return value
-
-
-# What the tensors may hold.
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"{name}: is absent")
-    if dtypes is not None and tensors[name].dtype not in dtypes:
-        raise ValueError(f"{name}: got {tensors[name].dtype}, wanted one of {', '.join(map(str, dtypes))}")
-    return tensors[name]
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -291,10 +199,6 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _bytes(tensor: Tensor) -> Tensor:
     """Return the bytes of a contiguous tensor; torch does not view an empty one in another dtype."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _bias(layer: SparseLayer | DenseLayer) -> Tensor:
-    return torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
 
 
 def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

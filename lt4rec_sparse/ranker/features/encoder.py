@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.features.encoded import EncodedFeatures
-from lt4rec_sparse.ranker.features.records import shown
 from lt4rec_sparse.ranker.features.schema import Column, Schema
 from lt4rec_sparse.ranker.features.tables import (
     MISSING,

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker.features.records import shown
+from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features.schema import Column
 from lt4rec_sparse.ranker.features.tables import Array, Ids
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, shown
 
 
 class SchemaError(InputError):
@@ -66,12 +66,6 @@ def from_plain(value: Any, hint: Any, where: str) -> Any:
         wanted = " or ".join(kind.__name__ for kind in accepted if kind is not NoneType)
         raise SchemaError(f"{where}: got {shown(value)}, wanted {wanted}")
     return value
-
-
-def shown(value: Any) -> str:
-    """Return `repr(value)` for an error message, cut at 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _record(value: Any, cls: Any, where: str) -> Any:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import check_depth
-from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, shown, to_plain, to_toml
+from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
 
 ValueType = Literal["int", "string"]
 # Prepared data stores ids as int32.

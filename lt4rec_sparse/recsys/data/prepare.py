@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lt4rec_sparse.errors import shown
 from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder, Schema, Split
-from lt4rec_sparse.ranker.features.records import from_plain, shown
+from lt4rec_sparse.ranker.features.records import from_plain
 from lt4rec_sparse.recsys.data.batches import CACHE_BYTES, BatchStream
 from lt4rec_sparse.recsys.data.days import log_columns, partition
 from lt4rec_sparse.recsys.data.folders import whole_folder
