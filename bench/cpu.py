@@ -25,7 +25,7 @@ from bench.peers import NAMES, Peer, check, peers, reference, timings
 from bench.roofline import roofline
 from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.ops import cpu_engine
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 from lt4rec_sparse.stopwatch import interleaved
 from tests.oracle import Layer
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 
 SUITES = {"assumptions": 0.07, "serving": 0.48, "training": 0.29, "kernels": 0.16}  # name -> share of the seconds
 # To compile and time the first case at least, whatever the suites and steps before have taken.

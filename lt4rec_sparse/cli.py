@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,14 +56,26 @@ def run(
         str,
         typer.Option(help="random, without a search; tickets, the paper's; or best: both, and validation chooses."),
     ] = "best",
-    rounds: Annotated[int, typer.Option(help="Rounds of pruning a task, for tickets.")] = 4,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds of pruning per task, for tickets: 4, or 2 on the simulated log.")
+    ] = None,
     density: Annotated[
         float, typer.Option(help="Share of the hidden weights that a random mask keeps, or the last ticket.")
     ] = 0.2,
-    batch_size: Annotated[int | None, typer.Option(help="Impressions a batch: 1024, or 256 simulated.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
-    embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
-    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
+    batch_size: Annotated[int | None, typer.Option(help="Impressions per batch: 1024, or 512 simulated.")] = None,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(help="Adam's, 0.001; of several, as 0.0005,0.001, validation chooses one per task and model."),
+    ] = None,
+    products: Annotated[
+        str,
+        typer.Option(help="Dtype of matrix products while training: auto (the faster one here), float32, bfloat16."),
+    ] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that train side by side; one per core.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option(help="Width of an embedding: 16, or 8 simulated.")] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Widths of the MLP's hidden layers: 512,256,128, or half of them simulated.")
+    ] = None,
     granularity: Annotated[
         str, typer.Option(help="What pruning takes as one: weight, 2:4, block4, block16, block32, block64 or neuron.")
     ] = "weight",
@@ -70,26 +83,29 @@ def run(
 ) -> None:
     """Give each task a mask, train one shared network, freeze it, and report it against its opponents."""
     from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
+    from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.run import run as run_experiment
 
     default = RunSettings() if data else SIMULATED
     settings = RunSettings(
         seeds=seeds,
-        embedding_dim=embedding_dim,
-        hidden=widths(hidden),
-        learning_rate=learning_rate,
+        embedding_dim=default.embedding_dim if embedding_dim is None else embedding_dim,
+        hidden=default.hidden if hidden is None else widths(hidden),
+        learning_rates=default.learning_rates if learning_rate is None else rates(learning_rate),
         epochs=default.epochs if epochs is None else epochs,
         batch_size=default.batch_size if batch_size is None else batch_size,
         masks=masks,
-        rounds=rounds,
+        rounds=default.rounds if rounds is None else rounds,
         density=density,
         granularity=granularity,
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        dtype=dtype_of(products),
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with progress_bars() as progress:
-        report = run_experiment(data, out, settings, progress)
-    typer.echo(f"{report}, report.html, model.safetensors, metrics.jsonl")
+        finished = run_experiment(data, out, settings, progress, Resources(workers))
+    typer.echo(finished.verdict)
+    typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 
 
 @app.command()
@@ -111,7 +127,10 @@ def experiment(
     embedding_dim: Annotated[int, typer.Option(help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers.")] = "512,256,128",
     cross: Annotated[str, typer.Option(help="dlrm, wide_deep or deepfm.")] = "dlrm",
-    products: Annotated[str, typer.Option(help="What products compute in while training.")] = "bfloat16",
+    products: Annotated[
+        str,
+        typer.Option(help="Dtype of matrix products while training: auto (the faster one here), float32, bfloat16."),
+    ] = "auto",
     loss: Annotated[
         list[str] | None, typer.Option(help="A task's loss, such as ctr=focal: bce, focal or mse; for each task once.")
     ] = None,
@@ -132,16 +151,18 @@ def experiment(
 ) -> None:
     """Carry out a declared experiment of the paper, or beyond it, over seeds, and write its tables and plots."""
     from lt4rec_sparse.paper.declared import Variants
-    from lt4rec_sparse.paper.experiment import Resources, run_experiment
-    from lt4rec_sparse.paper.regimes import Regimes, run_regimes
+    from lt4rec_sparse.paper.experiment import run_experiment
+    from lt4rec_sparse.paper.regimes import TRAINING, Regimes, run_regimes
+    from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
     if name == "regimes":
         if data is not None:
             raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
         out = out or Path("runs") / "experiments" / "regimes"
+        regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype_of(products)))
         with progress_bars() as progress:
-            report = run_regimes(out, seeds, Regimes(impressions), workers, executor, progress)
+            report = run_regimes(out, seeds, regimes, Resources(workers, executor), progress)
         typer.echo(f"{report}, report.html, records.json")
         return
     if data is None:
@@ -153,7 +174,7 @@ def experiment(
         batch_size=batch_size,
         cross=cross,
         losses=tuple(sorted(losses(loss or []).items())),
-        dtype=products,
+        dtype=dtype_of(products),
     )
     variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
     out = out or Path("runs") / "experiments" / data.resolve().name
@@ -336,6 +357,25 @@ def widths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--hidden: got {text!r}, wanted widths such as 512,256,128") from error
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Return "0.0005,0.001" as numbers.
+
+    Raises:
+        InputError: If a part is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--learning-rate: got {text!r}, wanted numbers such as 0.0005,0.001,0.002") from error
+
+
+def dtype_of(products: str) -> str:
+    """Return the dtype that matrix products compute in while training; "auto" is the faster one on this machine."""
+    from lt4rec_sparse.recsys.training import fastest_dtype
+
+    return fastest_dtype() if products == "auto" else products
 
 
 def losses(named: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What ranking models are judged by; each metric is streamed, and two parts merge into the whole."""
+"""What ranking models are judged by: streamed metrics, of which two parts merge into the whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+MAIN_METRIC = {"binary": "auc", "ratio": "mse"}  # kind of a task -> what its models are compared by
+LOSS = {"binary": "log_loss", "ratio": "mse"}  # kind -> what choices on the validation days minimise
+HIGHER_IS_BETTER = {"auc": True, "mse": False}
 
 
 class Metric(Protocol):
@@ -24,7 +28,7 @@ class Metric(Protocol):
 
 
 class AUC:
-    """Area under the ROC curve, from a histogram of 65,536 logit bins a class; a tie counts one half.
+    """Area under the ROC curve, from a histogram of 65,536 logit bins per class; a tie counts one half.
 
     Bins are 0.0005 wide over logits in [-16, 16]; scores beyond share the outermost bins. The error is at most half the
     share of (positive, negative) pairs that fall into one bin together. NaN without both classes.
@@ -65,7 +69,7 @@ class AUC:
 class GAUC:
     """AUC within each group (user), averaged with the group's row count as weight; groups of one class do not count.
 
-    Exact: it keeps 16 bytes a row until computed.
+    Exact: it keeps 16 bytes per row until computed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a few seeds can say: means, deviations, and differences that are paired seed by seed."""
+"""What a few seeds can say: means, deviations, and differences paired seed by seed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Difference:
         mean: Over the seeds; NaN if a seed's difference is not a finite number.
         error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
         seeds: How many.
-        relative: True if in percent of the base's value of the same seed.
+        relative: True if in percent of the base's value at the same seed.
     """
 
     mean: float
@@ -50,7 +50,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval by Student's t; NaN with one seed. It takes differences to be normal."""
+        """The 95 % confidence interval by Student's t; NaN with one seed. Differences are taken to be normal."""
         reach = t_quantile(self.seeds - 1) * self.error if self.seeds > 1 else math.nan
         return self.mean - reach, self.mean + reach
 
@@ -66,7 +66,7 @@ class Difference:
 
 
 def summary(values: Sequence[float | None]) -> Summary:
-    """Return mean and standard deviation of one value a seed; None is NaN.
+    """Return mean and standard deviation of one value per seed; None is NaN.
 
     Raises:
         ValueError: If there is no value.
@@ -82,7 +82,7 @@ def paired_difference(
 ) -> Difference:
     """Return the mean over seeds of `value - base`, or of `100 * (value - base) / base`, and its standard error.
 
-    Pairing takes out what a seed does to both: the order of the batches, and the start.
+    Pairing removes what a seed does to both: the order of the batches, and the start.
 
     Args:
         values: Seed -> value; None is NaN.
@@ -90,7 +90,7 @@ def paired_difference(
         relative: True for percent of the base; a base of 0 makes the difference NaN.
 
     Raises:
-        ValueError: If there is no seed, or the two have other seeds.
+        ValueError: If there is no seed, or the seeds differ.
 
     >>> paired_difference({0: 3.0, 1: 6.0}, {0: 2.0, 1: 4.0}, relative=True).mean
     50.0
@@ -110,7 +110,7 @@ def is_better(difference: Difference, higher_is_better: bool) -> bool:
     """Return whether the difference is in the good direction and exceeds its standard error.
 
     A low bar: over five seeds, something no better than the base passes it in one case of five (`P(T > 1)` of Student's
-    distribution). One seed, or a NaN, never passes.
+    distribution). One seed or a NaN never passes.
     """
     gain = difference.mean if higher_is_better else -difference.mean
     return gain > difference.error
@@ -130,7 +130,7 @@ def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
     """Return the `t` with `P(|T| <= t) = confidence`, for Student's distribution of `degrees` degrees of freedom.
 
-    Bisection of the closed form that the distribution has for whole degrees of freedom.
+    Bisection of the distribution's closed form for whole degrees of freedom.
 
     Raises:
         ValueError: If there is no degree of freedom, or the confidence is not in [0, 1).
@@ -168,9 +168,9 @@ def _within(angle: float, degrees: int) -> float:
 
 
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
-    """Return the values, NaN for None and for the infinite, of which no mean can be made."""
+    """Return the values with NaN for None and infinities, of which no mean can be made."""
     if not len(values):
-        raise ValueError("values: got none, wanted one a seed, of a seed at least")
+        raise ValueError("values: got none, wanted one per seed, at least one")
     numbers = np.array(values, np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 

@@ -16,10 +16,10 @@ Model = nn.Module | Callable[[EncodedFeatures, str], Tensor]
 
 
 class Predictions(NamedTuple):
-    """What a model says of every row of a split, in the order of the files.
+    """What a model says about every row of a split, in the order of the files.
 
     Attributes:
-        probabilities: Task -> float32 `[rows]`, also of rows that are not the task's.
+        probabilities: Task -> float32 `[rows]`, for rows of other tasks too.
         rows: Task -> bool `[rows]`, True where the row is the task's.
         labels: Task -> float32 `[rows]`.
         groups: int64 `[rows]`.
@@ -67,7 +67,7 @@ def evaluate(model: Model, stream: Stream, kinds: Mapping[str, str]) -> dict[str
 
 @torch.inference_mode()
 def predict(model: Model, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
-    """Score every row of one epoch of `stream` for every task, rows that are no task's included."""
+    """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
     if isinstance(model, nn.Module):
         model.eval()
     batches = list(stream.epoch(0))
