@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import GRANULARITIES
@@ -11,6 +12,7 @@ from lt4rec_sparse.recsys.harness.trials import Masks
 from lt4rec_sparse.recsys.models import Conflict
 
 RANDOM_DENSITIES = (0.4, 0.1, 0.05)  # beside the method's own
+BIGGER, RESCALED = "s_weight_biggernet", "ticket_rescaled"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -56,40 +58,27 @@ def table2(rows: PaperRows) -> list[Row]:
     s_weight, s_weight_last = rows.tickets()
     first, *rest = rows.tasks
     variants = rows.variants
-    balance = {"scales": ((first, 1.0), *((task, variants.cvr_scale) for task in rest))}
-    conflict = {"conflict": variants.conflict}
+    balance: dict[str, Any] = {"scales": ((first, 1.0), *((task, variants.cvr_scale) for task in rest))}
+    conflict: dict[str, Any] = {"conflict": variants.conflict}
     multiview = replace(rows.training, exclusive_dim=variants.exclusive_dim or max(1, rows.training.embedding_dim // 4))
     bigger = replace(rows.training, hidden=scaled(rows.training.hidden, variants.wider))
     further = rows.rounds + 1
     more = rows.search(training=bigger, rounds=further, density=rows.density ** (further / rows.rounds))
+    variant = {
+        "s_neuron": ("S-Neuron", Masks(search=rows.search(granularity="neuron")), {}),
+        "s_weight_taskbalance": ("S-Weight-taskbalance", best, balance),
+        "s_weight_gradientconflict": ("S-Weight-gradientconflict", best, conflict),
+        "s_weight_multiview": ("S-Weight-multiview", Masks(search=rows.search(training=multiview)), {}),
+        BIGGER: (f"S-Weight-biggernet ({variants.wider:g}x as wide)", Masks(search=rows.search(training=bigger)), {}),
+        "s_weight_tuning": ("S-Weight-tuning", best, balance | conflict),
+    }
+    equal = "S-Weight-biggernet, a round further: the multiply-adds of S-Weight at 20 %"
     return [
         rows.base(),
         rows.hard(),
         s_weight,
-        rows.sparse("s_neuron", "S-Neuron", Masks(search=rows.search(granularity="neuron")), "s_neuron"),
-        rows.sparse("s_weight_taskbalance", "S-Weight-taskbalance", best, "s_weight_taskbalance", **balance),
-        rows.sparse(
-            "s_weight_gradientconflict", "S-Weight-gradientconflict", best, "s_weight_gradientconflict", **conflict
-        ),
-        rows.sparse(
-            "s_weight_multiview",
-            "S-Weight-multiview",
-            Masks(search=rows.search(training=multiview)),
-            "s_weight_multiview",
-        ),
-        rows.sparse(
-            "s_weight_biggernet",
-            f"S-Weight-biggernet ({variants.wider:g}x as wide)",
-            Masks(search=rows.search(training=bigger)),
-            "s_weight_biggernet",
-        ),
-        rows.sparse(
-            "s_weight_biggernet_equal",
-            "S-Weight-biggernet, a round further: the multiply-adds of S-Weight at 20 %",
-            Masks(search=more, level="last"),
-            "s_weight_biggernet",
-        ),
-        rows.sparse("s_weight_tuning", "S-Weight-tuning", best, "s_weight_tuning", **balance, **conflict),
+        *(rows.sparse(key, title, masks, key, **changes) for key, (title, masks, changes) in variant.items()),
+        rows.sparse(f"{BIGGER}_equal", equal, Masks(search=more, level="last"), BIGGER),
         s_weight_last,
         *rows.random(),
         rows.dense("hard_sharing", "hard sharing, one step for all tasks"),
@@ -164,61 +153,47 @@ def tickets(rows: Rows) -> list[Row]:
     layer = rows.search(scope="layer")
     longer = rows.search(training=replace(rows.training, epochs=2))
     warm = rows.search(training=replace(rows.training, warm_up=0.25))
-    table = [
+    rewound = Masks(search=rows.search(rewind=0.2), level="last")
+    of_layers, disjoint = Masks(search=layer, level="last"), Masks("random_separate", search, shared=0.0, rescale=True)
+    # At S-Weight's rates.
+    masks = {
+        "ticket": ("ticket: one quantile over all layers", last),
+        "ticket_layer": ("ticket: one quantile per layer", of_layers),
+        "random_like": ("the ticket's layer densities, shuffled", replace(last, kind="random_like")),
+        "random_at_ticket_rate": ("random masks at the tickets' learning rates", Masks("random", search)),
+        "ticket_fresh": ("ticket, fresh initial weights", replace(last, fresh_start=True)),
+        "random_fresh": ("random, fresh initial weights", Masks("random", search, fresh_start=True)),
+        "ticket_longer": ("ticket, two epochs per round", Masks(search=longer, level="last")),
+        "ticket_rewound": ("ticket of a search rewound to epoch 0.2", rewound),
+        "ticket_warm": ("ticket, after a warm-up of 0.25 epochs", Masks(search=warm, level="last")),
+        "random_warm": ("random, after a warm-up of 0.25 epochs", Masks("random", warm)),
+        "one_ticket": ("one mask for all: the first task's ticket", replace(last, kind="one_for_all")),
+        "one_random": ("one mask for all: random", Masks("one_random", search)),
+        "unanimous": ("one mask for all: unanimous", Masks("unanimous", search)),
+    }
+    for density in RANDOM_DENSITIES:
+        at = Masks("random", replace(search, density=density))
+        masks[f"random_{density}"] = (f"random, uniform density of {density:.0%}", at)
+    for share in SHARES:
+        for kind, title in (("separate", "by magnitude"), ("random_separate", "random")):
+            masks[f"{kind}_{share}"] = (f"{title}, {share:.0%} co-owned", Masks(kind, search, shared=share))
+    scaled_up = {
+        RESCALED: ("ticket, scaled up at the start", replace(last, rescale=True), RESCALED),
+        "ticket_layer_rescaled": (
+            "ticket: one quantile per layer, scaled up at the start",
+            replace(of_layers, rescale=True),
+            RESCALED,
+        ),
+        "random_disjoint_rescaled": ("random, nothing co-owned, scaled up at the start", disjoint, RANDOM_RESCALED),
+    }
+    return [
         rows.base(),
         rows.hard(),
         *rows.small(),
-        rows.sparse("ticket", "ticket: one quantile over all layers", last),
-        rows.sparse("ticket_layer", "ticket: one quantile per layer", Masks(search=layer, level="last")),
-        rows.sparse("random_like", "the ticket's layer densities, shuffled", replace(last, kind="random_like")),
         *rows.random(),
-        rows.sparse("random_at_ticket_rate", "random masks at the tickets' learning rates", Masks("random", search)),
-        rows.sparse("ticket_fresh", "ticket, fresh initial weights", replace(last, fresh_start=True)),
-        rows.sparse("random_fresh", "random, fresh initial weights", Masks("random", search, fresh_start=True)),
-        rows.sparse(
-            "ticket_rescaled", "ticket, scaled up at the start", replace(last, rescale=True), "ticket_rescaled"
-        ),
-        rows.sparse(
-            "ticket_layer_rescaled",
-            "ticket: one quantile per layer, scaled up at the start",
-            Masks(search=layer, level="last", rescale=True),
-            "ticket_rescaled",
-        ),
-        rows.sparse(
-            "random_disjoint_rescaled",
-            "random, nothing co-owned, scaled up at the start",
-            Masks("random_separate", search, shared=0.0, rescale=True),
-            RANDOM_RESCALED,
-        ),
-        rows.sparse("ticket_longer", "ticket, two epochs per round", Masks(search=longer, level="last")),
-        rows.sparse(
-            "ticket_rewound",
-            "ticket of a search rewound to epoch 0.2",
-            Masks(search=rows.search(rewind=0.2), level="last"),
-        ),
-        rows.sparse("ticket_warm", "ticket, after a warm-up of 0.25 epochs", Masks(search=warm, level="last")),
-        rows.sparse("random_warm", "random, after a warm-up of 0.25 epochs", Masks("random", warm)),
-        rows.sparse("one_ticket", "one mask for all: the first task's ticket", replace(last, kind="one_for_all")),
-        rows.sparse("one_random", "one mask for all: random", Masks("one_random", search)),
-        rows.sparse("unanimous", "one mask for all: unanimous", Masks("unanimous", search)),
+        *(rows.sparse(key, title, of_row) for key, (title, of_row) in masks.items()),
+        *(rows.sparse(key, title, of_row, rate_of) for key, (title, of_row, rate_of) in scaled_up.items()),
     ]
-    table += [
-        rows.sparse(f"random_{density}", f"random, uniform density of {density:.0%}", Masks("random", at))
-        for density in RANDOM_DENSITIES
-        for at in [replace(search, density=density)]
-    ]
-    for share in SHARES:
-        table += [
-            rows.sparse(
-                f"separate_{share}", f"by magnitude, {share:.0%} co-owned", Masks("separate", search, shared=share)
-            ),
-            rows.sparse(
-                f"random_separate_{share}",
-                f"random, {share:.0%} co-owned",
-                Masks("random_separate", search, shared=share),
-            ),
-        ]
-    return table
 
 
 def many_tasks(rows: Rows) -> list[Row]:

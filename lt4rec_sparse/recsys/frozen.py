@@ -160,8 +160,8 @@ def _latency(lab: Laboratory, model: SparseSharing, rankers: Mapping[str, Ranker
                 "dense, MLP alone": partial(dense, x),
                 **{f"sparse {name}, MLP alone": partial(score_mlp, other.mlp, x) for name, other in others.items()},
             },
-            ROUNDS,
-            ROUND_US,
+            rounds=ROUNDS,
+            round_us=ROUND_US,
         )
         records += [{"candidates": size, "path": name, **timing._asdict()} for name, timing in timings.items()]
     return records

@@ -28,6 +28,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     trials = list(dict.fromkeys(trials))
     known = set(trials)
     jobs: dict[Hashable, Job] = {}
+    of_trials: dict[Hashable, Job] = {}  # after all searches: the longest chains of jobs begin with these
     deepest: dict[Hashable, Search] = {}
     for trial in trials:
         if trial.masks is not None and trial.masks.searches:
@@ -68,8 +69,8 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             needs += [single(masks.search.training.of(task), task, trial.seed) for task in trial.tasks]
         elif masks.search.training.warm_up:
             needs.append(started(masks.search, trial, trial.tasks[0]))
-        jobs.setdefault(trial, Job(_trial, (folder, trial), tuple(needs)))
-    return jobs
+        of_trials[trial] = Job(_trial, (folder, trial), tuple(needs))
+    return jobs | of_trials
 
 
 def has_trained(folder: Path) -> bool:

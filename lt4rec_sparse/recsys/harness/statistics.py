@@ -48,18 +48,11 @@ class Difference:
     seeds: int
     relative: bool
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval by Student's t; NaN with one seed. Differences are taken to be normal."""
-        reach = t_quantile(self.seeds - 1) * self.error if self.seeds > 1 else math.nan
-        return self.mean - reach, self.mean + reach
-
-    def record(self) -> dict[str, float | bool | list[float | None] | None]:
+    def record(self) -> dict[str, float | bool | None]:
         """Return it for JSON: null where a number is NaN."""
         return {
             "difference": or_none(self.mean),
             "error": or_none(self.error),
-            "interval": [or_none(end) for end in self.interval],
             "seeds": self.seeds,
             "relative": self.relative,
         }
@@ -127,44 +120,9 @@ def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
     return min(losses, key=lambda choice: sum(losses[choice][task] / least[task] for task in tasks))
 
 
-def t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """Return the `t` with `P(|T| <= t) = confidence`, for Student's distribution of `degrees` degrees of freedom.
-
-    Bisection of the distribution's closed form for whole degrees of freedom.
-
-    Raises:
-        ValueError: If there is no degree of freedom, or the confidence is not in [0, 1).
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-
-    >>> round(t_quantile(4), 3)
-    2.776
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees: got {degrees}, wanted at least 1")
-    if not 0 <= confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, wanted a number in [0, 1)")
-    low, high = 0.0, math.pi / 2
-    # `t = sqrt(degrees) * tan(angle)`; the interval halves until no double lies within it.
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def or_none(value: float) -> float | None:
     """Return the number, or None, JSON's null, if it is NaN or infinite: JSON knows neither."""
     return float(value) if math.isfinite(value) else None
-
-
-def _within(angle: float, degrees: int) -> float:
-    """Return `P(|T| <= sqrt(degrees) * tan(angle))`."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * cosine * cosine
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
