@@ -26,7 +26,7 @@ from bench.roofline import roofline
 from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.kernels.cpu import prepack
 from lt4rec_sparse.ops import cpu_engine
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 from lt4rec_sparse.stopwatch import interleaved
 from tests.oracle import Layer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from lt4rec_sparse.paper.comparison import comparison_table
+from lt4rec_sparse.recsys.tables import comparison_table
 
 FOLDER = "experiments"
 # Of a record; what was declared stands in the code, by the row's name.

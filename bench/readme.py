@@ -1,4 +1,4 @@
-"""The README's tables, made from the committed results; `check` tells whether they are up to date."""
+"""The README's tables, made from the committed results; `tests/test_readme.py` tells whether they are up to date."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from bench import experiments, gpu, gpu_bytes, record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
-from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC, SPARSE_LAST, TITLES
-from lt4rec_sparse.recsys.report import accuracy_table, precision_section, table
+from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
+from lt4rec_sparse.recsys.metrics import MAIN_METRIC
+from lt4rec_sparse.recsys.report import precision_section
+from lt4rec_sparse.recsys.tables import comparison_table, table
 
 # What decides of a mask; the whole table stands with the experiment.
 TICKETS = (
@@ -54,8 +56,8 @@ def generated() -> str:
 
 def _headline() -> str:
     at = {c["sparsity"]: c for c in record.read("cpu")["cases"] if c["batch"] == 256 and c["threads"] == 1}
-    sizes = record.read("kuairand_pure")["results"]["frozen"][SPARSE_LAST]["bytes"]
-    smaller = sizes["dense, one model a task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
+    sizes = record.read("kuairand_pure")["results"]["frozen"][S_WEIGHT_LAST]["bytes"]
+    smaller = sizes["dense, one model per task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
     speeds = " and ".join(
         f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** the speed of the best dense {p} engine"
         for p in ("fp32", "int8")
@@ -112,7 +114,8 @@ def _training() -> str:
 
 
 def _simulated() -> str:
-    return accuracy_table(record.read("simulated")["results"], "all")
+    results = record.read("simulated")["results"]
+    return comparison_table(results["records"], results["rows"], BASE, results["data"]["tasks"])
 
 
 def _speed() -> str:
@@ -202,10 +205,11 @@ def _engine() -> str:
 def _bytes() -> str:
     rows = []
     for name in ("kuairand_pure", "simulated"):
-        for arm, frozen in record.read(name)["results"]["frozen"].items():
+        results = record.read(name)["results"]
+        for row, frozen in results["frozen"].items():
             sizes = frozen["bytes"]
-            mlps = sizes["dense, one model a task: MLPs"]
-            dense = sizes["dense, one model a task: embeddings"] + mlps
+            mlps = sizes["dense, one model per task: MLPs"]
+            dense = sizes["dense, one model per task: embeddings"] + mlps
             parts = (
                 dense,
                 sizes["artefact on disk"],
@@ -213,22 +217,23 @@ def _bytes() -> str:
                 mlps,
                 sizes["sparse sharing: MLP, canonical"],
             )
-            rows.append([f"{name}, {TITLES[arm]}", *(f"{part:,}" for part in parts)])
-    header = ["model", "dense, a model a task", "artefact", "of it embeddings", "dense MLPs", "sparse MLP"]
+            rows.append([f"{name}, {results['rows'][row]}", *(f"{part:,}" for part in parts)])
+    header = ["model", "dense, a model per task", "artefact", "of it embeddings", "dense MLPs", "sparse MLP"]
     return table(header, rows)
 
 
 def _served() -> str:
     rows = []
     for name in ("kuairand_pure", "simulated"):
-        for arm, frozen in record.read(name)["results"]["frozen"].items():
+        results = record.read(name)["results"]
+        for row, frozen in results["frozen"].items():
             differences = ", ".join(f"{task} {value:.1e}" for task, value in frozen["largest_difference"].items())
-            rows.append([f"{name}, {TITLES[arm]}", differences])
+            rows.append([f"{name}, {results['rows'][row]}", differences])
     return table(["model", "largest difference of a served probability, all test rows"], rows)
 
 
 def _precision() -> str:
-    return precision_section(record.read("kuairand_pure")["results"]).partition("\n\n")[2]
+    return precision_section(record.read("kuairand_pure")["results"])
 
 
 def _gpu() -> str:

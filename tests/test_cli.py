@@ -46,6 +46,8 @@ TINY = (
     1,
     "--batch-size",
     1024,
+    "--learning-rate",
+    0.001,
 )
 
 
@@ -82,7 +84,9 @@ def finished(tmp_path_factory):
         result = invoke("run", "--out", out, *TINY)
     torch.set_num_threads(threads)
     assert result.exit_code == 0
-    assert result.stdout == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl\n"
+    verdict, left = result.stdout.splitlines()
+    assert verdict.startswith("Serve ")
+    assert left == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl"
     lines = result.stderr.splitlines()
     assert all(re.fullmatch(r".+: \d+ of \d+(, about .+ left)?", line) for line in lines)
     assert lines[:2] == ["simulate: 0 of 1", "simulate: 1 of 1"]
@@ -709,8 +713,8 @@ def candidates(finished, tmp_path_factory):
         (None, "candidates.parquet: got .*, wanted Parquet"),
         (lambda table: b"garbage" * 10, "candidates.parquet: got .*, wanted Parquet"),
         (
-            lambda table: table.drop_columns(["clicked_rate"]),
-            "candidates.parquet: column 'clicked_rate' is absent, wanted every feature of the model",
+            lambda table: table.drop_columns(["category"]),
+            "candidates.parquet: column 'category' is absent, wanted every feature of the model",
         ),
         (
             with_column("video_id", lambda column: pa.array([f"video {i}" for i in range(len(column))])),
