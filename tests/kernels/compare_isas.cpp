@@ -1,10 +1,10 @@
-// Compares every ISA that this machine runs with the scalar definition, to the bit: random networks through the
-// engine's door on both paths, and the functions between layers one by one. Plain C++, so that it also runs where
-// there is no Python: under an emulator, or on a board.
+// Compares every ISA that this machine runs with the scalar definition, bit by bit: random networks on both paths, and
+// each of the functions between layers. Plain C++, so that it also runs without Python: under an emulator, or on a
+// board.
 //
 //   compare_isas [networks = 120]
 //
-// Prints a checksum of all results, which is the same on every processor. Ends with 1 at the first difference.
+// Prints a checksum of all results, which is the same on every processor. The first difference ends it with 1.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -70,7 +70,7 @@ class Checksum {
 
 constexpr size_t kRoom = 24 * 24;
 
-// Of what `function` writes, the first `count` values; `untouched` where it must not write.
+// Compares the first `count` values that `function` writes; the memory holds `untouched` before.
 template <class T, class Function>
 void compare_function(const Isa& isa, const char* what, int64_t seed, size_t count, T untouched, Function function) {
   std::vector<T> got(kRoom, untouched), wanted(kRoom, untouched);

@@ -1,4 +1,4 @@
-// Runs the engine for a sanitizer to watch: `driver MODE quick|full`. Prints what it did; any fault ends it.
+// Runs the engine under a sanitizer: `driver MODE quick|full`. Prints what it did; any fault ends it.
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -39,7 +39,7 @@ std::vector<uint16_t> upper_halves(const std::vector<float>& values) {
   return halves;
 }
 
-// A network, as many rows of x, and its result for each of them.
+// A network, rows of x, and the result for each of them.
 struct Case {
   const char* name;
   Prepacked prepacked;
@@ -121,7 +121,7 @@ std::vector<int64_t> batches() {
   return all;
 }
 
-// Calls `use(case, isa, path, batch)` for all there is.
+// Calls `use(case, isa, path, batch)` for every combination.
 template <class Use>
 void for_all(Use use) {
   Random random(1);
@@ -137,7 +137,7 @@ void for_all(Use use) {
   }
 }
 
-// Rows packed and apart, float32 and bfloat16, each array as long as it must be and no longer.
+// Rows with and without gaps, float32 and bfloat16; each array exactly as long as it must be.
 void run_cases() {
   for_all([](const Case& some, const Isa* isa, int64_t path, int64_t batch) {
     const int64_t apart = batch % 2 * 3, x_stride = some.in_features + apart, out_stride = some.outputs + apart;
@@ -173,7 +173,7 @@ void run_guarded() {
   });
 }
 
-// Several threads of the caller's, each with a team of its own, on one blob and one x; and prepack among them.
+// Several callers at the same time, each with a team of threads, on one blob and one x; some of them also prepack.
 void run_threads() {
   Random random(2);
   // Work enough for a team, also in int8.
@@ -315,7 +315,7 @@ void run_fuzz() {
   std::printf("%lld refused, ", (long long)refused);
 }
 
-// Sizes that no array has: refused before anything is allocated for them.
+// Sizes that no array has are refused before anything is allocated for them.
 void run_huge() {
   for (const int64_t in_features : {int64_t{1} << 31, (int64_t{1} << 32) + 1, int64_t{1} << 62}) {
     Network network;
@@ -351,7 +351,7 @@ void run_without_memory() {
   }
 }
 
-// What a sanitizer must find, or its silence elsewhere says nothing.
+// A fault that a sanitizer must find; else its silence elsewhere means nothing.
 void run_fault(const std::string& fault) {
   Random random(5);
   const Network network = random_network(random, {{300, 260, 3}}, 0.9, 0);
