@@ -10,11 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, experiments, gpu, gpu_bytes, readme, record, training
+from bench import cpu, experiments, frozen, gpu, gpu_bytes, readme, record, training
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | gpu [--dry OUT] | gpu-bytes"
-    " | training PREPARED_FOLDER [--short]"
+    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | frozen [--short] | gpu [--dry OUT]"
+    " | gpu-bytes | training PREPARED_FOLDER [--short]"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | readme"
 )
 
@@ -32,6 +32,10 @@ def main(arguments: list[str]) -> int:
             cpu.run_without_amx()
         case ["no-amx", "--short"]:
             cpu.run_without_amx(is_short=True)
+        case ["frozen"]:
+            print(frozen.run())
+        case ["frozen", "--short"]:
+            print(json.dumps(frozen.measured(rounds=1, round_us=1.0), indent=1))
         case ["gpu", *options]:
             return gpu.main(options)
         case ["gpu-bytes"]:

@@ -83,17 +83,14 @@ def options(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
 Hidden = Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")]
-EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="What training computes matrix products in: fp32 or bf16. By default the faster one on this machine."
-    ),
+TrainingPrecision = Annotated[
+    str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
 ]
 Workers = Annotated[
     int | None,
     typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),
 ]
+EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
 Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 
 
@@ -136,11 +133,11 @@ def run(
     learning_rate: Annotated[
         str | None,
         typer.Option(
-            help="Learning rate of Adam, by default 0.001; of several, such as 0.0005,0.001, the validation days "
-            "choose one per task and model."
+            help="Learning rate of Adam; of several, such as 0.0005,0.001, the validation days choose one per model "
+            "and task. By default 0.001."
         ),
     ] = None,
-    precision: Precision = None,
+    precision: TrainingPrecision = "auto",
     workers: Workers = None,
     embedding_dim: Annotated[
         int | None,
@@ -152,7 +149,8 @@ def run(
     hidden: Annotated[
         str | None,
         typer.Option(
-            help="Widths of the MLP's hidden layers. By default 512,256,128, or half of them on the simulated log."
+            help="Widths of the MLP's hidden layers, from the input on. By default 512,256,128, or half of them on the "
+            "simulated log."
         ),
     ] = None,
     granularity: Annotated[
@@ -227,7 +225,7 @@ def experiment(
     cross: Annotated[
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
     ] = "dlrm",
-    precision: Precision = None,
+    precision: TrainingPrecision = "auto",
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -608,26 +606,29 @@ def rates(text: str) -> tuple[float, ...]:
     """Return "0.0005,0.001" as numbers.
 
     Raises:
-        InputError: If a part is no number.
+        InputError: If a part is not a finite number.
     """
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--learning-rate: got {text!r}, wanted numbers such as 0.0005,0.001,0.002") from error
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers")
+    return found
 
 
-def dtype_of(precision: str | None) -> str:
-    """Return the dtype of matrix products in training; None is the faster one on this machine.
+def dtype_of(precision: str) -> str:
+    """Return the dtype in which training multiplies matrices.
 
     Raises:
         InputError: If there is no such precision.
     """
     from lt4rec_sparse.recsys.training import fastest_dtype
 
-    if precision is None:
+    if precision == "auto":
         return fastest_dtype()
     if precision not in TRAINING_DTYPES:
-        raise InputError(f"--precision: got {precision!r}, wanted one of {', '.join(TRAINING_DTYPES)}")
+        raise InputError(f"--precision: got {precision!r}, wanted one of auto, {', '.join(TRAINING_DTYPES)}")
     return TRAINING_DTYPES[precision]
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
 
 _engine: Any
@@ -431,7 +432,7 @@ def _obey_environment() -> None:
     try:
         _force_isa(wanted)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"LT4REC_SPARSE_ISA: {error}") from error
+        raise InputError(f"LT4REC_SPARSE_ISA: {error}") from error
 
 
 _obey_environment()

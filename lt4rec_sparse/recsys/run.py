@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lt4rec_sparse import ops
+from lt4rec_sparse import __version__, ops
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
@@ -196,7 +195,7 @@ def _machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "engine": ops.cpu_engine(),
-        "lt4rec_sparse": version("lt4rec-sparse"),
+        "lt4rec_sparse": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
