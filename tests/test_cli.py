@@ -717,8 +717,8 @@ def candidates(finished, tmp_path_factory):
             "candidates.parquet: column 'category' is absent, wanted every feature of the model",
         ),
         (
-            with_column("video_id", lambda column: pa.array([f"video {i}" for i in range(len(column))])),
-            "candidates.parquet: column 'video_id': .*'video \\d+'.*, wanted int64",
+            with_column("hour", lambda column: pa.array([f"video {i}" for i in range(len(column))])),
+            "candidates.parquet: column 'hour': .*'video \\d+'.*, wanted int64",
         ),
         (
             with_column("tags", lambda column: pa.array(np.arange(len(column)))),
