@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def test_python_runs_as_written(page, tmp_path, monkeypatch):
     names: dict[str, object] = {"__name__": page.stem}
     for code in blocks(page, "python"):
         exec(compile(code, named(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_source_files_named_in_the_text_exist(page):
+    """As paths in the repository, in the package or in csrc/."""
+    for name in re.findall(r"`([\w./]+\.(?:py|cpp|h|toml|txt|sh))`", prose(page)):
+        places = [folder / name for folder in (ROOT, ROOT / "lt4rec_sparse", ROOT / "csrc", page.parent)]
+        places.append(ROOT / "lt4rec_sparse" / "kernels" / "gpu" / name)
+        assert any(place.exists() for place in places) or name in ("schema.toml",), name
+
+
+def test_modules_that_the_pages_run_exist():
+    for page in PAGES:
+        for module in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8")):
+            assert find_spec(module) is not None, f"{named(page)}: {module}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh", "bash")], ids=named)
