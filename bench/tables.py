@@ -55,7 +55,7 @@ def pages() -> list[Path]:
 
 
 def write() -> None:
-    """Rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->` in every page."""
+    """Rewrite what is between `<!-- results: NAME -->` and `<!-- end -->` in every page."""
     for page, text in generated().items():
         page.write_text(text, encoding="utf-8")
 

@@ -96,7 +96,7 @@ class CSRWeight:
 
 @dataclass(frozen=True, eq=False)
 class BitmapWeight:
-    """One task's weight as a bit a weight and the kept values.
+    """One task's weight as one bit per weight, and the kept values.
 
     Layout, for a weight `[out_features, in_features]` with `nnz` kept entries (names and bit order of
     compressed-tensors):
@@ -153,10 +153,10 @@ class BitmapWeight:
 
 @dataclass(frozen=True, eq=False)
 class SharedWeight:
-    """All tasks' weight: the values of the union of the masks once, and one bit plane a task.
+    """All tasks' weight: the values of the union of the masks once, and one bit plane per task.
 
-    This is LT4REC's one shared network: a weight that several tasks own is stored once, and each task costs one bit a
-    weight. Layout, for a weight `[out_features, in_features]` and a union of `nnz` kept entries:
+    This is LT4REC's one shared network: a weight that several tasks own is stored once, and each task costs one bit
+    per weight. Layout, for a weight `[out_features, in_features]` and a union of `nnz` kept entries:
 
     - `bitmask`: uint8 `[tasks, out_features, ceil(in_features / 8)]`; plane `t` is the mask of `tasks[t]`, packed as in
       `BitmapWeight`.
