@@ -1,7 +1,8 @@
 """The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
 All read row-major rows and write row-major scores, so the engine's transposes are part of its time. What a case
-compares runs in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
+compares runs in interleaved rounds; each is timed only after its scores passed the gate of its precision,
+`peers.reference`.
 
 Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
 the same weights hot and cold; and prepacking, two tasks and break-even. The short form runs one small case of each.

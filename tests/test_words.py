@@ -1,6 +1,6 @@
 """Plain English, and one word for one meaning: phrases that stop a reader, in every tracked text and source file.
 
-The glossary stands in CONTRIBUTING.md. A pattern's spaces match line breaks too, with a comment's sign after them.
+The glossary is in CONTRIBUTING.md. A space in a pattern also matches a line break and the comment sign that follows it.
 """
 
 import re
@@ -18,7 +18,13 @@ PENDING: tuple[str, ...] = (
     "lt4rec_sparse/kernels/gpu/",
     "lt4rec_sparse/lottery/",
     "lt4rec_sparse/paper/",
-    "lt4rec_sparse/recsys/",
+    "lt4rec_sparse/recsys/data/kuairand.toml",
+    "lt4rec_sparse/recsys/frozen.py",
+    "lt4rec_sparse/recsys/harness/",
+    "lt4rec_sparse/recsys/plots.py",
+    "lt4rec_sparse/recsys/report.py",
+    "lt4rec_sparse/recsys/run.py",
+    "lt4rec_sparse/recsys/training/",
     "lt4rec_sparse/ranker/features/schema.py",
     "lt4rec_sparse/nn/compaction.py",
     "lt4rec_sparse/nn/gpu.py",
@@ -34,12 +40,21 @@ PENDING: tuple[str, ...] = (
     "csrc/module.cpp",
     "csrc/prepack.cpp",
     "csrc/sparse_mlp.cpp",
-    "tests/kernels/",
+    "tests/kernels/compare_isas.cpp",
+    "tests/kernels/gpu/",
+    "tests/kernels/networks.py",
+    "tests/kernels/sanitize/driver.cpp",
+    "tests/kernels/test_cpu.py",
+    "tests/kernels/test_engine_door.py",
+    "tests/kernels/test_engine_layout.py",
+    "tests/kernels/test_guard_pages.py",
     "tests/lottery/test_rigl.py",
     "tests/nn/",
     "tests/ops/test_masked_linear.py",
     "tests/paper/test_figures.py",
-    "tests/recsys/",
+    "tests/recsys/data/test_prepare.py",
+    "tests/recsys/test_report.py",
+    "tests/recsys/test_run.py",
 )
 
 COUNTED = (
@@ -64,7 +79,7 @@ class Banned(NamedTuple):
 # A pattern with a capital letter is case-sensitive.
 BANNED = (
     Banned(rf"\b(?:{COUNTED}) an? (?:{COUNTED_BY})\b", 'per: "one mask per task"'),
-    Banned(r"(?m:^) +[a-z_]+: Of ", "say what the argument is", ("bench/", "lt4rec_sparse/")),
+    Banned(r"(?m:^)\s*[a-z_]+: Of ", "say what the argument is", ("bench/", "lt4rec_sparse/")),
     Banned(r"\bcontestants?\b(?!['\"])", "opponent, or what it is: a call, a chain"),
     Banned(r"\bpeers?\b", "opponent", ("README.md", "docs/", "CONTRIBUTING.md")),
     Banned(r"\b(?:slice_|table_)products\b|\bheader\.products\b|\buint64_t products\b", "multiply_adds"),
@@ -90,7 +105,7 @@ BANNED = (
     Banned(r"\bas the case may be\b|\btherein\b|\bthereof\b|\bhereby\b|\bwhereby\b", "plain words"),
     Banned(r"\bno more has\b|\bnor is it that\b|\bso does not\b", "plain word order"),
 )
-# Where a phrase is right: file -> texts that may stand in its match.
+# File -> phrases that are right there.
 ALLOWED = {
     "CHANGELOG.md": (".codes",),
     "CONTRIBUTING.md": ("peers",),  # the name of a file
@@ -122,7 +137,7 @@ def hits(name: str, text: str) -> list[str]:
         if not name.startswith(banned.folders):
             continue
         gap = r"(?:[ \t]*\n[ \t]*(?:#|//|\*|>)?[ \t]*|[ \t]+)"
-        flags = re.IGNORECASE if banned.pattern == banned.pattern.lower() else re.NOFLAG
+        flags = re.IGNORECASE if banned.pattern == banned.pattern.lower() else 0
         for match in re.finditer(banned.pattern.replace(" ", gap), text, flags):
             phrase = " ".join(match[0].split())
             if phrase not in ALLOWED.get(name, ()):
