@@ -57,6 +57,7 @@ def test_no_picture_of_the_readme_is_relative():
     assert all(re.match(r"https?://", target) for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", prose(PAGES[0])))
 
 
+@pytest.mark.filterwarnings("default:the native CPU engine is absent:RuntimeWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
 def test_python_runs_as_written(page, tmp_path, monkeypatch):
     """The examples of a page run in its order, in an empty folder."""
