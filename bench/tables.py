@@ -1,4 +1,4 @@
-"""The README's tables, made from the committed results; `tests/test_readme.py` tells whether they are up to date."""
+"""The tables of README.md and docs/, made from the committed results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import experiments, gpu, gpu_bytes, record
+from bench import experiments, gpu, record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
-from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
+from lt4rec_sparse.recsys.harness.rows import BASE
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
-from lt4rec_sparse.recsys.report import precision_section
 from lt4rec_sparse.recsys.tables import comparison_table, table
 
-# What decides of a mask; the whole table stands with the experiment.
+# The rows that show which property of a mask matters; the whole table is in the experiment's report.
 TICKETS = (
     "random_rescaled",
     "random_disjoint_rescaled",
@@ -35,37 +34,115 @@ TICKETS = (
     "base",
     "hard_sharing",
 )
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+BAR = 40  # characters of the longest bar
+
+
+def pages() -> list[Path]:
+    """Return every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def write() -> None:
-    """Rewrite the parts of the README that stand between `<!-- results: NAME -->` and `<!-- end -->`."""
-    README.write_text(generated(), encoding="utf-8")
+    """Rewrite what is between `<!-- results: NAME -->` and `<!-- end -->` in every page."""
+    for page, text in generated().items():
+        page.write_text(text, encoding="utf-8")
 
 
-def generated() -> str:
-    """Return the README as the committed results make it."""
-    text = README.read_text(encoding="utf-8")
-    for name, make in SECTIONS.items():
-        pattern = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
-        if found != 1:
-            raise ValueError(f"{README}: got {found} parts 'results: {name}', wanted 1")
-    return text
+def generated() -> dict[Path, str]:
+    """Return each page as the committed results make it.
+
+    Raises:
+        ValueError: If a page names a table that there is not, or a table is in no page or in several.
+    """
+    used: list[str] = []
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in SECTIONS:
+            raise ValueError(f"results: got {name!r}, wanted one of {', '.join(SECTIONS)}")
+        used.append(name)
+        return f"<!-- results: {name} -->\n{SECTIONS[name]()}\n<!-- end -->"
+
+    pattern = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+    texts = {page: pattern.sub(made, page.read_text(encoding="utf-8")) for page in pages()}
+    if sorted(used) != sorted(SECTIONS):
+        raise ValueError(f"results: got {', '.join(sorted(used))}, wanted each of {', '.join(sorted(SECTIONS))} once")
+    return texts
 
 
 def _headline() -> str:
-    at = {c["sparsity"]: c for c in record.read("cpu")["cases"] if c["batch"] == 256 and c["threads"] == 1}
-    sizes = record.read("kuairand_pure")["results"]["frozen"][S_WEIGHT_LAST]["bytes"]
-    smaller = sizes["dense, one model per task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
-    speeds = " and ".join(
-        f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** the speed of the best dense {p} engine"
-        for p in ("fp32", "int8")
-    )
+    cpu = record.read("cpu")
+    at = {c["sparsity"]: c for c in cpu["cases"] if c["batch"] == 256 and c["threads"] == 1}
+    speeds = ", ".join(f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** {p}" for p in PRECISIONS)
+    sizes = record.read("memory")
+    dense, narrow = (_dense_bytes(sizes, part) for part in (1.0, 0.25))
+    canonical, prepacked = sizes["canonical_bytes"], sizes["layout_bytes"]["fp32"]["slices"]
     return (
-        f"- {speeds}, at 80 % / 90 % sparsity (256 candidates, one thread).\n"
-        f"- **{smaller:.1f}x** smaller: the MLP of two KuaiRand tasks at 20 % density against a dense MLP each."
+        f"- **Speed.** Against the fastest dense engine of each precision, at 80 % / 90 % sparsity: {speeds}. One "
+        f"MLP, {cpu['mlp']}, 256 rows, one thread of a Sapphire Rapids, whose AMX units multiply dense bf16 and int8. "
+        "Below 1, dense is faster.\n"
+        f"- **Bytes.** Two KuaiRand tasks at 20 % density, fp32: **{dense / canonical:.1f}x** smaller on disk than a "
+        f"dense MLP per task, **{dense / prepacked:.1f}x** smaller in memory once prepacked for large batches. A dense "
+        f"MLP a quarter as wide is {dense / narrow:.1f}x smaller in both."
     )
+
+
+def _models() -> str:
+    """Quality, latency and bytes of the same two tasks; see `bench/memory.py` for the bytes of the masks."""
+    results, sizes = experiments.read("kuairand_pure_granularity"), record.read("memory")
+    prepacked = sizes["layout_bytes"]["fp32"]
+    narrow, dense = (_dense_bytes(sizes, part) for part in (0.25, 1.0))
+    bytes_of = {
+        "hard_sharing": (dense, dense, dense),
+        "hard_sharing_small": (narrow, narrow, narrow),
+        "weight_last": (sizes["canonical_bytes"], prepacked["tables"], prepacked["slices"]),
+    }
+    titles = {
+        "hard_sharing": "dense MLP per task",
+        "hard_sharing_small": "dense, a quarter as wide",
+        "weight_last": "sparse, 20 % per task (tickets)",
+    }
+    rows = []
+    for row, title in titles.items():
+        means = [f"{mean:.4f}" for mean in _means(results, row)]
+        us = results["further"]["serving"][row]["microseconds"]
+        rows.append(
+            [title, *means, *(f"{us[n]:,.0f}" for n in ("1", "256")), *(f"{n / 1e6:.2f}" for n in bytes_of[row])]
+        )
+    header = ["model", "CTR AUC", "CVR MSE", "µs, 1 row", "µs, 256 rows", "MB on disk", "in memory, 1 row", "256 rows"]
+    return table(header, rows)
+
+
+def _plot() -> str:
+    frozen = record.read("kuairand_pure")["results"]["frozen"]["sparse_sharing_last"]
+    us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+    paths = {
+        "dense fp32": "dense, MLP alone",
+        "sparse fp32": "sparse, MLP alone",
+        "sparse int8": "sparse int8, MLP alone",
+    }
+    lines = []
+    for size in sorted({candidates for _, candidates in us}):
+        longest = max(us[path, size] for path in paths.values())
+        for i, (name, path) in enumerate(paths.items()):
+            bar = "█" * max(1, round(BAR * us[path, size] / longest))
+            rows = f"{size:,} row{'s' if size > 1 else ''}" if i == 0 else ""
+            lines.append(f"{rows:>10}  {name:<11} {bar} {us[path, size]:,.0f}")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _dense_bytes(sizes: dict[str, Any], part: float) -> int:
+    """Bytes in fp32 of a dense MLP per task, its hidden layers `part` as wide."""
+    *hidden, last = sizes["widths"]
+    widths = [sizes["in_features"], *(int(width * part) for width in hidden), last]
+    return 4 * len(sizes["tasks"]) * sum(n * k + n for k, n in zip(widths[:-1], widths[1:], strict=True))
+
+
+def _means(results: dict[str, Any], row: str) -> list[float]:
+    found = [r["test"]["all"] for r in results["records"] if r["row"] == row]
+    tasks = results["tasks"].items()
+    return [fmean(test[task][MAIN_METRIC[kind]] for test in found if task in test) for task, kind in tasks]
 
 
 def _table2() -> str:
@@ -84,15 +161,14 @@ def _granularity() -> str:
     results = experiments.read("kuairand_pure_granularity")
     measured = results["further"]["serving"]
     sizes = next(iter(measured.values()))["microseconds"]
-    metrics = [(task, MAIN_METRIC[kind]) for task, kind in results["tasks"].items()]
     rows = []
     for key, of_row in measured.items():
-        found = [record for record in results["records"] if record["row"] == key]
-        means = (fmean(r["test"]["all"][task][metric] for r in found) for task, metric in metrics)
+        means = (f"{mean:.5f}" for mean in _means(results, key))
         times = (f"{us:,.0f}" for us in of_row["microseconds"].values())
-        adds = f"{fmean(r['multiply_adds'] for r in found):,.0f}"
-        rows.append([results["rows"][key], *(f"{mean:.5f}" for mean in means), adds, *times, of_row["way"]])
-    header = ["network", *(f"{task} {metric.upper()}" for task, metric in metrics), "multiply-adds"]
+        adds = fmean(r["multiply_adds"] for r in results["records"] if r["row"] == key)
+        rows.append([results["rows"][key], *means, f"{adds:,.0f}", *times, of_row["way"]])
+    metrics = (f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in results["tasks"].items())
+    header = ["network", *metrics, "multiply-adds"]
     return table([*header, *(f"µs at {size}" for size in sizes), "served as"], rows)
 
 
@@ -153,7 +229,7 @@ def _microseconds() -> str:
     header = ["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)]
     reads = ", ".join(f"{name} {gbps:.0f}" for name, gbps in cpu["roofline"]["read_gbps"].items())
     note = (
-        f"The last columns: products of kept weights against this core's measured {peak:.0f} GFLOP/s of dense fp32 "
+        f"The last columns: arithmetic on kept weights against this core's measured {peak:.0f} GFLOP/s of dense fp32 "
         f"(bf16 {cpu['roofline']['bf16_gflops']:.0f}; reads, GB/s: {reads})."
     )
     return f"{table([*header, 'fp32: of peak', 'int8: of fp32 peak'], rows)}\n\n{note}"
@@ -196,7 +272,7 @@ def _engine() -> str:
             table(["task", "batch", *PRECISIONS], tickets),
             "Hot, and with every cache overwritten between calls (DRAM-cold), against the best dense likewise:",
             table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
-            "Bytes on disk, and prepacked in memory:",
+            "Bytes on disk, and prepacked in memory for both layouts at once, as the engine of that commit did:",
             table(["sparsity", "canonical", *PRECISIONS], prepack),
         ]
     )
@@ -218,7 +294,7 @@ def _bytes() -> str:
                 sizes["sparse sharing: MLP, canonical"],
             )
             rows.append([f"{name}, {results['rows'][row]}", *(f"{part:,}" for part in parts)])
-    header = ["model", "dense, a model per task", "artefact", "of it embeddings", "dense MLPs", "sparse MLP"]
+    header = ["model", "dense, a model per task", "artefact", "its embeddings", "dense MLPs", "sparse MLP"]
     return table(header, rows)
 
 
@@ -233,7 +309,42 @@ def _served() -> str:
 
 
 def _precision() -> str:
-    return precision_section(record.read("kuairand_pure")["results"])
+    results = record.read("kuairand_pure")["results"]
+    tasks = results["data"]["tasks"]
+    header = ["precision"]
+    for task, kind in tasks.items():
+        header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
+    parts = []
+    for model, frozen in results["frozen"].items():
+        sizes = sorted({x["candidates"] for x in frozen["latency"]})
+        us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+        rows = []
+        for precision, judged in frozen["precisions"].items():
+            row = [precision]
+            for task, kind in tasks.items():
+                value, fp32 = (x["test"][task][MAIN_METRIC[kind]] for x in (judged, frozen["precisions"]["fp32"]))
+                row += [f"{value:.5f}", f"{value / fp32 - 1:+.3%}" if kind == "ratio" else f"{value - fp32:+.5f}"]
+            path = "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
+            row += [f"{max(judged['largest_difference'].values()):.1e}", *(f"{us[path, size]:.0f}" for size in sizes)]
+            rows.append([*row, "yes" if judged["accepted"] else "no"])
+        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "accepted"]
+        parts.append(f"{results['rows'][model]}:\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _memory() -> str:
+    sizes = record.read("memory")
+    rows = [[f"dense, {name}", f"{b:,}", f"{b:,}"] for name, b in _dense_models(sizes).items()]
+    rows += [
+        [f"sparse {precision}, {layout}", f"{sizes['canonical_bytes']:,}", f"{nbytes:,}"]
+        for precision, layouts in sizes["layout_bytes"].items()
+        for layout, nbytes in layouts.items()
+    ]
+    return table(["MLPs of both tasks", "bytes on disk", "bytes in memory"], rows)
+
+
+def _dense_models(sizes: dict[str, Any]) -> dict[str, int]:
+    return {"an MLP per task": _dense_bytes(sizes, 1.0), "a quarter as wide": _dense_bytes(sizes, 0.25)}
 
 
 def _gpu() -> str:
@@ -247,11 +358,19 @@ def _gpu() -> str:
             gpu.readme_section(),
             f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
             "spills registers, and their figures are committed, so that a change shows.",
-            "Two tasks' hidden weights, how many times smaller than a dense bfloat16 copy per task "
-            f"({found['mlp']}, masks that overlap by {found['overlap']:.0%}):",
-            gpu_bytes.bytes_table(found),
+            "Two tasks' hidden weights: how many times smaller than a dense bfloat16 copy per task "
+            f'({found["mlp"]}, masks that overlap by {found["overlap"]:.0%}; those of "masks apart" are independent):',
+            _smaller(found),
         ]
     )
+
+
+def _smaller(found: dict[str, Any]) -> str:
+    rows = []
+    for case in found["cases"]:
+        sizes = case["bytes"]
+        rows.append([f"{case['sparsity']:.0%}", *(f"{sizes['premasked'] / size:.1f}x" for size in sizes.values())])
+    return table(["sparsity", *found["cases"][0]["bytes"]], rows)
 
 
 def _commands() -> str:
@@ -265,6 +384,8 @@ def _where(machine: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
+    "models": _models,
+    "plot": _plot,
     "table2": _table2,
     "tickets": _tickets,
     "granularity": _granularity,
@@ -276,6 +397,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "microseconds": _microseconds,
     "engine": _engine,
     "bytes": _bytes,
+    "memory": _memory,
     "served": _served,
     "precision": _precision,
     "gpu": _gpu,
