@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import experiments, gpu, record
 from bench.cpu import PRECISIONS, best, ratio, speed_table
-from lt4rec_sparse.recsys.harness.rows import BASE
+from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.tables import comparison_table, table
 
@@ -115,7 +115,7 @@ def _models() -> str:
 
 
 def _plot() -> str:
-    frozen = record.read("kuairand_pure")["results"]["frozen"]["sparse_sharing_last"]
+    frozen = record.read("kuairand_pure")["results"]["frozen"][S_WEIGHT_LAST]
     us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
     paths = {
         "dense fp32": "dense, MLP alone",
