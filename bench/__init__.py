@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench cpu` measures, `python -m bench readme` writes the README's tables from results/."""
+"""Benchmarks: `python -m bench cpu` measures, `python -m bench tables` writes the tables of README.md and docs/."""

@@ -1,4 +1,4 @@
-"""`python -m bench SUITE`: measure a suite, keep the results of a run or an experiment, or write the README's tables.
+"""`python -m bench SUITE`: measure a suite, keep the results of a run or an experiment, or write the pages' tables.
 
 `--short` runs every line of a suite on small cases, once, and writes nothing: its times mean nothing.
 """
@@ -10,12 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, experiments, gpu, gpu_bytes, readme, record, training
+from bench import cpu, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | gpu [--dry OUT] | gpu-bytes"
-    " | training PREPARED_FOLDER [--short]"
-    " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | readme"
+    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | frozen [--short] | gpu [--dry OUT]"
+    " | gpu-bytes | training PREPARED_FOLDER [--short]"
+    " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
 
@@ -32,6 +32,10 @@ def main(arguments: list[str]) -> int:
             cpu.run_without_amx()
         case ["no-amx", "--short"]:
             cpu.run_without_amx(is_short=True)
+        case ["frozen"]:
+            print(frozen.run())
+        case ["frozen", "--short"]:
+            print(json.dumps(frozen.measured(rounds=1, round_us=1.0), indent=1))
         case ["gpu", *options]:
             return gpu.main(options)
         case ["gpu-bytes"]:
@@ -50,8 +54,10 @@ def main(arguments: list[str]) -> int:
         case ["commands", *timed]:
             commands = [{"command": c, "seconds": float(s)} for c, s in zip(timed[::2], timed[1::2], strict=True)]
             print(record.write("commands", {"machine": record.machine(), "commands": commands}))
-        case ["readme"]:
-            readme.write()
+        case ["memory"]:
+            print(memory.run())
+        case ["tables"]:
+            tables.write()
         case _:
             print(USAGE, file=sys.stderr)
             return 2

@@ -1,7 +1,8 @@
 """The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
-All read row-major rows and write row-major scores, so the engine's transposes are part of its time. Contestants of a
-case run in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
+All read row-major rows and write row-major scores, so the engine's transposes are part of its time. What a case
+compares runs in interleaved rounds; each is timed only after its scores passed the gate of its precision,
+`peers.reference`.
 
 Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
 the same weights hot and cold; and prepacking, two tasks and break-even. The short form runs one small case of each.
@@ -26,7 +27,7 @@ from bench.roofline import roofline
 from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.kernels.cpu import prepack
 from lt4rec_sparse.ops import cpu_engine
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 from lt4rec_sparse.stopwatch import interleaved
 from tests.oracle import Layer
 
@@ -68,7 +69,7 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
 
     Args:
         run_folder: A run whose tickets are measured too.
-        seed: Of masks, weights and inputs.
+        seed: Seeds masks, weights and inputs.
         is_short: Run one case of each suite once, print the report and write nothing.
     """
     cases = SHORT if is_short else WHOLE
@@ -330,7 +331,7 @@ def _is_sparse(name: str) -> bool:
 
 
 def best(case: dict[str, Any], kind: str, precisions: Sequence[str]) -> tuple[str, float]:
-    """Return the fastest contestant of a kind among these precisions, and its median in microseconds.
+    """Return the fastest call of a kind among these precisions, and its median in microseconds.
 
     Raises:
         ValueError: If there is none.

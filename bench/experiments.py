@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import record
-from lt4rec_sparse.paper.comparison import comparison_table
+from lt4rec_sparse.recsys.tables import comparison_table
 
 FOLDER = "experiments"
-# Of a record; what was declared stands in the code, by the row's name.
+# What is kept of a record; what was declared is in the code, under the row's name.
 KEPT = ("row", "seed", "key", "test", "seconds", "parameters", "multiply_adds", "best_level", "serving")
 
 
@@ -21,7 +22,7 @@ def keep(folder: Path, name: str) -> Path:
 
     Args:
         folder: As `lt4rec-sparse experiment` leaves it: `records.json`, `report.md`, `plots/`.
-        name: Of the data and the experiment, such as "kuairand_pure_table2".
+        name: Names the data and the experiment, such as "kuairand_pure_table2".
     """
     results = json.loads((folder / "records.json").read_text(encoding="utf-8"))
     kept = record.RESULTS / FOLDER / name
@@ -49,7 +50,10 @@ def read(name: str) -> dict[str, Any]:
 def main_table(name: str, base: str = "base", part: str = "all", rows: Sequence[str] = ()) -> str:
     """Return an experiment's table of main metrics, of some rows or of all."""
     results = read(name)
-    titles = {key: results["rows"][key] for key in rows or results["rows"]}
+    # Titles in older records use "a" for "per".
+    titles = {
+        key: re.sub(r" a (task|layer|round)\b", r" per \1", results["rows"][key]) for key in rows or results["rows"]
+    }
     return comparison_table(results["records"], titles, base, results["tasks"], part)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 
 SUITES = {"assumptions": 0.07, "serving": 0.48, "training": 0.29, "kernels": 0.16}  # name -> share of the seconds
 # Enough to compile and time the first case, however long the suites and steps before took.

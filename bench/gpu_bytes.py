@@ -11,7 +11,7 @@ import torch
 from bench import record
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.tables import table
 
 WIDTHS = (1024, 512, 256, 128)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)

@@ -16,6 +16,7 @@ import torch
 
 PEERS = ("onnxruntime", "openvino", "scipy", "sparseprop", "torch_rechub")
 COMMIT = "LT4REC_SPARSE_COMMIT"  # of a copied tree; ends in "-dirty" if the tree differs from it
+NOT_CODE = (":!/bench/results", ":!/README.md", ":!/docs")  # written from results
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,10 +52,7 @@ def _source() -> dict[str, Any]:
     try:
         return {
             "commit": _git("rev-parse", "--short=12", "HEAD"),
-            # Files written from results are not code.
-            "clean": not _git(
-                "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results", ":!/README.md"
-            ),
+            "clean": not _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *NOT_CODE),
         }
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get(COMMIT, "unknown")

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 from bench import record
 from lt4rec_sparse.nn.optim import MaskedAdam
-from lt4rec_sparse.paper.declared import Rows
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Batch, Prepared
 from lt4rec_sparse.recsys.harness.grid import run_jobs
 from lt4rec_sparse.recsys.harness.jobs import DATA, jobs_of
+from lt4rec_sparse.recsys.harness.rows import Rows
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.models import build, loss_of
-from lt4rec_sparse.recsys.training import Joint, TaskLosses, train
+from lt4rec_sparse.recsys.training import Joint, TaskLosses, fastest_dtype, train
 from lt4rec_sparse.stopwatch import interleaved
 
 BATCH, STEPS = 1024, 20  # one call of the stopwatch trains this many batches
@@ -167,7 +167,7 @@ def _as_dict(prepared: Prepared, batch: Batch) -> tuple[dict[str, Tensor], Tenso
 
 def _search(prepared: Prepared) -> dict[str, Any]:
     """Time the search of both tasks' tickets, including baselines, and the plain loop."""
-    training = Training()
+    training = Training(dtype=fastest_dtype())
     rows = Rows(TASKS, training)
     trials = [Trial("sparse_sharing", TASKS, masks=Masks(search=rows.search()), training=training)]
     result: dict[str, Any] = {}

@@ -7,7 +7,8 @@
 //
 //   tables  few rows of the batch at a time (a vector holds 16 output features of one row): for small batches, and
 //           for int8 at every size. The activations of a step are looked up in registers.
-//   slices  64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for large batches.
+//   slices  sliced ELLPACK, 64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for
+//           large batches.
 //
 // In float32 and bfloat16 both add the same products in the same order, so that a row's result is equal to the bit
 // on either path, at every batch size, thread count and ISA. In int8 sums are integers, and exact.
@@ -93,10 +94,10 @@ static inline uint64_t step_offset(uint64_t offsets, int row) { return offsets >
 //
 // Sixteen output features make a group: they are the lanes of a vector. A step of a group reads one window of
 // neighbouring activations (32 float32, 64 bfloat16, 64 bytes: what one permutation of registers can look up), and
-// adds up to P kept weights of each feature that lie within it (P = 1, 2, 4 for F32, BF16, S8: a vector of 16, 32, 64
-// products). Each feature takes its kept weights by ascending column; a window starts at the first one still
-// missing in the group, or a little before. Features that are ahead of the others wait, and their places in the step
-// are padded.
+// adds up to P kept weights of each feature that lie within it (P = 1, 2, 4 for F32, BF16, S8: 16, 32, 64
+// multiply-adds per vector). Each feature takes its kept weights by ascending column; a window starts at the first one
+// still missing in the group, or a little before. Features that are ahead of the others wait, and their places in the
+// step are padded.
 //
 // Four groups stand together in a bundle, step by step in turn, so that a single row of the batch has four sums under
 // way; the groups after the last whole bundle stand alone. Features of a hidden layer are ordered by how many kept
@@ -107,7 +108,7 @@ static inline uint64_t step_offset(uint64_t offsets, int row) { return offsets >
 // after the last activation. Windows begin at multiples of 16 and 32, where a cache line does: a load across two of
 // them costs two, and that outweighs a quarter more padding.
 // In S8 padding needs no zeros, for 0 * 255 is 0. There a line holds all windows one after the other, each beginning
-// 32 activations after the one before: every activation stands twice, and every window in a cache line of its own.
+// 32 activations after the one before: every activation appears twice, and every window has a cache line of its own.
 // (Windows of any start need a tenth fewer steps, and took a fifth longer.)
 enum { GROUP = 16, BUNDLE = 4 };
 enum { WINDOW_F32 = 32, WINDOW_BF16 = 64, WINDOW_S8 = 64 };
@@ -226,12 +227,12 @@ typedef struct {
   const char* name;
 
   // y = activation(x @ W^T + bias) for one tile, rows of zeros included; sigmoid is left to the caller.
-  // x and y stand at 64-byte boundaries; x has lane_stride(lanes) values a row, y as many floats.
+  // x and y stand at 64-byte boundaries; x has lane_stride(lanes) values per row, y as many floats.
   void (*slices_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes);
   void (*slices_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes);
 
   // y[r, :] = x[r, :] @ W^T + bias for `rows` (at most MAX_ROWS) rows of the batch; no activation. y has
-  // padded(out_features) values a row; S8 writes the exact sums, from `start`. Strides in elements.
+  // padded(out_features) values per row; S8 writes the exact sums, from `start`. Strides in elements.
   void (*table_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
                     int64_t y_stride);
   void (*table_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows,
@@ -254,8 +255,8 @@ typedef struct {
   // to = (a + b) * scale + bias, as one fused multiply-add; `b` may be null.
   void (*dequantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                          float* to);
-  // A line of codes: round(v * inverse_scale) + zero_point within 0 to 255. The code of a NaN is 0; returns whether
-  // there was one.
+  // A line of quantised values: round(v * inverse_scale) + zero_point within 0 to 255. A NaN becomes 0; returns
+  // whether there was one.
   int (*line_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line);
   // The same of relu((a + b) * scale + bias), or without relu.
   void (*requantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,

@@ -102,7 +102,7 @@ struct TableBf16 {
 };
 
 #ifdef LT4REC_HAS_VNNI
-// One permutation looks up 64 codes, one dot product adds 64 products: two instructions for each row of the batch.
+// One permutation looks up 64 codes, one dot product does 64 multiply-adds: two instructions for each row of the batch.
 struct TableS8 {
   using Activation = uint8_t;
   using Value = int32_t;

@@ -1,7 +1,7 @@
 // The module lt4rec_sparse.kernels._engine: addresses and sizes in, status out. The door that checks its arguments is
 // cpu.py; this file only unpacks integers and lets go of the GIL.
 //
-// METH_FASTCALL on the limited API: one build serves every CPython from 3.10, at 1.5 us a call.
+// METH_FASTCALL on the limited API: one build serves every CPython from 3.10, at 1.5 us per call.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

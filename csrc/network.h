@@ -51,7 +51,7 @@ struct Layer {
 // Writes the reason and returns false where a kernel would read or write out of place.
 bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message);
 
-// The same where two layers that read x, which becomes codes once, would count it in two ways.
+// The same where two layers that read x, which is quantised once, have different quantisation parameters.
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message);
 
 // How many weights the layer's task keeps.

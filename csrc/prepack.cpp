@@ -215,8 +215,8 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
 
 // --- int8 ---------------------------------------------------------------------------------------------------------
 
-// Rows of weights as codes of -127 to 127, and what one step of each row's is worth. The parts of a shared layer have
-// their scales in common, for the sums of two parts are added as integers.
+// Rows of weights quantised to -127 to 127, and each row's scale. The parts of a shared layer have the same scales,
+// because the sums of two parts are added as integers.
 std::vector<float> quantize_rows(Matrix& weight, const std::vector<float>& largest) {
   std::vector<float> scale;
   for (float most : largest) scale.push_back(most / 127);

@@ -1,4 +1,5 @@
-// Lines of int8 codes, for the ISAs that leave it to the compiler; included as elementwise.h is, and after it.
+// Lines of quantised activations (codes), for the ISAs that leave it to the compiler; included as elementwise.h is, and
+// after it.
 
 // A NaN fails the first comparison and becomes 0; infinities end at the ends.
 inline uint8_t code_of(float v, float inverse_scale, float zero_point) {
@@ -7,7 +8,7 @@ inline uint8_t code_of(float v, float inverse_scale, float zero_point) {
   return uint8_t(int32_t(above < 255 ? above : 255));
 }
 
-// Every HALF_S8 codes stand twice: at the start of a window and at the end of the one before.
+// Every HALF_S8 codes appear twice: at the start of a window and at the end of the one before.
 template <class Code>
 inline void write_line(int64_t count, uint8_t* line, Code code) {
   for (int64_t first = 0; first < count; first += HALF_S8) {

@@ -1,5 +1,6 @@
-// The loops over slices that the vector ISAs share. An ISA file includes this inside its own anonymous namespace and
-// behind its target pragma: the code takes that file's instruction set and no copy of it is visible to another.
+// The loops over slices (sliced ELLPACK) that the vector ISAs share. An ISA file includes this in its own anonymous
+// namespace and behind its target pragma: the code takes that file's instruction set and no copy of it is visible to
+// another.
 //
 // `Vector` gives: Type, kWidth (floats), load, store (aligned), broadcast, fma, relu, load_bf16, broadcast_bf16.
 

@@ -459,8 +459,8 @@ int choose_lanes(int64_t batch, int64_t threads, const Width* narrowest) {
   return batch < best ? narrowest_for(batch, narrowest).lanes : best;
 }
 
-// How many threads to take of those offered. Half a million products of float32 take some 20 us, as long as waking a
-// team may; int8 is four times as fast. More threads than processors only wait for each other, and libgomp ends the
+// How many threads to take of those offered. Half a million multiply-adds of float32 take some 20 us, as long as waking
+// a team may; int8 is four times as fast. More threads than processors only wait for each other, and libgomp ends the
 // process where it cannot start one.
 int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call) {
   const int64_t enough = header.precision == PRECISION_S8 ? 2'000'000 : 500'000;

@@ -83,6 +83,13 @@ def options(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
 Hidden = Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")]
+TrainingPrecision = Annotated[
+    str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),
+]
 EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
 Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 
@@ -110,17 +117,42 @@ def run(
             "paper; best: both, and the validation days choose."
         ),
     ] = "best",
-    rounds: Annotated[int, typer.Option(help="Rounds of pruning per task in a search for tickets.")] = 4,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Rounds of pruning per task in a search for tickets. By default 4, or 2 on the simulated log."
+        ),
+    ] = None,
     density: Annotated[
         float,
         typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end."),
     ] = 0.2,
     batch_size: Annotated[
-        int | None, typer.Option(help="Impressions per training step. By default 1024, or 256 on the simulated log.")
+        int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(callback=_finite, help="Learning rate of Adam.")] = 1e-3,
-    embedding_dim: EmbeddingDim = 16,
-    hidden: Hidden = "512,256,128",
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rate of Adam; of several, such as 0.0005,0.001, the validation days choose one per model "
+            "and task. By default 0.001."
+        ),
+    ] = None,
+    precision: TrainingPrecision = "auto",
+    workers: Workers = None,
+    embedding_dim: Annotated[
+        int | None,
+        typer.Option(
+            callback=_within(1, MAX_EMBEDDING_DIM),
+            help="Width of an embedding. By default 16, or 8 on the simulated log.",
+        ),
+    ] = None,
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            help="Widths of the MLP's hidden layers, from the input on. By default 512,256,128, or half of them on the "
+            "simulated log."
+        ),
+    ] = None,
     granularity: Annotated[
         str,
         typer.Option(
@@ -140,26 +172,29 @@ def run(
     then holds report.md, report.html and model.safetensors, which `score` serves.
     """
     from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
+    from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.run import run as run_product
 
     default = RunSettings() if data else SIMULATED
     settings = RunSettings(
         seeds=seeds,
-        embedding_dim=embedding_dim,
-        hidden=widths(hidden),
-        learning_rate=learning_rate,
+        embedding_dim=default.embedding_dim if embedding_dim is None else embedding_dim,
+        hidden=default.hidden if hidden is None else widths(hidden),
+        learning_rates=default.learning_rates if learning_rate is None else rates(learning_rate),
         epochs=default.epochs if epochs is None else epochs,
         batch_size=default.batch_size if batch_size is None else batch_size,
         masks=masks,
-        rounds=rounds,
+        rounds=default.rounds if rounds is None else rounds,
         density=density,
         granularity=granularity,
         tasks=names(tasks),
+        dtype=dtype_of(precision),
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with shown_progress(quiet) as progress:
-        report = run_product(data, out, settings, progress)
-    typer.echo(f"{report}, report.html, model.safetensors, metrics.jsonl")
+        finished = run_product(data, out, settings, progress, Resources(workers))
+    typer.echo(finished.verdict)
+    typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 
 
 @app.command()
@@ -179,12 +214,7 @@ def experiment(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How often every row is trained, each time from another start.")] = 5,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."
-        ),
-    ] = None,
+    workers: Workers = None,
     executor: Annotated[
         str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
     ] = "processes",
@@ -195,12 +225,7 @@ def experiment(
     cross: Annotated[
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
     ] = "dlrm",
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="What training computes matrix products in: fp32 or bf16. By default as the experiment does."
-        ),
-    ] = None,
+    precision: TrainingPrecision = "auto",
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -236,22 +261,22 @@ def experiment(
     Its rows are trained over several seeds; the folder then holds report.md with tables and plots, and records.json.
     """
     from lt4rec_sparse.paper.declared import Variants
-    from lt4rec_sparse.paper.experiment import Resources, run_experiment
-    from lt4rec_sparse.paper.regimes import Regimes, run_regimes
+    from lt4rec_sparse.paper.experiment import run_experiment
+    from lt4rec_sparse.paper.regimes import TRAINING, Regimes, run_regimes
+    from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
     if name == "regimes":
         if data is not None:
             raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
         out = out or Path("runs") / "experiments" / "regimes"
+        regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype_of(precision)))
         with shown_progress(quiet) as progress:
-            report = run_regimes(out, seeds, Regimes(impressions), workers, executor, progress)
+            report = run_regimes(out, seeds, regimes, Resources(workers, executor), progress)
         typer.echo(f"{report}, report.html, records.json")
         return
     if data is None:
         raise InputError("--data: got none, wanted a folder with a log")
-    if precision is not None and precision not in TRAINING_DTYPES:
-        raise InputError(f"--precision: got {precision!r}, wanted one of {', '.join(TRAINING_DTYPES)}")
     training = Training(
         hidden=widths(hidden),
         embedding_dim=embedding_dim,
@@ -259,9 +284,8 @@ def experiment(
         batch_size=batch_size,
         cross=cross,
         losses=tuple(sorted(losses(loss or []).items())),
+        dtype=dtype_of(precision),
     )
-    if precision is not None:
-        training = replace(training, dtype=TRAINING_DTYPES[precision])
     variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
     out = out or Path("runs") / "experiments" / data.resolve().name
     with shown_progress(quiet) as progress:
@@ -576,6 +600,36 @@ def widths(text: str) -> tuple[int, ...]:
     if max(found) > MAX_WIDTH:
         raise InputError(f"--hidden: got {text!r}, wanted widths of at most {MAX_WIDTH}")
     return found
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Return "0.0005,0.001" as numbers.
+
+    Raises:
+        InputError: If a part is not a finite number.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--learning-rate: got {text!r}, wanted numbers such as 0.0005,0.001,0.002") from error
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers")
+    return found
+
+
+def dtype_of(precision: str) -> str:
+    """Return the dtype in which training multiplies matrices.
+
+    Raises:
+        InputError: If there is no such precision.
+    """
+    from lt4rec_sparse.recsys.training import fastest_dtype
+
+    if precision == "auto":
+        return fastest_dtype()
+    if precision not in TRAINING_DTYPES:
+        raise InputError(f"--precision: got {precision!r}, wanted one of auto, {', '.join(TRAINING_DTYPES)}")
+    return TRAINING_DTYPES[precision]
 
 
 def losses(named: list[str]) -> dict[str, str]:

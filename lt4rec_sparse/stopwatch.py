@@ -1,4 +1,4 @@
-"""The one stopwatch: contestants timed in interleaved rounds, so that a drifting machine drifts for all of them."""
+"""The one stopwatch: calls timed in interleaved rounds, so that a drifting machine drifts for all of them."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     rounds: int = 15,
     round_us: float = 20_000.0,
     before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time each contestant once a round, for `rounds` rounds, in the order given.
+    """Time each call in every one of `rounds` rounds, in the order given.
 
-    In a round a contestant is called often enough to fill `round_us` (found in a first round that does not count), and
-    the round's time is the mean of those calls.
+    Within a round it is repeated often enough to fill `round_us` (found in a first round that does not count), and the
+    round's time is the mean of its repetitions.
 
     Args:
-        contestants: Name -> what to call.
+        calls: Name -> what to call.
         rounds: How many rounds count.
-        round_us: How long each contestant's part of a round should last, in microseconds.
-        before: Called before every timed call, outside its time, such as to empty the caches; a round is one call then.
+        round_us: How long each call's part of a round should last, in microseconds.
+        before: Called before every timed call, outside its time, for example to empty the caches; a round is one call
+            then.
 
     Returns:
         Name -> its timing; compare only within one result.
     """
-    calls = {}
-    for name, call in contestants.items():
+    repetitions = {}
+    for name, call in calls.items():
         call()  # warm: first touches of memory, lazy set-up
         start = time.perf_counter()
         call()
         once_us = (time.perf_counter() - start) * 1e6
-        calls[name] = 1 if before else max(1, int(round_us / max(once_us, 0.1)))
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+        repetitions[name] = 1 if before else max(1, int(round_us / max(once_us, 0.1)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in contestants.items():
+        for name, call in calls.items():
             if before:
                 before()
             start = time.perf_counter()
-            for _ in range(calls[name]):
+            for _ in range(repetitions[name]):
                 call()
-            samples[name].append((time.perf_counter() - start) * 1e6 / calls[name])
+            samples[name].append((time.perf_counter() - start) * 1e6 / repetitions[name])
     return {name: Timing(*np.percentile(times, [50, 20, 80]).tolist()) for name, times in samples.items()}

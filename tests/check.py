@@ -25,7 +25,7 @@ STEPS: dict[str, tuple[str | Path, ...]] = {
     "types": (BIN / "mypy",),
     "imports": (BIN / "lint-imports",),
     "second Triton": (*MODULE, "pip", "install", "-q", "--no-deps", "--target", TRITON36, "triton==3.6.0", "numpy<2.4"),
-    "tests": PYTEST,
+    "tests": (*PYTEST, "--hypothesis-profile=thorough"),
     "heavy tests": (*PYTEST, "-m", "heavy"),
     "tests held to AVX2": (*MODULE, "tests.settings", "--short", "avx2"),
 }

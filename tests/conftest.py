@@ -12,8 +12,10 @@ if torch.cuda.is_available():
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.load_profile("default")
+# A plain `pytest` draws fewer examples; the check asks for all: `--hypothesis-profile=thorough`.
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
+hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

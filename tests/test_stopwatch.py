@@ -1,7 +1,7 @@
 from lt4rec_sparse.stopwatch import interleaved
 
 
-def test_contestants_take_turns_and_slower_is_slower():
+def test_calls_take_turns_and_slower_is_slower():
     order = []
 
     def work(name, size):

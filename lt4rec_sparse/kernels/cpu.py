@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
 
 _engine: Any
@@ -92,7 +93,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 def path_for(batch: int, precision: str) -> str:
     """Name the faster path for `batch` rows on the instruction set in force: "tables" or "slices"."""
-    return PATHS[_present().path(PRECISIONS.index(precision), batch)]
+    return PATHS[_present().path(_precision_code(precision), batch)]
 
 
 def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] = LAYOUTS) -> Tensor:
@@ -157,8 +158,7 @@ def prepack_layers(
             layer cannot have the precision (in int8: an input_scale that is not above 0, a weight that is not finite).
     """
     engine = _present()
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    precision_code = _precision_code(precision)
     if not layouts or any(layout not in LAYOUTS for layout in layouts):
         raise ValueError(f"layouts: got {tuple(layouts)}, wanted some of {', '.join(LAYOUTS)}")
     if not tasks or not all(tasks):
@@ -175,7 +175,7 @@ def prepack_layers(
             wanted = layer.out_features
     table = torch.tensor(rows, dtype=torch.int64)
     bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts))
-    blob = engine.prepack(table.data_ptr(), len(rows), PRECISIONS.index(precision), bits)
+    blob = engine.prepack(table.data_ptr(), len(rows), precision_code, bits)
     return torch.frombuffer(blob, dtype=torch.uint8).clone()  # the clone is aligned to 64 bytes
 
 
@@ -278,14 +278,14 @@ class Executor:
         precision: "fp32", "bf16" or "int8".
 
     Raises:
-        ValueError: If the network is not calibrated and int8 is wanted.
+        ValueError: If there is no such precision, or int8 is wanted and the network is not calibrated.
     """
 
     def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
         if precision == "int8" and network.quantization is None:
             raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
         self.network, self.precision = network, precision
-        self._precision = PRECISIONS.index(precision)
+        self._precision = _precision_code(precision)
         self._prepacked: dict[int, Prepacked] = {}
         self._path = _present().path
 
@@ -346,6 +346,12 @@ def _present() -> Any:
     if _engine is None:
         raise RuntimeError(f"the native engine is absent: {_absence_reason}")
     return _engine
+
+
+def _precision_code(precision: str) -> int:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    return PRECISIONS.index(precision)
 
 
 def _force_isa(name: str) -> None:
@@ -426,7 +432,7 @@ def _obey_environment() -> None:
     try:
         _force_isa(wanted)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"LT4REC_SPARSE_ISA: {error}") from error
+        raise InputError(f"LT4REC_SPARSE_ISA: {error}") from error
 
 
 _obey_environment()

@@ -1,9 +1,6 @@
-"""The paper's figures, and those that explain its tables, from the records of trials.
+"""The paper's further figures, from the records of trials; style and the plots of every report are in `recsys.plots`.
 
-A record is one trained model: its row, its seed, its metrics by split, slice and task, and where it has them its masks,
-tickets and serving times. A row has one colour and marker, a task one colour, in every figure that takes the same
-`titles` or `tasks`. Means are over the seeds, error bars are standard errors, dots are the seeds themselves.
-Every function writes its file and returns the figure.
+A row has one colour and marker in every figure with the same `titles`.
 """
 
 from __future__ import annotations
@@ -13,27 +10,38 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.recsys.harness.arms import HARD, HIGHER_IS_BETTER, MAIN_METRIC, SINGLE, TITLES
-from lt4rec_sparse.recsys.plots import DEAD, SHARED, TASK_COLOURS
-
-Record = Mapping[str, Any]
-Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
+from lt4rec_sparse.recsys.metrics import MAIN_METRIC
+from lt4rec_sparse.recsys.plots import (
+    DEAD,
+    TASK_COLOURS,
+    Point,
+    Record,
+    by_row,
+    check_seeds,
+    density_axis,
+    masks_of,
+    metric_axis,
+    panels,
+    standard_error,
+    ticket_points,
+)
 
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REGIME_OPPONENTS = {HARD: TITLES[HARD], SINGLE: TITLES[SINGLE], "random": "random masks, scaled up"}
-WAYS = ("tickets", "random")  # how the masks of `plot_recovery` came about
-# A single seed, in its row's colour; the black edge shows it within the mark of the mean too.
+REGIME_OPPONENTS = {
+    "hard_sharing": "hard sharing",
+    "single_task": "single-task",
+    "random": "random masks, scaled up",
+}
+WAYS = ("tickets", "random")  # the two origins of masks in `plot_recovery`
+# A single seed, in its row's colour; the black edge keeps it visible on the mark of the mean.
 SEED_MARKS: dict[str, Any] = {
     "linestyle": "",
     "marker": "o",
@@ -42,48 +50,6 @@ SEED_MARKS: dict[str, Any] = {
     "markeredgewidth": 0.7,
     "zorder": 4,
 }
-PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4  # inches; two panels side by side are as wide as a README
-
-
-def plot_figure4(records: Sequence[Record], tasks: Mapping[str, str], path: Path) -> Figure:
-    """Draw Figure 4: each task's validation metric against the hidden weights that remain.
-
-    A thin line a seed, a bold one for their mean, a circle around the level that each seed chose.
-
-    Args:
-        records: One a seed, with `tickets` and `best_level`.
-        tasks: Task -> kind, "binary" or "ratio".
-        path: Of the picture.
-
-    Raises:
-        InputError: If a seed comes twice, has no tickets, or has other levels than the first.
-
-    Source: LT4REC (arXiv 2008.09872), Figure 4.
-    """
-    _check_seeds(records, "records")
-    figure, axes = _panels(len(tasks))
-    for axis, (task, kind), colour in zip(axes, tasks.items(), cycle(TASK_COLOURS), strict=False):
-        points = _ticket_points(records, task, kind)
-        xs, ys = (np.array([point[i] for point in points]) for i in range(2))  # [levels, seeds]
-        for seed, record in enumerate(records):
-            axis.plot(xs[:, seed], ys[:, seed], color=colour, linewidth=0.9, alpha=0.5, marker="o", markersize=2.5)
-            best = record["best_level"][task]
-            axis.plot(
-                xs[best, seed], ys[best, seed], "o", markersize=9, markerfacecolor="none", color="black", zorder=4
-            )
-        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3)
-        _density_axis(axis, xs.mean(1), "hidden weights remaining, %")
-        _metric_axis(axis, task, kind, "validation")
-    handles = [
-        Line2D([], [], color="#555555", linewidth=0.9, marker="o", markersize=2.5, label="one seed"),
-        Line2D([], [], color="#555555", linewidth=2.6, label=f"mean of {_seeds(len(records))}"),
-        Line2D(
-            [], [], color="black", linestyle="", marker="o", markersize=9, markerfacecolor="none", label="level chosen"
-        ),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path)
-    return figure
 
 
 def plot_granularity(
@@ -93,27 +59,27 @@ def plot_granularity(
     path: Path,
     split: str = "test",
 ) -> Figure:
-    """Draw each task's metric against the density of its mask, a line a granularity.
+    """Draw each task's metric against the density of its mask, one line per granularity.
 
     Args:
-        records: One a row and seed; rows that are not in `titles` are left out.
-        titles: Row -> the name of its line. Rows of one name, at several densities, are points of one line.
+        records: One per row and seed; rows that are not in `titles` are left out.
+        titles: Row -> the name of its line. Rows with one name, at several densities, are points of one line.
         tasks: Task -> kind, "binary" or "ratio".
         path: Of the picture.
-        split: "test" for a point a row, from its masks, or "validation" for a point a level of its tickets.
+        split: "test" for one point per row, from its masks, or "validation" for one per level of its tickets.
 
     Raises:
-        InputError: If a row has no record, a seed twice, or not what `split` asks of it; if `split` is another.
+        InputError: If a row has no record, a seed twice, or lacks what `split` needs; if `split` is another.
     """
     if split not in ("test", "validation"):
         raise InputError(f"split: got {split!r}, wanted 'test' or 'validation'")
-    rows = _by_row(records, titles)
+    rows = by_row(records, titles)
     styles = _styles(titles.values())
-    figure, axes = _panels(len(tasks))
+    figure, axes = panels(len(tasks))
     for axis, (task, kind) in zip(axes, tasks.items(), strict=False):
         lines: dict[str, list[Point]] = {title: [] for title in styles}
         for row, found in rows.items():
-            points = _ticket_points(found, task, kind) if split == "validation" else [_test_point(found, task, kind)]
+            points = ticket_points(found, task, kind) if split == "validation" else [_test_point(found, task, kind)]
             lines[titles[row]] += points
         for title, points in lines.items():
             colour, marker = styles[title]
@@ -123,10 +89,10 @@ def plot_granularity(
             mean_x, mean_y = ([float(np.mean(point[i])) for point in points] for i in range(2))
             errors = [standard_error(y) for _, y in points]
             axis.errorbar(mean_x, mean_y, errors, color=colour, marker=marker, markersize=6, capsize=3, label=title)
-        _density_axis(
+        density_axis(
             axis, [float(np.mean(x)) for points in lines.values() for x, _ in points], "hidden weights kept, %"
         )
-        _metric_axis(axis, task, kind, split)
+        metric_axis(axis, task, kind, split)
     handles = [Line2D([], [], color=c, marker=m, markersize=6, label=title) for title, (c, m) in styles.items()]
     _legend(figure, handles, "dots: seeds; bars: standard error")
     figure.savefig(path)
@@ -140,23 +106,23 @@ def plot_speed(
     path: Path,
     candidates: int = 256,
 ) -> Figure:
-    """Draw each task's test metric against the time of a request: a mark a row, hollow where the model is dense.
+    """Draw each task's test metric against the time of a request: one mark per row, hollow where the model is dense.
 
     Args:
-        records: One a row and seed, with `serving`; rows that are not in `titles` are left out.
+        records: One per row and seed, with `serving`; rows that are not in `titles` are left out.
         titles: Row -> what the legend calls it; rows without masks are the dense baselines.
         tasks: Task -> kind, "binary" or "ratio".
         path: Of the picture.
-        candidates: Of a request.
+        candidates: Candidates per request.
 
     Raises:
         InputError: If a row has no record, a seed twice, or no time for so many candidates.
     """
-    rows = _by_row(records, titles)
+    rows = by_row(records, titles)
     styles = _styles(titles)
     dense = {row: found[0].get("masks") is None for row, found in rows.items()}
     times = {row: [_microseconds(record, candidates) for record in found] for row, found in rows.items()}
-    figure, axes = _panels(len(tasks))
+    figure, axes = panels(len(tasks))
     for axis, (task, kind) in zip(axes, tasks.items(), strict=False):
         for row, found in rows.items():
             colour, marker = styles[row]
@@ -175,8 +141,8 @@ def plot_speed(
                 label=titles[row],
             )
         _time_axis(axis, [value for found in times.values() for value in found])
-        _metric_axis(axis, task, kind, "test")
-        axis.set(xlabel=f"microseconds a request of {candidates} candidates")
+        metric_axis(axis, task, kind, "test")
+        axis.set(xlabel=f"microseconds per request of {candidates} candidates")
     handles = [
         Line2D(
             [],
@@ -195,61 +161,13 @@ def plot_speed(
     return figure
 
 
-def plot_overlap(records: Sequence[Record], titles: Mapping[str, str], path: Path) -> Figure:
-    """Draw who owns the weights of each layer, as stacked bars: a group a row, a bar a layer, means over the seeds.
-
-    A short black line stands where one seed's part ends, for every seed.
-
-    Args:
-        records: One a row and seed, with `masks`; rows that are not in `titles` are left out.
-        titles: Row -> the headline of its bars.
-        path: Of the picture.
-
-    Raises:
-        InputError: If a row has no record, a seed twice, or no masks.
-
-    Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
-    """
-    rows = _by_row(records, titles)
-    shares = {row: _shares(found) for row, found in rows.items()}
-    owners = list(dict.fromkeys(owner for layers in shares.values() for share in layers.values() for owner in share))
-    alone = [owner for owner in owners if owner not in ("shared", "dead")]
-    colours = {"shared": SHARED, "dead": DEAD} | dict(zip(alone, cycle(TASK_COLOURS), strict=False))
-    layers = sum(len(layers) for layers in shares.values())
-    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(rows) + 0.34 * layers), layout="constrained")
-    ratios = [len(layers) for layers in shares.values()]
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
-    for axis, (row, by_layer) in zip(axes, shares.items(), strict=True):
-        for y, by_owner in enumerate(by_layer.values()):
-            left: NDArray[np.float64] = np.zeros(len(rows[row]))
-            for owner, share in by_owner.items():
-                start, width = float(left.mean()), float(share.mean())
-                axis.barh(y, width, left=start, color=colours[owner], height=0.76)
-                if width >= 5:  # less has no room for its number
-                    axis.text(start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9)
-                left = left + share
-                if len(left) > 1:
-                    inner = left[(left > 0) & (left < 100 - 1e-9)]
-                    axis.vlines(inner, y + 0.2, y + 0.38, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(by_layer)), [name.replace("layers.", "layer ") for name in by_layer])
-        axis.tick_params(axis="y", length=0)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 100)
-        axis.set_title(titles[row], loc="left", fontsize=10)
-    axes[-1].set(xlabel="% of the layer's weights (short lines: where each seed's part ends)")
-    handles = [mpl.patches.Patch(color=colours[owner], label=owner) for owner in owners]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(owners)), frameon=False)
-    figure.savefig(path)
-    return figure
-
-
 def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     """Draw where sparse sharing pays: its CVR MSE against other models over click rate and conflict.
 
     Args:
-        cells: One a simulated log: `click_rate` and `conflict` of the simulator, and `differences`, for each of the
-            same other models (`REGIME_OPPONENTS`) a list over seeds: relative difference of S-Weight's CVR MSE in %,
-            below 0 if S-Weight is better.
+        cells: One per simulated log: `click_rate` and `conflict` of the simulator, and `differences`: for each of the
+            other models (`REGIME_OPPONENTS`) a list over seeds of S-Weight's relative difference of CVR MSE in %, below
+            0 if S-Weight is better.
         path: Of the picture.
 
     Raises:
@@ -258,7 +176,7 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     rates, conflicts = (sorted({cell[name] for cell in cells}) for name in ("click_rate", "conflict"))
     where = [(conflicts.index(cell["conflict"]), rates.index(cell["click_rate"])) for cell in cells]
     if not cells or len(set(where)) < len(where):
-        raise InputError(f"cells: got {len(where)}, {len(set(where))} of them distinct, wanted one a regime")
+        raise InputError(f"cells: got {len(where)}, {len(set(where))} of them distinct, wanted one per regime")
     panels = {}
     for other in cells[0]["differences"]:
         panels[other] = np.full((len(conflicts), len(rates)), np.nan)
@@ -292,20 +210,20 @@ def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequ
     """Draw what masks keep of each kind of field against what was planted: tickets beside random masks.
 
     Args:
-        found: One a way and seed: `way` ("tickets" or "random"), `seed`, and `density`: task -> kind of field
+        found: One per way and seed: `way` ("tickets" or "random"), `seed`, and `density`: task -> kind of field
             ("shared", "click-only", ...) -> kept share of the weights that read such fields, in [0, 1].
         planted: Task -> the kinds of field that its truth depends on. Their names are bold.
         path: Of the picture.
 
     Raises:
-        InputError: If a way is missing or another, or a seed comes twice.
+        InputError: If a way is missing or unknown, or a seed comes twice.
     """
     by_way = {way: [record for record in found if record["way"] == way] for way in WAYS}
     if any(not records for records in by_way.values()) or sum(map(len, by_way.values())) < len(found):
         raise InputError(f"found: got the ways {sorted({record['way'] for record in found})}, wanted {sorted(WAYS)}")
     for way, records in by_way.items():
-        _check_seeds(records, way)
-    figure, axes = _panels(len(planted))
+        check_seeds(records, way)
+    figure, axes = panels(len(planted))
     for axis, (task, needed), colour in zip(axes, planted.items(), cycle(TASK_COLOURS), strict=False):
         kinds = list(found[0]["density"][task])
         width = 0.4
@@ -331,56 +249,14 @@ def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequ
     return figure
 
 
-def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Return the standard error of a mean, NaN for a single value: one seed says nothing of its noise."""
-    return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
-def _check_seeds(records: Sequence[Record], name: str) -> None:
-    seeds = [record["seed"] for record in records]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"{name}: got the seeds {seeds}, wanted each once and at least one")
-
-
-def _by_row(records: Sequence[Record], titles: Mapping[str, str]) -> dict[str, list[Record]]:
-    """Return the records of each titled row; no row may be missing, or a figure would drop it in silence."""
-    rows = {row: [record for record in records if record["row"] == row] for row in titles}
-    for row, found in rows.items():
-        _check_seeds(found, row)
-    return rows
-
-
-def _ticket_points(records: Sequence[Record], task: str, kind: str) -> list[Point]:
-    """Return kept weights in % and the validation metric of each level, over the seeds."""
-    curves = []
-    for record in records:
-        if not record.get("tickets"):
-            raise InputError(f"tickets of {record['row']}, seed {record['seed']}: got none, wanted {task!r}")
-        curves.append(record["tickets"][task])
-    if len({len(curve) for curve in curves}) > 1:
-        raise InputError(f"tickets of {task!r}: got {[len(curve) for curve in curves]} levels, wanted as many a seed")
-    metric = MAIN_METRIC[kind]
-    return [
-        ([100 * ticket["density"] for ticket in level], [ticket["validation"][metric] for ticket in level])
-        for level in zip(*curves, strict=True)
-    ]
-
-
 def _test_point(records: Sequence[Record], task: str, kind: str) -> Point:
     """Return kept weights in % and the test metric of one row, over the seeds."""
-    densities = [100 * _masks(record)["density"][task] for record in records]
+    densities = [100 * masks_of(record)["density"][task] for record in records]
     return densities, [_test_value(record, task, kind) for record in records]
 
 
 def _test_value(record: Record, task: str, kind: str) -> float:
     return float(record["test"]["all"][task][MAIN_METRIC[kind]])
-
-
-def _masks(record: Record) -> Mapping[str, Any]:
-    masks: Mapping[str, Any] | None = record.get("masks")
-    if masks is None:
-        raise InputError(f"masks of {record['row']}, seed {record['seed']}: got none, wanted a masked model")
-    return masks
 
 
 def _microseconds(record: Record, candidates: int) -> float:
@@ -389,53 +265,6 @@ def _microseconds(record: Record, candidates: int) -> float:
         name = f"serving of {record['row']}, seed {record['seed']}"
         raise InputError(f"{name}: got times of {sorted(times)} candidates, wanted {candidates}")
     return float(times[str(candidates)])
-
-
-def _shares(records: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return layer -> owner -> % of the layer's weights, over the seeds."""
-    owned = [_masks(record)["ownership"] for record in records]
-    return {
-        layer: {
-            owner: np.array([100 * seed[layer][owner] / sum(seed[layer].values()) for seed in owned])
-            for owner in counts
-        }
-        for layer, counts in owned[0].items()
-    }
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure of at most two panels a line: more would be unreadable at the width of a page."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
-    width = PANEL_WIDTH * columns if columns > 1 else 6.0
-    figure = Figure(figsize=(width, PANEL_HEIGHT * lines + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
-    axes = list(figure.subplots(lines, columns, squeeze=False).ravel())
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, axes[:count]
-
-
-def _metric_axis(axis: Axes, task: str, kind: str, split: str) -> None:
-    metric = MAIN_METRIC[kind]
-    better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
-    axis.set(ylabel=f"{split} {metric.upper()}", title=f"{task} ({better} is better)")
-    axis.ticklabel_format(axis="y", useOffset=False, style="plain")
-    axis.grid(axis="y", alpha=0.3)
-
-
-def _density_axis(axis: Axes, percents: Iterable[float], label: str) -> None:
-    """Make x logarithmic, from dense to sparse, with a tick at each density that has room for one."""
-    ticks: list[float] = []
-    ordered = sorted(percents, reverse=True)
-    room = 0.09 * np.log(ordered[0] / ordered[-1])  # a label takes about 8 % of a panel
-    for percent in ordered:
-        if not ticks or np.log(ticks[-1] / percent) > room:
-            ticks.append(percent)
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:.0f}" if tick >= 10 else f"{tick:.2g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.invert_xaxis()
-    axis.set(xlabel=label)
 
 
 def _time_axis(axis: Axes, microseconds: Sequence[float]) -> None:
@@ -448,7 +277,7 @@ def _time_axis(axis: Axes, microseconds: Sequence[float]) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Return the round numbers of a logarithmic axis, the fewer in a decade the wider it is."""
+    """Return round numbers for a logarithmic axis: the wider it is, the fewer per decade."""
     steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 300 else (1,)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
@@ -459,10 +288,10 @@ def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
-    """Put a legend below the panels, in as many columns as there is room for, and make the figure higher by it."""
+    """Put a legend below the panels, in as many columns as there is room for, and make the figure higher to fit."""
     width, height = figure.get_size_inches()
     longest = max(len(str(handle.get_label())) for handle in handles)
-    # Inches: 0.07 a character, 0.6 for the marker and what is between two columns, 0.21 a line.
+    # Inches: 0.07 per character, 0.6 for the marker and the gap between columns, 0.21 per line.
     columns = max(1, min(4, len(handles), int(width / (0.07 * longest + 0.6))))
     figure.set_size_inches(width, height + 0.21 * -(-len(handles) // columns))
     figure.legend(handles=handles, title=title, loc="outside lower center", ncols=columns, frameon=False)
@@ -471,7 +300,3 @@ def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
 def _difference(values: Sequence[float]) -> str:
     mean = f"{np.mean(values):+.1f}"
     return f"{mean}\n± {standard_error(values):.1f} %" if len(values) > 1 else f"{mean} %"
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"

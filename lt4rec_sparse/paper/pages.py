@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from lt4rec_sparse.paper import figures
-from lt4rec_sparse.paper.comparison import LEGEND, comparison_table, further_table
-from lt4rec_sparse.paper.declared import BASE, S_WEIGHT
 from lt4rec_sparse.paper.replay import TABLE_3, LoggedRows, over_seeds, replay, sessions, table_3_scores
 from lt4rec_sparse.paper.serving_times import serving_times
-from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC
 from lt4rec_sparse.recsys.harness.jobs import laboratory
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, S_WEIGHT, SMALL
 from lt4rec_sparse.recsys.harness.trials import Trial
-from lt4rec_sparse.recsys.report import epochs_in_words, table, write_page
+from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
+from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
 from lt4rec_sparse.recsys.training import Predictions
 
-# KuaiRand's impressions come at a few a visit: within half an hour one list in sixteen is longer than three.
+# KuaiRand has few impressions per visit: with half an hour, one list in sixteen is longer than three.
 GAP_MS = 4 * 60 * 60 * 1000
 
 
@@ -30,11 +29,11 @@ class Findings:
 
     Attributes:
         facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
-        records: One a trained model.
+        records: One per trained model.
         trials: (row, seed) -> its trials.
         laboratory: The folder where they were trained.
         folder: Where the page stands; plots go to `plots/`.
-        further: What the page measures itself; it is left beside the records.
+        further: What the page measures itself; it is saved beside the records.
     """
 
     facts: Mapping[str, Any]
@@ -66,14 +65,9 @@ class Findings:
         return f"![{caption}](plots/{name}.png)"
 
 
-def write(text: str, title: str, folder: Path) -> Path:
-    """Write a page's `report.md` and `report.html`; return the former."""
-    return write_page(text, title, folder)
-
-
 def table2(findings: Findings) -> str:
-    """Return Table 2 with everything that stands behind it."""
-    return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", "random"])])
+    """Return Table 2 with everything behind it."""
+    return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", RANDOM])])
 
 
 def table3(findings: Findings) -> str:
@@ -95,9 +89,11 @@ def figure4(findings: Findings) -> str:
     plot = findings.plot(
         "figure4",
         "Validation metric of each task against the hidden weights that remain",
-        lambda path: figures.plot_figure4(findings.of(row), tasks, path),
+        lambda path: plot_tickets(findings.of(row), tasks, path),
     )
-    return _page(findings, "Figure 4: pruning round by round", [plot, _levels(findings, row)])
+    return _page(
+        findings, "Figure 4: pruning round by round", [plot, f"{LEVELS}\n\n{levels_table(findings.of(row), tasks)}"]
+    )
 
 
 def granularity(findings: Findings) -> str:
@@ -108,13 +104,13 @@ def granularity(findings: Findings) -> str:
     parts = [
         findings.plot(
             "granularity",
-            "Validation metric of each task against density, a line a granularity",
+            "Validation metric of each task against density, one line per granularity",
             lambda path: figures.plot_granularity(findings.records, curves, tasks, path, split="validation"),
         )
     ]
-    small = "hard_sharing_small"
-    timed = {"hard_sharing": "hard sharing (dense)", small: findings.rows[small], **curves}
-    measured = serving_times(findings, list(timed))
+    small = HARD + SMALL
+    timed = {HARD: "hard sharing (dense)", small: findings.rows[small], **curves}
+    measured = serving_times(findings.laboratory, {row: findings.trials[row, 0][0] for row in timed})
     findings.further["serving"] = measured
     for record in findings.records:
         if record["row"] in measured:
@@ -132,31 +128,32 @@ def granularity(findings: Findings) -> str:
 
 
 def cheap(findings: Findings) -> str:
-    """Return what masks from one training a task, or from none, are worth beside the paper's rounds."""
-    masked = [key for key in findings.rows if key.endswith("_last") or key == "random"]
+    """Return what masks from one training per task, or from none, are worth beside the paper's rounds."""
+    masked = [key for key in findings.rows if key.endswith("_last") or key == RANDOM]
     return _page(findings, "Cheap tickets: one training instead of rounds", [_ownership(findings, masked)])
 
 
 def tickets(findings: Findings) -> str:
-    """Return what of a mask decides."""
-    against_random = comparison_table(findings.records, findings.rows, "random", findings.tasks)
-    shown = ["ticket", "ticket_layer", "random_like", "random", "separate_0.5"]
+    """Return which property of a mask decides."""
+    against_random = comparison_table(findings.records, findings.rows, RANDOM, findings.tasks)
+    shown = ["ticket", "ticket_layer", "random_like", RANDOM, "separate_0.5"]
     parts = [f"## Against random masks\n\n{against_random}", _ownership(findings, shown)]
     return _page(findings, "Does the ticket matter?", parts)
 
 
 def many_tasks(findings: Findings) -> str:
     """Return all tasks of the log together."""
-    return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, "random"])])
+    return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, RANDOM])])
 
 
+LEVELS = "On the validation days, each level trained alone from the start:"
 REPLAY_LEGEND = """\
-Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by what
-the log says of them: a replay within the lists that were shown, by the policy that showed them, and no online test.
-Where the log has no requests, one is the impressions of a user, each at most four hours after the one before. View time
-is that of clicked impressions, seconds a request; `expected` is the true expectation, where the log is simulated. Means
-over the seeds; differences are paired over seeds, ± their standard error. `random` and the rows below it are orders to
-hold the arms against: by chance, by length alone, as shown, and the best that hindsight, or the truth, allows."""
+Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by the
+log: a replay within the lists that were shown, by the policy that showed them, and no online test. Where the log has no
+requests, a request is a user's impressions, each at most four hours after the one before. View time is that of clicked
+impressions, in seconds per request; `expected` is the true expectation, where the log is simulated. Means over the
+seeds; differences are paired over seeds, ± their standard error. `random` and the rows below it are orders to compare
+the arms with: by chance, by length alone, as shown, and the best that hindsight, or the truth, allows."""
 
 
 def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
@@ -167,6 +164,9 @@ def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
         rows = comparison_table(findings.records, findings.rows, BASE, findings.tasks, part)
         sections.append(f"## {caption}\n\n{rows}")
     sections += parts
+    if findings.facts["left_out"]:
+        reasons = "\n".join(f"- {title}: {reason}." for title, reason in findings.facts["left_out"].items())
+        sections.append(f"## Left out, since this log cannot train them\n\n{reasons}")
     further = further_table(findings.records, findings.rows, findings.tasks)
     sections.append(f"## Every other metric, and what each row costs\n\n{further}")
     return "\n\n".join(sections) + "\n"
@@ -177,18 +177,15 @@ def _head(findings: Findings, title: str) -> str:
     training, counts = facts["training"], facts["counts"]
     hidden = "-".join(str(width) for width in training["hidden"])
     rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("train", "validation", "test"))
-    rates = sorted({f"{rate:g}" for of_row in facts["learning_rates"].values() for rate in of_row})
-    epochs, seeds = epochs_in_words(training["epochs"]), _count(facts["seeds"], "seed")
+    rates = sorted({rate for of_row in facts["learning_rates"].values() for rate in of_row.values()})
+    shown = ", ".join(f"{rate:g}" for rate in rates)
+    epochs, seeds = count(training["epochs"], "epoch"), count(facts["seeds"], "seed")
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
-        f"{epochs} of batches of {training['batch_size']}, products in {training['dtype']}, {seeds}. Learning rates "
-        f"({', '.join(rates)}, chosen on the validation days with a seed that is none of these) stand in "
-        "`records.json`, what was tried in `tuning.json`."
+        f"{epochs} of batches of {training['batch_size']}, matrix products in {training['dtype']}, {seeds}. Every task "
+        f"has a learning rate of its own ({shown}), chosen on the validation days with seeds that are none of these; "
+        "they are listed in `records.json`, what was tried in `tuning.json`."
     )
-
-
-def _count(number: int, of: str) -> str:
-    return f"one {of}" if number == 1 else f"{number} {of}s"
 
 
 def _ownership(findings: Findings, rows: Sequence[str]) -> str:
@@ -196,25 +193,9 @@ def _ownership(findings: Findings, rows: Sequence[str]) -> str:
     plot = findings.plot(
         "overlap",
         "Shared, private and dead weights of each layer",
-        lambda path: figures.plot_overlap(findings.records, shown, path),
+        lambda path: plot_ownership(findings.records, shown, path),
     )
     return f"## Who owns which weights\n\n{plot}"
-
-
-def _levels(findings: Findings, row: str) -> str:
-    records = findings.of(row)
-    first, *_ = findings.tasks
-    header = ["remaining", *(f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in findings.tasks.items())]
-    lines = []
-    for level, ticket in enumerate(records[0]["tickets"][first]):
-        line = [f"{ticket['density']:.1%}"]
-        for task, kind in findings.tasks.items():
-            values = [record["tickets"][task][level]["validation"][MAIN_METRIC[kind]] for record in records]
-            spread = f" ± {np.std(values, ddof=1):.5f}" if len(values) > 1 else ""
-            chosen = sum(record["best_level"][task] == level for record in records)
-            line.append(f"{np.mean(values):.5f}{spread}" + (f" (best of {chosen} seeds)" if chosen else ""))
-        lines.append(line)
-    return f"On the validation days, each level trained alone from the start:\n\n{table(header, lines)}"
 
 
 def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
@@ -224,9 +205,7 @@ def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         [title, *(f"{us:,.0f}" for us in measured[key]["microseconds"].values()), measured[key]["way"]]
         for key, title in titles.items()
     ]
-    text = (
-        "The MLPs of all tasks, fp32, seed 0, medians of one interleaved run; each the fastest way that was measured."
-    )
+    text = "The MLPs of all tasks, fp32, seed 0, medians of one interleaved run; for each its fastest way."
     return f"{text}\n\n{table(header, lines)}"
 
 
@@ -259,7 +238,7 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
 
 
 def _replay_table(found: Mapping[str, Any]) -> str:
-    """Return Table 3's columns for one k, the arms first, and what they are held against."""
+    """Return Table 3's columns for one k: the arms, then what they are compared with."""
     first, *_ = found["arms"]
     has_truth = "expected_view_time_s" in found["arms"][first]
     metrics = {"view_time_s": "view time, s", "cvr": "cvr", "ctr": "ctr"}

@@ -1,47 +1,40 @@
-"""When sparse sharing pays: the same models over simulated logs of which the truth, and the conflict, are known."""
+"""When sparse sharing pays: the same models over simulated logs whose truth, and conflict, are known."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.paper import figures
-from lt4rec_sparse.paper.comparison import LEGEND, comparison_table
-from lt4rec_sparse.paper.declared import BASE, HARD, S_WEIGHT, Row, Rows
-from lt4rec_sparse.paper.recovery import column_recovery, sharing_recovery
-from lt4rec_sparse.paper.tuning import tuned_rates
-from lt4rec_sparse.ranker.features import Field
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
 from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, jobs_of, laboratory
+from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Row, Rows
+from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.statistics import paired_difference
-from lt4rec_sparse.recsys.harness.trials import Masks, Training, Trial
-from lt4rec_sparse.recsys.report import table, write_page
-
-Progress = Callable[[str, int, int], None]
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier
+from lt4rec_sparse.recsys.harness.trials import Training, Trial
+from lt4rec_sparse.recsys.harness.tuning import tuned_rates
+from lt4rec_sparse.recsys.report import write_page
+from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, table
 
 LOG = "log"
-RANDOM = "random_rescaled"  # the row of random masks that the map holds tickets against
-# Four out of ten clicked, as in the paper's log; one or two orders of magnitude fewer, as it says of conversions.
+# Four out of ten clicked, as in the paper's log; and one or two orders of magnitude fewer, like its conversions.
 CLICK_RATES = (0.02, 0.1, 0.41)
 CONFLICTS = (0.0, 0.5, 1.0)
 WATCH_RATE = 0.4
 MIDDLE = (0.1, 0.5)  # where learning rates are searched, for all cells
 TRAINING = Training(hidden=(128, 64, 32), embedding_dim=8, batch_size=2048)
 TASKS = ("ctr", "cvr")
-# What is planted for each task, by the simulator's names of kinds.
-PLANTED = {"ctr": ("shared", "click"), "cvr": ("shared", "watch")}
 
 
 @dataclass(frozen=True)
@@ -50,9 +43,9 @@ class Regimes:
 
     Attributes:
         impressions: Rows of each log.
-        click_rates: Shares of clicks: how much less there is to learn watching from.
+        click_rates: Shares of clicks: the fewer, the less there is to learn watching from.
         conflicts: How much the tasks are opposed on what both depend on.
-        training: Of every row.
+        training: How every row trains, but for its learning rates.
     """
 
     impressions: int = 2_000_000
@@ -61,7 +54,7 @@ class Regimes:
     training: Training = TRAINING
 
     def config(self, click_rate: float, conflict: float) -> SimulatorConfig:
-        """Return the log of a cell: two planted fields of each kind on each side, half of the truth shared."""
+        """Return a cell's log: two planted fields of each kind on each side, half of the truth shared."""
         return SimulatorConfig(
             users=max(100, self.impressions // 20),
             videos=max(100, self.impressions // 100),
@@ -73,43 +66,38 @@ class Regimes:
         )
 
 
-def rows_of(training: Training, search_rates: tuple[tuple[str, float], ...]) -> list[Row]:
+def table_of(rows: Rows) -> list[Row]:
     """Return what is trained in every cell."""
-    rows = Rows(TASKS, training, search_rates)
-    masks = Masks(search=rows.search())
-    return [
-        rows.base(),
-        rows.dense(HARD, "hard sharing", "alternating"),
-        rows.sparse(S_WEIGHT, "S-Weight", masks, S_WEIGHT),
-        rows.sparse("s_weight_last", "S-Weight at 20 %", replace(masks, level="last")),
-        next(row for row in rows.random() if row.key == RANDOM),
-    ]
+    return [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]]
 
 
 def run_regimes(
     out: Path,
     seeds: int,
     regimes: Regimes | None = None,
-    workers: int | None = None,
-    executor: str = "processes",
+    resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
-    """Simulate a log a cell, train every row on each, and write the map and what of the truth the masks found.
+    """Simulate a log per cell, train every row on each, and write the map and how much of the truth the masks found.
 
-    Learning rates are searched in the middle cell, each row's alike, and hold for all.
+    Learning rates are searched in the middle cell, for each row alike, and used in all cells.
 
     Args:
-        out: Holds a folder a cell, `tuning.json`, and `report.md` with its plots and `records.json`.
+        out: Holds a folder per cell, `tuning.json`, and `report.md` with its plots and `records.json`.
         seeds: How many, from 0 on; the log of a cell is the same for all.
         regimes: The map; None for the default.
-        workers: Processes; None for one a core.
-        executor: One of `grid.EXECUTORS`.
+        resources: Processes.
         progress: Called with a stage's name, steps done and steps in all.
 
     Returns:
         The path of `report.md`.
     """
-    regimes = regimes or Regimes()
+    regimes, resources = regimes or Regimes(), resources or Resources()
+    with locked(out):
+        return _run(out, seeds, regimes, resources, progress)
+
+
+def _run(out: Path, seeds: int, regimes: Regimes, resources: Resources, progress: Progress) -> Path:
     cells = {
         cell: out / f"click_{cell[0]}-conflict_{cell[1]}" for cell in product(regimes.click_rates, regimes.conflicts)
     }
@@ -123,32 +111,31 @@ def run_regimes(
                 result[folder, key] = replace(job, needs=tuple((folder, need) for need in job.needs))
         return result
 
-    def run(stage: str, trials: Mapping[Path, Sequence[Trial]]) -> dict[Hashable, Any]:
-        return run_jobs(jobs(trials), workers, executor, lambda done, total: progress(stage, done, total))
-
-    def carry(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
-        found = run("regimes: tune", {middle: trials})
-        return {trial: found[middle, trial] for trial in trials}
+    def run(stage: str, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
+        tell = partial(progress, stage)
+        return run_jobs(jobs, resources.workers, resources.executor, tell)
 
     configs = {cells[cell]: regimes.config(*cell) for cell in cells}
     made: dict[Hashable, Job] = {folder: Job(prepare_cell, (folder, config)) for folder, config in configs.items()}
-    run_jobs(made, workers, executor, lambda done, total: progress("regimes: simulate", done, total))
+    run("regimes: simulate", made)
     kinds = {task.name: task.kind for task in laboratory(middle).prepared.schema.tasks}
-    rates = tuned_rates([Rows(TASKS, regimes.training).base()], kinds, out, carry)
-    rows = rows_of(regimes.training, tuple(zip(TASKS, rates[BASE], strict=True)))
+    carry = carrier(middle, resources, progress, "regimes")("tune")
+    base = Rows(TASKS, regimes.training)
+    rates = tuned_rates([base.base()], kinds, out, carry)
+    rows = table_of(replace(base, search_rates=tuple(rates[BASE].items())))
     rates |= tuned_rates([row for row in rows if row.key != BASE], kinds, out, carry)
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in rows for seed in range(seeds)}
     every = [trial for of_row in trials.values() for trial in of_row]
-    found = run("regimes: train", dict.fromkeys(cells.values(), every))
+    found = run("regimes: train", jobs(dict.fromkeys(cells.values(), every)))
     results = []
     for (click_rate, conflict), folder in cells.items():
         records = [{"row": key, **found[folder, trial]} for (key, _), of_row in trials.items() for trial in of_row]
-        recovered = [
-            {"seed": seed, "way": way, **recovery(folder, trials[key, seed][0])}
-            for seed in range(seeds)
-            for way, key in (("tickets", "s_weight_last"), ("random", RANDOM))
-        ]
         truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
+        recovered = [
+            {"seed": seed, "way": way, **recovery(laboratory(folder), trials[key, seed][0], truth["fields"])}
+            for seed in range(seeds)
+            for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
+        ]
         results.append(
             {
                 "click_rate": click_rate,
@@ -182,60 +169,8 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
     prepare(folder / LOG, folder / DATA)
 
 
-def recovery(folder: Path, trial: Trial) -> dict[str, Any]:
-    """Hold a trial's first-layer masks against what was planted.
-
-    Returns:
-        `density`: task -> kind of column (`column_kinds`) -> kept share of its weights; `auc`: task -> how well the
-        weights that a column keeps tell whether the task depends on it, 0.5 by chance; `sharing`: the share of co-owned
-        weights on columns that matter to both tasks, to one, to none.
-    """
-    lab = laboratory(folder)
-    truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))["fields"]
-    kinds = column_kinds(lab.prepared.encoder.fields, truth, trial.training.embedding_dim)
-    masks = lab.masks(trial)
-    assert masks is not None
-    layer = {task: _first_layer(mask) for task, mask in masks.items()}
-    relevant = {task: torch.tensor([kind in PLANTED[task] for kind in kinds]) for task in masks}
-    density = {
-        task: {
-            kind: kept[:, torch.tensor([k == kind for k in kinds])].float().mean().item()
-            for kind in ("shared", "click", "watch", "noise")
-        }
-        for task, kept in layer.items()
-    }
-    first, second = masks
-    return {
-        "density": density,
-        "auc": {task: column_recovery(layer[task], relevant[task]).auc for task in masks},
-        "sharing": asdict(sharing_recovery(layer[first], layer[second], relevant[first], relevant[second])),
-    }
-
-
-def column_kinds(fields: Sequence[tuple[str, str, bool]], truth: Mapping[str, str], dim: int) -> list[str]:
-    """Return the kind of each column of a crossed input (`nn.CrossedEmbeddings`): its field's, or its pair's.
-
-    A pair is of a kind if both its fields are and one is a user's, the other a video's: such the truth multiplies.
-    Other pairs are noise.
-    """
-    named = [Field(*field) for field in fields]
-    ordered = sorted(named, key=lambda field: field.multi)
-    kinds = [truth[field.column] for field in ordered]
-    sides = [field.column.partition("_")[0] for field in ordered]
-    columns = [kind for kind in kinds for _ in range(dim)]
-    for i in range(len(kinds)):
-        columns += [
-            kinds[i] if kinds[i] == kinds[j] and sides[i] != sides[j] else "noise" for j in range(i + 1, len(kinds))
-        ]
-    return columns
-
-
-def _first_layer(mask: Mask) -> Tensor:
-    return next(iter(mask.values()))
-
-
 def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return S-Weight's CVR MSE against the other rows', in percent, one number a seed."""
+    """Return S-Weight's CVR MSE against the other rows', in percent, one number per seed."""
 
     def mse(row: str) -> dict[int, float]:
         return {
@@ -248,14 +183,14 @@ def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]
         mine, other = mse(S_WEIGHT), mse(row)
         return [paired_difference({s: mine[s]}, {s: other[s]}, relative=True).mean for s in sorted(mine)]
 
-    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against(RANDOM)}
+    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against(RANDOM_RESCALED)}
 
 
 def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder: Path) -> str:
     figures.plot_regimes(cells, folder / "plots" / "regimes.png")
     parts = [
         "# When does sparse sharing pay?",
-        "Simulated logs of which the truth is known, a cell each: how many impressions are clicked (the fewer, the "
+        "Simulated logs whose truth is known, one per cell: how many impressions are clicked (the fewer, the "
         "less there is to learn watching from), and how much the two tasks are opposed on what both depend on.",
         "![CVR MSE of S-Weight against hard sharing, single-task and random masks](plots/regimes.png)",
         _recovery_table(cells),
@@ -290,8 +225,9 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
             line += [f"{_mean(r['sharing'][part] for r in found):.3f}" for part in ("shared", "private", "neither")]
             lines.append(line)
     text = (
-        "What the masks at 20 % found of the planted structure, first layer: how well the weights that a column keeps "
-        "tell whether the task depends on it (AUC, 0.5 by chance), and how much of what either task keeps both keep."
+        "What the masks at 20 % found of the planted structure, first layer: how well the number of weights that a "
+        "column keeps tells whether the task depends on it (AUC, 0.5 by chance), and which share of the weights that "
+        "either task keeps is kept by both."
     )
     return f"## Found and planted\n\n{text}\n\n{table(header, lines)}"
 

@@ -1,10 +1,11 @@
-"""How fast masked networks are served: every way there is, timed in one interleaved run."""
+"""How fast masked networks are served in every way, timed in one interleaved run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +13,32 @@ from torch import Tensor, nn
 from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.nn.compaction import compact
 from lt4rec_sparse.nn.dense import dense_kernels, packed_product
-from lt4rec_sparse.recsys.frozen import premasked, score_mlp
+from lt4rec_sparse.recsys.frozen import Product, dense_pass, score_mlp
 from lt4rec_sparse.recsys.harness.jobs import laboratory
+from lt4rec_sparse.recsys.harness.trials import Trial
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing
 from lt4rec_sparse.stopwatch import interleaved
-
-if TYPE_CHECKING:
-    from lt4rec_sparse.paper.pages import Findings
 
 CANDIDATES = (1, 32, 256)
 
 
-def serving_times(findings: Findings, rows: list[str]) -> dict[str, Any]:
-    """Time the MLPs of some rows at seed 0, all tasks, fp32, on rows of the test days.
+def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
+    """Time the MLPs of trained trials, all tasks, fp32, on rows of the test days.
 
     The ways of a masked network: "sparse", the engine on compressed weights; "compacted", smaller dense layers without
     what is dead; "dense" and "packed dense", masks multiplied in beforehand, by torch and by oneDNN. Networks without
     masks are dense.
 
+    Args:
+        folder: Where they were trained.
+        trials: Row -> its trial.
+
     Returns:
-        Row -> {"microseconds": {candidates: median of its fastest way}, "way": that way at the most candidates,
+        Row -> {"microseconds": {candidates: median of its fastest way}, "way": that way for the most candidates,
         "ways": {way: {candidates: median}}}.
     """
-    lab = laboratory(findings.laboratory)
-    models = {row: lab.model(findings.trials[row, 0][0]) for row in rows}
+    lab = laboratory(folder)
+    models = {row: lab.model(trial) for row, trial in trials.items()}
     features = next(lab.prepared.stream("test", max(CANDIDATES), shuffle=False).epoch(0)).features
     with torch.inference_mode():
         x = cast(SparseSharing, next(iter(models.values()))).inputs(features)
@@ -46,7 +49,7 @@ def serving_times(findings: Findings, rows: list[str]) -> dict[str, Any]:
         for key in ways:
             medians[key][str(size)] = timed["|".join(key)].median_us
     result = {}
-    for row in rows:
+    for row in trials:
         of_row = {way: times for (name, way), times in medians.items() if name == row}
         fastest = {size: min(of_row, key=lambda way: of_row[way][size]) for size in map(str, CANDIDATES)}
         result[row] = {
@@ -57,7 +60,7 @@ def serving_times(findings: Findings, rows: list[str]) -> dict[str, Any]:
     return result
 
 
-def _ways(model: nn.Module) -> Mapping[str, Callable[[Tensor], Tensor]]:
+def _ways(model: nn.Module) -> dict[str, Product]:
     if isinstance(model, HardSharing):
         mlps = [cast(MaskedMLP, model.mlps[task]) for task in model.tasks]
         return _dense(mlps)
@@ -72,38 +75,13 @@ def _ways(model: nn.Module) -> Mapping[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def _dense(mlps: Sequence[MaskedMLP]) -> dict[str, Callable[[Tensor], Tensor]]:
+def _dense(mlps: Sequence[MaskedMLP]) -> dict[str, Product]:
     """Return the ways that need no sparse kernel: torch's `F.linear`, and weights that oneDNN packed."""
-    ways = {"dense": [premasked(mlp) for mlp in mlps]}
+    makers: dict[str, Callable[[Tensor, Tensor, str], Product] | None] = {"dense": None}
     if "onednn" in dense_kernels("fp32"):
-        ways["packed dense"] = [_packed(mlp) for mlp in mlps]
-    return {way: (parts[0] if len(parts) == 1 else partial(_side_by_side, parts)) for way, parts in ways.items()}
+        makers["packed dense"] = packed_product
+    return {way: partial(_side_by_side, [dense_pass(mlp, make) for mlp in mlps]) for way, make in makers.items()}
 
 
-def _side_by_side(parts: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-    return torch.cat([part(x) for part in parts], dim=1)
-
-
-def _packed(mlp: MaskedMLP) -> Callable[[Tensor], Tensor]:
-    paths = []
-    for task in mlp.tasks:
-        mask, head = mlp.mask(task), mlp.heads[task]
-        assert isinstance(head, nn.Linear)
-        parts = [
-            (weight.detach() * mask[name], layer.bias.detach(), "relu")
-            for (name, weight), layer in zip(mlp.masked_weights().items(), mlp.masked_layers(), strict=True)
-        ]
-        parts.append((head.weight.detach(), head.bias.detach(), "sigmoid"))
-        paths.append([packed_product(*part) for part in parts])
-
-    @torch.inference_mode()
-    def score(x: Tensor) -> Tensor:
-        scores = []
-        for products in paths:
-            h = x
-            for product in products:
-                h = product(h)
-            scores.append(h)
-        return torch.cat(scores, dim=1)
-
-    return score
+def _side_by_side(parts: Sequence[Product], x: Tensor) -> Tensor:
+    return parts[0](x) if len(parts) == 1 else torch.cat([part(x) for part in parts], dim=1)

@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+MAIN_METRIC = {"binary": "auc", "ratio": "mse"}  # kind of a task -> what its models are compared by
+LOSS = {"binary": "log_loss", "ratio": "mse"}  # kind -> what choices on the validation days minimise
+HIGHER_IS_BETTER = {"auc": True, "mse": False}
+
 
 class Metric(Protocol):
     """A metric over a stream of rows."""

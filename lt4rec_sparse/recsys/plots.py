@@ -1,87 +1,145 @@
-"""The report's pictures. Colours follow the entity: a task has one colour everywhere."""
+"""Plots of trained models, for every report: tickets, ownership, latency; and the style that all figures share.
+
+A record is one trained model: its row, its seed, its metrics by split, slice and task, and where it has them its masks,
+tickets and serving times. A task has one colour in every figure with the same `tasks`. Means are over the seeds, error
+bars are standard errors, dots are single seeds. Every plot writes its file and returns the figure.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from lt4rec_sparse.recsys.harness.arms import MAIN_METRIC, TITLES
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
+from lt4rec_sparse.recsys.tables import count
+
+Record = Mapping[str, Any]
+Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # A colour-blind safe order (Okabe and Ito); grey is what no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 SHARED, DEAD = "#56b4e9", "#d9d9d9"
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4  # inches; two panels side by side are as wide as a README
 
 mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
 
 
-def plot_tickets(results: dict[str, Any], path: Path) -> None:
-    """Figure 4: each task's validation metric against the share of weights that remain, a line a seed."""
-    kinds = results["data"]["tasks"]
-    figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(kinds)))
-    for axis, (task, kind), colour in zip(axes, kinds.items(), cycle(TASK_COLOURS), strict=False):
-        metric = MAIN_METRIC[kind]
-        for seed in results["seeds"]:
-            curve = seed["tickets"][task]
-            x = [100 * ticket["density"] for ticket in curve]
-            y = [ticket["validation"][metric] for ticket in curve]
-            axis.plot(x, y, marker="o", color=colour, alpha=0.8, linewidth=1.5, markersize=4)
-            best = seed["best_level"][task]
-            axis.plot(x[best], y[best], marker="o", markersize=10, markerfacecolor="none", color="black")
-        axis.set_xscale("log")
-        axis.set_xticks(x, [f"{value:.0f}" for value in x], minor=False)
-        axis.minorticks_off()
-        axis.invert_xaxis()
-        better = "higher" if metric == "auc" else "lower"
-        axis.set(
-            xlabel="hidden weights remaining, %",
-            ylabel=f"validation {metric.upper()}",
-            title=f"{task} ({better} is better)",
-        )
-        axis.grid(axis="y", alpha=0.3)
+def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path) -> Figure:
+    """Draw Figure 4: each task's validation metric against the hidden weights that remain.
+
+    A thin line per seed, a bold one for their mean, a circle around the level that each seed chose.
+
+    Args:
+        records: One per seed, with `tickets` and `best_level`.
+        tasks: Task -> kind, "binary" or "ratio".
+        path: Of the picture.
+
+    Raises:
+        InputError: If a seed comes twice, has no tickets, or has other levels than the first.
+
+    Source: LT4REC (arXiv 2008.09872), Figure 4.
+    """
+    check_seeds(records, "records")
+    figure, axes = panels(len(tasks))
+    for axis, (task, kind), colour in zip(axes, tasks.items(), cycle(TASK_COLOURS), strict=False):
+        points = ticket_points(records, task, kind)
+        xs, ys = (np.array([point[i] for point in points]) for i in range(2))  # [levels, seeds]
+        for seed, record in enumerate(records):
+            axis.plot(xs[:, seed], ys[:, seed], color=colour, linewidth=0.9, alpha=0.5, marker="o", markersize=2.5)
+            best = record["best_level"][task]
+            axis.plot(
+                xs[best, seed], ys[best, seed], "o", markersize=9, markerfacecolor="none", color="black", zorder=4
+            )
+        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3)
+        density_axis(axis, xs.mean(1), "hidden weights remaining, %")
+        metric_axis(axis, task, kind, "validation")
+    handles = [
+        Line2D([], [], color="#555555", linewidth=0.9, marker="o", markersize=2.5, label="one seed"),
+        Line2D([], [], color="#555555", linewidth=2.6, label=f"mean of {count(len(records), 'seed')}"),
+        Line2D(
+            [], [], color="black", linestyle="", marker="o", markersize=9, markerfacecolor="none", label="level chosen"
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
+    return figure
 
 
-def plot_ownership(results: dict[str, Any], path: Path) -> None:
-    """Figure 3, counted: who owns the weights of each layer, as stacked bars."""
-    layers = next(iter(results["frozen"].values()))["ownership"]
-    owners = list(next(iter(layers.values())))
-    colours = {"shared": SHARED, "dead": DEAD}
-    tasks = zip(results["data"]["tasks"], cycle(TASK_COLOURS), strict=False)
-    colours |= {f"{task} only": colour for task, colour in tasks}
-    figure = Figure(figsize=(7.5, 0.7 + 0.5 * len(layers) + 0.2 * -(-len(owners) // 4)), layout="constrained")
-    axis = figure.subplots()
-    names = [f"{name.replace('layers.', 'layer ')}\n{sum(c.values()):,} weights" for name, c in layers.items()]
-    left = np.zeros(len(layers))
-    for owner in owners:
-        share = np.array([100 * counts[owner] / sum(counts.values()) for counts in layers.values()])
-        axis.barh(names, share, left=left, color=colours[owner], label=owner, height=0.65)
-        for y, (start, width) in enumerate(zip(left, share, strict=True)):
-            if width >= 5:
-                axis.text(start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9)
-        left += share
-    axis.invert_yaxis()
-    axis.set(xlabel="% of the layer's weights", xlim=(0, 100))
-    axis.legend(ncols=min(4, len(owners)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: Path) -> Figure:
+    """Draw who owns the weights of each layer, as stacked bars: a group per row, a bar per layer, means over the seeds.
+
+    Short black lines show where each seed's part ends.
+
+    Args:
+        records: One per row and seed, with `masks`; rows that are not in `titles` are left out.
+        titles: Row -> the headline of its bars.
+        path: Of the picture.
+
+    Raises:
+        InputError: If a row has no record, a seed twice, or no masks.
+
+    Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
+    """
+    rows = by_row(records, titles)
+    shares = {row: _shares(found) for row, found in rows.items()}
+    owners = list(dict.fromkeys(owner for layers in shares.values() for share in layers.values() for owner in share))
+    alone = [owner for owner in owners if owner not in ("shared", "dead")]
+    colours = {"shared": SHARED, "dead": DEAD} | dict(zip(alone, cycle(TASK_COLOURS), strict=False))
+    layers = sum(len(layers) for layers in shares.values())
+    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(rows) + 0.34 * layers), layout="constrained")
+    ratios = [len(layers) for layers in shares.values()]
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
+    for axis, (row, by_layer) in zip(axes, shares.items(), strict=True):
+        for y, by_owner in enumerate(by_layer.values()):
+            left: NDArray[np.float64] = np.zeros(len(rows[row]))
+            for owner, share in by_owner.items():
+                start, width = float(left.mean()), float(share.mean())
+                axis.barh(y, width, left=start, color=colours[owner], height=0.76)
+                if width >= 5:  # less has no room for its number
+                    axis.text(start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9)
+                left = left + share
+                if len(left) > 1:
+                    inner = left[(left > 0) & (left < 100 - 1e-9)]
+                    axis.vlines(inner, y + 0.2, y + 0.38, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(by_layer)), [name.replace("layers.", "layer ") for name in by_layer])
+        axis.tick_params(axis="y", length=0)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 100)
+        axis.set_title(titles[row], loc="left", fontsize=10)
+    axes[-1].set(xlabel="% of the layer's weights (short lines: where each seed's part ends)")
+    handles = [mpl.patches.Patch(color=colours[owner], label=owner) for owner in owners]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(owners)), frameon=False)
     figure.savefig(path)
+    return figure
 
 
-def plot_latency(results: dict[str, Any], path: Path) -> None:
-    """Median time of a request against its candidates: each sparse model and dense, whole and MLP alone."""
+def plot_latency(frozen: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], path: Path) -> Figure:
+    """Draw the median time of a request against its candidates: sparse models and dense torch, whole and MLP alone.
+
+    Args:
+        frozen: Row -> what `freeze_and_compare` found, the served one first.
+        titles: Row -> what the legend calls it.
+        path: Of the picture.
+    """
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (title, (dense, sparse)) in zip(axes, paths.items(), strict=True):
-        frozen = list(results["frozen"])
-        lines = {"dense torch": (frozen[0], dense, "#555555")}
-        lines |= {TITLES[arm]: (arm, sparse, c) for arm, c in zip(frozen, TASK_COLOURS, strict=False)}
-        for label, (arm, name, colour) in lines.items():
-            records = [record for record in results["frozen"][arm]["latency"] if record["path"] == name]
+        lines = {"dense torch": (next(iter(frozen)), dense, "#555555")}
+        lines |= {titles[row]: (row, sparse, colour) for row, colour in zip(frozen, TASK_COLOURS, strict=False)}
+        for label, (row, name, colour) in lines.items():
+            records = [record for record in frozen[row]["latency"] if record["path"] == name]
             sizes = [record["candidates"] for record in records]
             axis.plot(sizes, [r["median_us"] for r in records], color=colour, marker="o", label=label)
             low, high = ([r[key] for r in records] for key in ("p20_us", "p80_us"))
@@ -89,8 +147,103 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_yscale("log")
-        axis.set(xlabel="candidates a request", title=title)
+        axis.set(xlabel="candidates per request", title=title)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="microseconds (median, p20 to p80)")
     axes[0].legend(frameon=False)
     figure.savefig(path)
+    return figure
+
+
+def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Return the standard error of a mean, NaN for a single value: one seed says nothing of its noise."""
+    return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def check_seeds(records: Sequence[Record], name: str) -> None:
+    """Check that there are records, and one per seed."""
+    seeds = [record["seed"] for record in records]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"{name}: got the seeds {seeds}, wanted each once and at least one")
+
+
+def by_row(records: Sequence[Record], titles: Mapping[str, str]) -> dict[str, list[Record]]:
+    """Return the records of each titled row; a missing row is an error, since a figure would drop it silently."""
+    rows = {row: [record for record in records if record["row"] == row] for row in titles}
+    for row, found in rows.items():
+        check_seeds(found, row)
+    return rows
+
+
+def ticket_points(records: Sequence[Record], task: str, kind: str) -> list[Point]:
+    """Return kept weights in % and the validation metric of each level, over the seeds."""
+    curves = []
+    for record in records:
+        if not record.get("tickets"):
+            raise InputError(f"tickets of {record['row']}, seed {record['seed']}: got none, wanted {task!r}")
+        curves.append(record["tickets"][task])
+    if len({len(curve) for curve in curves}) > 1:
+        raise InputError(
+            f"tickets of {task!r}: got {[len(curve) for curve in curves]} levels, wanted the same number at every seed"
+        )
+    metric = MAIN_METRIC[kind]
+    return [
+        ([100 * ticket["density"] for ticket in level], [ticket["validation"][metric] for ticket in level])
+        for level in zip(*curves, strict=True)
+    ]
+
+
+def masks_of(record: Record) -> Mapping[str, Any]:
+    """Return what a record says of its masks."""
+    masks: Mapping[str, Any] | None = record.get("masks")
+    if masks is None:
+        raise InputError(f"masks of {record['row']}, seed {record['seed']}: got none, wanted a masked model")
+    return masks
+
+
+def _shares(records: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return layer -> owner -> % of the layer's weights, over the seeds."""
+    owned = [masks_of(record)["ownership"] for record in records]
+    return {
+        layer: {
+            owner: np.array([100 * seed[layer][owner] / sum(seed[layer].values()) for seed in owned])
+            for owner in counts
+        }
+        for layer, counts in owned[0].items()
+    }
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with at most two panels per line: more would be unreadable at the width of a page."""
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    width = PANEL_WIDTH * columns if columns > 1 else 6.0
+    figure = Figure(figsize=(width, PANEL_HEIGHT * lines + 0.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    axes = list(figure.subplots(lines, columns, squeeze=False).ravel())
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def metric_axis(axis: Axes, task: str, kind: str, split: str) -> None:
+    """Label an axis with a task's main metric, and the panel with its better direction."""
+    metric = MAIN_METRIC[kind]
+    better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
+    axis.set(ylabel=f"{split} {metric.upper()}", title=f"{task} ({better} is better)")
+    axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def density_axis(axis: Axes, percents: Iterable[float], label: str) -> None:
+    """Make x logarithmic, from dense to sparse, with a tick at each density that has room for one."""
+    ticks: list[float] = []
+    ordered = sorted(percents, reverse=True)
+    room = 0.09 * np.log(ordered[0] / ordered[-1])  # a label takes about 8 % of a panel
+    for percent in ordered:
+        if not ticks or np.log(ticks[-1] / percent) > room:
+            ticks.append(percent)
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.0f}" if tick >= 10 else f"{tick:.2g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.invert_xaxis()
+    axis.set(xlabel=label)

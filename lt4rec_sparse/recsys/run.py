@@ -3,50 +3,82 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
-from collections.abc import Callable, Sequence
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from lt4rec_sparse import __version__, ops
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
-from lt4rec_sparse.recsys.harness.arms import RANDOM_LAST, SPARSE, SPARSE_LAST, SeedRun
-from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, pin_settings, tasks_of, with_seeds_of
-from lt4rec_sparse.recsys.report import write_report
+from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
+from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
+from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Rows, narrow_factor
+from lt4rec_sparse.recsys.harness.settings import (
+    RunSettings,
+    check_settings,
+    locked,
+    pin_settings,
+    tasks_of,
+    with_seeds_of,
+)
+from lt4rec_sparse.recsys.harness.statistics import best_of
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
+from lt4rec_sparse.recsys.metrics import LOSS
+from lt4rec_sparse.recsys.report import verdict, write_report
 
-Progress = Callable[[str, int, int], None]
+PLANTED_FIELDS = 2  # of each kind in the simulated log: enough to see whether masks find them
+MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "results.json"
 
-MODEL, MODEL_LAST = "model.safetensors", "model_last.safetensors"
+
+class Finished(NamedTuple):
+    """What a run leaves: the path of `report.md`, and its verdict in one sentence."""
+
+    report: Path
+    verdict: str
 
 
 def run(
-    data: Path | None, out: Path, settings: RunSettings, progress: Progress = lambda stage, done, total: None
-) -> Path:
-    """Prepare the data, find masks, train every arm, freeze, measure and report; continue where a run stopped.
+    data: Path | None,
+    out: Path,
+    settings: RunSettings,
+    progress: Progress = lambda stage, done, total: None,
+    resources: Resources | None = None,
+) -> Finished:
+    """Prepare the data, find masks, train every row, freeze, measure and report; continue where a run stopped.
+
+    The rows are those that a product is chosen from (`Rows.product`): single-task models, hard sharing, a narrow dense
+    network with as many weights as the masks keep, random masks, and tickets. They are trained by the same harness as
+    experiments, and their controls are the matter of `experiment tickets`. A finished run measures nothing anew.
 
     The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing model of seed 0,
-    `model.safetensors`, calibrated for int8, through random masks or the best tickets, as the settings or the
-    validation days say; where tickets were searched, `model_last.safetensors` through the last, sparsest ones;
-    `seed_<n>/tickets/<task>/`, a mask and its validation metrics for each round, without a search for the full mask
-    alone; `metrics.jsonl`; `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`,
-    the prepared log.
+    `model.safetensors`, calibrated for int8, through random masks or tickets, as the settings or the validation days
+    say; where tickets were searched and are another model, `model_last.safetensors` through the last, sparsest ones;
+    `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`, the prepared log;
+    `singles/`, `searches/` and `trials/`, what was trained; `metrics.jsonl`.
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
         out: The run folder.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
+        resources: Processes that train.
 
     Returns:
-        The path of `report.md`; it covers every seed that the folder was asked for so far.
+        The report, which covers every seed that the folder was asked for so far, and the verdict.
 
     Raises:
-        SettingsError: If `out` holds a run of other settings.
+        SettingsError: If `out` holds a run of other settings or of another version, or another process works there.
         DataError: If `out` holds a run of other data, or the data are not what their schema says.
         SchemaError: If the schema contradicts itself, or a name in it cannot be one here.
     """
@@ -59,72 +91,114 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         if not (source / "truth.json").exists():
             progress("simulate", 0, 1)
-            simulate(SimulatorConfig(), source)
+            simulate(SimulatorConfig(planted_fields=PLANTED_FIELDS), source)
             progress("simulate", 1, 1)
     schema = open_source(source).schema
     tasks = tasks_of(schema, settings.tasks)
     _check_names(schema)
     # What was trained before is of the data as they were then.
-    prepared = prepare(source, out / "data", schema, progress, replace=not begun)
+    prepared = prepare(source, out / DATA, schema, progress, replace=not begun)
     _check_classes(prepared, source, tasks)
-    pin_settings(out, name, settings)
-    log = MetricsLog(out / "metrics.jsonl")
-    seeds = []
-    first: SeedRun | None = None
-    for seed in range(settings.seeds):
-        seed_run = SeedRun(prepared, settings, seed, out / f"seed_{seed}", log, progress)
-        first = first or seed_run
-        seeds.append(seed_run.run())
-    assert first is not None
+    with locked(out):
+        config = pin_settings(out, name, settings)
+        results = _earlier(out, config)
+        if results is None:
+            facts = _facts(prepared, source, tasks, simulated=data is None)
+            results = {
+                "data": facts,
+                "config": config,
+                "machine": _machine(),
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                **_measured(prepared, out, settings, facts, progress, resources or Resources()),
+                "seconds": perf_counter() - started,
+            }
+            write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
+        return Finished(write_report(results, out), verdict(results))
+
+
+def _measured(
+    prepared: Prepared,
+    out: Path,
+    settings: RunSettings,
+    facts: Mapping[str, Any],
+    progress: Progress,
+    resources: Resources,
+) -> dict[str, Any]:
+    """Train, choose on the validation days, freeze and measure."""
+    fields = len(prepared.encoder.fields)
+    in_features = fields * settings.embedding_dim + fields * (fields - 1) // 2
+    rows = Rows(
+        tuple(facts["tasks"]),
+        settings.training,
+        rounds=settings.rounds,
+        density=settings.density,
+        granularity=settings.granularity,
+        narrow=narrow_factor(in_features, settings.hidden, settings.density),
+    )
+    kinds = {task.name: task.kind for task in prepared.schema.tasks}
+    study = carry_out(
+        lambda rows: rows.product(settings.masks),
+        rows,
+        settings.seeds,
+        kinds,
+        prepared.schema.carried,
+        out,
+        carrier(out, resources, progress, "models"),
+        settings.learning_rates,
+    )
+    served = _served(study, settings.masks, kinds)
+    files = {served: MODEL}
+    states = {record["row"]: record["state"] for record in study.records if record["seed"] == 0}
+    if states.get(S_WEIGHT_LAST, states[served]) != states[served]:
+        files[S_WEIGHT_LAST] = MODEL_LAST
     progress("freeze and measure", 0, 1)
-    frozen = {arm: freeze_and_compare(first, arm, out / file) for arm, file in artefacts(first).items()}
+    lab = laboratory(out)
+    frozen = {row: freeze_and_compare(lab, study.trials[row, 0][0], out / file) for row, file in files.items()}
+    planted = facts.get("truth", {}).get("fields") if facts["tasks"].keys() >= PLANTED.keys() else None
+    masked = {record["row"]: None for record in study.records if record["masks"]}
     progress("freeze and measure", 1, 1)
-    results: dict[str, Any] = {
-        "data": _facts(prepared, source, tasks, simulated=data is None),
-        "config": json.loads((out / "config.json").read_text(encoding="utf-8")),
-        "seeds": seeds,
+    return {
+        "rows": {row.key: row.title for row in study.table},
+        "learning_rates": study.rates,
+        "steps": len(lab.starts.stream("train", settings.batch_size, 0)) * settings.epochs,
+        "files": files,
         "frozen": frozen,
-        "seconds_this_run": perf_counter() - started,
+        "recovery": {} if planted is None else {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
+        "records": study.records,
     }
-    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    return write_report(results, out)
 
 
-def artefacts(seed_run: SeedRun) -> dict[str, str]:
-    """Return which arms are frozen to which files; the first is what is to be served."""
-    if seed_run.settings.masks == "random":
-        return {RANDOM_LAST: MODEL}
-    served = SPARSE
-    if seed_run.settings.masks == "best":
-        served = seed_run.best_arm((RANDOM_LAST, SPARSE, SPARSE_LAST))
-    return {served: MODEL} if served == SPARSE_LAST else {served: MODEL, SPARSE_LAST: MODEL_LAST}
+def _served(study: Study, masks: str, kinds: Mapping[str, str]) -> str:
+    """Return the row to serve: of masked ones the best on the validation days at seed 0, where there is a choice."""
+    masked = {record["row"]: record for record in study.records if record["masks"] and record["seed"] == 0}
+    if masks == "tickets":
+        return S_WEIGHT
+    validation = {row: record["validation"]["all"] for row, record in masked.items()}
+    losses = {row: {t: m[LOSS[kinds[t]]] for t, m in found.items()} for row, found in validation.items()}
+    served: str = best_of(losses)
+    return served
 
 
-class MetricsLog:
-    """Appends records to a JSONL file; a record that a resumed run repeats is written once.
-
-    Args:
-        path: The file; made when the first record comes. A line cut short by a crash is dropped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            write_whole(path, "".join(whole))
-        self._seen = {_identity(json.loads(line)) for line in whole}
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        """Append a record, unless one of the same seed, stage, split, task and epoch stands there."""
-        if _identity(record) not in self._seen:
-            self._seen.add(_identity(record))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+def _earlier(out: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the results of a run that was finished with these settings."""
+    path = out / RESULTS
+    if not path.exists():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    is_whole = results["config"] == config and all((out / file).exists() for file in results["files"].values())
+    return results if is_whole else None
 
 
-def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record.get(key) for key in ("seed", "stage", "split", "task", "epoch"))
+def _machine() -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "engine": ops.cpu_engine(),
+        "lt4rec_sparse": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _check_names(schema: Schema) -> None:

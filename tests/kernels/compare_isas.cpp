@@ -1,10 +1,10 @@
-// Compares every ISA that this machine runs with the scalar definition, to the bit: random networks through the
-// engine's door on both paths, and the functions between layers one by one. Plain C++, so that it also runs where
-// there is no Python: under an emulator, or on a board.
+// Compares every ISA that this machine runs with the scalar definition, bit by bit: random networks on both paths, and
+// each of the functions between layers. Plain C++, so that it also runs without Python: under an emulator, or on a
+// board.
 //
 //   compare_isas [networks = 120]
 //
-// Prints a checksum of all results, which is the same on every processor. Ends with 1 at the first difference.
+// Prints a checksum of all results, which is the same on every processor. The first difference ends it with 1.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -70,7 +70,7 @@ class Checksum {
 
 constexpr size_t kRoom = 24 * 24;
 
-// Of what `function` writes, the first `count` values; `untouched` where it must not write.
+// Compares the first `count` values that `function` writes; the memory holds `untouched` before.
 template <class T, class Function>
 void compare_function(const Isa& isa, const char* what, int64_t seed, size_t count, T untouched, Function function) {
   std::vector<T> got(kRoom, untouched), wanted(kRoom, untouched);
@@ -125,65 +125,78 @@ void compare_functions(const Isa& isa, uint32_t seed) {
 
 // --- Networks -----------------------------------------------------------------------------------------------------
 
-struct Layer {
-  std::vector<int32_t> crow_indices{0}, col_indices;
-  std::vector<float> values, bias;
+// The values of a union, and a bit plane for each task that shares it.
+struct Weight {
+  int64_t tasks;
+  std::vector<uint8_t> planes;
+  std::vector<float> values;
 
-  // Layers of one `weights` seed keep almost the same weights, as tasks that share do.
-  Layer(Draw& draw, uint32_t weights, int64_t in_features, int64_t out_features, float scale) {
-    Draw common(weights);
-    const int64_t percents[] = {0, 5, 30, 60, 100}, percent = percents[common.below(5)];
+  Weight(Draw& draw, int64_t tasks, int64_t in_features, int64_t out_features, float scale) : tasks(tasks) {
+    const int64_t percents[] = {0, 5, 30, 60, 100}, percent = percents[draw.below(5)];
+    const int64_t left_out = draw.below(2) ? 5 : 40;  // percent of the union, by each of several tasks
+    const int64_t row_bytes = (in_features + 7) / 8;
+    planes.resize(size_t(tasks * out_features * row_bytes));
     for (int64_t row = 0; row < out_features; ++row) {
       for (int64_t column = 0; column < in_features; ++column) {
-        const float value = common.of_unit() * scale;
-        if (common.below(100) >= percent || draw.below(20) == 0) continue;
-        col_indices.push_back(int32_t(column));
-        values.push_back(value);
+        if (draw.below(100) >= percent) continue;
+        bool is_kept = false;
+        for (int64_t task = 0; task < tasks; ++task) {
+          if (tasks > 1 && draw.below(100) < left_out) continue;
+          planes[size_t((task * out_features + row) * row_bytes + column / 8)] |= uint8_t(1 << (column % 8));
+          is_kept = true;
+        }
+        if (is_kept) values.push_back(draw.of_unit() * scale);
       }
-      crow_indices.push_back(int32_t(col_indices.size()));
-      bias.push_back(draw.of_unit() * scale * scale);
     }
   }
 };
 
 struct Network {
-  std::vector<Layer> layers;
-  std::vector<CanonicalLayer> records;
+  std::vector<Weight> weights;
+  std::vector<std::vector<float>> biases;  // of each layer
+  std::vector<CanonicalLayer> layers;
   int64_t in_features, outputs = 0;
   float scale;  // of x and the first layers
 
   Network(Draw& draw, int64_t precision) : in_features(draw.between(1, 280)) {
-    // A product of two tiny values is denormal, or nearly so. Codes of int8 would all be alike.
+    // The product of two tiny values is denormal, or nearly so. In int8 all of them would be quantised alike.
     scale = precision != PRECISION_S8 && draw.below(3) == 0 ? 0x1p-63f : 1;
     const bool is_shared = draw.below(2);
-    const auto weights = uint32_t(draw.below(1'000'000));
-    const int64_t tasks = draw.between(1, 3), first_features = draw.between(1, 70);
+    const int64_t tasks = draw.between(1, draw.below(4) ? 3 : 12), first_features = draw.between(1, 70);
+    std::vector<size_t> weight_of;
+    if (is_shared) weights.emplace_back(draw, tasks, in_features, first_features, scale);
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t depth = draw.between(1, 3);
       int64_t in = in_features;
       for (int64_t i = 0; i < depth; ++i) {
-        const bool is_first = i == 0, is_head = i == depth - 1;
-        const int64_t out = is_first && is_shared ? first_features : draw.between(1, is_head ? 20 : 150);
-        layers.emplace_back(draw, is_first && is_shared ? weights : uint32_t(draw.below(1'000'000)), in, out,
-                            is_first ? scale : 1);
-        CanonicalLayer record{};
-        record.in_features = in;
-        record.out_features = out;
-        record.nnz = int64_t(layers.back().values.size());
-        record.activation = draw.below(3);
-        record.is_head = is_head;
-        record.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
-        record.input_zero_point = is_first ? 128 : draw.below(256);
-        records.push_back(record);
+        const bool is_first = i == 0, is_head = i == depth - 1, is_of_union = is_first && is_shared;
+        const int64_t out = is_of_union ? first_features : draw.between(1, is_head ? 20 : 150);
+        if (!is_of_union) weights.emplace_back(draw, 1, in, out, is_first ? scale : 1);
+        weight_of.push_back(is_of_union ? 0 : weights.size() - 1);
+        const float bias_scale = is_first ? scale * scale : 1;
+        std::vector<float>& bias = biases.emplace_back();
+        if (draw.below(4))
+          for (int64_t row = 0; row < out; ++row) bias.push_back(draw.of_unit() * bias_scale);
+        CanonicalLayer layer{};
+        layer.task = is_of_union ? task : 0;
+        layer.in_features = in;
+        layer.out_features = out;
+        layer.activation = draw.below(3);
+        layer.is_head = is_head;
+        layer.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
+        layer.input_zero_point = is_first ? 128 : draw.below(256);
+        layers.push_back(layer);
         if (is_head) outputs += out;
         in = out;
       }
     }
-    for (size_t i = 0; i < records.size(); ++i) {
-      records[i].crow_indices = reinterpret_cast<int64_t>(layers[i].crow_indices.data());
-      records[i].col_indices = reinterpret_cast<int64_t>(layers[i].col_indices.data());
-      records[i].values = reinterpret_cast<int64_t>(layers[i].values.data());
-      records[i].bias = draw.below(4) ? reinterpret_cast<int64_t>(layers[i].bias.data()) : 0;
+    for (size_t i = 0; i < layers.size(); ++i) {  // addresses, now that nothing moves any more
+      const Weight& weight = weights[weight_of[i]];
+      layers[i].values = reinterpret_cast<int64_t>(weight.values.data());
+      layers[i].planes = reinterpret_cast<int64_t>(weight.planes.data());
+      layers[i].tasks = weight.tasks;
+      layers[i].nnz = int64_t(weight.values.size());
+      layers[i].bias = biases[i].empty() ? 0 : reinterpret_cast<int64_t>(biases[i].data());
     }
   }
 };
@@ -194,8 +207,8 @@ void compare_network(uint32_t seed, Checksum& checksum) {
   const Network network(draw, precision);
   char message[MESSAGE_BYTES];
   uint8_t* blob;
-  const auto layers = int64_t(network.records.size());
-  const int64_t bytes = lt4rec_prepack(network.records.data(), layers, precision, &blob, message);
+  const int64_t bytes = lt4rec_prepack(network.layers.data(), int64_t(network.layers.size()), precision,
+                                       LAYOUT_TABLES | LAYOUT_SLICES, &blob, message);
   if (bytes < 0) fail("prepack", message, seed, 0);
 
   const int64_t batch = draw.between(1, 70), x_stride = network.in_features + draw.below(3),

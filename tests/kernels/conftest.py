@@ -1,4 +1,4 @@
-"""Every test of the engine's results runs once for each of its kernels; cuBLAS' sums are in float32."""
+"""Every test of the engine's results runs once for each of its kernels; cuBLAS sums in float32."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from lt4rec_sparse.kernels import cpu
 
 @pytest.fixture(autouse=True)
 def sums_in_float32() -> Iterator[None]:
-    """Keep cuBLAS from adding the parts of a sum in 16 bits, as torch lets it by default: that leaves every bound."""
+    """Keep cuBLAS from adding the parts of a sum in 16 bits, torch's default, which exceeds every bound."""
     matmul = torch.backends.cuda.matmul
     settings = [f"allow_{name}_reduced_precision_reduction" for name in ("bf16", "fp16")]
     before = [getattr(matmul, setting) for setting in settings]

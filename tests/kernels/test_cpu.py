@@ -92,7 +92,7 @@ def test_the_reference_of_int8_rounds_once() -> None:
     fmaf = ctypes.CDLL(None).fmaf
     fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
     a, b = normal_like(4000, seed=1), normal_like(4000, seed=2)
-    # Next to the product, far from it, and where a sum in float64 falls on a tie that it is not.
+    # Next to the product, far from it, and where a sum in float64 is rounded to a tie of float32.
     c = torch.cat(
         [-(a * b)[:1000], normal_like(1000, seed=3) * 2.0**30, normal_like(1000, seed=4) * 2.0**-60, a[3000:]]
     )
@@ -149,7 +149,7 @@ def test_every_batch_size_serves_all_tasks_exactly(kernel: Kernel) -> None:
 
 @functools.cache
 def case_of_much_work(precision: str) -> Case:
-    """From 16 rows on, enough of it for a second thread, also in int8."""
+    """Enough work for a second thread from 16 rows on, also in int8."""
     task = random_task((400, 320, 37, 3), density=1.0, seed=1)
     task = [layer._replace(weight=layer.weight.sign()) for layer in task]
     return exact_case([task], integers_like(129, 400).sign(), precision)
@@ -171,7 +171,7 @@ def masks_that_hurt(out_features: int = 21, in_features: int = 300) -> dict[str,
     masks["last"][:, -1] = True
     masks["first"][:, 0] = True
     masks["skewed"][3] = True  # one full row among empty ones
-    masks["ahead"][:, 250:] = True  # all but one row wait behind the one with a column in every window
+    masks["ahead"][:, 250:] = True  # row 7 has columns in every window, and all others wait for it
     masks["ahead"][7] = True
     masks["middle"][:, 128:256] = True  # nothing in the first block, which brings the bias, nor in the last, with ReLU
     masks["ends"][:, (0, -1)] = True
@@ -591,7 +591,7 @@ def test_poison_passes_through_hidden_and_shared_layers(kernel: Kernel, poison: 
 
 
 def assert_exact_with_nan(y: Tensor, wanted: Tensor) -> None:
-    """As exact, with NaN where NaN is wanted and nowhere else."""
+    """As `assert_exact`, with NaN where NaN is wanted and nowhere else."""
     assert torch.equal(y.isnan(), wanted.isnan())
     assert_exact(
         y.nan_to_num(nan=0.5, posinf=torch.inf, neginf=-torch.inf),
@@ -654,7 +654,7 @@ def test_bfloat16_takes_a_denormal_sum_for_zero_at_once(kernel: Kernel) -> None:
 
 
 def tiny_case_of_much_work() -> tuple[Task, Tensor]:
-    """Work enough for several threads, whose products are denormal, or nearly so."""
+    """Enough work for several threads, with products that are denormal, or nearly so."""
     task = random_task((300, 130, 40), 0.5, seed=3, integers=False)
     task = [layer._replace(weight=layer.weight * 2.0**-60, bias=layer.bias * 2.0**-127) for layer in task]
     return task[:1], normal_like(64, 300, seed=4) * 2.0**-64

@@ -423,6 +423,7 @@ def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str
 
 
 def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LT4REC_SPARSE_ISA", raising=False)
     monkeypatch.delattr(kernels, "_engine")
     monkeypatch.setitem(sys.modules, "lt4rec_sparse.kernels._engine", None)
     spec = importlib.util.spec_from_file_location("cpu_without_engine", cpu.__file__)
@@ -434,3 +435,6 @@ def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pyte
     assert "_engine" in bare.absence_reason()
     with pytest.raises(RuntimeError, match="the native engine is absent"):
         bare.prepack_layers([[full_layer(3, 2)]])
+    monkeypatch.setenv("LT4REC_SPARSE_ISA", "scalar")
+    with pytest.raises(ValueError, match="LT4REC_SPARSE_ISA: the native engine is absent"):
+        spec.loader.exec_module(bare)

@@ -1,6 +1,6 @@
-"""The prepacked blob, read byte by byte as csrc/engine.h specifies it and by no line of the engine's own.
+"""The prepacked blob, read byte by byte as csrc/engine.h specifies it, by none of the engine's own code.
 
-Both layouts of every layer must give back each kept weight once, in its place and in its order, and nothing else.
+Both layouts of every layer must hold each kept weight once, in its place and in its order, and nothing else.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ SLICE = np.dtype([("steps", "<u2"), ("row", "<u2", (SLICE_ROWS,))])
 
 
 class Weights:
-    """What a layout holds: the columns of each row as they come, and their weights."""
+    """What a layout holds: the columns of each row in the order of the blob, and their weights."""
 
     def __init__(self, rows: int, columns: int, dtype: str) -> None:
         self.columns: list[list[int]] = [[] for _ in range(rows)]

@@ -1,8 +1,7 @@
 """Arrays between inaccessible pages: one byte read or written out of place kills the process.
 
 `x`, `out` and the blob end where such a page begins, then begin where one ends. A sanitizer sees neither gathers nor
-most vector loads; the hardware does. What stands in an engine's scratch memory is the business of
-`python -m tests.kernels.sanitize`.
+most vector loads; the hardware does. `python -m tests.kernels.sanitize` does the same for the engine's scratch memory.
 """
 
 from __future__ import annotations
@@ -15,7 +14,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kernels.networks import Kernel, Task, exact_reference, prepack, random_task
+from kernels.networks import (
+    Kernel,
+    Task,
+    exact_reference,
+    is_shared,
+    pack_tasks,
+    prepack,
+    random_layer,
+    random_mask,
+    random_task,
+)
 from oracle import assert_exact, small_integers
 from torch import Tensor
 
@@ -60,14 +69,24 @@ TASKS: dict[str, list[tuple[int, ...]]] = {
     "130 x 17 x 65 x 5": [(130, 17, 65, 5)],
     "several": [(63, 81, 2), (63, 1), (63, 16, 16, 33, 1)],
     "257 x 129": [(257, 129)],
+    "shared": [(63, 81, 2), (63, 81, 7), (63, 81)],
 }
+
+
+def tasks_of(name: str) -> list[Task]:
+    tasks: list[Task] = [random_task(features, 0.3, seed=10 * t) for t, features in enumerate(TASKS[name])]
+    if name == "shared":  # by all tasks, and by the first two
+        draw = random_layer(torch.ones(81, 63, dtype=torch.bool), "relu", seed=50)
+        of_all, of_two = torch.arange(63) < 30, torch.arange(63) < 60
+        for t, task in enumerate(tasks):
+            mask = random_mask(81, 63, 0.2, seed=t) | (of_two if t < 2 else of_all)
+            tasks[t] = [draw._replace(weight=draw.weight * mask, mask=mask), *task[1:]]
+    return tasks
 
 
 @functools.cache
 def case_of(name: str, precision: str) -> Case:
-    tasks: list[Task] = [random_task(features, 0.3, seed=10 * t) for t, features in enumerate(TASKS[name])]
-    if name == "several":  # as shared weights, too
-        tasks += [[tasks[0][0], *random_task((81, 7), 0.5, seed=50)]]
+    tasks = tasks_of(name)
     x = small_integers(70, TASKS[name][0][0], generator=torch.Generator().manual_seed(1))
     return Case(prepack(tasks, precision), x, exact_reference(x, tasks, precision))
 
@@ -116,10 +135,20 @@ def test_several_threads_touch_nothing_out_of_place(kernel: Kernel, at: str) -> 
 @pytest.mark.parametrize("at", ("end", "start"))
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)
 def test_prepack_reads_nothing_out_of_place(precision: str, at: str) -> None:
-    def guarded(layer: cpu.PackLayer) -> cpu.PackLayer:
-        arrays = {name: getattr(layer, name) for name in ("crow_indices", "col_indices", "values", "bias")}
-        return layer._replace(**{name: Pages(4 * len(array)).hold(array, at) for name, array in arrays.items()})
+    pages_of: dict[int, Tensor] = {}  # tasks that share a weight hold the same tensors
 
-    tasks = [random_task((63, 81, 2), 0.3, seed=1), random_task((63, 17), 0.3, seed=2)]
-    held = [[guarded(layer.pack()) for layer in task] for task in tasks]
-    assert torch.equal(cpu.prepack(held, precision), prepack(tasks, precision))
+    def guarded(layer: cpu.PackLayer) -> cpu.PackLayer:
+        arrays = {name: getattr(layer, name) for name in ("values", "planes", "bias")}
+        for name, array in arrays.items():
+            if array is not None:
+                if id(array) not in pages_of:
+                    pages_of[id(array)] = Pages(array.nbytes).hold(array, at)
+                arrays[name] = pages_of[id(array)]
+        return layer._replace(**arrays)
+
+    shared = pack_tasks(tasks_of("shared"))
+    dense = [layer._replace(planes=None) for layer in pack_tasks([random_task((63, 17, 2), 1.0, seed=2)])[0]]
+    for packed, are_shared in ((shared, True), ([*shared, dense], False)):
+        blob = cpu.prepack_layers([[guarded(layer) for layer in task] for task in packed], precision)
+        assert is_shared(blob) == are_shared
+        assert torch.equal(blob, cpu.prepack_layers(packed, precision))

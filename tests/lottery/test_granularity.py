@@ -13,6 +13,7 @@ from lt4rec_sparse.lottery import GRANULARITIES
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys.harness.settings import RunSettings, SettingsError, check_settings, pin_settings
+from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import run
 
 WANTED = "granularity: got 'rows', wanted one of weight, 2:4, block4, block16, block32, block64, neuron"
@@ -34,26 +35,17 @@ def test_a_run_of_another_granularity_is_refused(tmp_path):
         check_settings(tmp_path, "log", RunSettings())
 
 
-def test_a_run_from_before_granularity_was_of_single_weights(tmp_path):
-    pin_settings(tmp_path, "log", RunSettings())
-    path = tmp_path / "config.json"
-    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "granularity"}
-    path.write_text(json.dumps(old))
-    assert check_settings(tmp_path, "log", RunSettings())
-    with pytest.raises(SettingsError, match="got granularity = weight, wanted neuron; choose another --out"):
-        check_settings(tmp_path, "log", RunSettings(granularity="neuron"))
-
-
 def test_a_run_by_neurons_prunes_neurons(small_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen, "interleaved", partial(frozen.interleaved, rounds=1, round_us=1.0))
     settings = RunSettings(hidden=(16, 8), embedding_dim=4, rounds=1, epochs=1, batch_size=1024, granularity="neuron")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several only wait for each other over so small a model
-    run(small_folder, tmp_path / "run", settings)
+    run(small_folder, tmp_path / "run", settings, resources=Resources(executor="here"))
     torch.set_num_threads(threads)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["config"]["granularity"] == "neuron"
     for task in ("ctr", "cvr"):
-        mask = Mask.load(tmp_path / "run" / "seed_0" / "tickets" / task / "level_1.mask.safetensors")
+        (path,) = (tmp_path / "run" / "searches").glob(f"*/seed_0/{task}/level_1.mask.safetensors")
+        mask = Mask.load(path)
         assert 0 < mask.density <= 0.2
         for kept in mask.values():
             assert torch.equal(kept.all(1), kept.any(1))

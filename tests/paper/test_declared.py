@@ -1,18 +1,18 @@
 """The declared rows: distinct, of the paper's table, each with a learning rate to be had."""
 
-from dataclasses import replace
-
 import pytest
 
 from lt4rec_sparse.paper import declared
-from lt4rec_sparse.paper.declared import BASE, KEPT_A_ROUND, ROUNDS, Rows, Variants
-from lt4rec_sparse.paper.experiment import EXPERIMENTS, rate_rows
+from lt4rec_sparse.paper.declared import PaperRows, Variants
+from lt4rec_sparse.paper.experiment import EXPERIMENTS
+from lt4rec_sparse.recsys.harness.rows import BASE, narrow_factor, scaled
+from lt4rec_sparse.recsys.harness.study import rate_rows
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.recsys.models import MODELS
 
 TRAINING = Training(learning_rate=5e-4)
 RATES = (("ctr", 1e-3), ("cvr", 2e-3))
-ROWS = Rows(("ctr", "cvr"), TRAINING, RATES)
+ROWS = PaperRows(("ctr", "cvr"), TRAINING, RATES)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -22,7 +22,7 @@ def test_rows_are_distinct_and_have_a_rate(name):
     assert len({row.key for row in table}) == len({row.title for row in table}) == len(table)
     trained = {(trial.key, row.rate_of) for row in table for trial in row.trials}
     assert len(trained) == sum(len(row.trials) for row in table)
-    searched = {row.key for row in rate_rows(table, ROWS)} | {BASE}
+    searched = {row.key for row in rate_rows(table, declared.table2(ROWS))} | {BASE}
     assert {row.rate_of for row in table} <= searched
 
 
@@ -39,7 +39,6 @@ def test_table_2_holds_the_paper_and_its_opponents():
     )
     assert (tuning.scales, tuning.conflict) == (balance.scales, conflict.conflict)
     assert tuning.masks == balance.masks == conflict.masks == table["s_weight"].trials[0].masks
-    assert "esmm" not in {row.key for row in declared.table2(replace(ROWS, tasks=("ctr", "cvr", "like")))}
 
 
 def test_masks_are_searched_in_the_network_that_they_are_of_at_the_baselines_rate():
@@ -48,7 +47,7 @@ def test_masks_are_searched_in_the_network_that_they_are_of_at_the_baselines_rat
             for trial in row.trials:
                 if trial.masks:
                     search = trial.masks.search.training
-                    assert trial.masks.search.rates == RATES
+                    assert {task: search.rate(task) for task in trial.tasks} == dict(RATES)
                     for field in ("hidden", "embedding_dim", "exclusive_dim", "cross", "warm_up", "batch_size"):
                         assert getattr(search, field) == getattr(trial.training, field)
 
@@ -64,4 +63,6 @@ def test_the_bigger_network_is_left_with_as_many_weights():
     (trial,) = row.trials
     assert trial.training.hidden == tuple(round(Variants().wider * width) for width in TRAINING.hidden)
     kept = size(trial.training.hidden) * trial.masks.search.density
-    assert abs(kept / (size(TRAINING.hidden) * KEPT_A_ROUND**ROUNDS) - 1) < 0.02
+    assert abs(kept / (size(TRAINING.hidden) * ROWS.density) - 1) < 0.02
+    narrow = size(scaled(TRAINING.hidden, narrow_factor(1258, TRAINING.hidden, ROWS.density)))
+    assert abs(narrow / (size(TRAINING.hidden) * ROWS.density) - 1) < 0.01

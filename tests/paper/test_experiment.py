@@ -3,16 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper import serving_times, tuning
-from lt4rec_sparse.paper.experiment import EXPERIMENTS, Resources, run_experiment
-from lt4rec_sparse.paper.regimes import Regimes, column_kinds, run_regimes
+from lt4rec_sparse.paper import experiment, serving_times
+from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
+from lt4rec_sparse.paper.regimes import Regimes, run_regimes
 from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
-from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.harness import starts, study, tuning
+from lt4rec_sparse.recsys.harness.recovery import column_kinds
+from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.stopwatch import interleaved
 
@@ -27,8 +30,10 @@ def short():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving_times, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
-        patch.setattr(tuning, "RATES", (1e-3, 2e-3))
         patch.setattr(tuning, "FURTHER", 0)
+        patch.setattr(tuning, "SEEDS", (1000,))
+        carry_out = partial(study.carry_out, grid=(1e-3, 2e-3))
+        patch.setattr(experiment, "carry_out", carry_out)
         yield
     torch.set_num_threads(threads)
 
@@ -43,7 +48,7 @@ def log(tmp_path_factory):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
     if name != TRAINED:
-        monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+        monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     seeds = 2 if name == TRAINED else 1
     report = run_experiment(name, log, tmp_path, seeds, TRAINING, HERE)
     text = report.read_text(encoding="utf-8")
@@ -62,7 +67,7 @@ def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
 
 
 def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     run_experiment("table3", log, tmp_path / "out", 1, TRAINING, HERE)
     other = tmp_path / "other"
     simulate(SimulatorConfig(users=60, videos=40, impressions=1_500, days=6, seed=1), other)
@@ -71,9 +76,9 @@ def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
 
 
 def test_regimes_are_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: None)
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     regimes = Regimes(3_000, (0.2, 0.5), (0.5,), TRAINING)
-    report = run_regimes(tmp_path / "map", 1, regimes, executor="here")
+    report = run_regimes(tmp_path / "map", 1, regimes, HERE)
     records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
     assert [(cell["click_rate"], cell["conflict"]) for cell in records["cells"]] == [(0.2, 0.5), (0.5, 0.5)]
     for cell in records["cells"]:
@@ -83,7 +88,7 @@ def test_regimes_are_mapped(tmp_path, monkeypatch):
         assert len(cell["differences"]["hard_sharing"]) == 1
     assert (report.parent / "plots" / "regimes.png").stat().st_size > 0
     with pytest.raises(InputError, match="got trials on another simulated log"):
-        run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), executor="here")
+        run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), HERE)
 
 
 def test_columns_of_pairs_matter_where_the_truth_multiplies_them():

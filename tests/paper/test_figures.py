@@ -11,7 +11,8 @@ from matplotlib.text import Text
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.paper import figures
-from lt4rec_sparse.recsys.harness.arms import HARD, MAIN_METRIC, SINGLE
+from lt4rec_sparse.recsys import plots
+from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.plots import DEAD, SHARED, TASK_COLOURS
 
 TWO = {"ctr": "binary", "cvr": "ratio"}
@@ -88,8 +89,8 @@ def cells_of(seeds, rates=(0.02, 0.1, 0.35), conflicts=(0.0, 0.5, 0.9)):
             "click_rate": rate,
             "conflict": conflict,
             "differences": {
-                HARD: (2 - 8 * conflict + 10 * rate + rng.normal(size=seeds)).tolist(),
-                SINGLE: (-10 + 30 * rate + 5 * conflict + rng.normal(size=seeds)).tolist(),
+                "hard_sharing": (2 - 8 * conflict + 10 * rate + rng.normal(size=seeds)).tolist(),
+                "single_task": (-10 + 30 * rate + 5 * conflict + rng.normal(size=seeds)).tolist(),
                 "random": (rate - 5 * conflict + rng.normal(size=seeds)).tolist(),
             },
         }
@@ -156,7 +157,7 @@ seeds_and_tasks = pytest.mark.parametrize(("seeds", "tasks"), [(1, FOUR), (3, TW
 @seeds_and_tasks
 def test_figure_4_has_a_line_a_seed_their_mean_and_the_chosen_levels(tmp_path, seeds, tasks):
     records = [record for record in records_of(seeds, tasks) if record["row"] == "s_weight"]
-    figure = figures.plot_figure4(records, tasks, tmp_path / "f.png")
+    figure = plots.plot_tickets(records, tasks, tmp_path / "f.png")
     assert is_picture(tmp_path / "f.png")
     assert no_text_overlaps(figure)
     assert len(figure.axes) == len(tasks)
@@ -224,7 +225,7 @@ def test_speed_has_a_mark_a_row_hollow_where_it_is_dense(tmp_path, seeds, tasks)
             assert (container[0].get_markerfacecolor() == "white") == (row in DENSE)
         seed_marks = [line for line in axis.get_lines() if line.get_markeredgecolor() == "black"]
         assert sum(len(line.get_xdata()) for line in seed_marks) == len(records)
-        assert axis.get_xlabel() == "microseconds a request of 256 candidates"
+        assert axis.get_xlabel() == "microseconds per request of 256 candidates"
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == list(TITLES.values())
 
@@ -241,7 +242,7 @@ def test_every_time_axis_has_some_round_ticks_within_it(low, spread):
 def test_overlap_has_a_bar_a_layer_and_row_of_100_percent(tmp_path, seeds, tasks):
     records = records_of(seeds, tasks)
     titles = {row: TITLES[row] for row in ("s_weight", "random_like")}
-    figure = figures.plot_overlap(records, titles, tmp_path / "f.png")
+    figure = plots.plot_ownership(records, titles, tmp_path / "f.png")
     assert is_picture(tmp_path / "f.png")
     assert no_text_overlaps(figure)
     owners = ["shared", *(f"{task} only" for task in tasks), "dead"]
@@ -271,7 +272,7 @@ def test_regimes_say_mean_and_error_of_each_cell(tmp_path, seeds):
     figure = figures.plot_regimes(cells[:-1], tmp_path / "f.png")  # one cell is missing
     assert is_picture(tmp_path / "f.png")
     assert no_text_overlaps(figure)
-    for axis, other in zip(figure.axes, (HARD, SINGLE, "random"), strict=False):
+    for axis, other in zip(figure.axes, ("hard_sharing", "single_task", "random"), strict=False):
         (image,) = axis.get_images()
         low, high = image.get_clim()
         assert low == -high
@@ -314,11 +315,11 @@ def test_35_rows_differ():
 def test_the_standard_error_is_the_deviation_of_the_mean(values):
     mean = sum(values) / len(values)
     expected = (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
-    assert figures.standard_error(values) == pytest.approx(expected)
+    assert plots.standard_error(values) == pytest.approx(expected)
 
 
 def test_one_seed_has_no_standard_error():
-    assert np.isnan(figures.standard_error([1.0]))
+    assert np.isnan(plots.standard_error([1.0]))
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):
@@ -327,14 +328,14 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     single = [record for record in records_of(1, TWO) if record["row"] == "single_task"]
     titles = {"s_weight": "S-Weight"}
     with pytest.raises(InputError, match=r"records: got the seeds \[0, 0\], wanted each once"):
-        figures.plot_figure4([weight[0], weight[0]], TWO, path)
+        plots.plot_tickets([weight[0], weight[0]], TWO, path)
     with pytest.raises(InputError, match=r"records: got the seeds \[\], wanted each once and at least one"):
-        figures.plot_figure4([], TWO, path)
+        plots.plot_tickets([], TWO, path)
     with pytest.raises(InputError, match=r"tickets of single_task, seed 0: got none"):
-        figures.plot_figure4(single, TWO, path)
+        plots.plot_tickets(single, TWO, path)
     shorter = {**weight[1], "tickets": {task: curve[:-1] for task, curve in weight[1]["tickets"].items()}}
     with pytest.raises(InputError, match=r"tickets of 'ctr': got \[6, 5\] levels"):
-        figures.plot_figure4([weight[0], shorter], TWO, path)
+        plots.plot_tickets([weight[0], shorter], TWO, path)
     with pytest.raises(InputError, match=r"split: got 'train', wanted 'test' or 'validation'"):
         figures.plot_granularity(weight, titles, TWO, path, "train")
     with pytest.raises(InputError, match=r"masks of single_task, seed 0: got none"):
@@ -348,7 +349,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     with pytest.raises(InputError, match=r"serving of s_weight, seed 0: got times of \[\] candidates"):
         figures.plot_speed([{**weight[0], "serving": None}], titles, TWO, path)
     with pytest.raises(InputError, match=r"masks of single_task, seed 0: got none"):
-        figures.plot_overlap(single, {"single_task": "single-task"}, path)
+        plots.plot_ownership(single, {"single_task": "single-task"}, path)
     with pytest.raises(InputError, match=r"cells: got 2, 1 of them distinct"):
         figures.plot_regimes([cells_of(1)[0]] * 2, path)
     with pytest.raises(InputError, match=r"cells: got 0, 0 of them distinct"):

@@ -1,4 +1,4 @@
-"""Many jobs on few cores: each runs once what it needs is done, in a process of its own; a job once done stays done."""
+"""Many jobs on few cores: each starts when the jobs it needs are done; several run side by side in processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Job:
     """A call that a worker makes: `function(*arguments)`.
 
     Attributes:
-        function: A function of a module; it leaves what it made on disk.
+        function: A module-level function, which leaves its result on disk.
         arguments: Plain data that can be pickled.
         needs: Keys of jobs that must be done before.
     """
@@ -36,7 +36,7 @@ class Job:
 
 
 class Submit(Protocol):
-    """How an executor takes a job."""
+    """How an executor accepts a job."""
 
     def __call__(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]: ...  # noqa: D102
 
@@ -47,22 +47,22 @@ def run_jobs(
     executor: str = "processes",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Hashable, Any]:
-    """Run jobs side by side, each after those that it needs, and return their results.
+    """Run jobs side by side, each after the jobs that it needs, and return their results.
 
-    A worker is a process with one thread: two trainings of one thread each end sooner than one after the other with
-    two. If a job fails, those that have begun are waited for, none is begun any more, and its error is raised: what is
-    done by then lies on disk.
+    A worker is a process with one thread: two trainings with one thread each end sooner than one after the other with
+    two threads. If a job fails, running jobs are waited for, no further one starts, and its error is raised; results
+    so far are on disk.
 
     Args:
-        jobs: Key -> job. Those that may begin at the same time begin in this order.
-        workers: Processes; None for one a core.
+        jobs: Key -> job. Jobs that are ready at the same time start in this order.
+        workers: Processes; None for one per core.
         executor: "processes"; "ray", where Ray is installed (a cluster, if `RAY_ADDRESS` names one); or "here", one
             after another in this process, with all its threads.
-        progress: Called with jobs done and jobs in all.
+        progress: Called with the number of jobs done and of all jobs.
 
     Raises:
-        InputError: If there is no such executor, or Ray is asked for and not installed.
-        ValueError: If a job needs what is no job, or two need each other.
+        InputError: If there is no such executor, or Ray is not installed.
+        ValueError: If a job needs something that is no job, or two jobs need each other.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")
@@ -91,7 +91,7 @@ def _check_needs(jobs: Mapping[Hashable, Job]) -> None:
         ready = [key for key, job in left.items() if done.issuperset(job.needs)]
         if not ready:
             key, job = next(iter(left.items()))
-            raise ValueError(f"job {key!r}: needs {job.needs}, wanted jobs that are there and do not need it")
+            raise ValueError(f"job {key!r}: needs {job.needs}, wanted existing jobs that do not need it")
         done.update(ready)
         for key in ready:
             del left[key]
@@ -141,16 +141,16 @@ def _at_once(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
     future: Future[Any] = Future()
     try:
         future.set_result(function(*arguments))
-    except Exception as error:  # the future's own, raised where its result is asked for
+    except Exception as error:  # raised where the future's result is read
         future.set_exception(error)
     return future
 
 
 def prepare_worker() -> None:
-    """Make this process compute in one thread, keep the memory that it frees, and end when its parent does.
+    """Make this process compute in one thread, keep freed memory, and end when its parent ends.
 
-    glibc gives large blocks back to the system at once, and the next training step pages them in anew: a tenth of its
-    time. Where the allocator is another, nothing is changed.
+    glibc returns large blocks to the system at once, and the next training step pages them in again, which takes a
+    tenth of its time. Other allocators are left alone.
     """
     import torch
 
@@ -166,7 +166,7 @@ def prepare_worker() -> None:
 
 
 def _end_after(parent: BaseProcess) -> None:
-    """End this process once its parent has: a pool that was killed would leave workers that wait for ever."""
+    """End this process when its parent ends: workers of a killed pool would wait for ever."""
     parent.join()
     os._exit(1)
 

@@ -1,8 +1,9 @@
-"""Rows of trials as jobs: what trains what first, so that nothing is trained twice and nothing waits without need."""
+"""Trials as jobs: what must be trained before what, so that nothing is trained twice or waits without need."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness.grid import Job
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
+from lt4rec_sparse.recsys.harness.starts import warm_name
 from lt4rec_sparse.recsys.harness.trials import Search, Training, Trial
 
 DATA = "data"
@@ -21,10 +23,12 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
 
     Args:
         folder: Holds the prepared log, `data/`, and what the laboratory leaves.
-        trials: Which; of equal ones one is run.
+        trials: The trials; equal ones are run once.
     """
     trials = list(dict.fromkeys(trials))
+    known = set(trials)
     jobs: dict[Hashable, Job] = {}
+    of_trials: dict[Hashable, Job] = {}  # after all searches: the longest chains of jobs begin with these
     deepest: dict[Hashable, Search] = {}
     for trial in trials:
         if trial.masks is not None and trial.masks.searches:
@@ -38,7 +42,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
             jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
             return key
-        return single(search.training_of(task), task, trial.seed)
+        return single(search.training.of(task), task, trial.seed)
 
     def single(training: Training, task: str, seed: int) -> Hashable:
         key = ("single", training, task, seed)
@@ -58,12 +62,15 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
                 before = started(search, trial, task)
                 jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
                 needs.append(key)
+            twin = replace(trial, masks=replace(masks, level="best"))
+            if twin != trial and twin in known:
+                needs.append(twin)  # the best tickets may be the last ones: then one of the two is trained
         elif masks.scores:
-            needs += [single(masks.search.training_of(task), task, trial.seed) for task in trial.tasks]
+            needs += [single(masks.search.training.of(task), task, trial.seed) for task in trial.tasks]
         elif masks.search.training.warm_up:
             needs.append(started(masks.search, trial, trial.tasks[0]))
-        jobs.setdefault(trial, Job(_trial, (folder, trial), tuple(needs)))
-    return jobs
+        of_trials[trial] = Job(_trial, (folder, trial), tuple(needs))
+    return jobs | of_trials
 
 
 def has_trained(folder: Path) -> bool:
@@ -72,13 +79,14 @@ def has_trained(folder: Path) -> bool:
 
 
 def _search_key(trial: Trial, task: str) -> Hashable:
-    """Return what tells a search of a task from others: those that only go less far are parts of the deepest."""
+    """Return what tells a search of a task from others; those that go less far are parts of the deepest."""
     assert trial.masks is not None
-    warm = trial.tasks if trial.masks.search.training.warm_up else ()
-    return ("tickets", trial.masks.search.folder(task), task, warm, trial.seed)
+    search = trial.masks.search
+    warm = warm_name(search.training, trial.tasks) if search.training.warm_up else ""
+    return ("tickets", search.folder(task), task, warm, trial.seed)
 
 
-@lru_cache(maxsize=2)  # two folders at a time: an experiment over many logs goes through them in order
+@lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
 def laboratory(folder: Path) -> Laboratory:
     """Return this process's laboratory over a folder with a prepared log."""
     return Laboratory(Prepared.load(folder / DATA), folder)

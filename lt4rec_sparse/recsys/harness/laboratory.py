@@ -1,9 +1,11 @@
-"""Where trials are carried out: each leaves its trained weights and its record on disk, and is read back from there."""
+"""Where trials are carried out: each leaves its trained weights and its record on disk and is read back from there."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,17 +27,16 @@ from lt4rec_sparse.lottery import (
 )
 from lt4rec_sparse.masks import Mask, overlap, ownership
 from lt4rec_sparse.nn import MaskedMLP
-from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness import objectives
-from lt4rec_sparse.recsys.harness.arms import HIGHER_IS_BETTER, MAIN_METRIC, ticket_record
 from lt4rec_sparse.recsys.harness.searches import Searches
-from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Log, Starts, save_state
-from lt4rec_sparse.recsys.harness.trials import Trial
+from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, save_state, warm_name
+from lt4rec_sparse.recsys.harness.trials import Trial, digest
+from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
 from lt4rec_sparse.recsys.training import Predictions, predict
 
-FRESH = 1_000_003  # what is added to a seed for a start that no search has seen
+FRESH = 1_000_003  # added to a seed for a start that no search has seen
 
 
 class Laboratory:
@@ -43,13 +44,12 @@ class Laboratory:
 
     Args:
         prepared: The data.
-        folder: Where everything is left: `singles/`, `searches/`, `trials/`.
-        log: Takes a record for each training loss.
+        folder: Where everything is left: `singles/`, `searches/`, `trials/`, `metrics.jsonl`.
     """
 
-    def __init__(self, prepared: Prepared, folder: Path, log: Log = lambda record: None) -> None:
+    def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared = prepared
-        self.starts = Starts(prepared, folder, log)
+        self.starts = Starts(prepared, folder)
         self.searches = Searches(self.starts)
         self.kinds = self.starts.kinds
 
@@ -65,7 +65,7 @@ class Laboratory:
     def model(self, trial: Trial) -> nn.Module:
         """Return the trained model of a trial that was run, for judging."""
         model = self._new(trial)
-        model.load_state_dict(load_file(self._state_file(trial)))
+        model.load_state_dict(load_file(self._state_file(trial, model)))
         return model.eval()
 
     def predictions(self, trial: Trial, split: str) -> Predictions:
@@ -88,26 +88,18 @@ class Laboratory:
         return {task: self.searches.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
 
     def _run(self, trial: Trial) -> dict[str, Any]:
-        model, seconds = self._new(trial), 0.0
-        if self._is_single(trial):
-            seconds = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
-            model.load_state_dict(load_file(self._state_file(trial)))
-        else:
-            kinds = {task: self.kinds[task] for task in trial.tasks}
-            balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
-            objective = objectives.of_trial(trial, kinds, balance)
-            trained = model if balance is None else nn.ModuleList([model, balance])
-            path = self._state_file(trial)
-            optimizer = MaskedAdam(trained, trial.training.learning_rate)
-            seconds = self.starts.train(path, model, objective, trial.training, trial.seed, optimizer)
-            save_state(model, path)
+        model = self._new(trial)
+        state = self._state_file(trial, model)
+        seconds = self._train(trial, model, state)
         found = self.found(trial)
-        masks = None if trial.masks is None else {task: cast(MaskedMLP, model.mlp).mask(task) for task in trial.tasks}
+        masks = None if trial.masks is None else _masks_of(model, trial)
+        name = self.starts.made("trials", trial.key)
         record = {
             "key": trial.key,
             "seed": trial.seed,
             "trial": trial.to_plain(),
-            "validation": self.starts.judge(model, "validation", trial.tasks),
+            "state": str(state.relative_to(self.starts.folder)),
+            "validation": self.starts.judge(name, model, "validation", trial.tasks),
             "seconds": {
                 "train": seconds,
                 "search": self.searches.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
@@ -115,19 +107,40 @@ class Laboratory:
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": mlp_multiply_adds(model),
             "masks": None if masks is None else _facts(masks),
-            "tickets": {task: [ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
+            "tickets": {task: [_ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
             "best_level": {task: self._best(task, tickets).level for task, tickets in found.items()} or None,
         }
         if trial.is_tested:
-            record["test"] = self.starts.judge(model, "test", trial.tasks)
+            record["test"] = self.starts.judge(name, model, "test", trial.tasks)
         return record
+
+    def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
+        """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
+        if self._is_single(trial):
+            seconds: float = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
+        elif (took := state.with_suffix(".seconds")).exists():
+            seconds = json.loads(took.read_text(encoding="utf-8"))
+        else:
+            kinds = {task: self.kinds[task] for task in trial.tasks}
+            balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
+            objective = objectives.of_trial(trial, kinds, balance)
+            trained = model if balance is None else nn.ModuleList([model, balance])
+            optimizer = self.starts.optimizer(trained, trial.training)
+            has_state = trial.objective in ("uncertainty", "pcgrad")
+            seconds = self.starts.train(
+                state, model, objective, trial.training, trial.seed, optimizer, has_state=has_state
+            )
+            save_state(model, state)
+            write_whole(took, json.dumps(seconds))
+        model.load_state_dict(load_file(state))
+        return seconds
 
     def _new(self, trial: Trial) -> nn.Module:
         """Return the model of a trial as it starts: its weights, behind its masks."""
         if trial.model != "sparse_sharing":
             return self.starts.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
         seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
-        # A warm-up is the search's, so that its tickets are trained from where they were found.
+        # The search's warm-up, so that tickets are trained from where they were found.
         training = trial.masks.search.training if trial.masks else trial.training
         model: SparseSharing = self.starts.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
         mlp = model.mlp
@@ -148,7 +161,7 @@ class Laboratory:
             task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
             for task, of_task in found.items()
         }
-        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}  # the same share of each
+        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}
         match asked.kind:
             case "tickets":
                 return tickets
@@ -169,7 +182,7 @@ class Laboratory:
         return unanimous(scores, nnz)
 
     def _best(self, task: str, tickets: Sequence[Ticket]) -> Ticket:
-        """Return a task's best ticket on the validation days; the only one, where a search finds one."""
+        """Return a task's best ticket on the validation days, or the only one."""
         if len(tickets) == 1:
             return tickets[0]
         metric = MAIN_METRIC[self.kinds[task]]
@@ -179,10 +192,22 @@ class Laboratory:
         plain = Trial("sparse_sharing", trial.tasks, trial.seed, trial.training, is_tested=trial.is_tested)
         return len(trial.tasks) == 1 and trial == plain and not trial.training.warm_up
 
-    def _state_file(self, trial: Trial) -> Path:
+    def _state_file(self, trial: Trial, model: nn.Module) -> Path:
+        """Return where the trained weights stand: trials whose masks are the same weights have one training."""
         if self._is_single(trial):
             return self.starts.single_file(trial.training, trial.tasks[0], trial.seed)
-        return self.starts.made("trials", f"{trial.key}.safetensors")
+        settings: dict[str, Any] = replace(trial, masks=None, is_tested=True).to_plain()
+        if trial.masks is not None:
+            before = trial.masks.search.training
+            warm = warm_name(before, trial.tasks) if before.warm_up else None
+            kept = [plane.numpy().tobytes() for mask in _masks_of(model, trial).values() for plane in mask.values()]
+            planes = hashlib.blake2b(b"".join(kept), digest_size=12).hexdigest()
+            settings |= {"start": [trial.masks.fresh_start, trial.masks.rescale, warm], "masks": planes}
+        return self.starts.made("trials", f"{trial.model}-trained-{digest(settings)}-seed_{trial.seed}.safetensors")
+
+
+def _masks_of(model: nn.Module, trial: Trial) -> dict[str, Mask]:
+    return {task: cast(MaskedMLP, model.mlp).mask(task) for task in trial.tasks}
 
 
 def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
@@ -192,4 +217,13 @@ def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
         "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
         "overlap": overlap(first, others[0]) if others else None,
         "ownership": ownership(masks),
+    }
+
+
+def _ticket_record(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "level": ticket.level,
+        "density": ticket.mask.density,
+        "layer_density": ticket.mask.layer_density(),
+        "validation": dict(ticket.metrics),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,22 @@ from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Ob
 from lt4rec_sparse.recsys.training.objectives import forward, logits_of, rows_of
 
 PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # what `Training.dtype` is to autocast
-DURATION = "duration_ms"  # the carried column that conflicts are told by
+DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
 def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
-    """Return the paper's objective: a step a task on its own rows, every row as its data say.
+    """Return the paper's objective: one step per task on the task's own rows, without scales or factors.
 
     Args:
-        training: Names losses and the dtype of products.
-        tasks: Which, in the order of their steps.
+        training: Names losses and the dtype of matrix products.
+        tasks: The tasks, in the order of their steps.
         kinds: Task -> kind of its label.
     """
     return Alternating(_losses(training, tasks, kinds))
 
 
 def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
-    """Return what gives a task's loss on a batch, with its graph, where `plain` made the objective."""
+    """Return a function from a batch to a task's loss, with its graph, for an objective that `plain` made."""
     assert isinstance(objective, Alternating)
     losses = objective.losses
 
@@ -38,6 +38,29 @@ def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batc
         return losses.of(task, batch, rows, logits_of(model, batch, rows, task, losses.dtype))
 
     return loss
+
+
+def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -> str | None:
+    """Return why a trial cannot be trained on a log, or None if it can.
+
+    Args:
+        trial: The trial.
+        kinds: Task -> kind of its label.
+        carried: The columns that the log carries beside its features.
+    """
+    ratios = [task for task in trial.tasks if kinds[task] == "ratio"]
+    if trial.conflict is not None and len(ratios) != 1:
+        return f"conflict: got {len(ratios)} tasks of a ratio among {', '.join(trial.tasks)}, wanted one"
+    if trial.conflict is not None and DURATION not in carried:
+        return f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried"
+    if trial.model == "esmm" and (len(trial.tasks) != 2 or kinds[trial.tasks[0]] != "binary"):
+        return f"esmm: got tasks {', '.join(trial.tasks)}, wanted two, a click and what follows it"
+    masks = trial.masks
+    if masks is not None and masks.shared is not None:
+        owned = masks.search.density * (masks.shared + len(trial.tasks) * (1 - masks.shared))
+        if owned > 1:
+            return f"masks: got {len(trial.tasks)} tasks that own {owned:.0%} of each layer, wanted at most 100%"
+    return None
 
 
 def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None) -> Objective:
@@ -49,7 +72,7 @@ def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights
         balance: The learned weights of an "uncertainty" objective, else None.
 
     Raises:
-        InputError: If conflicts are weighed or ESMM is trained on tasks for which that means nothing.
+        InputError: If a batch lacks the column that conflicts are recognised by.
     """
     factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
     losses = _losses(trial.training, trial.tasks, kinds, dict(trial.scales), factors)
@@ -79,15 +102,13 @@ def _losses(
 
 
 def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Factors:
-    ratios = [task for task in tasks if kinds[task] == "ratio"]
-    if len(ratios) != 1:
-        raise InputError(f"conflict: got {len(ratios)} tasks of a ratio among {', '.join(tasks)}, wanted one")
+    (ratio,) = (task for task in tasks if kinds[task] == "ratio")
 
     def factors(batch: Batch) -> dict[str, Tensor]:
         if DURATION not in batch.values:
             raise InputError(f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried")
-        # A row of the ratio's task is one that was clicked and has a duration.
-        label, clicked = batch.labels[ratios[0]], batch.rows[ratios[0]]
+        # The ratio's rows are those that were clicked and have a duration.
+        label, clicked = batch.labels[ratio], batch.rows[ratio]
         click, watch = conflict.factors(label, clicked, batch.values[DURATION])
         return {task: watch if kinds[task] == "ratio" else click for task in tasks}
 
@@ -96,15 +117,13 @@ def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, st
 
 def _entire_space(trial: Trial, losses: TaskLosses) -> Objective:
     """Return ESMM's objective: clicks, and clicks times conversions, over all impressions."""
-    if len(trial.tasks) != 2:
-        raise InputError(f"esmm: got tasks {', '.join(trial.tasks)}, wanted two, a click and what follows it")
     click, conversion = trial.tasks
 
     def both(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = forward(model, batch.features, None, losses.dtype)
         rows = batch.rows[click].nonzero().squeeze(1)
         result = {click: losses.of(click, batch, rows, logits[rows, 0])}
-        # A clicked row without a duration has no conversion to learn; one that nobody clicked has none: 0.
+        # A clicked row without a duration has no known conversion; a row that nobody clicked has the conversion 0.
         known = batch.rows[click] & ((batch.labels[click] < 0.5) | batch.rows[conversion])
         label, weight = batch.labels[conversion][known], batch.weights[click][known]
         if len(label):

@@ -1,4 +1,4 @@
-"""Where masks come from: the tickets of a search, task by task; each is found once and read back ever after."""
+"""Where masks come from: the tickets of a search, task by task; each is found once and then read back."""
 
 from __future__ import annotations
 
@@ -13,51 +13,50 @@ from torch import Tensor
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.harness import objectives
-from lt4rec_sparse.recsys.harness.starts import Starts, save_state
+from lt4rec_sparse.recsys.harness.starts import Starts, save_state, warm_name
 from lt4rec_sparse.recsys.harness.trials import Masks, Search
 from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.training import Batch
 
-EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch here is some 150, where its own are thousands
+EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
 
 
 class Searches:
     """Finds tickets from the starts of a log.
 
     Args:
-        starts: Of the log; searches are left in `searches/` of its folder.
+        starts: Trains; searches are left in `searches/` of its folder.
     """
 
     def __init__(self, starts: Starts) -> None:
         self.starts = starts
 
     def tickets(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> list[Ticket]:
-        """Return a task's tickets, from the full mask on; a search in one training gives one, which is pruned.
+        """Return a task's tickets, from the full mask on; a search in one training gives a single, pruned one.
 
         Args:
-            search: How.
+            search: How to search.
             task: The task.
-            tasks: Those that the warm-up trains, if there is one.
+            tasks: The tasks that the warm-up trains, if there is one.
             seed: Of the start and the order of the rows.
         """
         folder = self._folder(search, task, tasks, seed)
         return (self._rounds if search.method == "rounds" else self._cheap)(search, task, tasks, seed, folder)
 
     def seconds(self, masks: Masks, tasks: tuple[str, ...], seed: int) -> float:
-        """Return what it takes to have these masks: every training that they need, baselines and warm-up included.
+        """Return the seconds of every training that these masks need, baselines and warm-up included.
 
         A last ticket needs no training of its own; the best one does, to be known as the best.
         """
         search = masks.search
         total = self.starts.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
         if masks.scores:
-            records = [self.starts.single(search.training_of(task), task, seed) for task in tasks]
+            records = [self.starts.single(search.training.of(task), task, seed) for task in tasks]
             return total + sum(float(record["seconds"]) for record in records)
         if not masks.searches:
             return total
-        for task in tasks[:1] if masks.kind == "one_for_all" else tasks:  # which is the first's
+        for task in tasks[:1] if masks.kind == "one_for_all" else tasks:
             folder = self._folder(search, task, tasks, seed)
             levels = 2 if search.method != "rounds" else search.rounds + (masks.level == "best")
             files = [folder / f"level_{level}.seconds" for level in range(levels)]
@@ -67,13 +66,13 @@ class Searches:
 
     def scores(self, search: Search, task: str, seed: int) -> dict[str, Tensor]:
         """Return the magnitudes of a trained single-task baseline: layer -> `[out_features, in_features]`."""
-        self.starts.single(search.training_of(task), task, seed)
+        self.starts.single(search.training.of(task), task, seed)
         model = self.starts.sparse_sharing(search.training, (task,), seed)
-        model.load_state_dict(load_file(self.starts.single_file(search.training_of(task), task, seed)))
+        model.load_state_dict(load_file(self.starts.single_file(search.training.of(task), task, seed)))
         return {name: weight.detach().abs() for name, weight in model.mlp.masked_weights().items()}
 
     def _rounds(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
-        starts, training = self.starts, search.training_of(task)
+        starts, training = self.starts, search.training.of(task)
         model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
         objective = objectives.plain(training, (task,), starts.kinds)
         skip = round(search.rewind * starts.batches(training))
@@ -86,7 +85,7 @@ class Searches:
                 seconds, judged = record["seconds"], record["validation"]
             else:
                 seconds = starts.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
-                judged = starts.judge(model, "validation", (task,))
+                judged = starts.judge(folder / f"level_{level}", model, "validation", (task,))
             write_whole(folder / f"level_{level}.seconds", json.dumps(seconds))
             metrics: dict[str, float] = judged["all"][task]
             return metrics
@@ -108,7 +107,7 @@ class Searches:
         """Return the state after `search.rewind` epochs of the task's own training."""
         path = folder / "rewind.safetensors"
         if not path.exists():
-            starts, training = self.starts, search.training_of(task)
+            starts, training = self.starts, search.training.of(task)
             model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
             objective = objectives.plain(training, (task,), starts.kinds)
             batches = round(search.rewind * starts.batches(training))
@@ -123,11 +122,11 @@ class Searches:
         if not judged.exists():
             model = self.starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
             full = model.mlp.mask()
-            metrics: Mapping[str, float] = {}  # nobody has trained through the mask of one shot
+            metrics: Mapping[str, float] = {}  # nothing was trained through a mask of one shot
             if search.method == "one_shot":
                 nnz = wanted_nnz(full, search.density, search.scope)
                 mask = prune_by_magnitude(self.scores(search, task, seed), full, nnz, search.granularity)
-                seconds = self.starts.single(search.training_of(task), task, seed)["seconds"]
+                seconds = self.starts.single(search.training.of(task), task, seed)["seconds"]
             else:
                 metrics, seconds = self._train_moving(search, task, model, folder, seed)
                 mask = model.mlp.mask()
@@ -141,25 +140,25 @@ class Searches:
     def _train_moving(
         self, search: Search, task: str, model: SparseSharing, folder: Path, seed: int
     ) -> tuple[Mapping[str, float], float]:
-        """Train a model whose mask moves meanwhile; return its metrics, and the seconds."""
-        starts, training = self.starts, search.training_of(task)
+        """Train a model whose mask moves meanwhile; return its metrics and the seconds."""
+        starts, training = self.starts, search.training.of(task)
         mlp = model.mlp
         objective = objectives.plain(training, (task,), starts.kinds)
-        optimizer = MaskedAdam(model, training.learning_rate)
+        optimizer = starts.optimizer(model, training)
         moving: GradualPruning | DropAndGrow[Batch]
         if search.method == "gradual":
             moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
         else:
-            # Tasks that began behind the same random mask would share it by seeding alone.
+            # A generator per task: one seed for all would give every task the same random mask.
             generator = torch.Generator().manual_seed(seed * len(starts.kinds) + list(starts.kinds).index(task))
             loss = objectives.loss_on(objective, model, task)
             moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
         path = folder / "level_1"
         seconds = starts.train(path, model, objective, training, seed, optimizer, after_batch=moving.after_batch)
-        return starts.judge(model, "validation", (task,))["all"][task], seconds
+        return starts.judge(path, model, "validation", (task,))["all"][task], seconds
 
     def _folder(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> Path:
-        warm = f"-after-{'-'.join(tasks)}" if search.training.warm_up else ""
+        warm = f"-after-{warm_name(search.training, tasks)}" if search.training.warm_up else ""
         folder = self.starts.made("searches", f"{search.folder(task)}{warm}", f"seed_{seed}", task)
         folder.mkdir(exist_ok=True)
         return folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,11 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery.pruning import check_granularity
 from lt4rec_sparse.ranker.features import Schema, Task
+from lt4rec_sparse.recsys.harness.trials import Training
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
+LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
 MASKS = ("best", "random", "tickets")
-_BEFORE_IT_WAS_A_SETTING = {
-    "granularity": "weight",
-    "tasks": [],
-    "masks": "tickets",
-}  # what runs did whose config.json does not name it
 
 
 class SettingsError(InputError):
@@ -29,28 +28,29 @@ class SettingsError(InputError):
 class RunSettings:
     """What a run does; the defaults follow the paper and its published code where they fit a public log.
 
-    One epoch, as in the paper: on KuaiRand the validation metrics are best after one. The simulated log is smaller and
-    has no ids worth remembering; there two epochs of smaller batches are not yet too many (`SIMULATED`).
+    One epoch, as in the paper: on KuaiRand the validation metrics are best after one.
 
     Attributes:
         seeds: How many seeds, from 0 on; each is a whole search and training.
         embedding_dim: Width of an embedding.
         hidden: Widths of the MLP's hidden layers.
-        learning_rate: Of Adam.
+        learning_rates: Adam's. A single one is used for every task of every model; of several, each model takes the
+            best on the validation days, per task (`tuning.tuned_rates`).
         epochs: Epochs of every training: a round of the search, a baseline, the joint training.
-        batch_size: Impressions a batch.
+        batch_size: Impressions per batch.
         masks: Where the tasks' masks come from: "random", without a search; "tickets", the paper's; or "best", both, of
             which the validation days choose.
-        rounds: Rounds of pruning a task, for tickets.
+        rounds: Rounds of pruning per task, for tickets.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
-        granularity: What pruning takes as one: a weight, a block or a neuron (`lottery.GRANULARITIES`).
-        tasks: Which of the schema's tasks, in that order; none named are all but the extra ones.
+        granularity: The unit of pruning: a weight, a block or a neuron (`lottery.GRANULARITIES`).
+        tasks: Names of the schema's tasks to train, in this order; empty for all but the extra ones.
+        dtype: What matrix products compute in while training: "float32" or "bfloat16".
     """
 
     seeds: int = 1
     embedding_dim: int = 16
     hidden: tuple[int, ...] = (512, 256, 128)
-    learning_rate: float = 1e-3
+    learning_rates: tuple[float, ...] = (1e-3,)
     epochs: int = 1
     batch_size: int = 1024
     masks: str = "best"
@@ -58,23 +58,42 @@ class RunSettings:
     density: float = 0.2
     granularity: str = "weight"
     tasks: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "embedding_dim", "epochs", "batch_size", "rounds"):
+        for name in ("seeds", "rounds"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.masks not in MASKS:
             raise SettingsError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise SettingsError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
         if not 0 < self.density < 1:
             raise SettingsError(f"density: got {self.density}, wanted more than 0 and less than 1")
-        if not self.learning_rate > 0:
-            raise SettingsError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+        if not self.learning_rates:
+            raise SettingsError("learning_rates: got none, wanted at least one")
+        for rate in self.learning_rates:
+            replace(self.training, learning_rate=rate)  # which checks what both have
         try:
             check_granularity(self.granularity)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+    @property
+    def training(self) -> Training:
+        """How every model trains, but for widths and learning rates."""
+        return Training(
+            self.hidden,
+            self.embedding_dim,
+            learning_rate=self.learning_rates[0],
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+        )
+
+
+# For the simulated log, which is small: a result in a minute on two cores.
+SIMULATED = RunSettings(
+    embedding_dim=8, hidden=(256, 128, 64), learning_rates=(4e-3,), epochs=2, batch_size=512, rounds=2
+)
 
 
 def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
@@ -91,16 +110,14 @@ def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
     return tuple(by_name[name] for name in named)
 
 
-SIMULATED = RunSettings(epochs=2, batch_size=256)
-
-
 def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
     """Return whether a run was begun in the folder, and check that it was one of the same data and settings.
 
     More seeds than before are welcome: the run adds them.
 
     Raises:
-        SettingsError: If it was a run of other data or settings (the first difference is named), or no run.
+        SettingsError: If it was a run of other data or settings (the first difference is named), of an earlier version,
+            or no run.
     """
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
@@ -113,7 +130,8 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
         got = None
     if not isinstance(got, dict):
         raise SettingsError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
-    got = _BEFORE_IT_WAS_A_SETTING | got
+    if got.get("layout") != LAYOUT:
+        raise SettingsError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
     for key, value in _config(data, settings).items():
         if key != "seeds" and got.get(key) != value:
             raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
@@ -121,18 +139,40 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
 
 
 def with_seeds_of(folder: Path, settings: RunSettings) -> RunSettings:
-    """Return the settings with as many seeds as an earlier run in the folder had: asking for fewer drops none."""
+    """Return the settings with at least as many seeds as an earlier run in the folder had: none are dropped."""
     path = folder / CONFIG
     if not path.exists():
         return settings
     return replace(settings, seeds=max(settings.seeds, json.loads(path.read_text(encoding="utf-8"))["seeds"]))
 
 
-def pin_settings(folder: Path, data: str, settings: RunSettings) -> None:
-    """Write `config.json`: from here on the folder is a run of these data and settings."""
-    write_whole(folder / CONFIG, json.dumps(_config(data, settings), indent=1) + "\n")
+def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, Any]:
+    """Write `config.json` and return its content: from here on the folder is a run of these data and settings."""
+    config = _config(data, settings)
+    write_whole(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    return config
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder meanwhile; a process that dies lets go of it.
+
+    Raises:
+        SettingsError: If another process works there.
+    """
+    import fcntl  # POSIX only, as is whoever trains
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SettingsError(
+                f"{folder}: got a folder that another process works in, wanted to wait for it, or another --out"
+            ) from error
+        yield
 
 
 def _config(data: str, settings: RunSettings) -> dict[str, Any]:
-    config: dict[str, Any] = {"data": data, **json.loads(json.dumps(asdict(settings)))}
+    config: dict[str, Any] = {"layout": LAYOUT, "data": data, **json.loads(json.dumps(asdict(settings)))}
     return config

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from time import process_time
 from typing import Any, cast
 
 import torch
@@ -19,35 +18,36 @@ from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.models import build
-from lt4rec_sparse.recsys.training import Cursor, Objective, evaluate, train
+from lt4rec_sparse.recsys.training import Cursor, Objective, TaskAdam, evaluate, train
 from lt4rec_sparse.recsys.training.loop import AfterBatch
 
-Log = Callable[[dict[str, Any]], None]
 Judged = dict[str, dict[str, dict[str, float]]]
 """Slice -> task -> metric -> value."""
 
-JUDGED_ROWS = 4096  # a batch while judging
+JUDGED_ROWS = 4096  # rows per batch while judging
+METRICS_LOG = "metrics.jsonl"
 
 
 class Starts:
     """Makes and trains the networks of one prepared log, from starts that a seed decides.
 
-    Whatever the seed, every network of sparse sharing starts from the same weights: the single-task baselines, every
-    round of a search, and the network that all tasks share.
+    At one seed every network of sparse sharing starts from the same weights: the single-task baselines, every round of
+    a search, and the network that all tasks share.
 
     Args:
         prepared: The data.
-        folder: Baselines and warm-ups are left in its `singles/`.
-        log: Takes a record for each training loss.
+        folder: Baselines and warm-ups are left in its `singles/`; training losses and metrics are appended to its
+            `metrics.jsonl`, a line per epoch and task, and per judgement. A training that was interrupted may repeat
+            a line.
     """
 
-    def __init__(self, prepared: Prepared, folder: Path, log: Log = lambda record: None) -> None:
-        self.prepared, self.folder, self._log = prepared, folder, log
+    def __init__(self, prepared: Prepared, folder: Path) -> None:
+        self.prepared, self.folder = prepared, folder
         self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
         self._streams: dict[tuple[str, int, int], BatchStream] = {}
 
     def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
-        """Return the record of a single-task baseline, `validation` and `seconds`; train it first, if it was not.
+        """Return the record of a single-task baseline, `validation` and `seconds`; train it first if need be.
 
         It is level 0 of every search with the same training.
         """
@@ -56,7 +56,7 @@ class Starts:
             model = self.sparse_sharing(training, (task,), seed)
             seconds = self.train(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
             save_state(model, path)
-            record = {"validation": self.judge(model, "validation", (task,)), "seconds": seconds}
+            record = {"validation": self.judge(path, model, "validation", (task,)), "seconds": seconds}
             write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return cast(dict[str, Any], record)
@@ -66,9 +66,8 @@ class Starts:
         return self.made("singles", f"{task}-{digest(asdict(training))}-seed_{seed}.safetensors")
 
     def warm(self, training: Training, tasks: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], float]:
-        """Return the shared network after its warm-up, all tasks and full masks, and what that took in seconds."""
-        key = digest({**asdict(training), "tasks": tasks})
-        path = self.made("singles", f"warm-{key}-seed_{seed}.safetensors")
+        """Return the shared network after its warm-up, all tasks and full masks, and the seconds that it took."""
+        path = self.made("singles", f"{warm_name(training, tasks)}-seed_{seed}.safetensors")
         took = path.with_suffix(".seconds")
         if not path.exists():
             model = self.sparse_sharing(training, tasks, seed)
@@ -98,7 +97,7 @@ class Starts:
         )
 
     def sparse_sharing(self, training: Training, tasks: tuple[str, ...], seed: int, warm: tuple[str, ...] = ()) -> Any:
-        """Return the shared network, or a task's part of it, at the seed's start or after the warm-up of `warm`."""
+        """Return the shared network, or a task's part of it, at the seed's start or after a warm-up of tasks `warm`."""
         model = self.network("sparse_sharing", training, tasks, seed, {})
         everything = tuple(self.kinds)
         if training.warm_up and warm:
@@ -117,6 +116,10 @@ class Starts:
         """Return the batches of an epoch."""
         return len(self.stream("train", training.batch_size, 0))
 
+    def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
+        """Return the optimiser of a training, every task's steps at the task's learning rate."""
+        return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
+
     def train(
         self,
         path: Path,
@@ -127,41 +130,46 @@ class Starts:
         optimizer: MaskedAdam | None = None,
         batches: int | None = None,
         skip: int = 0,
-        after_batch: AfterBatch = lambda batch, done, total: None,
+        after_batch: AfterBatch | None = None,
+        has_state: bool = False,
     ) -> float:
-        """Train a model where it stands; return its seconds: of all cores together, whatever else the machine does.
+        """Train a model in place; return the seconds of all cores together, whatever else the machine does.
+
+        An interrupted training continues from a checkpoint beside `path`, unless something besides model and optimiser
+        has a state.
 
         Args:
-            path: Names the training in the log.
+            path: Names the training in the log and the checkpoint.
             model: Trained in place.
             objective: What a batch does to it.
-            training: Learning rate, epochs and batches.
+            training: Learning rates, epochs and batches.
             seed: Of the order of the rows.
             optimizer: None for a new one.
             batches: Stop after that many; None for all.
-            skip: The first that many are passed over.
-            after_batch: See `training.train`.
+            skip: How many batches to skip at the start.
+            after_batch: See `training.train`; it has a state.
+            has_state: Whether the objective has a state of its own.
         """
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # decoded before the clock starts
-        started = process_time()
-        name = str(path.relative_to(self.folder).with_suffix(""))
-        train(
+        return train(
             model,
-            optimizer or MaskedAdam(model, training.learning_rate),
+            optimizer or self.optimizer(model, training),
             stream,
             objective,
             training.epochs,
             batches,
             Cursor(*divmod(skip, self.batches(training))),
-            log=lambda record: self._log({"stage": name, "seed": seed, "split": "train", **record}),
-            after_batch=after_batch,
+            checkpoint=None if has_state or after_batch else path.with_suffix(".checkpoint.pt"),
+            log=lambda record: self._log(path, {"split": "train", **record}),
+            after_batch=after_batch or (lambda batch, done, total: None),
         )
-        return process_time() - started
 
-    def judge(self, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
-        """Return a model's metrics on a split."""
-        return evaluate(model, self.stream(split, JUDGED_ROWS, None), {task: self.kinds[task] for task in tasks})
+    def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
+        """Return a model's metrics on a split; `path` names the model in the log."""
+        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), {task: self.kinds[task] for task in tasks})
+        self._log(path, {"split": split, "metrics": judged})
+        return judged
 
     def stream(self, split: str, batch_size: int, seed: int | None) -> BatchStream:
         """Return a split's batches, shuffled by `seed` or in the order of the files; its rows are decoded once."""
@@ -172,10 +180,20 @@ class Starts:
         return self._streams[key]
 
     def made(self, *parts: str) -> Path:
-        """Return a path in the folder; what holds it is there."""
+        """Return a path in the folder, after making the folder that contains it."""
         path = self.folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _log(self, path: Path, record: Mapping[str, Any]) -> None:
+        line = json.dumps({"stage": str(path.relative_to(self.folder).with_suffix("")), **record})
+        with (self.folder / METRICS_LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")  # one short write: those of several processes do not mix
+
+
+def warm_name(training: Training, tasks: tuple[str, ...]) -> str:
+    """Return what tells a warm-up from others."""
+    return f"warm-{digest({**asdict(training), 'tasks': tasks})}"
 
 
 def save_state(model: nn.Module, path: Path) -> None:

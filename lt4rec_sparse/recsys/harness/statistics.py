@@ -1,4 +1,4 @@
-"""What a few seeds can say: means, deviations, and differences that are paired seed by seed."""
+"""What a few seeds can say: means, deviations, and differences paired seed by seed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Difference:
         mean: Over the seeds; NaN if a seed's difference is not a finite number.
         error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
         seeds: How many.
-        relative: True if in percent of the base's value of the same seed.
+        relative: True if in percent of the base's value at the same seed.
     """
 
     mean: float
@@ -48,25 +48,18 @@ class Difference:
     seeds: int
     relative: bool
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval by Student's t; NaN with one seed. It takes differences to be normal."""
-        reach = t_quantile(self.seeds - 1) * self.error if self.seeds > 1 else math.nan
-        return self.mean - reach, self.mean + reach
-
-    def record(self) -> dict[str, float | bool | list[float | None] | None]:
+    def record(self) -> dict[str, float | bool | None]:
         """Return it for JSON: null where a number is NaN."""
         return {
             "difference": or_none(self.mean),
             "error": or_none(self.error),
-            "interval": [or_none(end) for end in self.interval],
             "seeds": self.seeds,
             "relative": self.relative,
         }
 
 
 def summary(values: Sequence[float | None]) -> Summary:
-    """Return mean and standard deviation of one value a seed; None is NaN.
+    """Return mean and standard deviation of one value per seed; None is NaN.
 
     Raises:
         ValueError: If there is no value.
@@ -82,7 +75,7 @@ def paired_difference(
 ) -> Difference:
     """Return the mean over seeds of `value - base`, or of `100 * (value - base) / base`, and its standard error.
 
-    Pairing takes out what a seed does to both: the order of the batches, and the start.
+    Pairing removes what a seed does to both: the order of the batches, and the start.
 
     Args:
         values: Seed -> value; None is NaN.
@@ -90,7 +83,7 @@ def paired_difference(
         relative: True for percent of the base; a base of 0 makes the difference NaN.
 
     Raises:
-        ValueError: If there is no seed, or the two have other seeds.
+        ValueError: If there is no seed, or the seeds differ.
 
     >>> paired_difference({0: 3.0, 1: 6.0}, {0: 2.0, 1: 4.0}, relative=True).mean
     50.0
@@ -110,7 +103,7 @@ def is_better(difference: Difference, higher_is_better: bool) -> bool:
     """Return whether the difference is in the good direction and exceeds its standard error.
 
     A low bar: over five seeds, something no better than the base passes it in one case of five (`P(T > 1)` of Student's
-    distribution). One seed, or a NaN, never passes.
+    distribution). One seed or a NaN never passes.
     """
     gain = difference.mean if higher_is_better else -difference.mean
     return gain > difference.error
@@ -127,50 +120,15 @@ def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
     return min(losses, key=lambda choice: sum(losses[choice][task] / least[task] for task in tasks))
 
 
-def t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """Return the `t` with `P(|T| <= t) = confidence`, for Student's distribution of `degrees` degrees of freedom.
-
-    Bisection of the closed form that the distribution has for whole degrees of freedom.
-
-    Raises:
-        ValueError: If there is no degree of freedom, or the confidence is not in [0, 1).
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-
-    >>> round(t_quantile(4), 3)
-    2.776
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees: got {degrees}, wanted at least 1")
-    if not 0 <= confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, wanted a number in [0, 1)")
-    low, high = 0.0, math.pi / 2
-    # `t = sqrt(degrees) * tan(angle)`; the interval halves until no double lies within it.
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def or_none(value: float) -> float | None:
     """Return the number, or None, JSON's null, if it is NaN or infinite: JSON knows neither."""
     return float(value) if math.isfinite(value) else None
 
 
-def _within(angle: float, degrees: int) -> float:
-    """Return `P(|T| <= sqrt(degrees) * tan(angle))`."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * cosine * cosine
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
-    """Return the values, NaN for None and for the infinite, of which no mean can be made."""
+    """Return the values with NaN for None and infinities, of which no mean can be made."""
     if not len(values):
-        raise ValueError("values: got none, wanted one a seed, of a seed at least")
+        raise ValueError("values: got none, wanted one per seed, at least one")
     numbers = np.array(values, np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 

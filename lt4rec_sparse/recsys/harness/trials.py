@@ -45,14 +45,17 @@ class Training:
     Attributes:
         hidden: Widths of the MLP's hidden layers.
         embedding_dim: Width of an embedding.
-        exclusive_dim: Width of an embedding that each task has besides, its own alone (multiview); 0 for none.
+        exclusive_dim: Width of an additional embedding that each task has for itself (multiview); 0 for none.
         cross: "dlrm", "wide_deep" or "deepfm".
-        learning_rate: Of Adam.
-        epochs: Of every training.
-        batch_size: Impressions a batch.
-        warm_up: Epochs of dense training of all tasks before anything else: where searches and trials then start.
-        losses: Task -> name of its loss, where it is not its kind's own.
-        dtype: What matrix products compute in while training; sums and weights are float32, judging is float32.
+        learning_rate: Adam's, of every task that `rates` does not name.
+        rates: Task -> learning rate of that task's steps. Two tasks of a shared model may differ, as two single-task
+            models do; see `TaskAdam`.
+        epochs: Epochs of every training.
+        batch_size: Impressions per batch.
+        warm_up: Epochs of dense training of all tasks before anything else; searches and trials start from there.
+        losses: Task -> name of its loss, where it is not the default of the task's kind.
+        dtype: What matrix products compute in while training, "float32" or "bfloat16"; sums and weights are float32,
+            and models are judged in float32.
     """
 
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -60,11 +63,12 @@ class Training:
     exclusive_dim: int = 0
     cross: str = "dlrm"
     learning_rate: float = 1e-3
+    rates: tuple[tuple[str, float], ...] = ()
     epochs: int = 1
     batch_size: int = 1024
     warm_up: float = 0.0
     losses: tuple[tuple[str, str], ...] = ()
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _check(self.dtype, DTYPES, "dtype")
@@ -76,8 +80,27 @@ class Training:
                 raise InputError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
-        if self.warm_up < 0:
+        if not self.warm_up >= 0:
             raise InputError(f"warm_up: got {self.warm_up}, wanted 0 or more")
+        for rate in (self.learning_rate, *(rate for _, rate in self.rates)):
+            if not rate > 0:
+                raise InputError(f"learning_rate: got {rate}, wanted more than 0")
+
+    def rate(self, task: str) -> float:
+        """Return the learning rate of a task's steps."""
+        return dict(self.rates).get(task, self.learning_rate)
+
+    def at(self, rates: Mapping[str, float]) -> Training:
+        """Return the same training with these learning rates, task -> rate; equal rates give equal values."""
+        if not rates:
+            return self
+        if len(set(rates.values())) == 1:
+            return replace(self, learning_rate=next(iter(rates.values())), rates=())
+        return replace(self, learning_rate=min(rates.values()), rates=tuple(sorted(rates.items())))
+
+    def of(self, task: str) -> Training:
+        """Return how a single-task model of this task trains."""
+        return self.at({task: self.rate(task)})
 
 
 @dataclass(frozen=True)
@@ -85,15 +108,14 @@ class Search:
     """How each task finds its mask, in the network that all tasks will share.
 
     Attributes:
-        training: Of every round.
+        training: How every round trains. A task's rate is that of its single-task baseline.
         method: "rounds" (the paper's), or one training instead: "one_shot" prunes the single-task baseline itself,
             "gradual" prunes while it trains, "drop_and_grow" (RigL) moves sparse connections while it trains.
-        granularity: What is pruned as one.
-        scope: "global", one quantile over all layers, or "layer", one each.
+        granularity: The unit of pruning.
+        scope: "global", one quantile over all layers, or "layer", one quantile per layer.
         rounds: Rounds of pruning.
-        density: Share of the weights alive after the last round.
+        density: Share of the weights kept after the last round.
         rewind: Epochs of a task's own first training that it is rewound to (late rewinding); 0 for the start.
-        rates: Task -> its learning rate, where it is not the training's: that of its single-task baseline.
     """
 
     training: Training = field(default_factory=Training)
@@ -103,7 +125,6 @@ class Search:
     rounds: int = 4
     density: float = 0.2
     rewind: float = 0.0
-    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.method, METHODS, "method")
@@ -114,14 +135,9 @@ class Search:
         if not 0 <= self.rewind < self.training.epochs:
             raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
 
-    def training_of(self, task: str) -> Training:
-        """Return how a task trains."""
-        return replace(self.training, learning_rate=dict(self.rates).get(task, self.training.learning_rate))
-
     def folder(self, task: str) -> str:
-        """Return the name of what a task leaves on disk. Searches of the same steps share it, however far they go."""
-        steps = {**asdict(self), "training": asdict(self.training_of(task))}
-        del steps["rates"]
+        """Return the name of what a task leaves on disk. Searches with the same steps share it, however far they go."""
+        steps = {**asdict(self), "training": asdict(self.training.of(task))}
         if self.method == "rounds":
             steps["round_keeps"] = round(self.density ** (1 / self.rounds), 9)
             del steps["rounds"], steps["density"]
@@ -136,10 +152,10 @@ class Masks:
         kind: "tickets"; or a control: "random" (no search, `search.density` in every layer), "random_like" (as many
             weights in every layer as the tickets), "one_for_all" (the first task's ticket for every task),
             "one_random" (one random mask for every task), "unanimous" (one mask: what any task would keep),
-            "separate" (tickets of which a share is co-owned), "random_separate".
+            "separate" (by magnitude, with a share that all tasks own together), "random_separate".
         search: Where tickets and densities come from.
         level: "best" on the validation days, or "last".
-        shared: Of "separate" and "random_separate": which share of each task's weights all tasks own.
+        shared: For "separate" and "random_separate": the share of each task's weights that all tasks own.
         fresh_start: Whether the network starts from weights that the search has not seen.
         rescale: Whether each layer's weights start larger by one over the square root of its tasks' mean density.
     """
@@ -155,7 +171,7 @@ class Masks:
         _check(self.kind, KINDS_OF_MASKS, "kind of masks")
         _check(self.level, ("best", "last"), "level")
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
-            raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it with separate ones alone")
+            raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it with separate ones only")
 
     @property
     def searches(self) -> bool:
@@ -173,12 +189,13 @@ class Trial:
     """One model, trained once and judged once.
 
     Attributes:
-        model: One of `ranking.build.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
+        model: One of `models.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
         tasks: The tasks' names.
         seed: Of initial weights, order of the rows and random masks.
         training: The network and how it is trained.
-        masks: Of sparse sharing; None for full ones.
-        objective: "alternating" (a step a task), "joint" (one on the sum), "uncertainty" or "pcgrad" (one each).
+        masks: For sparse sharing; None for full ones.
+        objective: "alternating" (one step per task), "joint" (one step on the sum), "uncertainty" or "pcgrad" (likewise
+            one step).
         scales: Task -> factor of its loss: Eq 2's a and b.
         conflict: Thresholds and factors for rows clicked and hardly watched, or None.
         options: Further options of the model.
@@ -200,17 +217,24 @@ class Trial:
         _check(self.model, MODELS, "model")
         _check(self.objective, OBJECTIVES, "objective")
         if self.masks is not None and self.model != "sparse_sharing":
-            raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing alone")
+            raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing only")
+        if self.training.rates and self.steps_together:
+            raise InputError(f"rates: got one per task for {self.model} with one step for all, wanted one rate")
+
+    @property
+    def steps_together(self) -> bool:
+        """Whether one optimiser step serves all tasks, which then have one learning rate."""
+        return self.objective != "alternating" or self.model == "esmm"
 
     @property
     def key(self) -> str:
         """The name of what it leaves on disk: the same settings give the same name."""
         return f"{self.model}-{digest(asdict(self))}-seed_{self.seed}"
 
-    def at(self, seed: int, learning_rate: float | None = None, is_tested: bool = True) -> Trial:
-        """Return the same trial at another seed, and with another learning rate of its own training if one is given."""
-        training = self.training if learning_rate is None else replace(self.training, learning_rate=learning_rate)
-        return replace(self, seed=seed, training=training, is_tested=is_tested)
+    def at(self, seed: int, rates: Mapping[str, float] | None = None, is_tested: bool = True) -> Trial:
+        """Return the same trial at another seed, with the learning rates of its tasks if they are given."""
+        own = {task: rate for task, rate in (rates or {}).items() if task in self.tasks}
+        return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested)
 
     def to_plain(self) -> dict[str, Any]:
         """Return all settings as JSON-able data."""

@@ -12,6 +12,8 @@ from lt4rec_sparse.recsys.training.objectives import (
     Projected,
     TaskLosses,
 )
+from lt4rec_sparse.recsys.training.precision import fastest_dtype
+from lt4rec_sparse.recsys.training.rates import TaskAdam
 from lt4rec_sparse.recsys.training.stream import Batch, Stream
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "Predictions",
     "Projected",
     "Stream",
+    "TaskAdam",
     "TaskLosses",
     "evaluate",
+    "fastest_dtype",
     "predict",
     "train",
 ]

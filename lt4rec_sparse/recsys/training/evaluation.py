@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.recsys.metrics import Metric, metrics_of
 from lt4rec_sparse.recsys.training.stream import Stream
 
-Model = nn.Module | Callable[[EncodedFeatures, str], Tensor]
-
 
 class Predictions(NamedTuple):
-    """What a model says of every row of a split, in the order of the files.
+    """What a model says about every row of a split, in the order of the files.
 
     Attributes:
-        probabilities: Task -> float32 `[rows]`, also of rows that are not the task's.
+        probabilities: Task -> float32 `[rows]`, for rows of other tasks too.
         rows: Task -> bool `[rows]`, True where the row is the task's.
         labels: Task -> float32 `[rows]`.
         groups: int64 `[rows]`.
@@ -34,7 +31,7 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: Model, stream: Stream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
     """Judge a model on one epoch of `stream`.
 
     Args:
@@ -45,8 +42,7 @@ def evaluate(model: Model, stream: Stream, kinds: Mapping[str, str]) -> dict[str
     Returns:
         Slice name ("all", and each slice of the data) -> task -> metric -> value.
     """
-    if isinstance(model, nn.Module):
-        model.eval()
+    model.eval()
     parts: dict[str, dict[str, dict[str, Metric]]] = {}
     for batch in stream.epoch(0):
         for task, kind in kinds.items():
@@ -66,10 +62,9 @@ def evaluate(model: Model, stream: Stream, kinds: Mapping[str, str]) -> dict[str
 
 
 @torch.inference_mode()
-def predict(model: Model, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
-    """Score every row of one epoch of `stream` for every task, rows that are no task's included."""
-    if isinstance(model, nn.Module):
-        model.eval()
+def predict(model: nn.Module, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
+    """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
+    model.eval()
     batches = list(stream.epoch(0))
     scores = {
         task: torch.cat([torch.sigmoid(model(batch.features, task).squeeze(1)) for batch in batches]) for task in tasks

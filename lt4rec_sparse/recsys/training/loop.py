@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import process_time
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +30,14 @@ class Cursor:
     batch: int = 0
 
 
+class _Progress(NamedTuple):
+    """How far a training is: where it goes on, losses of the epoch so far (sum and count), seconds so far."""
+
+    cursor: Cursor
+    sums: dict[str, tuple[float, int]]
+    seconds: float
+
+
 def train(
     model: nn.Module,
     optimizer: MaskedAdam,
@@ -42,11 +51,12 @@ def train(
     log: Log = lambda record: None,
     progress: Progress = lambda done, total: None,
     after_batch: AfterBatch = lambda batch, done, total: None,
-) -> None:
+) -> float:
     """Train a model batch by batch, as the objective says.
 
     With `checkpoint`, the loop writes model, optimiser and cursor there every `checkpoint_every` batches, continues
-    from it if it exists, and removes it at the end; an interrupted run ends bit for bit where an uninterrupted does.
+    from it if it exists, and removes it at the end; an interrupted training ends bit for bit where an uninterrupted
+    one does. An objective with a state of its own (a generator, learned weights) must not be given a checkpoint.
 
     Args:
         model: Trained in place.
@@ -60,16 +70,25 @@ def train(
         checkpoint_every: In batches.
         log: Called with {"task", "epoch", "batch", "train_loss"} once an epoch and task: the epoch's mean.
         progress: Called after each batch with batches done and batches in all.
-        after_batch: Called after each batch with it and the same: may prune while the model trains. What it remembers
-            is in no checkpoint.
+        after_batch: Called after each batch with the batch and the same two numbers: may prune while the model trains.
+            Checkpoints do not hold its state.
+
+    Returns:
+        Seconds of processor time, of all cores together, including those before an interruption.
 
     Raises:
         InputError: If a loss is NaN or infinite (the batch and task are named).
     """
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
-    cursor, sums = start, _no_sums(objective)
+    cursor, sums, before = _Progress(start, _no_sums(objective), 0.0)
     if checkpoint is not None and checkpoint.exists():
-        cursor, sums = _load_checkpoint(checkpoint, model, optimizer)
+        cursor, sums, before = _load_checkpoint(checkpoint, model, optimizer)
+    started = process_time()
+
+    def save(path: Path, following: Cursor) -> None:
+        seconds = before + process_time() - started
+        _save_checkpoint(path, model, optimizer, _Progress(following, sums, seconds))
+
     model.train()
     for epoch in range(cursor.epoch, epochs):
         first = cursor.batch if epoch == cursor.epoch else 0
@@ -89,37 +108,36 @@ def train(
             if done == total:
                 break
             if checkpoint is not None and (index + 1) % checkpoint_every == 0 and index + 1 < len(stream):
-                _save_checkpoint(checkpoint, model, optimizer, Cursor(epoch, index + 1), sums)
+                save(checkpoint, Cursor(epoch, index + 1))
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
         sums = _no_sums(objective)
         if checkpoint is not None and done < total:
-            _save_checkpoint(checkpoint, model, optimizer, Cursor(epoch + 1), sums)
+            save(checkpoint, Cursor(epoch + 1))
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+    return before + process_time() - started
 
 
 def _no_sums(objective: Objective) -> dict[str, tuple[float, int]]:
     return dict.fromkeys(objective.names, (0.0, 0))
 
 
-def _save_checkpoint(
-    path: Path, model: nn.Module, optimizer: MaskedAdam, cursor: Cursor, sums: Mapping[str, tuple[float, int]]
-) -> None:
+def _save_checkpoint(path: Path, model: nn.Module, optimizer: MaskedAdam, progress: _Progress) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "cursor": (cursor.epoch, cursor.batch),
-        "sums": dict(sums),
+        "cursor": (progress.cursor.epoch, progress.cursor.batch),
+        "sums": progress.sums,
+        "seconds": progress.seconds,
     }
     with whole_file(path) as temporary:
         torch.save(state, temporary)
 
 
-def _load_checkpoint(
-    path: Path, model: nn.Module, optimizer: MaskedAdam
-) -> tuple[Cursor, dict[str, tuple[float, int]]]:
+def _load_checkpoint(path: Path, model: nn.Module, optimizer: MaskedAdam) -> _Progress:
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return Cursor(*state["cursor"]), {task: (total, count) for task, (total, count) in state["sums"].items()}
+    sums = {task: (total, count) for task, (total, count) in state["sums"].items()}
+    return _Progress(Cursor(*state["cursor"]), sums, state["seconds"])

@@ -1,4 +1,4 @@
-"""What one batch does to a model: a step a task, or one step for all tasks together."""
+"""What one batch does to a model: one step per task, or one step for all tasks together."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(logits, labels, weights)`, each `[rows]`, to the weighted mean loss."""
 
 Factors = Callable[[Batch], Mapping[str, Tensor]]
-"""A batch to factors of its rows' losses: task -> `[batch]`. They scale the loss, where weights only share it out."""
+"""A batch to factors of its rows' losses: task -> `[batch]`. Factors scale the loss; weights only distribute it."""
 
 Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """A model and a batch to the losses that make up one joint step, by name; a task without rows is left out."""
 
 
-ROW_TILE = 64  # few numbers of rows in all, and few rows too many
+ROW_TILE = 64  # few distinct row counts, and few rows of padding
 
 
 class Objective(Protocol):
@@ -42,10 +42,10 @@ class TaskLosses:
     """Each task's loss on the rows that are its own: `scale * sum(factor w loss) / sum(w)`.
 
     Attributes:
-        losses: Task -> its loss; the order is that of alternation.
-        scales: Task -> a number that its loss is multiplied by, Eq 2's a and b; 1 where it is not named.
-        factors: Further factors of single rows, or None.
-        dtype: What matrix products compute in (`torch.autocast`); None for that of the weights.
+        losses: Task -> its loss, in the order of alternation.
+        scales: Task -> factor of its loss, Eq 2's a and b; 1 for tasks not named.
+        factors: Further factors per row, or None.
+        dtype: The dtype of matrix products (`torch.autocast`); None for that of the weights.
     """
 
     losses: Mapping[str, Loss]
@@ -85,10 +85,10 @@ class TaskLosses:
 class Alternating:
     """A step for each task in turn, on the rows that are the task's (LT4REC, Algorithm 1, lines 12 to 17).
 
-    A step moves what its task owns and nothing else. A batch without rows of a task gives that task no step.
+    A step moves what its task owns and nothing else. A task without rows in a batch takes no step.
 
     Attributes:
-        losses: Of the tasks.
+        losses: The tasks' losses.
     """
 
     losses: TaskLosses
@@ -118,9 +118,9 @@ class Joint:
     """One step for all tasks: on the sum of their losses, or on what `combine` makes of them (Eq 2 of LT4REC).
 
     Attributes:
-        losses: Gives the losses of a batch.
-        names: Of the losses.
-        combine: The losses by name to one number; None for their sum.
+        losses: Computes the losses of a batch.
+        names: The losses' names.
+        combine: Makes one number of the losses by name; None for their sum.
     """
 
     losses: Losses
@@ -142,9 +142,9 @@ class Projected:
     """One step along what `project` makes of the tasks' gradients, such as PCGrad.
 
     Attributes:
-        losses: Gives the losses of a batch.
-        names: Of the losses.
-        project: The tasks' gradients, each a list with a tensor a parameter, to one such list.
+        losses: Computes the losses of a batch.
+        names: The losses' names.
+        project: Makes one list of gradients, a tensor per parameter, of the tasks' such lists.
     """
 
     losses: Losses
@@ -174,8 +174,8 @@ def rows_of(batch: Batch, task: str) -> Tensor:
 def logits_of(model: nn.Module, batch: Batch, rows: Tensor, task: str, dtype: torch.dtype | None) -> Tensor:
     """Return one task's float32 logits of the rows at positions `rows [n]` of a batch, `[n]`.
 
-    In a lower dtype the model runs on whole tiles of rows, of which the last may be filled up: oneDNN generates code
-    for every number of rows that it has not met, which took longer than the products (30 ms of a step of 17 ms).
+    In a lower dtype the model runs on whole tiles of rows, the last of which is padded: oneDNN generates code for every
+    new number of rows, which took longer than the matrix products (30 ms in a step of 17 ms).
     """
     n = len(rows)
     if n == batch.features.batch:
@@ -185,7 +185,7 @@ def logits_of(model: nn.Module, batch: Batch, rows: Tensor, task: str, dtype: to
 
 
 def forward(model: nn.Module, features: EncodedFeatures, task: str | None, dtype: torch.dtype | None) -> Tensor:
-    """Return float32 logits; with `dtype` matrix products run in it and sum in float32."""
+    """Return float32 logits; with `dtype`, matrix products run in it and sum in float32."""
     if dtype is None:
         logits: Tensor = model(features, task)
         return logits

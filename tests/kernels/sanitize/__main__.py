@@ -6,8 +6,8 @@ Builds csrc/ without Python, with a driver of its own, once for each sanitizer, 
   prepack; calls from several threads; sizes and headers for which there is no memory.
 - thread (ThreadSanitizer): callers at the same time, each with a team of threads. `openmp.cpp` takes the place of
   GCC's OpenMP, which the sanitizer does not see through.
-- release (no sanitizer, the optimisation of setup.py): what neither of them sees, a gather or a load of a vector, and
-  one piece of scratch memory that runs into the next: every argument of every kernel between inaccessible pages.
+- release (no sanitizer, the optimisation of setup.py): every argument of every kernel between inaccessible pages, which
+  finds what both sanitizers miss: gathers, vector loads, and an overrun from one piece of scratch memory into the next.
 
 A silent sanitizer proves nothing, so each must also find the faults that the driver makes on purpose.
 
@@ -44,12 +44,12 @@ COMPILE = [
 
 
 class Build(NamedTuple):
-    """One sanitizer, and what it has to say to."""
+    """One sanitizer, the driver's modes that it watches, and the faults that it must find."""
 
     name: str
     flags: tuple[str, ...]
     modes: tuple[str, ...]
-    faults: dict[str, str]  # and what its report on each contains
+    faults: dict[str, str]  # fault -> what the report on it contains
     has_own_openmp: bool = False
 
 
@@ -82,7 +82,7 @@ QUICK = (
 )
 
 ENVIRONMENT = {
-    # Without memory the engine must go on, and a gigabyte is none.
+    # The engine must survive a failed allocation; one above a gigabyte fails.
     "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=1024",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",

@@ -1,4 +1,4 @@
-// Runs the engine for a sanitizer to watch: `driver MODE quick|full`. Prints what it did; any fault ends it.
+// Runs the engine under a sanitizer: `driver MODE quick|full`. Prints what it did; any fault ends it.
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -39,19 +39,19 @@ std::vector<uint16_t> upper_halves(const std::vector<float>& values) {
   return halves;
 }
 
-// A network, as many rows of x, and what it makes of each of them.
+// A network, rows of x, and the result for each of them.
 struct Case {
   const char* name;
   Prepacked prepacked;
   int64_t precision, rows, in_features, outputs;
   std::vector<float> x, wanted;
 
-  Case(const char* name, const CsrNetwork& network, int64_t precision, int64_t rows, Random& random)
+  Case(const char* name, const Network& network, int64_t precision, int64_t rows, Random& random)
       : name(name),
         prepacked(network, precision),
         precision(precision),
         rows(rows),
-        in_features(network[0].in_features),
+        in_features(network.weight(network.layers[0]).in_features),
         outputs(outputs_of(network)),
         wanted(size_t(rows * outputs)) {
     CHECK(prepacked.bytes > 0, "%s: %s", name, prepacked.message.c_str());
@@ -83,29 +83,34 @@ struct Shape {
   const char* name;
   std::vector<std::vector<int>> tasks;
   double density;
-  bool is_shared;
+  double share = 0;    // of the first layer's union that each task keeps; 0: no sharing
+  int64_t parts = 0;   // that a task adds at most
 };
 
 std::vector<Shape> shapes() {
   if (is_quick)
     return {
-        {"odd", {{33, 17, 3}}, 0.4, false},
-        {"several", {{66, 81, 2}, {66, 7}}, 0.3, false},
-        {"shared", {{130, 33, 5}, {130, 33}}, 0.3, true},
+        {"odd", {{33, 17, 3}}, 0.4},
+        {"several", {{66, 81, 2}, {66, 7}}, 0.3},
+        {"shared", {{130, 33, 5}, {130, 33}}, 0.3, 0.9, 2},
+        {"shared in pairs", {{150, 17, 2}, {150, 17}, {150, 17, 3}}, 0.9, 0.6, 4},
     };
   return {
-      {"one weight", {{1, 1}}, 1, false},
-      {"odd", {{33, 17, 3}}, 0.4, false},
-      {"blocks", {{129, 257, 5}}, 0.15, false},
-      {"several", {{66, 81, 18, 2}, {66, 7}, {66, 40, 1}}, 0.3, false},
-      {"shared", {{130, 33, 5}, {130, 33, 20, 1}, {130, 33}}, 0.3, true},
-      {"dead", {{70, 9, 3}}, 0, false},
-      {"full", {{65, 64, 16, 15}}, 1, false},
-      {"wide", {{31, 300, 1}}, 0.2, false},
-      {"deep", {{16, 15, 17, 31, 32, 33, 63, 64, 65, 1}}, 0.4, false},
-      {"window edges", {{127, 128, 63, 47}}, 0.1, false},
-      {"shared full", {{64, 65, 5}, {64, 65, 5}, {64, 65, 5}, {64, 65}}, 0.9, true},
-      {"long", {{1025, 40, 2}}, 0.05, false},
+      {"one weight", {{1, 1}}, 1},
+      {"odd", {{33, 17, 3}}, 0.4},
+      {"blocks", {{129, 257, 5}}, 0.15},
+      {"several", {{66, 81, 18, 2}, {66, 7}, {66, 40, 1}}, 0.3},
+      {"shared", {{130, 33, 5}, {130, 33, 20, 1}, {130, 33}}, 0.3, 0.9, 2},
+      {"shared in pairs", {{300, 33, 5}, {300, 33, 20, 1}, {300, 33}}, 0.9, 0.6, 4},
+      {"shared by many", {{200, 16, 1}, {200, 16}, {200, 16}, {200, 16}, {200, 16}, {200, 16}, {200, 16}, {200, 16},
+                          {200, 16}, {200, 16}}, 0.9, 0.9, 4},
+      {"dead", {{70, 9, 3}}, 0},
+      {"full", {{65, 64, 16, 15}}, 1},
+      {"wide", {{31, 300, 1}}, 0.2},
+      {"deep", {{16, 15, 17, 31, 32, 33, 63, 64, 65, 1}}, 0.4},
+      {"window edges", {{127, 128, 63, 47}}, 0.1},
+      {"shared full", {{64, 65, 5}, {64, 65, 5}, {64, 65, 5}, {64, 65}}, 0.9, 0.9, 2},
+      {"long", {{1025, 40, 2}}, 0.05},
   };
 }
 
@@ -116,15 +121,15 @@ std::vector<int64_t> batches() {
   return all;
 }
 
-// Calls `use(case, isa, path, batch)` for all there is.
+// Calls `use(case, isa, path, batch)` for every combination.
 template <class Use>
 void for_all(Use use) {
   Random random(1);
   for (const Shape& shape : shapes()) {
-    const CsrNetwork network = random_network(random, shape.tasks, shape.density, shape.is_shared);
+    const Network network = random_network(random, shape.tasks, shape.density, shape.share);
     for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
       const Case some(shape.name, network, precision, batches().back(), random);
-      CHECK((some.prepacked.header().shared_features > 0) == shape.is_shared, "%s", shape.name);
+      CHECK(some.prepacked.most_parts() == shape.parts, "%s: %lld", shape.name, (long long)some.prepacked.most_parts());
       for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
         for (int64_t path = PATH_TABLES; path <= (precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES); ++path)
           for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
@@ -132,7 +137,7 @@ void for_all(Use use) {
   }
 }
 
-// Rows packed and apart, float32 and bfloat16, each array as long as it must be and no longer.
+// Rows with and without gaps, float32 and bfloat16; each array exactly as long as it must be.
 void run_cases() {
   for_all([](const Case& some, const Isa* isa, int64_t path, int64_t batch) {
     const int64_t apart = batch % 2 * 3, x_stride = some.in_features + apart, out_stride = some.outputs + apart;
@@ -168,11 +173,11 @@ void run_guarded() {
   });
 }
 
-// Several threads of the caller's, each with a team of its own, on one blob and one x; and prepack among them.
+// Several callers at the same time, each with a team of threads, on one blob and one x; some of them also prepack.
 void run_threads() {
   Random random(2);
   // Work enough for a team, also in int8.
-  const CsrNetwork network = random_network(random, {{200, 170, 3}, {200, 170}}, 0.9, true);
+  const Network network = random_network(random, {{200, 170, 3}, {200, 170}}, 0.9, 0.9);
   for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
     const Case some("threads", network, precision, 70, random);
     const auto prepack_again = [&] {
@@ -202,20 +207,20 @@ void run_threads() {
   }
 }
 
-bool is_canonical(const CsrLayer& layer, int64_t precision) {
-  const auto nnz = int64_t(layer.col_indices.size());
-  if (layer.crow_indices.front() != 0 || layer.crow_indices.back() != nnz) return false;
-  for (size_t row = 0; row + 1 < layer.crow_indices.size(); ++row) {
-    if (layer.crow_indices[row] > layer.crow_indices[row + 1]) return false;
-    if (layer.crow_indices[row] < 0 || layer.crow_indices[row + 1] > nnz) return false;
-    for (int32_t i = layer.crow_indices[row]; i < layer.crow_indices[row + 1]; ++i) {
-      const int32_t column = layer.col_indices[size_t(i)];
-      if (column < 0 || column >= layer.in_features) return false;
-      if (i > layer.crow_indices[row] && column <= layer.col_indices[size_t(i) - 1]) return false;
-    }
+bool is_canonical(const Network& network, const Layer& layer, int64_t precision) {
+  const Weight& weight = network.weight(layer);
+  int64_t kept = 0;
+  for (int64_t row = 0; row < weight.out_features; ++row)
+    for (int64_t column = 0; column < weight.in_features; ++column) kept += weight.any_keeps(row, column);
+  if (kept != int64_t(weight.values.size())) return false;
+  if (!weight.planes.empty()) {
+    if (layer.task < 0 || layer.task >= weight.tasks) return false;
+    for (int64_t row = 0; row < weight.tasks * weight.out_features; ++row)
+      for (int64_t bit = weight.in_features; bit < 8 * weight.row_bytes(); ++bit)
+        if (weight.planes[size_t(row * weight.row_bytes() + bit / 8)] >> (bit % 8) & 1) return false;
   }
   if (precision != PRECISION_S8) return true;
-  for (float value : layer.values)
+  for (float value : weight.values)
     if (!std::isfinite(value)) return false;
   for (float value : layer.bias)
     if (!std::isfinite(value)) return false;
@@ -228,40 +233,41 @@ T& any_of(Random& random, std::vector<T>& values) {
   return values[size_t(below(random, int64_t(values.size())))];
 }
 
-// Writes something wrong, or not so wrong, into one layer.
-void mutate(Random& random, CsrNetwork& network) {
-  CsrLayer& layer = any_of(random, network);
-  const int32_t edges[] = {INT32_MIN, -1, 0, 1, int32_t(layer.in_features - 1), int32_t(layer.in_features),
-                           int32_t(layer.col_indices.size()), 1 << 24, INT32_MAX};
-  const int32_t edge = edges[below(random, 9)];
+// Writes something wrong, or not so wrong, into one layer or its weight.
+void mutate(Random& random, Network& network) {
+  Layer& layer = any_of(random, network.layers);
+  Weight& weight = network.weights[layer.weight];
+  const int64_t edges[] = {INT64_MIN, INT32_MIN, -1, 0, 1, weight.tasks - 1, weight.tasks, 256, INT32_MAX, INT64_MAX};
+  const int64_t edge = edges[below(random, 10)];
+  const uint8_t bytes[] = {0, 1, 0x7f, 0x80, 0xff};
   const float odd[] = {NAN, INFINITY, -INFINITY, 1e-45f, 3e38f, -0.0f, 127.0f, 1e-30f};
   const double scales[] = {0, -1, NAN, INFINITY, 1e-320, 1e-40, 3e-39, 1e-30, 1, 1e30, 2.9e38, 1e300};
-  switch (below(random, 8)) {
-    case 0: any_of(random, layer.crow_indices) = edge; break;
-    case 1: {
-      int32_t& start = any_of(random, layer.crow_indices);
-      start = int32_t(uint32_t(start) + uint32_t(below(random, 5)) - 2);  // may wrap around
+  switch (below(random, 9)) {
+    case 0:
+      if (!weight.planes.empty()) any_of(random, weight.planes) ^= uint8_t(1 << below(random, 8));
       break;
-    }
+    case 1:
+      if (!weight.planes.empty()) any_of(random, weight.planes) = bytes[below(random, 5)];
+      break;
     case 2:
-      if (!layer.col_indices.empty()) any_of(random, layer.col_indices) = edge;
+      if (!weight.planes.empty()) std::swap(any_of(random, weight.planes), any_of(random, weight.planes));
       break;
-    case 3:
-      if (!layer.col_indices.empty())
-        std::swap(any_of(random, layer.col_indices), any_of(random, layer.col_indices));
-      break;
+    case 3: layer.task = edge; break;
     case 4:
-      if (!layer.values.empty()) any_of(random, layer.values) = odd[below(random, 8)];
+      if (!weight.values.empty()) any_of(random, weight.values) = odd[below(random, 8)];
       break;
     case 5:
       if (!layer.bias.empty()) any_of(random, layer.bias) = odd[below(random, 8)];
       break;
     case 6: layer.input_scale = scales[below(random, 12)]; break;
-    default: layer.input_zero_point = int64_t(edge) * (chance(random, 0.5) ? 1 : INT32_MAX); break;
+    case 7: layer.input_zero_point = edge; break;
+    default:
+      if (weight.values.empty() || chance(random, 0.5)) weight.values.push_back(1);
+      else weight.values.pop_back();
   }
 }
 
-// Every mutant is refused with a reason, or means the same to every kernel.
+// Every mutant is refused with a reason, or has the same result on every path that it was prepacked for.
 void run_fuzz() {
   Random random(3);
   int64_t refused = 0;
@@ -269,17 +275,18 @@ void run_fuzz() {
     const int width = 1 + below(random, 40), hidden = 1 + below(random, 70);
     std::vector<std::vector<int>> tasks(size_t(1 + below(random, 3)), {width, hidden, 1 + below(random, 5)});
     if (chance(random, 0.3)) tasks.push_back({width, 1 + below(random, 70)});
-    CsrNetwork network = random_network(random, tasks, 0.4, chance(random, 0.5));
+    Network network = random_network(random, tasks, 0.4, chance(random, 0.5) ? 0 : chance(random, 0.5) ? 0.6 : 0.9);
     for (int mutations = below(random, 4); mutations > 0; --mutations) mutate(random, network);
-    const int64_t precision = below(random, 3);
+    const int64_t precision = below(random, 3), layouts = 1 + below(random, 3);
+    const std::vector<Layer>& layers = network.layers;
     bool is_wanted = true;
-    for (const CsrLayer& layer : network) is_wanted = is_wanted && is_canonical(layer, precision);
-    if (precision == PRECISION_S8)  // x has one code for all tasks
-      for (size_t i = 1; i < network.size(); ++i)
-        if (network[i - 1].is_head)
-          is_wanted = is_wanted && network[i].input_scale == network[0].input_scale &&
-                      network[i].input_zero_point == network[0].input_zero_point;
-    const Prepacked prepacked(network, precision);
+    for (const Layer& layer : layers) is_wanted = is_wanted && is_canonical(network, layer, precision);
+    if (precision == PRECISION_S8)  // x is quantised once for all tasks
+      for (size_t i = 1; i < layers.size(); ++i)
+        if (layers[i - 1].is_head)
+          is_wanted = is_wanted && layers[i].input_scale == layers[0].input_scale &&
+                      layers[i].input_zero_point == layers[0].input_zero_point;
+    const Prepacked prepacked(network, precision, layouts);
     if (!is_wanted) {
       ++refused;
       CHECK(prepacked.bytes == -1 && !prepacked.message.empty() && prepacked.blob == nullptr, "round %lld: accepted",
@@ -291,10 +298,14 @@ void run_fuzz() {
     std::vector<float> x(size_t(batch * width)), first;
     for (float& value : x) value = float(below(random, 7) - 3);
     for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
-      for (int64_t path = PATH_TABLES; path <= PATH_SLICES; ++path) {
+      for (int64_t path = PATH_AUTO; path <= PATH_SLICES; ++path) {
         std::vector<float> out(size_t(batch * outputs));
         const Arguments arguments{x.data(), false, batch, width, out.data(), outputs, 1, path};
-        CHECK(call(*isa, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "round %lld", (long long)round);
+        const bool has_layout = path == PATH_AUTO || precision == PRECISION_S8 ||
+                                layouts & (path == PATH_TABLES ? LAYOUT_TABLES : LAYOUT_SLICES);
+        const int status = call(*isa, prepacked.blob, prepacked.bytes, arguments);
+        CHECK(status == (has_layout ? STATUS_OK : STATUS_NO_LAYOUT), "round %lld: status %d", (long long)round, status);
+        if (!has_layout) continue;
         if (first.empty()) first = out;
         for (size_t i = 0; i < out.size(); ++i)
           CHECK(out[i] == first[i] || (std::isnan(out[i]) && std::isnan(first[i])), "round %lld %s %s: got %g, wanted %g",
@@ -304,15 +315,15 @@ void run_fuzz() {
   std::printf("%lld refused, ", (long long)refused);
 }
 
-// Sizes that no array has: refused before anything is allocated for them.
+// Sizes that no array has are refused before anything is allocated for them.
 void run_huge() {
   for (const int64_t in_features : {int64_t{1} << 31, (int64_t{1} << 32) + 1, int64_t{1} << 62}) {
-    CsrNetwork network(1);
-    network[0].crow_indices = {0, 1};
-    network[0].col_indices = {0};
-    network[0].values = {1};
-    network[0].is_head = 1;
-    network[0].in_features = in_features;
+    Network network;
+    network.layers.emplace_back().is_head = 1;
+    Weight& dense = network.weights.emplace_back();
+    dense.in_features = in_features;
+    dense.out_features = 1;
+    dense.values = {1};
     for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision, ++calls) {
       const Prepacked prepacked(network, precision);
       CHECK(prepacked.bytes == -1, "in_features %lld", (long long)in_features);
@@ -323,7 +334,7 @@ void run_huge() {
 // A header that asks for more scratch memory than there is.
 void run_without_memory() {
   Random random(4);
-  const CsrNetwork network = random_network(random, {{20, 16, 2}}, 0.5, false);
+  const Network network = random_network(random, {{20, 16, 2}}, 0.5, 0);
   std::vector<float> x(64 * 20), out(64 * 2);
   for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
     const Prepacked prepacked(network, precision);
@@ -340,10 +351,10 @@ void run_without_memory() {
   }
 }
 
-// What a sanitizer must find, or its silence elsewhere says nothing.
+// A fault that a sanitizer must find; else its silence elsewhere means nothing.
 void run_fault(const std::string& fault) {
   Random random(5);
-  const CsrNetwork network = random_network(random, {{300, 260, 3}}, 0.9, false);
+  const Network network = random_network(random, {{300, 260, 3}}, 0.9, 0);
   const Case some("fault", network, PRECISION_F32, 64, random);
   std::vector<float> out(some.wanted.size());
   const auto run = [&](const float* x, int64_t out_stride, int64_t threads) {

@@ -1,8 +1,8 @@
-// Kernels whose every argument stands between inaccessible pages, and holds NaN wherever engine.h promises nothing.
+// Kernels with every argument between inaccessible pages, and NaN wherever engine.h promises no value.
 //
-// A sanitizer sees neither a gather nor what one piece of the engine's scratch memory does to the next. Here each call
-// of a kernel is made on copies of exactly the size of its contract: one byte read or written out of place ends the
-// process, and what is read in vain must not count.
+// A sanitizer does not see a gather, nor an overrun from one piece of the engine's scratch memory into the next. Here
+// each kernel gets copies of exactly the size that its contract names: one byte read or written out of place ends the
+// process, and a NaN that is read must not reach the result.
 #ifndef LT4REC_SPARSE_TESTS_GUARDED_H
 #define LT4REC_SPARSE_TESTS_GUARDED_H
 
@@ -98,7 +98,7 @@ struct GapLine {
     return position <= line_position(features - 1, kGap) || position == last_zero;
   }
 };
-struct CodeLine {
+struct LineS8 {
   static int64_t length(int64_t features) { return 2 * (features + HALF_S8) + WINDOW_S8; }
   static bool holds(int64_t position, int64_t features) {
     return position / WINDOW_S8 * HALF_S8 + position % WINDOW_S8 < features;
@@ -166,7 +166,7 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
   };
   wrapped.table_s8 = [](const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows,
                         int32_t* y, int64_t y_stride) {
-    table<CodeLine>(state().isa->table_s8, blob, layer, x, x_stride, rows, y, y_stride);
+    table<LineS8>(state().isa->table_s8, blob, layer, x, x_stride, rows, y, y_stride);
   };
   wrapped.transpose_f32 = transpose_f32;
   wrapped.widen_bf16 = [](const uint16_t* from, int64_t count, float* to) {
@@ -198,17 +198,17 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     std::memcpy(to, target, size_t(count) * sizeof(float));
   };
   wrapped.line_u8 = [](const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
-    uint8_t* target = fresh<uint8_t>(5, CodeLine::length(count));
+    uint8_t* target = fresh<uint8_t>(5, LineS8::length(count));
     const int has_nan = state().isa->line_u8(copied(2, from, count), count, inverse_scale, zero_point, target);
-    std::memcpy(to, target, size_t(CodeLine::length(count)));
+    std::memcpy(to, target, size_t(LineS8::length(count)));
     return has_nan;
   };
   wrapped.requantize_s32 = [](const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                               int has_relu, float inverse_scale, int32_t zero_point, uint8_t* to) {
-    uint8_t* target = fresh<uint8_t>(5, CodeLine::length(count));
+    uint8_t* target = fresh<uint8_t>(5, LineS8::length(count));
     state().isa->requantize_s32(copied(1, a, count), copied(2, b, count), copied(3, scale, count),
                                 copied(4, bias, count), count, has_relu, inverse_scale, zero_point, target);
-    std::memcpy(to, target, size_t(CodeLine::length(count)));
+    std::memcpy(to, target, size_t(LineS8::length(count)));
   };
   return wrapped;
 }

@@ -1,7 +1,8 @@
-// Random networks in canonical CSR, and what the plainest of loops makes of them.
+// Random networks in canonical form, and what plain loops compute for them.
 #ifndef LT4REC_SPARSE_TESTS_NETWORKS_H
 #define LT4REC_SPARSE_TESTS_NETWORKS_H
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -27,18 +28,42 @@ using Random = std::mt19937;
 inline int below(Random& random, int64_t bound) { return int(random() % uint64_t(bound)); }
 inline bool chance(Random& random, double probability) { return random() < probability * 4294967296.0; }
 
-struct CsrLayer {
-  std::vector<int32_t> crow_indices{0}, col_indices;
-  std::vector<float> values, bias;
-  int64_t in_features = 0, activation = ACTIVATION_NONE, is_head = 0;
+// What layers of several tasks share: the values of the union, and a bit plane for each task.
+struct Weight {
+  int64_t in_features = 0, out_features = 0, tasks = 1;
+  std::vector<float> values;
+  std::vector<uint8_t> planes;  // none: dense
+
+  int64_t row_bytes() const { return (in_features + 7) / 8; }
+  bool keeps(int64_t task, int64_t row, int64_t column) const {
+    if (planes.empty()) return true;
+    return planes[size_t((task * out_features + row) * row_bytes() + column / 8)] >> (column % 8) & 1;
+  }
+  bool any_keeps(int64_t row, int64_t column) const {
+    for (int64_t task = 0; task < tasks; ++task)
+      if (keeps(task, row, column)) return true;
+    return false;
+  }
+};
+
+struct Layer {
+  size_t weight = 0;  // of the network's
+  int64_t task = 0;
+  std::vector<float> bias;
+  int64_t activation = ACTIVATION_NONE, is_head = 0;
   double input_scale = 0.05;
   int64_t input_zero_point = 100;
-
-  int64_t out_features() const { return int64_t(crow_indices.size()) - 1; }
 };
-using CsrNetwork = std::vector<CsrLayer>;  // task by task
 
-// The array alone, so that a sanitizer finds the byte behind it, which in a vector is often spare.
+struct Network {
+  std::vector<Weight> weights;
+  std::vector<Layer> layers;  // task by task
+
+  const Weight& weight(const Layer& layer) const { return weights[layer.weight]; }
+};
+
+// A copy whose memory ends with its last value, where a vector often has room to spare: a sanitizer finds the byte
+// behind it.
 template <class T>
 std::vector<T> exactly(const std::vector<T>& values) {
   return std::vector<T>(values.begin(), values.end());
@@ -49,25 +74,23 @@ struct Prepacked {
   std::string message;
   uint8_t* blob;
 
-  Prepacked(const CsrNetwork& network, int64_t precision) {
-    const CsrNetwork held = [&] {
-      CsrNetwork copy(network);
-      for (CsrLayer& layer : copy) {
-        layer.crow_indices = exactly(layer.crow_indices);
-        layer.col_indices = exactly(layer.col_indices);
-        layer.values = exactly(layer.values);
-        layer.bias = exactly(layer.bias);
-      }
-      return copy;
-    }();
+  Prepacked(const Network& network, int64_t precision, int64_t layouts = LAYOUT_TABLES | LAYOUT_SLICES) {
+    Network held(network);
+    for (Weight& weight : held.weights) {
+      weight.values = exactly(weight.values);
+      weight.planes = exactly(weight.planes);
+    }
     std::vector<CanonicalLayer> layers;
-    for (const CsrLayer& layer : held)
-      layers.push_back({int64_t(layer.crow_indices.data()), int64_t(layer.col_indices.data()),
-                        int64_t(layer.values.data()), int64_t(layer.bias.data()), layer.in_features,
-                        layer.out_features(), int64_t(layer.col_indices.size()), layer.activation, layer.is_head,
-                        layer.input_scale, layer.input_zero_point});
+    for (Layer& layer : held.layers) {
+      layer.bias = exactly(layer.bias);
+      const Weight& weight = held.weight(layer);
+      layers.push_back({int64_t(weight.values.data()), int64_t(weight.planes.data()), weight.tasks, layer.task,
+                        int64_t(layer.bias.data()), weight.in_features, weight.out_features,
+                        int64_t(weight.values.size()), layer.activation, layer.is_head, layer.input_scale,
+                        layer.input_zero_point});
+    }
     char text[MESSAGE_BYTES] = "";
-    bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, &blob, text);
+    bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, layouts, &blob, text);
     message = text;
   }
   ~Prepacked() { lt4rec_free(blob); }
@@ -75,54 +98,70 @@ struct Prepacked {
   Prepacked& operator=(const Prepacked&) = delete;
 
   const BlobHeader& header() const { return *reinterpret_cast<const BlobHeader*>(blob); }
+
+  // How many parts of a shared layer one task adds; 0 where nothing is shared.
+  int64_t most_parts() const {
+    const auto* records = reinterpret_cast<const LayerRecord*>(blob + sizeof(BlobHeader));
+    int64_t most = 0;
+    for (uint32_t i = 0; i < header().layers; ++i) most = std::max(most, int64_t{records[i].part_count});
+    return most;
+  }
 };
 
-// Weights of -1, 0 and 1, some of the kept ones 0: sums of them are exact in every precision's float32.
-inline CsrLayer random_layer(Random& random, int64_t in_features, int64_t out_features, double density) {
-  CsrLayer layer;
-  layer.in_features = in_features;
+// Weights of -1, 0 and 1, some of the kept ones 0: sums of them are exact in every precision's float32. Each of several
+// tasks keeps its share of the union. Where everything is kept, half of the weights are dense.
+inline Weight random_weight(Random& random, int64_t in_features, int64_t out_features, double density,
+                            int64_t tasks = 1, double share = 1) {
+  Weight weight;
+  weight.in_features = in_features;
+  weight.out_features = out_features;
+  weight.tasks = tasks;
+  weight.planes.resize(size_t(tasks * out_features * weight.row_bytes()));
   for (int64_t row = 0; row < out_features; ++row) {
-    const double of_row = chance(random, 0.1) ? 0 : chance(random, 0.1) ? 1 : density;
-    for (int32_t column = 0; column < in_features; ++column) {
+    const double of_row = density == 1 ? 1 : chance(random, 0.1) ? 0 : chance(random, 0.1) ? 1 : density;
+    for (int64_t column = 0; column < in_features; ++column) {
       if (!chance(random, of_row)) continue;
-      layer.col_indices.push_back(column);
-      layer.values.push_back(float(below(random, 3) - 1));
+      for (int64_t task = 0; task < tasks; ++task)
+        if (share == 1 || chance(random, share))
+          weight.planes[size_t((task * out_features + row) * weight.row_bytes() + column / 8)] |= 1 << (column % 8);
+      if (weight.any_keeps(row, column)) weight.values.push_back(float(below(random, 3) - 1));
     }
-    layer.crow_indices.push_back(int32_t(layer.col_indices.size()));
   }
-  if (chance(random, 0.8))
-    for (int64_t row = 0; row < out_features; ++row) layer.bias.push_back(float(below(random, 5) - 2));
-  return layer;
+  if (tasks == 1 && density == 1 && chance(random, 0.5)) weight.planes.clear();
+  return weight;
 }
 
-// Tasks of these widths, which begin with one number of inputs. Where `is_shared`, first layers of one width keep most
-// weights in common.
-inline CsrNetwork random_network(Random& random, const std::vector<std::vector<int>>& tasks, double density,
-                                 bool is_shared) {
-  CsrNetwork network;
+// Tasks of these widths, which begin with one number of inputs. Where `share` is above 0, first layers as wide as the
+// first task's are one weight, and each task keeps that share of it.
+inline Network random_network(Random& random, const std::vector<std::vector<int>>& tasks, double density,
+                              double share) {
+  Network network;
+  int64_t sharing = 0, task_of_shared = 0;
+  for (const std::vector<int>& widths : tasks) sharing += share > 0 && widths[1] == tasks[0][1];
   for (const std::vector<int>& widths : tasks) {
     for (size_t i = 0; i + 1 < widths.size(); ++i) {
-      CsrLayer layer = random_layer(random, widths[i], widths[i + 1], density);
-      const bool is_alike = i == 0 && is_shared && !network.empty() && network[0].out_features() == widths[1];
-      if (is_alike) {
-        layer.crow_indices = network[0].crow_indices;
-        layer.col_indices = network[0].col_indices;
-        layer.values = network[0].values;
-        for (float& value : layer.values)
-          if (chance(random, 0.1)) value = 2;
-      }
+      const bool is_shared = i == 0 && sharing > 0 && widths[1] == tasks[0][1];
+      Layer layer;
+      layer.weight = is_shared ? 0 : network.weights.size();
+      layer.task = is_shared ? task_of_shared++ : 0;
+      if (layer.weight == network.weights.size())
+        network.weights.push_back(is_shared
+                                      ? random_weight(random, widths[i], widths[i + 1], density, sharing, share)
+                                      : random_weight(random, widths[i], widths[i + 1], density));
+      if (chance(random, 0.8))
+        for (int row = 0; row < widths[i + 1]; ++row) layer.bias.push_back(float(below(random, 5) - 2));
       layer.is_head = i + 2 == widths.size();
       layer.activation = layer.is_head && chance(random, 0.5) ? ACTIVATION_NONE : ACTIVATION_RELU;
       if (i > 0) layer.input_scale = 0.1, layer.input_zero_point = below(random, 3) * 10;
-      network.push_back(layer);
+      network.layers.push_back(layer);
     }
   }
   return network;
 }
 
-inline int64_t outputs_of(const CsrNetwork& network) {
+inline int64_t outputs_of(const Network& network) {
   int64_t outputs = 0;
-  for (const CsrLayer& layer : network) outputs += layer.is_head ? layer.out_features() : 0;
+  for (const Layer& layer : network.layers) outputs += layer.is_head ? network.weight(layer).out_features : 0;
   return outputs;
 }
 
@@ -133,16 +172,19 @@ inline double rounded_to_bf16(double value) {
 }
 
 // All heads for one row, for F32 and BF16.
-inline std::vector<float> reference(const CsrNetwork& network, const std::vector<float>& x, bool is_bf16) {
+inline std::vector<float> reference(const Network& network, const std::vector<float>& x, bool is_bf16) {
   std::vector<float> out;
   std::vector<double> h(x.begin(), x.end());
-  for (const CsrLayer& layer : network) {
-    std::vector<double> y(size_t(layer.out_features()));
+  for (const Layer& layer : network.layers) {
+    const Weight& weight = network.weight(layer);
+    std::vector<double> y(size_t(weight.out_features));
+    size_t next = 0;  // of the union's values
     for (size_t row = 0; row < y.size(); ++row) {
       y[row] = layer.bias.empty() ? 0 : layer.bias[row];
-      for (int32_t i = layer.crow_indices[row]; i < layer.crow_indices[row + 1]; ++i) {
-        const double v = h[size_t(layer.col_indices[size_t(i)])];
-        y[row] += layer.values[size_t(i)] * (is_bf16 ? rounded_to_bf16(v) : v);
+      for (int64_t column = 0; column < weight.in_features; ++column) {
+        if (!weight.any_keeps(int64_t(row), column)) continue;
+        const double v = h[size_t(column)], value = weight.values[next++];
+        if (weight.keeps(layer.task, int64_t(row), column)) y[row] += value * (is_bf16 ? rounded_to_bf16(v) : v);
       }
       if (layer.activation == ACTIVATION_RELU && y[row] < 0) y[row] = 0;
     }

@@ -46,7 +46,7 @@ def test_a_baseline_is_level_0_of_every_search_and_the_single_task_row(lab, monk
     single = lab.starts.single(TRAINING, "cvr", 0)
     trained = []
     train = module.train
-    monkeypatch.setattr(module, "train", lambda *a, **k: (trained.append(1), train(*a, **k)))
+    monkeypatch.setattr(module, "train", lambda *a, **k: (trained.append(1), train(*a, **k))[1])
     found = lab.searches.tickets(SEARCH, "cvr", TASKS, 0)
     assert len(trained) == SEARCH.rounds
     assert found[0].metrics == single["validation"]["all"]["cvr"]
@@ -96,6 +96,64 @@ def test_a_trial_is_trained_once(lab, monkeypatch):
     rows = predicted.rows["cvr"]
     error = (predicted.probabilities["cvr"] - predicted.labels["cvr"])[rows].double().square().mean().item()
     assert error == pytest.approx(record["test"]["all"]["cvr"]["mse"], rel=1e-5)
+
+
+def test_equal_masks_are_trained_once(lab, monkeypatch):
+    """Where the best tickets are the last ones, the two trials are one training; other rates are another."""
+    last = sparse(level="last")
+    lab.run(last)
+    best = sparse()
+    if lab.masks(best) != lab.masks(last):
+        monkeypatch.setattr(Laboratory, "_best", lambda lab, task, tickets: tickets[-1])
+    trained = []
+    train = module.train
+    monkeypatch.setattr(module, "train", lambda *a, **k: (trained.append(1), train(*a, **k))[1])
+    record = lab.run(replace(best, is_tested=False))
+    assert not trained
+    assert record["state"] == lab.run(last)["state"]
+    assert record["validation"] == lab.run(last)["validation"]
+    lab.run(replace(best.at(0, {"ctr": 2e-3, "cvr": 1e-3}), is_tested=False))
+    assert trained
+
+
+def test_a_training_that_was_interrupted_goes_on_and_ends_the_same(small_log, tmp_path, monkeypatch):
+    trial = Trial("sparse_sharing", TASKS, 0, TRAINING, Masks("random", SEARCH), is_tested=False)
+    whole = Laboratory(small_log, tmp_path / "whole")
+    wanted = whole.run(trial)
+    train = module.train
+
+    def cut(*args, **kwargs):
+        def stop(done, total):
+            if done == 4:
+                raise KeyboardInterrupt
+
+        return train(*args, **kwargs, checkpoint_every=2, progress=stop)
+
+    monkeypatch.setattr(module, "train", cut)
+    lab = Laboratory(small_log, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(trial)
+    assert list((tmp_path / "cut").rglob("*.checkpoint.pt"))
+    monkeypatch.setattr(module, "train", train)
+    record = lab.run(trial)
+    assert record["validation"] == wanted["validation"]
+    states = [laboratory.model(trial).state_dict() for laboratory in (whole, lab)]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert not list((tmp_path / "cut").rglob("*.checkpoint.pt"))
+
+
+def test_metrics_are_logged_for_every_training(small_log, tmp_path):
+    lab = Laboratory(small_log, tmp_path)
+    trial = Trial("sparse_sharing", TASKS, 0, TRAINING, Masks("random", SEARCH))
+    record = lab.run(trial)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line.get("task")) for line in lines] == [
+        ("train", "ctr"),
+        ("train", "cvr"),
+        ("validation", None),
+        ("test", None),
+    ]
+    assert lines[-1]["metrics"] == record["test"]
 
 
 def test_a_choice_is_made_without_the_test_days(lab):
@@ -158,7 +216,7 @@ def test_a_search_that_goes_further_prunes_the_last_level_of_one_that_ended(lab)
 
 def test_a_task_searches_at_the_rate_of_its_baseline(lab):
     rate = 2 * TRAINING.learning_rate
-    search = replace(SEARCH, rates=(("cvr", rate),))
+    search = replace(SEARCH, training=TRAINING.at({"ctr": TRAINING.learning_rate, "cvr": rate}))
     assert search.folder("ctr") == SEARCH.folder("ctr")
     assert search.folder("cvr") != SEARCH.folder("cvr")
     found = lab.searches.tickets(search, "cvr", TASKS, 0)

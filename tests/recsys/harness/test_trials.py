@@ -31,10 +31,23 @@ def test_every_setting_is_in_the_key():
 
 
 def test_another_seed_and_rate_change_nothing_else():
-    other = TRIAL.at(3, 5e-4, is_tested=False)
+    other = TRIAL.at(3, dict.fromkeys(TRIAL.tasks, 5e-4), is_tested=False)
     assert (other.seed, other.training.learning_rate, other.is_tested) == (3, 5e-4, False)
     assert other.masks == TRIAL.masks, "the search keeps its own learning rate"
-    assert other.at(0, TRIAL.training.learning_rate) == TRIAL
+    assert other.at(0, dict.fromkeys(TRIAL.tasks, TRIAL.training.learning_rate)) == TRIAL
+
+
+def test_each_task_has_a_rate_of_its_own():
+    rates = {"cvr": 2e-3, "ctr": 5e-4, "like": 1.0}
+    trial = TRIAL.at(0, rates)
+    assert {task: trial.training.rate(task) for task in trial.tasks} == {"ctr": 5e-4, "cvr": 2e-3}
+    assert trial.key != TRIAL.at(0, {"ctr": 2e-3, "cvr": 5e-4}).key
+    assert trial == TRIAL.at(0, dict(reversed(rates.items()))), "the order in which rates are named means nothing"
+    assert trial.training.of("cvr") == Training(learning_rate=2e-3), "what a single-task model of that rate has"
+    joint = replace(TRIAL, objective="joint")
+    assert joint.at(0, dict.fromkeys(TRIAL.tasks, 2e-3)).training.learning_rate == 2e-3
+    with pytest.raises(InputError, match="rates: got one per task for sparse_sharing with one step for all"):
+        joint.at(0, rates)
 
 
 def test_searches_that_take_the_same_steps_share_a_folder():
@@ -63,6 +76,7 @@ def test_searches_that_take_the_same_steps_share_a_folder():
         (lambda: Masks(shared=0.5), "shared: got 0.5 with tickets masks"),
         (lambda: Training(dtype="float8"), "dtype: got 'float8', wanted one of float32, bfloat16"),
         (lambda: Training(warm_up=-1), "warm_up: got -1"),
+        (lambda: Training(learning_rate=0.0), "learning_rate: got 0.0, wanted more than 0"),
         (lambda: Trial("oracle", ("ctr",)), "model: got 'oracle', wanted one of"),
         (lambda: Trial("mmoe", ("ctr",), masks=Masks()), "masks: got some for mmoe"),
         (lambda: replace(TRIAL, objective="both"), "objective: got 'both', wanted one of alternating"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lt4rec_sparse.paper.comparison import comparison_table, further_table
+from lt4rec_sparse.recsys.tables import comparison_table, further_table, levels_table, table
 
 TASKS = {"ctr": "binary", "cvr": "ratio"}
 ROWS = {"base": "single-task", "hard": "hard sharing", "s_weight": "S-Weight"}
@@ -155,3 +155,29 @@ def test_slices_and_splits_are_chosen():
 def test_a_base_that_is_no_row_is_named():
     with pytest.raises(ValueError, match="base: got 'best', wanted one of base, hard, s_weight"):
         comparison_table(BASE, ROWS, "best", TASKS)
+
+
+def test_table_is_markdown():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_levels_say_how_often_each_was_best():
+    curves = {"ctr": [0.70, 0.72, 0.69], "cvr": [0.20, 0.19, 0.18]}
+    records = [
+        {
+            "tickets": {
+                task: [
+                    {"density": density, "validation": {"auc" if task == "ctr" else "mse": value + seed / 100}}
+                    for density, value in zip((1.0, 0.5, 0.25), values, strict=True)
+                ]
+                for task, values in curves.items()
+            },
+            "best_level": {"ctr": 1 + seed, "cvr": 2},
+        }
+        for seed in range(2)
+    ]
+    assert lines(levels_table(records, TASKS)) == {
+        "100.0%": ["0.70500 ± 0.00707", "0.20500 ± 0.00707"],
+        "50.0%": ["0.72500 ± 0.00707 (best at one seed)", "0.19500 ± 0.00707"],
+        "25.0%": ["0.69500 ± 0.00707 (best at one seed)", "0.18500 ± 0.00707 (best at 2 seeds)"],
+    }

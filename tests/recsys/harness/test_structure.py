@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt4rec_sparse.masks import Mask
-from lt4rec_sparse.paper.recovery import column_recovery, sharing_recovery
+from lt4rec_sparse.recsys.harness.structure import column_recovery, sharing_recovery
 
 
 def naive_auc(kept, relevant):

@@ -1,4 +1,4 @@
-"""Rows of an experiment against a base, over seeds: Table 2 of the paper and what stands behind it, as Markdown."""
+"""Tables as Markdown: rows of trained models against a base, over seeds, as in Table 2 of the paper."""
 
 from __future__ import annotations
 
@@ -7,22 +7,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lt4rec_sparse.recsys.harness.arms import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.harness.statistics import Summary, is_better, paired_difference, summary
-from lt4rec_sparse.recsys.report import table
+from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 
 LEGEND = (
     "Mean ± standard deviation over the seeds; differences are paired over seeds, ± their standard error. Bold is what "
     "is better than the base by more than its standard error, and no more than that: with five seeds, one of five rows "
-    "that are no better looks so. What has one seed has no error. All seeds share the rows of training and of testing: "
-    "an error says what another start and order would have changed, not what other users would have."
+    "that are no better looks so. A single seed has no error. All seeds share the training and the test rows: errors "
+    "say what another start and order would have changed, not what other users would have."
 )
 NOT_KNOWN = "n/a"
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of cells as they are given."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def count(number: int, of: str) -> str:
+    """Return "one epoch", or "2 epochs"."""
+    return f"one {of}" if number == 1 else f"{number} {of}s"
+
+
 @dataclass(frozen=True)
 class _Model:
-    """What one row serves at one seed: one trial, or the trials of single tasks together."""
+    """What a row serves at one seed: one trial, or the trials of single tasks together."""
 
     metrics: dict[str, Mapping[str, float | None]]
     density: dict[str, float]
@@ -53,13 +63,13 @@ def comparison_table(
     """Return each row's main metrics and their paired differences to the base's as a Markdown table; see `LEGEND`.
 
     Differences of an MSE are in percent of the base's, those of an AUC absolute, as in Table 2 of the paper. A row that
-    lacks seeds is paired with the base's at the seeds that both have. What is not known is "n/a".
+    lacks seeds is paired with the base at the seeds that both have. Unknown values are "n/a".
 
     Args:
-        records: Of trials; of other rows too. Those of one row and seed that name different tasks are one line: models
-            of single tasks. Those without `split` (tuning) are left out.
+        records: Of trials, of other rows too. Those of one row and seed that name different tasks are one line (models
+            of single tasks). Those without `split` (tuning) are left out.
         rows: Row -> its title, in the order of the lines.
-        base: The row that all are compared with.
+        base: The row that all others are compared with.
         tasks: Task -> its kind.
         part: "all" rows of the data, or the name of a slice.
         split: "test" or "validation".
@@ -93,10 +103,10 @@ def further_table(
     part: str = "all",
     split: str = "test",
 ) -> str:
-    """Return every other metric, and what each row costs, as a Markdown table: means over the seeds.
+    """Return every other metric and the cost of each row as a Markdown table: means over the seeds.
 
     Seconds, parameters and multiply-adds of a row of single-task models are those of all its models. Density is the
-    share of the masked weights that a task keeps: all of them, where there is no mask.
+    share of the masked weights that a task keeps, 100 % without a mask.
 
     Args:
         records: As for `comparison_table`.
@@ -109,7 +119,6 @@ def further_table(
         ValueError: If two records of a row and seed name the same task.
     """
     models = _models(records, part, split)
-    # In the order of the records, which is that of `metrics_of`.
     metrics = {
         (task, metric): None
         for row in rows
@@ -126,7 +135,7 @@ def further_table(
         of_row = models.get(row, {})
         line = [title, _seeds(of_row, tasks)]
         line += [_spread(_values(of_row, task, metric).values(), 4) for task, metric in columns]
-        # A model that lacks a task costs less than the row does.
+        # Without all its tasks a row would seem to cost less.
         whole = [model for model in of_row.values() if set(tasks) <= set(model.metrics)]
         line += [
             _mean([model.train_seconds for model in whole], ",.1f"),
@@ -140,8 +149,28 @@ def further_table(
     return table(header, lines)
 
 
+def levels_table(records: Sequence[Mapping[str, Any]], tasks: Mapping[str, str]) -> str:
+    """Return each task's validation metric at every level of pruning as a Markdown table, and how often each was best.
+
+    Args:
+        records: One per seed, with `tickets` and `best_level`.
+        tasks: Task -> its kind.
+    """
+    first, *_ = tasks
+    header = ["remaining", *(f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in tasks.items())]
+    lines = []
+    for level, ticket in enumerate(records[0]["tickets"][first]):
+        line = [f"{ticket['density']:.1%}"]
+        for task, kind in tasks.items():
+            values = [record["tickets"][task][level]["validation"][MAIN_METRIC[kind]] for record in records]
+            chosen = sum(record["best_level"][task] == level for record in records)
+            line.append(_spread(values, 5) + (f" (best at {count(chosen, 'seed')})" if chosen else ""))
+        lines.append(line)
+    return table(header, lines)
+
+
 def _models(records: Iterable[Mapping[str, Any]], part: str, split: str) -> dict[str, dict[int, _Model]]:
-    """Return row -> seed -> what was trained, the records of single tasks put together."""
+    """Return row -> seed -> what was trained, with the records of single tasks put together."""
     models: dict[str, dict[int, _Model]] = {}
     for record in records:
         if not record.get(split):
@@ -170,7 +199,7 @@ def _values(models: Mapping[int, _Model], task: str, metric: str) -> dict[int, f
 
 
 def _seeds(models: Mapping[int, _Model], tasks: Iterable[str]) -> str:
-    """Return the number of seeds, task by task if they are not the same."""
+    """Return the number of seeds, per task if they differ."""
     counts = {task: sum(task in model.metrics for model in models.values()) for task in tasks}
     if len(set(counts.values())) == 1:
         return str(next(iter(counts.values())))

@@ -1,0 +1,405 @@
+"""The tables of README.md and docs/, made from the committed results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench import experiments, gpu, record
+from bench.cpu import PRECISIONS, best, ratio, speed_table
+from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
+from lt4rec_sparse.recsys.metrics import MAIN_METRIC
+from lt4rec_sparse.recsys.tables import comparison_table, table
+
+# The rows that show which property of a mask matters; the whole table is in the experiment's report.
+TICKETS = (
+    "random_rescaled",
+    "random_disjoint_rescaled",
+    "random",
+    "random_like",
+    "ticket",
+    "ticket_rescaled",
+    "ticket_layer",
+    "ticket_layer_rescaled",
+    "ticket_longer",
+    "ticket_rewound",
+    "separate_0.0",
+    "random_separate_1.0",
+    "one_ticket",
+    "base_small",
+    "hard_sharing_small",
+    "base",
+    "hard_sharing",
+)
+ROOT = Path(__file__).parents[1]
+BAR = 40  # characters of the longest bar
+
+
+def pages() -> list[Path]:
+    """Return every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def write() -> None:
+    """Rewrite what is between `<!-- results: NAME -->` and `<!-- end -->` in every page."""
+    for page, text in generated().items():
+        page.write_text(text, encoding="utf-8")
+
+
+def generated() -> dict[Path, str]:
+    """Return each page as the committed results make it.
+
+    Raises:
+        ValueError: If a page names a table that there is not, or a table is in no page or in several.
+    """
+    used: list[str] = []
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in SECTIONS:
+            raise ValueError(f"results: got {name!r}, wanted one of {', '.join(SECTIONS)}")
+        used.append(name)
+        return f"<!-- results: {name} -->\n{SECTIONS[name]()}\n<!-- end -->"
+
+    pattern = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+    texts = {page: pattern.sub(made, page.read_text(encoding="utf-8")) for page in pages()}
+    if sorted(used) != sorted(SECTIONS):
+        raise ValueError(f"results: got {', '.join(sorted(used))}, wanted each of {', '.join(sorted(SECTIONS))} once")
+    return texts
+
+
+def _headline() -> str:
+    cpu = record.read("cpu")
+    at = {c["sparsity"]: c for c in cpu["cases"] if c["batch"] == 256 and c["threads"] == 1}
+    speeds = ", ".join(f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** {p}" for p in PRECISIONS)
+    sizes = record.read("memory")
+    dense, narrow = (_dense_bytes(sizes, part) for part in (1.0, 0.25))
+    canonical, prepacked = sizes["canonical_bytes"], sizes["layout_bytes"]["fp32"]["slices"]
+    return (
+        f"- **Speed.** Against the fastest dense engine of each precision, at 80 % / 90 % sparsity: {speeds}. One "
+        f"MLP, {cpu['mlp']}, 256 rows, one thread of a Sapphire Rapids, whose AMX units multiply dense bf16 and int8. "
+        "Below 1, dense is faster.\n"
+        f"- **Bytes.** Two KuaiRand tasks at 20 % density, fp32: **{dense / canonical:.1f}x** smaller on disk than a "
+        f"dense MLP per task, **{dense / prepacked:.1f}x** smaller in memory once prepacked for large batches. A dense "
+        f"MLP a quarter as wide is {dense / narrow:.1f}x smaller in both."
+    )
+
+
+def _models() -> str:
+    """Quality, latency and bytes of the same two tasks; see `bench/memory.py` for the bytes of the masks."""
+    results, sizes = experiments.read("kuairand_pure_granularity"), record.read("memory")
+    prepacked = sizes["layout_bytes"]["fp32"]
+    narrow, dense = (_dense_bytes(sizes, part) for part in (0.25, 1.0))
+    bytes_of = {
+        "hard_sharing": (dense, dense, dense),
+        "hard_sharing_small": (narrow, narrow, narrow),
+        "weight_last": (sizes["canonical_bytes"], prepacked["tables"], prepacked["slices"]),
+    }
+    titles = {
+        "hard_sharing": "dense MLP per task",
+        "hard_sharing_small": "dense, a quarter as wide",
+        "weight_last": "sparse, 20 % per task (tickets)",
+    }
+    rows = []
+    for row, title in titles.items():
+        means = [f"{mean:.4f}" for mean in _means(results, row)]
+        us = results["further"]["serving"][row]["microseconds"]
+        rows.append(
+            [title, *means, *(f"{us[n]:,.0f}" for n in ("1", "256")), *(f"{n / 1e6:.2f}" for n in bytes_of[row])]
+        )
+    header = ["model", "CTR AUC", "CVR MSE", "µs, 1 row", "µs, 256 rows", "MB on disk", "in memory, 1 row", "256 rows"]
+    return table(header, rows)
+
+
+def _plot() -> str:
+    frozen = record.read("kuairand_pure")["results"]["frozen"][S_WEIGHT_LAST]
+    us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+    paths = {
+        "dense fp32": "dense, MLP alone",
+        "sparse fp32": "sparse, MLP alone",
+        "sparse int8": "sparse int8, MLP alone",
+    }
+    lines = []
+    for size in sorted({candidates for _, candidates in us}):
+        longest = max(us[path, size] for path in paths.values())
+        for i, (name, path) in enumerate(paths.items()):
+            bar = "█" * max(1, round(BAR * us[path, size] / longest))
+            rows = f"{size:,} row{'s' if size > 1 else ''}" if i == 0 else ""
+            lines.append(f"{rows:>10}  {name:<11} {bar} {us[path, size]:,.0f}")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _dense_bytes(sizes: dict[str, Any], part: float) -> int:
+    """Bytes in fp32 of a dense MLP per task, its hidden layers `part` as wide."""
+    *hidden, last = sizes["widths"]
+    widths = [sizes["in_features"], *(int(width * part) for width in hidden), last]
+    return 4 * len(sizes["tasks"]) * sum(n * k + n for k, n in zip(widths[:-1], widths[1:], strict=True))
+
+
+def _means(results: dict[str, Any], row: str) -> list[float]:
+    found = [r["test"]["all"] for r in results["records"] if r["row"] == row]
+    tasks = results["tasks"].items()
+    return [fmean(test[task][MAIN_METRIC[kind]] for test in found if task in test) for task, kind in tasks]
+
+
+def _table2() -> str:
+    return experiments.main_table("kuairand_pure_table2")
+
+
+def _tickets() -> str:
+    return experiments.main_table("kuairand_pure_tickets", "random_rescaled", rows=TICKETS)
+
+
+def _tasks() -> str:
+    return experiments.main_table("kuairand_pure_tasks")
+
+
+def _granularity() -> str:
+    results = experiments.read("kuairand_pure_granularity")
+    measured = results["further"]["serving"]
+    sizes = next(iter(measured.values()))["microseconds"]
+    rows = []
+    for key, of_row in measured.items():
+        means = (f"{mean:.5f}" for mean in _means(results, key))
+        times = (f"{us:,.0f}" for us in of_row["microseconds"].values())
+        adds = fmean(r["multiply_adds"] for r in results["records"] if r["row"] == key)
+        rows.append([results["rows"][key], *means, f"{adds:,.0f}", *times, of_row["way"]])
+    metrics = (f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in results["tasks"].items())
+    header = ["network", *metrics, "multiply-adds"]
+    return table([*header, *(f"µs at {size}" for size in sizes), "served as"], rows)
+
+
+def _training() -> str:
+    found = record.read("training")
+    steps, search = found["steps"], found["search"]
+    rows = [[name, f"{rate:,.0f}"] for name, rate in steps["rows_per_second"].items()]
+    of = steps["rows_per_second"]
+    ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
+    return "\n\n".join(
+        [
+            table(["MMoE, the same rows, features, widths and batch", "rows a second"], rows),
+            f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
+            "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
+            f"{search['ours_s']:.0f} s (two processes, bf16, the baseline as first round), where the plain loop takes "
+            f"{search['plain_s']:.0f} s (fp32, two threads, baselines apart).",
+        ]
+    )
+
+
+def _simulated() -> str:
+    results = record.read("simulated")["results"]
+    return comparison_table(results["records"], results["rows"], BASE, results["data"]["tasks"])
+
+
+def _speed() -> str:
+    cpu = record.read("cpu")
+    parts = []
+    for precision in PRECISIONS:
+        opponents = sorted({best(case, "dense", [precision])[0] for case in cpu["cases"]})
+        parts += [f"Against dense {precision} (the fastest of {', '.join(opponents)}):", speed_table(cpu, precision)]
+    versions = ", ".join(f"{name} {version}" for name, version in cpu["machine"]["peers"].items())
+    parts.append(f"{cpu['mlp']}, {_where(cpu['machine'])}, {versions}, engine {cpu['engine']}.")
+    return "\n\n".join(parts)
+
+
+def _no_amx() -> str:
+    without = record.read("cpu_no_amx")
+    parts = []
+    for precision in ("bf16", "int8"):
+        parts += [f"Against dense {precision} of torch and OpenVINO:", speed_table(without, precision)]
+    return "\n\n".join(parts)
+
+
+def _microseconds() -> str:
+    cpu = record.read("cpu")
+    peak = cpu["roofline"]["fp32_gflops"]
+    rows = []
+    for case in cpu["cases"]:
+        if case["threads"] == 1 and case["sparsity"] == 0.9:
+            ours = [f"{case['contestants'][f'ours {p}']['median_us']:,.0f}" for p in PRECISIONS]
+            dense = [f"{us:,.0f} ({name})" for name, us in (best(case, "dense", [p]) for p in PRECISIONS)]
+            useful = [
+                2e-3 * case["nnz"] * case["batch"] / case["contestants"][f"ours {p}"]["median_us"] / peak
+                for p in ("fp32", "int8")
+            ]
+            rows.append([str(case["batch"]), *ours, *dense, *(f"{share:.0%}" for share in useful)])
+    header = ["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)]
+    reads = ", ".join(f"{name} {gbps:.0f}" for name, gbps in cpu["roofline"]["read_gbps"].items())
+    note = (
+        f"The last columns: arithmetic on kept weights against this core's measured {peak:.0f} GFLOP/s of dense fp32 "
+        f"(bf16 {cpu['roofline']['bf16_gflops']:.0f}; reads, GB/s: {reads})."
+    )
+    return f"{table([*header, 'fp32: of peak', 'int8: of fp32 peak'], rows)}\n\n{note}"
+
+
+def _engine() -> str:
+    cpu = record.read("cpu")
+    prepack = [
+        [f"{case['sparsity']:.0%}", f"{case['canonical_bytes']:,}"]
+        + [
+            f"{case['precisions'][p]['bytes']:,} in {case['precisions'][p]['median_us'] / 1e3:.1f} ms"
+            for p in PRECISIONS
+        ]
+        for case in cpu["prepack"]
+    ]
+    two = []
+    for case in cpu["two_tasks"]:
+        times = {name: c["median_us"] for name, c in case["contestants"].items()}
+        two.append(
+            [str(case["batch"]), *(f"{times[f'two tasks {p}'] / times[f'one task {p}']:.2f}" for p in PRECISIONS)]
+        )
+    tickets = [
+        [case["task"], str(case["batch"]), *(f"{ratio(case, p):.1f}" for p in PRECISIONS)] for case in cpu["tickets"]
+    ]
+    cold = []
+    for case in cpu["cold"]:
+        temperatures = {
+            t: {"contestants": {n: {**c, **c[t]} for n, c in case["contestants"].items()}} for t in ("hot", "cold")
+        }
+        cells = [f"{ratio(temperatures[t], p):.1f}" for p in PRECISIONS for t in ("hot", "cold")]
+        cold.append([str(case["batch"]), f"{case['sparsity']:.0%}", *cells])
+    even = ", ".join(f"{p} {'not reached' if s is None else f'{s:.0%}'}" for p, s in cpu["break_even"].items())
+    overlap = cpu["two_tasks"][0]["overlap"]
+    return "\n\n".join(
+        [
+            f"Sparsity from which sparse beats the best dense of its precision, at 256 candidates: {even}.",
+            f"Time of two tasks whose masks overlap by {overlap:.0%} (80 % sparsity), over that of one:",
+            table(["batch", *PRECISIONS], two),
+            "Real tickets (KuaiRand, last level), speed against the best dense of each precision:",
+            table(["task", "batch", *PRECISIONS], tickets),
+            "Hot, and with every cache overwritten between calls (DRAM-cold), against the best dense likewise:",
+            table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
+            "Bytes on disk, and prepacked in memory for both layouts at once, as the engine of that commit did:",
+            table(["sparsity", "canonical", *PRECISIONS], prepack),
+        ]
+    )
+
+
+def _bytes() -> str:
+    rows = []
+    for name in ("kuairand_pure", "simulated"):
+        results = record.read(name)["results"]
+        for row, frozen in results["frozen"].items():
+            sizes = frozen["bytes"]
+            mlps = sizes["dense, one model per task: MLPs"]
+            dense = sizes["dense, one model per task: embeddings"] + mlps
+            parts = (
+                dense,
+                sizes["artefact on disk"],
+                sizes["embeddings"],
+                mlps,
+                sizes["sparse sharing: MLP, canonical"],
+            )
+            rows.append([f"{name}, {results['rows'][row]}", *(f"{part:,}" for part in parts)])
+    header = ["model", "dense, a model per task", "artefact", "its embeddings", "dense MLPs", "sparse MLP"]
+    return table(header, rows)
+
+
+def _served() -> str:
+    rows = []
+    for name in ("kuairand_pure", "simulated"):
+        results = record.read(name)["results"]
+        for row, frozen in results["frozen"].items():
+            differences = ", ".join(f"{task} {value:.1e}" for task, value in frozen["largest_difference"].items())
+            rows.append([f"{name}, {results['rows'][row]}", differences])
+    return table(["model", "largest difference of a served probability, all test rows"], rows)
+
+
+def _precision() -> str:
+    results = record.read("kuairand_pure")["results"]
+    tasks = results["data"]["tasks"]
+    header = ["precision"]
+    for task, kind in tasks.items():
+        header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
+    parts = []
+    for model, frozen in results["frozen"].items():
+        sizes = sorted({x["candidates"] for x in frozen["latency"]})
+        us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+        rows = []
+        for precision, judged in frozen["precisions"].items():
+            row = [precision]
+            for task, kind in tasks.items():
+                value, fp32 = (x["test"][task][MAIN_METRIC[kind]] for x in (judged, frozen["precisions"]["fp32"]))
+                row += [f"{value:.5f}", f"{value / fp32 - 1:+.3%}" if kind == "ratio" else f"{value - fp32:+.5f}"]
+            path = "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
+            row += [f"{max(judged['largest_difference'].values()):.1e}", *(f"{us[path, size]:.0f}" for size in sizes)]
+            rows.append([*row, "yes" if judged["accepted"] else "no"])
+        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "accepted"]
+        parts.append(f"{results['rows'][model]}:\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _memory() -> str:
+    sizes = record.read("memory")
+    rows = [[f"dense, {name}", f"{b:,}", f"{b:,}"] for name, b in _dense_models(sizes).items()]
+    rows += [
+        [f"sparse {precision}, {layout}", f"{sizes['canonical_bytes']:,}", f"{nbytes:,}"]
+        for precision, layouts in sizes["layout_bytes"].items()
+        for layout, nbytes in layouts.items()
+    ]
+    return table(["MLPs of both tasks", "bytes on disk", "bytes in memory"], rows)
+
+
+def _dense_models(sizes: dict[str, Any]) -> dict[str, int]:
+    return {"an MLP per task": _dense_bytes(sizes, 1.0), "a quarter as wide": _dense_bytes(sizes, 0.25)}
+
+
+def _gpu() -> str:
+    compiled = record.read("gpu_compiled")["triton"]
+    counts = ", ".join(
+        f"{sum(len(chips) for chips in cases.values())} under Triton {version}" for version, cases in compiled.items()
+    )
+    found = record.read("gpu_bytes")
+    return "\n\n".join(
+        [
+            gpu.readme_section(),
+            f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
+            "spills registers, and their figures are committed, so that a change shows.",
+            "Two tasks' hidden weights: how many times smaller than a dense bfloat16 copy per task "
+            f'({found["mlp"]}, masks that overlap by {found["overlap"]:.0%}; those of "masks apart" are independent):',
+            _smaller(found),
+        ]
+    )
+
+
+def _smaller(found: dict[str, Any]) -> str:
+    rows = []
+    for case in found["cases"]:
+        sizes = case["bytes"]
+        rows.append([f"{case['sparsity']:.0%}", *(f"{sizes['premasked'] / size:.1f}x" for size in sizes.values())])
+    return table(["sparsity", *found["cases"][0]["bytes"]], rows)
+
+
+def _commands() -> str:
+    rows = [[f"`{c['command']}`", f"{c['seconds']:.0f}"] for c in record.read("commands")["commands"]]
+    return table(["command, on 2 cores", "seconds"], rows)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "headline": _headline,
+    "models": _models,
+    "plot": _plot,
+    "table2": _table2,
+    "tickets": _tickets,
+    "granularity": _granularity,
+    "tasks": _tasks,
+    "training": _training,
+    "simulated": _simulated,
+    "speed": _speed,
+    "no_amx": _no_amx,
+    "microseconds": _microseconds,
+    "engine": _engine,
+    "bytes": _bytes,
+    "memory": _memory,
+    "served": _served,
+    "precision": _precision,
+    "gpu": _gpu,
+    "commands": _commands,
+}

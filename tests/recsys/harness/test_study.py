@@ -1,0 +1,93 @@
+"""A table from nothing to its records: baselines first, what a log cannot train left out with its reason."""
+
+import pytest
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.paper.declared import PaperRows, table2, tickets
+from lt4rec_sparse.recsys.harness.rows import BASE
+from lt4rec_sparse.recsys.harness.study import carry_out
+
+TWO = {"ctr": "binary", "cvr": "ratio"}
+CLICKS = {"ctr": "binary", "like": "binary"}
+MANY = {f"task_{i}": "binary" for i in range(6)}
+
+
+def study_of(make, kinds, folder, carried=("duration_ms",), grid=(1e-3,), others=None):
+    stages = []
+
+    def carry(stage):
+        def run(trials):
+            stages.extend(dict.fromkeys([stage]))
+            return {trial: {"seed": trial.seed, "tasks": trial.tasks} for trial in trials}
+
+        return run
+
+    study = carry_out(make, PaperRows(tuple(kinds)), 2, kinds, carried, folder, carry, grid, others)
+    assert stages == ["train"], "nothing is searched of one rate"
+    return study
+
+
+def test_every_row_is_trained_where_the_log_allows_it(tmp_path):
+    study = study_of(table2, TWO, tmp_path)
+    assert not study.left_out
+    assert [(r["row"], r["seed"], r["tasks"]) for r in study.records[:4]] == [
+        (BASE, 0, ("ctr",)),
+        (BASE, 0, ("cvr",)),
+        (BASE, 1, ("ctr",)),
+        (BASE, 1, ("cvr",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "kinds", "carried", "reasons"),
+    [
+        (
+            table2,
+            TWO,
+            (),
+            dict.fromkeys(
+                ("S-Weight-gradientconflict", "S-Weight-tuning"), "conflict: got a log that does not carry duration_ms"
+            ),
+        ),
+        (
+            table2,
+            CLICKS,
+            ("duration_ms",),
+            dict.fromkeys(("S-Weight-gradientconflict", "S-Weight-tuning"), "conflict: got 0 tasks of a ratio"),
+        ),
+        (
+            table2,
+            MANY,
+            ("duration_ms",),
+            {
+                **dict.fromkeys(("S-Weight-gradientconflict", "S-Weight-tuning"), "conflict: got 0 tasks of a ratio"),
+                "ESMM, log losses of all impressions": "esmm: got tasks task_0, task_1",
+            },
+        ),
+        (
+            tickets,
+            MANY,
+            (),
+            dict.fromkeys(
+                (
+                    "random, nothing co-owned, scaled up at the start",
+                    "by magnitude, 0% co-owned",
+                    "random, 0% co-owned",
+                ),
+                "masks: got 6 tasks that own 120% of each layer",
+            ),
+        ),
+    ],
+)
+def test_rows_that_a_log_cannot_train_are_left_out_with_the_reason(tmp_path, make, kinds, carried, reasons):
+    study = study_of(make, kinds, tmp_path, carried, others=table2)
+    assert study.left_out.keys() == reasons.keys()
+    assert all(study.left_out[title].startswith(reason) for title, reason in reasons.items())
+    whole = make(PaperRows(tuple(kinds)))
+    assert [row.title for row in study.table] == [row.title for row in whole if row.title not in reasons]
+    assert {record["row"] for record in study.records} == {row.key for row in study.table}
+
+
+def test_a_rate_of_a_row_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(InputError, match="rates: got no row s_weight, wanted one to search"):
+        study_of(tickets, TWO, tmp_path)
