@@ -183,7 +183,7 @@ def _tail(setting: Setting, shape: Shape, format: str) -> dict[str, Any]:
     h = torch.randn(len(TASKS), shape.rows, d0, generator=generator).relu_().to(setting.device, dtype)
     tail = fused_tail.Tail(weights, (first.bias, second.bias), head, head_bias, "none")
     scores = torch.empty(shape.rows, len(TASKS) * out, device=setting.device)
-    launches = {tile: fused_tail.fused_tail_launch(h, tail, scores, tile) for tile in fused_tail.TILES}
+    launches = {tile: fused_tail.fused_tail_launch(h, tail, scores, tile) for tile in fused_tail.tiles_of(tail)}
     calls: dict[str, Callable[[], Tensor]] = {
         _name(tile): partial(_written, launch, scores) for tile, launch in launches.items()
     }

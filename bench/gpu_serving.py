@@ -100,7 +100,7 @@ def _ours(load: Load, setting: Setting) -> Ours:
     plans = [(load.batch,)] if setting.is_dry else [MIDDLE, LARGE, SMALL]
     batches = next(batches for batches in plans if load.batch in batches)
     plan, made, served = _planned(setting, load.network, load.structure, load.sparsity, batches)
-    contestants = plan.batches[batches.index(load.batch)].contestants
+    contestants = plan.batches[batches.index(load.batch)].chains
     networks = {found.name: made.network(found.chain) for found in contestants}
     return Ours({name: Way(network, network.nbytes) for name, network in networks.items()}, served, str(plan))
 

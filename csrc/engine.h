@@ -141,9 +141,9 @@ typedef struct {
   uint64_t slice_bytes;    // of these, in sections that only the slices read
   uint64_t table_bytes;    // of these, in sections that only the tables read
   uint64_t nnz;            // kept weights, those that tasks share counted once for each
-  uint64_t products;       // a row's multiply-adds: kept weights, shared ones once, without padding
-  uint64_t slice_products; // the same with padding, as the slices form them
-  uint64_t table_products;
+  uint64_t multiply_adds;       // a row's multiply-adds: kept weights, shared ones once, without padding
+  uint64_t slice_multiply_adds; // the same with padding, as the slices form them
+  uint64_t table_multiply_adds;
   uint32_t precision;
   uint32_t in_features;    // of every task's first layer
   uint32_t outputs;        // sum of out_features over the tasks' last layers

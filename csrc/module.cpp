@@ -103,7 +103,7 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::memcpy(&h, blob, sizeof(h));
   using Long = unsigned long long;
   return Py_BuildValue("(IIIIIIKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers, Long(h.nnz),
-                       Long(h.products), Long(h.slice_products), Long(h.table_products), Long(h.bytes),
+                       Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds), Long(h.bytes),
                        Long(h.slice_bytes), Long(h.table_bytes));
 }
 

@@ -273,7 +273,7 @@ void append_slices(const Layer& layer, BlobWriter& writer, LayerRecord& record, 
   record.slice_bias = writer.append(packed.bias);
   header.slice_bytes += writer.bytes() - before;
   const auto kept = uint64_t(kept_per_step(static_cast<const Step*>(nullptr)));
-  header.slice_products += packed.steps.size() * SLICE_ROWS * kept;
+  header.slice_multiply_adds += packed.steps.size() * SLICE_ROWS * kept;
 }
 
 template <class Table>
@@ -285,7 +285,7 @@ void append_table(const Layer& layer, BlobWriter& writer, LayerRecord& record, B
   record.indices = writer.append(packed.indices);
   record.weights = writer.append(packed.weights);
   header.table_bytes += writer.bytes() - before;
-  header.table_products += packed.weights.size();
+  header.table_multiply_adds += packed.weights.size();
 }
 
 std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
@@ -321,7 +321,7 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, in
       for (float& bias : layer.bias)
         if (std::fabs(bias) < 0x1p-126f) bias = 0;
     record.bias = writer.append(padded_copy(layer.bias, layer.out_features));
-    header.products += uint64_t(layer.weight.nnz());
+    header.multiply_adds += uint64_t(layer.weight.nnz());
 
     if (precision == PRECISION_S8) {
       std::vector<float> scale = shared_scale;

@@ -464,7 +464,7 @@ int choose_lanes(int64_t batch, int64_t threads, const Width* narrowest) {
 // process where it cannot start one.
 int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call) {
   const int64_t enough = header.precision == PRECISION_S8 ? 2'000'000 : 500'000;
-  if (call.threads == 1 || int64_t(header.products) * call.batch < enough) return 1;
+  if (call.threads == 1 || int64_t(header.multiply_adds) * call.batch < enough) return 1;
   const int64_t processors = omp_get_num_procs();
   return call.threads < processors ? call.threads : processors;
 }

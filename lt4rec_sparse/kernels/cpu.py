@@ -148,7 +148,7 @@ def prepack_layers(
         precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
-        layouts: Of "tables", for small batches and int8, and "slices", for large ones (sliced ELLPACK).
+        layouts: "tables" for small batches and int8, "slices" (sliced ELLPACK) for large ones, or both.
 
     Returns:
         `[bytes]`, uint8.

@@ -83,7 +83,7 @@ class Compacted:
 def compact(network: FrozenNetwork) -> Compacted:
     """Drop what no output depends on, and fold what is constant: dense layers of only the neurons that compute.
 
-    For each task alone, by its masks (a kept weight counts, were it zero):
+    For each task alone, by its masks (a kept weight counts even if it is zero):
 
     - A hidden neuron that reads nothing is the constant `activation(bias)`. It is added to the biases of the layer
       above through the weights that read it, and dropped; those that read only such ones are constants in turn. The
@@ -140,7 +140,7 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Compa
         folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
         biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
         masks[i + 1] = masks[i + 1] & ~is_constant
-    # Down: what the layer above does not read, were it a constant, goes. This makes no new constants: what is dropped
+    # Down: what the layer above does not read goes, even if it is a constant. This makes no new ones: what is dropped
     # was read by nothing.
     kept = [torch.arange(len(weights[-1]))]
     for i in reversed(range(len(path) - 1)):

@@ -41,8 +41,14 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
         raise ValueError(
             f"model: got a {type(model).__name__} without masked layers, wanted a MaskedMLP or MaskedLinear"
         )
-    # As the memo of the copy, the frozen layers take the masked ones' place wherever they are referred to.
-    result: nn.Module = copy.deepcopy(model, frozen)
+    # As the memo of the copy, the frozen layers take the masked ones' place wherever they are referred to. Tensors that
+    # are computed, such as the `weight` that torch.nn.utils.prune leaves beside its parts, do not copy themselves.
+    memo: dict[int, object] = dict(frozen)
+    for module in model.modules():
+        for value in () if id(module) in inner else vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    result: nn.Module = copy.deepcopy(model, memo)
     return result.eval().requires_grad_(False)
 
 

@@ -27,11 +27,11 @@ from lt4rec_sparse.nn.plan.plan import (
     GPU_PRECISIONS,
     BatchPlan,
     Chain,
-    Contestant,
     Machine,
     NetworkFacts,
     Plan,
     Segment,
+    TimedChain,
     check_fits,
     fastest_chain,
     ranked,
@@ -105,7 +105,7 @@ class GraphExecutor:
             check_fits(network, plan, ways.machine)
         self.network, self.plan, self.precision = network, plan, precision
         self.batch_sizes = tuple(batch_sizes)
-        chains = [ways.default] * len(batch_sizes) if plan is None else [x.contestants[0].chain for x in plan.batches]
+        chains = [ways.default] * len(batch_sizes) if plan is None else [x.chains[0].chain for x in plan.batches]
         networks = {chain: ways.network(chain) for chain in chains}
         self._nbytes = ways.nbytes(chains)
         self._lock = Lock()
@@ -337,8 +337,8 @@ def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     chains = _chains({segment: timing.median_us for segment, timing in alone.items()})
     x = examples[0][0]
     ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, ROUNDS)
-    contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(contestants), tuple(alone.items()))
+    timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
+    return BatchPlan(batch, ranked(timed), tuple(alone.items()))
 
 
 def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[Any, Timing]:

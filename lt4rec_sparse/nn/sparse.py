@@ -67,7 +67,7 @@ class SparseMLP(nn.Module):
             `[..., out_features]` of the task.
 
         Raises:
-            ValueError: If the width is another, the executor does not read the dtype, or there is no such task.
+            ValueError: If the width differs, the executor does not read the dtype, or there is no such task.
         """
         shape = x.shape
         if len(shape) == 2:  # the executor compares the width: each look at a tensor costs what a small layer does
@@ -86,7 +86,7 @@ class SparseMLP(nn.Module):
             out: `[batch, tasks * out_features]`, float32; rows may be strided. Must not overlap `x`.
 
         Raises:
-            ValueError: If a shape, dtype, device or stride is another.
+            ValueError: If a shape, dtype, device or stride is not what the executor reads.
         """
         self._executor(x).run(x, out)
 
@@ -188,7 +188,7 @@ class SparseMLP(nn.Module):
         """Take a network of the same form from a `state_dict`.
 
         Raises:
-            ValueError: If its widths, tasks or activations are others, or its parts do not fit together.
+            ValueError: If its widths, tasks or activations differ, or its parts do not fit together.
         """
         network = network_state.from_tensors(state["tensors"], state["data"])
         if (got := _form(network)) != (wanted := _form(self.network)):

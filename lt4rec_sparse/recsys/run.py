@@ -160,7 +160,7 @@ def _measured(
     return {
         "rows": {row.key: row.title for row in study.table},
         "learning_rates": study.rates,
-        "steps": len(lab.starts.stream("train", settings.batch_size, 0)) * settings.epochs,
+        "steps": lab.starts.batches(settings.training) * settings.epochs,
         "files": files,
         "frozen": frozen,
         "recovery": {} if planted is None else {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},

@@ -286,7 +286,7 @@ def test_a_plan_is_measured_printed_saved_and_served(tmp_path, short):
     plan = measure_plan(mlp.network, (1, 5), "fp16", DEVICE)
     assert [batch.batch for batch in plan.batches] == [1, 5]
     for batch in plan.batches:
-        names = [contestant.name for contestant in batch.contestants]
+        names = [timed.name for timed in batch.chains]
         assert "dense" in names and len(names) > 3
     text = str(plan)
     assert "* " in text and " dense " in text and "tail premasked" in text

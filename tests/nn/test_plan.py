@@ -13,7 +13,7 @@ from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, Ranker, SparseMLP, free
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS, QuantizationParameters
 from lt4rec_sparse.nn.plan import Plan, measure
-from lt4rec_sparse.nn.plan.plan import BatchPlan, Contestant, Segment
+from lt4rec_sparse.nn.plan.plan import BatchPlan, Segment, TimedChain
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.stopwatch import Timing
 
@@ -30,10 +30,10 @@ class Clock:
     def __init__(self):
         self.us = {}
 
-    def __call__(self, contestants, **settings):
-        for call in contestants.values():
+    def __call__(self, calls, **settings):
+        for call in calls.values():
             call()
-        return {name: Timing(us, us * 0.9, us * 1.1) for name in contestants for us in [self.us.get(name, 2.0)]}
+        return {name: Timing(us, us * 0.9, us * 1.1) for name in calls for us in [self.us.get(name, 2.0)]}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def reference(masked, task, x, accumulate=torch.float32, head="none"):
 def with_chain(plan, *chain, batch=1):
     """The plan with one batch size, whose winner is `chain`."""
     timing = Timing(1.0, 1.0, 1.0)
-    return replace(plan, batches=(BatchPlan(batch, (Contestant("mixed", chain, timing),), ()),))
+    return replace(plan, batches=(BatchPlan(batch, (TimedChain("mixed", chain, timing),), ()),))
 
 
 def all_chains(plan):
@@ -144,7 +144,7 @@ def test_the_mixture_is_the_fastest_sum_of_segments(us):
         return not any(a[:2] == b[:2] and a.kernel == "sparse" for a, b in zip(chain[:-1], chain[1:], strict=True))
 
     fastest = min(total(chain) for chain in all_chains(plan) if is_joined(chain))
-    assert min(total(x.chain) for x in plan.batches[0].contestants) == fastest
+    assert min(total(x.chain) for x in plan.batches[0].chains) == fastest
 
 
 @needs_engine
@@ -159,10 +159,10 @@ def test_the_fastest_measured_wins(stopwatch, fastest):
     stopwatch.us = {**layer_us, fastest: 1.0}
     plan = measure(frozen.network, (1, 8), "int8")
     for batch in plan.batches:
-        times = [x.timing.median_us for x in batch.contestants]
+        times = [x.timing.median_us for x in batch.chains]
         assert times == sorted(times)
-        assert batch.contestants[0].name == fastest
-        assert {x.name for x in batch.contestants} >= {"sparse fp32", "dense fp32", "sparse bf16", "sparse int8"}
+        assert batch.chains[0].name == fastest
+        assert {x.name for x in batch.chains} >= {"sparse fp32", "dense fp32", "sparse bf16", "sparse int8"}
 
 
 @needs_engine
@@ -170,7 +170,7 @@ def test_the_fastest_measured_wins(stopwatch, fastest):
 def test_a_tie_goes_to_the_engine(stopwatch, dense_us, winner):
     stopwatch.us = {"sparse fp32": 1.0, "dense fp32": dense_us}
     plan = measure(integer_mlp(1)[1].network, (1,))
-    assert plan.batches[0].contestants[0].name == winner
+    assert plan.batches[0].chains[0].name == winner
 
 
 @needs_engine

@@ -58,12 +58,12 @@ def test_a_calibrated_layer_errs_by_its_steps_at_most(seed, density):
     x = torch.randn(30, 40)
     int8 = freeze(layer).calibrated(x).to_precision("int8")
     weight = (layer.weight * layer.mask()).detach()
-    codes = int8.network.quantization["task"][0]
+    parameters = int8.network.quantization["task"][0]
     # Weights err by half a step each, activations by a step.
     weight_error = (weight.double().abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight) * layer.mask()
-    counted = dequantized(x, codes)
+    counted = dequantized(x, parameters)
     rounding = linear_reference(x, weight, layer.bias.detach(), torch.float32)
-    bound = codes.scale * weight.double().abs().sum(1) + counted.abs() @ weight_error.T
+    bound = parameters.scale * weight.double().abs().sum(1) + counted.abs() @ weight_error.T
     assert_rounding(int8(x), rounding._replace(bound=2 * rounding.bound + 1.001 * bound))
 
 

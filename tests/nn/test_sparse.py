@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
@@ -105,6 +106,20 @@ def test_every_reference_to_a_layer_is_replaced_and_the_source_stays_trainable()
     assert model.a.weight.requires_grad
     x = small_integers(2, 3, 4, generator=torch.Generator().manual_seed(1))
     assert_exact(frozen(x), model(x).detach())
+
+
+def test_modules_that_torch_pruned_are_copied_beside_masked_ones():
+    dense = torch.nn.Linear(5, 3)
+    torch.nn.utils.prune.l1_unstructured(dense, "weight", 0.6)
+    model = torch.nn.Sequential(MaskedLinear(4, 5), dense, torch.nn.ReLU())
+    for parameter in model.parameters():
+        parameter.data = small_integers(*parameter.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    frozen, x = freeze(model), small_integers(7, 4, generator=torch.Generator().manual_seed(1))
+    wanted = model(x).detach()
+    assert_exact(frozen(x), wanted)
+    assert (frozen[1].weight_mask == dense.weight_mask).all()
+    dense.weight_orig.data.zero_()
+    assert_exact(frozen(x), wanted)
 
 
 def test_one_task_of_all():

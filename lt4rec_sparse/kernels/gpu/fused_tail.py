@@ -197,6 +197,11 @@ def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
     return all(width <= most for width, most in zip(hidden, MAX_HIDDEN, strict=False)) and out <= MAX_OUT
 
 
+def tiles_of(tail: Tail) -> tuple[Tile, ...]:
+    """Return the tiles that a tail may have: expanding mask words takes registers that the largest does not have."""
+    return TILES if all(weight.format == "premasked" for weight in tail.hidden) else TILES[1:]
+
+
 def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None = None) -> Launch:
     """Make the launch of `fused_tail_kernel`, in the table's tile unless one is given.
 
@@ -204,16 +209,16 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
         h: `[tasks, rows, in_features]`, float16 or bfloat16; neighbouring elements in its rows.
         tail: A tail that `fits`, on the device of `h`.
         scores: float32 `[rows, tasks * out]`, tasks side by side: where the result goes.
-        tile: One of `TILES`.
+        tile: One of `tiles_of` the tail.
     """
     rows = h.shape[1]
     first, second = tail.hidden[0], tail.hidden[1] if len(tail.hidden) == 2 else None
     tasks, out, _ = tail.head.shape
     d1, d0 = first.shape
     d2 = second.shape[0] if second is not None else 1
-    # The smallest tile comes twice, because `choose_tile` reserves the last one for few rows and no tile here is.
-    tiles = (*TILES, TILES[-1])
-    tile = tile or choose_tile(tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
+    # The smallest tile comes twice, because `choose_tile` reserves the last one for few rows.
+    tiles = tiles_of(tail)
+    tile = tile or choose_tile((*tiles, tiles[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
     return Launch(
         fused_tail_kernel,
         (-(-rows // tile.block_m), tasks),

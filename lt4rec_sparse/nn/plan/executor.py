@@ -41,7 +41,7 @@ class PlannedExecutor:
     def __init__(self, network: FrozenNetwork, plan: Plan) -> None:
         check_fits(network, plan, this_machine())
         self.network, self.plan, self.precision = network, plan, plan.precision
-        winners = [batch.contestants[0].chain for batch in plan.batches]
+        winners = [batch.chains[0].chain for batch in plan.batches]
         self._runs = {s: make_run(network, s) for s in dict.fromkeys(s for chain in winners for s in chain)}
         self._chains = [[self._runs[segment] for segment in chain] for chain in winners]
         self._borders = [math.sqrt(a.batch * b.batch) for a, b in pairwise(plan.batches)]
@@ -54,7 +54,7 @@ class PlannedExecutor:
         """Write every task's outputs, side by side (`ops.Executor.run`).
 
         Raises:
-            ValueError: If a shape, dtype or device is another.
+            ValueError: If a shape, dtype or device is not what the network reads.
         """
         runs = self._chains[bisect_left(self._borders, len(x))]
         if len(runs) == 1 and isinstance(runs[0], EngineRun):

@@ -16,10 +16,10 @@ from lt4rec_sparse.nn.plan.executor import Run, follow, make_run
 from lt4rec_sparse.nn.plan.plan import (
     BatchPlan,
     Chain,
-    Contestant,
     NetworkFacts,
     Plan,
     Segment,
+    TimedChain,
     fastest_chain,
     ranked,
     this_machine,
@@ -38,7 +38,7 @@ def measure(network: FrozenNetwork, batch_sizes: Sequence[int] = BATCH_SIZES, pr
     Example:
         >>> from lt4rec_sparse.nn import MaskedMLP, freeze
         >>> plan = measure(freeze(MaskedMLP(8, hidden=(4, 2))).network, batch_sizes=(1,))
-        >>> plan.batches[0].contestants[0].timing.median_us > 0
+        >>> plan.batches[0].chains[0].timing.median_us > 0
         True
 
     Args:
@@ -99,12 +99,12 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
                 for name, chain in chains.items()
             }
         )
-    contestants = [Contestant(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(contestants), tuple(segments.items()))
+    timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
+    return BatchPlan(batch, ranked(timed), tuple(segments.items()))
 
 
 def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:
-    """Choose the chains to time end to end, in the order that ties prefer; none stands twice."""
+    """Choose the chains to time end to end, in the order that ties prefer; none appears twice."""
     subsets = {}
     for i, allowed in enumerate(PRECISIONS[: PRECISIONS.index(precision) + 1]):
         subsets[f"sparse {allowed}"] = [s for s in us if s[:2] == ("sparse", allowed)]

@@ -50,7 +50,7 @@ class Segment(NamedTuple):
 Chain = tuple[Segment, ...]
 
 
-class Contestant(NamedTuple):
+class TimedChain(NamedTuple):
     """One chain of kernels through the whole network, measured end to end."""
 
     name: str  # "sparse <precision>", "dense <precision>" or "mixed"; on a GPU the kernel that it is named after
@@ -59,10 +59,10 @@ class Contestant(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """What was measured at one batch size. Timings compare within `contestants` and within `segments`."""
+    """What was measured at one batch size. Timings compare within `chains` and within `segments`."""
 
     batch: int
-    contestants: tuple[Contestant, ...]  # the winner first
+    chains: tuple[TimedChain, ...]  # the winner first
     segments: tuple[tuple[Segment, Timing], ...]
 
 
@@ -121,7 +121,7 @@ class Plan:
                     "batch": plan.batch,
                     "contestants": [
                         {"name": name, "chain": [x._asdict() for x in chain], "timing": timing._asdict()}
-                        for name, chain, timing in plan.contestants
+                        for name, chain, timing in plan.chains
                     ],
                     "segments": [
                         {"segment": segment._asdict(), "timing": timing._asdict()} for segment, timing in plan.segments
@@ -153,7 +153,7 @@ class Plan:
         """Show every measured chain at every batch size, the winner first."""
         widths = " -> ".join(str(width) for width in (self.network.in_features, *self.network.out_features))
         densities = ", ".join(f"{density:.0%}" for density in self.network.densities)
-        width = max(len(contestant.name) for plan in self.batches for contestant in plan.contestants)
+        width = max(len(timed.name) for plan in self.batches for timed in plan.chains)
         lines = [
             f"{widths}, densities {densities}, tasks {self.network.tasks}, precision {self.precision}",
             f"engine {self.machine.engine}, "
@@ -162,8 +162,8 @@ class Plan:
             f"{'batch':>5}   {'':<{width}} {'median us':>10} {'p20':>10} {'p80':>10} {'ratio':>6}  layers",
         ]
         for plan in self.batches:
-            best_us = plan.contestants[0].timing.median_us
-            for i, (name, chain, timing) in enumerate(plan.contestants):
+            best_us = plan.chains[0].timing.median_us
+            for i, (name, chain, timing) in enumerate(plan.chains):
                 lines.append(
                     f"{'' if i else plan.batch:>5} {' ' if i else '*'} {name:<{width}} {timing.median_us:>10.1f} "
                     f"{timing.p20_us:>10.1f} {timing.p80_us:>10.1f} {timing.median_us / best_us:>6.2f}  "
@@ -192,11 +192,11 @@ def fastest_chain(us: Mapping[Segment, float]) -> Chain:
     return rest(0, ("", ""))[1]
 
 
-def ranked(contestants: Sequence[Contestant]) -> tuple[Contestant, ...]:
+def ranked(chains: Sequence[TimedChain]) -> tuple[TimedChain, ...]:
     """Put the winner first: of those within a tie of the fastest the one given first; then by time."""
-    limit = (1 + TIE) * min(x.timing.median_us for x in contestants)
-    winner = next(x for x in contestants if x.timing.median_us <= limit)
-    return (winner, *sorted((x for x in contestants if x is not winner), key=lambda x: x.timing.median_us))
+    limit = (1 + TIE) * min(x.timing.median_us for x in chains)
+    winner = next(x for x in chains if x.timing.median_us <= limit)
+    return (winner, *sorted((x for x in chains if x is not winner), key=lambda x: x.timing.median_us))
 
 
 def show(chain: Chain) -> str:
@@ -209,7 +209,7 @@ def check_fits(network: FrozenNetwork, plan: Plan, machine: Machine) -> None:
     """Refuse a plan of another network or machine.
 
     Raises:
-        InputError: If one of the facts that its timings depend on is another.
+        InputError: If one of the facts that its timings depend on differs.
     """
     facts = {**plan.machine._asdict(), **plan.network._asdict()}
     wanted = {**machine._asdict(), **NetworkFacts.of(network)._asdict()}
@@ -261,16 +261,16 @@ def _from_json(raw: Mapping[str, Any]) -> Plan:
     is_gpu = made_on.threads == 0
     batches = []
     for batch in _list(raw, "batches", dict):
-        contestants = [
-            Contestant(_get(x, "name", str), tuple(map(_segment, _list(x, "chain", dict))), _timing(x))
+        chains = [
+            TimedChain(_get(x, "name", str), tuple(map(_segment, _list(x, "chain", dict))), _timing(x))
             for x in _list(batch, "contestants", dict)
         ]
-        if not contestants:
-            raise ValueError("contestants: got none, wanted at least one")
-        for contestant in contestants:
-            _check_chain(contestant.chain, len(network.out_features), is_gpu)
+        if not chains:
+            raise ValueError("chains: got none, wanted at least one")
+        for timed in chains:
+            _check_chain(timed.chain, len(network.out_features), is_gpu)
         alone = tuple((_segment(_get(x, "segment", dict)), _timing(x)) for x in _list(batch, "segments", dict))
-        batches.append(BatchPlan(_get(batch, "batch", int), tuple(contestants), alone))
+        batches.append(BatchPlan(_get(batch, "batch", int), tuple(chains), alone))
     sizes = [batch.batch for batch in batches]
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
         raise ValueError(f"batches: got {sizes}, wanted at least one, ascending from 1")

@@ -114,7 +114,7 @@ class Starts:
 
     def batches(self, training: Training) -> int:
         """Return the batches of an epoch."""
-        return len(self.stream("train", training.batch_size, 0))
+        return len(self.prepared.stream("train", training.batch_size))  # not `stream`, whose cached rows would go
 
     def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
         """Return a training's optimiser: every task's steps have the task's learning rate."""
@@ -159,7 +159,7 @@ class Starts:
             objective,
             training.epochs,
             batches,
-            Cursor(*divmod(skip, self.batches(training))),
+            Cursor(*divmod(skip, len(stream))),
             checkpoint=None if has_state or after_batch else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
             after_batch=after_batch or (lambda batch, done, total: None),

@@ -340,7 +340,7 @@ void run_without_memory() {
     const Prepacked prepacked(network, precision);
     auto& header = *reinterpret_cast<BlobHeader*>(prepacked.blob);
     header.hidden_features = UINT32_MAX / GROUP * GROUP;
-    header.products = 1'000'000'000;  // enough work for several threads
+    header.multiply_adds = 1'000'000'000;  // enough work for several threads
     for (int64_t path = PATH_TABLES; path <= PATH_SLICES; ++path)
       for (int64_t threads : {1, 4}) {
         ++calls;
