@@ -270,7 +270,7 @@ def _engine() -> str:
             table(["batch", *PRECISIONS], two),
             "Real tickets (KuaiRand, last level), speed against the best dense of each precision:",
             table(["task", "batch", *PRECISIONS], tickets),
-            "Hot, and with every cache overwritten between calls (DRAM-cold), against the best dense, hot or cold too:",
+            "Hot, and DRAM-cold (every cache overwritten between calls), against the best dense timed in the same way:",
             table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
             "Bytes on disk, and prepacked in memory for both layouts at once, as the engine of that commit did:",
             table(["sparsity", "canonical", *PRECISIONS], prepack),
