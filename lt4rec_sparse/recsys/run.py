@@ -207,7 +207,7 @@ def _check_names(schema: Schema) -> None:
         # A task names a folder of tickets and parts of the models, in which "keys" or "train" is a method.
         if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict(), task.name):
             raise SchemaError(
-                f"task {task.name!r}: got a reserved name or other characters, wanted letters, digits, _, -"
+                f"task {task.name!r}: got a name that is reserved or has other signs, wanted letters, digits, _, -"
             )
     if any(part.name == "all" for part in schema.slices):
         raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")

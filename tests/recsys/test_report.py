@@ -189,7 +189,7 @@ def test_differences_of_several_seeds_have_their_paired_error():
     )
 
 
-def test_a_planted_truth_and_what_masks_found_of_it_stand_in_the_verdict(words):
+def test_the_verdict_says_what_masks_found_of_a_planted_truth(words):
     truth = {"ctr_auc": 0.8, "cvr_mse": 0.1, "constant": {"ctr_auc": 0.5, "cvr_mse": 0.3}, "config": {}}
     results = results_of(TEST, truth=truth)
     found = {"planted": {"ctr": 0.4, "cvr": 0.5}, "other": {"ctr": 0.1, "cvr": 0.2}, "auc": {"ctr": 0.9, "cvr": 0.8}}
@@ -200,11 +200,11 @@ def test_a_planted_truth_and_what_masks_found_of_it_stand_in_the_verdict(words):
         "40% of the inputs planted for ctr, 10% of the others; 50% of the inputs planted for cvr, 20% of the others."
     )
     text = words(results)
-    assert "The best that the planted truth allows on these days: ctr_auc 0.8000, cvr_mse 0.1000." in text
+    assert "The best values that the planted truth allows on these days: ctr_auc 0.8000, cvr_mse 0.1000." in text
     assert "| S-Weight | ctr | 40.0% | 10.0% | 0.900 |" in text
 
 
-def test_verdict_next_steps_and_warnings_stand_before_all_tables(words):
+def test_verdict_next_steps_and_warnings_come_before_all_tables(words):
     results = results_of(TEST, calibration=1.2, steps=20)
     text = words(results)
     first = text.index("\n|")
