@@ -1,8 +1,7 @@
 """The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
-All read row-major rows and write row-major scores, so the engine's transposes are part of its time. What a case
-compares runs in interleaved rounds; each is timed only after its scores passed the gate of its precision,
-`peers.reference`.
+All read row-major rows and write row-major scores, so the engine's transposes are part of its time. The calls of a case
+run in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
 
 Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
 the same weights hot and cold; and prepacking, two tasks and break-even. The short form runs one small case of each.
@@ -68,7 +67,7 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
     """Measure all suites and write `results/cpu.json`.
 
     Args:
-        run_folder: A run whose tickets are measured too.
+        run_folder: A run whose tickets are measured as well.
         seed: Seeds masks, weights and inputs.
         is_short: Run one case of each suite once, print the report and write nothing.
     """
@@ -109,7 +108,7 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
 def run_without_amx(seed: int = 0, is_short: bool = False) -> None:
     """Measure without AMX in torch and OpenVINO, as on most processors, and write `results/cpu_no_amx.json`.
 
-    ONNX Runtime, which does not obey `ONEDNN_MAX_CPU_ISA`, takes no part in int8. `is_short` runs one case once, prints
+    ONNX Runtime does not obey `ONEDNN_MAX_CPU_ISA`, so it is left out of int8. `is_short` runs one case once, prints
     it and writes nothing.
 
     Raises:
@@ -220,9 +219,9 @@ def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> d
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
     with peers(layers, x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
-        contestants = [*_ours(mlp, layers, x), *present]
-        hot = timings(contestants, **settings)
-        cold = timings(contestants, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
+        calls = [*_ours(mlp, layers, x), *present]
+        hot = timings(calls, **settings)
+        cold = timings(calls, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
     return {
         "batch": batch,
         "sparsity": sparsity,
@@ -233,7 +232,7 @@ def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> d
                 "hot": hot[peer.name]._asdict(),
                 "cold": cold[peer.name]._asdict(),
             }
-            for peer in contestants
+            for peer in calls
         },
     }
 
@@ -246,12 +245,12 @@ def _break_even(
     None where it is not faster at any of `sparsities`, or where no opponent has the precision.
     """
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
-    contestants = []
+    calls = []
     for sparsity in sparsities:
         mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
-        contestants += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, _layers(mlp), x)]
+        calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, _layers(mlp), x)]
     with peers(_layers(mlp), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
-        measured = timings([*contestants, *present], **settings)
+        measured = timings([*calls, *present], **settings)
     found: dict[str, float | None] = {}
     for precision in PRECISIONS:
         dense = min((measured[p.name].median_us for p in present if p.precision == precision), default=0.0)
@@ -293,16 +292,16 @@ def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any])
     one = uniform_mask(sparsity, seed)
     two = _overlapping(one, OVERLAP, seed + 1)
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
-    contestants: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):
         frozen = freeze(masked_mlp(masks, seed), sigmoid=True)
         assert isinstance(frozen, SparseMLP)
         frozen = frozen.calibrated(x)
         for precision in PRECISIONS:
             out = torch.empty(batch, frozen.out_features)
-            contestants[f"{name} {precision}"] = partial(frozen.to_precision(precision).score_into, x, out)
+            calls[f"{name} {precision}"] = partial(frozen.to_precision(precision).score_into, x, out)
     with torch.inference_mode():
-        measured = interleaved(contestants, **settings)
+        measured = interleaved(calls, **settings)
     return {
         "batch": batch,
         "sparsity": sparsity,
@@ -352,8 +351,8 @@ def ratio(case: dict[str, Any], precision: str) -> float:
 
 
 def _has_dense(case: dict[str, Any] | None, precision: str) -> bool:
-    contestants = case["contestants"].values() if case else ()
-    return any(c["kind"] == "dense" and c["precision"] == precision for c in contestants)
+    calls = case["contestants"].values() if case else ()
+    return any(c["kind"] == "dense" and c["precision"] == precision for c in calls)
 
 
 def _line(case: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ def _ready(tasks: int, sparsity: float, precision: str, batch: int, **settings: 
 
 
 def _call(**settings: Any) -> dict[str, Any]:
-    """Time one row through a small MLP: the module, its executor, the engine alone, and what torch takes of it."""
+    """Time one row through a small MLP: the module, its executor, the engine alone, and torch's share of the time."""
     frozen = freeze(MaskedMLP(16, (8,))).eval()
     assert isinstance(frozen, SparseMLP)
     x, out = torch.randn(1, 16), torch.empty(1, 1)

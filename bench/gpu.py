@@ -1,8 +1,8 @@
 """The GPU suites: `python -m bench gpu` runs them on a GPU, `python -m bench gpu --dry OUT` rehearses them on a CPU.
 
 On a GPU each suite runs in its own process, because an illegal access ends CUDA in a process. It writes its part before
-and after every case. It gets a share of the seconds that are left when it starts, and at least a minimum. When they are
-spent it drops the remaining cases; the record says which. `bash bench/gpu.sh` installs, tests and calls this.
+and after every case. It gets a share of the seconds that are left when it starts, and at least a minimum. When the
+seconds are spent it drops the remaining cases (see the record). `bash bench/gpu.sh` installs, tests and runs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench import record
 from lt4rec_sparse.recsys.tables import table
 
 SUITES = {"assumptions": 0.07, "serving": 0.48, "training": 0.29, "kernels": 0.16}  # name -> share of the seconds
-# Enough to compile and time the first case, however long the suites and steps before took.
+# Enough to compile and time the first case, however long the suites and steps before it took.
 MINIMUM_S = {"assumptions": 12.0, "serving": 60.0, "training": 40.0, "kernels": 18.0}
 SECONDS = 270.0
 GRACE_S = 20.0  # for the start of a suite and for the case that runs when its seconds are spent
@@ -84,7 +84,7 @@ def run(seconds: float, is_dry: bool, steps: Sequence[dict[str, Any]] = ()) -> d
 
 
 def seconds_of_next(waiting: Sequence[str], left: float) -> float:
-    """Return the first suite's share of what is left: cut to what leaves the others their minimum, its own at least."""
+    """Return the first suite's share of what is left, but at least its minimum, and the others' minimum left over."""
     name, *others = waiting
     share = left * SUITES[name] / sum(SUITES[suite] for suite in waiting)
     return max(MINIMUM_S[name], min(share, left - sum(MINIMUM_S[other] for other in others)))
@@ -93,7 +93,7 @@ def seconds_of_next(waiting: Sequence[str], left: float) -> float:
 def _run_apart(
     names: Sequence[str], seconds: float, limit: float, folder: Path, is_dry: bool
 ) -> dict[str, dict[str, Any]]:
-    """Run suites in a process, which ends at the limit, and return what each wrote, also if it is only some cases."""
+    """Run suites in a process, which ends at the limit, and return what each wrote, even if only some cases ended."""
     start = time.monotonic()
     command = [sys.executable, "-m", "bench", "gpu", "--suites", *names, "--parts", str(folder)]
     command += ["--seconds", str(seconds)]
@@ -117,7 +117,7 @@ def _run_apart(
 def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
     """Run one suite's cases while there are seconds left, and write `part` after each; return the exit code."""
     start = time.monotonic()
-    from bench import gpu_setting  # Triton, which a process that only prints does without
+    from bench import gpu_setting  # it imports Triton, which a process that only prints does not need
 
     suite: gpu_setting.Suite = import_module(f"bench.gpu_{name}").suite
     setting = gpu_setting.dry() if is_dry else gpu_setting.on_gpu()
@@ -147,7 +147,7 @@ def run_suite(name: str, seconds: float, part: Path, is_dry: bool) -> int:
 
 
 def is_whole(result: dict[str, Any]) -> bool:
-    """Tell whether every step before and every suite ended well; dropped cases and absent opponents are no failure."""
+    """Tell whether all earlier steps and all suites ended well; dropped cases and absent opponents are no failure."""
     wrong = [
         who
         for part in result["suites"].values()
@@ -187,7 +187,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def readme_section() -> str:
-    """Return what the README says of the GPU: the ratios of the newest record, or that there is none."""
+    """Return the README's text on the GPU: the ratios of the newest record, or that there is none."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(record.RESULTS.glob("*.json"))]
     timed = [found for found in records if "suites" in found and "gpu" in found and not found["is_dry"]]
     if not timed:
@@ -199,7 +199,7 @@ def readme_section() -> str:
         [
             f"Serving two tasks, bf16, time of the opponent over ours ({where}):",
             serving_table(suites["serving"]["cases"]),
-            "A training step, likewise:",
+            "A training step, time of the opponent over ours:",
             training_table(suites["training"]["cases"]),
         ]
     )

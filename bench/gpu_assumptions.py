@@ -17,7 +17,7 @@ from bench.gpu_setting import Case, Setting, float32_precision
 GEMM_ROWS, DRY_GEMM_ROWS = (256, 2048, 8192), (4,)
 GEMMS = ((1024, 512), (1024, 1024), (512, 256), (256, 128))  # in_features, out_features; 1024 are two tasks stacked
 DRY_GEMMS = ((16, 8),)
-L2_BYTES = 20_000_000  # under half of an H200's, so that it stays there
+L2_BYTES = 20_000_000  # less than half of an H200's L2, so that it stays there
 L2_PASSES = 20  # of one launch, so that its start and end do not count
 HBM_BYTES = 4 << 30
 PEAK_SIDE = 8192
@@ -33,10 +33,10 @@ def nothing_kernel(x_ptr):
 
 @triton.jit
 def read_kernel(x_ptr, sums_ptr, length, passes, programs: tl.constexpr, block: tl.constexpr):
-    """Read all of x several times over and write a float a program: what it takes is reading."""
+    """Read all of x several times and write one float per program, so that reading takes the time."""
     total = tl.zeros((block,), dtype=tl.float32)
     for p in range(0, passes):
-        # Another part in every pass, and past the L1 cache, which could hold a program's own.
+        # Every pass reads a different part, and past the L1 cache, which could hold a program's own.
         offsets = (tl.program_id(0) + p) % programs * block + tl.arange(0, block)
         for start in range(0, length, programs * block):
             total += tl.load(x_ptr + start + offsets, mask=start + offsets < length, other=0.0, cache_modifier=".cg")
@@ -44,7 +44,7 @@ def read_kernel(x_ptr, sums_ptr, length, passes, programs: tl.constexpr, block: 
 
 
 def suite(setting: Setting) -> Iterator[Case]:
-    """Yield what is measured first."""
+    """Yield the cases, in order of importance."""
     yield "device", partial(facts, setting)
     yield "graph node and launches", partial(_launches, setting)
     yield "L2 read", partial(_l2, setting)
@@ -57,7 +57,7 @@ def suite(setting: Setting) -> Iterator[Case]:
 
 
 def facts(setting: Setting) -> dict[str, Any]:
-    """Return what the machine and its software are."""
+    """Return the machine and its software."""
     versions = {"torch": str(torch.__version__), "triton": triton.__version__, "cuda": torch.version.cuda}
     if setting.is_dry:
         return {"name": "none, a rehearsal", **versions}
@@ -74,7 +74,7 @@ def facts(setting: Setting) -> dict[str, Any]:
 
 
 def _driver() -> dict[str, str]:
-    """Ask nvidia-smi for what torch does not know; nothing where it is not there."""
+    """Ask nvidia-smi for what torch does not know; return nothing without it."""
     asked = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
     try:

@@ -1,4 +1,4 @@
-"""What two tasks' weights take on a GPU in each layout, against a dense bfloat16 copy per task: counted anywhere."""
+"""The bytes of two tasks' weights on a GPU in each layout, against a dense bfloat16 copy per task; needs no GPU."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Problem:
 
 
 def suite(setting: Setting) -> Iterator[Case]:
-    """Yield the cases: what serving and training run at bf16 first."""
+    """Yield the cases: first what serving and training run in bf16."""
     first, tails = ((DRY,), (DRY_TAIL,)) if setting.is_dry else (FIRST, TAILS)
     gradients, wide = ((DRY,), (DRY,)) if setting.is_dry else (GRADIENTS, WIDE)
     half = (setting.dtype, "ieee")
@@ -97,7 +97,7 @@ def suite(setting: Setting) -> Iterator[Case]:
 
 def _forward(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     p = Problem(setting, shape, "unstructured", dtype)
-    weight_dtype = torch.float32 if format == "masked" else dtype  # a master weight, or prepacked to be served
+    weight_dtype = torch.float32 if format == "masked" else dtype  # a master weight, or one prepacked for serving
     weight = Weight.prepack(p.weight, p.planes, format, weight_dtype, setting.device)
     y = p.x.new_empty(len(TASKS), p.rows, p.n)
     parts = (p.x, weight, p.bias, y, "relu", precision)
@@ -116,7 +116,7 @@ def _dgrad(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -
     calls: dict[str, Callable[[], Tensor]] = {
         _name(tile): partial(_written, launch, dx[0]) for tile, launch in launches.items()
     }
-    # Two tasks are one product twice as long; side by side, as no layer has them, they are cuBLAS' best case.
+    # Two tasks are one product twice as long. Side by side, as no layer has them, they are cuBLAS' best case.
     beside, stacked = torch.cat(list(p.dy), 1), p.masked.to(dtype).flatten(0, 1)
     calls["cuBLAS"] = partial(torch.mm, beside, stacked)
     calls["mask and cast"] = partial(_first, mask_and_cast.dgrad, p.dy, p.weight, p.words, True)
@@ -136,7 +136,7 @@ def _wgrad(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -
     calls["mask and cast"] = partial(mask_and_cast.wgrad, p.dy, p.x, p.words, torch.float32)
     wanted = [linear_reference(dy.T, p.x[0].T, None, _sums(dtype, precision)) for dy in p.dy]
     value = sum(part.value * plane for part, plane in zip(wanted, p.planes, strict=True))
-    # Adding the tasks up rounds once more, relative to no more than their bounds' magnitudes.
+    # Adding the tasks up rounds once more, relative to at most the magnitudes of their bounds.
     bound = sum(
         (2 * part.bound + part.value.abs() * 2**-22) * plane for part, plane in zip(wanted, p.planes, strict=True)
     )
@@ -204,7 +204,7 @@ def _tail(setting: Setting, shape: Shape, format: str) -> dict[str, Any]:
 def _measured(
     setting: Setting, calls: Mapping[str, Callable[[], Tensor]], own: str, wanted: Bounded, precision: str
 ) -> dict[str, Any]:
-    """Check each, time those that are right; `own` is what the rule chooses."""
+    """Check each, time those that are right; `own` is the choice of the rule."""
     with torch.inference_mode(), float32_precision("high" if precision == "tf32" else "highest"):
         failed = {name: why for name, call in calls.items() if (why := _failure(call, wanted))}
         right = {name: call for name, call in calls.items() if name not in failed}
@@ -223,7 +223,7 @@ def _measured(
 
 
 def _failure(call: Callable[[], Tensor], wanted: Bounded) -> str:
-    """Say why a call is not to be timed; nothing if it is right."""
+    """Say why a call must not be timed; return nothing if it is right."""
     try:
         y = call()
         # cuBLAS has the tasks side by side, and ours one after another.
@@ -257,12 +257,12 @@ def _chained(h: Tensor, tasks: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
 
 
 def _sums(dtype: torch.dtype, precision: str) -> torch.dtype:
-    """Return whose unit roundoff bounds a sum: TF32 rounds its operands to the mantissa of float16."""
+    """Return the dtype whose unit roundoff bounds a sum: TF32 rounds its operands to the mantissa of float16."""
     return torch.float16 if dtype == torch.float32 and precision == "tf32" else torch.float32
 
 
 def _chosen(launches: Mapping[Tile, Launch], own: Launch) -> str:
-    """Name the tile of a launch that chose its own."""
+    """Name the tile that a launch chose by itself."""
     return next(
         _name(t) for t, found in launches.items() if (found.constants, found.warps) == (own.constants, own.warps)
     )

@@ -1,13 +1,13 @@
-"""The dense opponents of serving on a GPU, weakest first, and none unchecked.
+"""The dense opponents of serving on a GPU, weakest first, all of them checked.
 
 All compute every task's logits from one `x`, in one dtype throughout, weights on the device before the clock starts,
 and hand them back task by task:
 
-- (a) `F.linear(x, weight * mask)` for each task, eager: what masked networks are served with as they were trained.
+- (a) `F.linear(x, weight * mask)` for each task, eager: how masked networks are served when left as trained.
 - (b) the masks multiplied in beforehand, for each task, through torch.compile, in a CUDA graph.
 - (c) the same, eager.
-- (b') what an engineer would make of it: in the first layer, which all tasks read, their weights in one product; bias
-  and ReLU in cuBLAS' epilogue; heads padded to 8 outputs, for cuBLAS is slow on rows of 2 bytes; a CUDA graph. After
+- (b') an engineer's version: in the first layer, which all tasks read, their weights in one product; bias
+  and ReLU in cuBLAS' epilogue; heads padded to 8 outputs, since cuBLAS is slow on rows of 2 bytes; a CUDA graph. After
   the first layer the tasks go one after another, or in branches of the graph side by side, or as batched products with
   the bias as one more column. The fastest of these is (b'), case by case.
 """
@@ -82,7 +82,7 @@ def semi_structured(tasks: Tasks) -> Opponent:
         [(layer.masked if layer.mask is None else to_sparse_semi_structured(layer.masked), layer.bias) for layer in ls]
         for ls in tasks
     ]
-    # Half of the values, and 2 bits of metadata for each of them.
+    # Half of the values, each with 2 bits of metadata.
     nbytes = sum(
         layer.weight.nbytes // (1 if layer.mask is None else 2)
         + (0 if layer.mask is None else layer.weight.numel() // 8)
@@ -112,14 +112,14 @@ def _chain(x: Tensor, layers: Layers) -> Tensor:
 
 @cache
 def _compiled(compiler: str) -> Callable[..., Tensor]:
-    """Return one function for all weights and batches: whatever has their shapes finds it compiled."""
+    """Return one function for all weights and batches, so that it is compiled once per set of shapes."""
     compiled: Callable[..., Tensor] = torch.compile(_chain, backend=compiler, dynamic=False)
     return compiled
 
 
 @cache
 def _side(index: int) -> torch.cuda.Stream:
-    """Return a stream for a branch, of the stopwatch's priority: torch hands out 32 in turn, so it is not that one."""
+    """Return a stream for a branch, with the stopwatch's priority; torch hands out 32 in turn, so another one."""
     return torch.cuda.Stream(priority=PRIORITY)
 
 
@@ -160,7 +160,7 @@ class _Tail(NamedTuple):
 
 
 def _stacked(tasks: Sequence[Layers]) -> tuple[tuple[Tensor, Tensor], list[_Tail]]:
-    """Return the first layers in one, and each task's others."""
+    """Return the first layers as one, and each task's other layers."""
     first = torch.cat([layers[0][0] for layers in tasks]).T, torch.cat([layers[0][1] for layers in tasks])
     tails = []
     for _, *hidden, (weight, bias) in tasks:

@@ -1,7 +1,7 @@
 """Serving on a GPU: every way that a plan knows, against the dense opponents of `bench/gpu_peers.py`, case by case.
 
 A case is a network, a structure of its masks, a sparsity and a batch. Weights, biases and x are rounded to 16 bits
-first, so that all compute the same network; no sigmoid, which would cost an opponent a kernel.
+first, so that all compute the same network. There is no sigmoid, which would cost an opponent a kernel.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.oracle import Bounded, Layer
 NETWORKS = {"narrow": (1024, 512, 256, 128), "wide": (4096, 1024, 512, 256, 128)}
 DRY_NETWORKS = {"narrow": (32, 16, 16)}
 TASKS = ("ctr", "cvr")
-# Each is the batches of one plan, and the first case of a plan waits for all of it.
+# Each entry holds the batches of one plan; the first case of a plan waits for all of it.
 MIDDLE, LARGE, SMALL = (256, 2048), (8192,), (1, 16, 64, 1024)
 FIGURES = ("replayed", "cold", "called", "waited")
-TOWARDS = {"a": "called", "b": "replayed", "c": "called", "b'": "replayed"}  # which figure is an opponent's own
+TOWARDS = {"a": "called", "b": "replayed", "c": "called", "b'": "replayed"}  # the figure by which an opponent is judged
 
 
 class Load(NamedTuple):
@@ -55,7 +55,7 @@ class Way(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """What a plan found for a network and a batch."""
+    """The result of a plan for one network and batch."""
 
     ways: dict[str, Way]  # the plan's winner first
     served: Callable[[Tensor], Tensor]  # what a user calls
@@ -63,7 +63,7 @@ class Ours(NamedTuple):
 
 
 def suite(setting: Setting) -> Iterator[Case]:
-    """Yield the cases, those of the goals first."""
+    """Yield the cases, first those of the goals."""
     for load in loads(setting.is_dry):
         yield str(load), partial(_measure, setting, load)
 
@@ -96,12 +96,12 @@ def loads(is_dry: bool) -> list[Load]:
 
 
 def _ours(load: Load, setting: Setting) -> Ours:
-    """Return a plan's ways, prepacked: with `_planned` the one place that knows how `nn.gpu` is used."""
+    """Return a plan's ways, prepacked. Only this function and `_planned` know how `nn.gpu` is used."""
     plans = [(load.batch,)] if setting.is_dry else [MIDDLE, LARGE, SMALL]
     batches = next(batches for batches in plans if load.batch in batches)
     plan, made, served = _planned(setting, load.network, load.structure, load.sparsity, batches)
-    contestants = plan.batches[batches.index(load.batch)].chains
-    networks = {found.name: made.network(found.chain) for found in contestants}
+    chains = plan.batches[batches.index(load.batch)].chains
+    networks = {found.name: made.network(found.chain) for found in chains}
     return Ours({name: Way(network, network.nbytes) for name, network in networks.items()}, served, str(plan))
 
 
@@ -109,7 +109,7 @@ def _ours(load: Load, setting: Setting) -> Ours:
 def _planned(
     setting: Setting, network: str, structure: str, sparsity: float, batches: tuple[int, ...]
 ) -> tuple[Plan, gpu.Ways, SparseMLP]:
-    """Measure a plan for several batches at once, for most of it is prepacking."""
+    """Measure a plan for several batches at once, since most of the work is prepacking."""
     _, frozen = masked_network(_widths(setting, network), structure, sparsity)
     # A rehearsal needs a plan, not a good one; the interpreter would take a minute over it.
     with mock.patch.object(gpu, "_timed", _untimed) if setting.is_dry else nullcontext():
@@ -120,7 +120,7 @@ def _planned(
 
 
 def _untimed(calls: Mapping[Any, object], *_: object) -> dict[Any, Timing]:
-    # The later the faster: those are dense, and quickly interpreted.
+    # Later ones count as faster: those are dense, and quickly interpreted.
     return {key: Timing(*[1.0 / (1 + i)] * 3) for i, key in enumerate(calls)}
 
 
@@ -132,7 +132,7 @@ def _measure(setting: Setting, load: Load) -> dict[str, Any]:
     with torch.inference_mode():
         dense, absent = _dense(tasks, x, load, setting)
         ours, wrong = _ours_checked(load, tasks, x, setting)
-        contestants = _timed(dense, ours, x, setting)
+        calls = _timed(dense, ours, x, setting)
     return {
         **load._asdict(),
         "density": {task: mlp.mask(task).layer_density() for task in TASKS},
@@ -140,18 +140,18 @@ def _measure(setting: Setting, load: Load) -> dict[str, Any]:
         "absent": absent | wrong,
         "reduced_sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "plan": "" if ours is None else ours.plan,
-        "contestants": contestants,
-        "ratios": ratios(contestants),
+        "contestants": calls,
+        "ratios": ratios(calls),
     }
 
 
 def _ours_checked(
     load: Load, tasks: Sequence[Sequence[TaskLayer]], x: Tensor, setting: Setting
 ) -> tuple[Ours | None, dict[str, str]]:
-    """Return our ways without those that are wrong, and what is wrong with these; None if the plan's choice is."""
+    """Return our ways except the wrong ones, and what is wrong with those; None if the plan's choice is wrong."""
     try:
         ours = _ours(load, setting)
-    except FAILURES as error:  # the opponents' times are worth having all the same
+    except FAILURES as error:  # the opponents' times are still worth having
         return None, {"ours": named(error)}
     wrong = _wrong({name: way.run for name, way in ours.ways.items()} | {"served": ours.served}, tasks, x, setting)
     whys = {f"ours {name}": why for name, why in wrong.items()}
@@ -163,9 +163,9 @@ def _ours_checked(
 def _dense(
     tasks: Sequence[Sequence[TaskLayer]], x: Tensor, load: Load, setting: Setting
 ) -> tuple[list[Opponent], dict[str, str]]:
-    """Make the opponents; return those that are right, and for each other one why it is not timed.
+    """Make the opponents; return those that are right, and for each of the others the reason why it is not timed.
 
-    cuBLAS may add the parts of a sum in bfloat16, as torch lets it by default. Where that is what leaves the bound, all
+    cuBLAS may add the parts of a sum in bfloat16, as torch allows by default. If this breaks the bound, all opponents
     are timed with their sums in float32.
     """
     made = opponents(tasks, setting.compiler)
@@ -193,15 +193,15 @@ def _reduce_in_bf16(is_allowed: bool) -> None:
 def _wrong(
     runs: Mapping[str, Callable[[Tensor], Any]], tasks: Sequence[Sequence[TaskLayer]], x: Tensor, setting: Setting
 ) -> dict[str, str]:
-    """Return what is wrong with each that leaves the rounding bound or cannot run."""
+    """Return what is wrong with each call that leaves the rounding bound or cannot run."""
     expected = [reference(_layers(layers), x, setting.precision) for layers in tasks]
     return {name: why for name, run in runs.items() if (why := _failure(name, run, expected, x, setting))}
 
 
 def _failure(name: str, run: Callable[[Tensor], Any], expected: Sequence[Bounded], x: Tensor, setting: Setting) -> str:
-    """Say why a way is not to be timed; nothing if it is right."""
+    """Say why a way must not be timed; return nothing if it is right."""
     try:
-        # As it will be timed: from a graph. What is served has one already, and a graph cannot hold another.
+        # Checked as it will be timed, from a graph. `served` has one already, and a graph cannot hold another.
         scores = (run if name == "served" else setting.stopwatch.graphed(run, x))(x)
         parts = scores.chunk(len(expected), dim=1) if isinstance(scores, Tensor) else scores
         for part, wanted in zip(parts, expected, strict=True):
@@ -248,9 +248,9 @@ def _timed(dense: Sequence[Opponent], ours: Ours | None, x: Tensor, setting: Set
     return found
 
 
-def ratios(contestants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return kind -> figure -> how many times the plan's choice is faster than its strongest contestant; and bytes."""
-    strongest = {facts["kind"]: facts for facts in contestants.values() if facts.get("is_strongest")}
+def ratios(calls: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return kind -> figure -> how many times the plan's choice is faster than its strongest opponent; and bytes."""
+    strongest = {facts["kind"]: facts for facts in calls.values() if facts.get("is_strongest")}
     if "ours" not in strongest:
         return {}
     ours = strongest.pop("ours")
@@ -281,7 +281,7 @@ def _widths(setting: Setting, network: str) -> tuple[int, ...]:
 
 
 def masks(widths: Sequence[int], structure: str, sparsity: float, seed: int) -> list[Mask]:
-    """Draw two tasks' masks at random, tile by tile; of the tiles that either keeps both keep `bench.cpu.OVERLAP`."""
+    """Draw two tasks' masks at random, tile by tile; `bench.cpu.OVERLAP` of the tiles that either keeps are in both."""
     generator = torch.Generator().manual_seed(seed)
     granularity = "weight" if structure in ("unstructured", "2:4") else structure
     layers: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

@@ -1,4 +1,4 @@
-"""Where the GPU suites run: on a GPU, or dry, on the CPU and tiny shapes, so that every line of them is executed."""
+"""Where the GPU suites run: on a GPU, or dry, on the CPU with tiny shapes, so that every line of them is executed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from triton.errors import TritonError
 from bench.gpu_stopwatch import GraphStopwatch, Stopwatch, WallStopwatch
 from bench.peers import WrongError
 
-# What ends a case and not its suite: a GPU is lent for minutes, and nobody is there to start again. All of it is
-# recorded, and a suite with a failed case ends with an error.
+# These errors end a case and not its suite, because a GPU is lent for minutes and nobody can restart a suite. All of
+# them are recorded, and a suite with a failed case ends with an error.
 FAILURES = (
     WrongError,
     TritonError,
@@ -33,7 +33,7 @@ FAILURES = (
 
 
 def named(error: BaseException) -> str:
-    """Return an error in one line of a record."""
+    """Return an error as one line for a record."""
     return f"{type(error).__name__}: {error}"[:500]
 
 
@@ -76,7 +76,7 @@ def dry() -> Setting:
 
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Set what torch does with float32 products, for a while."""
+    """Set torch's precision of float32 products, for a while."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

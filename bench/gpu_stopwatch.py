@@ -1,12 +1,12 @@
-"""The GPU's stopwatch: contestants as CUDA graphs, timed by events in interleaved rounds; and a stand-in without a GPU.
+"""The GPU's stopwatch: calls as CUDA graphs, timed by events in interleaved rounds; and a stand-in without a GPU.
 
-Four figures, for what a GPU takes and what a caller waits for are far apart where a kernel takes microseconds:
+Four figures, because the GPU's time and the caller's waiting time differ widely if a kernel takes microseconds:
 
 - `replayed`: GPU time of a call. A graph holds the call many times over, so that its launch does not count, and is
   replayed twice in a row, the second time between two events: the first keeps the GPU busy while the host gets ahead.
-- `cold`: the same with a buffer larger than the L2 cache overwritten before every call. The sweep is in the graph too,
-  and the time of a graph of sweeps alone, of the same round, is taken off.
-- `called`: calls one after another as Python makes them, which is the host's time where that is longer.
+- `cold`: the same with a buffer larger than the L2 cache overwritten before every call. The sweep is in the graph too;
+  the time of a graph of sweeps alone, from the same round, is subtracted.
+- `called`: calls one after another as Python makes them; this is the host's time if that is longer.
 - `waited`: one call, and waiting for its result.
 """
 
@@ -53,7 +53,7 @@ class Stopwatch(Protocol):
         """Return `call` as a graph over buffers of its own, with a copy of its argument into them."""
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Return how much more memory a call takes, at its peak, than stands before it."""
+        """Return how far the peak memory of a call is above the memory in use before it."""
 
     def clear(self) -> None:
         """Forget all graphs, between cases: what `graphed` returned must not be called again."""
@@ -62,16 +62,16 @@ class Stopwatch(Protocol):
 class GraphStopwatch:
     """The stopwatch of a GPU.
 
-    Graphs of one stream read the same cuBLAS workspace, and the first that is destroyed may free it under the others
-    (github.com/pytorch/pytorch/issues/193402). So all stay, until `clear` destroys them together.
+    Graphs of one stream read the same cuBLAS workspace, and the first to be destroyed may free it under the others
+    (github.com/pytorch/pytorch/issues/193402). So all graphs stay until `clear` destroys them together.
     """
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._sweep = torch.empty(int(SWEEP_OVER_L2 * l2_bytes) // 4, device=device)
         self._device = device
-        # Torch hands out 32 streams of a priority, over and over. Those of this one are the benchmark's alone, so that
-        # no graph of the library's shares this stream.
+        # Torch hands out 32 streams per priority, over and over. This priority is the benchmark's alone, so that no
+        # graph of the library shares this stream.
         self._stream = torch.cuda.Stream(device, priority=PRIORITY)
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -133,7 +133,7 @@ class GraphStopwatch:
         return replay
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Return how much more memory a call takes, at its peak, than stands before it."""
+        """Return how far the peak memory of a call is above the memory in use before it."""
         call()
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -150,14 +150,14 @@ class GraphStopwatch:
     def _capture(self, call: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
         """Return a graph of `repeats` calls, one after another."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):  # what a first call compiles, allocates or chooses is no part of a graph
+        with torch.cuda.stream(self._stream):  # keeps what a first call compiles or allocates out of the graph
             for _ in range(2):
                 call()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
-        # On the stream of the calls above: cuBLAS takes the workspace that it has there, where on a stream that is new
-        # to it the workspace would come from this graph's own memory, and end with it.
+        # On the stream of the calls above, where cuBLAS has its workspace. On a new stream it would come from
+        # this graph's own memory, and end with it.
         with torch.cuda.graph(graph, stream=self._stream):
             for _ in range(repeats):
                 call()
@@ -190,7 +190,7 @@ class GraphStopwatch:
 
 
 class WallStopwatch:
-    """The same figures by a wall clock, one call each: they say that the code runs, and nothing of a GPU."""
+    """The same figures by a wall clock, one call each: they show that the code runs, and say nothing about a GPU."""
 
     def replayed(self, calls: Calls) -> dict[str, Timing]:
         """Time a call."""
@@ -208,12 +208,12 @@ class WallStopwatch:
         return call
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Call, and count nothing."""
+        """Call, and return no bytes."""
         call()
         return 0
 
     def clear(self) -> None:
-        """Forget nothing: there are no graphs."""
+        """Do nothing: there are no graphs."""
 
 
 def _repeat(call: Callable[[], object], times: int) -> None:

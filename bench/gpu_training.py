@@ -1,6 +1,6 @@
 """A training step on a GPU: forward, both tasks' losses, backward, Adam; ours against the masked MLP in plain torch.
 
-Timed as called, which is what a user sees, and as a graph of whole steps, which is the GPU's part of it.
+Timed as called, which a user sees, and as a graph of whole steps, which is the GPU's part of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.oracle import Layer, assert_rounding, mlp_reference
 
 SPARSITY = 0.9
 BATCHES, DRY_BATCHES = (2048, 8192, 512, 16384, 4096), (20,)
-COMPILED_AT = (2048, 8192)  # first everything here, torch.compile included: it takes longest
+COMPILED_AT = (2048, 8192)  # first, with everything here including torch.compile, since it takes longest
 ARITHMETICS = {"bf16": (True, "highest"), "tf32": (False, "high"), "fp32": (False, "highest")}  # autocast, float32's
 PATHS = {"ours": None, "ours triton": "triton", "ours cublas": "cublas"}
 
 
 def suite(setting: Setting) -> Iterator[Case]:
-    """Yield the batches, those of the goals first; DDP last, for it may have no network to start on."""
+    """Yield the batches, those of the goals first; DDP last, since it may have no network to start on."""
     batches = DRY_BATCHES if setting.is_dry else BATCHES
     for arithmetic, batch in (("bf16", b) for b in batches):
         yield f"{arithmetic} batch {batch}", partial(_measure, setting, arithmetic, batch)
@@ -70,13 +70,13 @@ class Step:
 
     def __init__(self, module: nn.Module, call: Callable[..., Any], x: Tensor, labels: Tensor, autocast: bool) -> None:
         self._call, self._x, self._labels, self._autocast = call, x, labels, autocast
-        # Capturable: its count of steps stands on the GPU, where a graph can raise it.
+        # Capturable: its count of steps is on the GPU, where a graph can raise it.
         self._adam = torch.optim.Adam(module.parameters(), fused=True, capturable=x.is_cuda)
         self._module = module
 
     def logits(self) -> Tensor:
-        """Return what the forward pass makes of the batch."""
-        # Casts are not cached: a graph would read those of the step before it.
+        """Return the outputs of the forward pass."""
+        # Casts are not cached: a graph would read those of the previous step.
         with torch.autocast(self._x.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
             logits: Tensor = self._call(self._x)
         return logits
@@ -114,7 +114,7 @@ def _measure(setting: Setting, arithmetic: str, batch: int) -> dict[str, Any]:
             peak = setting.stopwatch.peak_bytes(calls[name])
             found[name] = {"peak_bytes": peak + step.standing_bytes, "standing_bytes": step.standing_bytes}
         called = setting.stopwatch.called({name: calls[name] for name in found})
-        # What no graph can hold was still worth calling.
+        # A call that no graph can hold still has a time as called.
         whys = {name: _failure(partial(setting.stopwatch.replayed, {name: calls[name]})) for name in found}
         failed |= {f"{name}, as a graph": why for name, why in whys.items() if why}
         replayed = setting.stopwatch.replayed({name: calls[name] for name, why in whys.items() if not why})
@@ -131,10 +131,10 @@ def _measure(setting: Setting, arithmetic: str, batch: int) -> dict[str, Any]:
     }
 
 
-def ratios(contestants: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return opponent -> figure -> how many times ours is faster, as called at its best; and the memory likewise."""
-    ours = [facts for name, facts in contestants.items() if name in ("ours", "ours compiled")]
-    opponents = {name: facts for name, facts in contestants.items() if not name.startswith("ours")}
+def ratios(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return opponent -> figure -> how many times ours is faster, each as called at its best; and of memory."""
+    ours = [facts for name, facts in calls.items() if name in ("ours", "ours compiled")]
+    opponents = {name: facts for name, facts in calls.items() if not name.startswith("ours")}
     if not ours:
         return {}
     return {
@@ -154,7 +154,7 @@ Context = Callable[[], AbstractContextManager[object]]
 def _steps(
     setting: Setting, mlp: MaskedMLP, x: Tensor, labels: Tensor, autocast: bool, with_compiled: bool
 ) -> dict[str, tuple[Step, Context]]:
-    """Make the contestants, each with parameters of its own and the context that it runs in."""
+    """Make the calls to time, each with its own parameters and the context that it runs in."""
     steps: dict[str, tuple[Step, Context]] = {}
 
     def add(name: str, module: nn.Module, context: Context = nullcontext, is_compiled: bool = False) -> None:
@@ -171,7 +171,7 @@ def _steps(
 
 
 def _measure_ddp(setting: Setting, arithmetic: str, batch: int) -> dict[str, Any]:
-    """Take the step under DistributedDataParallel with one process: it runs, and what it costs."""
+    """Take the step under DistributedDataParallel with one process, to see that it runs and what it costs."""
     autocast = ARITHMETICS[arithmetic][0] and not setting.is_dry
     mlp, x, labels = _problem(setting, batch)
     backend = "gloo" if setting.device.type == "cpu" else "nccl"
@@ -207,7 +207,7 @@ def _problem(setting: Setting, batch: int) -> tuple[MaskedMLP, Tensor, Tensor]:
 
 
 def _failure(call: Callable[[], object]) -> str:
-    """Call, and say what went wrong; nothing if nothing did."""
+    """Call, and return what went wrong, or nothing."""
     try:
         call()
     except FAILURES as error:
@@ -218,7 +218,7 @@ def _failure(call: Callable[[], object]) -> str:
 def _check(step: Step, context: Context, mlp: MaskedMLP, x: Tensor, autocast: bool, precision: str) -> None:
     """Check a forward pass against float64, and that weights which no task keeps get no gradient."""
     operands = torch.bfloat16 if autocast else None
-    # TF32 has the exponent of float32 and the mantissa of float16: its sums are worse by the roundings of the operands.
+    # TF32 has the exponent of float32 and the mantissa of float16: rounding the operands adds to its error.
     accumulate = torch.float16 if precision == "high" and not autocast else torch.float32
     with context():
         logits = step.logits().detach()

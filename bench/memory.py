@@ -1,7 +1,7 @@
 """How many bytes a pruned MLP takes on disk and in memory: counted, not timed, so equal on every machine.
 
 The case is the MLP of two KuaiRand tasks that the granularity experiment timed: random masks that keep as many weights
-in every layer as its tickets, and overlap as they do.
+in every layer as its tickets, and overlap like these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def run() -> str:
 
 
 def measured() -> dict[str, Any]:
-    """Return the bytes of the network as files hold it, and of each layout that the engine makes of it."""
+    """Return the bytes of the network in files, and in each layout that the engine makes of it."""
     results = experiments.read(EXPERIMENT)
     masks = next(r["masks"] for r in results["records"] if r["row"] == ROW and r["seed"] == 0)
     network = _network(masks, results["training"]["hidden"])

@@ -1,4 +1,4 @@
-"""The opponents of the CPU engine: what else runs a pruned MLP on this machine, each at its best and none unchecked.
+"""The opponents of the CPU engine: everything else that runs a pruned MLP here, each at its best and checked.
 
 Each opponent gets what helps it. Weights are packed, models compiled and buffers bound before the clock starts, for one
 batch size. bf16 opponents of torch get an `x` that is bf16 already; all others convert or quantise within their time.
@@ -122,7 +122,7 @@ def peers(
                 check(peer, references[precision])
             except (ImportError, UnavailableError, WrongError) as error:
                 absent.append(Absent(name, str(error)))
-            except Exception as error:  # others' code: ONNX Runtime's errors derive from nothing narrower
+            except Exception as error:  # code of others: ONNX Runtime's errors derive from nothing narrower
                 first_line = str(error).strip().partition("\n")[0]
                 absent.append(Absent(name, f"raised {type(error).__name__}: {first_line}"))
             else:
@@ -140,11 +140,11 @@ def check(peer: Peer, expected: Bounded) -> None:
         raise WrongError(f"wrong scores, so not timed: {error}") from None
 
 
-def timings(contestants: Sequence[Peer], **settings: Any) -> dict[str, Timing]:
+def timings(opponents: Sequence[Peer], **settings: Any) -> dict[str, Timing]:
     """Time a forward pass of each in interleaved rounds; `settings` are those of `stopwatch.interleaved`."""
     with torch.inference_mode():
-        measured = interleaved({peer.name: peer.run for peer in contestants}, **settings)
-    return {peer.name: Timing(*(us / peer.calls for us in measured[peer.name])) for peer in contestants}
+        measured = interleaved({peer.name: peer.run for peer in opponents}, **settings)
+    return {peer.name: Timing(*(us / peer.calls for us in measured[peer.name])) for peer in opponents}
 
 
 def reference(layers: Sequence[Layer], x: Tensor, precision: str) -> Bounded:
@@ -313,7 +313,7 @@ def _onnxruntime(case: Case, model: Callable[[Case], Path]) -> Made:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = case.threads
-    # Its threads spin while a call lasts, and not into the next contestant's time.
+    # Its threads spin during a call, but not into the next opponent's time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
     y = _result(case)

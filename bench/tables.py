@@ -53,7 +53,7 @@ def generated() -> dict[Path, str]:
     """Return each page as the committed results make it.
 
     Raises:
-        ValueError: If a page names a table that there is not, or a table is in no page or in several.
+        ValueError: If a page names an unknown table, or a table is in no page or in several.
     """
     used: list[str] = []
 
@@ -133,7 +133,7 @@ def _plot() -> str:
 
 
 def _dense_bytes(sizes: dict[str, Any], part: float) -> int:
-    """Bytes in fp32 of a dense MLP per task, its hidden layers `part` as wide."""
+    """Bytes in fp32 of a dense MLP per task whose hidden layers are `part` as wide."""
     *hidden, last = sizes["widths"]
     widths = [sizes["in_features"], *(int(width * part) for width in hidden), last]
     return 4 * len(sizes["tasks"]) * sum(n * k + n for k, n in zip(widths[:-1], widths[1:], strict=True))
@@ -180,7 +180,7 @@ def _training() -> str:
     ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
     return "\n\n".join(
         [
-            table(["MMoE, the same rows, features, widths and batch", "rows a second"], rows),
+            table(["MMoE, the same rows, features, widths and batch", "rows per second"], rows),
             f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
             "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
             f"{search['ours_s']:.0f} s (two processes, bf16, the baseline as first round), where the plain loop takes "
@@ -270,7 +270,7 @@ def _engine() -> str:
             table(["batch", *PRECISIONS], two),
             "Real tickets (KuaiRand, last level), speed against the best dense of each precision:",
             table(["task", "batch", *PRECISIONS], tickets),
-            "Hot, and with every cache overwritten between calls (DRAM-cold), against the best dense likewise:",
+            "Hot, and DRAM-cold (every cache overwritten between calls), against the best dense timed in the same way:",
             table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
             "Bytes on disk, and prepacked in memory for both layouts at once, as the engine of that commit did:",
             table(["sparsity", "canonical", *PRECISIONS], prepack),
@@ -294,7 +294,7 @@ def _bytes() -> str:
                 sizes["sparse sharing: MLP, canonical"],
             )
             rows.append([f"{name}, {results['rows'][row]}", *(f"{part:,}" for part in parts)])
-    header = ["model", "dense, a model per task", "artefact", "its embeddings", "dense MLPs", "sparse MLP"]
+    header = ["model", "dense, one model per task", "artefact", "its embeddings", "dense MLPs", "sparse MLP"]
     return table(header, rows)
 
 

@@ -1,13 +1,13 @@
 """How fast training is: steps compared with another library on the same rows, and the mask search with a plain loop.
 
-The peer is torch-rechub's MMoE (`pip install torch-rechub`), given the same rows, fields, embedding and expert widths,
-optimiser and batch. Its layers are its own: batch normalisation in every MLP, one lookup per field. It is timed as its
-users run it, `MTLTrainer` over its `DataGenerator`, and again on batches made before the clock starts, which favours
-it. Ours runs its whole loop, including the making of batches and labels, and wide logits as well.
+The opponent is torch-rechub's MMoE (`pip install torch-rechub`), with the same rows, fields, embedding and expert
+widths, optimiser and batch. Its layers are its own: batch normalisation in every MLP, one lookup per field. It is timed
+as its users run it, `MTLTrainer` over its `DataGenerator`, and again on batches made before the clock starts, which
+favours it. Ours runs its whole loop, including the making of batches and labels, and wide logits as well.
 
-The plain loop is Algorithm 1 as every public implementation has it: each round reads the files again and multiplies by
-dense `weight * mask` in float32, with torch's Adam over every weight, one task after another, and trains the
-single-task baselines separately.
+The plain loop is Algorithm 1 as in every public implementation: each round reads the files again, multiplies by dense
+`weight * mask` in float32 with torch's Adam over every weight, one task after another, and trains the single-task
+baselines separately.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measured(data: Path, steps: int, rounds: int) -> dict[str, Any]:
 
 def _steps(prepared: Prepared, steps: int, rounds: int) -> dict[str, Any]:
     batches = list(islice(prepared.stream("train", BATCH).epoch(0), steps))
-    contestants: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         f"lt4rec_sparse, {name}": partial(_ours(prepared, dtype), batches)
         for name, dtype in (("fp32", None), ("bf16", torch.bfloat16))
     }
@@ -78,8 +78,8 @@ def _steps(prepared: Prepared, steps: int, rounds: int) -> dict[str, Any]:
     except Exception as error:  # another library's code, which may raise anything
         reasons["torch-rechub"] = f"{type(error).__name__}: {error}"
     else:
-        contestants |= peer
-    timed = interleaved(contestants, rounds=rounds, round_us=1.0)
+        calls |= peer
+    timed = interleaved(calls, rounds=rounds, round_us=1.0)
     rows = sum(batch.batch for batch in batches)
     return {
         "rows": rows,

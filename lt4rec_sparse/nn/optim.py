@@ -33,7 +33,7 @@ class MaskedAdam:
     A plain Adam moves a weight whose gradient is zero, by its momentum and by weight decay: a step for one task would
     move what only another task owns. Here each masked weight has its own count of steps: only steps for tasks that own
     it change it, its momentum, its decay and its bias correction. Parameters that are not masked (embeddings, biases,
-    heads) take the plain step, and those without gradient none.
+    heads) take the plain step; parameters without gradient take none.
 
     Weights that the same tasks own and that took the same number of steps are gathered into one vector, stepped by
     torch's Adam, and put back; momentum is stored for kept weights only. If a layer has one task and all its weights
@@ -41,18 +41,18 @@ class MaskedAdam:
     decay it subtracts zero.
 
     Masks may change while the model trains, if `remask` follows. A weight keeps its momentum and its count of steps as
-    long as any task owns it, whichever that is. A weight that no task owns any more is forgotten; one that no task
-    owned before begins at step 0, without momentum.
+    long as any task owns it, whichever task that is. A weight that no task owns any more is forgotten; a weight that no
+    task owned before begins at step 0, without momentum.
 
     Args:
-        model: Its `MaskedLinear` layers' weights are stepped through the masks that they have now.
+        model: The model; its `MaskedLinear` layers' weights are stepped through their present masks.
         learning_rate: As in `torch.optim.Adam`.
         betas: As in `torch.optim.Adam`.
         eps: As in `torch.optim.Adam`.
         weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient.
 
     Raises:
-        ValueError: If a masked weight is no parameter, since a parametrisation or `torch.nn.utils.prune` computes it.
+        ValueError: If a masked weight is not a parameter but computed, by a parametrisation or `torch.nn.utils.prune`.
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980).
     """
@@ -104,16 +104,16 @@ class MaskedAdam:
             values.grad = None
 
     def remask(self) -> None:
-        """Take over the masks as they are now; the class says what happens to momentum and counts of steps.
+        """Adopt the present masks; the class says what happens to momentum and counts of steps.
 
-        The weights themselves are left alone: set those that a mask newly keeps to what they are to begin from. A step
-        takes longer the more different counts of steps there are among the weights.
+        The weights themselves are left alone: set those that a mask newly keeps to their initial values. A step takes
+        longer with more different counts of steps among the weights.
         """
         self._check_weights()
         self._gather(self._moments())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: weight by weight, so that it depends on no history of masks."""
+        """Return the state for a checkpoint: weight by weight, so that it does not depend on the history of masks."""
         (group,) = self._adam.param_groups
         return {
             "settings": {name: value for name, value in group.items() if name != "params"},
@@ -122,9 +122,9 @@ class MaskedAdam:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint of the same model, whose masks the model already has.
+        """Load the state of a checkpoint of the same model, whose masks the model already has.
 
-        Load the model's state first. The masks may be others than those that this optimiser was made with.
+        Load the model's state first. The masks may differ from those that this optimiser was made with.
 
         Raises:
             ValueError: If the state has other parameters, or steps of weights that no mask keeps now.
@@ -155,7 +155,7 @@ class MaskedAdam:
         result = []
         for layer in self._masked:
             moments = _nothing(layer)
-            held: list[tuple[Tensor, Tensor, Tensor | slice]]  # places, what Adam steps, where these stand in it
+            held: list[tuple[Tensor, Tensor, Tensor | slice]]  # places, what Adam steps, their positions in it
             held = [(part.places, part.values, slice(None)) for part in self._parts if part.layer is layer]
             if layer in self._whole:
                 held = [(self._whole[layer], layer.weight, self._whole[layer])]
@@ -169,7 +169,7 @@ class MaskedAdam:
         return result
 
     def _gather(self, moments: list[_Moments]) -> None:
-        """Form the parts again, from the masks as they are now and each weight's count of steps."""
+        """Form the parts again, from the present masks and each weight's count of steps."""
         free = [(parameter, state) for parameter in self._free if (state := self._adam.state.get(parameter))]
         self._adam.state.clear()
         self._adam.state.update(free)
@@ -193,12 +193,12 @@ class MaskedAdam:
                 self._remember(part.values, of_layer, part.places)
         whole = [layer.weight for layer in self._whole]
         self._adam.param_groups[0]["params"] = [*self._free, *whole, *(part.values for part in self._parts)]
-        # Of every layer: one that is whole now and pruned later would otherwise be stepped past its new mask.
+        # Also for layers that are whole now: if pruned later, they would otherwise be stepped past the new mask.
         self._masks = [layer.masks.clone() for layer in self._masked]
         self._versions = _versions(self._masked)
 
     def _remember(self, values: Tensor, moments: _Moments, places: Tensor | slice) -> None:
-        steps = int(moments.steps[places][:1].sum())  # the same everywhere; 0 of no weight
+        steps = int(moments.steps[places][:1].sum())  # the same everywhere; 0 if there is no weight
         if steps:  # otherwise torch makes the state with the first step
             self._adam.state[values] = {
                 "step": torch.tensor(float(steps), dtype=torch.float32, device=values.device),
@@ -210,7 +210,7 @@ class MaskedAdam:
         for i, layer in enumerate(self._masked):
             if layer._parameters.get("weight") is None:
                 raise ValueError(
-                    f"masked layer {i}: got a weight that is computed, wanted a parameter: first call prune.remove, "
+                    f"masked layer {i}: got a computed weight, wanted a parameter: first call prune.remove, "
                     "which keeps what torch.nn.utils.prune pruned, or parametrize.remove_parametrizations"
                 )
 
@@ -219,9 +219,9 @@ class MaskedAdam:
         versions = _versions(self._masked)
         if versions == self._versions:
             return
-        # Written since, perhaps with the same values, as when a checkpoint is loaded.
+        # They were written since, perhaps with equal values, as when a checkpoint is loaded.
         if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._masked, self._masks, strict=True)):
-            raise RuntimeError("masks: got others than the optimiser knows, wanted remask() after they change")
+            raise RuntimeError("masks: they changed since the last remask(), wanted remask() after every change")
         self._versions = versions
 
 

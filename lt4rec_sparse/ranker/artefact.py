@@ -44,7 +44,7 @@ from lt4rec_sparse.ranker.ranker import Ranker
 
 KEY = "lt4rec_sparse"
 VERSION = 1
-# As safetensors spells the dtypes of weights, bit planes, offsets and the encoder's arrays.
+# The dtypes of weights, bit planes, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I32", "I64", "F64")
 
 
@@ -53,7 +53,7 @@ class ArtefactError(InputError):
 
 
 def save(ranker: Ranker, path: str | Path) -> None:
-    """Write a ranker as one file, whole or not at all.
+    """Write a ranker as one file, completely or not at all.
 
     Args:
         ranker: The ranker to write.
@@ -171,7 +171,7 @@ def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: s
         raise ValueError(f"encoder.{stray}: got {arrays[stray].dtype}, wanted uint8, int64 or float64")
     encoder = FeatureEncoder.from_arrays({name: t.numpy() for name, t in arrays.items()}, description)
     fields, dim = encoder.fields, network_state.width(meta.get("dim"), "dim")
-    # The pairs of fields are as many as their number squared: compared with the network before they are made.
+    # The number of pairs grows with the square of the fields: it is compared with the network before they are made.
     width = len(fields) * dim + len(fields) * (len(fields) - 1) // 2
     if width != network.in_features:
         raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
@@ -190,7 +190,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor that starts at a multiple of its element's size; safetensors lets files do otherwise."""
+    """Return a tensor aligned to its element's size, which safetensors files need not be."""
     if tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
     return _bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)

@@ -58,7 +58,7 @@ class CrossedEmbeddings(nn.Module):
             starts[table], total = total, total + size
         ordered = sorted(self.fields, key=lambda field: field.multi)  # single-valued fields first, order kept
         self.n_single = sum(not field.multi for field in self.fields)
-        # Sizes may come from a file: they are compared with what is there before anything of that size is made.
+        # Sizes may come from a file, so they are compared with the embedding before anything of that size is made.
         if embedding is None:
             embedding = torch.empty(total, dim).normal_(std=std)
         elif embedding.shape != (total, dim) or embedding.dtype != torch.float32:
@@ -120,7 +120,7 @@ class CrossedEmbeddings(nn.Module):
 
 def _cross(embedded: Tensor, pairs: Tensor) -> Tensor:
     """Return `[embedded, dots of pairs]`, `[batch, n dim + n (n - 1) / 2]`, for `embedded [batch, n, dim]`."""
-    with ops.without_autocast(embedded):  # products of so few numbers take longer to cast than to compute
+    with ops.without_autocast(embedded):  # products this small take longer to cast than to compute
         dots = torch.bmm(embedded, embedded.transpose(1, 2)).flatten(1)  # [batch, n * n]
     return torch.cat([embedded.flatten(1), dots.index_select(1, pairs)], dim=1)
 

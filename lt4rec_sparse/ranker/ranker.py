@@ -85,7 +85,7 @@ class Ranker:
             batch_sizes: The request sizes that are captured if there is no plan, ascending; None takes `nn.gpu`'s.
 
         Raises:
-            InputError: If torch sees no such device, or the plan is of another network or machine.
+            InputError: If torch sees no such device, or the plan is for another network or machine.
             ValueError: If the ranker is planned or on a GPU already, or there is no such precision.
         """
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)

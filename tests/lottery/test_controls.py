@@ -125,7 +125,7 @@ def test_unanimous_layer_by_layer(seed, tasks, levels, share):
 
 
 def naive_separate(orders: list[list[int]], nnz: int, common: int) -> list[set[int]]:
-    """The tasks name their best in turn; what is free goes to who names it first and has not enough yet."""
+    """The tasks name their best in turn; a free weight goes to the first task that names it and lacks weights."""
     ranks = [{weight: rank for rank, weight in enumerate(order)} for order in orders]
     wanted_by_all = set.intersection(*(set(order[:nnz]) for order in orders))
     worth = [(i not in wanted_by_all, sum(rank[i] for rank in ranks), i) for i in range(len(orders[0]))]

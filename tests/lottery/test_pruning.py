@@ -195,7 +195,7 @@ def test_every_layer_keeps_its_best_neuron():
     assert prune_by_magnitude(weights, Mask.full(SHAPES), 0, "neuron").layer_nnz() == {"layers.0": 8, "layers.1": 6}
     dead = Mask({"layers.0": torch.zeros(6, 8, dtype=torch.bool), "layers.1": torch.ones(4, 6, dtype=torch.bool)})
     assert prune_by_magnitude(weights, dead, 12, "neuron").layer_nnz() == {"layers.0": 0, "layers.1": 12}
-    # The best is one alive, and be all of them zeros.
+    # The best is one alive, even if all of them are zeros.
     dead = Mask({"layers.0": torch.arange(6)[:, None].expand(6, 8) > 2, "layers.1": torch.ones(4, 6, dtype=torch.bool)})
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     pruned = prune_by_magnitude(zeros, dead, 0, "neuron")

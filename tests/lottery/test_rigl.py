@@ -103,7 +103,7 @@ def test_every_update_keeps_the_number_and_exchanges_the_right_weights(seed, den
         for name, weight in mlp.masked_weights().items():
             dropped, grown = old[name] & ~new[name], new[name] & ~old[name]
             assert int(dropped.sum()) == int(grown.sum()) <= round(share * counts[name])
-            # What is new is zero; every other weight, pruned ones too, is what it was.
+            # New weights are zero; every other weight, pruned ones included, is unchanged.
             assert not weight[grown].any()
             assert torch.equal(weight[~grown], weights[name][~grown])
             magnitude = weights[name].abs()

@@ -1,4 +1,4 @@
-"""Weights behind sparse masks begin as much larger as keeps the variance of a neuron's sums."""
+"""Weights behind sparse masks start larger, so that the variance of a neuron's sums is kept."""
 
 import pytest
 import torch

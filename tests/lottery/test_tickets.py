@@ -104,7 +104,7 @@ def test_every_level_begins_at_the_start_that_is_given(tmp_path):
         name: value + 1 if value.is_floating_point() else value.clone() for name, value in mlp.state_dict().items()
     }
     kept = {name: value.clone() for name, value in start.items()}
-    start["layers.0.masks"][:] = False  # what it says of masks counts for nothing
+    start["layers.0.masks"][:] = False  # the start's masks are ignored
     recorder = Recorder(mlp)
     tickets = search_tickets("ctr", mlp, mlp, recorder, 2, 0.2, tmp_path, start=start)
     assert [ticket.mask.nnz for ticket in tickets] == [72, round(72 * 0.2**0.5), round(72 * 0.2)]

@@ -72,7 +72,7 @@ def test_a_bad_mask_is_refused():
 def test_tasks_are_named_by_keyword():
     with pytest.raises(TypeError, match=r"bias: got \('a', 'b'\), wanted True or False"):
         MaskedLinear(16, 8, ("a", "b"))
-    with pytest.raises(TypeError, match=r"out_features: got \('a', 'b'\), wanted how many outputs each task has"):
+    with pytest.raises(TypeError, match=r"out_features: got \('a', 'b'\), wanted the number of outputs per task"):
         MaskedMLP(16, (8,), ("a", "b"))
     assert MaskedLinear(16, 8, False, "meta").weight.is_meta  # as nn.Linear's arguments
 
@@ -89,7 +89,7 @@ def integer_mlp(tasks=("ctr", "cvr"), density=0.5, seed=0) -> MaskedMLP:
 
 
 def dense(mlp: MaskedMLP, task: str, x: torch.Tensor) -> torch.Tensor:
-    """What the task's subnetwork is, by its definition."""
+    """The task's subnetwork, by its definition."""
     for layer in mlp.masked_layers():
         x = torch.relu(x @ (layer.weight * layer.mask(task)).T + layer.bias)
     return x @ mlp.heads[task].weight.T + mlp.heads[task].bias
@@ -375,7 +375,7 @@ def test_what_torch_prunes_is_pruned_from_every_mask_and_stays_so():
         wanted = linear_reference(x, layer.weight_orig * layer.mask(task), layer.bias, torch.float32)
         assert_rounding(layer(x, task), wanted)
     assert torch.equal(layer.mask_words, pack_words(layer.masks))
-    layer.set_mask(torch.ones(3, 130, dtype=torch.bool), "a")  # what torch prunes no mask brings back
+    layer.set_mask(torch.ones(3, 130, dtype=torch.bool), "a")  # no mask brings back what torch prunes
     assert torch.equal(layer.mask("a"), kept)
     prune.random_unstructured(layer, "weight", 0.5)  # on top of the first
     twice = layer.weight_mask != 0
@@ -459,5 +459,5 @@ def test_masked_adam_refuses_a_weight_that_is_computed(compute):
     optimizer = MaskedAdam(mlp)
     compute(mlp.layers[1])
     for call in (lambda: MaskedAdam(mlp), optimizer.remask, optimizer.step):
-        with pytest.raises(ValueError, match=r"masked layer 1: got a weight that is computed, wanted a param"):
+        with pytest.raises(ValueError, match=r"masked layer 1: got a computed weight, wanted a param"):
             call()

@@ -1,8 +1,8 @@
 """Masked modules down to the Triton kernels: on a GPU, or interpreted, standing in for the kernels of the CPU.
 
-Values are whole numbers so small that 16 bits hold every result. What is wanted is the same module in float64, which
-takes the reference on every device. 16 bits are bfloat16 on a GPU, since float16 runs the same code, and float16
-elsewhere: the interpreter's product of bfloat16 is wrong.
+Values are whole numbers so small that 16 bits hold every result. The wanted result is that of the same module in
+float64, which takes the reference on every device. 16 bits are bfloat16 on a GPU, since float16 runs the same code,
+and float16 elsewhere: the interpreter's product of bfloat16 is wrong.
 """
 
 import copy
@@ -46,7 +46,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def sums_in_float32():
-    """Keep cuBLAS from adding the parts of a sum in 16 bits, as torch lets it by default: that leaves every bound."""
+    """Keep cuBLAS from adding the parts of a sum in 16 bits, as torch allows by default: that breaks every bound."""
     matmul = torch.backends.cuda.matmul
     settings = [f"allow_{name}_reduced_precision_reduction" for name in ("bf16", "fp16")]
     before = [getattr(matmul, setting) for setting in settings]
@@ -159,7 +159,7 @@ def test_masks_and_biases_may_be_strided(strided, path):
     assert_exact(ops.masked_linear_tasks(x, weight, planes, parts["bias"] if strided == "bias" else bias), wanted)
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs masks on a GPU; tests/nn/test_masked.py makes believe")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs masks on a GPU; tests/nn/test_masked.py stands in for one")
 def test_masks_written_in_place_are_packed_again():
     mlp, x = network(), batch()
     run(mlp, x)

@@ -114,7 +114,7 @@ class NaiveAdam:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_each_weight_lives_in_its_own_time(decay):
-    """Against one naive scalar Adam a weight, stepped only when a task that owns the weight is."""
+    """Against one naive scalar Adam per weight, stepped only when a task that owns the weight is."""
     mlp = masked_mlp(0).double()
     rate = 0.01
     optimizer = MaskedAdam(mlp, learning_rate=rate, weight_decay=decay)
@@ -212,7 +212,7 @@ def owned(mlp: MaskedMLP, tasks: tuple[str, ...]) -> dict[str, list[bool]]:
     is_full=st.booleans(),
 )
 def test_through_remasks_each_weight_lives_in_its_own_time(seed, moves, decay, is_full):
-    """Against one naive scalar Adam a weight, which begins anew when the weight was nobody's."""
+    """Against one naive scalar Adam per weight, which begins anew when no task owned the weight."""
     rate, generator = 0.01, torch.Generator().manual_seed(seed)
     mlp = masked_mlp(seed, 1.0 if is_full else 0.5).double()
     optimizer = MaskedAdam(mlp, learning_rate=rate, weight_decay=decay)
@@ -227,7 +227,7 @@ def test_through_remasks_each_weight_lives_in_its_own_time(seed, moves, decay, i
             with torch.no_grad():
                 for name, weight in mlp.masked_weights().items():
                     grown = torch.tensor(owned(mlp, TASKS)[name]) & ~torch.tensor(before[name])
-                    weight.masked_fill_(grown.view_as(weight), 0.25)  # what begins to live may begin anywhere
+                    weight.masked_fill_(grown.view_as(weight), 0.25)  # a weight may come alive with any value
             optimizer.remask()
             for name, scalars in naive.items():
                 for i, (was, is_) in enumerate(zip(before[name], owned(mlp, TASKS)[name], strict=True)):

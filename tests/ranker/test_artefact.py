@@ -26,7 +26,7 @@ from lt4rec_sparse.ranker.artefact import KEY, _digest, network_from_tensors, ne
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
-# Written by the code of commit cb0158c, for which the format was made, with the scores that it gave.
+# Written by the code of commit cb0158c, which defined the format, with the scores that it gave.
 VERSION_1 = Path(__file__).with_name("artefact_v1.safetensors")
 EXPECTED = json.loads(VERSION_1.with_suffix(".json").read_text())
 
@@ -186,7 +186,7 @@ def set_number(name, value):
     ("change", "message"),
     [
         (give_two_outputs, "mlp: got heads with 2 outputs, wanted one output per task: ctr, cvr"),
-        # Terabytes, if they were made before they are compared with what the file holds.
+        # Terabytes, if they were made before being compared with what the file holds.
         (hash_videos(2**31 - 1, 2), r"embedding: got torch.float32 \(\d+, 2\), wanted torch.float32 \(2147483\d+, 2\)"),
         (hash_videos(2**31 - 1, 2**31 - 1), "network: got in_features 152, wanted 343"),
         (hash_videos(2**31, 2), "column 'video_id': got hash of kind='single', size=2147483648, wanted"),
@@ -231,7 +231,7 @@ def test_a_model_that_diverged_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("shift", [1, 2, 3, 5])
 def test_tensors_that_start_at_an_odd_place_score_alike(tmp_path, shift):
-    """The format of safetensors asks for no alignment, and a kernel that reads floats needs some."""
+    """The safetensors format asks for no alignment, but a kernel that reads floats needs some."""
     content = VERSION_1.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = content[8 : 8 + length] + b" " * shift

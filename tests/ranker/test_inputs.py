@@ -34,7 +34,7 @@ def encoded(single, bags) -> EncodedFeatures:
     )
 
 
-# One or two values a bag, so that a mean of small integers is exact.
+# One or two values per bag, so that a mean of small integers is exact.
 rows = st.lists(
     st.tuples(
         st.tuples(st.integers(0, 4), st.integers(0, 2)),

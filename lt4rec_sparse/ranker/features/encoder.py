@@ -74,7 +74,7 @@ class FeatureEncoder:
             chunks: Columns as `encode` takes them.
 
         Raises:
-            ValueError: As `encode` does.
+            ValueError: See `encode`.
         """
         fits = {column.table: _new_fit(column) for column in schema.features}
         for chunk in chunks:
@@ -87,7 +87,7 @@ class FeatureEncoder:
         """Encode raw columns, in any of the forms that `features.raw` describes.
 
         Args:
-            columns: Every feature column by name, all with the same number of rows; further columns are ignored.
+            columns: Every feature column by name, all with the same number of rows; other columns are ignored.
 
         Returns:
             `EncodedFeatures` with int64 ids on the CPU.

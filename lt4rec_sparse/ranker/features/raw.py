@@ -1,4 +1,4 @@
-"""Raw columns as callers have them, checked once and reduced to the values that are present, and their positions.
+"""Raw columns in the forms that callers have them, checked once and reduced to present values and their positions.
 
 A categorical or dense column is a sequence of `batch` values (list, array or masked array); None, NaN and masked are
 missing. A multi-valued column is a sequence of `batch` lists or separated strings, or the pair `(values, offsets)` with

@@ -25,7 +25,7 @@ def to_plain(value: Any) -> Any:
 def to_toml(record: Any) -> str:
     """Return a dataclass as TOML, without fields that are at their default; `from_plain` reads it back equal.
 
-    Its fields are text, numbers, tuples of those, dataclasses, or tuples of dataclasses, which hold no further ones.
+    Its fields are text, numbers, tuples of those, dataclasses, or tuples of dataclasses, which must be flat themselves.
     """
     lines: list[str] = []
     tables: list[str] = []

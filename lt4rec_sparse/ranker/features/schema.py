@@ -41,7 +41,7 @@ class Files:
 class Join:
     """A side table (users, videos, ...) that adds its columns to every row with the same key.
 
-    Where the log and a side table both have a column, the log's stands.
+    If the log and a side table have the same column, the log's is used.
     """
 
     files: tuple[str, ...]
@@ -106,8 +106,8 @@ class Column:
     Attributes:
         name: The column in the log, in a side table, or among the derived columns.
         kind: `single` value, `multi` (a bag of values) or `dense` (a number, cut at quantiles of the training days).
-        type: Of the raw values; `dense` ignores it.
-        table: The embedding table; columns that name the same table share its ids. Empty means the column's own.
+        type: The type of the raw values; `dense` ignores it.
+        table: The embedding table; columns that name the same table share its ids. Empty: the column's own table.
         encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted).
         size: Number of ids of a hashed table, including the one for a missing value; below 2^31.
         min_count: A value that is rarer than this in training counts as unseen.
@@ -157,7 +157,7 @@ class Task:
     and row filters an infinite number counts as missing; an infinite label without `divide_by` is out of range, and an
     infinite weight is refused.
 
-    An `extra` task is prepared as any other, but left out of a run that does not name it.
+    An `extra` task is prepared like any other, but left out of a run that does not name it.
     """
 
     name: str
@@ -280,7 +280,7 @@ class Schema:
         """Build a schema from parsed TOML or JSON.
 
         Raises:
-            SchemaError: If a key is unknown or absent, a value has the wrong type, or the whole contradicts itself.
+            SchemaError: If a key is unknown or absent, a value has the wrong type, or the schema contradicts itself.
         """
         schema: Schema = from_plain(data, cls, "schema")
         return schema

@@ -137,7 +137,7 @@ class HashTable:
         """Learn nothing from training values."""
 
     def table(self) -> HashTable:
-        """Return the table itself: it is its own fit."""
+        """Return the table itself, which needs no fit."""
         return self
 
 

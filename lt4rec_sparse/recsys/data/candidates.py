@@ -14,21 +14,21 @@ from lt4rec_sparse.recsys.data.source import DataError, check_regular, column_na
 
 
 def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tuple[dict[str, Any], Any]:
-    """Read the feature columns of a CSV or Parquet file, and columns to be kept beside the scores.
+    """Read the feature columns of a CSV or Parquet file, and columns to keep beside the scores.
 
     Derived columns and the bags of histories are ordinary columns here: the caller knows the past of each candidate.
 
     Args:
         path: The file.
         schema: Its features are read.
-        keep: Names of further columns, such as ids; they may be features.
+        keep: Names of other columns, such as ids; they may be features.
 
     Returns:
-        The features in the forms that `FeatureEncoder.encode` takes, and a `pyarrow.Table` of the columns to be kept;
+        The features in the forms that `FeatureEncoder.encode` takes, and a `pyarrow.Table` of the columns to keep;
         those that are not features have the types of the file, which in CSV is text.
 
     Raises:
-        DataError: If the file cannot be read, a feature or a column to be kept is absent, or a value is not of its
+        DataError: If the file cannot be read, a feature or a column to keep is absent, or a value is not of its
             column's type.
     """
     check_regular(path)

@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all."""
+"""Folders that exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def whole_folder(out: Path, marker: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         for parent in made:
-            with suppress(OSError):  # it holds `out`, or files of somebody else
+            with suppress(OSError):  # it holds `out`, or somebody else's files
                 parent.rmdir()

@@ -101,8 +101,8 @@ def prepare(
     """Read a click log, join, split by day, fit the encoder on the training days and write encoded Parquet.
 
     The log is streamed: memory holds one day of it, the side tables, the vocabularies and the histories. `out` appears
-    whole or not at all; if it was prepared from the same files with the same schema, it is opened as it is. Files are
-    the same if their bytes are. Those whose size and modification time have not changed are not read again.
+    completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
+    are the same if their bytes are; files whose size and modification time have not changed are not read again.
 
     Args:
         source_folder: A folder of CSV or Parquet files.

@@ -1,4 +1,4 @@
-"""How work that takes long reports its progress: `progress(stage, done, total)`."""
+"""How long work reports its progress: `progress(stage, done, total)`."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
     if task.divide_by is not None:
         divisor = _floats(columns[task.divide_by])
         member &= (label >= 0) & (divisor > 0)  # NaN compares false: no divisor, no label
-        with np.errstate(over="ignore"):  # a ratio beyond float64 is cut to 1 as any other above 1
+        with np.errstate(over="ignore"):  # a ratio beyond float64 is cut to 1 like any other above 1
             label = np.clip(np.divide(label, divisor, out=np.zeros_like(label), where=member), 0, 1)
     for name in task.rows:
         member &= np.nan_to_num(_floats(columns[name])) != 0

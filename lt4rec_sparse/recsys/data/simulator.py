@@ -12,7 +12,7 @@ watching = -conflict * clicking + sqrt(1 - conflict^2) * own
 Thus `shared` sets how much the tasks have in common, and `conflict` how much the rest opposes them. As in real logs
 there are missing values, exact duplicates, durations of zero and, on late days, videos that no training day contains.
 
-With `planted_fields` the scores come from further columns, whose tasks are listed in `truth.json` (`data/planted.py`).
+With `planted_fields` the scores come from other columns, whose tasks are listed in `truth.json` (`data/planted.py`).
 With a `request_size` that many videos are shown to one user at one moment, and the log has the outcome of each: any
 other order of the rows of a `request_id` can be evaluated. (Here the outcome of a row does not depend on the others of
 its request, unlike in real logs.) Apart from a short glance at videos that are not clicked, the expected play time of
@@ -126,7 +126,7 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: If the folder holds something else.
-        InputError: If a day has fewer videos than a request.
+        InputError: If a day has fewer videos than a request needs.
     """
     earlier = folder / TRUTH
     if earlier.is_file():

@@ -223,7 +223,7 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file: to read a device or a pipe may never end.
+    """Refuse what is not a regular file: reading a device or a pipe may never end.
 
     Raises:
         DataError: If the path, links followed, is a folder, a device, a pipe or a socket.

@@ -84,7 +84,7 @@ def test_each_loop_has_words_of_its_own() -> None:
     assert len(list(faults(tail, 90, GOOD | {"words": [128, 512]}))) == 1
 
 
-# Run in a process of its own, too. Were N, which the JIT sees, other than a multiple of 16, it would compile again.
+# Run in a process of its own, too. If N, which the JIT sees, were not a multiple of 16, it would compile again.
 COMPILED_ANEW = """\
 from tests.kernels.gpu.ahead_of_time import cases, compiled_anew
 kinds = {}

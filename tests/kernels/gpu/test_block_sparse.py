@@ -59,14 +59,14 @@ def forward(x: Tensor, packed: BlockWeight, bias: Tensor | None, activation: str
 
 
 def exact(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor) -> Tensor:
-    """What integers must yield, with a ReLU."""
+    """The result that integers must give, with a ReLU."""
     masked = torch.where(masks, weight.double(), 0)
     bias = bias.double()[:, None] if bias.dim() == 2 else bias.double()
     return (x.double() @ masked.mT + bias).relu().to(x.dtype)
 
 
 def to_dense(packed: BlockWeight, task: int) -> Tensor:
-    """What the layout says a task's weight is."""
+    """A task's weight by the definition of the layout."""
     n, k = packed.shape
     dense = torch.zeros(-(-n // packed.block) * packed.block, -(-k // packed.block) * packed.block)
     group, member = divmod(task, packed.together)

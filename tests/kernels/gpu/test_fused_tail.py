@@ -19,7 +19,7 @@ from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-TILE = Tile(64, 128, 128, 4, 1)  # of the cases: two chunks are from 129 neurons on
+TILE = Tile(64, 128, 128, 4, 1)  # of the cases: from 129 neurons on there are two chunks
 
 # tasks, rows, widths, density of each task's mask, with biases
 CASES = {
@@ -102,7 +102,7 @@ def packed(weight, mask, format):
     tasks, shape = len(mask), tuple(weight.shape)
     if format == "premasked":
         return Weight(format, shape, weight * mask, None, tasks)
-    # What a mask drops must not be looked at.
+    # Weights that a mask drops must not be read.
     return Weight(format, shape, torch.where(mask.any(0), weight, torch.nan), pack_words(mask), tasks)
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels of the masked product, forward and backward, against the oracle: interpreted, or on a GPU.
 
 16 bits are bfloat16 on a GPU, since float16 runs the same code, and float16 elsewhere: the interpreter's product of
-bfloat16 is wrong. Ids with "short" are what a second Triton version is tried with.
+bfloat16 is wrong. Cases with "short" in their id also run under a second Triton version.
 """
 
 import pytest
@@ -164,7 +164,7 @@ def test_forward_and_gradients_are_within_the_rounding_bound(case, dtype, path):
     value, bound = (
         sum(t * mask for t, mask in zip(part, p.masks, strict=True)) for part in zip(*products, strict=True)
     )
-    # A sum over the tasks rounds once for each of them, relative to no more than the parts together.
+    # A sum over the tasks rounds once per task, relative to at most the parts together.
     parts = sum(product.value.abs() for product in products)
     assert_rounding(dw, Bounded(value, bound + p.tasks * UNIT_ROUNDOFF[torch.float32] * parts))
 
