@@ -75,8 +75,8 @@ def test_masked_linear(benchmark: Any, direction: str, batch: int) -> None:
 def case(**medians: float) -> dict[str, Any]:
     """A case of one batch, from medians by name; names say kind and precision."""
     kinds = {name: name.split("_") for name in medians}
-    contestants = {n: {"kind": kinds[n][0], "precision": kinds[n][1], "median_us": us} for n, us in medians.items()}
-    return {"threads": 1, "sparsity": 0.9, "batch": 8, "contestants": contestants}
+    calls = {n: {"kind": kinds[n][0], "precision": kinds[n][1], "median_us": us} for n, us in medians.items()}
+    return {"threads": 1, "sparsity": 0.9, "batch": 8, "contestants": calls}
 
 
 def test_a_ratio_is_the_best_dense_opponents_to_the_engine_in_this_precision_or_a_finer_one() -> None:

@@ -1,4 +1,4 @@
-"""Masks: by pruning, by ticket search, at random, from one training run, and the controls that they are compared with.
+"""Masks: by pruning, by ticket search, at random, from one training run, and the controls to compare them with.
 
 - Pruning: `prune_by_magnitude` and `project_to_2_4`, at each of `GRANULARITIES`; `wanted_nnz` turns a density into
   numbers of weights.

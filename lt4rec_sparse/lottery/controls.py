@@ -56,8 +56,8 @@ def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
     """Give every task one mask, which prunes a weight only if every task would prune it.
 
     Every task keeps the same number of weights, those that it scores best, and the mask is their union. The number is
-    chosen so that the union has exactly `nnz` weights; if one more of each task would be too many, the earlier tasks
-    have one more.
+    chosen so that the union has exactly `nnz` weights; if one more per task would be too many, the earlier tasks
+    keep one more.
 
     Example:
         >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 1, 2, 3]])}}
@@ -93,11 +93,11 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
     """Give each task a mask that shares exactly the wanted part of its weights with all others, and no other weight.
 
     In each layer every task keeps `nnz` weights. `round(shared * nnz)` of them are owned by all tasks, and every other
-    weight by at most one task. Those owned by all are first the weights among the `nnz` best of every task, then any,
-    by the sum of their ranks over the tasks. Of the rest, a weight that several tasks want goes to the one that ranks
-    it higher (ties to the earlier task) and does not have enough yet; the others take their next best.
+    weight by at most one task. The weights that all tasks own are first those among the `nnz` best of every task, then
+    any others, by the sum of their ranks over the tasks. Of the rest, a weight that several tasks want goes to the one
+    that ranks it higher (ties to the earlier task) and does not have enough yet; the others take their next best.
 
-    `shared` = 0 makes disjoint masks, 1 one mask for all. Tickets share something in between.
+    `shared` = 0 makes disjoint masks, 1 one mask for all. The masks of tickets overlap in part.
 
     Example:
         >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 2, 3, 1]])}}
@@ -107,14 +107,14 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
     Args:
         scores: As in `unanimous`.
         nnz: Layer name -> how many of its weights each task keeps.
-        shared: The part of these that all tasks own, from 0 to 1.
+        shared: The part of these weights that all tasks own, from 0 to 1.
 
     Returns:
         Task -> its mask.
 
     Raises:
-        ValueError: If `shared` is out of its range, a layer has fewer weights than the tasks are to own together, or as
-            in `unanimous`.
+        ValueError: If `shared` is out of its range, a layer has fewer weights than the tasks would own together, or for
+            the reasons of `unanimous`.
     """
     shapes = _check_scores(scores)
     if not 0 <= shared <= 1:
@@ -126,7 +126,7 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
         owned = common + len(scores) * (count - common)
         if owned > rows * columns:
             raise ValueError(
-                f"shared: got {shared}, by which {len(scores)} tasks with {count} weights each own {owned} in {name}, "
+                f"shared: got {shared}, with which {len(scores)} tasks of {count} weights each own {owned} in {name}, "
                 f"wanted at most its {rows * columns}"
             )
         ranks = _ranks(torch.stack([of_task[name].flatten() for of_task in scores.values()]))
@@ -138,10 +138,10 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
 def random_separate(
     shapes: Shapes, nnz: Mapping[str, int], shared: float, generator: torch.Generator, tasks: Sequence[str]
 ) -> dict[str, Mask]:
-    """Draw random masks that share like those of `separate`: what sharing alone does, whatever is shared.
+    """Draw random masks that share like those of `separate`, to see what sharing alone does.
 
     Raises:
-        ValueError: As `separate`.
+        ValueError: See `separate`.
     """
     scores = {
         task: {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
@@ -169,7 +169,7 @@ def _check_scores(scores: Scores) -> dict[str, tuple[int, int]]:
     first = next(iter(scores))
     for task, of_task in scores.items():
         if by_task[task] != by_task[first] or list(of_task) != list(scores[first]):
-            raise ValueError(f"scores of {task}: got layers {by_task[task]}, wanted {by_task[first]}, those of {first}")
+            raise ValueError(f"scores of {task}: got layers {by_task[task]}, wanted {by_task[first]}, like {first}")
         nans = sum(int(layer.isnan().sum()) for layer in of_task.values())
         if nans:
             raise ValueError(f"scores of {task}: got {nans} NaN, wanted numbers")
@@ -197,7 +197,7 @@ def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
     tasks, n = scores.shape
     if not 0 <= nnz <= n:
         raise ValueError(f"nnz of {where}: got {nnz}, wanted 0 to {n}")
-    # When each weight is first named: no two weights at the same time.
+    # The rank at which each weight is first named, made distinct over the weights.
     named = (_ranks(scores) * tasks + torch.arange(tasks)[:, None]).min(0).values
     kept = torch.zeros(n, dtype=torch.bool)
     kept[named.sort().indices[:nnz]] = True
@@ -207,7 +207,7 @@ def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
 def _separate(ranks: Tensor, nnz: int, common: int) -> Tensor:
     """Return bool `[tasks, n]` from ranks `[tasks, n]`."""
     tasks, n = ranks.shape
-    # Ranks sum to less than tasks * n, so that what all tasks want comes first.
+    # Weights that all tasks want come first: their ranks sum to less than tasks * n.
     worth = ranks.sum(0) + (~(ranks < nnz).all(0)) * (tasks * n)
     is_common = torch.zeros(n, dtype=torch.bool)
     is_common[worth.sort(stable=True).indices[:common]] = True

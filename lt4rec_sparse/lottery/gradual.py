@@ -10,7 +10,7 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 class GradualPruning:
     """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
 
-    Much is pruned early, while much is redundant, and little late. What was pruned once stays pruned. Nothing is
+    Most weights are pruned early, when many are redundant, and few late. A pruned weight stays pruned. Nothing is
     rewound: the resulting network is trained, and its mask is a ticket that cost one training run, where
     `search_tickets` takes one per round. (Pruning all at once is `prune_by_magnitude` on a trained network.)
 
@@ -26,9 +26,9 @@ class GradualPruning:
         (1.0, 0.72, 0.25)
 
     Args:
-        mlp: The MLP of one task. Its mask shrinks from what it is to `density`.
+        mlp: The MLP of one task. Its mask shrinks from its present density to `density`.
         optimizer: Takes over each new mask (`MaskedAdam.remask`).
-        density: The density at the end: exact for single weights, else what `prune_by_magnitude` keeps for it.
+        density: The density at the end: exact for single weights, otherwise what `prune_by_magnitude` keeps for it.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
         scope: What a quantile is taken over, one of `SCOPES`.
         begin: The share of all batches after which pruning begins.
@@ -38,7 +38,7 @@ class GradualPruning:
     Raises:
         ValueError: If the network has several tasks, or an argument is out of its range.
 
-    Source: Zhu and Gupta (arXiv 1710.01878), equation 1, from a full network on.
+    Source: Zhu and Gupta (arXiv 1710.01878), equation 1, starting from a full network.
     """
 
     def __init__(
@@ -84,5 +84,5 @@ class GradualPruning:
         self._optimizer.remask()
 
     def _span(self, total: int) -> tuple[int, int]:
-        last = max(round(self._end * total), 1)  # the first batch is the first after which anything can happen
+        last = max(round(self._end * total), 1)  # no pruning is due before the first batch ends
         return min(round(self._begin * total), last - 1), last

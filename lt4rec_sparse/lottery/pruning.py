@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lt4rec_sparse.masks import Mask
 
-# What is pruned as a unit, finest first. Another square block, such as "block8", is only one more word here.
+# The units of pruning, finest first. Another square block, such as "block8", needs only one more word here.
 GRANULARITIES = ("weight", "2:4", "block4", "block16", "block32", "block64", "neuron")
 SCOPES = ("global", "layer")  # what a quantile is taken over: all layers together, as in the paper, or each layer
 
@@ -21,7 +21,7 @@ def prune_by_magnitude(
 ) -> Mask:
     """Keep the tiles of largest magnitude, over all layers together, while they hold at most `nnz` weights.
 
-    One global quantile, as in the paper; or one quantile per layer, where `nnz` gives a number for each layer
+    One global quantile, as in the paper; or one quantile per layer, if `nnz` gives a number for each layer
     (`wanted_nnz` makes either from a density). Applied to the full mask of a trained network, this is one-shot pruning.
 
     A tile is a weight, a square block or a neuron's row of a layer:
@@ -35,11 +35,11 @@ def prune_by_magnitude(
       its row a neuron is a constant, which is folded into the biases of the layer above.
 
     The score of a block or a neuron is the mean of its magnitudes: the L1 norm, by which Mao et al. prune at every
-    granularity, divided by the size of the tile, so that small blocks and short rows are judged like whole ones. What
-    was pruned before stays pruned and counts as zero in the mean, because a tile costs a kernel the same however few of
-    its weights are alive. A tile with any weight alive is alive, and survives with the weights that it has.
+    granularity, divided by the size of the tile, so that small blocks and short rows are judged like whole ones.
+    Weights pruned before stay pruned and count as zero in the mean, because a tile costs a kernel the same however few
+    of its weights are alive. A tile with any weight alive is alive, and survives with the weights that it has.
 
-    This mean is divided by the mean over the weights alive in its layer (after Molchanov et al.). Without that, means
+    This mean is divided by the mean over the weights alive in its layer (after Molchanov et al.). Without this, means
     over many weights, which hardly differ within a layer, would rank layers and not tiles: at 20 % density they left
     one neuron of the 512 in the first layer of the KuaiRand network, and 97 and 100 % of the layers above.
 
@@ -59,7 +59,7 @@ def prune_by_magnitude(
     Args:
         weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
         mask: The weights alive.
-        nnz: How many weights are to survive: of all layers together, or layer name -> of that layer.
+        nnz: How many weights are to survive: over all layers together, or layer name -> number in that layer.
         granularity: One of `GRANULARITIES`.
 
     Returns:
@@ -181,7 +181,7 @@ def spread_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) 
 
 
 def wanted_nnz(mask: Mask, density: float, scope: str = "global") -> int | dict[str, int]:
-    """Return how many weights `prune_by_magnitude` is to keep for a density: of all layers together, or of each.
+    """Return how many weights `prune_by_magnitude` is to keep for a density, over all layers together or per layer.
 
     The density is relative to all weights, not to those alive. The number is rounded, and at most those alive.
 
@@ -203,7 +203,7 @@ def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
     """Return how many weights are alive after `level` of `rounds` rounds that end at `density` (`level_density`).
 
     Raises:
-        ValueError: As `level_density`.
+        ValueError: See `level_density`.
     """
     return round(size * level_density(density, rounds, level))
 
@@ -227,7 +227,7 @@ def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
     """Return each layer's magnitudes in float32, in the order of the mask; 0 where a weight is pruned."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if shapes != mask.shapes:
-        raise ValueError(f"weights: got layers {shapes}, wanted {mask.shapes}, those of the mask")
+        raise ValueError(f"weights: got layers {shapes}, wanted the mask's, {mask.shapes}")
     magnitudes = {n: weights[n].detach().cpu().float().abs().masked_fill(~kept, 0) for n, kept in mask.items()}
     nans = sum(int(magnitude.isnan().sum()) for magnitude in magnitudes.values())
     if nans:
@@ -236,7 +236,7 @@ def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
 
 
 def _mean(magnitude: Tensor, kept: Tensor) -> float:
-    """Average over the weights alive; 1 if that is no divisor: all are zero, there are none, or one is infinite."""
+    """Average over the weights alive; 1 if this is no divisor: all are zero, none is alive, or one is infinite."""
     mean = magnitude.sum(dtype=torch.float64).item() / max(int(kept.sum()), 1)
     return mean if 0 < mean < math.inf else 1.0
 
@@ -254,7 +254,7 @@ def _tile_sums(layer: Tensor, tile: tuple[int, int]) -> Tensor:
     """Sum each tile, `[rows of tiles, columns of tiles]`: counts as int64, magnitudes in float64.
 
     In float64 the sum of a tile is exact for float32 magnitudes within a factor of about 100,000 of each other, so that
-    tiles of equal weights tie in whatever order these are.
+    tiles of equal weights tie in whatever order the weights are.
     """
     exact = layer.to(torch.int64 if layer.dtype == torch.bool else torch.float64)
     padded = F.pad(exact, (0, -layer.shape[1] % tile[1], 0, -layer.shape[0] % tile[0]))

@@ -31,16 +31,16 @@ class DropAndGrow(Generic[Batch]):
     exchanges like one that was never interrupted.
 
     Args:
-        mlp: The MLP of one task. It gets a random mask, whatever it had.
+        mlp: The MLP of one task. It gets a random mask in place of its own.
         optimizer: Takes over each new mask (`MaskedAdam.remask`).
-        loss: Takes a batch and returns the task's loss as it is trained, without a backward pass: called once per
+        loss: Takes a batch and returns the task's loss as in training, without a backward pass: called once per
             update, for `dense_gradients`.
         density: The density of the network, at all times.
         generator: Draws the first mask.
         distribution: How the density is divided among layers: "uniform" or "erdos-renyi" (`layer_counts`).
         every: How many batches lie between two updates.
         drop: The share that an update at batch 0 would exchange.
-        end: The share of all batches after which nothing is exchanged any more, `T` above.
+        end: The share of all batches after which no more weights are exchanged, `T` above.
 
     Raises:
         ValueError: If the network has several tasks, or an argument is out of its range.
@@ -93,9 +93,9 @@ class DropAndGrow(Generic[Batch]):
 
 
 def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a loss by every hidden weight, also by pruned ones: where a connection would help.
+    """Return the gradient of a loss with respect to every hidden weight, pruned ones included, to find new connections.
 
-    A masked layer gives no gradient to what it prunes. So while `loss` runs, every weight is kept and the pruned ones
+    A masked layer gives pruned weights no gradient. So while `loss` runs, every weight is kept and the pruned ones
     are zero: the loss is the same, and the gradient is that of the dense weight. Weights and masks are then restored
     bit for bit, and no `.grad` is touched.
 
@@ -131,10 +131,10 @@ def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Ten
 def layer_counts(shapes: Shapes, density: float, distribution: str = "uniform") -> dict[str, int]:
     """Divide a density among layers: layer name -> number of kept weights.
 
-    - "uniform": the same share of every layer, rounded; also of the first, which RigL keeps whole.
+    - "uniform": the same share of every layer, rounded; of the first layer too, which RigL keeps whole.
     - "erdos-renyi": a share in proportion to `(out_features + in_features) / (out_features * in_features)`, so that
-      large layers are sparser and all neurons have about the same number of connections. A layer for which that would
-      be more than all its weights is kept whole, and the others share the rest. Together exactly
+      large layers are sparser and all neurons have about the same number of connections. A layer for which this would
+      be more than all its weights is kept whole, and the others divide the rest. Together exactly
       `round(density * weights)`.
 
     Example:

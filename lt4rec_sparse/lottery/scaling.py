@@ -1,4 +1,4 @@
-"""How large the weights behind a sparse mask are at the start."""
+"""How large the initial weights behind a sparse mask are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def scale_to_density(mlp: MaskedMLP) -> None:
     For a network at its start. Initial weights are drawn for the number of inputs that a neuron has in the full
     network. Behind a mask that keeps a fifth of them, its sums have a fifth of the variance, and three such layers pass
     on less than a hundredth. The density is the mean over the tasks and over their neurons alive: a neuron that is
-    pruned whole takes nothing from the sums of others. A layer of which no task keeps anything is left alone.
+    pruned whole takes nothing from the sums of others. A layer in which no task keeps anything is left alone.
 
     Source: Evci et al. (arXiv 2010.03533), section 3.1, initialisation by a neuron's kept inputs; here by the layer's.
     """

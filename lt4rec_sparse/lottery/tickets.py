@@ -25,7 +25,7 @@ class Ticket:
         task: The task's name.
         level: How many rounds of pruning made the mask; 0 is the full mask.
         mask: The kept weights.
-        metrics: Of the task, on the validation split, after training through the mask from the saved start.
+        metrics: The task's metrics on the validation split, after training through the mask from the saved start.
     """
 
     task: str
@@ -64,9 +64,9 @@ def search_tickets(
         train_and_judge: Takes the level, trains the model as it is, through the mask that it has, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
-        density: Of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less; if a
-            layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps at
-            most half, so that the first levels may be the same.
+        density: The density of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less;
+            if a layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps
+            at most half, so that the first levels may be the same.
         folder: Where the tickets are written. It belongs to one search: it records none of these arguments.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
         scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer, so

@@ -130,7 +130,7 @@ class GraphExecutor:
 
         Raises:
             TypeError: If `x` is of no floating dtype.
-            ValueError: If a shape or dtype is another.
+            ValueError: If a shape or dtype is wrong.
         """
         if x.dim() != 2 or x.shape[1] != self.network.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [rows, {self.network.in_features}]")
@@ -361,7 +361,7 @@ def _named(calls: Mapping[Any, Callable[[], Any]]) -> dict[str, Callable[[], Any
 
 
 def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
-    """Choose the ways through the network to time end to end, in the order that ties prefer; none stands twice."""
+    """Choose the ways through the network to time end to end, in the order that ties prefer, each once."""
     layers = range(1 + max(segment.last for segment in us))
     chains: dict[str, Chain] = {}
     for name, (own, others) in _NETWORKS.items():

@@ -50,7 +50,7 @@ class MaskedLinear(nn.Linear):
 
     Raises:
         TypeError: If `bias` is not a bool.
-        ValueError: If there is no task, or a name stands twice.
+        ValueError: If there is no task, or two have the same name.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2.
     """
@@ -92,7 +92,7 @@ class MaskedLinear(nn.Linear):
 
         Raises:
             TypeError: If the mask is not a tensor.
-            ValueError: If the shape or dtype is another, or the task is unknown.
+            ValueError: If the shape or dtype is wrong, or the task is unknown.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: got a {type(mask).__name__}, wanted a bool tensor {tuple(self.weight.shape)}")
@@ -236,7 +236,7 @@ class MaskedMLP(nn.Module):
 
     Raises:
         TypeError: If `out_features` is not a number.
-        ValueError: If there is no hidden layer, no task, or a name stands twice.
+        ValueError: If there is no hidden layer, no task, or two tasks have the same name.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2 and Algorithm 1, `sNET * mask`.
     """
@@ -332,7 +332,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' names as a tuple.
 
     Raises:
-        ValueError: If there is no name, one stands twice, or there are more than 62.
+        ValueError: If there is no name, two are the same, or there are more than 62.
     """
     if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or len(tasks) > 62:
         raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names, 1 to 62 of them")

@@ -1,1 +1,1 @@
-"""The paper's tables and figures as declared runs over the floors below."""
+"""The paper's tables and figures, as declared runs of `recsys`."""

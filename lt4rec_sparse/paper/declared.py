@@ -21,12 +21,12 @@ class Variants:
     """What the paper leaves open about its variants of S-Weight.
 
     Attributes:
-        cvr_scale: Eq 2's b beside a = 1 (taskbalance); the paper says only "b >> a".
-        conflict: Which rows are clicked and hardly watched, and their weight (gradientconflict).
-        exclusive_dim: Width of each task's own embedding (multiview); None for a quarter of the shared width, as the
+        cvr_scale: Eq 2's b while a = 1 (taskbalance); the paper says only "b >> a".
+        conflict: Which rows count as clicked but hardly watched, and their weight (gradientconflict).
+        exclusive_dim: Width of each task's own embedding (multiview); None for a quarter of the shared width, like the
             paper's 8 beside 32.
-        wider: Factor of every hidden width (biggernet). With the default, five rounds leave what four leave of the
-            usual network, within 2 % at KuaiRand's 1,258 inputs.
+        wider: Factor on every hidden width (biggernet). With the default, five rounds leave as many weights as four
+            rounds leave of the usual network, within 2 % at KuaiRand's 1,258 inputs.
     """
 
     cvr_scale: float = 5.0
@@ -43,10 +43,10 @@ class Variants:
 
 @dataclass(frozen=True)
 class PaperRows(Rows):
-    """Makes rows of the paper.
+    """Makes the paper's rows.
 
     Attributes:
-        variants: What the variants of S-Weight are.
+        variants: Settings of the variants of S-Weight.
     """
 
     variants: Variants = field(default_factory=Variants)
@@ -102,7 +102,7 @@ def table3(rows: Rows) -> list[Row]:
 
 
 def figure4(rows: Rows) -> list[Row]:
-    """Pruning twice as many rounds as the method uses, to see where each task breaks."""
+    """Prunes for twice as many rounds as the method does, to see where each task breaks."""
     deep = rows.search(rounds=2 * rows.rounds, density=rows.density**2)
     return [rows.base(), rows.sparse("s_weight_deep", "S-Weight, best of 8 rounds", Masks(search=deep))]
 
@@ -143,10 +143,10 @@ def cheap(rows: Rows) -> list[Row]:
 
 
 def tickets(rows: Rows) -> list[Row]:
-    """Does the ticket matter: which property of a mask decides, at one density.
+    """Does the ticket matter: which property of a mask decides, at one density?
 
-    All rows train at S-Weight's learning rates, which were searched with tickets, except random masks and what is
-    scaled up, which have their own.
+    All rows train at S-Weight's learning rates, which were searched with tickets. Random masks and rows that are
+    scaled up at the start have learning rates of their own.
     """
     search = rows.search()
     last = Masks(search=search, level="last")

@@ -23,14 +23,14 @@ from lt4rec_sparse.recsys.report import write_page
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one experiment is made of.
+    """The parts of an experiment.
 
     Attributes:
-        rows: Makes its rows; those that a log cannot train are left out, and the page says why.
+        rows: Makes its rows; rows that a log cannot train are left out, and the page says why.
         write: Writes its page from the records of all rows and seeds.
-        all_tasks: Whether it trains every task of the log, including those that are left out elsewhere.
-        carried: Columns that its page reads beside the features.
-        kinds: Kinds of its tasks, in their order, if its page needs them; empty for any.
+        all_tasks: Whether it trains every task of the log, including tasks that other experiments leave out.
+        carried: Columns that its page reads in addition to the features.
+        kinds: Kinds of its tasks, in order, if its page needs certain kinds; empty for any.
     """
 
     rows: Callable[[PaperRows], list[Row]]
@@ -66,34 +66,34 @@ def run_experiment(
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
 ) -> Path:
-    """Carry out an experiment, or what of it is not done yet, and write its tables and plots.
+    """Carry out an experiment, or the part of it that is not done yet, and write its tables and plots.
 
     All experiments on one log share the folder `out`: a model that two of them need is trained once. It then holds
     `data/`, the prepared log; `singles/`, `searches/` and `trials/`, one JSON per trained model; `metrics.jsonl`;
     `tuning.json`, every learning rate that was tried; and one folder per experiment with `report.md`, `report.html`,
     `plots/` and `records.json`, everything that the report says.
 
-    Every row has the same epochs and batches in the same order. Every model and variant has the same search of its
-    learning rates (`tuned_rates`); rows that differ in their masks alone share one (`Row.rate_of`). The test days are
-    read once per trial, when it is trained.
+    Every row trains for the same epochs, on the same batches in the same order. The learning rates of every model and
+    variant are searched alike (`tuned_rates`); rows that differ only in their masks share one search
+    (`Row.rate_of`). Each trial reads the test days once, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
         data: A folder with a schema file, or in KuaiRand's layout.
-        out: Where everything is left.
-        seeds: How many, from 0 on.
-        training: How every row trains, but for its learning rates; None for the default.
-        resources: Processes.
+        out: The folder for all results.
+        seeds: How many seeds, from 0 on.
+        training: How every row trains, except for its learning rates; None for the default.
+        resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
-        variants: What the paper's variants are; None for the default.
+        variants: Settings of the paper's variants; None for the default.
 
     Returns:
         The path of `report.md`.
 
     Raises:
-        InputError: If there is no such experiment, or no seed, a loss is of no task, the log lacks what the page needs,
-            or another process works in `out`.
-        DataError: If the data are not what their schema says, or others than `out` holds trials of.
+        InputError: If there is no such experiment or no seed, a loss names an unknown task, the log lacks what the page
+            needs, or another process works in `out`.
+        DataError: If the data do not match their schema, or `out` holds trials on other data.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
@@ -115,7 +115,7 @@ def run_experiment(
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
     with locked(out):
-        # What was trained before is of the data as they were then.
+        # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
         study = carry_out(
             experiment.rows,

@@ -1,4 +1,4 @@
-"""The paper's further figures, from the records of trials; style and the plots of every report are in `recsys.plots`.
+"""The paper's other figures, from the records of trials; the style and every report's plots are in `recsys.plots`.
 
 A row has one colour and marker in every figure with the same `titles`.
 """
@@ -41,7 +41,7 @@ REGIME_OPPONENTS = {
     "random": "random masks, scaled up",
 }
 WAYS = ("tickets", "random")  # the two origins of masks in `plot_recovery`
-# A single seed, in its row's colour; the black edge keeps it visible on the mark of the mean.
+# A single seed, in its row's colour; the black edge keeps it visible on top of the mean's mark.
 SEED_MARKS: dict[str, Any] = {
     "linestyle": "",
     "marker": "o",
@@ -65,11 +65,11 @@ def plot_granularity(
         records: One per row and seed; rows that are not in `titles` are left out.
         titles: Row -> the name of its line. Rows with one name, at several densities, are points of one line.
         tasks: Task -> kind, "binary" or "ratio".
-        path: Of the picture.
+        path: Where to write the picture.
         split: "test" for one point per row, from its masks, or "validation" for one per level of its tickets.
 
     Raises:
-        InputError: If a row has no record, a seed twice, or lacks what `split` needs; if `split` is another.
+        InputError: If a row has no record, has a seed twice, or lacks what `split` needs; or if `split` is unknown.
     """
     if split not in ("test", "validation"):
         raise InputError(f"split: got {split!r}, wanted 'test' or 'validation'")
@@ -112,11 +112,11 @@ def plot_speed(
         records: One per row and seed, with `serving`; rows that are not in `titles` are left out.
         titles: Row -> what the legend calls it; rows without masks are the dense baselines.
         tasks: Task -> kind, "binary" or "ratio".
-        path: Of the picture.
+        path: Where to write the picture.
         candidates: Candidates per request.
 
     Raises:
-        InputError: If a row has no record, a seed twice, or no time for so many candidates.
+        InputError: If a row has no record, has a seed twice, or has no time for that many candidates.
     """
     rows = by_row(records, titles)
     styles = _styles(titles)
@@ -168,10 +168,10 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
         cells: One per simulated log: `click_rate` and `conflict` of the simulator, and `differences`: for each of the
             other models (`REGIME_OPPONENTS`) a list over seeds of S-Weight's relative difference of CVR MSE in %, below
             0 if S-Weight is better.
-        path: Of the picture.
+        path: Where to write the picture.
 
     Raises:
-        InputError: If there is no cell, or one comes twice.
+        InputError: If there is no cell, or a cell comes twice.
     """
     rates, conflicts = (sorted({cell[name] for cell in cells}) for name in ("click_rate", "conflict"))
     where = [(conflicts.index(cell["conflict"]), rates.index(cell["click_rate"])) for cell in cells]
@@ -207,13 +207,13 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
 
 
 def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequence[str]], path: Path) -> Figure:
-    """Draw what masks keep of each kind of field against what was planted: tickets beside random masks.
+    """Draw what share of each kind of field the masks keep, tickets beside random masks, against what was planted.
 
     Args:
         found: One per way and seed: `way` ("tickets" or "random"), `seed`, and `density`: task -> kind of field
             ("shared", "click-only", ...) -> kept share of the weights that read such fields, in [0, 1].
-        planted: Task -> the kinds of field that its truth depends on. Their names are bold.
-        path: Of the picture.
+        planted: Task -> the kinds of field that its truth depends on; their names are bold.
+        path: Where to write the picture.
 
     Raises:
         InputError: If a way is missing or unknown, or a seed comes twice.
@@ -277,7 +277,7 @@ def _time_axis(axis: Axes, microseconds: Sequence[float]) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers for a logarithmic axis: the wider it is, the fewer per decade."""
+    """Return round numbers for a logarithmic axis; a wider axis gets fewer per decade."""
     steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 300 else (1,)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
@@ -288,7 +288,7 @@ def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
-    """Put a legend below the panels, in as many columns as there is room for, and make the figure higher to fit."""
+    """Put a legend below the panels, in as many columns as fit, and make the figure higher to hold it."""
     width, height = figure.get_size_inches()
     longest = max(len(str(handle.get_label())) for handle in handles)
     # Inches: 0.07 per character, 0.6 for the marker and the gap between columns, 0.21 per line.

@@ -1,4 +1,4 @@
-"""What each experiment says: its tables and plots, from the records of its trials."""
+"""The page of each experiment: its tables and plots, from the records of its trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
 from lt4rec_sparse.recsys.training import Predictions
 
-# KuaiRand has few impressions per visit: with half an hour, one list in sixteen is longer than three.
+# KuaiRand has few impressions per visit: with a gap of half an hour, one list in sixteen has more than three.
 GAP_MS = 4 * 60 * 60 * 1000
 
 
@@ -30,10 +30,10 @@ class Findings:
     Attributes:
         facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
         records: One per trained model.
-        trials: (row, seed) -> its trials.
+        trials: (row, seed) -> the trials trained for it.
         laboratory: The folder where they were trained.
-        folder: Where the page stands; plots go to `plots/`.
-        further: What the page measures itself; it is saved beside the records.
+        folder: The page's folder; plots go to `plots/`.
+        further: Measurements of the page itself, saved beside the records.
     """
 
     facts: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Findings:
 
 
 def table2(findings: Findings) -> str:
-    """Return Table 2 with everything behind it."""
+    """Return Table 2 and the details behind it."""
     return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", RANDOM])])
 
 
@@ -83,7 +83,7 @@ def table3(findings: Findings) -> str:
 
 
 def figure4(findings: Findings) -> str:
-    """Return Figure 4: each task against the weights that remain, all seeds."""
+    """Return Figure 4: each task's metric against the weights that remain, for all seeds."""
     (row,) = (key for key in findings.rows if key != BASE)
     tasks = dict(findings.tasks)
     plot = findings.plot(
@@ -142,18 +142,18 @@ def tickets(findings: Findings) -> str:
 
 
 def many_tasks(findings: Findings) -> str:
-    """Return all tasks of the log together."""
+    """Return the page of all tasks of the log together."""
     return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, RANDOM])])
 
 
 LEVELS = "On the validation days, each level trained alone from the start:"
 REPLAY_LEGEND = """\
 Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by the
-log: a replay within the lists that were shown, by the policy that showed them, and no online test. Where the log has no
-requests, a request is a user's impressions, each at most four hours after the one before. View time is that of clicked
-impressions, in seconds per request; `expected` is the true expectation, where the log is simulated. Means over the
-seeds; differences are paired over seeds, ± their standard error. `random` and the rows below it are orders to compare
-the arms with: by chance, by length alone, as shown, and the best that hindsight, or the truth, allows."""
+log. This is a replay within the lists that the logging policy showed, not an online test. Where the log has no
+requests, a request is a user's impressions, each at most four hours after the previous one. View time counts clicked
+impressions only, in seconds per request; `expected` is the true expectation, where the log is simulated. Values are
+means over the seeds; differences are paired over seeds, ± their standard error. The rows from `random` down are orders
+to compare the arms with: random, by length alone, as shown, and the best possible in hindsight or by the truth."""
 
 
 def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
@@ -166,7 +166,7 @@ def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
     sections += parts
     if findings.facts["left_out"]:
         reasons = "\n".join(f"- {title}: {reason}." for title, reason in findings.facts["left_out"].items())
-        sections.append(f"## Left out, since this log cannot train them\n\n{reasons}")
+        sections.append(f"## Left out because this log cannot train them\n\n{reasons}")
     further = further_table(findings.records, findings.rows, findings.tasks)
     sections.append(f"## Every other metric, and what each row costs\n\n{further}")
     return "\n\n".join(sections) + "\n"
@@ -183,8 +183,8 @@ def _head(findings: Findings, title: str) -> str:
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
         f"{epochs} of batches of {training['batch_size']}, matrix products in {training['dtype']}, {seeds}. Every task "
-        f"has a learning rate of its own ({shown}), chosen on the validation days with seeds that are none of these; "
-        "they are listed in `records.json`, what was tried in `tuning.json`."
+        f"has its own learning rate ({shown}), chosen on the validation days with seeds that are not among these; "
+        "`records.json` lists the chosen rates, `tuning.json` everything that was tried."
     )
 
 
@@ -205,7 +205,7 @@ def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         [title, *(f"{us:,.0f}" for us in measured[key]["microseconds"].values()), measured[key]["way"]]
         for key, title in titles.items()
     ]
-    text = "The MLPs of all tasks, fp32, seed 0, medians of one interleaved run; for each its fastest way."
+    text = "The MLPs of all tasks, fp32, seed 0: medians of one interleaved run, each model served in its fastest way."
     return f"{text}\n\n{table(header, lines)}"
 
 
@@ -238,7 +238,7 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
 
 
 def _replay_table(found: Mapping[str, Any]) -> str:
-    """Return Table 3's columns for one k: the arms, then what they are compared with."""
+    """Return Table 3's columns for one k: the arms, then the reference orders."""
     first, *_ = found["arms"]
     has_truth = "expected_view_time_s" in found["arms"][first]
     metrics = {"view_time_s": "view time, s", "cvr": "cvr", "ctr": "ctr"}

@@ -1,4 +1,4 @@
-"""When sparse sharing pays: the same models over simulated logs whose truth, and conflict, are known."""
+"""When sparse sharing pays: the same models over simulated logs, whose truth and conflict are known."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lt4rec_sparse.recsys.report import write_page
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, table
 
 LOG = "log"
-# Four out of ten clicked, as in the paper's log; and one or two orders of magnitude fewer, like its conversions.
+# Four out of ten clicked, as in the paper's log; and a tenth and a hundredth of that, like its conversions.
 CLICK_RATES = (0.02, 0.1, 0.41)
 CONFLICTS = (0.0, 0.5, 1.0)
 WATCH_RATE = 0.4
@@ -39,13 +39,13 @@ TASKS = ("ctr", "cvr")
 
 @dataclass(frozen=True)
 class Regimes:
-    """Size of the map.
+    """Size of the map of regimes.
 
     Attributes:
         impressions: Rows of each log.
-        click_rates: Shares of clicks: the fewer, the less there is to learn watching from.
-        conflicts: How much the tasks are opposed on what both depend on.
-        training: How every row trains, but for its learning rates.
+        click_rates: Shares of clicks: fewer clicks leave less to learn watching from.
+        conflicts: How much the tasks oppose each other on what both depend on.
+        training: How every row trains, except for its learning rates.
     """
 
     impressions: int = 2_000_000
@@ -54,7 +54,7 @@ class Regimes:
     training: Training = TRAINING
 
     def config(self, click_rate: float, conflict: float) -> SimulatorConfig:
-        """Return a cell's log: two planted fields of each kind on each side, half of the truth shared."""
+        """Return a cell's log: two planted fields of each kind on each side; half of the truth is shared."""
         return SimulatorConfig(
             users=max(100, self.impressions // 20),
             videos=max(100, self.impressions // 100),
@@ -84,9 +84,9 @@ def run_regimes(
 
     Args:
         out: Holds a folder per cell, `tuning.json`, and `report.md` with its plots and `records.json`.
-        seeds: How many, from 0 on; the log of a cell is the same for all.
+        seeds: How many seeds, from 0 on; all seeds of a cell train on the same log.
         regimes: The map; None for the default.
-        resources: Processes.
+        resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
 
     Returns:
@@ -155,7 +155,7 @@ def _run(out: Path, seeds: int, regimes: Regimes, resources: Resources, progress
 
 
 def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
-    """Simulate and prepare a cell's log, if that was not done.
+    """Simulate and prepare a cell's log, unless that is done already.
 
     Raises:
         InputError: If the folder holds trials on another log.
@@ -170,7 +170,7 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
 
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return S-Weight's CVR MSE against the other rows', in percent, one number per seed."""
+    """Return how S-Weight's CVR MSE differs from the other rows', in percent, one number per seed."""
 
     def mse(row: str) -> dict[int, float]:
         return {
@@ -190,8 +190,9 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
     figures.plot_regimes(cells, folder / "plots" / "regimes.png")
     parts = [
         "# When does sparse sharing pay?",
-        "Simulated logs whose truth is known, one per cell: how many impressions are clicked (the fewer, the "
-        "less there is to learn watching from), and how much the two tasks are opposed on what both depend on.",
+        "Simulated logs whose truth is known, one per cell. Cells differ in how many impressions are clicked (fewer "
+        "clicks leave less to learn watching from) and in how much the two tasks oppose each other on what both "
+        "depend on.",
         "![CVR MSE of S-Weight against hard sharing, single-task and random masks](plots/regimes.png)",
         _recovery_table(cells),
     ]
@@ -225,9 +226,9 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
             line += [f"{_mean(r['sharing'][part] for r in found):.3f}" for part in ("shared", "private", "neither")]
             lines.append(line)
     text = (
-        "What the masks at 20 % found of the planted structure, first layer: how well the number of weights that a "
-        "column keeps tells whether the task depends on it (AUC, 0.5 by chance), and which share of the weights that "
-        "either task keeps is kept by both."
+        "What the masks at 20 % found of the planted structure, in the first layer. AUC of columns: how well the "
+        "number of weights that a column keeps tells whether the task depends on it (0.5 by chance). "
+        "Co-owned: which share of the weights that either task keeps is kept by both."
     )
     return f"## Found and planted\n\n{text}\n\n{table(header, lines)}"
 

@@ -1,20 +1,21 @@
-"""Table 3 offline: a log ranked again by what each pair of models makes of it, and judged by the view time on top.
+"""Table 3 offline: each pair of models ranks a log again, and the view time of the top judges the order.
 
 Every request's rows are ranked by `pCTR * pCVR * length`, once for each arm of Table 3, and the top `k` are judged by
-what the log says of them. That is a replay, and no online test. What it cannot say:
+what the log says about them. This is a replay, not an online test. What it cannot say:
 
-- Only items that were shown have an outcome. The arms reorder the lists of the policy that wrote the log, so a gain is
-  one within those lists; how an arm would choose among all videos stays unknown.
-- What was shown, and in what place, was that policy's choice and not chance. An outcome counts as if its place had not
-  mattered, and an arm is judged on the videos that the policy liked, not on those that it would have liked itself.
-- A user stops when they have had enough. A list in another order might have been a longer or a shorter one.
-- A real log offers no requests but what `sessions` makes of it, and short ones. Requests of `k` rows or fewer do not
-  count: their top `k` is the same list for every arm. The numbers compare arms; they are no view time of a platform.
+- Only items that were shown have an outcome. The arms reorder the lists of the policy that wrote the log, so a gain
+  holds within those lists; how an arm would choose among all videos stays unknown.
+- That policy chose what was shown, and in what place; it was not chance. An outcome counts as if its place had not
+  mattered, and an arm is judged on the videos that the policy liked, not on those that the arm would have liked.
+- A user stops when they have had enough. A list in another order might have been longer or shorter.
+- A real log may have no requests. Then `sessions` makes them, and they are short. Requests of `k` rows or fewer do
+  not count: their top `k` is the same list for every arm. The numbers compare arms; they do not predict the view
+  time of a platform.
 - A row that was not clicked may have play time (autoplay). Eq 3 speaks of what follows a click, so `view_time_s`
   counts clicked rows only; `play_time_s` counts all rows.
 
-Where the log is simulated, the expected view time of every row is known, `truth_click * truth_watch * duration`. Summed
-over the top `k` it judges an arm without the noise of the draw, and by the truth no order can exceed `best_expected`.
+Where the log is simulated, the expected view time of every row is known, `truth_click * truth_watch * duration`. Its
+sum over the top `k` judges an arm without the noise of the draw, and no order can exceed `best_expected` in it.
 
 Source: LT4REC (arXiv 2008.09872), Table 3 and Eq 3.
 """
@@ -37,7 +38,7 @@ from lt4rec_sparse.recsys.models.rankscore import rank_score
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Outcomes = dict[str, tuple[Floats, ...]]
-"""Metric -> its numerator, and its denominator if that is not one a request, each `[rows]`."""
+"""Metric -> its numerator, and its denominator if it is not one per request, each `[rows]`."""
 
 # Table 3, in its order: arm -> (row whose pCTR, row whose pCVR) its score multiplies.
 TABLE_3 = {
@@ -46,7 +47,7 @@ TABLE_3 = {
     "base_ctr*s_weight_cvr*length": ("base", "s_weight"),
     "s_weight_ctr*s_weight_cvr*length": ("s_weight", "s_weight"),
 }
-# Orders that every arm can be held against, where the log allows them.
+# Reference orders that every arm can be compared with, where the log allows them.
 REFERENCES = ("random", "longest", "logged", "best_logged", "best_expected")
 SESSION_GAP_MS = 30 * 60 * 1000  # half an hour, the usual cut of a web session
 
@@ -61,7 +62,7 @@ class LoggedRows:
         play_s: Play time in seconds, which may exceed the duration. A row without one (NaN) is left out.
         clicked: Bool.
         expected_view_s: The true expected view time in seconds, where it is known.
-        shown: Numbers that ascend as the log showed a request's rows (times, say), where that is known.
+        shown: Numbers that ascend in the order in which the log showed a request's rows (times, say), if known.
     """
 
     requests: Ints
@@ -91,12 +92,12 @@ class _Quotient:
 
     @property
     def value(self) -> float:
-        """NaN where there is nothing to divide by."""
+        """NaN if the denominators sum to 0."""
         total = float(self.denominator.sum())
         return float(self.numerator.sum()) / total if total else math.nan
 
     def influence(self) -> Floats:
-        """How much each request moves the value, `[requests]`, mean 0: the delta method.
+        """How much each request moves the value, `[requests]`, with mean 0 (delta method).
 
         Source: Deng, Knoblich and Lu, Applying the Delta Method in Metric Analytics, KDD 2018, arXiv 1803.06336.
         """
@@ -110,7 +111,7 @@ def sessions(
 ) -> Ints:
     """Number the sessions of a log: rows of one user, each at most `gap_ms` after the one before.
 
-    What stands for requests where a log has none. It is a guess: a session may hold several requests.
+    They serve as requests where a log has none. This is a guess: a session may hold several requests.
 
     Args:
         users: `[rows]`, integers or strings, in any order.
@@ -163,14 +164,14 @@ def table_3_scores(
         arms: Arm -> (row of its pCTR, row of its pCVR).
 
     Raises:
-        ValueError: If an arm's row has no predictions, or as `rank_score`.
+        ValueError: If an arm's row has no predictions, or for the reasons that `rank_score` gives.
     """
     length = torch.from_numpy(np.where(np.isnan(duration_s), 0.0, duration_s))
     scores = {}
     for arm, (ctr, cvr) in arms.items():
         for task, row, predicted in (("pctr", ctr, pctr), ("pcvr", cvr, pcvr)):
             if row not in predicted:
-                raise ValueError(f"{task}: got {', '.join(predicted) or 'none'}, wanted {row}'s too, for {arm}")
+                raise ValueError(f"{task}: got {', '.join(predicted) or 'none'}, wanted {row}'s too, which {arm} needs")
         click, watch = (torch.from_numpy(np.asarray(x, np.float64)) for x in (pctr[ctr], pcvr[cvr]))
         scores[arm] = rank_score(click, watch, length, a, b, c).numpy()
     return scores
@@ -181,13 +182,13 @@ def replay(
 ) -> dict[str, Any]:
     """Rank each request's rows by each arm's scores and judge the top `k` by the log.
 
-    Rows of one score come in a random order, the same for all arms.
+    Rows with equal scores come in a random order, the same for all arms.
 
     Args:
         rows: The log.
         scores: Arm -> score of each row, `[rows]`; the larger comes first.
         ks: Lengths of the judged top.
-        seed: Of the order of rows that tie.
+        seed: Seed of the order of rows with equal scores.
 
     Returns:
         JSON-able; null where a number is not defined::
@@ -206,12 +207,12 @@ def replay(
         known; `best_logged`, by the view time that the log tells afterwards; `best_expected`, by the truth, where
         known.
 
-        Differences are paired: request by request. Their errors take requests to be independent, and say what other
-        requests would have changed; what another training would have changed is in `over_seeds`.
+        Differences are paired: request by request. Their errors take requests to be independent. They say what other
+        requests would have changed; `over_seeds` says what another training would have changed.
 
     Raises:
-        ValueError: If a score is NaN, a length differs, there is no arm, an arm is named as a reference, or a `k` is
-            not positive or there twice.
+        ValueError: If a score is NaN, a length differs, there is no arm, an arm has the name of a reference order, or a
+            `k` is not positive or comes twice.
 
     >>> log = LoggedRows(np.zeros(2, int), np.array([60.0, 90.0]), np.array([30.0, 0.0]), np.array([True, False]))
     >>> replay(log, {"right": np.array([2.0, 1.0]), "wrong": np.array([1.0, 2.0])}, ks=[1])["k"]["1"]["arms"]["right"]
@@ -222,13 +223,13 @@ def replay(
     for arm, score in scores.items():
         _check_shape(f"scores of {arm}", score, rows.requests)
         if arm in REFERENCES:
-            raise ValueError(f"scores: got an arm named {arm}, wanted no name of a reference order")
+            raise ValueError(f"scores: got an arm named {arm}, a reference order, wanted another name")
         if count := int(np.isnan(score).sum()):
             raise ValueError(f"scores of {arm}: got {count} NaN of {len(score)}, wanted numbers")
     if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
         raise ValueError(f"ks: got {list(ks)}, wanted different numbers of at least 1")
-    usable = (rows.duration_s > 0) & ~np.isnan(rows.play_s)  # a NaN is not above 0 either
-    # Shuffled once, and sorted stably ever after: that is the random order of ties, and it favours no arm.
+    usable = (rows.duration_s > 0) & ~np.isnan(rows.play_s)  # NaN > 0 is False
+    # One shuffle, and only stable sorts after it: rows with equal scores keep a random order that favours no arm.
     chosen = np.random.default_rng(seed).permutation(np.flatnonzero(usable))
     codes = np.unique(rows.requests[chosen], return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(codes)
@@ -257,10 +258,10 @@ def replay(
 
 
 def over_seeds(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `replay` gave for each seed's models as one: means, and paired differences, over the seeds.
+    """Combine what `replay` gave for each seed's models: means, and paired differences, over the seeds.
 
     Args:
-        results: Seed -> what `replay` returned, of the same rows and arms.
+        results: Seed -> what `replay` returned for the same rows and arms.
 
     Returns:
         `{"seeds": [...], "k": {"1": {"requests": n, "arms": {arm: {metric: summary}}, "references": {...},
@@ -268,10 +269,10 @@ def over_seeds(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         `statistics.Difference`.
 
     Raises:
-        ValueError: If there is no result, or they are of other requests, arms or `ks`.
+        ValueError: If there is no result, or the results differ in their requests, arms or `ks`.
     """
     if not results:
-        raise ValueError("results: got none, wanted those of one seed at least")
+        raise ValueError("results: got none, wanted those of at least one seed")
     seeds = sorted(results)
     first = results[seeds[0]]
     for seed in seeds[1:]:
@@ -322,9 +323,9 @@ def _references(rows: LoggedRows, chosen: Ints) -> dict[str, Floats]:
 
 
 def _sorted_within(key: Floats, sizes: Ints) -> Ints:
-    """Return the places of the rows, request after request, the smallest key of each first; ties as they stand.
+    """Return the places of the rows, request after request, the smallest key of each first; equal keys in their order.
 
-    Requests of about one size are sorted as the lines of one matrix: six times as fast as `np.lexsort`.
+    Requests of about one size are sorted as the rows of one matrix, which is six times as fast as `np.lexsort`.
     """
     order = np.empty(len(key), np.int64)
     ends = sizes.cumsum()
@@ -333,14 +334,14 @@ def _sorted_within(key: Floats, sizes: Ints) -> Ints:
         here = width == columns
         places = (ends - sizes)[here, None] + np.arange(columns)
         real = places < ends[here, None]
-        # What pads a line stands behind its rows, and a stable sort leaves it there, even behind a key of infinity.
+        # The padding comes after a request's rows, and a stable sort keeps it there even if a key is infinite.
         line = np.where(real, key[np.minimum(places, len(key) - 1)], np.inf)
         order[places[real]] = np.take_along_axis(places, np.argsort(line, axis=1, kind="stable"), axis=1)[real]
     return order
 
 
 def _mean_within(part: Floats, codes: Ints, sizes: Ints) -> Floats:
-    """Return the mean of each row's request, `[rows]`: what a random order has in every place."""
+    """Return the mean of each row's request, `[rows]`: what a random order has in every place on average."""
     return (np.bincount(codes, part, len(sizes)) / sizes)[codes]
 
 
@@ -394,4 +395,4 @@ def _shape(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_shape(name: str, column: NDArray[Any] | None, like: NDArray[Any]) -> None:
     if column is not None and (column.ndim != 1 or len(column) != len(like)):
-        raise ValueError(f"{name}: got shape {list(column.shape)}, wanted [{len(like)}], a value a row")
+        raise ValueError(f"{name}: got shape {list(column.shape)}, wanted [{len(like)}], one value per row")

@@ -26,11 +26,11 @@ def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
     """Time the MLPs of trained trials, all tasks, fp32, on rows of the test days.
 
     The ways of a masked network: "sparse", the engine on compressed weights; "compacted", smaller dense layers without
-    what is dead; "dense" and "packed dense", masks multiplied in beforehand, by torch and by oneDNN. Networks without
-    masks are dense.
+    dead inputs and neurons; "dense" and "packed dense", masks multiplied in beforehand, by torch and by oneDNN.
+    Networks without masks are dense.
 
     Args:
-        folder: Where they were trained.
+        folder: The folder where they were trained.
         trials: Row -> its trial.
 
     Returns:

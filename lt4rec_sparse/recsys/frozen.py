@@ -1,4 +1,4 @@
-"""What freezing gave: whether the served model is the trained one, how large it is, how fast it answers a request."""
+"""Checks of a frozen model: whether it serves what was trained, its size, and the time it needs for a request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lt4rec_sparse.stopwatch import interleaved
 
 REQUESTS = (1, 32, 256, 1024)
 ROUNDS, ROUND_US = 9, 10_000.0  # of the stopwatch: some 2 s per model
-CALIBRATION_ROWS = 16_384  # of the training days; 4,096 of another split gave quantisation parameters as good
+CALIBRATION_ROWS = 16_384  # of the training days; 4,096 of another split gave equally good quantisation parameters
 
 Product = Callable[[Tensor], Tensor]
 
@@ -35,7 +35,7 @@ Product = Callable[[Tensor], Tensor]
 def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path) -> dict[str, Any]:
     """Freeze a trained trial of sparse sharing to `path`, load it back, and compare it with the trained model.
 
-    The artefact is calibrated on training rows, and its precisions are accepted on validation rows.
+    The artefact is calibrated on training rows, and its precisions are accepted by their metrics on validation rows.
 
     Returns:
         Overlap of the masks per layer, bytes, the largest difference of scores over the test split, what each precision
@@ -82,14 +82,14 @@ def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str,
     """Judge each precision by the scores that it serves.
 
     Returns:
-        Precision -> the tasks' main metrics on validation and test, the largest difference of a test score to fp32's,
+        Precision -> the tasks' main metrics on validation and test, the largest difference of a test score from fp32's,
         the bytes of its prepacked MLP, and whether it is accepted: on validation no metric is worse than fp32's by more
         than `is_tolerable` allows.
     """
     judged: dict[str, dict[str, Any]] = {precision: {} for precision in rankers}
     for split in ("validation", "test"):
         metrics, largest = _served(lab, kinds, rankers, split)
-        for precision in rankers:  # the difference kept is the test split's
+        for precision in rankers:  # after the loop, `largest` holds the test split's differences
             judged[precision] |= {split: metrics[precision], "largest_difference": largest[precision]}
     fp32 = judged["fp32"]["validation"]
     for precision, ranker in rankers.items():
@@ -107,7 +107,7 @@ def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str,
 def _served(
     lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str, Ranker], split: str
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-    """Return each precision's main metrics, and the largest differences of its scores to fp32's, over a split."""
+    """Return each precision's main metrics, and the largest differences of its scores from fp32's, over a split."""
     mains = {task: MAIN_METRIC[kind] for task, kind in kinds.items()}
     metrics = {p: {task: metrics_of(kind)[mains[task]] for task, kind in kinds.items()} for p in rankers}
     largest = {p: torch.zeros(len(mains)) for p in rankers}
@@ -168,7 +168,7 @@ def _latency(lab: Laboratory, model: SparseSharing, rankers: Mapping[str, Ranker
 
 
 def score_mlp(mlp: SparseMLP, x: Tensor) -> Tensor:
-    """Score as a `Ranker` does."""
+    """Score the way a `Ranker` does."""
     scores = x.new_empty(len(x), mlp.out_features)
     mlp.score_into(x, scores)
     return scores
@@ -179,7 +179,7 @@ def dense_pass(mlp: MaskedMLP, product: Callable[[Tensor, Tensor, str], Product]
 
     Args:
         mlp: The trained MLP.
-        product: Makes of a weight, a bias and the name of an activation the layer's function; None for `F.linear`.
+        product: Makes a layer's function from a weight, a bias and the name of an activation; None for `F.linear`.
 
     Returns:
         `x [batch, in_features]` to probabilities `[batch, tasks]`.

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MAIN_METRIC = {"binary": "auc", "ratio": "mse"}  # kind of a task -> what its models are compared by
-LOSS = {"binary": "log_loss", "ratio": "mse"}  # kind -> what choices on the validation days minimise
+MAIN_METRIC = {"binary": "auc", "ratio": "mse"}  # kind of a task -> the metric that compares its models
+LOSS = {"binary": "log_loss", "ratio": "mse"}  # kind -> the loss that choices on the validation days minimise
 HIGHER_IS_BETTER = {"auc": True, "mse": False}
 
 
@@ -18,7 +18,7 @@ class Metric(Protocol):
     """A metric over a stream of rows."""
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows: logits and labels `[n]`, and the group (user) of each, `[n]`."""
+        """Add rows: logits and labels `[n]`, and the group (user) of each, `[n]`."""
 
     def compute(self) -> float:
         """Return the value so far; NaN where it is not defined."""
@@ -38,7 +38,7 @@ class AUC:
         self.counts = np.zeros((2, self.BINS), np.int64)
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows; a label over 0.5 is positive.
+        """Add rows; a label over 0.5 is positive.
 
         Raises:
             ValueError: If a logit is NaN.
@@ -69,7 +69,7 @@ class GAUC:
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows; a label over 0.5 is positive."""
+        """Add rows; a label over 0.5 is positive."""
         self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
 
     def compute(self) -> float:
@@ -101,7 +101,7 @@ class _Mean:
         self.count = 0.0
 
     def compute(self) -> float:
-        """Return the quotient; NaN over nothing."""
+        """Return the quotient; NaN if nothing was added."""
         return self.total / self.count if self.count else float("nan")
 
 
@@ -109,7 +109,7 @@ class LogLoss(_Mean):
     """Mean of `-log p(label)` in nats."""
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows; labels in [0, 1]."""
+        """Add rows; labels in [0, 1]."""
         self.total += float((np.logaddexp(0, logits) - labels * logits).sum())
         self.count += len(labels)
 
@@ -118,7 +118,7 @@ class MSE(_Mean):
     """Mean squared error of `sigmoid(logit)` against a label in [0, 1]."""
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows."""
+        """Add rows."""
         self.total += float(((probability(logits) - labels) ** 2).sum())
         self.count += len(labels)
 
@@ -127,7 +127,7 @@ class Calibration(_Mean):
     """Predicted over observed: the sum of `sigmoid(logit)` over the sum of labels; 1 is calibrated."""
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Take in rows."""
+        """Add rows."""
         self.total += float(probability(logits).sum())
         self.count += float(labels.sum())
 

@@ -1,6 +1,6 @@
-"""Plots of trained models, for every report: tickets, ownership, latency; and the style that all figures share.
+"""Plots of trained models, for every report (tickets, ownership, latency), and the style that all figures share.
 
-A record is one trained model: its row, its seed, its metrics by split, slice and task, and where it has them its masks,
+A record is one trained model: its row, its seed, its metrics by split, slice and task, and, if it has them, its masks,
 tickets and serving times. A task has one colour in every figure with the same `tasks`. Means are over the seeds, error
 bars are standard errors, dots are single seeds. Every plot writes its file and returns the figure.
 """
@@ -27,7 +27,7 @@ from lt4rec_sparse.recsys.tables import count
 Record = Mapping[str, Any]
 Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
-# A colour-blind safe order (Okabe and Ito); grey is what no task owns.
+# A colour-blind safe order (Okabe and Ito); grey is for weights that no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 SHARED, DEAD = "#56b4e9", "#d9d9d9"
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4  # inches; two panels side by side are as wide as a README
@@ -38,12 +38,12 @@ mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right":
 def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path) -> Figure:
     """Draw Figure 4: each task's validation metric against the hidden weights that remain.
 
-    A thin line per seed, a bold one for their mean, a circle around the level that each seed chose.
+    A thin line per seed, a bold one for their mean, and a circle around the level that each seed chose.
 
     Args:
         records: One per seed, with `tickets` and `best_level`.
         tasks: Task -> kind, "binary" or "ratio".
-        path: Of the picture.
+        path: Where to write the picture.
 
     Raises:
         InputError: If a seed comes twice, has no tickets, or has other levels than the first.
@@ -84,10 +84,10 @@ def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: P
     Args:
         records: One per row and seed, with `masks`; rows that are not in `titles` are left out.
         titles: Row -> the headline of its bars.
-        path: Of the picture.
+        path: Where to write the picture.
 
     Raises:
-        InputError: If a row has no record, a seed twice, or no masks.
+        InputError: If a row has no record, has a seed twice, or has no masks.
 
     Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
     """
@@ -106,7 +106,7 @@ def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: P
             for owner, share in by_owner.items():
                 start, width = float(left.mean()), float(share.mean())
                 axis.barh(y, width, left=start, color=colours[owner], height=0.76)
-                if width >= 5:  # less has no room for its number
+                if width >= 5:  # a narrower bar has no room for its number
                     axis.text(start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9)
                 left = left + share
                 if len(left) > 1:
@@ -130,7 +130,7 @@ def plot_latency(frozen: Mapping[str, Mapping[str, Any]], titles: Mapping[str, s
     Args:
         frozen: Row -> what `freeze_and_compare` found, the served one first.
         titles: Row -> what the legend calls it.
-        path: Of the picture.
+        path: Where to write the picture.
     """
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}
@@ -156,7 +156,7 @@ def plot_latency(frozen: Mapping[str, Mapping[str, Any]], titles: Mapping[str, s
 
 
 def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Return the standard error of a mean, NaN for a single value: one seed says nothing of its noise."""
+    """Return the standard error of a mean; NaN for a single value, since one seed says nothing about noise."""
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
@@ -194,7 +194,7 @@ def ticket_points(records: Sequence[Record], task: str, kind: str) -> list[Point
 
 
 def masks_of(record: Record) -> Mapping[str, Any]:
-    """Return what a record says of its masks."""
+    """Return what a record says about its masks."""
     masks: Mapping[str, Any] | None = record.get("masks")
     if masks is None:
         raise InputError(f"masks of {record['row']}, seed {record['seed']}: got none, wanted a masked model")

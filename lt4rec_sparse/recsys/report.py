@@ -40,12 +40,12 @@ Results = Mapping[str, Any]
 
 
 def write_page(text: str, title: str, folder: Path) -> Path:
-    """Write Markdown as `report.md`, and as `report.html` with its pictures within it.
+    """Write Markdown as `report.md`, and as `report.html` with its pictures embedded.
 
     Args:
-        text: With pictures as `plots/<name>.png`, which stand in the folder.
-        title: Of the HTML page.
-        folder: Where both go.
+        text: Markdown; its pictures are `plots/<name>.png` in the folder.
+        title: Title of the HTML page.
+        folder: Where both files go.
 
     Returns:
         The path of `report.md`.
@@ -59,7 +59,7 @@ def write_page(text: str, title: str, folder: Path) -> Path:
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write a run's `report.md`, `report.html` and `plots/` into its folder; return the path of the former."""
+    """Write a run's `report.md`, `report.html` and `plots/` into its folder; return the path of `report.md`."""
     plots, served = folder / "plots", _served(results)
     plots.mkdir(exist_ok=True)
     titles, tasks = results["rows"], results["data"]["tasks"]
@@ -113,7 +113,7 @@ def _values(results: Results, row: str, task: str, metric: str, part: str = "all
 
 
 def _found(results: Results) -> str:
-    """Return in words how much of a planted truth the served model and its masks found; empty where none is."""
+    """Return in words how much of a planted truth the served model and its masks found; empty without one."""
     truth, parts = results["data"].get("truth", {}), []
     for task, kind in results["data"]["tasks"].items():
         metric = MAIN_METRIC[kind]
@@ -121,19 +121,19 @@ def _found(results: Results) -> str:
             constant, best = truth["constant"][key], truth[key]
             value = fmean(_values(results, _served(results), task, metric).values())
             parts.append(f"{(value - constant) / (best - constant):.0%} ({task})")
-    text = f"of what the planted truth allows over a constant it reaches {', '.join(parts)}" if parts else ""
+    text = f"it reaches {', '.join(parts)} of what the planted truth allows over a constant" if parts else ""
     masks = results["recovery"].get(_served(results))
     if masks:
         kept = (
-            f"{masks['planted'][task]:.0%} and {masks['other'][task]:.0%} of the others ({task})"
+            f"{masks['planted'][task]:.0%} of the inputs planted for {task}, {masks['other'][task]:.0%} of the others"
             for task in masks["planted"]
         )
-        text += f", and of the inputs planted for a task its masks keep {', '.join(kept)}"
+        text += f"{', and ' if text else ''}its masks keep {'; '.join(kept)}"
     return text
 
 
 def _served(results: Results) -> str:
-    """Return the row that `model.safetensors` holds: the first that was frozen."""
+    """Return the row that `model.safetensors` holds: the first one frozen."""
     row: str = next(iter(results["frozen"]))
     return row
 
@@ -158,7 +158,7 @@ def _sections(results: Results) -> list[str]:
         _truth(results),
         LEGEND,
         *(f"The slice `{part}`:\n\n{comparison_table(records, shown, BASE, tasks, part)}" for part in parts),
-        "Every other metric, and the cost of each model. Calibration is predicted over observed: 1 is right.",
+        "Every other metric, and the cost of each model. Calibration is predicted over observed; 1 is ideal.",
         further_table(records, shown, tasks),
         *_tickets(results),
         f"## Who owns which weights\n\n{_ownership(results)}",
@@ -207,7 +207,7 @@ def _next(results: Results) -> str:
         f"{count(size, 'candidate')}, the MLPs {ratio:.1f}x as fast as dense fp32 torch."
         + (" **Dense torch is faster here**: let `lt4rec-sparse plan` choose the kernels." if ratio < 1 else "")
     )
-    lines.append("- What decides of a mask, with controls: `lt4rec-sparse experiment tickets --data FOLDER`.")
+    lines.append("- To see which property of a mask matters: `lt4rec-sparse experiment tickets --data FOLDER`.")
     return "\n".join(lines)
 
 
@@ -218,11 +218,11 @@ def _warnings(results: Results) -> str:
         if not abs(ratio - 1) <= MISCALIBRATED:
             lines.append(
                 f"- **{task} is miscalibrated**: the served model predicts {ratio:.2f} times what the test days show. "
-                "The order by this score is unaffected; recalibrate before it is multiplied with another or a price."
+                "The order by this score is unaffected; recalibrate it before multiplying it with anything else."
             )
     if results["steps"] < FEW_STEPS:
         lines.append(
-            f"- **Few steps**: every model took {results['steps']} per task. With fewer than some {FEW_STEPS} it is "
+            f"- **Few steps**: every model took {results['steps']} per task. With fewer than about {FEW_STEPS} it is "
             "hardly trained: use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
         )
     return "## Warnings\n\n" + "\n".join(lines) if lines else ""
@@ -235,7 +235,7 @@ def _made(results: Results) -> str:
     masks = f"{config['rounds']} rounds of pruning to" if _searched(results) else "random masks that keep"
     rates = sorted({rate for of_row in results["learning_rates"].values() for rate in of_row.values()})
     text = (
-        f"{data['counts']['rows_read']:,} impressions, {data['counts']['duplicates']:,} of them duplicates that were "
+        f"{data['counts']['rows_read']:,} impressions, of which {data['counts']['duplicates']:,} duplicates were "
         f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
         f"{count(config['epochs'], 'epoch')} of batches of {config['batch_size']} for every model; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; matrix products in {config['dtype']} while training; {masks} "
@@ -262,7 +262,7 @@ def _made(results: Results) -> str:
 def _truth(results: Results) -> str:
     truth = results["data"].get("truth", {})
     parts = ", ".join(f"{key} {value:.4f}" for key, value in truth.items() if isinstance(value, float))
-    return f"The best that the planted truth allows on these days: {parts}." if parts else ""
+    return f"The best values that the planted truth allows on these days: {parts}." if parts else ""
 
 
 def _tickets(results: Results) -> list[str]:
@@ -299,8 +299,8 @@ def _recovery(results: Results) -> str:
         for task, auc in found["auc"].items()
     ]
     text = (
-        "In the simulated log it is known which fields matter for which task. First layer, seed 0: which share of the "
-        "weights the masks keep on inputs planted for a task, and on all others; and how well the number of "
+        "In the simulated log it is known which fields matter for which task. First layer, seed 0: the share of the "
+        "weights that the masks keep on inputs planted for a task, and on all others; and how well the number of "
         "weights that an input keeps tells the two apart (AUC, 0.5 by chance)."
     )
     header = ["masks", "task", "kept: planted for the task", "kept: others", "AUC"]
@@ -323,8 +323,8 @@ def precision_section(results: Results) -> str:
     """Return what each precision of the artefacts serves, as Markdown."""
     tasks = results["data"]["tasks"]
     text = (
-        "Test days, scores as served; the MLP alone in microseconds per request, as timed below; int8 calibrated on "
-        "training rows. A precision is accepted if on the validation days it loses at most "
+        "On the test days: scores as served, and the time of the MLP alone in microseconds per request. int8 is "
+        "calibrated on training rows. A precision is accepted if on the validation days it loses at most "
         f"{TOLERANCE['auc']} of AUC against fp32 and raises the MSE by {TOLERANCE['mse']:.1%} at most."
     )
     header = ["precision"]
@@ -371,8 +371,8 @@ def _latency(results: Results) -> str:
     frozen = next(iter(results["frozen"].values()))
     text = (
         f"All tasks, fp32, {count(frozen['threads'], 'thread')}, engine: {frozen['engine']}; interleaved, medians. "
-        "Dense is torch with the masks multiplied in beforehand; both read ids that are encoded already and embed them "
-        "alike. Above 1, sparse is faster."
+        "Dense is torch with the masks multiplied in beforehand; both read encoded ids and embed them in the same "
+        "way. A ratio above 1 means that sparse is faster."
     )
     header = ["candidates", "sparse, µs", "dense, µs", "ratio", "MLP: sparse, µs", "MLP: dense, µs", "ratio"]
     tables = (

@@ -1,4 +1,4 @@
-"""The whole length of the product: a click log in, a frozen ranker and a report out."""
+"""From a click log to a frozen ranker and a report."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def run(
     progress: Progress = lambda stage, done, total: None,
     resources: Resources | None = None,
 ) -> Finished:
-    """Prepare the data, find masks, train every row, freeze, measure and report; continue where a run stopped.
+    """Prepare the data, find masks, train every row, freeze, measure and report; continue an interrupted run.
 
-    The rows are those that a product is chosen from (`Rows.product`): single-task models, hard sharing, a narrow dense
-    network with as many weights as the masks keep, random masks, and tickets. They are trained by the same harness as
-    experiments, and their controls are the matter of `experiment tickets`. A finished run measures nothing anew.
+    The rows are the candidates for a product (`Rows.product`): single-task models, hard sharing, a narrow dense
+    network with as many weights as the masks keep, random masks, and tickets. The harness that trains them also trains
+    the experiments; `experiment tickets` has their controls. A finished run is not measured again.
 
-    The folder `out` then holds `report.md`, `report.html` and `plots/`; the frozen sparse sharing model of seed 0,
-    `model.safetensors`, calibrated for int8, through random masks or tickets, as the settings or the validation days
-    say; where tickets were searched and are another model, `model_last.safetensors` through the last, sparsest ones;
+    The folder `out` then holds `report.md`, `report.html` and `plots/`; `model.safetensors`, the frozen sparse sharing
+    model of seed 0, calibrated for int8, whose masks (random or tickets) the settings or the validation days choose;
+    `model_last.safetensors`, through the last, sparsest tickets, where tickets were searched and it is another model;
     `results.json`, all figures of the report; `config.json`, the resolved settings; `data/`, the prepared log;
     `singles/`, `searches/` and `trials/`, what was trained; `metrics.jsonl`.
 
@@ -72,15 +72,15 @@ def run(
         out: The run folder.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
-        resources: Processes that train.
+        resources: The processes that train.
 
     Returns:
-        The report, which covers every seed that the folder was asked for so far, and the verdict.
+        The report, which covers every seed that was ever asked for in this folder, and the verdict.
 
     Raises:
-        SettingsError: If `out` holds a run of other settings or of another version, or another process works there.
-        DataError: If `out` holds a run of other data, or the data are not what their schema says.
-        SchemaError: If the schema contradicts itself, or a name in it cannot be one here.
+        SettingsError: If `out` holds a run with other settings or of another version, or another process works there.
+        DataError: If `out` holds a run on other data, or the data do not match their schema.
+        SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
     started = perf_counter()
     source = out / "simulated" if data is None else data
@@ -96,7 +96,7 @@ def run(
     schema = open_source(source).schema
     tasks = tasks_of(schema, settings.tasks)
     _check_names(schema)
-    # What was trained before is of the data as they were then.
+    # Earlier trials were trained on the data as they were then.
     prepared = prepare(source, out / DATA, schema, progress, replace=not begun)
     _check_classes(prepared, source, tasks)
     with locked(out):
@@ -169,7 +169,7 @@ def _measured(
 
 
 def _served(study: Study, masks: str, kinds: Mapping[str, str]) -> str:
-    """Return the row to serve: of masked ones the best on the validation days at seed 0, where there is a choice."""
+    """Return the row to serve: of several masked ones, the best on the validation days at seed 0."""
     masked = {record["row"]: record for record in study.records if record["masks"] and record["seed"] == 0}
     if masks == "tickets":
         return S_WEIGHT
@@ -180,7 +180,7 @@ def _served(study: Study, masks: str, kinds: Mapping[str, str]) -> str:
 
 
 def _earlier(out: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the results of a run that was finished with these settings."""
+    """Return the results of a run that finished with these settings."""
     path = out / RESULTS
     if not path.exists():
         return None
@@ -202,11 +202,13 @@ def _machine() -> dict[str, Any]:
 
 
 def _check_names(schema: Schema) -> None:
-    """Refuse names that a run has no place for, before hours of work."""
+    """Refuse names that a run cannot use, before hours of work."""
     for task in schema.tasks:
-        # A task names a folder of tickets and a part of the models, where "keys" or "train" is a method.
+        # A task names a folder of tickets and parts of the models, in which "keys" or "train" is a method.
         if not re.fullmatch(r"[\w-]+", task.name) or hasattr(nn.ModuleDict(), task.name):
-            raise SchemaError(f"task {task.name!r}: got a name that is taken or no word, wanted letters, digits, _, -")
+            raise SchemaError(
+                f"task {task.name!r}: got a reserved name or other characters, wanted letters, digits, _, -"
+            )
     if any(part.name == "all" for part in schema.slices):
         raise SchemaError("slice 'all': got the name that a report has for all rows, wanted another")
 

@@ -11,10 +11,10 @@ from lt4rec_sparse.recsys.harness.statistics import Summary, is_better, paired_d
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 
 LEGEND = (
-    "Mean ± standard deviation over the seeds; differences are paired over seeds, ± their standard error. Bold is what "
-    "is better than the base by more than its standard error, and no more than that: with five seeds, one of five rows "
-    "that are no better looks so. A single seed has no error. All seeds share the training and the test rows: errors "
-    "say what another start and order would have changed, not what other users would have."
+    "Mean ± standard deviation over the seeds; differences are paired over seeds, ± their standard error. Bold means "
+    "better than the base by more than the standard error. This is a weak sign: with five seeds, about one of five "
+    "rows that are no better is bold by chance. A single seed has no error. All seeds share the training and test "
+    "rows, so the errors say what another start and order would have changed, not what other users would have."
 )
 NOT_KNOWN = "n/a"
 
@@ -66,8 +66,8 @@ def comparison_table(
     lacks seeds is paired with the base at the seeds that both have. Unknown values are "n/a".
 
     Args:
-        records: Of trials, of other rows too. Those of one row and seed that name different tasks are one line (models
-            of single tasks). Those without `split` (tuning) are left out.
+        records: Records of trials, other rows' too. Records of one row and seed that name different tasks (models of
+            single tasks) make one line. Those without `split` (tuning) are left out.
         rows: Row -> its title, in the order of the lines.
         base: The row that all others are compared with.
         tasks: Task -> its kind.
@@ -75,7 +75,7 @@ def comparison_table(
         split: "test" or "validation".
 
     Raises:
-        ValueError: If the base is none of the rows, or two records of a row and seed name the same task.
+        ValueError: If the base is not among the rows, or two records of a row and seed name the same task.
     """
     if base not in rows:
         raise ValueError(f"base: got {base!r}, wanted one of {', '.join(rows)}")
@@ -105,7 +105,7 @@ def further_table(
 ) -> str:
     """Return every other metric and the cost of each row as a Markdown table: means over the seeds.
 
-    Seconds, parameters and multiply-adds of a row of single-task models are those of all its models. Density is the
+    Seconds, parameters and multiply-adds of a row of single-task models are sums over its models. Density is the
     share of the masked weights that a task keeps, 100 % without a mask.
 
     Args:
@@ -135,7 +135,7 @@ def further_table(
         of_row = models.get(row, {})
         line = [title, _seeds(of_row, tasks)]
         line += [_spread(_values(of_row, task, metric).values(), 4) for task, metric in columns]
-        # Without all its tasks a row would seem to cost less.
+        # Without all its tasks, a row would seem to cost less.
         whole = [model for model in of_row.values() if set(tasks) <= set(model.metrics)]
         line += [
             _mean([model.train_seconds for model in whole], ",.1f"),

@@ -188,7 +188,7 @@ def test_what_a_task_would_keep_anyway_it_keeps():
 def test_bad_input_is_named():
     scores, nnz = scores_of(0, 2, 9), {"layers.0": 13, "layers.1": 4}
     with pytest.raises(
-        ValueError, match=r"by which 2 tasks with 13 weights each own 26 in layers.0, wanted at most its 24"
+        ValueError, match=r"with which 2 tasks of 13 weights each own 26 in layers.0, wanted at most its 24"
     ):
         separate(scores, nnz, 0.0)
     with pytest.raises(ValueError, match=r"shared: got 1.5, wanted 0 to 1"):

@@ -60,7 +60,7 @@ def test_dense_gradients_are_those_of_the_dense_weights_and_leave_no_trace():
     before = {name: value.clone().view(torch.uint8) for name, value in mlp.state_dict().items()}
     got = dense_gradients(mlp, lambda: loss_of(mlp, x))
     for name, gradient in wanted.items():
-        # Sums of at most 16 * 8 products, each through three layers.
+        # Sums of at most 16 * 8 terms, each through three layers.
         assert ((got[name] - gradient).abs() <= 2.0**-53 * 400 * (1 + gradient.abs())).all()
         assert (got[name][~mlp.mask()[name]] != 0).any()
     assert all(torch.equal(value.view(torch.uint8), before[name]) for name, value in mlp.state_dict().items())

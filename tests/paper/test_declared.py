@@ -1,4 +1,4 @@
-"""The declared rows: distinct, of the paper's table, each with a learning rate to be had."""
+"""The declared rows: distinct, those of the paper's table, each with a learning rate to take."""
 
 import pytest
 

@@ -57,7 +57,7 @@ def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
     for picture in re.findall(r"\((plots/\w+\.png)\)", text):
         assert (report.parent / picture).stat().st_size > 0
     page = (report.parent / "report.html").read_text(encoding="utf-8")
-    assert 'src="plots/' not in page, "pictures stand within"
+    assert 'src="plots/' not in page, "pictures are embedded"
     trained = {(record["row"], record["seed"], tuple(record["trial"]["tasks"])) for record in records["records"]}
     assert {row for row, _, _ in trained} == set(records["rows"])
     assert {seed for _, seed, _ in trained} == set(range(seeds))

@@ -1,4 +1,4 @@
-"""The figures: what stands in their axes is what the records say, for one and several seeds, two and four tasks."""
+"""The figures: their axes show what the records say, for one and several seeds, two and four tasks."""
 
 import matplotlib as mpl
 import numpy as np
@@ -30,7 +30,7 @@ LEVELS = 6
 
 
 def record_of(row, seed, tasks):
-    """A trial made by hand: no two rows, seeds, tasks or levels alike, and none of them far from the others."""
+    """A trial made by hand: no two rows, seeds, tasks or levels are alike, and none of them is far from the others."""
     place = list(TITLES).index(row)
     rng = np.random.default_rng([place, seed])
     base = {"auc": 0.72 + 0.002 * place, "mse": 0.095 - 0.001 * place}
@@ -134,7 +134,7 @@ def no_text_overlaps(figure):
     figure.set_dpi(mpl.rcParams["savefig.dpi"])  # at which its labels were placed
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [text for text in set(figure.findobj(Text)) if text.get_visible() and text.get_text().strip()]
-    # A tick outside the limits is there and is not drawn.
+    # A tick outside the limits exists but is not drawn.
     hidden = set()
     for axis in figure.axes:
         for side, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):

@@ -229,7 +229,7 @@ def test_the_four_arms_of_table_3():
     own = {"mine": ("x", "x")}
     float32 = table_3_scores({"x": np.full(1, 0.5, np.float32)}, {"x": np.ones(1, np.float32)}, np.ones(1), arms=own)
     assert float32["mine"].dtype == np.float64
-    with pytest.raises(ValueError, match="pctr: got base, wanted s_weight's too, for s_weight_ctr"):
+    with pytest.raises(ValueError, match="pctr: got base, wanted s_weight's too, which s_weight_ctr needs"):
         table_3_scores({"base": pctr["base"]}, pcvr, np.ones(2))
 
 
@@ -239,7 +239,10 @@ def test_the_four_arms_of_table_3():
         ({"scores": {}}, "scores: got no arm"),
         ({"scores": {"x": np.full(8, math.nan)}}, "scores of x: got 8 NaN of 8"),
         ({"scores": {"x": np.zeros(3)}}, r"scores of x: got shape \[3\], wanted \[8\]"),
-        ({"scores": {"random": FIRST}}, "scores: got an arm named random, wanted no name of a reference order"),
+        (
+            {"scores": {"random": FIRST}},
+            "scores: got an arm named random, a reference order, wanted another name",
+        ),
         ({"ks": [0]}, r"ks: got \[0\], wanted different numbers of at least 1"),
         ({"ks": [1, 1]}, "ks: got"),
         ({"ks": []}, "ks: got"),

@@ -196,8 +196,8 @@ def test_a_planted_truth_and_what_masks_found_of_it_stand_in_the_verdict(words):
     results["recovery"] = {S_WEIGHT: found}
     # (0.71 - 0.5) / 0.3 and (0.3 - 0.18) / 0.2.
     assert report.verdict(results).endswith(
-        "; of what the planted truth allows over a constant it reaches 70% (ctr), 60% (cvr), and of the inputs planted "
-        "for a task its masks keep 40% and 10% of the others (ctr), 50% and 20% of the others (cvr)."
+        "; it reaches 70% (ctr), 60% (cvr) of what the planted truth allows over a constant, and its masks keep "
+        "40% of the inputs planted for ctr, 10% of the others; 50% of the inputs planted for cvr, 20% of the others."
     )
     text = words(results)
     assert "The best that the planted truth allows on these days: ctr_auc 0.8000, cvr_mse 0.1000." in text
@@ -248,7 +248,7 @@ def test_every_part_of_the_report_has_its_numbers(words):
     results = results_of(TEST)
     text = words(results)
     assert "12 s on 2 cores (x86_64, AVX2, engine: avx2); lt4rec-sparse 1.2, torch 3.4, Python 3.99." in text
-    assert "3,010 impressions, 10 of them duplicates" in text
+    assert "3,010 impressions, of which 10 duplicates" in text
     assert "one epoch of batches of 512" in text
     assert "2 rounds of pruning to 20% of the hidden weights; one seed." in text
     assert "The slice `tab_0`:" in text

@@ -1,4 +1,4 @@
-"""The whole length: a click log in, a frozen ranker and a report out, stopped and continued anywhere in between."""
+"""A whole run: a click log in, a frozen ranker and a report out, stopped and continued anywhere in between."""
 
 import fcntl
 import json
@@ -44,7 +44,7 @@ def short_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "ROUNDS", 1)
         patch.setattr(frozen, "ROUND_US", 1.0)
-        # The last tickets are to be another model than the best ones: both are frozen then.
+        # The last tickets must be another model than the best ones, so that both are frozen.
         patch.setattr(Laboratory, "_best", lambda lab, task, tickets: tickets[1])
         yield
     torch.set_num_threads(threads)
@@ -249,7 +249,7 @@ def test_where_best_and_last_tickets_are_one_model_one_is_frozen(small_folder, t
 
 
 class StopError(Exception):
-    """The power goes."""
+    """A power failure."""
 
 
 # In the order of a run: the first time that a stage gets so far, the run stops.
@@ -264,7 +264,7 @@ STOPS = (
 
 
 def comparable(folder):
-    """Return all of `results.json` that is no time."""
+    """Return everything in `results.json` except times."""
     results = results_of(folder)
     del results["seconds"]
     for part in results["records"]:
@@ -367,7 +367,7 @@ def test_a_run_of_other_data_is_refused(small_folder, finished, tmp_path):
     other = shutil.copytree(small_folder, tmp_path / "other")
     with pytest.raises(SettingsError, match="got data = log, wanted other"):
         go(other, finished)
-    # Of the same name, and yet not what was trained on.
+    # The same name, but different data.
     changed = other.rename(tmp_path / small_folder.name)
     pq.write_table(pq.read_table(changed / "users.parquet")[:-1], changed / "users.parquet")
     with pytest.raises(DataError, match=r"finished/data: got data of other files.*/log has now, wanted the same"):
@@ -439,7 +439,7 @@ def test_a_run_of_another_version_is_refused(small_folder, tmp_path):
 def test_a_folder_that_another_process_works_in_is_refused(small_folder, again):
     with (again / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # an open file's own, so that it need not be another process
-        with pytest.raises(SettingsError, match="got a folder that another process works in"):
+        with pytest.raises(SettingsError, match="another process works in this folder"):
             go(small_folder, again)
     go(small_folder, again)
 

@@ -160,7 +160,7 @@ class BlockWeight(NamedTuple):
             weight: `[out_features, in_features]`, float32, float16 or bfloat16.
             masks: `[tasks, out_features, in_features]`, bool, True = kept; on the device of `weight`.
             block: The side of a block: 16, 32 or 64.
-            dtype: Of the values, and of the `x` to multiply; float16 or bfloat16.
+            dtype: The dtype of the values, and of the `x` to multiply: float16 or bfloat16.
             together: How many tasks, one after another, read the same rows of `x`: 1, 2 or 4, a divisor of the number
                 of tasks, and at most `128 / block`.
 
@@ -222,7 +222,7 @@ def block_sparse_launch(
 
     Args:
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        weight: Of all tasks.
+        weight: The weight of all tasks.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`; a task's first row follows the last row of the task before. Float32 or the
             dtype of `x`.

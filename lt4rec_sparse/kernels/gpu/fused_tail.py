@@ -189,7 +189,7 @@ def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
 
     Args:
         widths: `in_features`, each hidden layer's, and the head's outputs.
-        dtype: Of `h` and the weights.
+        dtype: The dtype of `h` and the weights.
     """
     if dtype not in DTYPES or len(widths) not in (3, 4) or min(widths) < 1:
         return False
@@ -216,7 +216,7 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
     tasks, out, _ = tail.head.shape
     d1, d0 = first.shape
     d2 = second.shape[0] if second is not None else 1
-    # The smallest stands twice in the table, for none is for few rows alone.
+    # The smallest twice: here no tile is for few rows alone.
     tiles = tiles_of(tail)
     tile = tile or choose_tile((*tiles, tiles[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
     return Launch(

@@ -1,7 +1,7 @@
 """A kernel launch as a value, the tile in which it runs, and the one rule that chooses the tile.
 
 Each kernel lists its tiles in a table beside it, so that every entry can be compiled ahead of time for a GPU that is
-not there (`tests/kernels/gpu/ahead_of_time.py`): without spills for two tasks on sm_80 and sm_90, and on wgmma on sm_90
+absent (`tests/kernels/gpu/ahead_of_time.py`): without spills for two tasks on sm_80 and sm_90, and with wgmma on sm_90
 where the tile has at least 64 rows.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108
 BUSY = 0.75  # of the multiprocessors: a smaller tile would occupy the rest, but reads its operands more often
-FEW_ROWS = 32  # up to which the bytes of the weights are all that counts
-MOST_SHARED_BYTES = 163 * 1024  # of a block on sm_80, which the tables keep within
+FEW_ROWS = 32  # up to this number only the bytes of the weights count
+MOST_SHARED_BYTES = 163 * 1024  # of a block on sm_80; the tables keep within it
 
 
 class Tile(NamedTuple):
@@ -66,10 +66,10 @@ class Launch(NamedTuple):
 
 
 def choose_tile(tiles: Sequence[Tile], rows: int, programs: Callable[[Tile], int], busy: float = BUSY) -> Tile:
-    """Choose from a kernel's table, whose tiles stand largest first and whose last one is for few rows alone.
+    """Choose from a kernel's table, which lists the largest tile first and, last, one for few rows alone.
 
-    It is the largest tile whose programs keep enough of the GPU busy, since a large tile reads its operands from the L2
-    cache less often; if none does, the smallest. Chosen by arithmetic, not yet by a clock.
+    The choice is the largest tile whose programs keep enough of the GPU busy, since a large tile reads its operands
+    from the L2 cache less often; if there is none, the smallest. Chosen by arithmetic, not yet by a clock.
 
     Args:
         tiles: The table.
@@ -83,9 +83,9 @@ def choose_tile(tiles: Sequence[Tile], rows: int, programs: Callable[[Tile], int
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """Name the row of a table for operands of `dtype`; `precision` is "ieee" or "tf32", and counts in float32.
+    """Name the row of a table for operands of `dtype`; `precision` ("ieee" or "tf32") matters only in float32.
 
-    "16" is float16 and bfloat16, "fp32" is IEEE arithmetic on the ordinary cores, "tf32" is as it says.
+    "16" is float16 and bfloat16, "fp32" is IEEE arithmetic on the ordinary cores, "tf32" is TF32 on the tensor cores.
     """
     if dtype != torch.float32:
         return "16"
@@ -94,7 +94,7 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
 
 @cache
 def has_room(device: torch.device) -> bool:
-    """Tell whether every tile fits into a block's shared memory there: as on an A100, H100 or B200.
+    """Tell whether every tile fits into a block's shared memory on a device, as on an A100, H100 or B200.
 
     The consumer chips of the same generations have 99 KB. Under the interpreter everything fits.
     """

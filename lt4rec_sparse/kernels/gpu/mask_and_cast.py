@@ -1,11 +1,11 @@
 """The other way to a masked product: one kernel multiplies the masks in and casts, then cuBLAS multiplies.
 
-It reads the weight once and writes a copy per task, which a large batch pays back: its product has no words to expand.
-The gradient of the weight is cuBLAS' product per task, masked and added up by one kernel. Same arguments and results as
-`masked_matmul`.
+It reads the weight once and writes a copy per task. A large batch repays that: its product expands no mask words.
+The gradient of the weight is cuBLAS' product per task, masked and added up by one kernel. Same arguments and results
+as `masked_matmul`.
 
-Rows that do not start at multiples of 16 bytes are slow everywhere, in cuBLAS too: here the copies, and `x`, are padded
-with columns of zeros.
+Rows that do not start at multiples of 16 bytes are slow everywhere, also in cuBLAS: here the copies, and `x`, are
+padded with columns of zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNMENT = 8  # columns: 16 bytes of 16-bit elements
 def mask_and_cast_kernel(
     weight_ptr, words_ptr, out_ptr, N, K, W, stride_wn, stride_on, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    # out[task, n, k] = weight[n, k] where task keeps it, else zero, as past the last column; axis 2 is the tasks.
+    # out[task, n, k] = weight[n, k] where the task keeps it, else zero; zero past the last column. Axis 2: tasks.
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
@@ -62,7 +62,7 @@ def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activ
     bias = x.new_zeros(len(weight)) if bias is None else bias.to(x.dtype)
     y = x.new_empty(*x.shape[:2], len(weight))
     for x_of_task, w, rows in zip(x, masked, y, strict=True):
-        torch.addmm(bias, x_of_task, w.T, out=rows)  # the bias is in the product's epilogue, as in no batched product
+        torch.addmm(bias, x_of_task, w.T, out=rows)  # adds the bias in its epilogue, unlike batched products
     return y.relu_() if activation == "relu" else y  # cuBLAS' own ReLU makes no promise for NaN
 
 

@@ -13,15 +13,15 @@ from lt4rec_sparse.kernels.gpu.launch import has_room
 from lt4rec_sparse.masks import pack_words
 
 PATHS = ("triton", "cublas")
-# Rows of a task from which on one kernel masks and casts, then cuBLAS multiplies: decoding costs 4 to 5 instructions
-# per weight and row tile, and cuBLAS has the better main loop. Predicted, to be measured.
+# From this number of rows per task on, one kernel masks and casts, then cuBLAS multiplies: decoding costs 4 to 5
+# instructions per weight and row tile, and cuBLAS has the better main loop. Predicted, to be measured.
 CUBLAS_ROWS = 4096
 _forced: list[str] = []  # not a context variable: autograd runs the backward pass of a GPU in a thread of its own
 
 
 @contextmanager
 def forced_path(path: str) -> Iterator[None]:
-    """Let every masked product run by "triton" or by "cublas": for tests and benchmarks."""
+    """Run every masked product by "triton" or by "cublas": for tests and benchmarks."""
     if path not in PATHS:
         raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
     _forced.append(path)
@@ -57,12 +57,12 @@ def masked_linear_wgrad(dy: Tensor, x: Tensor, masks: Tensor, dtype: torch.dtype
 
 
 def precision() -> str:
-    """Name the arithmetic of float32 products, as torch is told: "ieee", or "tf32" where it may be faster."""
+    """Name the arithmetic of float32 products that torch is set to: "ieee", or "tf32" where torch allows it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _path(t: Tensor, out_features: int, in_features: int) -> str:
-    """Choose for `[tasks, rows, features]`, one of the operands."""
+    """Choose the kernels for one of the operands, `[tasks, rows, features]`."""
     if _forced:
         return _forced[-1]
     # Rows of a width that 16 does not divide are not aligned: the kernels would load them element by element.

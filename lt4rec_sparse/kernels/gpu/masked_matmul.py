@@ -204,11 +204,11 @@ def forward_launch(
 
     Args:
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        weight: Of all tasks.
+        weight: The weight of all tasks.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`, contiguous: where the result goes.
         activation: "none", "relu" or "sigmoid".
-        precision: Of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `FORWARD`.
     """
     (n, k), tasks, rows = weight.shape, weight.tasks, x.shape[1]
@@ -267,7 +267,7 @@ def dgrad_launch(
         weight: `[out_features, in_features]`, neighbouring elements in its rows.
         words: `[tasks, out_features, W]`.
         dx: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for the sum; contiguous.
-        precision: Of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `DGRAD`.
     """
     (n, k), (tasks, rows, _) = weight.shape, dy.shape
@@ -340,7 +340,7 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
         words: `[tasks, out_features, W]`.
         dw: `[shares, out_features, in_features]`, contiguous; as many shares for each group of tasks that a program
             serves. Their sum is the result.
-        precision: Of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `WGRAD`.
     """
     (shares, n, k), (tasks, rows, _) = dw.shape, dy.shape

@@ -1,4 +1,4 @@
-"""A frozen network on a GPU: a chain of runs over its layers, prepacked, and what runs there are (`runs`)."""
+"""A frozen network on a GPU: a chain of prepacked runs over its layers, and the list of runs that fit (`runs`)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
 from lt4rec_sparse.network import FrozenNetwork
 
 Span = tuple[str, int, int]  # the name of a way, and the first and last layer that it runs
-# Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too: widths are padded, those
-# of x so that the tiles' steps divide it, by columns of zeros and by neurons whose bias and weights are zeros.
+# Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too. So widths are padded,
+# those of x so that the tiles' steps divide it, with columns of zeros and with neurons whose bias and weights are zero.
 X_ALIGNMENT, ALIGNMENT, HEAD_ALIGNMENT = 64, 16, 8
-MAX_BLOCK_DENSITY = 0.6  # of kept blocks; beyond it walking them cannot win over a dense product
+MAX_BLOCK_DENSITY = 0.6  # of kept blocks; above it, walking them cannot beat a dense product
 
 
 class Layer(NamedTuple):
-    """One layer of all tasks, dense on the CPU, as runs are prepacked from it."""
+    """One layer of all tasks, dense on the CPU, from which runs are prepacked."""
 
     # float32 [out_features, in_features], which the masks select from; None if tasks have their own, as heads
     weight: Tensor | None
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 class Compacted(Protocol):
-    """What `nn.compaction.compact` returns."""
+    """The result of `nn.compaction.compact`."""
 
     columns: Tensor
     tasks: list[list[Any]]
@@ -61,16 +61,16 @@ class GpuNetwork(NamedTuple):
     """A chain of runs over all layers."""
 
     runs: tuple[Run, ...]
-    padded: int  # columns of x as the runs read it; what comes with fewer is padded with zeros
+    padded: int  # columns of x as the runs read it; an x with fewer columns is padded with zeros
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Score `x [rows, in_features]`, or padded with zeros already, for all tasks.
+        """Score `x [rows, in_features]`, which may be padded with zeros already, for all tasks.
 
         Returns:
-            `[rows, tasks * out_features]`, float32: the tasks side by side.
+            `[rows, tasks * out_features]`, float32, with the tasks side by side.
         """
-        if torch.is_autocast_enabled(x.device.type):  # the dtypes are chosen already
+        if torch.is_autocast_enabled(x.device.type):  # the chain has chosen its dtypes
             with torch.autocast(x.device.type, enabled=False):
                 return self(x)
         x = x.to(self.dtype)
@@ -83,7 +83,7 @@ class GpuNetwork(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights stand."""
+        """The device of the weights."""
         return next(_tensors(self.runs)).device
 
     @property
@@ -93,7 +93,7 @@ class GpuNetwork(NamedTuple):
 
 
 def layers_of(network: FrozenNetwork) -> list[Layer]:
-    """Return the layers of a frozen network as runs are prepacked from them, every inner width padded.
+    """Return the layers of a frozen network, ready to prepack runs from, with every inner width padded.
 
     Raises:
         ValueError: If heads end in different activations: on a GPU they are one layer.
@@ -129,7 +129,7 @@ def prepack_run(
     device: torch.device,
     compacted: Compacted | None = None,
 ) -> Run:
-    """Prepack what one run reads, of the layers of `layers_of`.
+    """Prepack what one run reads, from the layers of `layers_of`.
 
     Raises:
         ValueError: If there is no such way, or the layers do not allow it.
@@ -146,7 +146,7 @@ def prepack_run(
         tail = _dense_tail(layers[first : last + 1], dtype, device)
         if kernel == "tail dense":
             return tail
-        # Of a priority of their own: torch hands out 32 streams of each, in turn.
+        # Streams of a priority of their own: torch hands out 32 of each priority, in turn.
         sides = (torch.cuda.Stream(device, priority=-1) for _ in range(tasks - 1))  # type: ignore[no-untyped-call]
         return BranchedTailRun(tail, tuple(sides))
     if kernel.startswith("tail "):
@@ -174,7 +174,7 @@ def prepack_run(
             is_last,
         )
     if kernel == "2:4":
-        if not _is_2_4(layer.masks):  # torch would drop what is more, in silence
+        if not _is_2_4(layer.masks):  # torch would silently drop the surplus
             raise ValueError("2:4: got masks that keep more than two of four, wanted lottery.project_to_2_4's")
         weights = tuple(torch.sparse.to_sparse_semi_structured(w) for w in layer.masked.to(device, dtype))
         return SemiStructuredRun(weights, bias.to(dtype), layer.activation)
@@ -207,7 +207,7 @@ def spans(
 
 
 def tail_spans(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> Iterator[Span]:
-    """Yield every run of the last layers together, the longest first."""
+    """Yield every run that combines the last layers, the longest first."""
     last = len(layers) - 1
     for first in range(1, last):
         tail = layers[first:]
@@ -224,7 +224,7 @@ def tail_spans(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device
 
 
 def default_chain(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> list[Span]:
-    """Return the chain that paper arithmetic favours: dense layers, then the longest tail that fits, in one launch."""
+    """Return the chain predicted to be fastest: dense layers, then the longest tail that fits, in one launch."""
     fitting = [span for span in tail_spans(layers, dtype, device) if span[0] == "tail premasked"]
     tail = fitting[:1] if has_room(device) else []
     first = tail[0][1] if tail else len(layers)
@@ -292,7 +292,7 @@ def _dense_tail(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
 def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device) -> CompactRun:
     tasks = [_aligned(layers) for layers in compacted.tasks]
     columns = compacted.columns
-    # What pads them is read again, by weights of zero.
+    # The padding is read again, by weights of zero.
     columns = torch.cat([columns, columns[:1].expand(-len(columns) % ALIGNMENT)])
 
     def put(t: Tensor, is_last: bool = False) -> Tensor:
@@ -312,7 +312,7 @@ def _compact_run(compacted: Compacted, dtype: torch.dtype, device: torch.device)
 
 
 def _aligned(layers: Sequence[Any]) -> list[Layer]:
-    """Pad one task's compact layers as `layers_of` does, the columns of x as the inner widths."""
+    """Pad one task's compact layers as `layers_of` does, with the columns of x like the inner widths."""
     aligned = []
     for i, (weight, bias, activation) in enumerate(layers):
         rows = 0 if i == len(layers) - 1 else -len(weight) % ALIGNMENT

@@ -1,4 +1,4 @@
-"""The ways to run a layer of a frozen network on a GPU, each with what it reads, prepacked.
+"""The ways to run a layer of a frozen network on a GPU, each with its prepacked weights.
 
 A *run* takes activations `[tasks, rows, in_features]`, or `[1, rows, in_features]` of an input that all tasks read, and
 returns `[tasks, rows, out_features]`, in float32 where its layer is the network's last. The ways, by the names that
@@ -7,12 +7,12 @@ plans use:
 - "dense": the masks multiplied in beforehand, cuBLAS; the first layer of all tasks in one product, later ones in one
   batched product. "apart": the later ones task by task, each with its ReLU in the product's epilogue.
 - "premasked", "masked": the Triton product of `masked_matmul`, from that layout of `weights`.
-- "tail premasked", "tail masked": `fused_tail`, from there to the scores in one launch.
+- "tail premasked", "tail masked": `fused_tail`, from that layer to the scores in one launch.
 - "tail dense", "tail branches": the same layers by cuBLAS, task after task with bias and ReLU in the epilogues, or the
   tasks side by side as branches of a CUDA graph.
 - "block16", "block32", "block64": `block_sparse`.
 - "2:4": torch's semi-structured tensors, on the sparse tensor cores, for masks that keep two of four.
-- "compact": the whole network, as what of it still computes (`nn.compaction`), dense.
+- "compact": the whole network without what is dead in it (`nn.compaction`), dense.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lt4rec_sparse.network import ACTIVATIONS
 
 
 class StackedRun(NamedTuple):
-    """A dense layer on an input that all tasks read: one product, its neurons task beside task."""
+    """A dense layer on an input that all tasks read: one product for the neurons of all tasks side by side."""
 
     weight: Tensor  # [tasks * N, K]
     bias: Tensor  # [tasks * N]
@@ -59,7 +59,7 @@ class BatchedRun(NamedTuple):
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
         weight, activate = self.weight.transpose(1, 2), ACTIVATIONS[self.activation]
-        if self.is_last:  # logits are not rounded to 16 bits: scores would be full of ties
+        if self.is_last:  # not rounded to 16 bits, which would give many scores ties
             return activate(matmul(h, weight, torch.float32).add_(self.bias))
         return activate(torch.baddbmm(self.bias, h, weight))
 
@@ -128,7 +128,7 @@ class TailRun(NamedTuple):
 class DenseTailRun(NamedTuple):
     """The layers after the first and the head, dense, task by task."""
 
-    weights: tuple[Tensor, ...]  # of each layer [tasks, N, K]; the head's outputs padded, which cuBLAS is slow without
+    weights: tuple[Tensor, ...]  # of each layer [tasks, N, K]; the head's outputs are padded: cuBLAS is slow otherwise
     biases: tuple[Tensor, ...]  # of each layer [tasks, N]
     outputs: int  # of the head
     activation: str  # of the head
@@ -138,7 +138,7 @@ class DenseTailRun(NamedTuple):
         return torch.stack([self.task(h[t], t) for t in range(len(h))])
 
     def task(self, h: Tensor, task: int) -> Tensor:
-        """Return one task's outputs, of its own `h [rows, in_features]`."""
+        """Return one task's outputs, from its own `h [rows, in_features]`."""
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = _dense(h, weight[task], bias[task], "none" if i == last else "relu", i == last)
@@ -182,7 +182,7 @@ class CompactRun(NamedTuple):
     """The whole network without what is dead in it: each task has its own widths."""
 
     columns: Tensor  # int64, of x
-    weights: tuple[tuple[Tensor, ...], ...]  # of each task; the first stand in `first`
+    weights: tuple[tuple[Tensor, ...], ...]  # of each task; the first layers are in `first`
     biases: tuple[tuple[Tensor, ...], ...]
     activations: tuple[tuple[str, ...], ...]  # of each task, its first layer's too
     first: Tensor | None  # [sum of widths, K]; None where a task has one layer only
@@ -223,7 +223,7 @@ def _result(h: Tensor, tasks: int, outputs: int, is_last: bool) -> Tensor:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:
-    """`activation(x @ weight.T + bias)`; of a last layer in float32."""
+    """`activation(x @ weight.T + bias)`; for the last layer in float32."""
     if is_last:
         return ACTIVATIONS[activation](matmul(x, weight.T, torch.float32).add_(bias))
     if activation == "relu":

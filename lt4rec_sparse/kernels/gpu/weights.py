@@ -42,7 +42,7 @@ class Weight(NamedTuple):
             weight: `[out_features, in_features]`.
             masks: `[tasks, out_features, in_features]`, bool, True = kept.
             format: One of `FORMATS`.
-            dtype: Of the values.
+            dtype: The dtype of the values.
             device: Where they go.
 
         Raises:

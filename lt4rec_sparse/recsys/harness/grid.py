@@ -27,7 +27,7 @@ class Job:
     Attributes:
         function: A module-level function, which leaves its result on disk.
         arguments: Plain data that can be pickled.
-        needs: Keys of jobs that must be done before.
+        needs: Keys of jobs that must end before it starts.
     """
 
     function: Callable[..., Any]
@@ -49,9 +49,9 @@ def run_jobs(
 ) -> dict[Hashable, Any]:
     """Run jobs side by side, each after the jobs that it needs, and return their results.
 
-    A worker is a process with one thread: two trainings with one thread each end sooner than one after the other with
-    two threads. If a job fails, running jobs are waited for, no further one starts, and its error is raised; results
-    so far are on disk.
+    A worker is a process with one thread: two trainings with one thread each, side by side, end sooner than one after
+    the other with two threads. If a job fails, running jobs finish, no other one starts, and its error is raised; the
+    results so far are on disk.
 
     Args:
         jobs: Key -> job. Jobs that are ready at the same time start in this order.
@@ -62,7 +62,7 @@ def run_jobs(
 
     Raises:
         InputError: If there is no such executor, or Ray is not installed.
-        ValueError: If a job needs something that is no job, or two jobs need each other.
+        ValueError: If a job needs a key that has no job, or two jobs need each other.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")

@@ -1,4 +1,4 @@
-"""Trials as jobs: what must be trained before what, so that nothing is trained twice or waits without need."""
+"""Trials as jobs: what must be trained before what, so that nothing is trained twice or waits needlessly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lt4rec_sparse.recsys.harness.starts import warm_name
 from lt4rec_sparse.recsys.harness.trials import Search, Training, Trial
 
 DATA = "data"
-TRAINED = ("singles", "searches", "trials")  # where the laboratory leaves what it trained
+TRAINED = ("singles", "searches", "trials")  # the folders of what the laboratory trained
 
 
 def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
@@ -28,7 +28,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     trials = list(dict.fromkeys(trials))
     known = set(trials)
     jobs: dict[Hashable, Job] = {}
-    of_trials: dict[Hashable, Job] = {}  # after all searches: the longest chains of jobs begin with these
+    of_trials: dict[Hashable, Job] = {}  # after all searches, which begin the longest chains
     deepest: dict[Hashable, Search] = {}
     for trial in trials:
         if trial.masks is not None and trial.masks.searches:
@@ -37,7 +37,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
                 deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
 
     def started(search: Search, trial: Trial, task: str) -> Hashable:
-        """Return the job that a search of a task begins from."""
+        """Return the job that a task's search starts from."""
         if search.training.warm_up:
             key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
             jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
@@ -64,7 +64,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
                 needs.append(key)
             twin = replace(trial, masks=replace(masks, level="best"))
             if twin != trial and twin in known:
-                needs.append(twin)  # the best tickets may be the last ones: then one of the two is trained
+                needs.append(twin)  # if the best tickets are the last ones, only one of the two is trained
         elif masks.scores:
             needs += [single(masks.search.training.of(task), task, trial.seed) for task in trial.tasks]
         elif masks.search.training.warm_up:
@@ -74,12 +74,12 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
 
 
 def has_trained(folder: Path) -> bool:
-    """Return whether anything was trained on the log of a folder: then it may not become another."""
+    """Return whether anything was trained on the log of a folder; if so, the log may not change."""
     return any((folder / name).exists() for name in TRAINED)
 
 
 def _search_key(trial: Trial, task: str) -> Hashable:
-    """Return what tells a search of a task from others; those that go less far are parts of the deepest."""
+    """Return what tells a task's search from others; shallower searches are parts of the deepest one."""
     assert trial.masks is not None
     search = trial.masks.search
     warm = warm_name(search.training, trial.tasks) if search.training.warm_up else ""

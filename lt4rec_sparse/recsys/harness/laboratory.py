@@ -1,4 +1,4 @@
-"""Where trials are carried out: each leaves its trained weights and its record on disk and is read back from there."""
+"""Carries out trials: each leaves its trained weights and its record on disk, from which they are read again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Laboratory:
 
     Args:
         prepared: The data.
-        folder: Where everything is left: `singles/`, `searches/`, `trials/`, `metrics.jsonl`.
+        folder: The folder for all results: `singles/`, `searches/`, `trials/`, `metrics.jsonl`.
     """
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
@@ -54,7 +54,7 @@ class Laboratory:
         self.kinds = self.starts.kinds
 
     def run(self, trial: Trial) -> dict[str, Any]:
-        """Return a trial's record; train and judge it first, if that was not done."""
+        """Return a trial's record; train and judge it first if that is not done."""
         path = self.starts.made("trials", f"{trial.key}.json")
         if not path.exists():
             record = self._run(trial)
@@ -136,11 +136,11 @@ class Laboratory:
         return seconds
 
     def _new(self, trial: Trial) -> nn.Module:
-        """Return the model of a trial as it starts: its weights, behind its masks."""
+        """Return the model of a trial as it starts: initial weights behind its masks."""
         if trial.model != "sparse_sharing":
             return self.starts.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
         seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
-        # The search's warm-up, so that tickets are trained from where they were found.
+        # The warm-up of the search, so that tickets train from the weights that they were found with.
         training = trial.masks.search.training if trial.masks else trial.training
         model: SparseSharing = self.starts.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
         mlp = model.mlp
@@ -182,7 +182,7 @@ class Laboratory:
         return unanimous(scores, nnz)
 
     def _best(self, task: str, tickets: Sequence[Ticket]) -> Ticket:
-        """Return a task's best ticket on the validation days, or the only one."""
+        """Return a task's best ticket on the validation days, or its only one."""
         if len(tickets) == 1:
             return tickets[0]
         metric = MAIN_METRIC[self.kinds[task]]
@@ -193,7 +193,7 @@ class Laboratory:
         return len(trial.tasks) == 1 and trial == plain and not trial.training.warm_up
 
     def _state_file(self, trial: Trial, model: nn.Module) -> Path:
-        """Return where the trained weights stand: trials whose masks are the same weights have one training."""
+        """Return the path of the trained weights; trials whose masks are equal share one training."""
         if self._is_single(trial):
             return self.starts.single_file(trial.training, trial.tasks[0], trial.seed)
         settings: dict[str, Any] = replace(trial, masks=None, is_tested=True).to_plain()

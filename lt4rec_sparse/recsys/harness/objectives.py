@@ -13,7 +13,7 @@ from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_spa
 from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
 from lt4rec_sparse.recsys.training.objectives import forward, logits_of, rows_of
 
-PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # what `Training.dtype` is to autocast
+PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # `Training.dtype` -> dtype of `torch.autocast`
 DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
@@ -46,7 +46,7 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
     Args:
         trial: The trial.
         kinds: Task -> kind of its label.
-        carried: The columns that the log carries beside its features.
+        carried: The columns that the log carries in addition to its features.
     """
     ratios = [task for task in trial.tasks if kinds[task] == "ratio"]
     if trial.conflict is not None and len(ratios) != 1:

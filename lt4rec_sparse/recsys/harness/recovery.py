@@ -23,8 +23,8 @@ def recovery(lab: Laboratory, trial: Trial, truth: Mapping[str, str]) -> dict[st
     """Compare a trial's first-layer masks with what was planted.
 
     Args:
-        lab: Where it was trained.
-        trial: With masks, of the tasks `PLANTED`.
+        lab: The laboratory that trained it.
+        trial: A trial with masks, of the tasks `PLANTED`.
         truth: Column -> its kind: "fields" of the simulator's `truth.json`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rows of tables: a model for all tasks, or a model per task, declared as trials; and the rows that a product needs."""
+"""Rows of tables, declared as trials: a model for all tasks, or one model per task; and the rows of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 
 BASE, HARD, S_WEIGHT, S_WEIGHT_LAST = "base", "hard_sharing", "s_weight", "s_weight_last"
 RANDOM, RANDOM_RESCALED, SMALL = "random", "random_rescaled", "_small"
-NARROW = 0.25  # of the widths: a dense network of some 20 % of the weights, where the first layer has most of them
+NARROW = 0.25  # of the widths: a dense network of some 20 % of the weights, since the first layer has most of them
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Row:
     Attributes:
         key: Its name in files.
         title: Its name in reports.
-        trials: At seed 0; those of other seeds are made from them.
+        trials: Its trials at seed 0; trials at other seeds are made from them.
         rate_of: The row whose learning rates it trains with; its own key if it searches them.
     """
 
@@ -42,7 +42,7 @@ class Rows:
     Attributes:
         tasks: The tasks, the densest first.
         training: How every row trains unless a row says otherwise; learning rates may be searched.
-        search_rates: Task -> learning rate of its mask search: that of its single-task baseline.
+        search_rates: Task -> learning rate of its mask search, which is that of its single-task baseline.
         rounds: Rounds of pruning.
         density: Share of the weights kept by random masks and by the tickets of the last round.
         granularity: The unit of pruning.
@@ -63,11 +63,11 @@ class Rows:
         return Row(BASE, "base (single-task)", trials, BASE)
 
     def hard(self) -> Row:
-        """Return hard sharing as the paper has it: shared embeddings, an MLP and a step per task."""
+        """Return hard sharing as in the paper: shared embeddings, an MLP, and one step per task."""
         return self.dense(HARD, "hard sharing", "alternating")
 
     def small(self) -> list[Row]:
-        """Return single-task models and hard sharing at narrow widths: what sparse networks of their cost must beat."""
+        """Return single-task models and hard sharing at narrow widths, which equally costly sparse ones must beat."""
         widths = scaled(self.training.hidden, self.narrow)
         narrow = replace(self, training=replace(self.training, hidden=widths))
         return [
@@ -81,7 +81,7 @@ class Rows:
         ]
 
     def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
-        """Return a multi-task model without masks; its key names the objective if that is not its authors'."""
+        """Return a multi-task model without masks; its key names the objective if it is not the one of its authors."""
         usual = "alternating" if model == HARD else "joint"
         key = model if objective == usual else f"{model}_{objective}"
         trial = Trial(
@@ -90,13 +90,13 @@ class Rows:
         return Row(key, title, (trial,), key)
 
     def search(self, **changes: Any) -> Search:
-        """Return the paper's search with some changes; each task at the rate of its baseline."""
+        """Return the paper's search with some changes; each task has the learning rate of its baseline."""
         search = Search(self.training, granularity=self.granularity, rounds=self.rounds, density=self.density)
         search = replace(search, **changes)
         return replace(search, training=search.training.at(dict(self.search_rates)))
 
     def tickets(self) -> list[Row]:
-        """Return the paper's models: through each task's best ticket, and through the last ones."""
+        """Return the paper's models, one through each task's best ticket and one through the last tickets."""
         best = Masks(search=self.search())
         return [
             self.sparse(S_WEIGHT, "S-Weight", best),
@@ -104,7 +104,7 @@ class Rows:
         ]
 
     def random(self) -> list[Row]:
-        """Return random masks, with the weights as they are drawn and scaled up to their density."""
+        """Return random masks, once with the initial weights as drawn and once scaled up for the density."""
         masks, title = Masks("random", self.search()), f"random masks at {self.density * 100:g} %"
         scaled_up = replace(masks, rescale=True)
         return [
@@ -135,7 +135,7 @@ class Rows:
         return Row(key, title, (trial,), rate_of)
 
     def product(self, masks: str) -> list[Row]:
-        """Return what a ranker is chosen from and held against; controls are the matter of experiments.
+        """Return the rows among which a run chooses its ranker, and their baselines; controls belong to experiments.
 
         Args:
             masks: "random", "tickets", or "best" for both.
@@ -155,8 +155,8 @@ def scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
 def narrow_factor(in_features: int, hidden: Sequence[int], density: float) -> float:
     """Return the factor of all hidden widths at which a dense MLP has `density` times the weights.
 
-    The positive root of `first f + rest f^2 = density (first + rest)`, of the first layer's and the other layers'
-    weights: the first grows with its width, the others with the square.
+    The positive root of `first f + rest f^2 = density (first + rest)`, where `first` counts the weights of the first
+    layer, which grow with the width, and `rest` those of the other layers, which grow with its square.
 
     >>> round(narrow_factor(1000, (100, 100), 0.2), 3)
     0.216

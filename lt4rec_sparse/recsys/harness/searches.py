@@ -1,4 +1,4 @@
-"""Where masks come from: the tickets of a search, task by task; each is found once and then read back."""
+"""The source of masks: the tickets of a search, task by task; each is found once and then read back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Searches:
     """Finds tickets from the starts of a log.
 
     Args:
-        starts: Trains; searches are left in `searches/` of its folder.
+        starts: Trains the networks; searches are left in `searches/` of its folder.
     """
 
     def __init__(self, starts: Starts) -> None:
@@ -39,7 +39,7 @@ class Searches:
             search: How to search.
             task: The task.
             tasks: The tasks that the warm-up trains, if there is one.
-            seed: Of the start and the order of the rows.
+            seed: Seed of the start and of the order of the rows.
         """
         folder = self._folder(search, task, tasks, seed)
         return (self._rounds if search.method == "rounds" else self._cheap)(search, task, tasks, seed, folder)
@@ -47,7 +47,7 @@ class Searches:
     def seconds(self, masks: Masks, tasks: tuple[str, ...], seed: int) -> float:
         """Return the seconds of every training that these masks need, baselines and warm-up included.
 
-        A last ticket needs no training of its own; the best one does, to be known as the best.
+        A last ticket needs no training of its own; a best ticket does, since its metrics must be known.
         """
         search = masks.search
         total = self.starts.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
@@ -79,7 +79,7 @@ class Searches:
 
         def train_and_judge(level: int) -> Mapping[str, float]:
             if level == 0 and not training.warm_up:
-                # Late rewinding changes nothing here: its state comes from this very training.
+                # Late rewinding changes nothing here: the state to rewind to comes from this very training.
                 record = starts.single(training, task, seed)
                 model.load_state_dict(load_file(starts.single_file(training, task, seed)))
                 seconds, judged = record["seconds"], record["validation"]
@@ -117,12 +117,12 @@ class Searches:
         return load_file(path)
 
     def _cheap(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
-        """Find one pruned ticket in one training, which for "one_shot" is the baseline's."""
+        """Find one pruned ticket in one training; for "one_shot" that training is the baseline's."""
         saved, judged = folder / "level_1.mask.safetensors", folder / "level_1.json"
         if not judged.exists():
             model = self.starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
             full = model.mlp.mask()
-            metrics: Mapping[str, float] = {}  # nothing was trained through a mask of one shot
+            metrics: Mapping[str, float] = {}  # one-shot pruning trains nothing through its mask
             if search.method == "one_shot":
                 nnz = wanted_nnz(full, search.density, search.scope)
                 mask = prune_by_magnitude(self.scores(search, task, seed), full, nnz, search.granularity)
@@ -140,7 +140,7 @@ class Searches:
     def _train_moving(
         self, search: Search, task: str, model: SparseSharing, folder: Path, seed: int
     ) -> tuple[Mapping[str, float], float]:
-        """Train a model whose mask moves meanwhile; return its metrics and the seconds."""
+        """Train a model while its mask moves; return its metrics and the seconds."""
         starts, training = self.starts, search.training.of(task)
         mlp = model.mlp
         objective = objectives.plain(training, (task,), starts.kinds)

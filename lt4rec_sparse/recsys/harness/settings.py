@@ -21,7 +21,7 @@ MASKS = ("best", "random", "tickets")
 
 
 class SettingsError(InputError):
-    """A setting outside its range, or a run folder that was made with others."""
+    """A setting outside its range, or a run folder that was made with other settings."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
 
 
 def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
-    """Return whether a run was begun in the folder, and check that it was one of the same data and settings.
+    """Return whether a run was begun in the folder; if so, check that its data and settings are the same.
 
-    More seeds than before are welcome: the run adds them.
+    The number of seeds may be larger than before: the run adds them.
 
     Raises:
-        SettingsError: If it was a run of other data or settings (the first difference is named), of an earlier version,
-            or no run.
+        SettingsError: If it was a run with other data or settings (the first difference is named), of an earlier
+            version, or no run.
     """
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
@@ -147,7 +147,7 @@ def with_seeds_of(folder: Path, settings: RunSettings) -> RunSettings:
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, Any]:
-    """Write `config.json` and return its content: from here on the folder is a run of these data and settings."""
+    """Write `config.json` and return its content; from then on the folder is a run of these data and settings."""
     config = _config(data, settings)
     write_whole(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     return config
@@ -155,12 +155,12 @@ def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile; a process that dies lets go of it.
+    """Keep other processes out of a folder meanwhile; a process that dies releases it.
 
     Raises:
         SettingsError: If another process works there.
     """
-    import fcntl  # POSIX only, as is whoever trains
+    import fcntl  # POSIX only, like training
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -168,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SettingsError(
-                f"{folder}: got a folder that another process works in, wanted to wait for it, or another --out"
+                f"{folder}: another process works in this folder, wanted to wait for it, or another --out"
             ) from error
         yield
 

@@ -1,4 +1,4 @@
-"""Where every training of a log begins, and how it runs: networks at a seed's start, baselines, warm-ups."""
+"""The start and the course of every training on a log: networks at a seed's start, baselines, warm-ups."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Starts:
     Args:
         prepared: The data.
         folder: Baselines and warm-ups are left in its `singles/`; training losses and metrics are appended to its
-            `metrics.jsonl`, a line per epoch and task, and per judgement. A training that was interrupted may repeat
-            a line.
+            `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted training may repeat a
+            line.
     """
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
@@ -62,11 +62,11 @@ class Starts:
         return cast(dict[str, Any], record)
 
     def single_file(self, training: Training, task: str, seed: int) -> Path:
-        """Return where the trained weights of a single-task baseline stand."""
+        """Return the path of the trained weights of a single-task baseline."""
         return self.made("singles", f"{task}-{digest(asdict(training))}-seed_{seed}.safetensors")
 
     def warm(self, training: Training, tasks: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], float]:
-        """Return the shared network after its warm-up, all tasks and full masks, and the seconds that it took."""
+        """Return the shared network after its warm-up, with all tasks and full masks, and the seconds that it took."""
         path = self.made("singles", f"{warm_name(training, tasks)}-seed_{seed}.safetensors")
         took = path.with_suffix(".seconds")
         if not path.exists():
@@ -117,7 +117,7 @@ class Starts:
         return len(self.prepared.stream("train", training.batch_size))  # not `stream`, whose cached rows would go
 
     def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
-        """Return the optimiser of a training, every task's steps at the task's learning rate."""
+        """Return a training's optimiser: every task's steps have the task's learning rate."""
         return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
 
     def train(
@@ -143,15 +143,15 @@ class Starts:
             model: Trained in place.
             objective: What a batch does to it.
             training: Learning rates, epochs and batches.
-            seed: Of the order of the rows.
+            seed: Seed of the order of the rows.
             optimizer: None for a new one.
-            batches: Stop after that many; None for all.
+            batches: Stop after this many; None for all.
             skip: How many batches to skip at the start.
-            after_batch: See `training.train`; it has a state.
+            after_batch: See `training.train`; it has a state of its own.
             has_state: Whether the objective has a state of its own.
         """
         stream = self.stream("train", training.batch_size, seed)
-        next(stream.epoch(0))  # decoded before the clock starts
+        next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
         return train(
             model,
             optimizer or self.optimizer(model, training),
@@ -188,7 +188,7 @@ class Starts:
     def _log(self, path: Path, record: Mapping[str, Any]) -> None:
         line = json.dumps({"stage": str(path.relative_to(self.folder).with_suffix("")), **record})
         with (self.folder / METRICS_LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")  # one short write: those of several processes do not mix
+            file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
 
 
 def warm_name(training: Training, tasks: tuple[str, ...]) -> str:
@@ -197,6 +197,6 @@ def warm_name(training: Training, tasks: tuple[str, ...]) -> str:
 
 
 def save_state(model: nn.Module, path: Path) -> None:
-    """Write a model's state, whole or not at all."""
+    """Write a model's state completely, or not at all."""
     with whole_file(path) as temporary:
         save_file(model.state_dict(), temporary)

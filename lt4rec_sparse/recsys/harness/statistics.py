@@ -37,7 +37,7 @@ class Difference:
     """How far a value is from a base's, seed by seed.
 
     Attributes:
-        mean: Over the seeds; NaN if a seed's difference is not a finite number.
+        mean: The mean over the seeds; NaN if a seed's difference is not a finite number.
         error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
         seeds: How many.
         relative: True if in percent of the base's value at the same seed.
@@ -89,7 +89,7 @@ def paired_difference(
     50.0
     """
     if set(values) != set(base):
-        raise ValueError(f"seeds: got {sorted(values)}, wanted {sorted(base)}, those of the base")
+        raise ValueError(f"seeds: got {sorted(values)}, wanted the base's, {sorted(base)}")
     seeds = sorted(values)
     mine, other = _numbers([values[seed] for seed in seeds]), _numbers([base[seed] for seed in seeds])
     differences = mine - other
@@ -110,7 +110,7 @@ def is_better(difference: Difference, higher_is_better: bool) -> bool:
 
 
 def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:
-    """Return the choice of the least sum over tasks of `loss / least loss of the task`; of equal ones the first.
+    """Return the choice with the least sum over tasks of `loss / least loss of the task`; of equal ones the first.
 
     >>> best_of({0.1: {"ctr": 0.6, "cvr": 0.10}, 0.2: {"ctr": 0.6, "cvr": 0.09}})
     0.2
@@ -126,9 +126,9 @@ def or_none(value: float) -> float | None:
 
 
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
-    """Return the values with NaN for None and infinities, of which no mean can be made."""
+    """Return the values with NaN for None and infinities, which have no mean."""
     if not len(values):
-        raise ValueError("values: got none, wanted one per seed, at least one")
+        raise ValueError("values: got none, wanted one per seed, and at least one")
     numbers = np.array(values, np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 

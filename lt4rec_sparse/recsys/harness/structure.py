@@ -19,8 +19,8 @@ class ColumnRecovery:
     Attributes:
         relevant: Density over the columns of relevant inputs.
         irrelevant: Density over the other columns.
-        auc: How often a relevant column keeps more weights than an irrelevant one, over all pairs, ties half: 1 is
-            perfect, 0.5 is chance.
+        auc: How often a relevant column keeps more weights than an irrelevant one, over all pairs, with a tie as half:
+            1 is perfect, 0.5 is chance.
     """
 
     relevant: float
@@ -30,7 +30,9 @@ class ColumnRecovery:
 
 @dataclass(frozen=True)
 class SharingRecovery:
-    """How much of what two tasks keep is co-owned, by whom the input matters to; None where neither keeps anything.
+    """Share of co-owned weights in what two tasks keep, by whether the input matters to both, one or none of them.
+
+    A share is None where neither task keeps anything.
 
     Attributes:
         shared: On columns of inputs that are relevant to both.
@@ -46,8 +48,8 @@ class SharingRecovery:
 def column_recovery(kept: Tensor, relevant: Tensor) -> ColumnRecovery:
     """Judge a first-layer mask by which of its inputs are relevant.
 
-    The AUC compares how many weights columns keep. For a random mask of whatever density it is 0.5 but for sampling, of
-    variance at most `(n + m + 1) / (12 n m)` for `n` relevant and `m` irrelevant columns.
+    The AUC compares how many weights columns keep. For a random mask of any density its expectation is 0.5, with a
+    variance of at most `(n + m + 1) / (12 n m)` for `n` relevant and `m` irrelevant columns.
 
     Example:
         >>> kept = torch.tensor([[True, False, True], [True, False, False]])
@@ -59,7 +61,7 @@ def column_recovery(kept: Tensor, relevant: Tensor) -> ColumnRecovery:
         relevant: `[in_features]`, bool, True where the task depends on the input.
 
     Raises:
-        ValueError: If shapes or dtypes disagree, or all inputs are relevant, or none.
+        ValueError: If shapes or dtypes disagree, or if all inputs are relevant, or none.
 
     Source: the variance: Mann and Whitney, Annals of Mathematical Statistics 18 (1947).
     """
@@ -79,14 +81,14 @@ def column_recovery(kept: Tensor, relevant: Tensor) -> ColumnRecovery:
 
 
 def sharing_recovery(a: Tensor, b: Tensor, relevant_to_a: Tensor, relevant_to_b: Tensor) -> SharingRecovery:
-    """Judge two tasks' first-layer masks by whether they share where the tasks do: `|a & b| / |a | b|` by columns.
+    """Judge whether two tasks' first-layer masks share weights where the tasks share inputs: `|a & b| / |a | b|`.
 
     Masks that found the structure share more on the columns of inputs that matter to both tasks than on those that
     matter to one. Two random masks of density d share `d / (2 - d)` everywhere.
 
     Args:
         a: A task's mask, `[out_features, in_features]`, bool, True = kept.
-        b: Another's, of the same shape.
+        b: The other task's mask, of the same shape.
         relevant_to_a: `[in_features]`, bool, True where the first task depends on the input.
         relevant_to_b: The same for the other.
 

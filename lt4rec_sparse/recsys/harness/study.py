@@ -1,4 +1,4 @@
-"""A table of rows from nothing to its records: tune every row alike, then train all seeds side by side."""
+"""From a table of rows to its records: tune every row alike, then train all seeds side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Maker = TypeVar("Maker", bound=Rows)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a study may use.
+    """The resources that a study may use.
 
     Attributes:
         workers: Processes; None for one per core.
@@ -34,14 +34,14 @@ class Resources:
 
 @dataclass(frozen=True)
 class Study:
-    """What a table of rows has found.
+    """The results of a table of rows.
 
     Attributes:
         table: The rows that were trained, in order.
         left_out: Title of a row that this log cannot train -> the reason.
         rates: Row -> task -> learning rate.
-        trials: (row, seed) -> its trials.
-        records: One per trained model: `row`, and what the laboratory's record holds.
+        trials: (row, seed) -> the trials trained for it.
+        records: One per trained model: `row`, and the laboratory's record of it.
     """
 
     table: list[Row]
@@ -62,21 +62,21 @@ def carry_out(
     grid: Sequence[float] = RATES,
     others: Callable[[Maker], list[Row]] | None = None,
 ) -> Study:
-    """Tune the baselines, whose rates are those of mask searches; then all other rows; then train every seed.
+    """Tune the baselines, whose rates the mask searches use; then tune all other rows; then train every seed.
 
     Args:
-        make: Makes the table.
-        rows: What its rows have in common.
-        seeds: How many, from 0 on.
-        kinds: Task -> kind of its label, of all tasks of the log.
-        carried: The columns that the log carries beside its features.
-        folder: Where `tuning.json` stands.
-        carry: Makes, for a stage's name, what carries out trials.
-        grid: Candidates of learning rates.
-        others: Makes further rows, for rows of the table that take the rate of one which is not in it.
+        make: Makes the table's rows.
+        rows: What the rows have in common.
+        seeds: How many seeds, from 0 on.
+        kinds: Task -> kind of its label, for all tasks of the log.
+        carried: The columns that the log carries in addition to its features.
+        folder: The folder of `tuning.json`.
+        carry: Makes, from a stage's name, the function that carries out trials.
+        grid: The learning rates to try.
+        others: Makes more rows, for rows of the table that take the rate of a row outside it.
 
     Raises:
-        InputError: If no row can be trained on the log, or a row takes the rate of one that there is not.
+        InputError: If no row can be trained on the log, or a row takes the rate of a row that does not exist.
     """
     rates = tuned_rates([rows.base()], kinds, folder, carry("tune the baselines"), grid)
     rows = replace(rows, search_rates=tuple(rates[BASE].items()))
@@ -89,7 +89,7 @@ def carry_out(
 
 
 def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -> Callable[[str], Carry]:
-    """Return a function that makes, for a stage's name, what carries out trials on the log of a folder."""
+    """Return a function that makes, from a stage's name, the function that carries out trials on a folder's log."""
 
     def of(stage: str) -> Carry:
         def carry(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
@@ -105,7 +105,7 @@ def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -
 
 
 def rate_rows(table: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """Return the rows whose learning rates must be searched, also those that rows of the table take theirs from.
+    """Return the rows whose learning rates must be searched, including those whose rates other rows take.
 
     Raises:
         InputError: If there is no such row.
@@ -121,7 +121,7 @@ def rate_rows(table: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 def _possible(
     table: Sequence[Row], kinds: Mapping[str, str], carried: Sequence[str]
 ) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows that the log can train, and why the others are left out, by their titles."""
+    """Return the rows that the log can train, and for the others, by title, the reason why it cannot."""
     reasons = {row.title: [obstacle(trial, kinds, carried) for trial in row.trials] for row in table}
     left_out = {title: "; ".join(filter(None, found)) for title, found in reasons.items() if any(found)}
     return [row for row in table if row.title not in left_out], left_out

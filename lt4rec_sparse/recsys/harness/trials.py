@@ -45,17 +45,17 @@ class Training:
     Attributes:
         hidden: Widths of the MLP's hidden layers.
         embedding_dim: Width of an embedding.
-        exclusive_dim: Width of an additional embedding that each task has for itself (multiview); 0 for none.
+        exclusive_dim: Width of each task's own additional embedding (multiview); 0 for none.
         cross: "dlrm", "wide_deep" or "deepfm".
-        learning_rate: Adam's, of every task that `rates` does not name.
+        learning_rate: Adam's, for every task that `rates` does not name.
         rates: Task -> learning rate of that task's steps. Two tasks of a shared model may differ, as two single-task
             models do; see `TaskAdam`.
         epochs: Epochs of every training.
         batch_size: Impressions per batch.
         warm_up: Epochs of dense training of all tasks before anything else; searches and trials start from there.
         losses: Task -> name of its loss, where it is not the default of the task's kind.
-        dtype: What matrix products compute in while training, "float32" or "bfloat16"; sums and weights are float32,
-            and models are judged in float32.
+        dtype: The dtype that matrix products compute in while training, "float32" or "bfloat16"; sums and weights are
+            float32, and models are judged in float32.
     """
 
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -115,7 +115,7 @@ class Search:
         scope: "global", one quantile over all layers, or "layer", one quantile per layer.
         rounds: Rounds of pruning.
         density: Share of the weights kept after the last round.
-        rewind: Epochs of a task's own first training that it is rewound to (late rewinding); 0 for the start.
+        rewind: The epochs of a task's own first training to rewind to (late rewinding); 0 rewinds to the start.
     """
 
     training: Training = field(default_factory=Training)
@@ -136,7 +136,7 @@ class Search:
             raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
 
     def folder(self, task: str) -> str:
-        """Return the name of what a task leaves on disk. Searches with the same steps share it, however far they go."""
+        """Return the name of a task's folder. Searches with the same steps share it, however many rounds they have."""
         steps = {**asdict(self), "training": asdict(self.training.of(task))}
         if self.method == "rounds":
             steps["round_keeps"] = round(self.density ** (1 / self.rounds), 9)
@@ -146,7 +146,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Masks:
-    """Which masks a trial trains through.
+    """The masks that a trial trains through.
 
     Attributes:
         kind: "tickets"; or a control: "random" (no search, `search.density` in every layer), "random_like" (as many
@@ -157,7 +157,7 @@ class Masks:
         level: "best" on the validation days, or "last".
         shared: For "separate" and "random_separate": the share of each task's weights that all tasks own.
         fresh_start: Whether the network starts from weights that the search has not seen.
-        rescale: Whether each layer's weights start larger by one over the square root of its tasks' mean density.
+        rescale: Whether each layer's weights start larger, divided by the square root of its tasks' mean density.
     """
 
     kind: str = "tickets"
@@ -171,7 +171,7 @@ class Masks:
         _check(self.kind, KINDS_OF_MASKS, "kind of masks")
         _check(self.level, ("best", "last"), "level")
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
-            raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it with separate ones only")
+            raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it only with separate ones")
 
     @property
     def searches(self) -> bool:
@@ -191,14 +191,14 @@ class Trial:
     Attributes:
         model: One of `models.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
         tasks: The tasks' names.
-        seed: Of initial weights, order of the rows and random masks.
+        seed: Seed of initial weights, order of the rows and random masks.
         training: The network and how it is trained.
-        masks: For sparse sharing; None for full ones.
+        masks: For sparse sharing; None for full masks.
         objective: "alternating" (one step per task), "joint" (one step on the sum), "uncertainty" or "pcgrad" (likewise
             one step).
         scales: Task -> factor of its loss: Eq 2's a and b.
-        conflict: Thresholds and factors for rows clicked and hardly watched, or None.
-        options: Further options of the model.
+        conflict: Thresholds and factors for rows that were clicked but hardly watched, or None.
+        options: Other options of the model.
         is_tested: Whether the test days are read; choices are made without them.
     """
 
@@ -219,7 +219,7 @@ class Trial:
         if self.masks is not None and self.model != "sparse_sharing":
             raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing only")
         if self.training.rates and self.steps_together:
-            raise InputError(f"rates: got one per task for {self.model} with one step for all, wanted one rate")
+            raise InputError(f"rates: got one per task for {self.model} with one step for all tasks, wanted one rate")
 
     @property
     def steps_together(self) -> bool:
@@ -228,7 +228,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The name of what it leaves on disk: the same settings give the same name."""
+        """The name of its files on disk; equal settings have equal names."""
         return f"{self.model}-{digest(asdict(self))}-seed_{self.seed}"
 
     def at(self, seed: int, rates: Mapping[str, float] | None = None, is_tested: bool = True) -> Trial:

@@ -32,17 +32,17 @@ Tried = dict[tuple[float, ...], dict[str, float]]
 def tuned_rates(
     rows: Sequence[Row], kinds: Mapping[str, str], folder: Path, carry: Carry, grid: Sequence[float] = RATES
 ) -> dict[str, Rates]:
-    """Return the learning rates, task -> rate, of each row that searches its own, and leave what was tried on disk.
+    """Return the learning rates, task -> rate, of each row that searches its own, and write what was tried to disk.
 
-    Every task of every model gets the rate of its own, from the same candidates, whether the model serves one task or
+    Every task of every model gets its own rate, from the same candidates, whether the model serves one task or
     several:
 
     1. Each model is trained once per rate of the grid, all its tasks at that rate. While some task has its least loss
-       at an edge of what was tried, twice or half of it is tried too, `FURTHER` times.
-    2. Each task takes the rate at which its own loss was least. If the tasks of a shared model differ in it, the model
-       is trained once more with these rates together.
-    3. Of everything tried, that is chosen which has the least sum over tasks of the loss over the least loss of the
-       task. For a single-task model this is its least loss.
+       at an edge of the rates tried, twice or half that rate is tried too, up to `FURTHER` times.
+    2. Each task takes the rate at which its own loss was least. If the tasks of a shared model take different rates,
+       the model is trained once more with these rates together.
+    3. Of everything tried, the choice is the one with the least sum over tasks of the task's loss over its least loss.
+       For a single-task model this is its least loss.
 
     So every model is trained `len(grid)` times, at the edges up to `FURTHER` times more per edge, and a model with
     steps per task once more for the mixture: a single-task model sees as many rates as each task of a shared one. A
@@ -50,11 +50,11 @@ def tuned_rates(
     (log loss of a binary task, MSE of a ratio) are means over `SEEDS` on the validation days.
 
     Args:
-        rows: Rows whose `rate_of` is another row are passed over.
+        rows: Rows whose `rate_of` is another row are skipped.
         kinds: Task -> kind of its label.
-        folder: Where `tuning.json` stands. Earlier searches are read from it.
-        carry: Trains.
-        grid: The candidates; of a single one nothing is searched.
+        folder: The folder of `tuning.json`, from which earlier searches are read.
+        carry: Carries out the trials.
+        grid: The candidates; with a single one there is no search.
     """
     own = [row for row in rows if row.rate_of == row.key]
     if len(grid) == 1:

@@ -13,10 +13,10 @@ from lt4rec_sparse.recsys.training.stream import Stream
 
 
 class Predictions(NamedTuple):
-    """What a model says about every row of a split, in the order of the files.
+    """A model's predictions for every row of a split, in the order of the files.
 
     Attributes:
-        probabilities: Task -> float32 `[rows]`, for rows of other tasks too.
+        probabilities: Task -> float32 `[rows]`, also for rows of other tasks.
         rows: Task -> bool `[rows]`, True where the row is the task's.
         labels: Task -> float32 `[rows]`.
         groups: int64 `[rows]`.

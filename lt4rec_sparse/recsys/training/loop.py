@@ -31,7 +31,7 @@ class Cursor:
 
 
 class _Progress(NamedTuple):
-    """How far a training is: where it goes on, losses of the epoch so far (sum and count), seconds so far."""
+    """How far a training is: where it continues, losses of the epoch so far (sum and count), seconds so far."""
 
     cursor: Cursor
     sums: dict[str, tuple[float, int]]
@@ -60,24 +60,24 @@ def train(
 
     Args:
         model: Trained in place.
-        optimizer: Of the model's parameters.
+        optimizer: The optimiser of the model's parameters.
         stream: Training batches.
         objective: What a batch does to the model.
         epochs: How many epochs in all.
-        batches: Stop after that many batches, if this comes before the last epoch's end.
+        batches: Stop after this many batches, if this comes before the last epoch's end.
         start: The first batch to train on; those before it count as done.
         checkpoint: A file, or None.
-        checkpoint_every: In batches.
-        log: Called with {"task", "epoch", "batch", "train_loss"} once an epoch and task: the epoch's mean.
+        checkpoint_every: Batches between two checkpoints.
+        log: Called once per epoch and task with {"task", "epoch", "batch", "train_loss"}, the epoch's mean.
         progress: Called after each batch with batches done and batches in all.
-        after_batch: Called after each batch with the batch and the same two numbers: may prune while the model trains.
-            Checkpoints do not hold its state.
+        after_batch: Called after each batch with the batch and the same two numbers; it may prune while the model
+            trains. Checkpoints do not hold its state.
 
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
 
     Raises:
-        InputError: If a loss is NaN or infinite (the batch and task are named).
+        InputError: If a loss is NaN or infinite; the message names the batch and the task.
     """
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
     cursor, sums, before = _Progress(start, _no_sums(objective), 0.0)

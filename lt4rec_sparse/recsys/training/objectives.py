@@ -14,13 +14,13 @@ from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.recsys.training.stream import Batch
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(logits, labels, weights)`, each `[rows]`, to the weighted mean loss."""
+"""Maps `(logits, labels, weights)`, each `[rows]`, to the weighted mean loss."""
 
 Factors = Callable[[Batch], Mapping[str, Tensor]]
-"""A batch to factors of its rows' losses: task -> `[batch]`. Factors scale the loss; weights only distribute it."""
+"""Maps a batch to factors of its rows' losses: task -> `[batch]`. Factors scale the loss; weights distribute it."""
 
 Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
-"""A model and a batch to the losses that make up one joint step, by name; a task without rows is left out."""
+"""Maps a model and a batch to the losses of one joint step, by name; a task without rows is left out."""
 
 
 ROW_TILE = 64  # few distinct row counts, and few rows of padding
@@ -34,17 +34,17 @@ class Objective(Protocol):
         """The losses that `step` may return."""
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Move the model by one batch; return each loss before that, without its graph."""
+        """Train the model on one batch; return each loss before that, without its graph."""
 
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Each task's loss on the rows that are its own: `scale * sum(factor w loss) / sum(w)`.
+    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`.
 
     Attributes:
         losses: Task -> its loss, in the order of alternation.
         scales: Task -> factor of its loss, Eq 2's a and b; 1 for tasks not named.
-        factors: Further factors per row, or None.
+        factors: More factors per row, or None.
         dtype: The dtype of matrix products (`torch.autocast`); None for that of the weights.
     """
 
@@ -68,8 +68,8 @@ class TaskLosses:
         Args:
             task: The task.
             batch: The batch.
-            rows: Positions of the task's rows in it, int64 `[n]`, at least one.
-            logits: Of these rows, `[n]`.
+            rows: Positions of the task's rows in the batch, int64 `[n]`, at least one.
+            logits: The logits of these rows, `[n]`.
         """
         labels, weights = batch.labels[task][rows], batch.weights[task][rows]
         scale: float | Tensor = self.scales.get(task, 1.0)
@@ -85,7 +85,7 @@ class TaskLosses:
 class Alternating:
     """A step for each task in turn, on the rows that are the task's (LT4REC, Algorithm 1, lines 12 to 17).
 
-    A step moves what its task owns and nothing else. A task without rows in a batch takes no step.
+    A step changes only what its task owns. A task without rows in a batch takes no step.
 
     Attributes:
         losses: The tasks' losses.
@@ -99,7 +99,7 @@ class Alternating:
         return tuple(self.losses.losses)
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Move the model once for each task."""
+        """Take one step for each task."""
         result = {}
         for task in self.names:
             rows = rows_of(batch, task)
@@ -120,7 +120,7 @@ class Joint:
     Attributes:
         losses: Computes the losses of a batch.
         names: The losses' names.
-        combine: Makes one number of the losses by name; None for their sum.
+        combine: Makes one number from the losses by name; None for their sum.
     """
 
     losses: Losses
@@ -128,7 +128,7 @@ class Joint:
     combine: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Move the model once."""
+        """Take one step."""
         losses = self.losses(model, batch)
         optimizer.zero_grad()
         whole = torch.stack(list(losses.values())).sum() if self.combine is None else self.combine(losses)
@@ -144,7 +144,7 @@ class Projected:
     Attributes:
         losses: Computes the losses of a batch.
         names: The losses' names.
-        project: Makes one list of gradients, a tensor per parameter, of the tasks' such lists.
+        project: Makes one list of gradients, a tensor per parameter, from one such list per task.
     """
 
     losses: Losses
@@ -152,7 +152,7 @@ class Projected:
     project: Callable[[Sequence[Sequence[Tensor]]], Iterable[Tensor]]
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Move the model once."""
+        """Take one step."""
         losses = self.losses(model, batch)
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = []
@@ -174,8 +174,8 @@ def rows_of(batch: Batch, task: str) -> Tensor:
 def logits_of(model: nn.Module, batch: Batch, rows: Tensor, task: str, dtype: torch.dtype | None) -> Tensor:
     """Return one task's float32 logits of the rows at positions `rows [n]` of a batch, `[n]`.
 
-    In a lower dtype the model runs on whole tiles of rows, the last of which is padded: oneDNN generates code for every
-    new number of rows, which took longer than the matrix products (30 ms in a step of 17 ms).
+    In a lower dtype the model runs on whole tiles of rows, the last one padded: oneDNN generates code for every new
+    number of rows, which took longer than the matrix products (30 ms in a step of 17 ms).
     """
     n = len(rows)
     if n == batch.features.batch:

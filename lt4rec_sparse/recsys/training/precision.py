@@ -15,8 +15,8 @@ SHAPE = (64, 512, 512)  # rows, in_features, out_features: a layer of the defaul
 def fastest_dtype() -> str:
     """Return "bfloat16" where this machine multiplies faster in it than in float32, else "float32".
 
-    It is measured, in one thread and about 50 ms: processors without AVX-512 BF16 or AMX emulate bfloat16 (8 times
-    slower on AVX2), and a capability may be held down by the environment. The two are far apart either way.
+    The speed is measured, in one thread and about 50 ms: processors without AVX-512 BF16 or AMX emulate bfloat16 (8
+    times slower on AVX2), and the environment may limit a capability. The two dtypes are far apart either way.
     """
     rows, k, n = SHAPE
     x, weight = torch.ones(rows, k), torch.ones(n, k)

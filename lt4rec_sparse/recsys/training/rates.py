@@ -10,14 +10,14 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 
 
 class TaskAdam(MaskedAdam):
-    """`MaskedAdam` whose step for a task has that task's learning rate.
+    """A `MaskedAdam` with a learning rate per task.
 
-    A task's step moves all that the task reads, weights that others share included, by Adam's direction times the
-    task's own rate. What moves by it alone (its head, the weights that it alone owns) trains as in a single-task model
-    of that rate. Shared parameters have one momentum, which the gradients of all their tasks go into.
+    A task's step moves everything that the task reads, including weights that others share, by Adam's direction times
+    the task's own rate. What only this task moves (its head, the weights that it alone owns) trains as in a
+    single-task model of that rate. Shared parameters have one momentum, fed by the gradients of all their tasks.
 
     Args:
-        model: As for `MaskedAdam`.
+        model: See `MaskedAdam`.
         rates: Task -> learning rate.
     """
 
@@ -26,10 +26,10 @@ class TaskAdam(MaskedAdam):
         self.rates = dict(rates)
 
     def step(self, *tasks: str) -> None:
-        """Move what any of `tasks` owns, with no name what any task owns; see `MaskedAdam.step`.
+        """Move what any of `tasks` owns; with no names, what any task owns; see `MaskedAdam.step`.
 
         Raises:
-            ValueError: If the tasks have different rates, or as `MaskedAdam.step`.
+            ValueError: If the tasks have different rates, or for the reasons of `MaskedAdam.step`.
         """
         rates = {self.rates[task] for task in tasks or self.rates}
         if len(rates) != 1:

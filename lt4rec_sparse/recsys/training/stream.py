@@ -11,7 +11,7 @@ from lt4rec_sparse.ranker.features import EncodedFeatures
 
 
 class Batch(Protocol):
-    """What the loop reads of a batch of rows (`data.batches.Batch`)."""
+    """The part of a batch of rows that the loop reads (`data.batches.Batch`)."""
 
     @property
     def features(self) -> EncodedFeatures: ...  # noqa: D102
@@ -30,7 +30,7 @@ class Batch(Protocol):
 
 
 class Stream(Protocol):
-    """Where batches come from: epochs whose order depends on their number only, entered at any batch."""
+    """The source of batches: epochs whose order depends only on their number, and can start at any batch."""
 
     def __len__(self) -> int:
         """Batches of an epoch."""

@@ -106,7 +106,7 @@ def masked_matmul_cases() -> dict[str, Case]:
 
 
 def mask_and_cast_cases() -> dict[str, Case]:
-    """Return what stands around cuBLAS in training: the cast of the weight, and the sum of its gradients."""
+    """Return what surrounds cuBLAS in training: the cast of the weight, and the sum of its gradients."""
     shape, tasks = (OUT_FEATURES, IN_FEATURES), 2
     words, of_tile = _words(tasks, *shape), mask_and_cast.BLOCK_N * mask_and_cast.BLOCK_K // 32
     weight = _meta(torch.float32, *shape)
@@ -339,7 +339,7 @@ def main(arguments: list[str]) -> int:
 
 
 TASKS = {"one": 1, "joint": 2, "apart": 2}  # two that read the same x, or each its own
-ROWS, OTHER_ROWS = 2048, (16, 1, 7)  # the latter would compile anew, were they not hidden from Triton
+ROWS, OTHER_ROWS = 2048, (16, 1, 7)  # the latter would compile anew if they were not hidden from Triton
 OUT_FEATURES, IN_FEATURES = 512, 1024
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

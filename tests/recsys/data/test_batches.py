@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, in an order that depends on the seed alone and resumes exactly."""
+"""Batches: every row once per epoch, in an order that depends only on the seed and resumes exactly."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def test_files_are_the_same_if_their_bytes_are(make: Make, tmp_path: Path) -> No
     assert part.stat().st_mtime_ns == written
     files = json.loads((out / "prepared.json").read_text())["files"]
     assert files["log.csv"]["changed_ns"] == moment
-    # A byte is another, and the size as before.
+    # One byte differs, and the size is the same.
     (folder / "log.csv").write_bytes((folder / "log.csv").read_bytes().replace(b"2.5", b"3.5"))
     with pytest.raises(DataError, match=r"out: got data of other files, contents, schema or version than .*, wanted"):
         prepare(folder, out, schema, replace=False)

@@ -1,4 +1,4 @@
-"""The simulator: a data set like any other, with a truth that a model can be held against."""
+"""The simulator: a data set like any other, with a known truth to compare a model with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLANTED = SimulatorConfig(
     planted_fields=2,
     request_size=5,
 )
-# Of the columns of `SMALL`'s files, as they were before logs could have planted fields, requests or a watch rate.
+# Columns of `SMALL`'s files, as they were before logs could have planted fields, requests or a watch rate.
 DIGEST = "dc69d68bd066e69b42f0b6670e423cc6"
 
 
@@ -167,7 +167,7 @@ def test_truth_names_the_kind_of_every_feature(planted: Path, tmp_path: Path) ->
     assert len(kinds) == 2 * 4 * PLANTED.planted_fields
     assert fields == {name: kinds.get(name, "noise") for name in fields}
     assert kinds.keys() < fields.keys()
-    # No feature tells the video, which would tell its fields.
+    # No feature identifies the video, which would reveal its fields.
     assert not {"video_id", "author_id", "clicked_rate", "clicked_video_id"} & fields.keys()
     assert simulate(SMALL, tmp_path)["fields"] == {}
 

@@ -1,4 +1,4 @@
-"""Jobs run once what they need is done; an error stops what has not begun; a worker has one thread."""
+"""Jobs run once what they need is done; an error stops the jobs that have not begun; a worker has one thread."""
 
 import os
 import select

@@ -99,7 +99,7 @@ def test_a_trial_is_trained_once(lab, monkeypatch):
 
 
 def test_equal_masks_are_trained_once(lab, monkeypatch):
-    """Where the best tickets are the last ones, the two trials are one training; other rates are another."""
+    """Where the best tickets are the last ones, the two trials are one training; at other rates they are two."""
     last = sparse(level="last")
     lab.run(last)
     best = sparse()
@@ -198,7 +198,7 @@ def test_every_method_finds_a_ticket_of_the_density(lab, method):
 
 
 def test_a_search_goes_on_where_a_shorter_one_ended(lab, nothing_is_trained):
-    shorter = replace(SEARCH, rounds=1, density=0.5)  # the same share a round
+    shorter = replace(SEARCH, rounds=1, density=0.5)  # the same share per round
     assert [t.mask for t in lab.searches.tickets(shorter, "ctr", TASKS, 0)] == [
         t.mask for t in lab.searches.tickets(SEARCH, "ctr", TASKS, 0)[:2]
     ]

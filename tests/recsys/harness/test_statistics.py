@@ -79,7 +79,7 @@ def test_percent_of_nothing_is_no_number():
 
 
 def test_other_seeds_are_refused():
-    with pytest.raises(ValueError, match=r"seeds: got \[0, 2\], wanted \[0, 1\], those of the base"):
+    with pytest.raises(ValueError, match=r"seeds: got \[0, 2\], wanted the base's, \[0, 1\]"):
         paired_difference({0: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0})
     with pytest.raises(ValueError, match="values: got none"):
         paired_difference({}, {})

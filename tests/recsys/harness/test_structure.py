@@ -1,4 +1,4 @@
-"""Planted structure: perfect masks are found perfect, random ones no better than chance."""
+"""Planted structure: perfect masks are judged perfect, random ones no better than chance."""
 
 import math
 

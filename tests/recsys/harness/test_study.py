@@ -1,4 +1,4 @@
-"""A table from nothing to its records: baselines first, what a log cannot train left out with its reason."""
+"""From a table to its records: baselines first; rows that a log cannot train are left out, with their reason."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Declared trials: equal settings have equal names, others others; searches share what they have in common."""
+"""Declared trials: equal settings have equal names, different ones different names; searches share common parts."""
 
 from dataclasses import fields, replace
 

@@ -19,7 +19,7 @@ EDGE = max(RATES) * 2**FURTHER
 
 
 def judged(trials):
-    """A click model is best at the middle rate; of watching, the larger the rate the better."""
+    """A click model is best at the middle rate; a watch model is better the larger its rate."""
     records = {}
     for trial in trials:
         assert trial.seed in SEEDS
