@@ -359,7 +359,7 @@ def _gpu() -> str:
             f"Kernels compiled for sm_80, sm_90 and sm_100, in every tile that the tables may pick: {counts}; none "
             "spills registers, and their figures are committed, so that a change shows.",
             "Two tasks' hidden weights: how many times smaller than a dense bfloat16 copy per task "
-            f'({found["mlp"]}, masks that overlap by {found["overlap"]:.0%}; those of "masks apart" are independent):',
+            f"({found['mlp']}, masks that overlap by {found['overlap']:.0%}):",
             _smaller(found),
         ]
     )

@@ -51,23 +51,23 @@ def search_tickets(
     The start is the state of the model when this is called, embeddings included, or the given one: a state after some
     batches, of this task (late rewinding) or of all tasks (a multi-task warm-up). Its masks are ignored.
 
-    Level 0 is the single-task baseline: the full mask, from the start on. A baseline that is already trained need not
+    Level 0 is the single-task baseline: the full mask, from the start on. A baseline that was trained before need not
     be trained again: at level 0 `train_and_judge` may load its weights and return its metrics.
 
-    A finished level is read back from `folder`, so an interrupted search continues where it stopped.
+    A level that was finished before is read back from `folder`, so an interrupted search continues where it stopped.
     Each level leaves `level_<i>.mask.safetensors` and, once judged, `level_<i>.json`.
 
     Args:
         task: The task's name.
         model: The single-task model, which contains `mlp`.
         mlp: The part of the model whose one mask is searched.
-        train_and_judge: Takes the level, trains the model as it is, through its present mask, and returns the
+        train_and_judge: Takes the level, trains the model as it is, through the mask that it has, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
         density: The density of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less;
             if a layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps
             at most half, so that the first levels may be the same.
-        folder: Where the tickets are written. It must belong to this search alone: it records none of these arguments.
+        folder: Where the tickets are written. It belongs to one search: it records none of these arguments.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
         scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer, so
             that every layer of a level keeps the same share.
@@ -81,7 +81,7 @@ def search_tickets(
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9; late rewinding: Frankle et al. (arXiv 1912.05671).
     """
-    check_granularity(granularity)  # now, not after the first training
+    check_granularity(granularity)  # not only after the first training
     check_scope(scope)
     folder.mkdir(parents=True, exist_ok=True)
     start = copy.deepcopy(model.state_dict() if start is None else dict(start))  # the model's own follows the training
@@ -112,7 +112,7 @@ def search_tickets(
 def best_ticket(tickets: Sequence[Ticket], metric: str, higher_is_better: bool) -> Ticket:
     """Return the pruned ticket with the best metric; ties go to the sparser one.
 
-    The full mask is never chosen, even where it is best: the paper gives it up for computation and storage.
+    The full mask is never chosen: the paper gives it up for computation and storage even where it is best.
 
     Raises:
         ValueError: If no ticket is pruned, or a metric is not a number.

@@ -18,6 +18,7 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     `freeze(mlp)(x)` equals `mlp(x)` within rounding, for every task; the copy cannot be trained.
 
     Example:
+        >>> import torch
         >>> mlp = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
         >>> x = torch.ones(3, 8)
         >>> torch.allclose(freeze(mlp)(x), mlp(x), atol=1e-6)
@@ -66,9 +67,10 @@ def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
 
 
 def _sparse(layer: MaskedLinear, activation: str) -> SparseLayer:
+    weight, bias = layer.weight_and_bias()  # as pruning and parametrisations make them now
     masks = {task: layer.mask(task).cpu() for task in layer.tasks}
-    weight = SharedWeight.from_dense(layer.weight.detach().cpu(), masks)
-    return SparseLayer(weight, None if layer.bias is None else _kept(layer.bias), activation)
+    shared = SharedWeight.from_dense(weight.detach().cpu(), masks)
+    return SparseLayer(shared, None if bias is None else _kept(bias), activation)
 
 
 def _kept(parameter: Tensor) -> Tensor:

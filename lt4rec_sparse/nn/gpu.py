@@ -40,13 +40,13 @@ from lt4rec_sparse.stopwatch import Timing, interleaved
 
 BUCKETS = (1, 64, 256, 1024, 2048, 8192)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WORTH_COMPACTING = 0.95  # of the multiply-adds left; a network that drops less than a twentieth is the dense one again
-REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU counts a tenth as much
+WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
+REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
 
-ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the first only propose what the second compare
+ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latter compare
 
-# Whole networks by the ways that name them, and the ways for layers that those do not fit; and the best mixture of all.
-# Of equally fast networks, the first is chosen: it takes the least memory.
+# Whole networks by the ways that they are named after, and those that may help them out; and the best mixture of all.
+# Where two are as fast, the first is chosen: it takes the least memory.
 _DENSE = ("dense", "apart", "tail dense", "tail branches")
 _NETWORKS = {
     "masked": (("masked", "tail masked"), ()),
@@ -62,16 +62,16 @@ class GraphExecutor:
     """Runs a frozen network on a GPU, from CUDA graphs.
 
     For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
-    streams, and run one after another. A request goes to the smallest bucket that holds it; a request larger than all
-    buckets is cut.
+    streams, and run one after another. A request goes to the smallest bucket that holds it, and is cut where it is
+    larger than all.
 
     In 16 bits weights and the activations between layers are rounded; sums are float32 (as far as
     `torch.backends.cuda.matmul` lets cuBLAS), and so are logits.
 
     Args:
         network: The frozen network, on the CPU.
-        plan: The result of `measure_plan` for this network, or for one like it, on such a GPU; its batch sizes are the
-            buckets. None takes the chain that is predicted to be fastest.
+        plan: What `measure_plan` found for it, or for one like it, on such a GPU; its batch sizes are the buckets. None
+            takes the chain that is predicted to be fastest.
         precision: Without a plan: "bf16", "fp16" or "fp32".
         batch_sizes: Without a plan: the buckets, ascending.
         device: The GPU.
@@ -83,9 +83,9 @@ class GraphExecutor:
         device: The GPU, with its index.
 
     Raises:
-        InputError: If the plan is for a different network, GPU, torch or Triton.
-        ValueError: If there is no such precision, the batch sizes do not ascend from 1, or the plan or the heads need
-            something that the kernels cannot do.
+        InputError: If the plan is of another network, GPU, torch or Triton.
+        ValueError: If there is no such precision, the batch sizes do not ascend from 1, or the plan or the heads ask
+            for what the kernels cannot do.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class GraphExecutor:
         networks = {chain: ways.network(chain) for chain in chains}
         self._nbytes = ways.nbytes(chains)
         self._lock = Lock()
-        # Graphs of one stream share cuBLAS' workspace. Those of one executor run one after another, and each executor
+        # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, and each executor
         # has a stream of its own.
         stream = _stream(device)
         self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -164,16 +164,16 @@ def measure_plan(
 ) -> Plan:
     """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
 
-    Every way to run a layer, or a tail of layers, is timed alone. This gives the fastest chain of each kind and of all
-    kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
+    Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
+    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
     layout, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
     masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
-    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is at most noise slower than "dense".
+    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is slower than that by noise at most.
     A way whose kernel does not fit on this GPU is left out.
 
     Args:
         network: The frozen network.
-        batch_sizes: Ascending; the buckets of the `GraphExecutor` that serves with the plan.
+        batch_sizes: Ascending; the buckets of the `GraphExecutor` that serves by it.
         precision: "bf16", "fp16" or "fp32".
         device: The GPU.
 
@@ -196,14 +196,14 @@ class Ways:
     Args:
         network: The frozen network.
         precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
-        device: The device that they run on.
+        device: Where they run.
 
     Raises:
         ValueError: If heads end in different activations.
     """
 
     def __init__(self, network: FrozenNetwork, precision: str, device: torch.device) -> None:
-        # Imported here only, when first needed: CPU builds of torch have no Triton.
+        # Imported when first needed, and here alone: CPU builds of torch have no Triton.
         from lt4rec_sparse.kernels.gpu import network as kernels
 
         self._kernels: Any = kernels
@@ -278,7 +278,7 @@ class Ways:
 class _Graphed:
     """One network at one batch size, as a CUDA graph over its own buffers; without a GPU the network itself.
 
-    The rows beyond a request's are those of an earlier request; no row reads another.
+    The rows beyond a request's are those of an earlier request: no row reads another.
     """
 
     def __init__(self, network: Any, batch: int, stream: torch.cuda.Stream | None) -> None:
@@ -299,14 +299,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 
 @cache
 def _timing_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all timing; it must not be among the 32 that torch hands out to executors in turn."""
+    """Return the one stream of all timing: torch hands out 32, in turn, and those of executors must not be among it."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _captured(
     call: Callable[[], Tensor], stream: torch.cuda.Stream | None, repeats: int = 1
 ) -> tuple[Callable[[], None], Tensor]:
-    """Return a function that runs `call` again, and the tensor of its result; without a stream there is no graph."""
+    """Return what runs `call` again, and where its result then stands; without a stream there is no graph."""
     with torch.inference_mode():
         if stream is None:
             result = call()
@@ -332,7 +332,7 @@ def _again(call: Callable[[], Tensor], result: Tensor) -> None:
 def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     examples = ways.examples(batch)
     segments = [segment for segment in ways.segments if ways.fits(segment, examples[segment.first])]
-    # These times only propose chains; the second measurement, which takes longer, decides.
+    # Alone they only propose chains: the verdict is the second measurement's, which takes longer.
     alone = _timed({s: partial(ways.run(s), examples[s.first]) for s in segments}, ways.device, ROUNDS_ALONE)
     chains = _chains({segment: timing.median_us for segment, timing in alone.items()})
     x = examples[0][0]
@@ -361,13 +361,13 @@ def _named(calls: Mapping[Any, Callable[[], Any]]) -> dict[str, Callable[[], Any
 
 
 def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
-    """Choose the ways through the network to time end to end, each once, in the order that ties prefer."""
+    """Choose the ways through the network to time end to end, in the order that ties prefer, each once."""
     layers = range(1 + max(segment.last for segment in us))
     chains: dict[str, Chain] = {}
     for name, (own, others) in _NETWORKS.items():
         allowed = {segment for segment in us if segment.kernel in (*own, *others)}
         covered = {layer for segment in allowed for layer in range(segment.first, segment.last + 1)}
-        # A layer that no way of the kind can run, such as the heads, is dense.
+        # A layer that nothing of the kind runs, such as the heads, is dense.
         allowed |= {s for s in us if s.kernel == "dense" and s.first in set(layers) - covered}
         chain = fastest_chain({segment: us[segment] for segment in allowed})
         if any(segment.kernel in own for segment in chain):

@@ -18,21 +18,21 @@ class MaskedLinear(nn.Linear):
 
     With no `tasks` it is a drop-in for `nn.Linear` with one mask, at first all True.
 
-    Masks change through `set_mask`, by loading a state, or by `torch.nn.utils.prune`. On a GPU they are read packed,
+    Masks change through `set_mask`, with a loaded state, or by `torch.nn.utils.prune`. On a GPU they are read packed,
     from `mask_words`: a mask that is written in place is packed again before the next call, but a compiled graph does
-    not check for that.
+    not look for that.
 
     A state holds `masks`, and in `mask_tasks` the names of their tasks (JSON, as uint8). Masks are loaded by name,
-    whatever the order; other names raise. A state without names, as of version 0.1, is loaded if it is unambiguous:
-    if there is one task, or all its masks are equal.
+    whatever the order; other names raise. A state without names, as of version 0.1, is loaded if it cannot be
+    mistaken: if there is one task, or all its masks are equal.
 
-    `torch.nn.utils.prune` on `weight` prunes for every task, permanently: what it prunes is pruned from the masks, so
-    that `mask` shows it and `freeze` keeps it, before and after `prune.remove`. A parametrisation of the weight changes
+    `torch.nn.utils.prune` on `weight` prunes for every task, and for ever: what it prunes is pruned from the masks, so
+    that `mask` tells and `freeze` keeps it, before and after `prune.remove`. A parametrisation of the weight changes
     no mask.
 
     `DistributedDataParallel` sends the masks of the first process to all others, when it is made and again with every
-    forward pass. The latter is waste: `forward_sync_buffers=False` avoids it. (Before torch 2.13 use
-    `broadcast_buffers=False`, which never sends them: every process must set the same masks.)
+    forward pass. The latter is waste: `forward_sync_buffers=False` avoids it. (Before torch 2.13 it is
+    `broadcast_buffers=False`, which sends them never: every process must set the same masks.)
 
     Example:
         >>> layer = MaskedLinear(4, 2)
@@ -50,7 +50,7 @@ class MaskedLinear(nn.Linear):
 
     Raises:
         TypeError: If `bias` is not a bool.
-        ValueError: If there is no task, or a name comes twice.
+        ValueError: If there is no task, or two have the same name.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2.
     """
@@ -106,8 +106,8 @@ class MaskedLinear(nn.Linear):
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias as the next forward pass reads them.
 
-        They are the attributes of these names, except under `torch.nn.utils.prune`: it computes the attributes before
-        each forward pass, so that after an optimiser's step they are those of the step before.
+        They are the attributes of these names but where `torch.nn.utils.prune` is at work: it computes the attributes
+        before each forward pass, so that after a step of an optimiser they are those of the step before.
         """
         weight, bias = (self._pruned(name) for name in ("weight", "bias"))
         assert weight is not None
@@ -119,12 +119,12 @@ class MaskedLinear(nn.Linear):
         Args:
             x: `[..., in_features]`, dtype and device of the weight; a lower dtype under autocast. For every task
                 `[rows, in_features]`, which all of them read, or `[tasks, rows, in_features]`.
-            task: The task's name; it may be left out if there is only one.
+            task: The task's name; may be left out where there is one.
             activation: "none", or "relu" in the same kernel.
             every_task: Whether to apply every task's mask, instead of that of `task`; in one launch on a GPU.
 
         Returns:
-            `[..., out_features]`, dtype of `x`; for every task `[tasks, rows, out_features]`.
+            `[..., out_features]`, dtype of `x`; of every task `[tasks, rows, out_features]`.
 
         Raises:
             ValueError: If there is no such task, or a shape, dtype or device disagrees.
@@ -160,7 +160,7 @@ class MaskedLinear(nn.Linear):
             self.masks &= pruned.to(self.masks.device) != 0
         words = pack_words(self.masks)
         if words.device == self.mask_words.device:
-            self.mask_words.copy_(words)  # in place, since captured and compiled graphs read it there
+            self.mask_words.copy_(words)  # in place, where captured and compiled graphs read it
         else:
             self.mask_words = words  # a state was loaded into a module on the meta device
         self._packed = _identity(self.masks)
@@ -171,7 +171,7 @@ class MaskedLinear(nn.Linear):
         if name == "weight_mask":
             self._pack()
 
-    # The masks may become another tensor at the address of the old one, so they are packed anew.
+    # Where the masks become another tensor, it may stand where the old one stood: they are packed anew.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -221,7 +221,7 @@ class MaskedMLP(nn.Module):
     """One shared MLP, with a mask and a head per task: `h = relu(h @ (weight * mask_task).T + bias)`, then the head.
 
     Only the hidden weights are masked, never biases and heads. With no `tasks` it is a drop-in for an MLP. States,
-    pruning by torch and `DistributedDataParallel` work as for `MaskedLinear`.
+    pruning by torch and `DistributedDataParallel` are as for `MaskedLinear`.
 
     Example:
         >>> mlp = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
@@ -236,7 +236,7 @@ class MaskedMLP(nn.Module):
 
     Raises:
         TypeError: If `out_features` is not a number.
-        ValueError: If there is no hidden layer, no task, or a name comes twice.
+        ValueError: If there is no hidden layer, no task, or two tasks have the same name.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2 and Algorithm 1, `sNET * mask`.
     """
@@ -253,7 +253,7 @@ class MaskedMLP(nn.Module):
         if not hidden:
             raise ValueError("hidden: got no layer, wanted at least one width")
         if not isinstance(out_features, int):
-            raise TypeError(f"out_features: got {out_features!r}, wanted the number of outputs per task")
+            raise TypeError(f"out_features: got {out_features!r}, wanted how many outputs each task has")
         self.in_features = in_features
         self.out_features = out_features
         self.tasks = check_tasks(tasks)
@@ -324,7 +324,7 @@ class MaskedMLP(nn.Module):
 
 
 def _identity(t: Tensor) -> tuple[int, int]:
-    """Return what identifies a tensor's content: its memory, and how often that was written."""
+    """Tell one content of a tensor from another: which memory it is, and how often that was written."""
     return (0 if t.is_meta else t.data_ptr()), (0 if t.is_inference() else t._version)
 
 
@@ -332,7 +332,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' names as a tuple.
 
     Raises:
-        ValueError: If there is no name, one comes twice, or there are more than 62.
+        ValueError: If there is no name, two are the same, or there are more than 62.
     """
     if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or len(tasks) > 62:
         raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names, 1 to 62 of them")

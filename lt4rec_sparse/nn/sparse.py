@@ -258,11 +258,14 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
 def _blob(mlp: SparseMLP) -> Tensor:
     """Return the engine's blob for every batch size: a constant of the traced graph."""
     with _disable_current_modes():  # the weights are real, whatever x is
         return ops.prepack(mlp.network, mlp.precision)
+
+
+# All that torch._dynamo.assume_constant_result does, without importing the compiler.
+_blob._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _form(network: FrozenNetwork) -> str:

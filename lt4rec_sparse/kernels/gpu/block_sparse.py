@@ -1,7 +1,7 @@
 """A block-sparse matrix product in Triton, for all tasks of one weight in one launch: forward, for serving.
 
 Masks keep or prune square blocks of B x B weights. A program has BLOCK_M rows and one row of blocks, and walks the
-kept blocks of that row, BLOCK_K / B of them per step: compute and bytes fall with the density.
+blocks that are kept there, BLOCK_K / B of them per step: compute and bytes fall with the density.
 
     y[t] = activation(x[t] @ (weight * mask_t).T + bias)            x [tasks, rows, in_features], in 16 bits
 
@@ -9,14 +9,14 @@ or `x[0]` for every task, where `x` is `[1, rows, in_features]`.
 
 What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `2 B (BLOCK_M + B)` bytes from the L2
 cache for its tiles of x and of the weight. That is `B / (1 + B / BLOCK_M)` operations per byte: 28 at B = 32 and
-BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, whose tensor cores reach 790. So:
+BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. So:
 
-- Only L2 bytes count, and tiles are tall: at 64 rows it is 21 operations per byte, and 512 rows add 6 % to 28.
+- L2 bytes are all that counts, and tiles are tall: at 64 rows it is 21 operations per byte, and 512 rows add 6 % to 28.
 - A tile of one row of blocks is narrow, but x is read `density N / B` times in all: 3.2 times at 10 % of 1024 outputs,
   where a dense tile of 256 columns reads it 4 times. Two rows of blocks in one program would need 19 % of the columns
-  of x for twice 10 %, which gains little. Tasks whose masks overlap do gain: `together` reads x once for both, and
-  multiplies a block that one of them lacks by zeros, which costs nothing on the idle tensor cores.
-- Two programs on each multiprocessor hide the start of one (three loads, each waiting for the last) behind the other.
+  of x for twice 10 %: little is won. Tasks whose masks overlap do win: `together` reads x once for both, and multiplies
+  a block that one of them lacks by zeros, which the idle tensor cores do for nothing.
+- Two programs on each multiprocessor hide the start of one, three loads that wait for one another, behind the other.
 
 Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32, 10 % kept: 241 MB and 44 us
 per task in the first layer, 62 us in all, where cuBLAS at 650 TFLOP/s needs 123 us: 2.0x; and 2.4x with two tasks that
@@ -39,12 +39,12 @@ from torch.nn.functional import pad
 from lt4rec_sparse.kernels.gpu.epilogue import epilogue
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, choose_tile
 
-BLOCKS = (16, 32, 64)  # sides that wgmma accepts as its N, and at least one of its K-steps
-MAX_COLUMNS = 128  # of one program: more sums do not fit in registers beside 128 rows
+BLOCKS = (16, 32, 64)  # sides that wgmma takes as its N, and at least one of its K-steps
+MAX_COLUMNS = 128  # of one program: sums of more do not fit in registers beside 128 rows
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Keyed by the columns of a program, `together * block`; largest tile first. `block_k` is a multiple of every block
-# that can have so many columns. Two programs of an entry fit on a multiprocessor of an H200.
+# By the columns of a program, `together * block`; largest first. `block_k` is a multiple of every block that can have
+# so many columns. Two programs of an entry fit on a multiprocessor of an H200.
 TILES = {
     16: (Tile(256, 16, 64, 8, 3), Tile(64, 16, 64, 4, 6), Tile(16, 16, 64, 4, 6)),
     32: (Tile(256, 32, 64, 8, 3), Tile(64, 32, 64, 4, 6), Tile(16, 32, 64, 4, 6)),
@@ -104,7 +104,7 @@ def block_sparse_fwd_kernel(
     col, place = entries(col_ptr, place_ptr, e, end, g, TOGETHER)
     acc = tl.zeros((BLOCK_M, TOGETHER * B), dtype=tl.float32)
     for _ in range(begin, end, BLOCK_K // B):
-        # The compiler cannot know that a loaded column starts a block: without this hint it copies element by element.
+        # The compiler cannot know that a loaded column starts a block: without its hints it copies element by element.
         k = tl.max_contiguous(tl.multiple_of(col * B + k_in_block, B), B)
         offsets = place.to(tl.int64) * (B * B) + (neuron * B)[:, None] + k_in_block[None, :]
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, B)), (1, B))
@@ -113,7 +113,7 @@ def block_sparse_fwd_kernel(
         x = tl.load(x_rows + k[None, :], mask=has_row & has_column[None, :], other=0.0)
         w = tl.load(values_ptr + offsets, mask=place >= 0, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        # Loaded one step ahead and carried over: columns loaded in the step that needs them would take half of the
+        # The next step's, and carried there: columns loaded in the step that needs them would take half of the
         # pipeline's stages for themselves.
         e += BLOCK_K // B
         col, place = entries(col_ptr, place_ptr, e, end, g, TOGETHER)
@@ -131,11 +131,11 @@ class BlockWeight(NamedTuple):
     zeros), `R = ceil(out_features / block)` rows of blocks, and groups of `together` tasks that one program serves:
 
     - `values`: float16 or bfloat16 `[stored, block, block]`; blocks, each row by row. A weight that a task prunes
-      within a block that it keeps is zero. A block with the same bits for several tasks is stored once.
-    - `crow`: int32 `[tasks / together, R + 1]`; row of blocks `r` of group `g` has the entries `crow[g, r]` to
+      within a block that it keeps is zero. A block that is the same bits for several tasks stands once.
+    - `crow`: int32 `[tasks / together, R + 1]`; row of blocks `r` of group `g` is entries `crow[g, r]` to
       `crow[g, r + 1]`.
     - `col`: int32 `[entries]`; block columns, ascending in each row: those that any task of the group keeps.
-    - `place`: int32 `[entries, together]`; the index in `values` of the block of each task of the group, or -1 if the
+    - `place`: int32 `[entries, together]`; where the block of each task of the group stands in `values`, or -1 if the
       task does not keep it.
 
     Bytes: `2 block^2 stored + 4 (1 + together) entries + 4 (R + 1) tasks / together`.
@@ -160,16 +160,16 @@ class BlockWeight(NamedTuple):
             weight: `[out_features, in_features]`, float32, float16 or bfloat16.
             masks: `[tasks, out_features, in_features]`, bool, True = kept; on the device of `weight`.
             block: The side of a block: 16, 32 or 64.
-            dtype: The dtype of the values and of the `x` to multiply; float16 or bfloat16.
+            dtype: The dtype of the values, and of the `x` to multiply: float16 or bfloat16.
             together: How many tasks, one after another, read the same rows of `x`: 1, 2 or 4, a divisor of the number
                 of tasks, and at most `128 / block`.
 
         Raises:
-            ValueError: If an argument is not one of these.
+            ValueError: If an argument is none of these.
         """
         _check(weight, masks, block, dtype, together)
         tasks, n, k = masks.shape
-        # `where`, not a multiplication: a pruned weight may be NaN.
+        # Chosen, not multiplied: a pruned weight may be NaN.
         content = _cut(torch.where(masks, weight.detach().to(dtype), 0), block)  # [tasks, R, C, block, block]
         kept = _cut(masks, block).flatten(-2).any(-1)  # [tasks, R, C]
         bits = content.view(torch.int16)  # NaN equals itself, 0 does not equal -0
@@ -178,7 +178,7 @@ class BlockWeight(NamedTuple):
         for t in range(tasks):
             for s in reversed(range(t)):
                 owner[t][kept[s] & (bits[s] == bits[t]).flatten(-2).all(-1)] = s
-        stored = (kept & (owner == task)).permute(1, 2, 0)  # by place in the weight, then by task
+        stored = (kept & (owner == task)).permute(1, 2, 0)  # a place in the weight after another, tasks within it
         places = (stored.flatten().cumsum(0) - 1).view_as(stored).permute(2, 0, 1).gather(0, owner)
         places[~kept] = -1
         groups = kept.view(-1, together, *kept.shape[1:])
@@ -209,7 +209,7 @@ def forward_into(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor,
         ValueError: If `x` does not have the dtype of the weight, or a program is to serve tasks of different rows.
     """
     if x.dtype != weight.values.dtype:
-        raise ValueError(f"x: got {x.dtype}, wanted {weight.values.dtype} like the weight")
+        raise ValueError(f"x: got {x.dtype}, wanted {weight.values.dtype}, that of the weight")
     if len(x) > 1 and weight.together > 1:
         raise ValueError(f"x: got the rows of {len(x)} tasks, wanted one for {weight.together} tasks together")
     block_sparse_launch(x if x.stride(2) == 1 else x.contiguous(), weight, bias, y, activation).run()
@@ -224,7 +224,7 @@ def block_sparse_launch(
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
         weight: The weight of all tasks.
         bias: `[out_features]`, or `[tasks, out_features]`.
-        y: `[tasks, rows, out_features]`; each task's first row follows the last row of the task before. Float32 or the
+        y: `[tasks, rows, out_features]`; a task's first row follows the last row of the task before. Float32 or the
             dtype of `x`.
         activation: "none", "relu" or "sigmoid".
         tile: One of `TILES`.
@@ -233,8 +233,8 @@ def block_sparse_launch(
     block_rows, groups = triton.cdiv(n, weight.block), weight.tasks // weight.together
     if tile is None:
         tiles = TILES[weight.together * weight.block]
-        # Triton tells its compiler that these are multiples of 16; otherwise it copies element by element, through
-        # registers, and the tallest tile spills.
+        # What Triton tells its compiler, which otherwise copies element by element, through registers: the tallest
+        # tile spills then.
         is_aligned = k % 16 == 0 and x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
         fitting = tiles if is_aligned else tiles[1:]
         tile = choose_tile(fitting, rows, lambda t: block_rows * groups * triton.cdiv(rows, t.block_m))
@@ -278,7 +278,7 @@ def _check(weight: Tensor, masks: Tensor, block: int, dtype: torch.dtype, togeth
         got, wanted = f"{masks.dtype} {tuple(masks.shape)}", f"[tasks, {weight.shape[0]}, {weight.shape[1]}]"
         raise ValueError(f"masks: got {got}, wanted torch.bool {wanted} of at least one task")
     if masks.device != weight.device:
-        raise ValueError(f"masks: got device {masks.device}, wanted the weight's, {weight.device}")
+        raise ValueError(f"masks: got device {masks.device}, wanted that of the weight, {weight.device}")
     if block not in BLOCKS:
         raise ValueError(f"block: got {block}, wanted one of {', '.join(map(str, BLOCKS))}")
     if dtype not in DTYPES:

@@ -7,18 +7,18 @@
 One program computes BLOCK_M rows of one task, and no activation leaves its SM. `h` is in 16 bits, and between layers
 activations are rounded to its dtype; the head multiplies and adds in float32.
 
-The plan, for 512-256-128-1; these are predictions, nothing here has been timed:
+The plan, for 512-256-128-1; predictions, nothing here has been timed:
 
 - A program reads all weights of its task, 328 KB, and its rows of `h`, 1 KB each: from the L2 cache, at about 64 bytes
   per clock for one SM, and 25 where all of them read. Alone that is 3 us; the arithmetic of 64 rows is 3.5 us of wgmma.
 - The first layer is cut into chunks of BLOCK_N neurons. A chunk is computed over all of D0, and multiplied into the
-  second layer's sums at once, so registers hold `[BLOCK_M, BLOCK_N]` and `[BLOCK_M, D2]` float32, never all of D1. A
-  chunk costs one more read of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk.
-- 64 rows: 8 warps, 96 registers of sums per thread, 120 KB of shared memory: three stages of 40 KB, which are reused
-  after the loop for the second layer's operands, 96 KB. At 128 rows that is too many registers: chunks of 128.
-- Every further program reads the weights again. From a third of the multiprocessors on, this takes all the bandwidth
-  of the L2 cache, so smaller tiles are for batches that would leave more than two thirds of them idle.
-- This gives 5, 6 and 14 us for two tasks and batches of 256, 2048 and 8192.
+  second layer's sums at once: so registers hold `[BLOCK_M, BLOCK_N]` and `[BLOCK_M, D2]` float32, never all of D1. A
+  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk.
+- 64 rows: 8 warps, 96 registers of sums per thread, 120 KB of shared memory: three stages of 40 KB, which the second
+  layer's operands, 96 KB, use again after the loop. At 128 rows that is too many registers: chunks of 128.
+- Every further program reads the weights again. From a third of the multiprocessors on that takes all the bandwidth of
+  the L2 cache, so smaller tiles are for batches that would leave more than two thirds of them idle.
+- So 5, 6 and 14 us for two tasks and batches of 256, 2048 and 8192.
 
 Letters, in kernels only: M rows, D0 to D2 widths, W1 and W2 mask words per row.
 """
@@ -38,13 +38,13 @@ from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, choose_tile
 from lt4rec_sparse.kernels.gpu.weights import Weight, weight_tile
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or sums do not fit in registers
+MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or sums than registers hold
 MAX_OUT = 4  # the head is computed output by output, beside the tensor cores
 
 # M rows of a program, N neurons of a chunk of the first hidden layer, K in_features of a step. Largest first.
-# For widths that are multiples of 16. Other widths run too, with loads of one element each, and the larger tiles spill.
+# For widths that are multiples of 16: others run too, with loads of one element each, and the larger tiles spill.
 TILES = (Tile(128, 128, 32, 8, 4), Tile(64, 256, 64, 8, 3), Tile(32, 256, 64, 8, 3), Tile(16, 256, 64, 8, 4))
-BUSY = 1 / 3  # of the multiprocessors; with more, programs wait for the L2 cache (above)
+BUSY = 1 / 3  # of the multiprocessors, from which on programs wait for the L2 cache (above)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def fused_tail_kernel(
     stride_b1t,
     stride_b2t,
     stride_sm,
-    LAYERS: tl.constexpr,  # hidden layers, 1 or 2
+    LAYERS: tl.constexpr,  # hidden ones, 1 or 2
     D0: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -134,7 +134,7 @@ def fused_tail_kernel(
     n2 = tl.arange(0, BLOCK_D2)
     acc2 = tl.zeros((BLOCK_M, BLOCK_D2), dtype=tl.float32)
     scores = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
-    # Only the inner loop over K is pipelined: stages of this one would need shared memory for whole weights.
+    # Only the loop over K inside it is pipelined: stages of this one would need shared memory for whole weights.
     for n0 in tl.range(0, D1, BLOCK_D1, num_stages=1):
         n1 = n0 + tl.arange(0, BLOCK_D1)
         a = relu_layer(
@@ -188,8 +188,8 @@ def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
     """Say whether a tail can be fused.
 
     Args:
-        widths: `in_features`, the width of each hidden layer, and the head's outputs.
-        dtype: The dtype of `h` and of the weights.
+        widths: `in_features`, each hidden layer's, and the head's outputs.
+        dtype: The dtype of `h` and the weights.
     """
     if dtype not in DTYPES or len(widths) not in (3, 4) or min(widths) < 1:
         return False
@@ -207,8 +207,8 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
 
     Args:
         h: `[tasks, rows, in_features]`, float16 or bfloat16; neighbouring elements in its rows.
-        tail: A tail that `fits`, on the device of `h`.
-        scores: float32 `[rows, tasks * out]`, tasks side by side: where the result goes.
+        tail: One that `fits`, on the device of `h`.
+        scores: float32 `[rows, tasks * out]`, task beside task: where the result goes.
         tile: One of `tiles_of` the tail.
     """
     rows = h.shape[1]
@@ -216,7 +216,7 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
     tasks, out, _ = tail.head.shape
     d1, d0 = first.shape
     d2 = second.shape[0] if second is not None else 1
-    # The smallest tile comes twice, because `choose_tile` reserves the last one for few rows.
+    # The smallest twice: here no tile is for few rows alone.
     tiles = tiles_of(tail)
     tile = tile or choose_tile((*tiles, tiles[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
     return Launch(
@@ -254,7 +254,7 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
             "FORMAT2": second.format if second else "",
             "ACTIVATION": tail.activation,
             "BLOCK_M": tile.block_m,
-            # At least 32, the columns of a mask word, because these are the second layer's columns.
+            # At least 32, the columns of a mask word, for they are the second layer's columns.
             "BLOCK_D1": min(tile.block_n, max(32, triton.next_power_of_2(d1))),
             "BLOCK_D2": max(16, triton.next_power_of_2(d2)),
             "BLOCK_OUT": triton.next_power_of_2(out),

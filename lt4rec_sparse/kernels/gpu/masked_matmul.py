@@ -6,10 +6,10 @@ or `x[0]` for every task, where `x` is `[1, rows, in_features]`, as in a first l
 float32, in one order whatever else is in the batch: two calls with the same input give the same bits.
 
 Counted for an H200 (790 TFLOP/s in bfloat16, 5.5 TB/s from the L2 cache), not yet timed. A first layer of 1024-512 for
-two tasks and 2048 rows takes 5.4 us of arithmetic. Tiles of 128 x 128 read x 8 times and the weights 16 times, 65 MB
-or 12 us: the L2 cache is the bound, as it is for cuBLAS. Words add a sixteenth to the weights' bytes. Expanding them
-costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a step of 128 x 64 weights, whose product with
-128 rows takes 490. So masks are decoded here to save memory and launches. Where weights do not change, they are
+two tasks and 2048 rows takes 5.4 us of arithmetic. Tiles of 128 x 128 read x 8 times and the weights 16 times, 65 MB or
+12 us: it is the L2 cache that bounds it, as it bounds cuBLAS. Words add a sixteenth to the weights' bytes. To expand
+them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a step of 128 x 64 weights, where its product
+of 128 rows takes 490. So masks are decoded here to save memory and launches; where weights do not change, they are
 multiplied in beforehand ("premasked"), and for large batches once per step (`mask_and_cast`).
 
 Letters, in kernels only: M rows of a task, N out_features, K in_features, W mask words per row.
@@ -32,13 +32,13 @@ FORWARD = {
     "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(16, 32, 64, 4, 3)),
     "fp32": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)),
 }
-# The loop runs over N.
+# N is what the loop runs over.
 DGRAD = {
     "16": (Tile(128, 64, 128, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
     "tf32": (Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3)),
     "fp32": (Tile(64, 32, 64, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2)),
 }
-# The loop runs over M. Work that does not fill the GPU is split over the rows.
+# M is what the loop runs over. What does not fill the GPU is split over the rows.
 WGRAD = {
     "16": (Tile(32, 128, 128, 8, 4), Tile(64, 64, 64, 4, 3)),
     "tf32": (Tile(32, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
@@ -104,8 +104,8 @@ def masked_matmul_dgrad_kernel(
     stride_ym,
     stride_wn,
     stride_xm,
-    SUMMED: tl.constexpr,  # tasks that a program sums: all tasks that read the same x, or one
-    TOGETHER: tl.constexpr,  # how many of these share one load of a weight tile; divides SUMMED
+    SUMMED: tl.constexpr,  # tasks that a program sums: all that read the same x, or one
+    TOGETHER: tl.constexpr,  # of these, how many a weight tile is loaded once for; divides SUMMED
     PRECISION: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -148,7 +148,7 @@ def masked_matmul_wgrad_kernel(
     stride_xt,
     stride_xm,
     SPLITS,
-    TOGETHER: tl.constexpr,  # tasks whose dy are side by side in one product: an x tile is loaded once for them
+    TOGETHER: tl.constexpr,  # tasks whose dy stand side by side in one product: an x tile is loaded once for them
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -208,7 +208,7 @@ def forward_launch(
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`, contiguous: where the result goes.
         activation: "none", "relu" or "sigmoid".
-        precision: The precision of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `FORWARD`.
     """
     (n, k), tasks, rows = weight.shape, weight.tasks, x.shape[1]
@@ -267,13 +267,13 @@ def dgrad_launch(
         weight: `[out_features, in_features]`, neighbouring elements in its rows.
         words: `[tasks, out_features, W]`.
         dx: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for the sum; contiguous.
-        precision: The precision of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `DGRAD`.
     """
     (n, k), (tasks, rows, _) = weight.shape, dy.shape
     summed = tasks // len(dx)
     tiles = DGRAD[arithmetic(dy.dtype, precision)]
-    # Every row of a result is a row of one task, or of all of them.
+    # Every row of a result is a row of a task, or of all of them.
     tile = tile or choose_tile(
         tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * triton.cdiv(k, t.block_k) * len(dx)
     )
@@ -321,13 +321,13 @@ def wgrad(dy: Tensor, x: Tensor, words: Tensor, dtype: torch.dtype, precision: s
 
 
 def wgrad_tile(out_features: int, in_features: int, dtype: torch.dtype, precision: str) -> Tile:
-    """Choose the tile for `dW [out_features, in_features]`: the larger one if it fits inside."""
+    """Choose for `dW [out_features, in_features]`: the larger tile if it fits inside."""
     large, small = WGRAD[arithmetic(dtype, precision)]
     return large if min(out_features, in_features) > small.block_n else small
 
 
 def wgrad_splits(rows: int, programs: int, tile: Tile) -> int:
-    """Choose into how many shares a task's rows are cut: enough to fill the GPU, but at least 8 steps in each."""
+    """Choose into how many shares a task's rows are cut: enough to fill the GPU, none under 8 steps."""
     return max(1, min(MULTIPROCESSORS // max(programs, 1), rows // (8 * tile.block_m)))
 
 
@@ -340,7 +340,7 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
         words: `[tasks, out_features, W]`.
         dw: `[shares, out_features, in_features]`, contiguous; as many shares for each group of tasks that a program
             serves. Their sum is the result.
-        precision: The precision of float32 products: "ieee" or "tf32".
+        precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `WGRAD`.
     """
     (shares, n, k), (tasks, rows, _) = dw.shape, dy.shape
@@ -375,5 +375,5 @@ def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: st
 
 
 def _together(tasks: int, x: Tensor) -> int:
-    """Return how many tasks one program serves: of those that read the same rows, as many as fit in registers."""
+    """Return how many tasks one program serves: of those that read the same rows as many as fit in registers."""
     return next((size for size in (4, 2) if len(x) == 1 and tasks % size == 0), 1)

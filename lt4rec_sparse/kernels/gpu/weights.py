@@ -7,7 +7,7 @@ The layouts, for a weight `[N, K]` and its tasks:
   `k` is kept. `W` is a multiple of 4, so that a row of words starts at 16 bytes; padding bits are zero. The smallest,
   and the only one whose weight may change.
 
-A word is loaded once for 32 weights and expanded in registers. Loading a word for each weight would fill the shared
+A word is loaded once for 32 weights and expanded in registers. One load of a word for each weight would fill the shared
 memory of a pipelined loop with copies of masks.
 """
 
@@ -43,14 +43,14 @@ class Weight(NamedTuple):
             masks: `[tasks, out_features, in_features]`, bool, True = kept.
             format: One of `FORMATS`.
             dtype: The dtype of the values.
-            device: The device of the result.
+            device: Where they go.
 
         Raises:
             ValueError: If there is no such format.
         """
         tasks, n, k = masks.shape
         if format == "premasked":
-            # `where`, not a multiplication: a pruned weight may be NaN.
+            # Chosen, not multiplied: a pruned weight may be NaN.
             return cls(format, (n, k), torch.where(masks, weight, 0).to(device, dtype), None, tasks)
         if format == "masked":
             return cls(format, (n, k), weight.to(device, dtype), pack_words(masks).to(device), tasks)
@@ -64,7 +64,7 @@ class Weight(NamedTuple):
 
     @property
     def words_per_row(self) -> int:
-        """The number of mask words per row; 0 where the masks are multiplied in."""
+        """How many mask words a row has; 0 where the masks are multiplied in."""
         return 0 if self.words is None else self.words.shape[2]
 
 
@@ -72,13 +72,13 @@ class Weight(NamedTuple):
 def where_kept(values, words_ptr, row, k0, is_row, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return `values [ROWS, COLUMNS]` where the mask keeps them, zero elsewhere: the one reader of mask words.
 
-    `row` are rows of words, those of one task after another; `k0` is the first column, a multiple of COLUMNS.
+    `row` are rows of words, a task's after another's; `k0` is the first column, a multiple of COLUMNS.
     """
     w = k0 // 32 + tl.arange(0, COLUMNS // 32)  # always inside: W is padded to 128 columns
     words = tl.load(words_ptr + row[:, None] * W + w[None, :], mask=is_row[:, None], other=0)
     shifts = tl.arange(0, 32)
     kept = ((words[:, :, None] >> shifts[None, None, :]) & 1).reshape(ROWS, COLUMNS) != 0
-    # `where`, not a multiplication: a pruned weight may be NaN.
+    # Chosen, not multiplied: a pruned weight may be NaN.
     return tl.where(kept, values, 0.0)
 
 

@@ -4,16 +4,15 @@ Compiles all cases, or those with PART in their name, for each of their chips, a
 
 - registers, spill_bytes, stack_bytes: from the log of ptxas. serialised: it gave up overlapping wgmma.
 - shared_bytes: of a block.
-- words: how many int32 each step of a loop with a product loads: the mask words.
-- instructions, and how many of them are HGMMA (wgmma), HMMA (mma), TCGEN (tcgen05), FFMA, LDG, LDGSTS (cp.async), LDL
-and STL.
+- words: how many int32 a step of each loop with a product loads: the mask words.
+- instructions, and HGMMA (wgmma), HMMA (mma), TCGEN (tcgen05), FFMA, LDG, LDGSTS (cp.async), LDL and STL of them.
 
 Without `--check` the figures replace those of the installed Triton in `bench/results/gpu_compiled.json`: look at the
-diff. With it, a figure that differs from the committed one is a fault too. `faults` lists what every case must keep;
-the exit code is 1 if a case does not. It needs no GPU and no driver.
+diff. With it, figures other than the committed ones are a fault, too. What every case must keep says `faults`; the exit
+code is 1 where one does not. No GPU and no driver is asked for.
 
 To add a kernel, write a function that returns its cases by name, made of META tensors, and append it to `SOURCES`.
-A name tells a case from the others of its kernel; a case adds half a second per chip to the test suite.
+A name says what tells the case from others of its kernel; half a second a chip is what a case adds to the test suite.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ COUNTED = {
 }
 MOST_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block
 INSTRUCTION_BYTES = 16
-WIDE_ROWS = 64  # the least rows of one wgmma or tcgen05 product
+WIDE_ROWS = 64  # what one wgmma or tcgen05 product has at least
 
 Figures = dict[str, Any]
 
@@ -72,7 +71,7 @@ class Case(NamedTuple):
     """A launch of META tensors, and what its compiled form must keep."""
 
     launch: Launch
-    arithmetic: str  # of its products, as in the kernels' tables; "" if it has none
+    arithmetic: str  # of its products, as in the kernels' tables; "" where it has none
     rows: int  # of a product: what a wide tensor-core instruction needs 64 of
     words: tuple[int, ...]  # int32 that a step of each loop with a product loads: any of these, and all are found
     chips: tuple[int, ...] = (80, 90)
@@ -83,7 +82,7 @@ DTYPES = {"16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}  #
 
 
 def masked_matmul_cases() -> dict[str, Case]:
-    """Return every entry of the tables for a layer 1024-512 of two tasks, and special cases with the largest."""
+    """Return every entry of the tables for a layer 1024-512 of two tasks, and what is special with the largest."""
     cases: dict[str, Case] = {}
     for arithmetic, dtype in DTYPES.items():
         for i, tile in enumerate(masked_matmul.FORWARD[arithmetic]):
@@ -107,7 +106,7 @@ def masked_matmul_cases() -> dict[str, Case]:
 
 
 def mask_and_cast_cases() -> dict[str, Case]:
-    """Return the kernels around cuBLAS in training: the cast of the weight, and the sum of its gradients."""
+    """Return what surrounds cuBLAS in training: the cast of the weight, and the sum of its gradients."""
     shape, tasks = (OUT_FEATURES, IN_FEATURES), 2
     words, of_tile = _words(tasks, *shape), mask_and_cast.BLOCK_N * mask_and_cast.BLOCK_K // 32
     weight = _meta(torch.float32, *shape)
@@ -163,14 +162,14 @@ def cases() -> dict[str, Case]:
 
 
 def faults(case: Case, chip: int, figures: Figures) -> Iterator[str]:
-    """Yield the faults of a compiled case."""
+    """Yield what a compiled case must not be."""
     for name in ("spill_bytes", "stack_bytes", "LDL", "STL", "serialised"):
         if figures[name]:
             yield f"{name} {figures[name]}, wanted 0"
     if figures["shared_bytes"] > MOST_SHARED_BYTES[chip]:
         yield f"shared_bytes {figures['shared_bytes']}, a block of sm_{chip} has {MOST_SHARED_BYTES[chip]}"
     if set(figures["words"]) != set(case.words):
-        yield f"int32 loaded per step: {figures['words']}, wanted {case.words}"
+        yield f"int32 loaded a step: {figures['words']}, wanted {case.words}"
     wanted = _instruction(case, chip)
     products = [name for name in ("HGMMA", "HMMA", "TCGEN", "FFMA") if figures[name]]
     if (wanted and wanted not in products) or set(products) - {wanted, "FFMA"}:
@@ -190,7 +189,7 @@ def bind(launch: Launch, chip: int) -> tuple[Any, ...]:
 
 
 def compiled_anew(case: Case) -> Iterator[str]:
-    """Yield what would make the JIT compile again for another batch of a case, which must not happen."""
+    """Yield what would make the JIT compile again for another batch of a case, which it must not."""
     bound, *key = bind(case.launch, case.chips[0])
     for launch in case.other_batches:
         _, *other = bind(launch, case.chips[0])
@@ -209,7 +208,7 @@ def compile_case(name: str, chip: int) -> tuple[Figures, bytes]:
     log = StringIO()
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope():
         knobs.cache.dir = folder
-        knobs.compilation.always_compile = True  # otherwise there is no log
+        knobs.compilation.always_compile = True  # or there is no log
         knobs.nvidia.dump_ptxas_log = True
         with redirect_stdout(log):
             compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=options.__dict__)
@@ -242,7 +241,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def count_instructions(codes: Sequence[bytes], chip: int) -> list[Figures]:
-    """Disassemble the kernels of a chip and count, all in one call, because nvdisasm takes 0.4 s to start."""
+    """Disassemble the kernels of a chip and count: all in one go, for nvdisasm takes 0.4 s to start."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         raw.write_bytes(b"".join(codes))
@@ -271,7 +270,7 @@ class Region:
 
 
 def words_a_step(ttgir: str) -> list[int]:
-    """Return how many int32 each step of a loop with a product loads; without a product, of each loop or of the kernel.
+    """Return how many int32 a step of each loop with a product loads; without one, of each loop, or of the kernel.
 
     Read from the last form in which a load still has a shape, behind every pass that copies or moves loads.
     """
@@ -307,7 +306,7 @@ def main(arguments: list[str]) -> int:
     parts = [a for a in arguments if not a.startswith("--")]
     named = {name: case for name, case in cases().items() if all(part in name for part in parts)}
     jobs = [(name, chip) for name, case in named.items() for chip in case.chips]
-    # Two, since each takes half a gigabyte; fresh ones, since torch has threads by now, which a fork does not copy.
+    # Two, for each takes half a gigabyte; fresh ones, for torch has threads by now, which a fork does not take along.
     with ProcessPoolExecutor(2, get_context("spawn")) as workers:
         figures, codes = zip(*workers.map(compile_case, *zip(*jobs, strict=True)), strict=True)
     for chip in {chip for _, chip in jobs}:
@@ -324,9 +323,9 @@ def main(arguments: list[str]) -> int:
         if is_check and committed is not None:
             was = committed.get(name, {}).get(f"sm_{chip}", {})
             changed = [f"{key} {was.get(key)} -> {got[key]}" for key in got if got[key] != was.get(key)]
-            complaints += [f"{name}, sm_{chip}: differs from the committed: {', '.join(changed)}"] if changed else []
+            complaints += [f"{name}, sm_{chip}: other than committed: {', '.join(changed)}"] if changed else []
     if not parts and is_check and committed is not None:
-        complaints += [f"{name}: committed, but no case" for name in committed.keys() - named.keys()]
+        complaints += [f"{name}: committed, and no case" for name in committed.keys() - named.keys()]
     if not is_check:
         kept = committed or {} if parts else {}
         _write({**record, triton.__version__: {**kept, **compiled}})
@@ -340,7 +339,7 @@ def main(arguments: list[str]) -> int:
 
 
 TASKS = {"one": 1, "joint": 2, "apart": 2}  # two that read the same x, or each its own
-ROWS, OTHER_ROWS = 2048, (16, 1, 7)  # the others would compile anew if they were not hidden from Triton
+ROWS, OTHER_ROWS = 2048, (16, 1, 7)  # the latter would compile anew if they were not hidden from Triton
 OUT_FEATURES, IN_FEATURES = 512, 1024
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -66,7 +66,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
         os.set_blocking(file.fileno(), True)
         assert file.readline() == "began\n"
         parent.kill()
-        assert parent.stdout.read() == ""  # the worker's end of the pipe is closed
+        assert file.read() == ""  # the worker's end of the pipe is closed
 
 
 def test_ray_is_asked_for_by_name_where_it_is_missing():
