@@ -229,7 +229,7 @@ def test_the_four_arms_of_table_3():
     own = {"mine": ("x", "x")}
     float32 = table_3_scores({"x": np.full(1, 0.5, np.float32)}, {"x": np.ones(1, np.float32)}, np.ones(1), arms=own)
     assert float32["mine"].dtype == np.float64
-    with pytest.raises(ValueError, match="pctr: got base, wanted s_weight's too, which s_weight_ctr needs"):
+    with pytest.raises(ValueError, match="pctr: got base, wanted s_weight's too, which s_weight_ctr"):
         table_3_scores({"base": pctr["base"]}, pcvr, np.ones(2))
 
 
