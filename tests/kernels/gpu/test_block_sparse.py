@@ -302,7 +302,7 @@ def test_a_wrong_argument_of_from_dense_is_refused_in_one_line(change: dict[str,
 def test_what_the_weight_does_not_fit_is_refused() -> None:
     masks = torch.ones(2, 20, 30, dtype=torch.bool, device=DEVICE)
     packed = BlockWeight.from_dense(draw(20, 30, seed=1), masks, 16, torch.float16, together=2)
-    with pytest.raises(ValueError, match=r"x: got torch\.float32, wanted torch\.float16 like the weight"):
+    with pytest.raises(ValueError, match=r"x: got torch\.float32, wanted torch\.float16, that of the weight"):
         forward(torch.ones(1, 8, 30, device=DEVICE), packed, None)
     with pytest.raises(ValueError, match="x: got the rows of 2 tasks, wanted one for 2 tasks together"):
         forward(torch.ones(2, 8, 30, dtype=torch.float16, device=DEVICE), packed, None)
