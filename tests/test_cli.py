@@ -100,7 +100,7 @@ def finished(tmp_path_factory):
 def test_run_without_data_simulates_some(finished):
     report = (finished / "report.md").read_text()
     assert report.startswith("# LT4REC, sparse: simulated click log\n")
-    assert "The best that the planted truth allows" in report
+    assert "The best values that the planted truth allows" in report
     assert (finished / "simulated" / "schema.toml").is_file()
 
 
@@ -278,14 +278,14 @@ def test_lines_of_progress_come_first_last_and_now_and_then(monkeypatch):
 
 
 def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
-    def report(data, out, settings, progress):
+    def report(data, out, settings, progress, resources):
         progress("train", 1, 2)
-        return out / "report.md"
+        return run_module.Finished(out / "report.md", "Serve this.")
 
     monkeypatch.setattr(run_module, "run", report)
     assert invoke("run", "--out", tmp_path).stderr == "train: 1 of 2\n"
     result = invoke("run", "--out", tmp_path, "-q")
-    assert (result.stderr, result.stdout.split(",")[0]) == ("", f"{tmp_path}/report.md")
+    assert (result.stderr, result.stdout.split(",")[0]) == ("", f"Serve this.\n{tmp_path}/report.md")
 
 
 def test_help_imports_nothing_that_computes():
@@ -314,7 +314,7 @@ def test_help_imports_nothing_that_computes():
         (["--density", "0"], "density: got 0.0, wanted more than 0 and less than 1"),
         (["--density", "1.5"], "density: got 1.5, wanted more than 0 and less than 1"),
         (["--density", "nan"], "Invalid value for '--density': got nan, wanted a finite number"),
-        (["--learning-rate", "inf"], "Invalid value for '--learning-rate': got inf, wanted a finite number"),
+        (["--learning-rate", "inf"], "--learning-rate: got 'inf', wanted finite numbers"),
         (["--embedding-dim", "1000000000"], "Invalid value for '--embedding-dim': got 1000000000, wanted 1 to 4,096"),
         (["--hidden", "99999999999"], "--hidden: got '99999999999', wanted widths of at most 65536"),
         (["--density", "few"], "Invalid value for '--density': "),
@@ -344,7 +344,7 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
         (["--batch-size", "-1"], "batch_size: got -1, wanted at least 1"),
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--cross", "dcn"], "cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"),
-        (["--precision", "int8"], "--precision: got 'int8', wanted one of fp32, bf16"),
+        (["--precision", "int8"], "--precision: got 'int8', wanted one of auto, fp32, bf16"),
         (["--workers", "0"], "Invalid value for '--workers': got 0, wanted 1 to 1,024"),
         (["--workers", "-1"], "Invalid value for '--workers': got -1, wanted 1 to"),
         (["--embedding-dim", "1000000000"], "Invalid value for '--embedding-dim': got 1000000000, wanted 1 to 4,096"),
@@ -755,10 +755,10 @@ def test_scores_come_with_the_columns_that_are_kept(finished, candidates, tmp_pa
     table = candidates.append_column("request", pa.array([f"r{i}" for i in range(len(candidates))]))
     path, out = tmp_path / "candidates.parquet", tmp_path / f"scores.{kind}"
     pq.write_table(table, path)
-    assert invoke("score", finished / "model.safetensors", path, out, "--keep", "request, video_id").exit_code == 0
+    assert invoke("score", finished / "model.safetensors", path, out, "--keep", "request, hour").exit_code == 0
     scores = pq.read_table(out) if kind == "parquet" else pyarrow.csv.read_csv(out)
-    assert scores.column_names == ["request", "video_id", "ctr", "cvr"]
-    assert scores.select(["request", "video_id"]).to_pydict() == table.select(["request", "video_id"]).to_pydict()
+    assert scores.column_names == ["request", "hour", "ctr", "cvr"]
+    assert scores.select(["request", "hour"]).to_pydict() == table.select(["request", "hour"]).to_pydict()
     assert invoke("score", finished / "model.safetensors", path, tmp_path / "plain.parquet").exit_code == 0
     plain = pq.read_table(tmp_path / "plain.parquet")
     for task in plain.column_names:  # a float32 is printed with as many digits as tell it from the next

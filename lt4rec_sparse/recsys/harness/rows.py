@@ -159,7 +159,7 @@ def narrow_factor(in_features: int, hidden: Sequence[int], density: float) -> fl
     layer, which grow with the width, and `rest` those of the other layers, which grow with its square.
 
     >>> round(narrow_factor(1000, (100, 100), 0.2), 3)
-    0.216
+    0.215
     """
     first = in_features * hidden[0]
     rest = sum(a * b for a, b in zip(hidden[:-1], hidden[1:], strict=True))
