@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: workers share the cores between them
+
 import hypothesis
 import pytest
 import torch
@@ -28,7 +31,7 @@ def poisoned_memory():
 
 
 # Registered in pyproject.toml; each implies `heavy`.
-HEAVY = ("ahead_of_time", "bench_short", "gpu_rehearsal", "neon", "packaging", "sanitizers", "triton36")
+HEAVY = ("ahead_of_time", "bench_short", "end_to_end", "gpu_rehearsal", "neon", "packaging", "sanitizers", "triton36")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

@@ -1,7 +1,7 @@
 """Cases for pytest-benchmark, one layer at a time, to compare two builds or two machines; and the suites' short forms.
 
-`pytest tests/test_benchmarks.py --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. They rank
-nothing: the interleaved ratios of `python -m bench cpu` do.
+`pytest tests/test_benchmarks.py -n0 --benchmark-enable --benchmark-save=before`, then with `--benchmark-compare`. They
+rank nothing: the interleaved ratios of `python -m bench cpu` do.
 """
 
 from __future__ import annotations

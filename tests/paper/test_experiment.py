@@ -45,6 +45,7 @@ def log(tmp_path_factory):
     return folder
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
     if name != TRAINED:
@@ -75,6 +76,7 @@ def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
         run_experiment("table3", other, tmp_path / "out", 1, TRAINING, HERE)
 
 
+@pytest.mark.end_to_end
 def test_regimes_are_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     regimes = Regimes(3_000, (0.2, 0.5), (0.5,), TRAINING)
