@@ -253,7 +253,7 @@ class MaskedMLP(nn.Module):
         if not hidden:
             raise ValueError("hidden: got no layer, wanted at least one width")
         if not isinstance(out_features, int):
-            raise TypeError(f"out_features: got {out_features!r}, wanted how many outputs each task has")
+            raise TypeError(f"out_features: got {out_features!r}, wanted the number of outputs per task")
         self.in_features = in_features
         self.out_features = out_features
         self.tasks = check_tasks(tasks)
