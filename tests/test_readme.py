@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def first_block() -> list[str]:
-    block = re.search(r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^```(?:sh|bash)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     return block[1].strip().splitlines()
 
