@@ -79,7 +79,7 @@ def _call(**settings: Any) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {
         "module": partial(frozen, x),
         "score_into": partial(frozen.score_into, x, out),
-        "engine": partial(prepacked._call, *arguments),
+        "engine": partial(cpu._engine.sparse_mlp, *arguments),
         "torch.empty": partial(torch.empty, 1, 1),
         "an empty module": partial(_Empty(), x),
     }

@@ -286,13 +286,15 @@ enum {
   STATUS_BAD_SHAPE = 2,  // in_features or outputs are not the blob's
   STATUS_NO_MEMORY = 3,
   STATUS_NO_LAYOUT = 4,  // the blob was not prepacked for the path
+  STATUS_NOT_READ = 5,   // of the Python module alone: it leaves these arguments to its caller
 };
 
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
-// Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has. S8 has only tables.
-enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2 };
+// Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster one
+// or none. S8 has only tables.
+enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_FASTEST = 3 };
 
 // PATH_TABLES or PATH_SLICES: what is faster for this many rows.
 int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch);

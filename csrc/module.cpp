@@ -1,13 +1,15 @@
 // The module lt4rec_sparse.kernels._engine: addresses and sizes in, status out. The door that checks its arguments is
 // cpu.py; this file only unpacks integers and lets go of the GIL.
 //
-// METH_FASTCALL on the limited API: one build serves every CPython from 3.10, at 1.5 us per call.
+// METH_FASTCALL on the limited API: one build serves every CPython from 3.10. `run` takes tensors as they are, because
+// each query of a tensor from Python costs as much as a small layer: 0.2 us, a dozen of them per call.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <atomic>
 #include <cstring>
 
+#include "dlpack.h"
 #include "engine.h"
 
 namespace {
@@ -62,10 +64,11 @@ PyObject* path(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLongLong(lt4rec_path(isa_in_force, a[0], a[1]));
 }
 
-// prepack(layers, count, precision, layouts) -> bytearray
+// prepack(layers, count, precision, layouts, allocate): copies the blob to the address allocate(bytes)
 PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t a[4], bytes;
-  if (!unpack(args, count, a, 4)) return nullptr;
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 5", count);
+  if (!unpack(args, 4, a, 4)) return nullptr;
   char message[MESSAGE_BYTES] = "";
   uint8_t* blob;
   Py_BEGIN_ALLOW_THREADS;
@@ -74,23 +77,86 @@ PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (bytes == -1) PyErr_SetString(PyExc_ValueError, message);
   if (bytes == -2) PyErr_NoMemory();
   if (bytes < 0) return nullptr;
-  PyObject* result = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(blob), Py_ssize_t(bytes));
+  PyObject* allocated = PyObject_CallFunction(args[4], "L", static_cast<long long>(bytes));
+  const long long to = allocated ? PyLong_AsLongLong(allocated) : -1;
+  Py_XDECREF(allocated);
+  if (to != -1) std::memcpy(address<void>(to), blob, size_t(bytes));
   lt4rec_free(blob);
-  return result;
+  if (to == -1) return nullptr;
+  Py_RETURN_NONE;
+}
+
+int without_gil(const uint8_t* blob, int64_t bytes, const SparseMlpCall& call) {
+  const Isa* isa_now = isa_in_force;
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = lt4rec_sparse_mlp(isa_now, blob, bytes, &call);
+  Py_END_ALLOW_THREADS;
+  return status;
 }
 
 // sparse_mlp(blob, bytes, x, is_bf16, batch, in_features, x_stride, out, outputs, out_stride, threads, path) -> status
 PyObject* sparse_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t a[12];
   if (!unpack(args, count, a, 12)) return nullptr;
-  const Isa* isa_now = isa_in_force;
   const SparseMlpCall call{address<const void>(a[2]), a[3], a[4],  a[5],  a[6], address<float>(a[7]),
                            a[8],                      a[9], a[10], a[11]};
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = lt4rec_sparse_mlp(isa_now, address<const uint8_t>(a[0]), a[1], &call);
-  Py_END_ALLOW_THREADS;
-  return PyLong_FromLong(status);
+  return PyLong_FromLong(without_gil(address<const uint8_t>(a[0]), a[1], call));
+}
+
+// The tensor type that `run` reads, and its functions; null until use_tensors.
+PyObject* tensor_type = nullptr;
+const dlpack::ExchangeApi* tensors = nullptr;
+
+// use_tensors(type, its __dlpack_c_exchange_api__) -> whether `run` can read such tensors
+PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 2", count);
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(args[1], "dlpack_exchange_api"));
+  if (!api) return nullptr;
+  if (api->major != dlpack::kMajor || !api->borrow) Py_RETURN_FALSE;
+  Py_INCREF(args[0]);
+  tensor_type = args[0];
+  tensors = api;
+  Py_RETURN_TRUE;
+}
+
+// A matrix on the CPU whose rows are contiguous.
+struct Matrix {
+  uint8_t* data;
+  int64_t rows, columns, stride;
+  bool is_bf16;
+};
+
+bool read_matrix(PyObject* object, Matrix* to) {
+  dlpack::Tensor t;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
+  if (tensors->borrow(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool is_f32 = t.type_code == dlpack::kFloat && t.bits == 32;
+  const bool is_bf16 = t.type_code == dlpack::kBfloat && t.bits == 16;
+  if (t.device_type != dlpack::kCpu || t.ndim != 2 || !(is_f32 || is_bf16) || t.lanes != 1) return false;
+  if (t.shape[1] != 1 && t.strides[1] != 1) return false;
+  const int64_t stride = t.shape[0] > 1 ? t.strides[0] : t.shape[1];  // of a single row the stride means nothing
+  *to = {static_cast<uint8_t*>(t.data) + t.byte_offset, t.shape[0], t.shape[1], stride, is_bf16};
+  return true;
+}
+
+// run(blob, bytes, x, out, threads, path) -> status. STATUS_NOT_READ where it does not take the arguments: the caller
+// finds out why, or calls sparse_mlp.
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6", count);
+  PyObject* const integers[] = {args[0], args[1], args[4], args[5]};
+  int64_t a[4];
+  if (!unpack(integers, 4, a, 4)) return nullptr;
+  Matrix x, out;
+  if (!tensors || a[2] < 1 || !read_matrix(args[2], &x) || !read_matrix(args[3], &out) || out.is_bf16 ||
+      out.rows != x.rows || out.stride < out.columns)
+    return PyLong_FromLong(STATUS_NOT_READ);
+  const SparseMlpCall call{x.data,      x.is_bf16,  x.rows, x.columns, x.stride, reinterpret_cast<float*>(out.data),
+                           out.columns, out.stride, a[2],   a[3]};
+  return PyLong_FromLong(without_gil(address<const uint8_t>(a[0]), a[1], call));
 }
 
 // describe(blob, bytes) -> the header's facts in the order of cpu.py, or None for no blob of ours
@@ -116,6 +182,8 @@ PyMethodDef methods[] = {
     {"path", FASTCALL(path), nullptr},
     {"prepack", FASTCALL(prepack), nullptr},
     {"sparse_mlp", FASTCALL(sparse_mlp), nullptr},
+    {"use_tensors", FASTCALL(use_tensors), nullptr},
+    {"run", FASTCALL(run), nullptr},
     {"describe", FASTCALL(describe), nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -130,7 +198,8 @@ PyMODINIT_FUNC PyInit__engine(void) {
   if (module && (PyModule_AddIntConstant(module, "STATUS_BAD_BLOB", STATUS_BAD_BLOB) < 0 ||
                  PyModule_AddIntConstant(module, "STATUS_BAD_SHAPE", STATUS_BAD_SHAPE) < 0 ||
                  PyModule_AddIntConstant(module, "STATUS_NO_MEMORY", STATUS_NO_MEMORY) < 0 ||
-                 PyModule_AddIntConstant(module, "STATUS_NO_LAYOUT", STATUS_NO_LAYOUT) < 0))
+                 PyModule_AddIntConstant(module, "STATUS_NO_LAYOUT", STATUS_NO_LAYOUT) < 0 ||
+                 PyModule_AddIntConstant(module, "STATUS_NOT_READ", STATUS_NOT_READ) < 0))
     Py_CLEAR(module);
   return module;
 }

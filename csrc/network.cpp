@@ -5,31 +5,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
-#include <map>
 #include <numeric>
+#include <unordered_map>
 #include <utility>
 
 namespace lt4rec {
 namespace {
 
-// __builtin_popcount is a call into the library where the build may not assume the instruction.
-struct BitCounts {
-  uint8_t of[256] = {};
-  constexpr BitCounts() {
-    for (int byte = 1; byte < 256; ++byte) of[byte] = uint8_t(of[byte / 2] + byte % 2);
-  }
-};
-constexpr BitCounts kBits;
-
-int64_t count_bits(const uint8_t* bytes, int64_t count) {
-  int64_t bits = 0;
-  for (int64_t i = 0; i < count; ++i) bits += kBits.of[bytes[i]];
-  return bits;
-}
-
 // One task's view of a compressed weight: the kept weights of a row are the set bits of its plane, and their values
-// stand among those of the union's set bits.
+// stand among those of the union's set bits. Columns are looked at by words of 64.
 class View {
  public:
   explicit View(const CanonicalLayer& layer)
@@ -43,52 +29,62 @@ class View {
     }
     for (int64_t row = 0; row < layer.out_features; ++row) {
       starts_.push_back(nnz_of_union_);
-      nnz_of_union_ += planes_ ? count_bits(&union_[size_t(row * bytes_)], bytes_) : layer.in_features;
+      nnz_of_union_ += planes_ ? count_bits(&union_[size_t(row * bytes_)]) : layer.in_features;
     }
   }
 
   int64_t nnz_of_union() const { return nnz_of_union_; }
+  int64_t words() const { return (bytes_ + 7) / 8; }
+  uint64_t own_word(int64_t row, int64_t word) const { return load(plane(row), word); }
+  uint64_t union_word(int64_t row, int64_t word) const { return load(&union_[size_t(row * bytes_)], word); }
 
-  // Calls visit(column, value, index of the value) for each weight of the row that the layer's task keeps, columns
-  // ascending.
+  // Writes the row's weights to their columns. What the union does not keep is left as it is.
+  void expand(int64_t row, float* to) const {
+    const float* value = values_ + starts_[size_t(row)];
+    for (int64_t word = 0; word < words(); ++word)
+      for (uint64_t bits = union_word(row, word); bits; bits &= bits - 1) to[64 * word + __builtin_ctzll(bits)] = *value++;
+  }
+
+  // Calls visit(column, value) for each weight of the row that the layer's task keeps, columns ascending.
   template <class Visit>
   void each_kept(int64_t row, Visit visit) const {
-    int64_t index = starts_[size_t(row)];
+    const float* value = values_ + starts_[size_t(row)];
     if (!planes_) {
-      for (int64_t column = 0; column < layer_.in_features; ++column, ++index)
-        visit(int32_t(column), values_[index], index);
+      for (int64_t column = 0; column < layer_.in_features; ++column) visit(int32_t(column), value[column]);
       return;
     }
-    const uint8_t *own = plane(layer_.task, row), *all = &union_[size_t(row * bytes_)];
-    for (int64_t byte = 0; byte < bytes_; ++byte)
-      for (unsigned bits = all[byte], kept = own[byte]; bits; bits &= bits - 1, ++index)
-        if (kept & bits & -bits) visit(int32_t(byte * 8 + __builtin_ctz(bits)), values_[index], index);
+    std::vector<float> expanded(size_t(layer_.in_features));
+    expand(row, expanded.data());
+    for (int64_t word = 0; word < words(); ++word)
+      for (uint64_t bits = own_word(row, word); bits; bits &= bits - 1) {
+        const int64_t column = 64 * word + __builtin_ctzll(bits);
+        visit(int32_t(column), expanded[size_t(column)]);
+      }
   }
-
-  // The same for each weight of the union.
-  template <class Visit>
-  void each_of_union(int64_t row, Visit visit) const {
-    int64_t index = starts_[size_t(row)];
-    const uint8_t* all = &union_[size_t(row * bytes_)];
-    for (int64_t byte = 0; byte < bytes_; ++byte)
-      for (unsigned bits = all[byte]; bits; bits &= bits - 1, ++index)
-        visit(int32_t(byte * 8 + __builtin_ctz(bits)), values_[index], index);
-  }
-
-  const uint8_t* own_bits(int64_t row) const { return plane(layer_.task, row); }
-  const uint8_t* union_bits(int64_t row) const { return &union_[size_t(row * bytes_)]; }
-  int64_t row_bytes() const { return bytes_; }
 
   std::vector<int64_t> kept_weights() const {
     std::vector<int64_t> kept;
     for (int64_t row = 0; row < layer_.out_features; ++row)
-      kept.push_back(planes_ ? count_bits(plane(layer_.task, row), bytes_) : layer_.in_features);
+      kept.push_back(planes_ ? count_bits(plane(row)) : layer_.in_features);
     return kept;
   }
 
  private:
-  const uint8_t* plane(int64_t task, int64_t row) const {
-    return planes_ + (task * layer_.out_features + row) * bytes_;
+  const uint8_t* plane(int64_t row) const { return planes_ + (layer_.task * layer_.out_features + row) * bytes_; }
+
+  uint64_t load(const uint8_t* row, int64_t word) const {
+    uint64_t bits = 0;
+    if (8 * word + 8 <= bytes_)
+      std::memcpy(&bits, row + 8 * word, 8);
+    else
+      std::memcpy(&bits, row + 8 * word, size_t(bytes_ - 8 * word));
+    return bits;
+  }
+
+  int64_t count_bits(const uint8_t* row) const {
+    int64_t count = 0;
+    for (int64_t word = 0; word < words(); ++word) count += __builtin_popcountll(load(row, word));
+    return count;
   }
 
   const CanonicalLayer& layer_;
@@ -122,6 +118,18 @@ Positions inverse(const Positions& positions) {
   return order;
 }
 
+// Appends a row: the columns whose bits are set in `has`, which this clears.
+void append_columns(std::vector<uint64_t>& has, const std::vector<float>& values, Matrix& matrix) {
+  for (size_t word = 0; word < has.size(); ++word) {
+    for (; has[word]; has[word] &= has[word] - 1) {
+      const size_t column = word * 64 + size_t(__builtin_ctzll(has[word]));
+      matrix.column.push_back(int32_t(column));
+      matrix.value.push_back(values[column]);
+    }
+  }
+  matrix.end_row();
+}
+
 // Collects one row in any order of columns and appends it in ascending order: a bit for each column, since sorting
 // would take most of the time there is.
 class RowBuilder {
@@ -132,16 +140,7 @@ class RowBuilder {
     value_[size_t(column)] = value;
     has_[size_t(column) / 64] |= uint64_t{1} << (column % 64);
   }
-  void append_to(Matrix& matrix) {
-    for (size_t word = 0; word < has_.size(); ++word) {
-      for (; has_[word]; has_[word] &= has_[word] - 1) {
-        const size_t column = word * 64 + size_t(__builtin_ctzll(has_[word]));
-        matrix.column.push_back(int32_t(column));
-        matrix.value.push_back(value_[column]);
-      }
-    }
-    matrix.end_row();
-  }
+  void append_to(Matrix& matrix) { append_columns(has_, value_, matrix); }
 
  private:
   std::vector<float> value_;
@@ -167,7 +166,7 @@ Layer linear(const CanonicalLayer& from, const View& view, const Positions& colu
   layer.weight.expect(kept_weights(from));
   RowBuilder builder(from.in_features);
   for (int32_t row : inverse(rows)) {
-    view.each_kept(row, [&](int32_t column, float value, int64_t) { builder.set(columns[size_t(column)], value); });
+    view.each_kept(row, [&](int32_t column, float value) { builder.set(columns[size_t(column)], value); });
     builder.append_to(layer.weight);
   }
   return layer;
@@ -177,7 +176,7 @@ Layer linear(const CanonicalLayer& from, const View& view, const Positions& colu
 std::vector<float> largest_weights(const CanonicalLayer& layer, const View& view) {
   std::vector<float> largest(size_t(layer.out_features));
   for (int64_t row = 0; row < layer.out_features; ++row)
-    view.each_kept(row, [&](int32_t, float value, int64_t) {
+    view.each_kept(row, [&](int32_t, float value) {
       largest[size_t(row)] = std::max(largest[size_t(row)], std::fabs(value));
     });
   return largest;
@@ -195,39 +194,44 @@ bool shares_weight(const CanonicalLayer& a, const CanonicalLayer& b) {
          a.in_features == b.in_features && a.out_features == b.out_features;
 }
 
-// Who keeps each weight of a union: `set_of[i]` is the number of a set of tasks, `sets` has a bit for each of its tasks.
+// Which sets of tasks keep weights in common: `sets` has a bit for each of a set's tasks.
 struct Owners {
-  std::vector<uint32_t> set_of;
   std::vector<uint64_t> sets;
   std::vector<int64_t> counts;  // of each set's weights
+  std::unordered_map<uint64_t, uint32_t> number_of;
 };
+
+// Calls visit(word, columns, set) for each set of tasks in each word of the row: `columns` are those that exactly these
+// tasks keep. A word holds few sets, so that this takes a fraction of the time of a look at each weight.
+template <class Visit>
+void each_set(const std::vector<View>& tasks, int64_t row, Visit visit) {
+  std::vector<uint64_t> own(tasks.size());
+  for (int64_t word = 0; word < tasks[0].words(); ++word) {
+    uint64_t left = tasks[0].union_word(row, word);
+    if (!left) continue;
+    for (size_t t = 0; t < tasks.size(); ++t) own[t] = tasks[t].own_word(row, word);
+    while (left) {
+      const int first = __builtin_ctzll(left);
+      uint64_t set = 0, columns = left;
+      for (size_t t = 0; t < tasks.size(); ++t) {
+        const uint64_t keeps = own[t] >> first & 1;
+        set |= keeps << t;
+        columns &= keeps ? own[t] : ~own[t];
+      }
+      visit(word, columns, set);
+      left &= ~columns;
+    }
+  }
+}
 
 Owners owners_of(const std::vector<View>& tasks, int64_t out_features) {
   Owners owners;
-  owners.set_of.reserve(size_t(tasks[0].nnz_of_union()));
-  std::map<uint64_t, uint32_t> numbers;
-  std::vector<uint32_t> of_few(tasks.size() <= 8 ? 256 : 0);  // the number and one of each set, where sets are few
-  std::vector<const uint8_t*> own(tasks.size());
-  for (int64_t row = 0; row < out_features; ++row) {
-    for (size_t t = 0; t < tasks.size(); ++t) own[t] = tasks[t].own_bits(row);
-    const uint8_t* all = tasks[0].union_bits(row);
-    for (int64_t byte = 0; byte < tasks[0].row_bytes(); ++byte) {
-      for (unsigned bits = all[byte]; bits; bits &= bits - 1) {
-        const int bit = __builtin_ctz(bits);
-        uint64_t set = 0;  // without a branch: masks are as good as random
-        for (size_t t = 0; t < tasks.size(); ++t) set |= uint64_t(own[t][byte] >> bit & 1) << t;
-        uint32_t number = set < of_few.size() ? of_few[set] : 0;
-        if (number == 0) {
-          const auto found = numbers.try_emplace(set, uint32_t(owners.sets.size())).first;
-          if (found->second == owners.sets.size()) owners.sets.push_back(set), owners.counts.push_back(0);
-          number = found->second + 1;
-          if (set < of_few.size()) of_few[set] = number;
-        }
-        owners.set_of.push_back(number - 1);
-        ++owners.counts[number - 1];
-      }
-    }
-  }
+  for (int64_t row = 0; row < out_features; ++row)
+    each_set(tasks, row, [&](int64_t, uint64_t columns, uint64_t set) {
+      const auto found = owners.number_of.try_emplace(set, uint32_t(owners.sets.size()));
+      if (found.second) owners.sets.push_back(set), owners.counts.push_back(0);
+      owners.counts[found.first->second] += __builtin_popcountll(columns);
+    });
   return owners;
 }
 
@@ -310,18 +314,20 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   std::vector<Matrix> matrices(parts.sets.size());
   for (size_t s = 0; s < owners.sets.size(); ++s)
     for (uint32_t part : parts.cover[s]) matrices[part].expect(owners.counts[s]);
+  std::vector<float> values(size_t(first.in_features));
+  std::vector<std::vector<uint64_t>> kept_by(parts.sets.size(), std::vector<uint64_t>(size_t(views[0].words())));
   size_t position = 0;
   for (int32_t row : inverse(positions)) {
-    float& largest = layer.largest[position++];
-    views[0].each_of_union(row, [&](int32_t column, float value, int64_t i) {
-      const std::vector<uint32_t>& cover = parts.cover[owners.set_of[size_t(i)]];
-      if (!cover.empty()) largest = std::max(largest, std::fabs(value));
-      for (uint32_t part : cover) {
-        matrices[part].column.push_back(column);
-        matrices[part].value.push_back(value);
-      }
+    views[0].expand(row, values.data());
+    each_set(views, row, [&](int64_t word, uint64_t columns, uint64_t set) {
+      for (uint32_t part : parts.cover[owners.number_of.at(set)]) kept_by[part][size_t(word)] |= columns;
     });
-    for (Matrix& matrix : matrices) matrix.end_row();
+    float& largest = layer.largest[position++];
+    for (size_t part = 0; part < matrices.size(); ++part) {
+      append_columns(kept_by[part], values, matrices[part]);
+      for (auto i = size_t(matrices[part].starts.end()[-2]); i < matrices[part].value.size(); ++i)
+        largest = std::max(largest, std::fabs(matrices[part].value[i]));
+    }
   }
   for (const Matrix& matrix : matrices) layer.weight.append(matrix, part_features);
   for (size_t task = 0; task < tasks.size(); ++task) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <numeric>
 
@@ -111,6 +112,14 @@ struct PackedTable {
   std::vector<uint32_t> windows;
   std::vector<uint8_t> indices;
   std::vector<Weight> weights;
+
+  // Room for the steps of so many weights, `per_step` to a step, and some padding.
+  void expect(int64_t nnz, int64_t per_step) {
+    const auto steps = size_t(nnz / per_step * 5 / 4 + 16);
+    windows.reserve(steps);
+    indices.reserve(steps * size_t(per_step));
+    weights.reserve(steps * size_t(per_step));
+  }
 };
 
 // What a precision's tables look like: places for each feature in a step, the window, and what its start is a
@@ -148,17 +157,21 @@ template <class Table>
 PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t first_row) {
   constexpr int kPlaces = Table::kPlaces;
   PackedTable<typename Table::Weight> packed;
-  size_t at[GROUP], end[GROUP];
+  constexpr int64_t kNone = INT64_MAX;
+  size_t at[GROUP], end[GROUP], nnz = 0;
+  int64_t next[GROUP];  // the position of the weight at[r]
+  const auto position = [&](int64_t r) { return at[r] < end[r] ? Table::position(weight.column[at[r]]) : kNone; };
   for (int64_t r = 0; r < GROUP; ++r) {
     const bool is_row = first_row + r < weight.rows();
     at[r] = is_row ? size_t(weight.starts[size_t(first_row + r)]) : 0;
     end[r] = is_row ? size_t(weight.starts[size_t(first_row + r) + 1]) : 0;
+    next[r] = position(r);
+    nnz += end[r] - at[r];
   }
+  packed.expect(int64_t(nnz), GROUP * kPlaces);
   for (;;) {
-    int64_t window = INT64_MAX;
-    for (int r = 0; r < GROUP; ++r)
-      if (at[r] < end[r]) window = std::min(window, Table::position(weight.column[at[r]]));
-    if (window == INT64_MAX) return packed;
+    int64_t window = *std::min_element(next, next + GROUP);
+    if (window == kNone) return packed;
     window -= window % Table::kAlignment;
     const int64_t zero = Table::zero_after(window);
     packed.windows.push_back(uint32_t(Table::line_offset(window)));
@@ -168,12 +181,12 @@ PackedTable<typename Table::Weight> pack_group(const Matrix& weight, int64_t fir
     auto* weights = &packed.weights[packed.weights.size() - GROUP * kPlaces];
     for (int r = 0; r < GROUP; ++r) {
       for (int place = kPlaces - 1; place >= 0; --place) {  // the last place holds the first weight
-        if (at[r] == end[r]) break;
-        const int64_t index = Table::position(weight.column[at[r]]) - window;
+        const int64_t index = next[r] - window;
         if (index >= Table::kWindow) break;
         indices[r * kPlaces + place] = uint8_t(index);
         weights[r * kPlaces + place] = Table::weight(weight.value[at[r]]);
         ++at[r];
+        next[r] = position(r);
       }
     }
   }
@@ -183,6 +196,7 @@ template <class Table>
 PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
   constexpr size_t kValues = GROUP * Table::kPlaces;
   PackedTable<typename Table::Weight> packed;
+  packed.expect(matrix.nnz(), kValues);
   const int64_t groups = padded(matrix.rows()) / GROUP;
   for (int64_t first = 0; first < groups;) {
     const int64_t bundle = groups - first < BUNDLE ? 1 : BUNDLE;
@@ -197,10 +211,10 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
       for (const auto& part : parts) {
         if (step < part.windows.size()) {
           packed.windows.push_back(part.windows[step]);
-          const auto index = part.indices.begin() + int64_t(step * kValues);
-          const auto weight = part.weights.begin() + int64_t(step * kValues);
-          packed.indices.insert(packed.indices.end(), index, index + int64_t(kValues));
-          packed.weights.insert(packed.weights.end(), weight, weight + int64_t(kValues));
+          const uint8_t* index = &part.indices[step * kValues];
+          const auto* weight = &part.weights[step * kValues];
+          packed.indices.insert(packed.indices.end(), index, index + kValues);
+          packed.weights.insert(packed.weights.end(), weight, weight + kValues);
         } else {  // a line begins with a zero
           packed.windows.push_back(0);
           packed.indices.resize(packed.indices.size() + kValues);
@@ -244,23 +258,39 @@ std::vector<int32_t> zero_point_sums(const Layer& layer) {
 
 // --- The blob -----------------------------------------------------------------------------------------------------
 
-// Appends section after section, each at its alignment.
+// Appends section after section, each at its alignment, in memory that becomes the blob.
 class BlobWriter {
  public:
-  explicit BlobWriter(uint64_t expected_bytes) { blob_.reserve(expected_bytes); }
+  explicit BlobWriter(uint64_t expected_bytes) { reserve(expected_bytes); }
   template <class T>
   uint64_t append(const std::vector<T>& section) {
-    const uint64_t at = bytes();
-    const size_t size = section.size() * sizeof(T);
-    blob_.resize(blob_.size() + (size + BLOB_ALIGNMENT - 1) / BLOB_ALIGNMENT * BLOB_ALIGNMENT);
+    const uint64_t at = bytes_, size = section.size() * sizeof(T);
+    const uint64_t end = at + (size + BLOB_ALIGNMENT - 1) / BLOB_ALIGNMENT * BLOB_ALIGNMENT;
+    if (end > capacity_) reserve(2 * end);
     if (size) std::memcpy(&blob_[at], section.data(), size);
+    std::memset(&blob_[at] + size, 0, end - at - size);  // equal networks, equal blobs
+    bytes_ = end;
     return at;
   }
-  uint64_t bytes() const { return blob_.size(); }
-  std::vector<uint8_t> take() { return std::move(blob_); }
+  uint64_t bytes() const { return bytes_; }
+  uint8_t* data() { return blob_.get(); }
+  uint8_t* take() { return blob_.release(); }
 
  private:
-  std::vector<uint8_t> blob_;  // the gaps between sections are zeros: equal networks, equal blobs
+  struct Free {
+    void operator()(uint8_t* memory) const { std::free(memory); }
+  };
+
+  void reserve(uint64_t capacity) {
+    capacity_ = (capacity + BLOB_ALIGNMENT - 1) / BLOB_ALIGNMENT * BLOB_ALIGNMENT;
+    std::unique_ptr<uint8_t[], Free> larger(static_cast<uint8_t*>(std::aligned_alloc(BLOB_ALIGNMENT, capacity_)));
+    if (!larger) throw std::bad_alloc();
+    if (bytes_) std::memcpy(larger.get(), blob_.get(), bytes_);
+    blob_ = std::move(larger);
+  }
+
+  std::unique_ptr<uint8_t[], Free> blob_;
+  uint64_t bytes_ = 0, capacity_ = 0;
 };
 
 template <class Step>
@@ -288,7 +318,7 @@ void append_table(const Layer& layer, BlobWriter& writer, LayerRecord& record, B
   header.table_multiply_adds += packed.weights.size();
 }
 
-std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
+BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
   BlobHeader header{};
   header.magic = BLOB_MAGIC;
   header.version = BLOB_VERSION;
@@ -350,10 +380,9 @@ std::vector<uint8_t> write_blob(std::vector<Layer> layers, int64_t precision, in
   }
   header.bytes = writer.bytes();
 
-  std::vector<uint8_t> blob = writer.take();
-  std::memcpy(blob.data(), &header, sizeof(header));
-  std::memcpy(blob.data() + sizeof(header), records.data(), records.size() * sizeof(LayerRecord));
-  return blob;
+  std::memcpy(writer.data(), &header, sizeof(header));
+  std::memcpy(writer.data() + sizeof(header), records.data(), records.size() * sizeof(LayerRecord));
+  return writer;
 }
 
 }  // namespace
@@ -369,11 +398,9 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
       if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
       nnz += uint64_t(lt4rec::kept_weights(layers[i]));
     }
-    const std::vector<uint8_t> written = write_blob(lt4rec::arrange(layers, count, precision), precision, layouts, nnz);
-    *blob = static_cast<uint8_t*>(std::aligned_alloc(BLOB_ALIGNMENT, written.size()));
-    if (*blob == nullptr) return -2;
-    std::memcpy(*blob, written.data(), written.size());
-    return int64_t(written.size());
+    BlobWriter written = write_blob(lt4rec::arrange(layers, count, precision), precision, layouts, nnz);
+    *blob = written.take();
+    return int64_t(written.bytes());
   } catch (const std::bad_alloc&) {
     return -2;
   }

@@ -545,10 +545,13 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
   if (const int status = lt4rec_check_blob(blob, bytes)) return status;
   const auto* header = reinterpret_cast<const BlobHeader*>(blob);
   if (call->in_features != header->in_features || call->outputs != header->outputs) return STATUS_BAD_SHAPE;
-  const int64_t wanted = call->path == PATH_AUTO ? lt4rec_path(isa, header->precision, call->batch) : call->path;
+  const bool is_chosen = call->path == PATH_TABLES || call->path == PATH_SLICES;
+  const int64_t wanted = is_chosen ? call->path : lt4rec_path(isa, header->precision, call->batch);
   const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
-  if (call->path == PATH_TABLES && !has_tables) return STATUS_NO_LAYOUT;
-  if (call->path == PATH_SLICES && !has_slices && header->precision != PRECISION_S8) return STATUS_NO_LAYOUT;
+  if (call->path != PATH_AUTO) {
+    if (wanted == PATH_TABLES && !has_tables) return STATUS_NO_LAYOUT;
+    if (wanted == PATH_SLICES && !has_slices && header->precision != PRECISION_S8) return STATUS_NO_LAYOUT;
+  }
   if (call->batch == 0) return STATUS_OK;
   const bool uses_slices = has_slices && (wanted == PATH_SLICES || !has_tables);
 

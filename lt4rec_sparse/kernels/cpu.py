@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of 
 PATHS = ("auto", "tables", "slices")
 Path = Literal["auto", "tables", "slices"]
 _PATH_CODES = {path: code for code, path in enumerate(PATHS)}  # of csrc/engine.h
+_FASTEST = 3  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
 LAYOUTS = ("tables", "slices")  # bit i of the engine's layouts
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -175,8 +177,9 @@ def prepack_layers(
             wanted = layer.out_features
     table = torch.tensor(rows, dtype=torch.int64)
     bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts))
-    blob = engine.prepack(table.data_ptr(), len(rows), precision_code, bits)
-    return torch.frombuffer(blob, dtype=torch.uint8).clone()  # the clone is aligned to 64 bytes
+    blob = torch.empty(0, dtype=torch.uint8)  # whose memory torch aligns to 64 bytes
+    engine.prepack(table.data_ptr(), len(rows), precision_code, bits, lambda nbytes: blob.resize_(nbytes).data_ptr())
+    return blob
 
 
 class Prepacked:
@@ -191,10 +194,9 @@ class Prepacked:
 
     def __init__(self, prepacked: Tensor) -> None:
         self.facts = describe(prepacked)
-        self._in_features, self._outputs = self.facts.in_features, self.facts.outputs
         self._prepacked = prepacked  # whose memory the address stays good for
         self._blob = _blob_address(prepacked)
-        self._call = _present().sparse_mlp
+        self.run_plain: Callable[[Tensor, Tensor, int, int], int] = partial(_present().run, *self._blob)
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[Tensor]]:
         """Make copies anew: each holds the address of its own memory."""
@@ -202,51 +204,48 @@ class Prepacked:
 
     def run(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
         """Write all tasks' heads for `x` into `out`, as `sparse_mlp` does."""
-        # Each query of a tensor costs as much as a layer for one candidate: valid inputs take the short way.
-        if not (x.is_cpu and out.is_cpu and out.dtype is torch.float32 and x.dtype in _ACTIVATION_DTYPES):
-            _check_matrix("x", x, _ACTIVATION_DTYPES)
-            _check_matrix("out", out, (torch.float32,))
-        x_shape, out_shape = x.shape, out.shape
-        in_features, outputs = self._in_features, self._outputs
-        if len(x_shape) != 2 or x_shape[1] != in_features:
-            raise ValueError(f"x: got shape {tuple(x_shape)}, wanted [batch, {in_features}]")
-        batch = x_shape[0]
-        if len(out_shape) != 2 or out_shape[0] != batch or out_shape[1] != outputs:
-            raise ValueError(f"out: got shape {tuple(out_shape)}, wanted [{batch}, {outputs}]")
-        x_stride, out_stride = in_features, outputs
-        if not x.is_contiguous():
-            _check_matrix("x", x, _ACTIVATION_DTYPES)
-            x_stride = x.stride(0)
-        if not out.is_contiguous():
-            _check_matrix("out", out, (torch.float32,))
-            out_stride = out.stride(0)
-            if batch > 1 and out_stride < outputs:
-                raise ValueError(f"out: got row stride {out_stride}, wanted at least {outputs}: rows overlap")
         if threads is None:
             threads = torch.get_num_threads()
-        elif threads < 1:
-            raise ValueError(f"threads: got {threads}, wanted at least 1")
         if path not in _PATH_CODES:
             raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
-        status = self._call(
+        status = self.run_plain(x, out, threads, _PATH_CODES[path])
+        if status in (_engine.STATUS_NOT_READ, _engine.STATUS_BAD_SHAPE):
+            status = self._run_checked(x, out, threads, _PATH_CODES[path])
+        if status == _engine.STATUS_NO_LAYOUT:
+            raise ValueError(f"path: got {path!r}, wanted what the blob was prepacked for: {self.facts.layouts}")
+        if status == _engine.STATUS_NO_MEMORY:
+            raise MemoryError("no scratch memory for sparse_mlp")
+        if status:  # the header was read when this object was made: someone wrote over it
+            raise ValueError(_NO_BLOB)
+
+    def _run_checked(self, x: Tensor, out: Tensor, threads: int, path: int) -> int:
+        """Run what the engine does not read as it is: name what is wrong, or take a tensor of another class."""
+        in_features, outputs = self.facts.in_features, self.facts.outputs
+        if x.ndim != 2 or x.shape[1] != in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {in_features}]")
+        _check_rows("x", x, _ACTIVATION_DTYPES)
+        batch = len(x)
+        if out.shape != (batch, outputs):
+            raise ValueError(f"out: got shape {tuple(out.shape)}, wanted [{batch}, {outputs}]")
+        _check_rows("out", out, (torch.float32,))
+        if batch > 1 and out.stride(0) < outputs:
+            raise ValueError(f"out: got row stride {out.stride(0)}, wanted at least {outputs}: rows overlap")
+        if threads < 1:
+            raise ValueError(f"threads: got {threads}, wanted at least 1")
+        status: int = _engine.sparse_mlp(
             *self._blob,
             x.data_ptr(),
             x.dtype is torch.bfloat16,
             batch,
             in_features,
-            x_stride,
+            x.stride(0),
             out.data_ptr(),
             outputs,
-            out_stride,
+            out.stride(0),
             threads,
-            _PATH_CODES[path],
+            path,
         )
-        if status == _engine.STATUS_NO_MEMORY:
-            raise MemoryError("no scratch memory for sparse_mlp")
-        if status == _engine.STATUS_NO_LAYOUT:
-            raise ValueError(f"path: got {path!r}, wanted what the blob was prepacked for: {self.facts.layouts}")
-        if status:  # the header was read when this object was made: someone wrote over it
-            raise ValueError(_NO_BLOB)
+        return status
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
@@ -282,12 +281,12 @@ class Executor:
     """
 
     def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
+        _precision_code(precision)
         if precision == "int8" and network.quantization is None:
             raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
         self.network, self.precision = network, precision
-        self._precision = _precision_code(precision)
-        self._prepacked: dict[int, Prepacked] = {}
-        self._path = _present().path
+        self._prepacked: dict[str, Prepacked] = {}
+        self._recent: Callable[[Tensor, Tensor, int, int], int] | None = None
 
     def __reduce__(self) -> tuple[type[Executor], tuple[FrozenNetwork, str]]:
         """Copy the network alone: a copy prepacks for itself, where it first runs."""
@@ -295,17 +294,20 @@ class Executor:
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
-        path = self._path(self._precision, x.shape[0])
+        if self._recent is not None and not self._recent(x, out, torch.get_num_threads(), _FASTEST):
+            return
+        path = path_for(len(x), self.precision)
         prepacked = self._prepacked.get(path)
         if prepacked is None:
-            blob = prepack(self.network, self.precision, (PATHS[path],))
+            blob = prepack(self.network, self.precision, (path,))
             prepacked = self._prepacked.setdefault(path, Prepacked(blob))
         prepacked.run(x, out)
+        self._recent = prepacked.run_plain
 
     @property
     def prepacked_nbytes(self) -> dict[str, int]:
         """Layout -> bytes of what is prepacked so far."""
-        return {PATHS[path]: prepacked.facts.nbytes for path, prepacked in self._prepacked.items()}
+        return {path: prepacked.facts.nbytes for path, prepacked in self._prepacked.items()}
 
 
 class Facts(NamedTuple):
@@ -405,9 +407,7 @@ def _check_part(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
         )
 
 
-def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.ndim != 2:
-        raise ValueError(f"{name}: got {tensor.ndim} dimensions, wanted 2")
+def _check_rows(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes or tensor.device.type != "cpu":
         wanted = " or ".join(map(str, dtypes))
         raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted {wanted} on cpu")
@@ -435,4 +435,6 @@ def _obey_environment() -> None:
         raise InputError(f"LT4REC_SPARSE_ISA: {error}") from error
 
 
+if _engine is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    _engine.use_tensors(Tensor, Tensor.__dlpack_c_exchange_api__)
 _obey_environment()
