@@ -230,7 +230,15 @@ class SparseMLP(nn.Module):
             return self._run(x)
         if x.shape[1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
-        return ops.sparse_mlp(x, _blob(self), self.out_features)
+        return ops.sparse_mlp(x, self._blob(), self.out_features)
+
+    def _blob(self) -> Tensor:
+        """Return the engine's blob for every batch size: a constant of the traced graph."""
+        with _disable_current_modes():  # the weights are real, whatever x is
+            return ops.prepack(self.network, self.precision)
+
+    # All that torch._dynamo.assume_constant_result does, without importing the compiler.
+    _blob._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _wants_default(self, name: str) -> None:
         if self._given is not None:
@@ -264,16 +272,6 @@ def _is_traced(x: Tensor) -> bool:
 # Looked up once: with the lookups a call takes half a microsecond more.
 _is_compiling = torch.compiler.is_compiling
 _get_tracing_state, _len_torch_dispatch_stack = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
-
-
-def _blob(mlp: SparseMLP) -> Tensor:
-    """Return the engine's blob for every batch size: a constant of the traced graph."""
-    with _disable_current_modes():  # the weights are real, whatever x is
-        return ops.prepack(mlp.network, mlp.precision)
-
-
-# All that torch._dynamo.assume_constant_result does, without importing the compiler.
-_blob._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _form(network: FrozenNetwork) -> str:

@@ -155,6 +155,14 @@ def test_an_executor_yields_what_both_layouts_do(precision: str) -> None:
 
 
 @precisions
+def test_a_tensor_that_the_engine_does_not_read_itself_takes_the_checked_way(precision: str) -> None:
+    executor = cpu.Executor(frozen_network(), precision)
+    for batch in (1, 5, LARGE):
+        x = normal(batch, WIDTHS[0], seed=batch)
+        assert_exact(run(executor, torch.nn.Parameter(x, requires_grad=False)), run(executor, x))
+
+
+@precisions
 def test_an_executor_prepacks_once(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     executor, x = cpu.Executor(frozen_network(), precision), normal(LARGE, WIDTHS[0], seed=1)
     wanted = [run(executor, x[:batch]) for batch in (3, LARGE)]
