@@ -5,6 +5,7 @@ A `MaskedMLP` is trained and never served; a `SparseMLP` is served and never tra
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class SparseMLP(nn.Module):
         self._has_engine = executor is None and ops.cpu_engine() != "reference"
         self._on_cpu = ops.executor(network, precision) if executor is None else executor
         self._elsewhere: dict[torch.device, Executor] = {}
+        self._identity = uuid.uuid4().hex  # tells a compiler that a graph of another network is not this one's
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.
@@ -230,10 +232,10 @@ class SparseMLP(nn.Module):
             return self._run(x)
         if x.shape[1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
-        return ops.sparse_mlp(x, self._blob(), self.out_features)
+        return ops.sparse_mlp(x, self._blob(self._identity), self.out_features)
 
-    def _blob(self) -> Tensor:
-        """Return the engine's blob for every batch size: a constant of the traced graph."""
+    def _blob(self, identity: str) -> Tensor:
+        """Return the engine's blob for every batch size: a constant of the graph that is traced for this identity."""
         with _disable_current_modes():  # the weights are real, whatever x is
             return ops.prepack(self.network, self.precision)
 

@@ -151,9 +151,9 @@ def test_without_the_engine_the_reference_serves_the_same(monkeypatch):
         assert_rounding(frozen(x)[:, i : i + 1], mlp_reference(x, oracle_layers(mlp, task, "sigmoid")))
 
 
-def wide_mlp(tasks=("ctr", "cvr"), sigmoid=False):
+def wide_mlp(tasks=("ctr", "cvr"), sigmoid=False, seed=0):
     """So wide that the engine multiplies once what tasks share, as the reference of int8 has it; and calibrated."""
-    frozen = freeze(masked_mlp((300, 24, 17), tasks, 0.6, 0), sigmoid)
+    frozen = freeze(masked_mlp((300, 24, 17), tasks, 0.6, seed), sigmoid)
     return frozen.calibrated(torch.randn(200, 300, generator=torch.Generator().manual_seed(1)))
 
 
@@ -322,6 +322,11 @@ def test_compilers_and_tracers_see_one_operator(precision):
     for module in (exported.module(), torch.compile(mlp, fullgraph=True, backend="eager")):
         assert_exact(module(x), wanted)
         assert_exact(module(more), mlp(more))
+    other = wide_mlp(seed=1).to_precision(precision)
+    compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+    compiled(x)
+    mlp.load_state_dict(other.state_dict())
+    assert_exact(compiled(x), other(x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch says about tracing, which users still do
         traced = torch.jit.trace(mlp, (x,), check_trace=False)
