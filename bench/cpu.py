@@ -4,7 +4,7 @@ All read row-major rows and write row-major scores, so the engine's transposes a
 run in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
 
 Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
-the same weights hot and cold; and prepacking, two tasks and break-even. The short form runs one small case of each.
+the same weights hot and cold; and two tasks and break-even. The short form runs one small case of each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from bench import record
 from bench.peers import NAMES, Peer, check, peers, reference, timings
 from bench.roofline import roofline
 from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
-from lt4rec_sparse.kernels.cpu import prepack
 from lt4rec_sparse.ops import cpu_engine
 from lt4rec_sparse.recsys.tables import table
 from lt4rec_sparse.stopwatch import interleaved
@@ -39,7 +38,6 @@ class Cases(NamedTuple):
     grid: tuple[tuple[int, float], ...]  # batch, sparsity
     cold: tuple[tuple[int, float], ...]
     break_even: tuple[float, ...]  # sparsities
-    prepack: tuple[float, ...]  # sparsities
     two_tasks: tuple[int, ...]  # batches
     settings: dict[str, Any]  # of the stopwatch
 
@@ -51,11 +49,10 @@ WHOLE = Cases(
     ),
     cold=tuple((b, s) for b in (1, 8) for s in (0.8, 0.9, 0.95)),
     break_even=(0.2, 0.35, 0.5, 0.6, 0.7, 0.8),
-    prepack=(0.8, 0.9, 0.95),
     two_tasks=(1, 8, 64, 256, 1024),
     settings={},
 )
-SHORT = Cases(((8, 0.9),), ((1, 0.9),), (0.2, 0.95), (0.9,), (8,), {"rounds": 1, "round_us": 1.0})
+SHORT = Cases(((8, 0.9),), ((1, 0.9),), (0.2, 0.95), (8,), {"rounds": 1, "round_us": 1.0})
 SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents, the slowest of all, run too
 PRECISIONS = ("fp32", "bf16", "int8")
 ONEDNN_ISA, WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
@@ -96,7 +93,6 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
         torch.set_num_threads(1)
         result["cold"] = [_cold(batch, sparsity, seed, cases.settings) for batch, sparsity in cases.cold]
         result["break_even"] = _break_even(cases.break_even, seed, cases.settings)
-        result["prepack"] = [_prepack(sparsity, seed, cases.settings) for sparsity in cases.prepack]
         result["two_tasks"] = [_two_tasks(batch, 0.8, seed, cases.settings) for batch in cases.two_tasks]
     finally:
         torch.set_num_threads(threads_before)
@@ -268,23 +264,6 @@ def _break_even(
             share = (ours[i - 1] - 1) / (ours[i - 1] - ours[i])
             found[precision] = sparsities[i - 1] + share * (sparsities[i] - sparsities[i - 1])
     return found
-
-
-def _prepack(sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Time prepacking all layouts from the frozen network, and give the bytes of both."""
-    frozen = freeze(masked_mlp({"task": uniform_mask(sparsity, seed)}, seed), sigmoid=True)
-    assert isinstance(frozen, SparseMLP)
-    frozen = frozen.calibrated(torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(seed)))
-    prepacks = {precision: partial(prepack, frozen.network, precision) for precision in PRECISIONS}
-    measured = interleaved(prepacks, **settings)
-    return {
-        "sparsity": sparsity,
-        "canonical_bytes": frozen.nbytes,
-        "precisions": {
-            precision: {"bytes": prepacks[precision]().numel(), **measured[precision]._asdict()}
-            for precision in PRECISIONS
-        },
-    }
 
 
 def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:

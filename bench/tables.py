@@ -237,14 +237,6 @@ def _microseconds() -> str:
 
 def _engine() -> str:
     cpu = record.read("cpu")
-    prepack = [
-        [f"{case['sparsity']:.0%}", f"{case['canonical_bytes']:,}"]
-        + [
-            f"{case['precisions'][p]['bytes']:,} in {case['precisions'][p]['median_us'] / 1e3:.1f} ms"
-            for p in PRECISIONS
-        ]
-        for case in cpu["prepack"]
-    ]
     two = []
     for case in cpu["two_tasks"]:
         times = {name: c["median_us"] for name, c in case["contestants"].items()}
@@ -272,10 +264,38 @@ def _engine() -> str:
             table(["task", "batch", *PRECISIONS], tickets),
             "Hot, and DRAM-cold (every cache overwritten between calls), against the best dense timed in the same way:",
             table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
-            "Bytes on disk, and prepacked in memory for both layouts at once, as the engine of that commit did:",
-            table(["sparsity", "canonical", *PRECISIONS], prepack),
         ]
     )
+
+
+def _frozen() -> str:
+    parts = []
+    for measured in record.read("frozen").values():
+        rows = []
+        for tasks, sparsity in sorted({(case["tasks"], case["sparsity"]) for case in measured["ready"]}):
+            cases = [case for case in measured["ready"] if (case["tasks"], case["sparsity"]) == (tasks, sparsity)]
+            row = [str(tasks), f"{sparsity:.0%}", f"{cases[0]['canonical_bytes']:,}"]
+            for precision in PRECISIONS:
+                for batch in sorted({case["batch"] for case in cases}):
+                    (case,) = (c for c in cases if (c["precision"], c["batch"]) == (precision, batch))
+                    share = case["prepacked_bytes"] / case["canonical_bytes"]
+                    row.append(f"{case['median_us'] / 1e3:.1f} ms, {share:.2f}x")
+            rows.append(row)
+        batches = sorted({case["batch"] for case in measured["ready"]})
+        header = [
+            "tasks",
+            "sparsity",
+            "canonical bytes",
+            *(f"{p}, {n} row{'s' * (n > 1)}" for p in PRECISIONS for n in batches),
+        ]
+        us = {name: call["median_us"] for name, call in measured["call"].items()}
+        calls = (
+            f"One row through a small MLP: {us['module']:.1f} us for the module's call, {us['score_into']:.1f} for "
+            f"`score_into`, {us['engine']:.1f} for the engine alone. Of the module's, torch takes "
+            f"{us['an empty module']:.1f} for calling any `nn.Module` and {us['torch.empty']:.1f} for `torch.empty`."
+        )
+        parts += [f"{_where(measured['machine'])}, one thread:", table(header, rows), calls]
+    return "\n\n".join(parts)
 
 
 def _bytes() -> str:
@@ -398,6 +418,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "engine": _engine,
     "bytes": _bytes,
     "memory": _memory,
+    "frozen": _frozen,
     "served": _served,
     "precision": _precision,
     "gpu": _gpu,
