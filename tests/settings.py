@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -52,24 +53,29 @@ SETTINGS = {
 
 
 def run(setting: Setting, is_short: bool) -> dict[str, Any]:
-    """Run pytest in a process of its own and return counts, seconds, and the reason of every skip."""
+    """Run the tests under a setting in a process of its own and return what came of them."""
     inherited = {k: v for k, v in os.environ.items() if k not in Setting("", "", "").environment()}
+    environment = setting.environment()
+    return {
+        "environment": environment,
+        **counted(sys.executable, ROOT, SHORT if is_short else (), {**inherited, **environment}),
+    }
+
+
+def counted(
+    interpreter: str | Path, tree: Path, tests: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Run pytest in a process of its own and return counts, seconds, and the reason of every skip."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [interpreter, "-m", "pytest", "-q", f"--junitxml={report}", "-p", "no:cacheprovider", *tests]
         started = time.perf_counter()
-        done = subprocess.run(
-            [*command, *(SHORT if is_short else ())],
-            cwd=ROOT,
-            env={**inherited, **setting.environment()},
-            check=False,
-        )
+        done = subprocess.run(command, cwd=tree, env=environment, check=False)
         seconds = time.perf_counter() - started
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     reasons = Counter(skip.get("message", "") for case in cases for skip in case.iter("skipped"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return {
-        "environment": setting.environment(),
         "exit_code": done.returncode,
         "passed": len(cases) - len(failed) - reasons.total(),
         "failed": len(failed),
