@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import pairwise
 from threading import Lock
 from typing import Any
@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.network import FrozenNetwork
-from lt4rec_sparse.nn.compaction import Compacted, compact
 from lt4rec_sparse.nn.plan.plan import (
     GPU_PRECISIONS,
     BatchPlan,
     Chain,
-    Machine,
     NetworkFacts,
     Plan,
     Segment,
@@ -36,20 +34,18 @@ from lt4rec_sparse.nn.plan.plan import (
     fastest_chain,
     ranked,
 )
+from lt4rec_sparse.nn.ways import GpuNetwork, Ways
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
 BUCKETS = (1, 64, 256, 1024, 2048, 8192)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
 REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
 
 ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latter compare
 
 # Whole networks by the ways that they are named after, and those that may help them out; and the best mixture of all.
 # Where two are as fast, the first is chosen: it takes the least memory.
-_DENSE = ("dense", "apart", "tail dense", "tail branches")
+_DENSE = ("dense", "tail dense", "tail branches")
 _NETWORKS = {
-    "masked": (("masked", "tail masked"), ()),
     "premasked": (("premasked", "tail premasked"), ()),
     "compact": (("compact",), ()),
     "2:4": (("2:4",), (*_DENSE, "tail premasked")),
@@ -165,8 +161,8 @@ def measure_plan(
     """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
 
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
-    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
-    layout, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
+    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels,
+    block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
     masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
     in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is slower than that by noise at most.
     A way whose kernel does not fit on this GPU is left out.
@@ -190,98 +186,13 @@ def measure_plan(
     return Plan(ways.machine, NetworkFacts.of(network), precision, batches)
 
 
-class Ways:
-    """The runs and chains that a frozen network can be prepacked for, each prepacked once.
-
-    Args:
-        network: The frozen network.
-        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
-        device: Where they run.
-
-    Raises:
-        ValueError: If heads end in different activations.
-    """
-
-    def __init__(self, network: FrozenNetwork, precision: str, device: torch.device) -> None:
-        # Imported when first needed, and here alone: CPU builds of torch have no Triton.
-        from lt4rec_sparse.kernels.gpu import network as kernels
-
-        self._kernels: Any = kernels
-        self._network = network
-        self.layers = kernels.layers_of(network)
-        self.precision = precision
-        self.dtype = DTYPES[precision]
-        self.device = device
-        self._runs: dict[Segment, Any] = {}
-
-    @property
-    def machine(self) -> Machine:
-        """What a plan's timings depend on, besides the network."""
-        return Machine(self._kernels.engine(self.device, self.dtype), 0, str(torch.__version__))
-
-    @cached_property
-    def compacted(self) -> Compacted:
-        """The network without what is dead in it."""
-        return compact(self._network)
-
-    @property
-    def default(self) -> Chain:
-        """The chain that is predicted to be fastest."""
-        return self._chain(self._kernels.default_chain(self.layers, self.dtype, self.device))
-
-    @cached_property
-    def segments(self) -> Chain:
-        """Every run that the layers allow."""
-        is_smaller = self.compacted.multiply_adds <= WORTH_COMPACTING * self.compacted.multiply_adds_before
-        return self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller))
-
-    def run(self, segment: Segment) -> Callable[[Tensor], Tensor]:
-        """Return one run, prepacked."""
-        if segment not in self._runs:
-            span = (segment.kernel, segment.first, segment.last)
-            compacted = self.compacted if segment.kernel == "compact" else None
-            parts = (self.layers, span, self.dtype, self.device, compacted)
-            self._runs[segment] = self._kernels.prepack_run(*parts)
-        run: Callable[[Tensor], Tensor] = self._runs[segment]
-        return run
-
-    def network(self, chain: Chain) -> Any:
-        """Return the runs of a chain as one network."""
-        runs = tuple(self.run(segment) for segment in chain)
-        return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
-
-    def nbytes(self, chains: Sequence[Chain]) -> dict[str, int]:
-        """Bytes of the weights that chains read, by the kernel that reads them; a run of several chains counts once."""
-        total: dict[str, int] = {}
-        for segment in dict.fromkeys(segment for chain in chains for segment in chain):
-            total[segment.kernel] = total.get(segment.kernel, 0) + self._kernels.nbytes(self.run(segment))
-        return total
-
-    def examples(self, batch: int) -> list[Tensor]:
-        """Draw activations as they enter each layer: `[tasks, batch, in_features]`, or those of x."""
-        generator = torch.Generator().manual_seed(0)
-        examples = []
-        for i, layer in enumerate(self.layers):
-            tasks, _, k = layer.masked.shape
-            h = torch.randn(1 if i == 0 else tasks, batch, k, generator=generator).to(self.device, self.dtype)
-            examples.append(h if i == 0 else h.relu_())
-        return examples
-
-    def fits(self, segment: Segment, h: Tensor) -> bool:
-        """Tell whether a run's kernel can be launched on this GPU, by launching it."""
-        return bool(self._kernels.fits(self.run(segment), h))
-
-    def _chain(self, spans: Any) -> Chain:
-        return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
-
-
 class _Graphed:
     """One network at one batch size, as a CUDA graph over its own buffers; without a GPU the network itself.
 
     The rows beyond a request's are those of an earlier request: no row reads another.
     """
 
-    def __init__(self, network: Any, batch: int, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, network: GpuNetwork, batch: int, stream: torch.cuda.Stream | None) -> None:
         self.batch = batch
         self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
         self._replay, self._scores = _captured(partial(network, self.x), stream)

@@ -1,6 +1,6 @@
 """The tail of an MLP in Triton, for all tasks in one launch: the hidden layers after the first, and the head.
 
-    a      = relu(h[t, i] @ W1_t.T + b1_t)                 W1_t [D1, D0], in a layout of `weights`
+    a      = relu(h[t, i] @ W1_t.T + b1_t)                 W1_t [D1, D0], "premasked" (`weights`)
     a      = relu(a @ W2_t.T + b2_t)                       W2_t [D2, D1]; or no such layer
     scores[i, t * out + j] = act(a @ head[t, j] + head_bias[t, j])
 
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu.epilogue import epilogue
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, choose_tile
-from lt4rec_sparse.kernels.gpu.weights import Weight, weight_tile
+from lt4rec_sparse.kernels.gpu.weights import weight_tile
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or sums than registers hold
@@ -177,7 +177,7 @@ def fused_tail_kernel(
 class Tail(NamedTuple):
     """What follows the first layer of an MLP, for all tasks: one or two hidden layers with ReLU, and a head."""
 
-    hidden: tuple[Weight, ...]
+    hidden: tuple[Tensor, ...]  # premasked, [tasks, out_features, in_features], in the dtype of the activations
     biases: tuple[Tensor | None, ...]  # of the hidden layers: [out_features], or [tasks, out_features]
     head: Tensor  # [tasks, out, in_features], contiguous, in float32 or the dtype of the activations
     head_bias: Tensor | None  # [tasks, out], contiguous
@@ -197,11 +197,6 @@ def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
     return all(width <= most for width, most in zip(hidden, MAX_HIDDEN, strict=False)) and out <= MAX_OUT
 
 
-def tiles_of(tail: Tail) -> tuple[Tile, ...]:
-    """Return the tiles that a tail may have: expanding mask words takes registers that the largest does not have."""
-    return TILES if all(weight.format == "premasked" for weight in tail.hidden) else TILES[1:]
-
-
 def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None = None) -> Launch:
     """Make the launch of `fused_tail_kernel`, in the table's tile unless one is given.
 
@@ -209,39 +204,38 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
         h: `[tasks, rows, in_features]`, float16 or bfloat16; neighbouring elements in its rows.
         tail: One that `fits`, on the device of `h`.
         scores: float32 `[rows, tasks * out]`, task beside task: where the result goes.
-        tile: One of `tiles_of` the tail.
+        tile: One of `TILES`.
     """
     rows = h.shape[1]
     first, second = tail.hidden[0], tail.hidden[1] if len(tail.hidden) == 2 else None
     tasks, out, _ = tail.head.shape
-    d1, d0 = first.shape
-    d2 = second.shape[0] if second is not None else 1
+    _, d1, d0 = first.shape
+    d2 = second.shape[1] if second is not None else 1
     # The smallest twice: here no tile is for few rows alone.
-    tiles = tiles_of(tail)
-    tile = tile or choose_tile((*tiles, tiles[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
+    tile = tile or choose_tile((*TILES, TILES[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
     return Launch(
         fused_tail_kernel,
         (-(-rows // tile.block_m), tasks),
         {
             "h_ptr": h,
-            "values1_ptr": first.values,
-            "words1_ptr": first.words,
+            "values1_ptr": first,
+            "words1_ptr": None,
             "bias1_ptr": tail.biases[0],
-            "values2_ptr": second.values if second else None,
-            "words2_ptr": second.words if second else None,
-            "bias2_ptr": tail.biases[1] if second else None,
+            "values2_ptr": second,
+            "words2_ptr": None,
+            "bias2_ptr": None if second is None else tail.biases[1],
             "head_ptr": tail.head,
             "head_bias_ptr": tail.head_bias,
             "scores_ptr": scores,
             "M": rows,
-            "W1": first.words_per_row,
-            "W2": second.words_per_row if second else 0,
+            "W1": 0,
+            "W2": 0,
             "stride_ht": h.stride(0),
             "stride_hm": h.stride(1),
-            "stride_w1n": first.values.stride(-2),
-            "stride_w2n": second.values.stride(-2) if second else 0,
+            "stride_w1n": first.stride(1),
+            "stride_w2n": 0 if second is None else second.stride(1),
             "stride_b1t": _task_stride(tail.biases[0]),
-            "stride_b2t": _task_stride(tail.biases[1]) if second else 0,
+            "stride_b2t": 0 if second is None else _task_stride(tail.biases[1]),
             "stride_sm": scores.stride(0),
         },
         {
@@ -250,8 +244,8 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
             "D1": d1,
             "D2": d2,
             "OUT": out,
-            "FORMAT1": first.format,
-            "FORMAT2": second.format if second else "",
+            "FORMAT1": "premasked",
+            "FORMAT2": "" if second is None else "premasked",
             "ACTIVATION": tail.activation,
             "BLOCK_M": tile.block_m,
             # At least 32, the columns of a mask word, for they are the second layer's columns.

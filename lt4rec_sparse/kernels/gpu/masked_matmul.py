@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu.epilogue import epilogue
 from lt4rec_sparse.kernels.gpu.launch import MULTIPROCESSORS, Launch, Tile, arithmetic, choose_tile
-from lt4rec_sparse.kernels.gpu.weights import Weight, weight_tile, where_kept
+from lt4rec_sparse.kernels.gpu.weights import weight_tile, where_kept
 
 # By arithmetic (`launch.arithmetic`), largest first; the last tile is for few rows (`launch.choose_tile`).
 FORWARD = {
@@ -186,14 +186,14 @@ def masked_matmul_wgrad_kernel(
 def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activation: str, precision: str) -> Tensor:
     """Return `y [tasks, rows, out_features]`, in the dtype of `x`; the weight may be float32 beside a 16-bit `x`."""
     y = x.new_empty(len(words), x.shape[1], weight.shape[0])
-    masked = Weight("masked", (weight.shape[0], weight.shape[1]), weight, words, len(words))
-    forward_launch(x, masked, bias, y, activation, precision).run()
+    forward_launch(x, weight, words, bias, y, activation, precision).run()
     return y
 
 
 def forward_launch(
     x: Tensor,
-    weight: Weight,
+    values: Tensor,
+    words: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
     activation: str,
@@ -204,14 +204,16 @@ def forward_launch(
 
     Args:
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        weight: The weight of all tasks.
+        values: `[out_features, in_features]`; or, without words, each task's masked weight
+            `[tasks, out_features, in_features]`.
+        words: `[tasks, out_features, W]`, or None.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`, contiguous: where the result goes.
         activation: "none", "relu" or "sigmoid".
         precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `FORWARD`.
     """
-    (n, k), tasks, rows = weight.shape, weight.tasks, x.shape[1]
+    tasks, rows, (n, k) = len(values if words is None else words), x.shape[1], values.shape[-2:]
     together = _together(tasks, x)
     tiles = FORWARD[arithmetic(x.dtype, precision)]
     tile = tile or choose_tile(tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * triton.cdiv(n * tasks, t.block_n))
@@ -220,23 +222,23 @@ def forward_launch(
         (triton.cdiv(n, tile.block_n // together), triton.cdiv(rows, tile.block_m), tasks // together),
         {
             "x_ptr": x,
-            "values_ptr": weight.values,
-            "words_ptr": weight.words,
+            "values_ptr": values,
+            "words_ptr": words,
             "bias_ptr": bias,
             "y_ptr": y,
             "M": rows,
             "N": n,
             "K": k,
-            "W": weight.words_per_row,
+            "W": 0 if words is None else words.shape[2],
             "stride_xt": x.stride(0) if len(x) > 1 else 0,
             "stride_xm": x.stride(1),
-            "stride_wn": weight.values.stride(-2),
+            "stride_wn": values.stride(-2),
             "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
             "stride_ym": y.stride(1),
         },
         {
             "TOGETHER": together,
-            "FORMAT": weight.format,
+            "FORMAT": "premasked" if words is None else "masked",
             "ACTIVATION": activation,
             "PRECISION": precision,
             "EVEN_K": k % tile.block_k == 0,

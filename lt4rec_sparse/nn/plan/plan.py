@@ -21,9 +21,9 @@ from lt4rec_sparse.stopwatch import Timing
 
 VERSION = 1
 KERNELS = ("sparse", "dense", "onednn")  # of a CPU
-GPU_KERNELS = (  # `kernels.gpu` tells what they are
-    *("dense", "apart", "premasked", "masked", "block16", "block32", "block64", "2:4", "compact"),
-    *("tail premasked", "tail masked", "tail dense", "tail branches"),
+GPU_KERNELS = (  # `nn.ways` tells what they are
+    *("dense", "premasked", "block16", "block32", "block64", "2:4", "compact"),
+    *("tail premasked", "tail dense", "tail branches"),
 )
 GPU_PRECISIONS = ("bf16", "fp16", "fp32")
 TIE = 0.02  # one chain differs this much between two measurements

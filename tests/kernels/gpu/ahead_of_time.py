@@ -46,7 +46,6 @@ from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, m
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile
-from lt4rec_sparse.kernels.gpu.weights import Weight
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "gpu_compiled.json"
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -123,12 +122,11 @@ def fused_tail_cases() -> dict[str, Case]:
     """Return every entry of the table for 512-256-128-1 of two tasks, a tail of one hidden layer, and float16."""
     cases: dict[str, Case] = {}
     widths = (512, 256, 128, 1)
-    for form, tiles in (("premasked", fused_tail.TILES), ("masked", fused_tail.TILES[1:])):
-        for tile in tiles:
-            cases |= _tail(form, tile, torch.bfloat16, widths)
+    for tile in fused_tail.TILES:
+        cases |= _tail(tile, torch.bfloat16, widths)
     largest = fused_tail.TILES[0]
-    cases |= _tail("premasked", largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
-    cases |= _tail("premasked", largest, torch.float16, widths, on_blackwell=True)
+    cases |= _tail(largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
+    cases |= _tail(largest, torch.float16, widths, on_blackwell=True)
     return cases
 
 
@@ -354,12 +352,15 @@ def _forward(
     on_blackwell: bool = False,
 ) -> dict[str, Case]:
     count = TASKS[tasks]
-    weight = _weight(form, weight_dtype, count, OUT_FEATURES, IN_FEATURES)
+    is_masked = form == "masked"
+    values = _meta(weight_dtype, *([] if is_masked else [count]), OUT_FEATURES, IN_FEATURES)
+    mask_words = _words(count, OUT_FEATURES, IN_FEATURES) if is_masked else None
 
     def launch(rows: int) -> Launch:
         return masked_matmul.forward_launch(
             _x(dtype, tasks, rows),
-            weight,
+            values,
+            mask_words,
             _meta(torch.float32, count, OUT_FEATURES),
             _meta(dtype, count, rows, OUT_FEATURES),
             "relu",
@@ -367,7 +368,7 @@ def _forward(
             tile,
         )
 
-    words = _words_of_tile(form, tile.block_n, tile.block_k)
+    words = tile.block_n * tile.block_k // 32 if is_masked else 0
     name = f"forward {form} {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
     return _case(name, arithmetic, launch, tile.block_m, (words,), on_blackwell)
 
@@ -441,12 +442,10 @@ def _block_sparse(tile: Tile, block: int, together: int) -> dict[str, Case]:
     return _case(name, "16", launch, tile.block_m, (indices,))
 
 
-def _tail(
-    form: str, tile: Tile, dtype: torch.dtype, widths: tuple[int, ...], on_blackwell: bool = False
-) -> dict[str, Case]:
+def _tail(tile: Tile, dtype: torch.dtype, widths: tuple[int, ...], on_blackwell: bool = False) -> dict[str, Case]:
     tasks, (d0, *hidden, out) = 2, widths
     tail = Tail(
-        tuple(_weight(form, dtype, tasks, n, k) for n, k in zip(hidden, widths, strict=False)),
+        tuple(_meta(dtype, tasks, n, k) for n, k in zip(hidden, widths, strict=False)),
         tuple(_meta(torch.float32, tasks, n) for n in hidden),
         _meta(torch.float32, tasks, out, hidden[-1]),
         _meta(torch.float32, tasks, out),
@@ -457,14 +456,8 @@ def _tail(
         h, scores = _meta(dtype, tasks, rows, d0), _meta(torch.float32, rows, tasks * out)
         return fused_tail.fused_tail_launch(h, tail, scores, tile)
 
-    constants = launch(ROWS).constants
-    chunk = constants["BLOCK_D1"]
-    words = [_words_of_tile(form, chunk, tile.block_k)]
-    if len(hidden) == 2 and chunk < hidden[0]:  # one chunk is no loop
-        # A step of the loop over chunks fills the inner loop's pipeline, too.
-        words.append((tile.stages - 1) * words[0] + _words_of_tile(form, constants["BLOCK_D2"], chunk))
-    name = f"tail {form} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
-    return _case(name, "16", launch, tile.block_m, tuple(words), on_blackwell)
+    name = f"tail premasked {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
+    return _case(name, "16", launch, tile.block_m, (0,), on_blackwell)
 
 
 def _case(
@@ -477,17 +470,6 @@ def _case(
 ) -> dict[str, Case]:
     chips = (80, 90, 100) if on_blackwell else (80, 90)
     return {name: Case(launch(ROWS), arithmetic, rows, words, chips, tuple(map(launch, OTHER_ROWS)))}
-
-
-def _weight(form: str, dtype: torch.dtype, tasks: int, n: int, k: int) -> Weight:
-    if form == "premasked":
-        return Weight(form, (n, k), _meta(dtype, tasks, n, k), None, tasks)
-    return Weight(form, (n, k), _meta(dtype, n, k), _words(tasks, n, k), tasks)
-
-
-def _words_of_tile(form: str, block_n: int, block_k: int) -> int:
-    """Return how many int32 `weight_tile` loads."""
-    return block_n * block_k // 32 if form == "masked" else 0
 
 
 def _size(tile: Tile) -> str:
