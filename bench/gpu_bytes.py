@@ -10,7 +10,6 @@ import torch
 
 from bench import record
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.recsys.tables import table
 
 WIDTHS = (1024, 512, 256, 128)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
@@ -22,15 +21,6 @@ def run() -> Path:
     cases = [_case(sparsity) for sparsity in SPARSITIES]
     mlp = "-".join(str(width) for width in WIDTHS)
     return record.write("gpu_bytes", {"machine": record.machine(), "mlp": mlp, "overlap": OVERLAP, "cases": cases})
-
-
-def bytes_table(found: dict[str, Any]) -> str:
-    """Return a row per sparsity: how many times smaller each layout is than a bfloat16 copy per task."""
-    rows = []
-    for case in found["cases"]:
-        sizes = case["bytes"]
-        rows.append([f"{case['sparsity']:.0%}", *(f"{sizes['premasked'] / size:.1f}x" for size in sizes.values())])
-    return table(["sparsity", *found["cases"][0]["bytes"]], rows)
 
 
 def _case(sparsity: float) -> dict[str, Any]:
