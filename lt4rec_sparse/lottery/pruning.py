@@ -194,33 +194,11 @@ def wanted_nnz(mask: Mask, density: float, scope: str = "global") -> int | dict[
         ValueError: If the density is not in (0, 1], or there is no such scope.
     """
     check_scope(scope)
-    if scope == "layer":
-        return {n: min(level_nnz(kept.numel(), density, 1, 1), int(kept.sum())) for n, kept in mask.items()}
-    return min(level_nnz(mask.size, density, 1, 1), mask.nnz)
-
-
-def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
-    """Return how many weights are alive after `level` of `rounds` rounds that end at `density` (`level_density`).
-
-    Raises:
-        ValueError: See `level_density`.
-    """
-    return round(size * level_density(density, rounds, level))
-
-
-def level_density(density: float, rounds: int, level: int) -> float:
-    """Return the share of the weights that are alive after `level` of `rounds` rounds that end at `density`.
-
-    Each round keeps the same share, `density ** (1 / rounds)`: 4 rounds to 20 % keep 66.87, 44.72, 29.91 and 20 %.
-
-    Raises:
-        ValueError: If the density is not in (0, 1], or the level is not in [0, rounds].
-    """
     if not 0 < density <= 1:
         raise ValueError(f"density: got {density}, wanted more than 0 and at most 1")
-    if rounds < 1 or not 0 <= level <= rounds:
-        raise ValueError(f"level: got {level} of {rounds} rounds, wanted 0 to the number of rounds, at least one")
-    return float(density ** (level / rounds))
+    if scope == "layer":
+        return {name: min(round(kept.numel() * density), int(kept.sum())) for name, kept in mask.items()}
+    return min(round(mask.size * density), mask.nnz)
 
 
 def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery.pruning import check_granularity, check_scope, level_density, prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.lottery.pruning import check_granularity, prune_by_magnitude, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
 
@@ -64,9 +64,10 @@ def search_tickets(
         train_and_judge: Takes the level, trains the model as it is, through the mask that it has, and returns the
             task's validation metrics.
         rounds: How many rounds of pruning.
-        density: The density of the last level. Blocks and neurons are pruned whole, so their levels keep somewhat less;
-            if a layer has few of them, its last one may keep more (`prune_by_magnitude`). With "2:4" every level keeps
-            at most half, so that the first levels may be the same.
+        density: The density of the last level; each round keeps the same share, `density ** (1 / rounds)`. Blocks and
+            neurons are pruned whole, so their levels keep somewhat less; if a layer has few of them, its last one may
+            keep more (`prune_by_magnitude`). With "2:4" every level keeps at most half, so that the first levels may
+            be the same.
         folder: Where the tickets are written. It belongs to one search: it records none of these arguments.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
         scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer, so
@@ -77,15 +78,15 @@ def search_tickets(
         One ticket per level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.
 
     Raises:
-        ValueError: If there is no such granularity or scope.
+        ValueError: If there is no such granularity or scope, or the density is not in (0, 1].
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 1 to 9; late rewinding: Frankle et al. (arXiv 1912.05671).
     """
+    mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
     check_granularity(granularity)  # not only after the first training
-    check_scope(scope)
+    wanted_nnz(mask, density, scope)
     folder.mkdir(parents=True, exist_ok=True)
     start = copy.deepcopy(model.state_dict() if start is None else dict(start))  # the model's own follows the training
-    mask = Mask.full({name: (w.shape[0], w.shape[1]) for name, w in mlp.masked_weights().items()})
     tickets = []
     for level in range(rounds + 1):
         judged, saved = folder / f"level_{level}.json", folder / f"level_{level}.mask.safetensors"
@@ -100,7 +101,7 @@ def search_tickets(
             mlp.set_mask(mask)
             metrics = train_and_judge(level)
             if level < rounds:
-                nnz = wanted_nnz(mask, level_density(density, rounds, level + 1), scope)
+                nnz = wanted_nnz(mask, density ** ((level + 1) / rounds), scope)
                 prune_by_magnitude(mlp.masked_weights(), mask, nnz, granularity).save(following)
             record = {"task": task, "level": level, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))

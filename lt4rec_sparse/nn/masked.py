@@ -129,10 +129,9 @@ class MaskedLinear(nn.Linear):
         Raises:
             ValueError: If there is no such task, or a shape, dtype or device disagrees.
         """
-        if every_task:
-            return ops.masked_linear_tasks(x, self.weight, self._planes(), self.bias, activation)
-        plane = self._planes()[task_index(self.tasks, task)]
-        return ops.masked_linear(x, self.weight, plane, self.bias, activation)
+        planes = self._planes()
+        mask = planes if every_task else planes[task_index(self.tasks, task)]
+        return ops.masked_linear(x, self.weight, mask, self.bias, activation)
 
     @property
     def mask_tasks(self) -> Tensor:
