@@ -37,7 +37,7 @@ from lt4rec_sparse.kernels.gpu.runs import (
     engine,
     fits,
 )
-from lt4rec_sparse.network import FrozenNetwork
+from lt4rec_sparse.network import DenseLayer, FrozenNetwork
 from lt4rec_sparse.nn.compaction import Compacted, compact
 from lt4rec_sparse.nn.plan.plan import Chain, Machine, Segment
 
@@ -266,9 +266,7 @@ class Ways:
         )
 
     def _compact(self) -> CompactRun:
-        tasks = [
-            [_aligned(*layer, is_last=layer is layers[-1]) for layer in layers] for layers in self._compacted.tasks
-        ]
+        tasks = [[_aligned(layer, layer is layers[-1]) for layer in layers] for layers in self._compacted.tasks]
         columns = self._compacted.columns
         # The padding is read again, by weights of zero.
         columns = torch.cat([columns, columns[:1].expand(-len(columns) % ALIGNMENT)])
@@ -307,10 +305,11 @@ def _layers(network: FrozenNetwork) -> list[Layer]:
     return layers
 
 
-def _aligned(weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> tuple[Tensor, Tensor]:
+def _aligned(layer: DenseLayer, is_last: bool) -> tuple[Tensor, Tensor]:
     """Pad a compact layer's weight and bias like the inner widths."""
-    rows = 0 if is_last else -len(weight) % ALIGNMENT
-    return F.pad(weight, (0, -weight.shape[1] % ALIGNMENT, 0, rows)), F.pad(bias, (0, rows))
+    assert layer.bias is not None
+    rows = 0 if is_last else -len(layer.weight) % ALIGNMENT
+    return F.pad(layer.weight, (0, -layer.weight.shape[1] % ALIGNMENT, 0, rows)), F.pad(layer.bias, (0, rows))
 
 
 def _block_density(masks: Tensor, side: int) -> float:
