@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -30,6 +29,8 @@ from lt4rec_sparse.nn.plan.plan import (
     Plan,
     Segment,
     TimedChain,
+    TimedSegment,
+    check_asked,
     check_fits,
     fastest_chain,
     ranked,
@@ -95,7 +96,7 @@ class GraphExecutor:
         device = torch.device(device)
         if plan is not None:
             precision, batch_sizes = plan.precision, [batch.batch for batch in plan.batches]
-        _check(precision, batch_sizes)
+        check_asked(precision, GPU_PRECISIONS, batch_sizes)
         ways = Ways(network, precision, device)
         if plan is not None:
             check_fits(network, plan, ways.machine)
@@ -180,7 +181,7 @@ def measure_plan(
         ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
     """
     device = torch.device(device)
-    _check(precision, batch_sizes)
+    check_asked(precision, GPU_PRECISIONS, batch_sizes)
     ways = Ways(network, precision, device)
     batches = tuple(_measure_batch(ways, batch) for batch in batch_sizes)
     return Plan(ways.machine, NetworkFacts.of(network), precision, batches)
@@ -249,7 +250,7 @@ def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     x = examples[0][0]
     ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, ROUNDS)
     timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(timed), tuple(alone.items()))
+    return BatchPlan(batch, ranked(timed), tuple(map(TimedSegment, alone, alone.values())))
 
 
 def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[Any, Timing]:
@@ -285,10 +286,3 @@ def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
             chains[name] = chain
     mixed = fastest_chain(us)
     return chains if mixed in chains.values() else {**chains, "mixed": mixed}
-
-
-def _check(precision: str, batch_sizes: Sequence[int]) -> None:
-    if precision not in GPU_PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(GPU_PRECISIONS)}")
-    if not batch_sizes or batch_sizes[0] < 1 or any(a >= b for a, b in pairwise(batch_sizes)):
-        raise ValueError(f"batch_sizes: got {tuple(batch_sizes)}, wanted at least one, ascending from 1")
