@@ -7,18 +7,15 @@
 One program computes BLOCK_M rows of one task, and no activation leaves its SM. `h` is in 16 bits, and between layers
 activations are rounded to its dtype; the head multiplies and adds in float32.
 
-The plan, for 512-256-128-1; predictions, nothing here has been timed:
+How it is cut, for 512-256-128-1, by arithmetic; nothing here has been timed:
 
-- A program reads all weights of its task, 328 KB, and its rows of `h`, 1 KB each: from the L2 cache, at about 64 bytes
-  per clock for one SM, and 25 where all of them read. Alone that is 3 us; the arithmetic of 64 rows is 3.5 us of wgmma.
+- A program reads all weights of its task, 328 KB, and its rows of `h`, from the L2 cache.
 - The first layer is cut into chunks of BLOCK_N neurons. A chunk is computed over all of D0, and multiplied into the
   second layer's sums at once: so registers hold `[BLOCK_M, BLOCK_N]` and `[BLOCK_M, D2]` float32, never all of D1. A
-  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk.
-- 64 rows: 8 warps, 96 registers of sums per thread, 120 KB of shared memory: three stages of 40 KB, which the second
-  layer's operands, 96 KB, use again after the loop. At 128 rows that is too many registers: chunks of 128.
+  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk. At 128 rows
+  that is too many registers: chunks of 128.
 - Every further program reads the weights again. From a third of the multiprocessors on that takes all the bandwidth of
   the L2 cache, so smaller tiles are for batches that would leave more than two thirds of them idle.
-- So 5, 6 and 14 us for two tasks and batches of 256, 2048 and 8192.
 
 Letters, in kernels only: M rows, D0 to D2 widths, W1 and W2 mask words per row.
 """

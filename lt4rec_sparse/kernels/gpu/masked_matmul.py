@@ -5,12 +5,11 @@
 or `x[0]` for every task, where `x` is `[1, rows, in_features]`, as in a first layer that all tasks read. Sums are
 float32, in one order whatever else is in the batch: two calls with the same input give the same bits.
 
-Counted for an H200 (790 TFLOP/s in bfloat16, 5.5 TB/s from the L2 cache), not yet timed. A first layer of 1024-512 for
-two tasks and 2048 rows takes 5.4 us of arithmetic. Tiles of 128 x 128 read x 8 times and the weights 16 times, 65 MB or
-12 us: it is the L2 cache that bounds it, as it bounds cuBLAS. Words add a sixteenth to the weights' bytes. To expand
-them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a step of 128 x 64 weights, where its product
-of 128 rows takes 490. So masks are decoded here to save memory and launches; where weights do not change, they are
-multiplied in beforehand ("premasked"), and for large batches once per step (`mask_and_cast`).
+By arithmetic, not yet timed, it is the L2 cache that bounds the product, as it bounds cuBLAS, and mask words add a
+sixteenth to the weights' bytes. To expand them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a
+step of 128 x 64 weights, where its product of 128 rows takes 490. So masks are decoded here to save memory and
+launches; where weights do not change, they are multiplied in beforehand ("premasked"), and for large batches once per
+step (`mask_and_cast`).
 
 Letters, in kernels only: M rows of a task, N out_features, K in_features, W mask words per row.
 """
@@ -264,13 +263,7 @@ def dgrad_launch(
 ) -> Launch:
     """Make the launch of `masked_matmul_dgrad_kernel`, in the table's tile unless one is given.
 
-    Args:
-        dy: `[tasks, rows, out_features]`, contiguous.
-        weight: `[out_features, in_features]`, neighbouring elements in its rows.
-        words: `[tasks, out_features, W]`.
-        dx: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for the sum; contiguous.
-        precision: The arithmetic of float32 products: "ieee" or "tf32".
-        tile: One of `DGRAD`.
+    `dy [tasks, rows, out_features]` and `dx`, of all tasks or one for their sum, are contiguous.
     """
     (n, k), (tasks, rows, _) = weight.shape, dy.shape
     summed = tasks // len(dx)
@@ -334,16 +327,9 @@ def wgrad_splits(rows: int, programs: int, tile: Tile) -> int:
 
 
 def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: str, tile: Tile) -> Launch:
-    """Make the launch of `masked_matmul_wgrad_kernel`.
+    """Make the launch of `masked_matmul_wgrad_kernel` into `dw [shares, out_features, in_features]`, contiguous.
 
-    Args:
-        dy: `[tasks, rows, out_features]`, contiguous.
-        x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        words: `[tasks, out_features, W]`.
-        dw: `[shares, out_features, in_features]`, contiguous; as many shares for each group of tasks that a program
-            serves. Their sum is the result.
-        precision: The arithmetic of float32 products: "ieee" or "tf32".
-        tile: One of `WGRAD`.
+    There are as many shares for each group of tasks that a program serves; their sum is the result.
     """
     (shares, n, k), (tasks, rows, _) = dw.shape, dy.shape
     together = _together(tasks, x)
