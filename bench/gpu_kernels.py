@@ -35,7 +35,6 @@ class Shape(NamedTuple):
         return f"{self.rows} rows {'-'.join(map(str, self.widths))}"
 
 
-FIRST = tuple(Shape(rows, (1024, 512)) for rows in (2048, 256, 8192, 64))
 WIDE = tuple(Shape(rows, (4096, 1024)) for rows in (8192, 2048, 256))
 TAILS = tuple(Shape(rows, (512, 256, 128, 1)) for rows in (2048, 256, 8192))
 GRADIENTS = tuple(Shape(rows, (1024, 512)) for rows in (2048, 8192))
@@ -66,38 +65,32 @@ class Problem:
 
 def suite(setting: Setting) -> Iterator[Case]:
     """Yield the cases: first what serving and training run in bf16."""
-    first, tails = ((DRY,), (DRY_TAIL,)) if setting.is_dry else (FIRST, TAILS)
+    tails = (DRY_TAIL,) if setting.is_dry else TAILS
     gradients, wide = ((DRY,), (DRY,)) if setting.is_dry else (GRADIENTS, WIDE)
     half = (setting.dtype, "ieee")
-    for shape in first[:3]:
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for shape in tails:
         yield f"tail premasked {shape}", partial(_tail, setting, shape)
     for shape in wide[:2]:
         yield f"block32 {shape}", partial(_block, setting, shape, 32)
     for shape in gradients:
-        yield f"forward masked {shape}", partial(_forward, setting, shape, "masked", *half)
+        yield f"forward masked {shape}", partial(_forward, setting, shape, *half)
         yield f"dgrad {shape}", partial(_dgrad, setting, shape, *half)
         yield f"wgrad {shape}", partial(_wgrad, setting, shape, *half)
     for block in () if setting.is_dry else (64, 16):
         for shape in wide[:2]:
             yield f"block{block} {shape}", partial(_block, setting, shape, block)
-    for shape in () if setting.is_dry else (*first[3:], *wide):
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for precision in ("tf32",) if setting.is_dry else ("tf32", "ieee"):
         for shape in gradients[:1]:
             single = (torch.float32, precision)
-            yield f"forward masked {precision} {shape}", partial(_forward, setting, shape, "masked", *single)
+            yield f"forward masked {precision} {shape}", partial(_forward, setting, shape, *single)
             yield f"dgrad {precision} {shape}", partial(_dgrad, setting, shape, *single)
             yield f"wgrad {precision} {shape}", partial(_wgrad, setting, shape, *single)
 
 
-def _forward(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+def _forward(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     p = Problem(setting, shape, "unstructured", dtype)
-    # A master weight, or one prepacked for serving.
-    weight, words = (p.weight, p.words) if format == "masked" else (p.masked.to(dtype), None)
     y = p.x.new_empty(len(TASKS), p.rows, p.n)
-    parts = (p.x, weight, words, p.bias, y, "relu", precision)
+    parts = (p.x, p.weight, p.words, p.bias, y, "relu", precision)
     table = masked_matmul.FORWARD[arithmetic(dtype, precision)]
     launches = {tile: masked_matmul.forward_launch(*parts, tile) for tile in table}
     return _against_cublas(setting, p, y, launches, masked_matmul.forward_launch(*parts), dtype, precision)

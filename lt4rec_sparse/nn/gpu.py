@@ -47,7 +47,7 @@ ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latt
 # Where two are as fast, the first is chosen: it takes the least memory.
 _DENSE = ("dense", "tail dense", "tail branches")
 _NETWORKS = {
-    "premasked": (("premasked", "tail premasked"), ()),
+    "tail premasked": (("tail premasked",), ()),
     "compact": (("compact",), ()),
     "2:4": (("2:4",), (*_DENSE, "tail premasked")),
     "block": (("block16", "block32", "block64"), (*_DENSE, "tail premasked")),

@@ -2,7 +2,6 @@
 
 - "dense": the masks multiplied in beforehand, cuBLAS; the first layer of all tasks in one product, later ones in one
   batched product.
-- "premasked": the Triton product of `kernels.gpu.masked_matmul`, its masks multiplied in beforehand.
 - "tail premasked": `kernels.gpu.fused_tail`, from that layer to the scores in one launch.
 - "tail dense", "tail branches": the same layers by cuBLAS, task after task with bias and ReLU in the epilogues, or the
   tasks side by side as branches of a CUDA graph.
@@ -30,7 +29,6 @@ from lt4rec_sparse.kernels.gpu.runs import (
     BlockRun,
     CompactRun,
     DenseRun,
-    ProductRun,
     SemiStructuredRun,
     TailRun,
     TaskwiseRun,
@@ -139,7 +137,6 @@ class Ways:
             found.append(self._segment("dense", i))
             if layer.weight is None:  # heads, each of one task alone
                 continue
-            found.append(self._segment("premasked", i))
             if self.dtype in block_sparse.DTYPES:
                 sides = [s for s in block_sparse.BLOCKS if _block_density(layer.masks, s) <= MAX_BLOCK_DENSITY]
                 found += [self._segment(f"block{side}", i) for side in sides]
@@ -222,8 +219,6 @@ class Ways:
             bias = layer.bias.to(self.device, torch.float32 if is_last else self.dtype)
             return DenseRun(self._put(layer.masked), bias, layer.activation, is_last)
         bias = layer.bias.to(self.device)
-        if kernel == "premasked":
-            return ProductRun(self._put(layer.masked), bias, layer.activation, is_last)
         if kernel == "2:4":
             if not _is_2_4(layer.masks):  # torch would silently drop the surplus
                 raise ValueError("2:4: got masks that keep more than two of four, wanted lottery.project_to_2_4's")

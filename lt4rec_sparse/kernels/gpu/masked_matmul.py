@@ -8,8 +8,7 @@ float32, in one order whatever else is in the batch: two calls with the same inp
 By arithmetic, not yet timed, it is the L2 cache that bounds the product, as it bounds cuBLAS, and mask words add a
 sixteenth to the weights' bytes. To expand them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a
 step of 128 x 64 weights, where its product of 128 rows takes 490. So masks are decoded here to save memory and
-launches; where weights do not change, they are multiplied in beforehand ("premasked"), and for large batches once per
-step (`mask_and_cast`).
+launches; for large batches they are multiplied in once per step (`mask_and_cast`), and for serving beforehand.
 
 Letters, in kernels only: M rows of a task, N out_features, K in_features, W mask words per row.
 """
@@ -191,8 +190,8 @@ def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activ
 
 def forward_launch(
     x: Tensor,
-    values: Tensor,
-    words: Tensor | None,
+    weight: Tensor,
+    words: Tensor,
     bias: Tensor | None,
     y: Tensor,
     activation: str,
@@ -203,16 +202,15 @@ def forward_launch(
 
     Args:
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        values: `[out_features, in_features]`; or, without words, each task's masked weight
-            `[tasks, out_features, in_features]`.
-        words: `[tasks, out_features, W]`, or None.
+        weight: `[out_features, in_features]`, neighbouring elements in its rows.
+        words: `[tasks, out_features, W]`.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`, contiguous: where the result goes.
-        activation: "none", "relu" or "sigmoid".
+        activation: "none" or "relu".
         precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `FORWARD`.
     """
-    tasks, rows, (n, k) = len(values if words is None else words), x.shape[1], values.shape[-2:]
+    (n, k), tasks, rows = weight.shape, len(words), x.shape[1]
     together = _together(tasks, x)
     tiles = FORWARD[arithmetic(x.dtype, precision)]
     tile = tile or choose_tile(tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * triton.cdiv(n * tasks, t.block_n))
@@ -221,23 +219,23 @@ def forward_launch(
         (triton.cdiv(n, tile.block_n // together), triton.cdiv(rows, tile.block_m), tasks // together),
         {
             "x_ptr": x,
-            "values_ptr": values,
+            "values_ptr": weight,
             "words_ptr": words,
             "bias_ptr": bias,
             "y_ptr": y,
             "M": rows,
             "N": n,
             "K": k,
-            "W": 0 if words is None else words.shape[2],
+            "W": words.shape[2],
             "stride_xt": x.stride(0) if len(x) > 1 else 0,
             "stride_xm": x.stride(1),
-            "stride_wn": values.stride(-2),
+            "stride_wn": weight.stride(0),
             "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
             "stride_ym": y.stride(1),
         },
         {
             "TOGETHER": together,
-            "FORMAT": "premasked" if words is None else "masked",
+            "FORMAT": "masked",
             "ACTIVATION": activation,
             "PRECISION": precision,
             "EVEN_K": k % tile.block_k == 0,

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, masked_matmul
+from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.mask_and_cast import matmul
@@ -43,21 +43,6 @@ class DenseRun(NamedTuple):
         return activate(torch.baddbmm(bias, h, weight))
 
 
-class ProductRun(NamedTuple):
-    """A layer by the Triton product of `masked_matmul`, its masks multiplied in beforehand."""
-
-    weight: Tensor  # [tasks, N, K]
-    bias: Tensor  # [tasks, N]
-    activation: str
-    is_last: bool
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Apply it."""
-        y = _result(h, len(self.weight), self.weight.shape[1], self.is_last)
-        masked_matmul.forward_launch(h, self.weight, None, self.bias, y, self.activation, precision()).run()
-        return y
-
-
 class BlockRun(NamedTuple):
     """A layer by the block-sparse product."""
 
@@ -68,7 +53,8 @@ class BlockRun(NamedTuple):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
-        y = _result(h, self.weight.tasks, self.weight.shape[0], self.is_last)
+        dtype = torch.float32 if self.is_last else h.dtype
+        y = h.new_empty(self.weight.tasks, h.shape[1], self.weight.shape[0], dtype=dtype)
         block_sparse.block_sparse_launch(h, self.weight, self.bias, y, self.activation).run()
         return y
 
@@ -162,10 +148,6 @@ def engine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return f"interpreter on {device.type}{arithmetic}"
     return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}{arithmetic}"
-
-
-def _result(h: Tensor, tasks: int, outputs: int, is_last: bool) -> Tensor:
-    return h.new_empty(tasks, h.shape[1], outputs, dtype=torch.float32 if is_last else h.dtype)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:

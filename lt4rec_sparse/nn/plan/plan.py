@@ -22,7 +22,7 @@ from lt4rec_sparse.stopwatch import Timing
 VERSION = 1
 KERNELS = ("sparse", "dense", "onednn")  # of a CPU
 GPU_KERNELS = (  # `nn.ways` tells what they are
-    *("dense", "premasked", "block16", "block32", "block64", "2:4", "compact"),
+    *("dense", "block16", "block32", "block64", "2:4", "compact"),
     *("tail premasked", "tail dense", "tail branches"),
 )
 GPU_PRECISIONS = ("bf16", "fp16", "fp32")

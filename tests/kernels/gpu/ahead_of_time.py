@@ -86,19 +86,15 @@ def masked_matmul_cases() -> dict[str, Case]:
     for arithmetic, dtype in DTYPES.items():
         for i, tile in enumerate(masked_matmul.FORWARD[arithmetic]):
             # Training: the weight is float32.
-            cases |= _forward("masked", arithmetic, tile, dtype, on_blackwell=i == 0)
+            cases |= _forward(arithmetic, tile, dtype, on_blackwell=i == 0)
         for i, tile in enumerate(masked_matmul.DGRAD[arithmetic]):
             cases |= _dgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
         for i, tile in enumerate(masked_matmul.WGRAD[arithmetic]):
             cases |= _wgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
     half, largest = torch.bfloat16, masked_matmul.FORWARD["16"][0]
-    for tile in masked_matmul.FORWARD["16"]:
-        cases |= _forward("premasked", "16", tile, half, half)  # serving
-    cases |= _forward("masked", "16", largest, half, half)
-    cases |= _forward("masked", "16", largest, half, tasks="apart")
-    cases |= _forward("premasked", "16", largest, torch.float16, torch.float16)
-    cases |= _forward("premasked", "16", largest, half, half, tasks="one")
-    cases |= _forward("masked", "tf32", masked_matmul.FORWARD["tf32"][0], torch.float32, tasks="apart")
+    cases |= _forward("16", largest, half, half)
+    cases |= _forward("16", largest, half, tasks="apart")
+    cases |= _forward("tf32", masked_matmul.FORWARD["tf32"][0], torch.float32, tasks="apart")
     cases |= _dgrad("16", masked_matmul.DGRAD["16"][0], half, tasks="apart")
     cases |= _wgrad("16", masked_matmul.WGRAD["16"][0], half, tasks="apart")
     return cases
@@ -343,7 +339,6 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 def _forward(
-    form: str,
     arithmetic: str,
     tile: Tile,
     dtype: torch.dtype,
@@ -352,15 +347,12 @@ def _forward(
     on_blackwell: bool = False,
 ) -> dict[str, Case]:
     count = TASKS[tasks]
-    is_masked = form == "masked"
-    values = _meta(weight_dtype, *([] if is_masked else [count]), OUT_FEATURES, IN_FEATURES)
-    mask_words = _words(count, OUT_FEATURES, IN_FEATURES) if is_masked else None
 
     def launch(rows: int) -> Launch:
         return masked_matmul.forward_launch(
             _x(dtype, tasks, rows),
-            values,
-            mask_words,
+            _meta(weight_dtype, OUT_FEATURES, IN_FEATURES),
+            _words(count, OUT_FEATURES, IN_FEATURES),
             _meta(torch.float32, count, OUT_FEATURES),
             _meta(dtype, count, rows, OUT_FEATURES),
             "relu",
@@ -368,8 +360,8 @@ def _forward(
             tile,
         )
 
-    words = tile.block_n * tile.block_k // 32 if is_masked else 0
-    name = f"forward {form} {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
+    words = tile.block_n * tile.block_k // 32
+    name = f"forward masked {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
     return _case(name, arithmetic, launch, tile.block_m, (words,), on_blackwell)
 
 
