@@ -120,11 +120,7 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
 def random_separate(
     shapes: Shapes, nnz: Mapping[str, int], shared: float, generator: torch.Generator, tasks: Sequence[str]
 ) -> dict[str, Mask]:
-    """Draw random masks that share like those of `separate`, to see what sharing alone does.
-
-    Raises:
-        ValueError: See `separate`.
-    """
+    """Draw random masks that share like those of `separate`, and raise what it raises: what sharing alone does."""
     scores = {
         task: {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
         for task in tasks

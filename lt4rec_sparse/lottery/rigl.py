@@ -91,23 +91,11 @@ class DropAndGrow(Generic[Batch]):
 
 
 def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a loss with respect to every hidden weight, pruned ones included, to find new connections.
+    """Return the gradient of a loss with respect to every hidden weight, pruned ones included: layer name -> gradient.
 
     A masked layer gives pruned weights no gradient. So while `loss` runs, every weight is kept and the pruned ones
     are zero: the loss is the same, and the gradient is that of the dense weight. Weights and masks are then restored
     bit for bit, and no `.grad` is touched.
-
-    Args:
-        mlp: The MLP of one task.
-        loss: Computes a loss from `mlp`, without a backward pass.
-
-    Returns:
-        Layer name -> `[out_features, in_features]`, dtype and device of the weight.
-
-    Raises:
-        ValueError: If the network has several tasks.
-
-    Source: Evci et al. (arXiv 1911.11134), section 3, the gradient that grows connections.
     """
     mask, weights = mlp.mask(), mlp.masked_weights()
     saved = {name: weight.detach().clone() for name, weight in weights.items()}

@@ -19,19 +19,12 @@ from lt4rec_sparse.nn import MaskedMLP
 
 @dataclass(frozen=True)
 class Ticket:
-    """A mask of one task at one level of pruning, with the metrics of the network that was trained through it.
-
-    Attributes:
-        task: The task's name.
-        level: How many rounds of pruning made the mask; 0 is the full mask.
-        mask: The kept weights.
-        metrics: The task's metrics on the validation split, after training through the mask from the saved start.
-    """
+    """A mask of one task at one level of pruning, with the metrics of the network that was trained through it."""
 
     task: str
-    level: int
+    level: int  # rounds of pruning that made the mask; 0 is the full mask
     mask: Mask
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # on the validation split, after training through the mask from the saved start
 
 
 def search_tickets(
@@ -51,8 +44,8 @@ def search_tickets(
     The start is the state of the model when this is called, embeddings included, or the given one: a state after some
     batches, of this task (late rewinding) or of all tasks (a multi-task warm-up). Its masks are ignored.
 
-    Level 0 is the single-task baseline: the full mask, from the start on. A baseline that was trained before need not
-    be trained again: at level 0 `train_and_judge` may load its weights and return its metrics.
+    Level 0 is the single-task baseline: the full mask, from the start on. `train_and_judge` may load the weights of a
+    baseline that was trained before, and return its metrics.
 
     A level that was finished before is read back from `folder`, so an interrupted search continues where it stopped.
     Each level leaves `level_<i>.mask.safetensors` and, once judged, `level_<i>.json`.
@@ -70,9 +63,8 @@ def search_tickets(
             be the same.
         folder: Where the tickets are written. It belongs to one search: it records none of these arguments.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
-        scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer, so
-            that every layer of a level keeps the same share.
-        start: The state of `model` that each level is rewound to; None takes its present state.
+        scope: What a quantile is taken over, one of `SCOPES`: all layers together, as in the paper, or each layer.
+        start: The state that each level is rewound to; None takes the model's present one.
 
     Returns:
         One ticket per level, from the full mask to `density`: `rounds + 1` of them, the points of Figure 4.

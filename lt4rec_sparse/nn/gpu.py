@@ -1,10 +1,5 @@
 """Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
 
-    plan = frozen.measure_plan(device="cuda")
-    print(plan)
-    served = frozen.on_gpu(plan=plan)
-    scores = served(x)
-
 A launch costs the host some microseconds, and the kernels of a small batch take no longer than that. So each bucket of
 batch sizes is captured once, over buffers that stay, and a request is one copy, one replay and one copy.
 """
@@ -58,9 +53,8 @@ _NETWORKS = {
 class GraphExecutor:
     """Runs a frozen network on a GPU, from CUDA graphs.
 
-    For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
-    streams, and run one after another. A request goes to the smallest bucket that holds it, and is cut where it is
-    larger than all.
+    Autograd and `torch.compile` do not see the graphs. Requests may come from several threads and streams, and run one
+    after another. A request goes to the smallest bucket that holds it, and is cut where it is larger than all.
 
     In 16 bits weights and the activations between layers are rounded; sums are float32 (as far as
     `torch.backends.cuda.matmul` lets cuBLAS), and so are logits.
@@ -72,12 +66,6 @@ class GraphExecutor:
         precision: Without a plan: "bf16", "fp16" or "fp32".
         batch_sizes: Without a plan: the buckets, ascending.
         device: The GPU.
-
-    Attributes:
-        network: The frozen network.
-        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
-        batch_sizes: The buckets.
-        device: The GPU, with its index.
 
     Raises:
         InputError: If the plan is of another network, GPU, torch or Triton.
@@ -121,9 +109,7 @@ class GraphExecutor:
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs, side by side (`ops.Executor.run`).
 
-        Args:
-            x: `[rows, in_features]`, of any floating dtype, on the GPU or off it.
-            out: `[rows, outputs]`, float32, on the GPU or off it.
+        `x [rows, in_features]`, of any floating dtype, and `out` may be on the GPU or off it.
 
         Raises:
             TypeError: If `x` is of no floating dtype.
@@ -159,14 +145,12 @@ def measure_plan(
     precision: str = "bf16",
     device: torch.device | str = "cuda",
 ) -> Plan:
-    """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
+    """Measure the ways (`nn.ways`) to run a frozen network on this GPU, weights warm in its L2 cache.
 
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
-    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels,
-    block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
-    masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
-    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is slower than that by noise at most.
-    A way whose kernel does not fit on this GPU is left out.
+    of all kinds together, and these chains are timed end to end in one interleaved run. One of them is "dense", the
+    opponent that all must beat: the winner is slower than that by noise at most. A way whose kernel does not fit on
+    this GPU is left out.
 
     Args:
         network: The frozen network.

@@ -33,8 +33,8 @@ DENSITY_DRIFT = 0.1  # of a layer's kept weights: its time changes about as much
 class Segment(NamedTuple):
     """Neighbouring layers that run in one kernel, for all tasks alike.
 
-    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer "dense", torch's product, or
-    "onednn", the same with a packed weight (`dense_kernels`).
+    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer one of `dense_kernels`; or
+    on a GPU one of `GPU_KERNELS`.
     """
 
     kernel: str
