@@ -91,7 +91,7 @@ class DropAndGrow(Generic[Batch]):
 
 
 def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a loss with respect to every hidden weight, pruned ones included: layer name -> gradient.
+    """Return layer name -> gradient of a loss with respect to its dense weight, pruned weights included.
 
     A masked layer gives pruned weights no gradient. So while `loss` runs, every weight is kept and the pruned ones
     are zero: the loss is the same, and the gradient is that of the dense weight. Weights and masks are then restored
