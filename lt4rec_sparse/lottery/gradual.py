@@ -10,8 +10,8 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 class GradualPruning:
     """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
 
-    A pruned weight stays pruned, and nothing is rewound: the resulting network is trained, and its mask is a ticket that
-    cost one training run, where `search_tickets` takes one per round.
+    A pruned weight stays pruned, and nothing is rewound: the resulting network is trained, and its mask is a ticket
+    that cost one training run, where `search_tickets` takes one per round.
 
     Call `after_batch` from the training loop. It has no state of its own: a run that continues from a checkpoint prunes
     like one that was never interrupted.

@@ -96,7 +96,7 @@ class GraphExecutor:
         self._lock = Lock()
         # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, and each executor
         # has a stream of its own.
-        stream = _stream(device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._buckets = [_Graphed(networks[c], b, stream) for b, c in zip(batch_sizes, chains, strict=True)]
         self.device = self._buckets[0].x.device
@@ -158,9 +158,6 @@ def measure_plan(
         precision: "bf16", "fp16" or "fp32".
         device: The GPU.
 
-    Returns:
-        The plan: printable, `save`d and `load`ed like a CPU's.
-
     Raises:
         ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
     """
@@ -189,10 +186,6 @@ class _Graphed:
         out.copy_(self._scores[: len(x)])
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
 @cache
 def _timing_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream of all timing: torch hands out 32, in turn, and those of executors must not be among it."""
@@ -201,12 +194,12 @@ def _timing_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _captured(
     call: Callable[[], Tensor], stream: torch.cuda.Stream | None, repeats: int = 1
-) -> tuple[Callable[[], None], Tensor]:
+) -> tuple[Callable[[], object], Tensor]:
     """Return what runs `call` again, and where its result then stands; without a stream there is no graph."""
     with torch.inference_mode():
         if stream is None:
             result = call()
-            return partial(_again, call, result), result
+            return lambda: result.copy_(call()), result
         with torch.cuda.device(stream.device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -219,10 +212,6 @@ def _captured(
                 for _ in range(repeats):
                     result = call()
         return graph.replay, result
-
-
-def _again(call: Callable[[], Tensor], result: Tensor) -> None:
-    result.copy_(call())
 
 
 def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
@@ -240,20 +229,16 @@ def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
 def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[Any, Timing]:
     """Time calls in interleaved rounds, on a GPU as graphs of several repetitions each."""
     if device.type != "cuda":
-        return dict(zip(calls, interleaved(_named(calls), rounds=rounds, round_us=1.0).values(), strict=True))
+        return interleaved(calls, rounds, round_us=1.0)
     stream = _timing_stream(device)
     graphs = {key: _captured(call, stream, REPEATS)[0] for key, call in calls.items()}
 
-    def waited(replay: Callable[[], None]) -> None:
+    def waited(replay: Callable[[], object]) -> None:
         replay()
         torch.cuda.synchronize(device)
 
-    timings = interleaved(_named({key: partial(waited, replay) for key, replay in graphs.items()}), rounds, 2_000.0)
-    return {key: Timing(*(us / REPEATS for us in timing)) for key, timing in zip(calls, timings.values(), strict=True)}
-
-
-def _named(calls: Mapping[Any, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    return {str(key): call for key, call in calls.items()}
+    timings = interleaved({key: partial(waited, replay) for key, replay in graphs.items()}, rounds, 2_000.0)
+    return {key: Timing(*(us / REPEATS for us in timing)) for key, timing in timings.items()}
 
 
 def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:

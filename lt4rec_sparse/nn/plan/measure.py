@@ -83,13 +83,9 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
         inputs.append(h.chunk(len(network.tasks), dim=1))
     with torch.inference_mode():
         # These only propose a mixture: the verdict is the second measurement's, which takes longer.
-        alone = interleaved(
-            {str(segment): partial(run, inputs[segment.first]) for segment, run in runs.items()},
-            rounds=5,
-            round_us=2_000,
-        )
-        segments = dict(zip(runs, alone.values(), strict=True))
-        chains = _chains({segment: timing.median_us for segment, timing in segments.items()}, precision)
+        calls = {segment: partial(run, inputs[segment.first]) for segment, run in runs.items()}
+        alone = interleaved(calls, rounds=5, round_us=2_000)
+        chains = _chains({segment: timing.median_us for segment, timing in alone.items()}, precision)
         ends = interleaved(
             {
                 name: partial(follow, [runs[segment] for segment in chain], len(network.tasks), x)
@@ -97,7 +93,7 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
             }
         )
     timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(timed), tuple(map(TimedSegment, segments, segments.values())))
+    return BatchPlan(batch, ranked(timed), tuple(map(TimedSegment, alone, alone.values())))
 
 
 def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:
