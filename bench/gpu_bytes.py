@@ -31,7 +31,8 @@ def _case(sparsity: float) -> dict[str, Any]:
         sizes["premasked"] += 2 * n * k * torch.bfloat16.itemsize
         coarse = _overlapping((n // 32, k // 32), 1 - sparsity, OVERLAP, generator)
         masks = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
-        sizes["block32"] += BlockWeight.from_dense(weight, masks, 32, torch.bfloat16).nbytes
+        packed = BlockWeight.from_dense(weight, masks, 32, torch.bfloat16)
+        sizes["block32"] += sum(part.nbytes for part in packed if isinstance(part, torch.Tensor))
     return {"sparsity": sparsity, "bytes": sizes}
 
 

@@ -186,11 +186,6 @@ class BlockWeight(NamedTuple):
             places.view_as(groups).permute(0, 2, 3, 1)[listed].to(torch.int32),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in (self.values, self.crow, self.col, self.place))
-
 
 def block_sparse_launch(
     x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, activation: str, tile: Tile | None = None

@@ -182,12 +182,7 @@ class Tail(NamedTuple):
 
 
 def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
-    """Say whether a tail can be fused.
-
-    Args:
-        widths: `in_features`, each hidden layer's, and the head's outputs.
-        dtype: The dtype of `h` and the weights.
-    """
+    """Say whether a tail of these widths, from `in_features` to the head's outputs, can be fused in a dtype."""
     if dtype not in DTYPES or len(widths) not in (3, 4) or min(widths) < 1:
         return False
     _, *hidden, out = widths
