@@ -10,13 +10,10 @@ import torch
 
 from bench import record
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
-from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
-from lt4rec_sparse.recsys.tables import table
 
 WIDTHS = (1024, 512, 256, 128)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 OVERLAP = 0.6  # intersection over union
-CPU = torch.device("cpu")
 
 
 def run() -> Path:
@@ -26,27 +23,16 @@ def run() -> Path:
     return record.write("gpu_bytes", {"machine": record.machine(), "mlp": mlp, "overlap": OVERLAP, "cases": cases})
 
 
-def bytes_table(found: dict[str, Any]) -> str:
-    """Return a row per sparsity: how many times smaller each layout is than a bfloat16 copy per task."""
-    rows = []
-    for case in found["cases"]:
-        sizes = case["bytes"]
-        rows.append([f"{case['sparsity']:.0%}", *(f"{sizes['premasked'] / size:.1f}x" for size in sizes.values())])
-    return table(["sparsity", *found["cases"][0]["bytes"]], rows)
-
-
 def _case(sparsity: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    sizes = dict.fromkeys((*FORMATS, "block32"), 0)
+    sizes = dict.fromkeys(("premasked", "block32"), 0)
     for k, n in pairwise(WIDTHS):
         weight = torch.randn(n, k, generator=generator)
-        masks = _overlapping((n, k), 1 - sparsity, OVERLAP, generator)
-        for format in FORMATS:
-            packed = Weight.prepack(weight, masks, format, torch.bfloat16, CPU)
-            sizes[format] += packed.values.nbytes + (0 if packed.words is None else packed.words.nbytes)
+        sizes["premasked"] += 2 * n * k * torch.bfloat16.itemsize
         coarse = _overlapping((n // 32, k // 32), 1 - sparsity, OVERLAP, generator)
         masks = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
-        sizes["block32"] += BlockWeight.from_dense(weight, masks, 32, torch.bfloat16).nbytes
+        packed = BlockWeight.from_dense(weight, masks, 32, torch.bfloat16)
+        sizes["block32"] += sum(part.nbytes for part in packed if isinstance(part, torch.Tensor))
     return {"sparsity": sparsity, "bytes": sizes}
 
 

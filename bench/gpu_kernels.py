@@ -18,7 +18,6 @@ from bench.gpu_setting import FAILURES, Case, Setting, float32_precision, named
 from bench.peers import reference
 from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, masked_matmul
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, arithmetic
-from lt4rec_sparse.kernels.gpu.weights import Weight
 from lt4rec_sparse.masks import pack_words
 from tests.oracle import Bounded, Layer, assert_rounding, linear_reference
 
@@ -36,7 +35,6 @@ class Shape(NamedTuple):
         return f"{self.rows} rows {'-'.join(map(str, self.widths))}"
 
 
-FIRST = tuple(Shape(rows, (1024, 512)) for rows in (2048, 256, 8192, 64))
 WIDE = tuple(Shape(rows, (4096, 1024)) for rows in (8192, 2048, 256))
 TAILS = tuple(Shape(rows, (512, 256, 128, 1)) for rows in (2048, 256, 8192))
 GRADIENTS = tuple(Shape(rows, (1024, 512)) for rows in (2048, 8192))
@@ -67,40 +65,32 @@ class Problem:
 
 def suite(setting: Setting) -> Iterator[Case]:
     """Yield the cases: first what serving and training run in bf16."""
-    first, tails = ((DRY,), (DRY_TAIL,)) if setting.is_dry else (FIRST, TAILS)
+    tails = (DRY_TAIL,) if setting.is_dry else TAILS
     gradients, wide = ((DRY,), (DRY,)) if setting.is_dry else (GRADIENTS, WIDE)
     half = (setting.dtype, "ieee")
-    for shape in first[:3]:
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for shape in tails:
-        yield f"tail premasked {shape}", partial(_tail, setting, shape, "premasked")
+        yield f"tail premasked {shape}", partial(_tail, setting, shape)
     for shape in wide[:2]:
         yield f"block32 {shape}", partial(_block, setting, shape, 32)
     for shape in gradients:
-        yield f"forward masked {shape}", partial(_forward, setting, shape, "masked", *half)
+        yield f"forward masked {shape}", partial(_forward, setting, shape, *half)
         yield f"dgrad {shape}", partial(_dgrad, setting, shape, *half)
         yield f"wgrad {shape}", partial(_wgrad, setting, shape, *half)
-    for shape in tails[:2]:
-        yield f"tail masked {shape}", partial(_tail, setting, shape, "masked")
     for block in () if setting.is_dry else (64, 16):
         for shape in wide[:2]:
             yield f"block{block} {shape}", partial(_block, setting, shape, block)
-    for shape in () if setting.is_dry else (*first[3:], *wide):
-        yield f"forward premasked {shape}", partial(_forward, setting, shape, "premasked", *half)
     for precision in ("tf32",) if setting.is_dry else ("tf32", "ieee"):
         for shape in gradients[:1]:
             single = (torch.float32, precision)
-            yield f"forward masked {precision} {shape}", partial(_forward, setting, shape, "masked", *single)
+            yield f"forward masked {precision} {shape}", partial(_forward, setting, shape, *single)
             yield f"dgrad {precision} {shape}", partial(_dgrad, setting, shape, *single)
             yield f"wgrad {precision} {shape}", partial(_wgrad, setting, shape, *single)
 
 
-def _forward(setting: Setting, shape: Shape, format: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+def _forward(setting: Setting, shape: Shape, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     p = Problem(setting, shape, "unstructured", dtype)
-    weight_dtype = torch.float32 if format == "masked" else dtype  # a master weight, or one prepacked for serving
-    weight = Weight.prepack(p.weight, p.planes, format, weight_dtype, setting.device)
     y = p.x.new_empty(len(TASKS), p.rows, p.n)
-    parts = (p.x, weight, p.bias, y, "relu", precision)
+    parts = (p.x, p.weight, p.words, p.bias, y, "relu", precision)
     table = masked_matmul.FORWARD[arithmetic(dtype, precision)]
     launches = {tile: masked_matmul.forward_launch(*parts, tile) for tile in table}
     return _against_cublas(setting, p, y, launches, masked_matmul.forward_launch(*parts), dtype, precision)
@@ -171,19 +161,19 @@ def _against_cublas(
     return _measured(setting, calls, _chosen(launches, own), Bounded(value, bound), precision)
 
 
-def _tail(setting: Setting, shape: Shape, format: str) -> dict[str, Any]:
+def _tail(setting: Setting, shape: Shape) -> dict[str, Any]:
     (d0, d1, d2, out), dtype = shape.widths, setting.half
     first, second = (
         Problem(setting, Shape(shape.rows, widths), "unstructured", dtype) for widths in ((d0, d1), (d1, d2))
     )
-    weights = tuple(Weight.prepack(p.weight, p.planes, format, dtype, setting.device) for p in (first, second))
+    weights = tuple(p.masked.to(dtype) for p in (first, second))
     generator = torch.Generator().manual_seed(2)
     head = (torch.randn(len(TASKS), out, d2, generator=generator) / d2**0.5).to(setting.device, dtype)
     head_bias = torch.randn(len(TASKS), out, generator=generator).to(setting.device, dtype)
     h = torch.randn(len(TASKS), shape.rows, d0, generator=generator).relu_().to(setting.device, dtype)
     tail = fused_tail.Tail(weights, (first.bias, second.bias), head, head_bias, "none")
     scores = torch.empty(shape.rows, len(TASKS) * out, device=setting.device)
-    launches = {tile: fused_tail.fused_tail_launch(h, tail, scores, tile) for tile in fused_tail.tiles_of(tail)}
+    launches = {tile: fused_tail.fused_tail_launch(h, tail, scores, tile) for tile in fused_tail.TILES}
     calls: dict[str, Callable[[], Tensor]] = {
         _name(tile): partial(_written, launch, scores) for tile, launch in launches.items()
     }

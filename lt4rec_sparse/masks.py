@@ -155,7 +155,8 @@ def overlap(a: Mask, b: Mask) -> dict[str, float]:
     Raises:
         ValueError: If the masks are not over the same layers.
     """
-    _check_same_shapes(a, b)
+    if a.shapes != b.shapes:
+        raise ValueError(f"masks over different layers: got {b.shapes}, wanted {a.shapes}")
     result = {}
     for name, kept in a.items():
         union = int((kept | b[name]).sum())
@@ -183,15 +184,9 @@ def ownership(masks: Mapping[str, Mask]) -> dict[str, dict[str, int]]:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor along its last dimension, eight columns per byte.
+    """Pack bool `[..., columns]` into uint8 `[..., ceil(columns / 8)]`.
 
     Column `k` is bit `k % 8` (least significant first) of byte `k // 8`; the last byte is padded with zero bits.
-
-    Args:
-        mask: `[..., columns]`, bool.
-
-    Returns:
-        `[..., ceil(columns / 8)]`, uint8.
     """
     columns = mask.shape[-1]
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
@@ -200,14 +195,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
-    """Undo `pack_bits`.
-
-    Args:
-        bits: `[..., ceil(columns / 8)]`, uint8.
-        columns: How many columns the packed tensor had.
-
-    Returns:
-        `[..., columns]`, bool.
+    """Undo `pack_bits`: bool `[..., columns]`.
 
     Raises:
         ValueError: If the byte count is not that of `columns`, or a padding bit is set.
@@ -224,16 +212,10 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
 
 
 def pack_words(mask: Tensor) -> Tensor:
-    """Pack a bool tensor along its last dimension as GPU kernels read it, 32 columns per word.
+    """Pack bool `[..., columns]` into int32 `[..., 4 ceil(columns / 128)]`, as GPU kernels read it.
 
     Column `k` is bit `k % 32` of word `k // 32`. Rows are padded with zero bits to 128 columns, so that each starts at
     a multiple of 16 bytes, and a tile of up to 128 columns never reads beyond its row.
-
-    Args:
-        mask: `[..., columns]`, bool.
-
-    Returns:
-        `[..., 4 ceil(columns / 128)]`, int32.
     """
     bits = pack_bits(mask)
     return torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 16)).view(torch.int32)
@@ -251,8 +233,3 @@ def _unpacked(bits: Tensor | None, shape: Any) -> Tensor:
         got = None if bits is None else tuple(bits.shape)
         raise ValueError(f"bitmask: got {got} for {str(shape)[:60]}, wanted [out_features, ceil(in_features / 8)]")
     return unpack_bits(bits, columns)
-
-
-def _check_same_shapes(a: Mask, b: Mask) -> None:
-    if a.shapes != b.shapes:
-        raise ValueError(f"masks over different layers: got {b.shapes}, wanted {a.shapes}")

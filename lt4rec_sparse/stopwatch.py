@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name")
 
 
 class Timing(NamedTuple):
@@ -18,11 +20,11 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     rounds: int = 15,
     round_us: float = 20_000.0,
     before: Callable[[], object] | None = None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time each call in every one of `rounds` rounds, in the order given.
 
     Within a round it is repeated often enough to fill `round_us` (found in a first round that does not count), and the
@@ -45,7 +47,7 @@ def interleaved(
         call()
         once_us = (time.perf_counter() - start) * 1e6
         repetitions[name] = 1 if before else max(1, int(round_us / max(once_us, 0.1)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             if before:

@@ -3,8 +3,8 @@
 - Pruning: `prune_by_magnitude` and `project_to_2_4`, at each of `GRANULARITIES`; `wanted_nnz` turns a density into
   numbers of weights.
 - Ticket search: `search_tickets` trains, prunes and rewinds; `best_ticket` chooses.
-- Random masks: `random_masks` of a density; `random_like` and `random_uniform` for the densities of tickets. Initial
-  weights behind a sparse mask are too small: `scale_to_density`.
+- Random masks: `random_masks` of a density; `random_like` for the densities of tickets. Initial weights behind a sparse
+  mask are too small: `scale_to_density`.
 - One training run: `GradualPruning` shrinks a mask, `DropAndGrow` (RigL) exchanges its weights.
 - Controls of sharing between tasks: `one_for_all`, `unanimous`, `separate`, `random_separate`.
 """
@@ -14,7 +14,6 @@ from lt4rec_sparse.lottery.controls import (
     random_like,
     random_masks,
     random_separate,
-    random_uniform,
     separate,
     unanimous,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "random_like",
     "random_masks",
     "random_separate",
-    "random_uniform",
     "scale_to_density",
     "search_tickets",
     "separate",

@@ -25,23 +25,14 @@ def random_like(
     }
 
 
-def random_uniform(
-    tickets: Mapping[str, Mask], generator: torch.Generator, granularity: str = "weight"
-) -> dict[str, Mask]:
-    """Draw for each task a random mask with its ticket's density, the same in every layer (otherwise `random_like`)."""
-    result = {}
-    for task, ticket in tickets.items():
-        nnz = {name: round(kept.numel() * ticket.density) for name, kept in ticket.items()}
-        result[task] = _random(ticket.shapes, nnz, generator, granularity)
-    return result
-
-
 def random_masks(
     shapes: Shapes, density: float, tasks: Sequence[str], generator: torch.Generator, granularity: str = "weight"
 ) -> dict[str, Mask]:
     """Draw a random mask for each task, with the same density in every layer: sparse sharing without a search."""
     nnz = {name: round(rows * columns * density) for name, (rows, columns) in shapes.items()}
-    return random_uniform(dict.fromkeys(tasks, Mask.random(shapes, nnz, generator)), generator, granularity)
+    drawn = Mask.random(shapes, nnz, generator)  # its density alone is used; it is drawn so that seeds keep their masks
+    nnz = {name: round(kept.numel() * drawn.density) for name, kept in drawn.items()}
+    return {task: _random(shapes, nnz, generator, granularity) for task in tasks}
 
 
 def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:
@@ -52,21 +43,21 @@ def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:
 Scores = Mapping[str, Mapping[str, Tensor]]  # task -> layer name -> [out_features, in_features], larger is better
 
 
-def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
+def unanimous(scores: Scores, nnz: Mapping[str, int]) -> dict[str, Mask]:
     """Give every task one mask, which prunes a weight only if every task would prune it.
 
-    Every task keeps the same number of weights, those that it scores best, and the mask is their union. The number is
-    chosen so that the union has exactly `nnz` weights; if one more per task would be too many, the earlier tasks
-    keep one more.
+    In each layer every task keeps the same number of weights, those that it scores best, and the mask is their union.
+    The number is chosen so that the union has exactly `nnz` weights; if one more per task would be too many, the
+    earlier tasks keep one more.
 
     Example:
         >>> scores = {"ctr": {"w": torch.tensor([[4.0, 3, 2, 1]])}, "cvr": {"w": torch.tensor([[4.0, 1, 2, 3]])}}
-        >>> unanimous(scores, 3)["cvr"]["w"].tolist()
+        >>> unanimous(scores, {"w": 3})["cvr"]["w"].tolist()
         [[True, True, False, True]]
 
     Args:
         scores: Task -> layer name -> `[out_features, in_features]`, such as the magnitudes after the task's training.
-        nnz: Size of the union: over all layers together, or layer name -> of that layer.
+        nnz: Layer name -> size of its union.
 
     Returns:
         Task -> the mask, the same for all.
@@ -77,16 +68,8 @@ def unanimous(scores: Scores, nnz: int | Mapping[str, int]) -> dict[str, Mask]:
     Source: Sun et al. (arXiv 2206.04662), DiSparse, unanimous decisions; the scores come from the caller.
     """
     shapes = _check_scores(scores)
-    if isinstance(nnz, int):
-        flat = torch.stack([torch.cat([layer.flatten() for layer in of_task.values()]) for of_task in scores.values()])
-        kept = torch.split(_union(flat, nnz, "all layers"), [rows * columns for rows, columns in shapes.values()])
-    else:
-        kept = tuple(
-            _union(torch.stack([of_task[name].flatten() for of_task in scores.values()]), count, name)
-            for name, count in _check_counts(nnz, shapes).items()
-        )
-    mask = Mask({name: part.view(shape) for (name, shape), part in zip(shapes.items(), kept, strict=True)})
-    return dict.fromkeys(scores, mask)
+    kept = {name: _union(_ranks(scores, name), n).view(shapes[name]) for name, n in _check_counts(nnz, shapes).items()}
+    return dict.fromkeys(scores, Mask(kept))
 
 
 def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str, Mask]:
@@ -129,8 +112,7 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
                 f"shared: got {shared}, with which {len(scores)} tasks of {count} weights each own {owned} in {name}, "
                 f"wanted at most its {rows * columns}"
             )
-        ranks = _ranks(torch.stack([of_task[name].flatten() for of_task in scores.values()]))
-        for of_task, kept in zip(layers, _separate(ranks, count, common), strict=True):
+        for of_task, kept in zip(layers, _separate(_ranks(scores, name), count, common), strict=True):
             of_task[name] = kept.view(rows, columns)
     return {task: Mask(of_task) for task, of_task in zip(scores, layers, strict=True)}
 
@@ -138,11 +120,7 @@ def separate(scores: Scores, nnz: Mapping[str, int], shared: float) -> dict[str,
 def random_separate(
     shapes: Shapes, nnz: Mapping[str, int], shared: float, generator: torch.Generator, tasks: Sequence[str]
 ) -> dict[str, Mask]:
-    """Draw random masks that share like those of `separate`, to see what sharing alone does.
-
-    Raises:
-        ValueError: See `separate`.
-    """
+    """Draw random masks that share like those of `separate`, and raise what it raises: what sharing alone does."""
     scores = {
         task: {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
         for task in tasks
@@ -185,20 +163,19 @@ def _check_counts(nnz: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
     return {name: nnz[name] for name in shapes}
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank each task's scores, `[tasks, n]`: 0 is the best; ties go to the earlier weight."""
-    order = scores.detach().cpu().sort(dim=1, descending=True, stable=True).indices
+def _ranks(scores: Scores, name: str) -> Tensor:
+    """Rank each task's scores of one layer, `[tasks, n]`: 0 is the best; ties go to the earlier weight."""
+    of_layer = torch.stack([of_task[name].detach().cpu().flatten() for of_task in scores.values()])
+    order = of_layer.sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1]).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def _union(scores: Tensor, nnz: int, where: str) -> Tensor:
-    """Return bool `[n]`: the first `nnz` weights if the tasks name their best in turn, by scores `[tasks, n]`."""
-    tasks, n = scores.shape
-    if not 0 <= nnz <= n:
-        raise ValueError(f"nnz of {where}: got {nnz}, wanted 0 to {n}")
+def _union(ranks: Tensor, nnz: int) -> Tensor:
+    """Return bool `[n]`: the first `nnz` weights if the tasks name their best in turn, by ranks `[tasks, n]`."""
+    tasks, n = ranks.shape
     # The rank at which each weight is first named, made distinct over the weights.
-    named = (_ranks(scores) * tasks + torch.arange(tasks)[:, None]).min(0).values
+    named = (ranks * tasks + torch.arange(tasks)[:, None]).min(0).values
     kept = torch.zeros(n, dtype=torch.bool)
     kept[named.sort().indices[:nnz]] = True
     return kept

@@ -10,9 +10,8 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 class GradualPruning:
     """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
 
-    Most weights are pruned early, when many are redundant, and few late. A pruned weight stays pruned. Nothing is
-    rewound: the resulting network is trained, and its mask is a ticket that cost one training run, where
-    `search_tickets` takes one per round. (Pruning all at once is `prune_by_magnitude` on a trained network.)
+    A pruned weight stays pruned, and nothing is rewound: the resulting network is trained, and its mask is a ticket
+    that cost one training run, where `search_tickets` takes one per round.
 
     Call `after_batch` from the training loop. It has no state of its own: a run that continues from a checkpoint prunes
     like one that was never interrupted.

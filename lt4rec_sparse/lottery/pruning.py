@@ -21,27 +21,23 @@ def prune_by_magnitude(
 ) -> Mask:
     """Keep the tiles of largest magnitude, over all layers together, while they hold at most `nnz` weights.
 
-    One global quantile, as in the paper; or one quantile per layer, if `nnz` gives a number for each layer
-    (`wanted_nnz` makes either from a density). Applied to the full mask of a trained network, this is one-shot pruning.
+    One global quantile, as in the paper; or one per layer, if `nnz` gives a number for each (`wanted_nnz` makes either
+    from a density). Applied to the full mask of a trained network, this is one-shot pruning.
 
     A tile is a weight, a square block or a neuron's row of a layer:
 
     - "weight": single weights by their magnitudes, the paper's S-Weight. Exactly `nnz` survive.
     - "2:4": single weights, of which at most 2 of 4 neighbouring columns survive: `project_to_2_4`, then the quantile
-      over what it left. Exactly `nnz` survive if it left that many; it leaves at most about half of a layer.
+      over what it left, at most about half of a layer.
     - "block4", "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first
       weight; smaller at its last rows and columns. A kernel can skip a dead block.
-    - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`): without
-      its row a neuron is a constant, which is folded into the biases of the layer above.
+    - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`).
 
-    The score of a block or a neuron is the mean of its magnitudes: the L1 norm, by which Mao et al. prune at every
-    granularity, divided by the size of the tile, so that small blocks and short rows are judged like whole ones.
-    Weights pruned before stay pruned and count as zero in the mean, because a tile costs a kernel the same however few
-    of its weights are alive. A tile with any weight alive is alive, and survives with the weights that it has.
-
-    This mean is divided by the mean over the weights alive in its layer (after Molchanov et al.). Without this, means
-    over many weights, which hardly differ within a layer, would rank layers and not tiles: at 20 % density they left
-    one neuron of the 512 in the first layer of the KuaiRand network, and 97 and 100 % of the layers above.
+    The score of a block or a neuron is the mean of its magnitudes, the L1 norm of Mao et al. over the size of the tile,
+    divided by the mean over the weights alive in its layer, after Molchanov et al.: otherwise means over many weights,
+    which hardly differ within a layer, would rank layers and not tiles. Weights pruned before stay pruned and count as
+    zero in the mean, because a tile costs a kernel the same however few of its weights are alive. A tile with any
+    weight alive is alive, and survives with the weights that it has.
 
     Tiles are taken by descending score; ties go to the earlier layer, row and column. The longest sequence of them that
     holds at most `nnz` weights is kept. Of blocks and neurons, the best of each layer comes before all others and is
@@ -123,10 +119,7 @@ def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
 
     Args:
         weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
-        mask: The weights alive.
-
-    Returns:
-        A subset of `mask`.
+        mask: The weights alive; the result is a subset of it.
 
     Raises:
         ValueError: If layers or shapes disagree, or a weight alive is NaN.
@@ -146,21 +139,13 @@ def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
 
 
 def check_granularity(granularity: str) -> None:
-    """Check that a granularity is known.
-
-    Raises:
-        ValueError: If it is not one of `GRANULARITIES`.
-    """
+    """Raise a ValueError unless it is one of `GRANULARITIES`."""
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: got {granularity!r}, wanted one of {', '.join(GRANULARITIES)}")
 
 
 def check_scope(scope: str) -> None:
-    """Check that a scope is known.
-
-    Raises:
-        ValueError: If it is not one of `SCOPES`.
-    """
+    """Raise a ValueError unless it is one of `SCOPES`."""
     if scope not in SCOPES:
         raise ValueError(f"scope: got {scope!r}, wanted one of {', '.join(SCOPES)}")
 
@@ -194,33 +179,11 @@ def wanted_nnz(mask: Mask, density: float, scope: str = "global") -> int | dict[
         ValueError: If the density is not in (0, 1], or there is no such scope.
     """
     check_scope(scope)
-    if scope == "layer":
-        return {n: min(level_nnz(kept.numel(), density, 1, 1), int(kept.sum())) for n, kept in mask.items()}
-    return min(level_nnz(mask.size, density, 1, 1), mask.nnz)
-
-
-def level_nnz(size: int, density: float, rounds: int, level: int) -> int:
-    """Return how many weights are alive after `level` of `rounds` rounds that end at `density` (`level_density`).
-
-    Raises:
-        ValueError: See `level_density`.
-    """
-    return round(size * level_density(density, rounds, level))
-
-
-def level_density(density: float, rounds: int, level: int) -> float:
-    """Return the share of the weights that are alive after `level` of `rounds` rounds that end at `density`.
-
-    Each round keeps the same share, `density ** (1 / rounds)`: 4 rounds to 20 % keep 66.87, 44.72, 29.91 and 20 %.
-
-    Raises:
-        ValueError: If the density is not in (0, 1], or the level is not in [0, rounds].
-    """
     if not 0 < density <= 1:
         raise ValueError(f"density: got {density}, wanted more than 0 and at most 1")
-    if rounds < 1 or not 0 <= level <= rounds:
-        raise ValueError(f"level: got {level} of {rounds} rounds, wanted 0 to the number of rounds, at least one")
-    return float(density ** (level / rounds))
+    if scope == "layer":
+        return {name: min(round(kept.numel() * density), int(kept.sum())) for name, kept in mask.items()}
+    return min(round(mask.size * density), mask.nnz)
 
 
 def _magnitudes(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
@@ -251,11 +214,9 @@ def _best_of_layers_first(order: Tensor, sizes: list[int]) -> tuple[Tensor, int]
 
 
 def _tile_sums(layer: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Sum each tile, `[rows of tiles, columns of tiles]`: counts as int64, magnitudes in float64.
-
-    In float64 the sum of a tile is exact for float32 magnitudes within a factor of about 100,000 of each other, so that
-    tiles of equal weights tie in whatever order the weights are.
-    """
+    """Sum each tile, `[rows of tiles, columns of tiles]`: counts as int64, magnitudes in float64."""
+    # In float64 the sum of a tile is exact for float32 magnitudes within a factor of about 100,000 of each other, so
+    # that tiles of equal weights tie in whatever order the weights are.
     exact = layer.to(torch.int64 if layer.dtype == torch.bool else torch.float64)
     padded = F.pad(exact, (0, -layer.shape[1] % tile[1], 0, -layer.shape[0] % tile[0]))
     return padded.view(padded.shape[0] // tile[0], tile[0], padded.shape[1] // tile[1], tile[1]).sum((1, 3))

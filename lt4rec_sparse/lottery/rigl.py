@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.lottery.pruning import wanted_nnz
-from lt4rec_sparse.masks import Mask, Shapes
+from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.nn.optim import MaskedAdam
-
-DISTRIBUTIONS = ("uniform", "erdos-renyi")  # how a density is divided among layers
 
 Batch = TypeVar("Batch")
 
@@ -35,9 +33,8 @@ class DropAndGrow(Generic[Batch]):
         optimizer: Takes over each new mask (`MaskedAdam.remask`).
         loss: Takes a batch and returns the task's loss as in training, without a backward pass: called once per
             update, for `dense_gradients`.
-        density: The density of the network, at all times.
+        density: The density of each layer, at all times; of the first layer too, which RigL keeps whole.
         generator: Draws the first mask.
-        distribution: How the density is divided among layers: "uniform" or "erdos-renyi" (`layer_counts`).
         every: How many batches lie between two updates.
         drop: The share that an update at batch 0 would exchange.
         end: The share of all batches after which no more weights are exchanged, `T` above.
@@ -55,7 +52,6 @@ class DropAndGrow(Generic[Batch]):
         loss: Callable[[Batch], Tensor],
         density: float,
         generator: torch.Generator,
-        distribution: str = "uniform",
         every: int = 100,
         drop: float = 0.3,
         end: float = 0.75,
@@ -64,8 +60,10 @@ class DropAndGrow(Generic[Batch]):
             raise ValueError(f"every: got {every}, wanted at least 1")
         if not 0 <= drop <= 1 or not 0 <= end <= 1:
             raise ValueError(f"drop and end: got {drop} and {end}, wanted shares from 0 to 1")
-        shapes = mlp.mask().shapes
-        mlp.set_mask(Mask.random(shapes, layer_counts(shapes, density, distribution), generator))
+        full = Mask.full(mlp.mask().shapes)
+        counts = wanted_nnz(full, density, "layer")
+        assert isinstance(counts, dict)
+        mlp.set_mask(Mask.random(full.shapes, counts, generator))
         optimizer.remask()
         self._mlp, self._optimizer, self._loss = mlp, optimizer, loss
         self._every, self._drop, self._end = every, drop, end
@@ -93,23 +91,11 @@ class DropAndGrow(Generic[Batch]):
 
 
 def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a loss with respect to every hidden weight, pruned ones included, to find new connections.
+    """Return layer name -> gradient of a loss with respect to its dense weight, pruned weights included.
 
     A masked layer gives pruned weights no gradient. So while `loss` runs, every weight is kept and the pruned ones
     are zero: the loss is the same, and the gradient is that of the dense weight. Weights and masks are then restored
     bit for bit, and no `.grad` is touched.
-
-    Args:
-        mlp: The MLP of one task.
-        loss: Computes a loss from `mlp`, without a backward pass.
-
-    Returns:
-        Layer name -> `[out_features, in_features]`, dtype and device of the weight.
-
-    Raises:
-        ValueError: If the network has several tasks.
-
-    Source: Evci et al. (arXiv 1911.11134), section 3, the gradient that grows connections.
     """
     mask, weights = mlp.mask(), mlp.masked_weights()
     saved = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -126,51 +112,6 @@ def dense_gradients(mlp: MaskedMLP, loss: Callable[[], Tensor]) -> dict[str, Ten
                 weight.copy_(saved[name])
         mlp.set_mask(mask)
     return dict(zip(weights, gradients, strict=True))
-
-
-def layer_counts(shapes: Shapes, density: float, distribution: str = "uniform") -> dict[str, int]:
-    """Divide a density among layers: layer name -> number of kept weights.
-
-    - "uniform": the same share of every layer, rounded; of the first layer too, which RigL keeps whole.
-    - "erdos-renyi": a share in proportion to `(out_features + in_features) / (out_features * in_features)`, so that
-      large layers are sparser and all neurons have about the same number of connections. A layer for which this would
-      be more than all its weights is kept whole, and the others divide the rest. Together exactly
-      `round(density * weights)`.
-
-    Example:
-        >>> layer_counts({"layers.0": (10, 90), "layers.1": (10, 10)}, 0.1)
-        {'layers.0': 90, 'layers.1': 10}
-        >>> layer_counts({"layers.0": (10, 90), "layers.1": (10, 10)}, 0.1, "erdos-renyi")
-        {'layers.0': 83, 'layers.1': 17}
-
-    Raises:
-        ValueError: If the density is not in (0, 1], or there is no such distribution.
-
-    Source: Mocanu et al. (arXiv 1707.04780); Evci et al. (arXiv 1911.11134), section 3.
-    """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution: got {distribution!r}, wanted one of {', '.join(DISTRIBUTIONS)}")
-    full = Mask.full(shapes)
-    if distribution == "uniform":
-        counts = wanted_nnz(full, density, "layer")
-        assert isinstance(counts, dict)
-        return counts
-    total = wanted_nnz(full, density)
-    assert isinstance(total, int)
-    open_, rest = dict(shapes), total
-    while True:
-        scale = rest / max(sum(rows + columns for rows, columns in open_.values()), 1)
-        whole = [name for name, (rows, columns) in open_.items() if scale * (rows + columns) > rows * columns]
-        if not whole:
-            break
-        for name in whole:
-            rest -= math.prod(open_.pop(name))
-    exact = {name: scale * sum(shape) if name in open_ else math.prod(shape) for name, shape in shapes.items()}
-    counts = {name: math.floor(count) for name, count in exact.items()}
-    by_remainder = sorted(open_, key=lambda name: counts[name] - exact[name])
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def _exchange(weight: Tensor, gradient: Tensor, kept: Tensor, share: float) -> Tensor:

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork
-
-
-class CompactLayer(NamedTuple):
-    """One layer of one task: `activation(h @ weight.T + bias)`; pruned weights that remain are zeros."""
-
-    weight: Tensor  # float32 [out_features, in_features]
-    bias: Tensor  # float32 [out_features]
-    activation: str  # "none", "relu" or "sigmoid"
+from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork
 
 
 @dataclass(frozen=True, eq=False)
 class Compacted:
-    """A frozen MLP without what is dead in it.
+    """A frozen MLP without what is dead in it. Printed, it shows each task's widths and what is left to multiply.
 
     Attributes:
         names: The tasks' names, in the order of the outputs.
         columns: int64 `[kept]`, ascending: the columns of `x` that the first layer of any task reads.
-        tasks: For each task its layers, input first, each as wide as the task's own masks leave it. The first layers
-            of all tasks read the same `columns`.
-        shapes_before: For each task `(out_features, in_features)` of the layers that these were.
+        tasks: For each task its layers in float32, input first, each as wide as the task's own masks leave it. The
+            first layers of all tasks read the same `columns`.
+        widths_before: The width of `x` and `out_features` of the layers that these were.
     """
 
     names: tuple[str, ...]
     columns: Tensor
-    tasks: list[list[CompactLayer]]
-    shapes_before: list[list[tuple[int, int]]]
+    tasks: list[list[DenseLayer]]
+    widths_before: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Score every task, in eager torch: what `SparseMLP.forward` of the same MLP returns, but for rounding.
-
-        Args:
-            x: `[batch, in_features]`, float32; all columns, as before.
-
-        Returns:
-            `[batch, tasks * out_features]`, float32.
-        """
+        """Score every task, in eager torch: what `SparseMLP.forward` of the same MLP returns, but for rounding."""
         outputs = []
         for layers in self.tasks:
             h = x[:, self.columns]
@@ -56,25 +40,24 @@ class Compacted:
         return torch.cat(outputs, dim=-1)
 
     @property
-    def shapes(self) -> list[list[tuple[int, int]]]:
-        """For each task `(out_features, in_features)` of its layers."""
-        return [[(layer.weight.shape[0], layer.weight.shape[1]) for layer in layers] for layers in self.tasks]
+    def widths(self) -> list[tuple[int, ...]]:
+        """For each task the number of columns that it reads, and `out_features` of its layers."""
+        return [(len(self.columns), *(len(layer.weight) for layer in layers)) for layers in self.tasks]
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one row of `x`, all tasks, by dense products."""
-        return _size(self.shapes)
+        return sum(a * b for widths in self.widths for a, b in pairwise(widths))
 
     @property
     def multiply_adds_before(self) -> int:
         """The same of the MLP as it was, its masked weights dense in every task."""
-        return _size(self.shapes_before)
+        return len(self.tasks) * sum(a * b for a, b in pairwise(self.widths_before))
 
     def __str__(self) -> str:
-        """Show each task's widths before and after, and the multiply-adds."""
         lines = [
-            f"{name}: {_widths(before)} -> {_widths(after)}"
-            for name, before, after in zip(self.names, self.shapes_before, self.shapes, strict=True)
+            f"{name}: {'-'.join(map(str, self.widths_before))} -> {'-'.join(map(str, widths))}"
+            for name, widths in zip(self.names, self.widths, strict=True)
         ]
         before, after = self.multiply_adds_before, self.multiply_adds
         return "\n".join([*lines, f"multiply-adds: {before:,} -> {after:,}, {after / before:.1%}"])
@@ -119,12 +102,11 @@ def compact(network: FrozenNetwork) -> Compacted:
     if not is_read.any():
         is_read[0] = True
     columns = is_read.nonzero().squeeze(1)
-    tasks = [[CompactLayer(first.weight[:, columns], *first[1:]), *rest] for _, (first, *rest) in compacted]
-    shapes = list(zip(network.widths, (network.in_features, *network.widths), strict=False))
-    return Compacted(network.tasks, columns, tasks, [shapes] * len(network.tasks))
+    tasks = [[first._replace(weight=first.weight[:, columns]), *rest] for _, (first, *rest) in compacted]
+    return Compacted(network.tasks, columns, tasks, (network.in_features, *network.widths))
 
 
-def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[CompactLayer]]:
+def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[DenseLayer]]:
     """Compact one task's layers; return also which columns of `x` it reads, all of which its first layer still has."""
     path = [network.layer(i, task) for i in range(network.depth)]
     weights = [layer.weight for layer in path]
@@ -153,13 +135,5 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Compa
     layers = []
     for layer, weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
         left = weight.masked_fill(~mask, 0)[rows][:, read]
-        layers.append(CompactLayer(left, bias[rows].float(), layer.activation))
+        layers.append(DenseLayer(left, bias[rows].float(), layer.activation))
     return masks[0][kept[0]].any(0), layers
-
-
-def _size(shapes: Sequence[Sequence[tuple[int, int]]]) -> int:
-    return sum(rows * columns for of_task in shapes for rows, columns in of_task)
-
-
-def _widths(shapes: Sequence[tuple[int, int]]) -> str:
-    return "-".join(str(width) for width in (shapes[0][1], *(rows for rows, _ in shapes)))

@@ -61,10 +61,7 @@ class DenseRun:
         self._dtype = dtype
 
     def __call__(self, hs: Sequence[Tensor]) -> list[Tensor]:
-        """Apply the layer.
-
-        Args:
-            hs: `[batch, in_features]` for each task; or one, which all tasks read.
+        """Apply the layer to each task's `[batch, in_features]`, or to one that all tasks read.
 
         Returns:
             `[batch, out_features]` for each task, or `[batch, tasks * out_features]`; of this layer's dtype.

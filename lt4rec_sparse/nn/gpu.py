@@ -1,10 +1,5 @@
 """Serving on a GPU: a measured plan for each batch size, and a CUDA graph that replays it.
 
-    plan = frozen.measure_plan(device="cuda")
-    print(plan)
-    served = frozen.on_gpu(plan=plan)
-    scores = served(x)
-
 A launch costs the host some microseconds, and the kernels of a small batch take no longer than that. So each bucket of
 batch sizes is captured once, over buffers that stay, and a request is one copy, one replay and one copy.
 """
@@ -13,8 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
-from itertools import pairwise
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -22,35 +16,33 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.network import FrozenNetwork
-from lt4rec_sparse.nn.compaction import Compacted, compact
 from lt4rec_sparse.nn.plan.plan import (
     GPU_PRECISIONS,
     BatchPlan,
     Chain,
-    Machine,
     NetworkFacts,
     Plan,
     Segment,
     TimedChain,
+    TimedSegment,
+    check_asked,
     check_fits,
     fastest_chain,
     ranked,
 )
+from lt4rec_sparse.nn.ways import GpuNetwork, Ways
 from lt4rec_sparse.stopwatch import Timing, interleaved
 
 BUCKETS = (1, 64, 256, 1024, 2048, 8192)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
 REPEATS = 10  # of a chain in one timed graph, so that waiting for the GPU is a tenth of what it would be
 
 ROUNDS_ALONE, ROUNDS = 5, 15  # of timing; the former only propose what the latter compare
 
 # Whole networks by the ways that they are named after, and those that may help them out; and the best mixture of all.
 # Where two are as fast, the first is chosen: it takes the least memory.
-_DENSE = ("dense", "apart", "tail dense", "tail branches")
+_DENSE = ("dense", "tail dense", "tail branches")
 _NETWORKS = {
-    "masked": (("masked", "tail masked"), ()),
-    "premasked": (("premasked", "tail premasked"), ()),
+    "tail premasked": (("tail premasked",), ()),
     "compact": (("compact",), ()),
     "2:4": (("2:4",), (*_DENSE, "tail premasked")),
     "block": (("block16", "block32", "block64"), (*_DENSE, "tail premasked")),
@@ -61,9 +53,8 @@ _NETWORKS = {
 class GraphExecutor:
     """Runs a frozen network on a GPU, from CUDA graphs.
 
-    For inference alone: autograd and `torch.compile` do not see the graphs. Requests may come from several threads and
-    streams, and run one after another. A request goes to the smallest bucket that holds it, and is cut where it is
-    larger than all.
+    Autograd and `torch.compile` do not see the graphs. Requests may come from several threads and streams, and run one
+    after another. A request goes to the smallest bucket that holds it, and is cut where it is larger than all.
 
     In 16 bits weights and the activations between layers are rounded; sums are float32 (as far as
     `torch.backends.cuda.matmul` lets cuBLAS), and so are logits.
@@ -75,12 +66,6 @@ class GraphExecutor:
         precision: Without a plan: "bf16", "fp16" or "fp32".
         batch_sizes: Without a plan: the buckets, ascending.
         device: The GPU.
-
-    Attributes:
-        network: The frozen network.
-        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
-        batch_sizes: The buckets.
-        device: The GPU, with its index.
 
     Raises:
         InputError: If the plan is of another network, GPU, torch or Triton.
@@ -99,7 +84,7 @@ class GraphExecutor:
         device = torch.device(device)
         if plan is not None:
             precision, batch_sizes = plan.precision, [batch.batch for batch in plan.batches]
-        _check(precision, batch_sizes)
+        check_asked(precision, GPU_PRECISIONS, batch_sizes)
         ways = Ways(network, precision, device)
         if plan is not None:
             check_fits(network, plan, ways.machine)
@@ -111,7 +96,7 @@ class GraphExecutor:
         self._lock = Lock()
         # Graphs of one stream share cuBLAS' workspace: those of one executor run one after another, and each executor
         # has a stream of its own.
-        stream = _stream(device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._buckets = [_Graphed(networks[c], b, stream) for b, c in zip(batch_sizes, chains, strict=True)]
         self.device = self._buckets[0].x.device
@@ -124,9 +109,7 @@ class GraphExecutor:
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs, side by side (`ops.Executor.run`).
 
-        Args:
-            x: `[rows, in_features]`, of any floating dtype, on the GPU or off it.
-            out: `[rows, outputs]`, float32, on the GPU or off it.
+        `x [rows, in_features]`, of any floating dtype, and `out` may be on the GPU or off it.
 
         Raises:
             TypeError: If `x` is of no floating dtype.
@@ -162,14 +145,12 @@ def measure_plan(
     precision: str = "bf16",
     device: torch.device | str = "cuda",
 ) -> Plan:
-    """Measure the ways to run a frozen network on this GPU, weights warm in its L2 cache.
+    """Measure the ways (`nn.ways`) to run a frozen network on this GPU, weights warm in its L2 cache.
 
     Every way to run a layer, or a tail of layers, is timed alone; from these comes the fastest chain of each kind and
-    of all kinds together, and these chains are timed end to end in one interleaved run: the Triton kernels from each
-    layout, block-sparse, 2:4 and compacted where the masks allow them, and "dense", the opponent that all must beat:
-    masks multiplied in beforehand, the first layers of all tasks in one product, then batched products, or each task's
-    in turn, or in branches of the graph; heads padded; CUDA graphs. The winner is slower than that by noise at most.
-    A way whose kernel does not fit on this GPU is left out.
+    of all kinds together, and these chains are timed end to end in one interleaved run. One of them is "dense", the
+    opponent that all must beat: the winner is slower than that by noise at most. A way whose kernel does not fit on
+    this GPU is left out.
 
     Args:
         network: The frozen network.
@@ -177,102 +158,14 @@ def measure_plan(
         precision: "bf16", "fp16" or "fp32".
         device: The GPU.
 
-    Returns:
-        The plan: printable, `save`d and `load`ed like a CPU's.
-
     Raises:
         ValueError: If there is no such precision, or the batch sizes do not ascend from 1.
     """
     device = torch.device(device)
-    _check(precision, batch_sizes)
+    check_asked(precision, GPU_PRECISIONS, batch_sizes)
     ways = Ways(network, precision, device)
     batches = tuple(_measure_batch(ways, batch) for batch in batch_sizes)
     return Plan(ways.machine, NetworkFacts.of(network), precision, batches)
-
-
-class Ways:
-    """The runs and chains that a frozen network can be prepacked for, each prepacked once.
-
-    Args:
-        network: The frozen network.
-        precision: The dtype of weights and activations: "bf16", "fp16" or "fp32".
-        device: Where they run.
-
-    Raises:
-        ValueError: If heads end in different activations.
-    """
-
-    def __init__(self, network: FrozenNetwork, precision: str, device: torch.device) -> None:
-        # Imported when first needed, and here alone: CPU builds of torch have no Triton.
-        from lt4rec_sparse.kernels.gpu import network as kernels
-
-        self._kernels: Any = kernels
-        self._network = network
-        self.layers = kernels.layers_of(network)
-        self.precision = precision
-        self.dtype = DTYPES[precision]
-        self.device = device
-        self._runs: dict[Segment, Any] = {}
-
-    @property
-    def machine(self) -> Machine:
-        """What a plan's timings depend on, besides the network."""
-        return Machine(self._kernels.engine(self.device, self.dtype), 0, str(torch.__version__))
-
-    @cached_property
-    def compacted(self) -> Compacted:
-        """The network without what is dead in it."""
-        return compact(self._network)
-
-    @property
-    def default(self) -> Chain:
-        """The chain that is predicted to be fastest."""
-        return self._chain(self._kernels.default_chain(self.layers, self.dtype, self.device))
-
-    @cached_property
-    def segments(self) -> Chain:
-        """Every run that the layers allow."""
-        is_smaller = self.compacted.multiply_adds <= WORTH_COMPACTING * self.compacted.multiply_adds_before
-        return self._chain(self._kernels.spans(self.layers, self.dtype, self.device, is_smaller))
-
-    def run(self, segment: Segment) -> Callable[[Tensor], Tensor]:
-        """Return one run, prepacked."""
-        if segment not in self._runs:
-            span = (segment.kernel, segment.first, segment.last)
-            compacted = self.compacted if segment.kernel == "compact" else None
-            parts = (self.layers, span, self.dtype, self.device, compacted)
-            self._runs[segment] = self._kernels.prepack_run(*parts)
-        run: Callable[[Tensor], Tensor] = self._runs[segment]
-        return run
-
-    def network(self, chain: Chain) -> Any:
-        """Return the runs of a chain as one network."""
-        runs = tuple(self.run(segment) for segment in chain)
-        return self._kernels.GpuNetwork(runs, self.layers[0].masked.shape[2], self.dtype)
-
-    def nbytes(self, chains: Sequence[Chain]) -> dict[str, int]:
-        """Bytes of the weights that chains read, by the kernel that reads them; a run of several chains counts once."""
-        total: dict[str, int] = {}
-        for segment in dict.fromkeys(segment for chain in chains for segment in chain):
-            total[segment.kernel] = total.get(segment.kernel, 0) + self._kernels.nbytes(self.run(segment))
-        return total
-
-    def examples(self, batch: int) -> list[Tensor]:
-        """Draw activations as they enter each layer: `[tasks, batch, in_features]`, or those of x."""
-        generator = torch.Generator().manual_seed(0)
-        examples = []
-        for i, layer in enumerate(self.layers):
-            tasks, _, k = layer.masked.shape
-            h = torch.randn(1 if i == 0 else tasks, batch, k, generator=generator).to(self.device, self.dtype)
-            examples.append(h if i == 0 else h.relu_())
-        return examples
-
-    def fits(self, segment: Segment, h: Tensor) -> bool:
-        """Tell whether a run's kernel can be launched on this GPU, by launching it."""
-        return bool(self._kernels.fits(self.run(segment), h))
-
-    def _chain(self, spans: Any) -> Chain:
-        return tuple(Segment(kernel, self.precision, first, last) for kernel, first, last in spans)
 
 
 class _Graphed:
@@ -281,7 +174,7 @@ class _Graphed:
     The rows beyond a request's are those of an earlier request: no row reads another.
     """
 
-    def __init__(self, network: Any, batch: int, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, network: GpuNetwork, batch: int, stream: torch.cuda.Stream | None) -> None:
         self.batch = batch
         self.x = torch.zeros(batch, network.padded, dtype=network.dtype, device=network.device)
         self._replay, self._scores = _captured(partial(network, self.x), stream)
@@ -293,10 +186,6 @@ class _Graphed:
         out.copy_(self._scores[: len(x)])
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
 @cache
 def _timing_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream of all timing: torch hands out 32, in turn, and those of executors must not be among it."""
@@ -305,12 +194,12 @@ def _timing_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _captured(
     call: Callable[[], Tensor], stream: torch.cuda.Stream | None, repeats: int = 1
-) -> tuple[Callable[[], None], Tensor]:
+) -> tuple[Callable[[], object], Tensor]:
     """Return what runs `call` again, and where its result then stands; without a stream there is no graph."""
     with torch.inference_mode():
         if stream is None:
             result = call()
-            return partial(_again, call, result), result
+            return lambda: result.copy_(call()), result
         with torch.cuda.device(stream.device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -325,10 +214,6 @@ def _captured(
         return graph.replay, result
 
 
-def _again(call: Callable[[], Tensor], result: Tensor) -> None:
-    result.copy_(call())
-
-
 def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     examples = ways.examples(batch)
     segments = [segment for segment in ways.segments if ways.fits(segment, examples[segment.first])]
@@ -338,26 +223,22 @@ def _measure_batch(ways: Ways, batch: int) -> BatchPlan:
     x = examples[0][0]
     ends = _timed({name: partial(ways.network(chain), x) for name, chain in chains.items()}, ways.device, ROUNDS)
     timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(timed), tuple(alone.items()))
+    return BatchPlan(batch, ranked(timed), tuple(map(TimedSegment, alone, alone.values())))
 
 
 def _timed(calls: Mapping[Any, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[Any, Timing]:
     """Time calls in interleaved rounds, on a GPU as graphs of several repetitions each."""
     if device.type != "cuda":
-        return dict(zip(calls, interleaved(_named(calls), rounds=rounds, round_us=1.0).values(), strict=True))
+        return interleaved(calls, rounds, round_us=1.0)
     stream = _timing_stream(device)
     graphs = {key: _captured(call, stream, REPEATS)[0] for key, call in calls.items()}
 
-    def waited(replay: Callable[[], None]) -> None:
+    def waited(replay: Callable[[], object]) -> None:
         replay()
         torch.cuda.synchronize(device)
 
-    timings = interleaved(_named({key: partial(waited, replay) for key, replay in graphs.items()}), rounds, 2_000.0)
-    return {key: Timing(*(us / REPEATS for us in timing)) for key, timing in zip(calls, timings.values(), strict=True)}
-
-
-def _named(calls: Mapping[Any, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    return {str(key): call for key, call in calls.items()}
+    timings = interleaved({key: partial(waited, replay) for key, replay in graphs.items()}, rounds, 2_000.0)
+    return {key: Timing(*(us / REPEATS for us in timing)) for key, timing in timings.items()}
 
 
 def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
@@ -374,10 +255,3 @@ def _chains(us: Mapping[Segment, float]) -> dict[str, Chain]:
             chains[name] = chain
     mixed = fastest_chain(us)
     return chains if mixed in chains.values() else {**chains, "mixed": mixed}
-
-
-def _check(precision: str, batch_sizes: Sequence[int]) -> None:
-    if precision not in GPU_PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(GPU_PRECISIONS)}")
-    if not batch_sizes or batch_sizes[0] < 1 or any(a >= b for a, b in pairwise(batch_sizes)):
-        raise ValueError(f"batch_sizes: got {tuple(batch_sizes)}, wanted at least one, ascending from 1")

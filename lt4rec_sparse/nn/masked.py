@@ -30,9 +30,9 @@ class MaskedLinear(nn.Linear):
     that `mask` tells and `freeze` keeps it, before and after `prune.remove`. A parametrisation of the weight changes
     no mask.
 
-    `DistributedDataParallel` sends the masks of the first process to all others, when it is made and again with every
-    forward pass. The latter is waste: `forward_sync_buffers=False` avoids it. (Before torch 2.13 it is
-    `broadcast_buffers=False`, which sends them never: every process must set the same masks.)
+    `DistributedDataParallel` sends the masks of the first process to all others with every forward pass, unless
+    `forward_sync_buffers=False`. (Before torch 2.13 it is `broadcast_buffers=False`, which sends them never: every
+    process must set the same masks.)
 
     Example:
         >>> layer = MaskedLinear(4, 2)
@@ -41,11 +41,8 @@ class MaskedLinear(nn.Linear):
         True
 
     Args:
-        in_features: Width of `x`.
-        out_features: Width of `y`.
+        in_features, out_features, device, dtype: As in `nn.Linear`.
         bias: Whether there is a bias; it is never masked.
-        device: As in `nn.Linear`.
-        dtype: As in `nn.Linear`.
         tasks: The tasks' names.
 
     Raises:
@@ -121,18 +118,14 @@ class MaskedLinear(nn.Linear):
                 `[rows, in_features]`, which all of them read, or `[tasks, rows, in_features]`.
             task: The task's name; may be left out where there is one.
             activation: "none", or "relu" in the same kernel.
-            every_task: Whether to apply every task's mask, instead of that of `task`; in one launch on a GPU.
-
-        Returns:
-            `[..., out_features]`, dtype of `x`; of every task `[tasks, rows, out_features]`.
+            every_task: Whether to apply every task's mask, instead of that of `task`: `[tasks, rows, out_features]`.
 
         Raises:
             ValueError: If there is no such task, or a shape, dtype or device disagrees.
         """
-        if every_task:
-            return ops.masked_linear_tasks(x, self.weight, self._planes(), self.bias, activation)
-        plane = self._planes()[task_index(self.tasks, task)]
-        return ops.masked_linear(x, self.weight, plane, self.bias, activation)
+        planes = self._planes()
+        mask = planes if every_task else planes[task_index(self.tasks, task)]
+        return ops.masked_linear(x, self.weight, mask, self.bias, activation)
 
     @property
     def mask_tasks(self) -> Tensor:
@@ -272,11 +265,7 @@ class MaskedMLP(nn.Module):
         return {f"layers.{i}": layer.weight for i, layer in enumerate(self.masked_layers())}
 
     def mask(self, task: str | None = None) -> Mask:
-        """Return one task's mask over all hidden layers.
-
-        Raises:
-            ValueError: If there is no such task, or none is named and there are several.
-        """
+        """Return one task's mask over all hidden layers; the task may be left out where there is one."""
         return Mask({f"layers.{i}": layer.mask(task) for i, layer in enumerate(self.masked_layers())})
 
     def set_mask(self, mask: Mask, task: str | None = None) -> None:
@@ -303,9 +292,6 @@ class MaskedMLP(nn.Module):
 
         Returns:
             Logits: `[..., out_features]` of the task, or `[..., tasks * out_features]` of all tasks side by side.
-
-        Raises:
-            ValueError: If there is no such task.
         """
         if task is None and len(self.tasks) == 1:
             task = self.tasks[0]
@@ -329,22 +315,14 @@ def _identity(t: Tensor) -> tuple[int, int]:
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return the tasks' names as a tuple.
-
-    Raises:
-        ValueError: If there is no name, two are the same, or there are more than 62.
-    """
+    """Return the tasks' names as a tuple, or raise a ValueError."""
     if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or len(tasks) > 62:
         raise ValueError(f"tasks: got {tasks!r}, wanted a sequence of different names, 1 to 62 of them")
     return tuple(tasks)
 
 
 def task_index(tasks: tuple[str, ...], task: str | None) -> int:
-    """Return which of the tasks is named; None names the only one.
-
-    Raises:
-        ValueError: If there is no such task, or none is named and there are several.
-    """
+    """Return which of the tasks is named; None names the only one, and anything else raises a ValueError."""
     if task is None and len(tasks) == 1:
         return 0
     if task not in tasks:

@@ -46,9 +46,7 @@ class MaskedAdam:
 
     Args:
         model: The model; its `MaskedLinear` layers' weights are stepped through their present masks.
-        learning_rate: As in `torch.optim.Adam`.
-        betas: As in `torch.optim.Adam`.
-        eps: As in `torch.optim.Adam`.
+        learning_rate, betas, eps: As in `torch.optim.Adam`.
         weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient.
 
     Raises:
@@ -69,7 +67,6 @@ class MaskedAdam:
         self._check_weights()
         self._adam = torch.optim.Adam(model.parameters(), learning_rate, betas, eps, weight_decay, fused=True)
         masked = {id(layer.weight) for layer in self._masked}
-        self._weight_decay = weight_decay
         self._free = [parameter for parameter in model.parameters() if id(parameter) not in masked]
         self._gather([_nothing(layer) for layer in self._masked])
 
@@ -144,7 +141,6 @@ class MaskedAdam:
             if bool(of_layer.steps[~layer.masks.any(0).flatten()].any()):
                 raise ValueError("state: got steps of weights that no mask keeps, wanted the model loaded first")
         self._adam.param_groups[0].update(state["settings"])
-        self._weight_decay = state["settings"]["weight_decay"]
         for parameter, of_parameter in zip(self._free, state["free"], strict=True):
             # Copies, since the state may be that of a living optimiser.
             self._adam.state[parameter] = {n: t.to(parameter.device, copy=True) for n, t in of_parameter.items()}
@@ -179,7 +175,9 @@ class MaskedAdam:
             owned = layer.masks.flatten(1).any(0).nonzero().squeeze(1)
             steps = of_layer.steps[owned]
             # A layer that every task keeps whole has nothing to protect.
-            is_plain = bool(layer.masks.all()) or (len(layer.tasks) == 1 and not self._weight_decay)
+            is_plain = bool(layer.masks.all()) or (
+                len(layer.tasks) == 1 and not self._adam.param_groups[0]["weight_decay"]
+            )
             if is_plain and bool((steps == steps[:1]).all()):
                 self._whole[layer] = owned
                 everywhere = _nothing(layer)

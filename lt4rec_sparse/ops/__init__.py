@@ -1,6 +1,6 @@
 """The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once."""
 
-from lt4rec_sparse.ops.masked_linear import masked_linear, masked_linear_tasks, without_autocast
+from lt4rec_sparse.ops.masked_linear import masked_linear, without_autocast
 from lt4rec_sparse.ops.sparse_mlp import (
     X_DTYPES,
     Executor,
@@ -20,7 +20,6 @@ __all__ = [
     "layer_inputs",
     "layout_nbytes",
     "masked_linear",
-    "masked_linear_tasks",
     "prepack",
     "sparse_mlp",
     "without_autocast",

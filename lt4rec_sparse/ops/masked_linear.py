@@ -26,22 +26,24 @@ _library.define("masked_linear_wgrad(Tensor dy, Tensor x, Tensor masks, ScalarTy
 def masked_linear(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """Apply a linear layer through a mask: `y = activation(x @ (weight * mask).T + bias)`.
+    """Apply a linear layer through a mask: `y = activation(x @ (weight * mask).T + bias)`; or through every task's.
 
-    A pruned weight contributes nothing and receives no gradient, whatever its value:
-    `dW = (dy.T @ x) * mask`. Under autocast `x` takes the lower dtype, and so does the product; the weight is cast
-    where it is read, and its gradient keeps its dtype.
+    A pruned weight contributes nothing and receives no gradient, whatever its value: `dW = (dy.T @ x) * mask`. For
+    several tasks the gradient of the weight, and of an `x` that all read, is the sum over the tasks, always in the same
+    order. Under autocast `x` takes the lower dtype, and so does the product; the weight is cast where it is read, and
+    its gradient keeps its dtype.
 
     Args:
-        x: `[..., in_features]`; float64, float32, float16 or bfloat16.
+        x: `[..., in_features]`; float64, float32, float16 or bfloat16. For every task `[tasks, rows, in_features]`, or
+            `[rows, in_features]`, which all of them read.
         weight: `[out_features, in_features]`, dtype of `x`, or float32 beside float16 and bfloat16; device of `x`.
-        mask: `[out_features, in_features]`, bool, True keeps the weight; or its `masks.pack_words`, which a GPU reads
-            without packing it first.
+        mask: `[out_features, in_features]`, or `[tasks, out_features, in_features]`; bool, True keeps the weight, or
+            its `masks.pack_words`, which a GPU reads without packing it first.
         bias: `[out_features]`, dtype and device of the weight.
         activation: "none" or "relu", in the same kernel.
 
     Returns:
-        `[..., out_features]`, dtype of `x`.
+        `[..., out_features]`, or `[tasks, rows, out_features]`; dtype of `x`.
 
     Raises:
         ValueError: If a shape, dtype or device disagrees, or there is no such activation.
@@ -54,49 +56,17 @@ def masked_linear(
         [[2.0], [2.0]]
     """
     x = _autocast(x)
-    if mask.dim() != 2:
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted [out_features, in_features]")
-    _check_masked_linear(x, weight, mask[None], bias, activation)
-    rows = x[None] if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])
-    y = torch.ops.lt4rec_sparse.masked_linear(rows, weight, mask[None], bias, activation)
-    return cast(Tensor, y.view(*x.shape[:-1], weight.shape[0]))
-
-
-def masked_linear_tasks(
-    x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None = None, activation: str = "none"
-) -> Tensor:
-    """Apply a linear layer through every task's mask at once: `y[t] = activation(x[t] @ (weight * mask_t).T + bias)`.
-
-    Each task reads its own rows of `x`, or all read the same. The gradient of the weight, and of an `x` that all read,
-    is the sum over the tasks, always in the same order.
-
-    Args:
-        x: `[tasks, rows, in_features]`, or `[rows, in_features]` for all tasks; as in `masked_linear`.
-        weight: As in `masked_linear`.
-        masks: `[tasks, out_features, in_features]`, bool, or their `pack_words`.
-        bias: As in `masked_linear`; one for all tasks.
-        activation: As in `masked_linear`.
-
-    Returns:
-        `[tasks, rows, out_features]`, dtype of `x`.
-
-    Raises:
-        ValueError: As `masked_linear`, or if `x` has the rows of another number of tasks.
-
-    Example:
-        >>> x, weight, masks = torch.ones(3, 2), torch.ones(1, 2), torch.tensor([[[True, False]], [[True, True]]])
-        >>> masked_linear_tasks(x, weight, masks).flatten(1).tolist()
-        [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
-    """
-    x = _autocast(x)
-    if masks.dim() != 3:
-        raise ValueError(f"masks: got shape {tuple(masks.shape)}, wanted [tasks, out_features, in_features]")
-    if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(masks)):
-        wanted = f"[rows, in_features] or [{len(masks)}, rows, in_features], for as many tasks as there are masks"
+    if mask.dim() not in (2, 3):
+        wanted = "[out_features, in_features] or [tasks, out_features, in_features]"
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted {wanted}")
+    masks = mask if mask.dim() == 3 else mask[None]
+    if mask.dim() == 3 and (x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(mask))):
+        wanted = f"[rows, in_features] or [{len(mask)}, rows, in_features], for as many tasks as there are masks"
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted {wanted}")
     _check_masked_linear(x, weight, masks, bias, activation)
-    rows = x if x.dim() == 3 else x[None]
-    return cast(Tensor, torch.ops.lt4rec_sparse.masked_linear(rows, weight, masks, bias, activation))
+    rows = x if x.dim() == mask.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+    y = cast(Tensor, torch.ops.lt4rec_sparse.masked_linear(rows, weight, masks, bias, activation))
+    return y if mask.dim() == 3 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _autocast(x: Tensor) -> Tensor:

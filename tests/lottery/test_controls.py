@@ -9,8 +9,8 @@ from lt4rec_sparse.lottery import (
     one_for_all,
     prune_by_magnitude,
     random_like,
+    random_masks,
     random_separate,
-    random_uniform,
     separate,
     unanimous,
 )
@@ -30,8 +30,9 @@ def test_controls_keep_what_they_promise():
     like = random_like(tickets, generator)
     assert {t: m.layer_nnz() for t, m in like.items()} == {t: m.layer_nnz() for t, m in tickets.items()}
     assert all(like[task] != tickets[task] for task in tickets)
-    uniform = random_uniform(tickets, generator)
-    assert uniform["ctr"].layer_nnz() == {"layers.0": 56, "layers.1": 14}
+    uniform = random_masks(shapes, 0.28, ("ctr", "cvr"), generator)
+    assert [mask.layer_nnz() for mask in uniform.values()] == [{"layers.0": 56, "layers.1": 14}] * 2
+    assert uniform["ctr"] != uniform["cvr"]
     assert one_for_all(tickets, "ctr") == {"ctr": tickets["ctr"], "cvr": tickets["ctr"]}
 
 
@@ -42,7 +43,7 @@ def test_controls_of_blocks_are_blocks(granularity):
     weights = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     tickets = {"ctr": prune_by_magnitude(weights, Mask.full(shapes), 2200, granularity)}
     (like,) = random_like(tickets, generator, granularity).values()
-    (uniform,) = random_uniform(tickets, generator, granularity).values()
+    (uniform,) = random_masks(shapes, tickets["ctr"].density, ["ctr"], generator, granularity).values()
     assert like.layer_nnz() == tickets["ctr"].layer_nnz()
     assert like != tickets["ctr"]
     for mask in (like, uniform):
@@ -60,7 +61,7 @@ def test_controls_of_two_of_four_are_two_of_four():
     weights = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     tickets = {"ctr": prune_by_magnitude(weights, Mask.full(shapes), 300, "2:4")}
     (like,) = random_like(tickets, generator, "2:4").values()
-    (uniform,) = random_uniform(tickets, generator, "2:4").values()
+    (uniform,) = random_masks(shapes, tickets["ctr"].density, ["ctr"], generator, "2:4").values()
     assert like.layer_nnz() == tickets["ctr"].layer_nnz()
     assert uniform.layer_nnz() == {n: round(r * c * tickets["ctr"].density) for n, (r, c) in shapes.items()}
     assert like != tickets["ctr"]
@@ -78,8 +79,8 @@ def scores_of(seed: int, tasks: int, levels: int) -> dict[str, dict[str, torch.T
     }
 
 
-def best_first(layers: list[torch.Tensor]) -> list[int]:
-    values = torch.cat([layer.flatten() for layer in layers]).tolist()
+def best_first(layer: torch.Tensor) -> list[int]:
+    values = layer.flatten().tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
@@ -92,36 +93,25 @@ def naive_union(orders: list[list[int]], nnz: int) -> set[int]:
     return union
 
 
-def flat_places(mask: Mask) -> set[int]:
-    return set(torch.cat([kept.flatten() for kept in mask.values()]).nonzero().flatten().tolist())
-
-
-@settings(max_examples=25)
-@given(seed=st.integers(0, 2**31), tasks=st.integers(1, 3), levels=st.integers(1, 40), nnz=st.integers(0, 36))
-def test_what_all_would_prune_is_pruned_and_nothing_else(seed, tasks, levels, nnz):
-    scores = scores_of(seed, tasks, levels)
-    masks = unanimous(scores, nnz)
-    assert set(masks) == set(scores)
-    (mask,) = {id(mask): mask for mask in masks.values()}.values()
-    assert mask.nnz == nnz
-    orders = [best_first(list(of_task.values())) for of_task in scores.values()]
-    assert flat_places(mask) == naive_union(orders, nnz)
-    # Every task's quantile: what it keeps is its best, and the tasks keep the same number but for one.
-    kept = [next((i for i, weight in enumerate(order) if weight not in flat_places(mask)), 36) for order in orders]
-    union = {weight for order, n in zip(orders, kept, strict=True) for weight in order[:n]}
-    assert union == flat_places(mask)
+def places_of(kept: torch.Tensor) -> set[int]:
+    return set(kept.flatten().nonzero().flatten().tolist())
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), tasks=st.integers(1, 3), levels=st.integers(1, 40), share=st.floats(0, 1))
-def test_unanimous_layer_by_layer(seed, tasks, levels, share):
+def test_what_all_would_prune_is_pruned_and_nothing_else(seed, tasks, levels, share):
     scores = scores_of(seed, tasks, levels)
     nnz = {name: round(share * rows * columns) for name, (rows, columns) in SHAPES.items()}
-    mask = unanimous(scores, nnz)["ctr"]
+    masks = unanimous(scores, nnz)
+    assert set(masks) == set(scores)
+    (mask,) = {id(mask): mask for mask in masks.values()}.values()
     assert mask.layer_nnz() == nnz
     for name, kept in mask.items():
-        orders = [best_first([of_task[name]]) for of_task in scores.values()]
-        assert set(kept.flatten().nonzero().flatten().tolist()) == naive_union(orders, nnz[name])
+        orders = [best_first(of_task[name]) for of_task in scores.values()]
+        assert places_of(kept) == naive_union(orders, nnz[name])
+        # Every task's quantile: what it keeps is its best, and the tasks keep the same number but for one.
+        best = [next((i for i, weight in enumerate(o) if weight not in places_of(kept)), len(o)) for o in orders]
+        assert {weight for order, n in zip(orders, best, strict=True) for weight in order[:n]} == places_of(kept)
 
 
 def naive_separate(orders: list[list[int]], nnz: int, common: int) -> list[set[int]]:
@@ -155,9 +145,9 @@ def test_masks_share_exactly_what_is_wanted(data, seed, tasks, levels):
         owners = torch.stack([mask[name] for mask in masks.values()]).sum(0)
         if tasks > 1:
             assert int((owners == tasks).sum()) == int((owners > 1).sum()) == round(shared * nnz[name])
-        orders = [best_first([of_task[name]]) for of_task in scores.values()]
+        orders = [best_first(of_task[name]) for of_task in scores.values()]
         wanted = naive_separate(orders, nnz[name], round(shared * nnz[name]))
-        got = [set(mask[name].flatten().nonzero().flatten().tolist()) for mask in masks.values()]
+        got = [places_of(mask[name]) for mask in masks.values()]
         assert got == wanted
 
 
@@ -197,12 +187,10 @@ def test_bad_input_is_named():
         separate(scores, {"layers.0": 1}, 0.5)
     with pytest.raises(ValueError, match=r"nnz of layers.1: got 13, wanted 0 to 12"):
         unanimous(scores, nnz | {"layers.1": 13})
-    with pytest.raises(ValueError, match="nnz of all layers: got 37, wanted 0 to 36"):
-        unanimous(scores, 37)
     with pytest.raises(ValueError, match="scores: got no task"):
-        unanimous({}, 1)
+        unanimous({}, {})
     with pytest.raises(ValueError, match="scores of cvr: got layers"):
-        unanimous(scores | {"cvr": {"layers.0": torch.ones(4, 6)}}, 1)
+        unanimous(scores | {"cvr": {"layers.0": torch.ones(4, 6)}}, nnz)
     scores["cvr"]["layers.0"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="scores of cvr: got 1 NaN"):
         separate(scores, nnz, 0.5)

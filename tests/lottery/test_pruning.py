@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt4rec_sparse.lottery import GRANULARITIES, project_to_2_4, prune_by_magnitude, wanted_nnz
-from lt4rec_sparse.lottery.pruning import level_nnz
 from lt4rec_sparse.masks import Mask
 
 SHAPES = {"layers.0": (6, 8), "layers.1": (4, 6)}
@@ -64,23 +63,6 @@ def test_a_dead_weight_never_revives_however_large():
     weights = {"layers.0": torch.zeros(6, 8), "layers.1": torch.zeros(4, 6)}
     weights["layers.0"][2, 3] = float("inf")
     assert not prune_by_magnitude(weights, mask, 20)["layers.0"][2, 3]
-
-
-def test_the_papers_levels():
-    assert [round(level_nnz(1_000_000, 0.2, 4, level) / 1e4, 2) for level in range(5)] == [100, 66.87, 44.72, 29.91, 20]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((10, 0.0, 4, 1), "density: got 0.0"),
-        ((10, 0.5, 0, 0), "level: got 0 of 0"),
-        ((10, 0.5, 4, 5), "level: got 5 of 4"),
-    ],
-)
-def test_bad_levels(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        level_nnz(*arguments)
 
 
 def tiles_of(granularity, shape):
@@ -270,7 +252,7 @@ def test_by_layers_is_each_layer_alone(granularity, seed, levels, densities):
             alone = prune_by_magnitude({name: weights[name]}, Mask({name: kept}), nnz[name], granularity)
             assert torch.equal(pruned[name], alone[name])
             if granularity == "weight":
-                assert int(pruned[name].sum()) == nnz[name] == level_nnz(kept.numel(), density, 1, 1)
+                assert int(pruned[name].sum()) == nnz[name] == round(kept.numel() * density)
         mask = pruned
 
 
@@ -281,6 +263,8 @@ def test_what_is_wanted_is_never_more_than_is_alive():
     assert wanted_nnz(mask, 0.5, "layer") == {"layers.0": 24, "layers.1": 3}
     with pytest.raises(ValueError, match="scope: got 'row', wanted one of global, layer"):
         wanted_nnz(mask, 0.5, "row")
+    with pytest.raises(ValueError, match=r"density: got 0.0, wanted more than 0 and at most 1"):
+        wanted_nnz(mask, 0.0)
     with pytest.raises(ValueError, match=r"density: got 0.0, wanted more than 0"):
         wanted_nnz(mask, 0.0)
 

@@ -77,11 +77,9 @@ def test_compacted_is_exact_on_integers(widths, n_tasks, density, dead, seed):
 def test_compacting_twice_is_compacting_once(widths, n_tasks, density, dead, seed):
     once = compact(freeze(masked_mlp(widths, n_tasks, density, dead, seed)))
     read = torch.zeros(len(once.columns), dtype=torch.bool)
-    for t, (first, *rest) in enumerate(once.shapes):
+    for t, (_, *rest) in enumerate(once.widths):
         twice = compact(frozen_again(once, t))
-        (again,) = twice.shapes
-        assert again[1:] == rest
-        assert again[0] == (first[0], len(twice.columns))
+        assert twice.widths == [(len(twice.columns), *rest)]
         read[twice.columns] = True
     # Each column is read by some task, or it is the one that stands for none.
     assert read.all() or len(read) == 1
@@ -107,17 +105,17 @@ def test_neurons_pruned_whole_leave_the_widths_that_were_kept():
         mlp.set_mask(prune_by_magnitude(weights, full, round(full.nnz * 0.3), "neuron"), task)
     compacted = compact(freeze(mlp))
     assert torch.equal(compacted.columns, torch.arange(40))
-    for task, shapes in zip(mlp.tasks, compacted.shapes, strict=True):
+    for task, left in zip(mlp.tasks, compacted.widths, strict=True):
         widths = [int(kept.any(1).sum()) for kept in mlp.mask(task).values()]
         assert widths != [32, 16, 8]
-        assert shapes == list(zip([*widths, 1], [40, *widths], strict=True))
+        assert left == (40, *widths, 1)
     assert compacted.multiply_adds < 0.3 * compacted.multiply_adds_before
 
 
 def test_single_weights_at_half_density_leave_nothing_dead():
     mlp = masked_mlp((64, 48, 32), 2, 0.5, 0.0, 0)
     compacted = compact(freeze(mlp))
-    assert compacted.shapes == compacted.shapes_before == [[(48, 64), (32, 48), (1, 32)]] * 2
+    assert compacted.widths == [compacted.widths_before] * 2 == [(64, 48, 32, 1)] * 2
     for task, layers in zip(mlp.tasks, compacted.tasks, strict=True):
         for layer, (weight, bias, _) in zip(layers, oracle_layers(mlp, task), strict=True):
             assert_exact(layer.weight, weight)
@@ -134,7 +132,7 @@ def test_an_input_goes_only_where_no_task_reads_it():
         mlp.set_mask(Mask({"layers.0": plane}), task)
     compacted = compact(freeze(mlp))
     assert compacted.columns.tolist() == [1, 2, 3]
-    assert compacted.shapes == [[(3, 3), (1, 3)]] * 2
+    assert compacted.widths == [(3, 3, 1)] * 2
     x = torch.randn(5, 4)
     y = compacted(x)
     x[:, 0] = float("nan")
@@ -147,7 +145,7 @@ def test_an_input_read_by_dead_neurons_alone_goes():
     mlp.set_mask(Mask({"layers.0": first, "layers.1": torch.tensor([[True, False], [True, False]])}))
     compacted = compact(freeze(mlp))
     assert compacted.columns.tolist() == [0, 2]
-    assert compacted.shapes == [[(1, 2), (2, 1), (1, 2)]]
+    assert compacted.widths == [(2, 1, 2, 1)]
 
 
 def chain_of_constants(sigmoid=False):
@@ -206,7 +204,7 @@ def test_folded_constants_are_rounded_once():
 def test_a_kept_weight_of_zero_is_alive():
     mlp = MaskedMLP(3, hidden=(2,))
     mlp.layers[0].weight.data.zero_()
-    assert compact(freeze(mlp)).shapes == [[(2, 3), (1, 2)]]
+    assert compact(freeze(mlp)).widths == [(3, 2, 1)]
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])
@@ -214,7 +212,7 @@ def test_empty_masks_leave_one_zero_neuron_per_layer(n_tasks):
     mlp = masked_mlp((6, 5, 4), n_tasks, 0.0, 0.0, 0)
     compacted = compact(freeze(mlp))
     assert compacted.columns.tolist() == [0]
-    assert compacted.shapes == [[(1, 1), (1, 1), (1, 1)]] * n_tasks
+    assert compacted.widths == [(1, 1, 1, 1)] * n_tasks
     assert not any(layer.weight.any() or layer.bias.any() for layers in compacted.tasks for layer in layers[:-1])
     x = torch.randn(3, 6)
     assert torch.equal(compacted(x), compacted(-x))
@@ -231,7 +229,7 @@ def test_one_layer_has_only_inputs_to_lose():
     frozen = freeze(layer)
     compacted = compact(frozen)
     assert compacted.columns.tolist() == [0, 2, 3, 4]
-    assert compacted.shapes == [[(3, 4)]] * 2
+    assert compacted.widths == [(4, 3)] * 2
     x = small_integers(4, 5, generator=torch.Generator().manual_seed(0))
     layer.weight.data.round_()
     assert_exact(compact(freeze(layer))(x), freeze(layer)(x))

@@ -156,7 +156,7 @@ def test_masks_and_biases_may_be_strided(strided, path):
     assert not parts[strided].is_contiguous()
     wanted = torch.stack([torch.nn.functional.linear(x, weight * mask, bias) for mask in masks])
     planes = parts["words"] if strided == "words" else masks
-    assert_exact(ops.masked_linear_tasks(x, weight, planes, parts["bias"] if strided == "bias" else bias), wanted)
+    assert_exact(ops.masked_linear(x, weight, planes, parts["bias"] if strided == "bias" else bias), wanted)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs masks on a GPU; tests/nn/test_masked.py stands in for one")

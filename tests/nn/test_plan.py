@@ -33,7 +33,7 @@ class Clock:
     def __call__(self, calls, **settings):
         for call in calls.values():
             call()
-        return {name: Timing(us, us * 0.9, us * 1.1) for name in calls for us in [self.us.get(name, 2.0)]}
+        return {name: Timing(us, us * 0.9, us * 1.1) for name in calls for us in [self.us.get(str(name), 2.0)]}
 
 
 @pytest.fixture

@@ -8,20 +8,10 @@ blocks that are kept there, BLOCK_K / B of them per step: compute and bytes fall
 or `x[0]` for every task, where `x` is `[1, rows, in_features]`.
 
 What limits it, on paper: a kept block costs `2 BLOCK_M B B` operations, and `2 B (BLOCK_M + B)` bytes from the L2
-cache for its tiles of x and of the weight. That is `B / (1 + B / BLOCK_M)` operations per byte: 28 at B = 32 and
-BLOCK_M = 256, or 157 TFLOP/s at the 5.5 TB/s of an H200's L2, where its tensor cores do 790. So:
-
-- L2 bytes are all that counts, and tiles are tall: at 64 rows it is 21 operations per byte, and 512 rows add 6 % to 28.
-- A tile of one row of blocks is narrow, but x is read `density N / B` times in all: 3.2 times at 10 % of 1024 outputs,
-  where a dense tile of 256 columns reads it 4 times. Two rows of blocks in one program would need 19 % of the columns
-  of x for twice 10 %: little is won. Tasks whose masks overlap do win: `together` reads x once for both, and multiplies
-  a block that one of them lacks by zeros, which the idle tensor cores do for nothing.
-- Two programs on each multiprocessor hide the start of one, three loads that wait for one another, behind the other.
-
-Predicted for an H200, batch 8192 of 4096-1024-512-256-128-1 in bfloat16, blocks of 32, 10 % kept: 241 MB and 44 us
-per task in the first layer, 62 us in all, where cuBLAS at 650 TFLOP/s needs 123 us: 2.0x; and 2.4x with two tasks that
-have half of their blocks in common, together in the first layer. Blocks of 64 give 3.2x, blocks of 16 only 1.2x. To be
-measured.
+cache: 28 operations per byte at B = 32 and BLOCK_M = 256, of some 140 that the tensor cores of an H200 could do. So L2
+bytes are all that counts: tiles are tall, and where tasks' masks overlap, `together` reads x once for both and
+multiplies a block that one of them lacks by zeros, which the idle tensor cores do for nothing. Two programs on each
+multiprocessor hide the start of one, three loads that wait for one another, behind the other.
 
 Letters, in kernels only: M rows, N out_features, K in_features, B the side of a block.
 """
@@ -165,9 +155,9 @@ class BlockWeight(NamedTuple):
                 of tasks, and at most `128 / block`.
 
         Raises:
-            ValueError: If an argument is none of these.
+            ValueError: If there are no such blocks, dtype or tasks together.
         """
-        _check(weight, masks, block, dtype, together)
+        _check(masks, block, dtype, together)
         tasks, n, k = masks.shape
         # Chosen, not multiplied: a pruned weight may be NaN.
         content = _cut(torch.where(masks, weight.detach().to(dtype), 0), block)  # [tasks, R, C, block, block]
@@ -196,24 +186,6 @@ class BlockWeight(NamedTuple):
             places.view_as(groups).permute(0, 2, 3, 1)[listed].to(torch.int32),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in (self.values, self.crow, self.col, self.place))
-
-
-def forward_into(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, activation: str) -> None:
-    """Write the result; the arguments are those of `block_sparse_launch`.
-
-    Raises:
-        ValueError: If `x` does not have the dtype of the weight, or a program is to serve tasks of different rows.
-    """
-    if x.dtype != weight.values.dtype:
-        raise ValueError(f"x: got {x.dtype}, wanted {weight.values.dtype}, that of the weight")
-    if len(x) > 1 and weight.together > 1:
-        raise ValueError(f"x: got the rows of {len(x)} tasks, wanted one for {weight.together} tasks together")
-    block_sparse_launch(x if x.stride(2) == 1 else x.contiguous(), weight, bias, y, activation).run()
-
 
 def block_sparse_launch(
     x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, activation: str, tile: Tile | None = None
@@ -221,7 +193,8 @@ def block_sparse_launch(
     """Make the launch of `block_sparse_fwd_kernel`, in the table's tile unless one is given.
 
     Args:
-        x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
+        x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks, which tasks together need;
+            neighbouring elements in its rows; of the weight's dtype.
         weight: The weight of all tasks.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`; a task's first row follows the last row of the task before. Float32 or the
@@ -270,15 +243,7 @@ def block_sparse_launch(
     )
 
 
-def _check(weight: Tensor, masks: Tensor, block: int, dtype: torch.dtype, together: int) -> None:
-    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in (torch.float32, *DTYPES):
-        got = f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(f"weight: got {got}, wanted float32, float16 or bfloat16 [out_features, in_features]")
-    if masks.dtype != torch.bool or masks.dim() != 3 or len(masks) == 0 or masks.shape[1:] != weight.shape:
-        got, wanted = f"{masks.dtype} {tuple(masks.shape)}", f"[tasks, {weight.shape[0]}, {weight.shape[1]}]"
-        raise ValueError(f"masks: got {got}, wanted torch.bool {wanted} of at least one task")
-    if masks.device != weight.device:
-        raise ValueError(f"masks: got device {masks.device}, wanted that of the weight, {weight.device}")
+def _check(masks: Tensor, block: int, dtype: torch.dtype, together: int) -> None:
     if block not in BLOCKS:
         raise ValueError(f"block: got {block}, wanted one of {', '.join(map(str, BLOCKS))}")
     if dtype not in DTYPES:

@@ -1,24 +1,21 @@
 """The tail of an MLP in Triton, for all tasks in one launch: the hidden layers after the first, and the head.
 
-    a      = relu(h[t, i] @ W1_t.T + b1_t)                 W1_t [D1, D0], in a layout of `weights`
+    a      = relu(h[t, i] @ W1_t.T + b1_t)                 W1_t [D1, D0], "premasked" (`weights`)
     a      = relu(a @ W2_t.T + b2_t)                       W2_t [D2, D1]; or no such layer
     scores[i, t * out + j] = act(a @ head[t, j] + head_bias[t, j])
 
 One program computes BLOCK_M rows of one task, and no activation leaves its SM. `h` is in 16 bits, and between layers
 activations are rounded to its dtype; the head multiplies and adds in float32.
 
-The plan, for 512-256-128-1; predictions, nothing here has been timed:
+How it is cut, for 512-256-128-1, by arithmetic; nothing here has been timed:
 
-- A program reads all weights of its task, 328 KB, and its rows of `h`, 1 KB each: from the L2 cache, at about 64 bytes
-  per clock for one SM, and 25 where all of them read. Alone that is 3 us; the arithmetic of 64 rows is 3.5 us of wgmma.
+- A program reads all weights of its task, 328 KB, and its rows of `h`, from the L2 cache.
 - The first layer is cut into chunks of BLOCK_N neurons. A chunk is computed over all of D0, and multiplied into the
   second layer's sums at once: so registers hold `[BLOCK_M, BLOCK_N]` and `[BLOCK_M, D2]` float32, never all of D1. A
-  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk.
-- 64 rows: 8 warps, 96 registers of sums per thread, 120 KB of shared memory: three stages of 40 KB, which the second
-  layer's operands, 96 KB, use again after the loop. At 128 rows that is too many registers: chunks of 128.
+  chunk costs one more reading of the rows of `h`; up to 64 rows BLOCK_N is 256, and there is one chunk. At 128 rows
+  that is too many registers: chunks of 128.
 - Every further program reads the weights again. From a third of the multiprocessors on that takes all the bandwidth of
   the L2 cache, so smaller tiles are for batches that would leave more than two thirds of them idle.
-- So 5, 6 and 14 us for two tasks and batches of 256, 2048 and 8192.
 
 Letters, in kernels only: M rows, D0 to D2 widths, W1 and W2 mask words per row.
 """
@@ -35,7 +32,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu.epilogue import epilogue
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile, choose_tile
-from lt4rec_sparse.kernels.gpu.weights import Weight, weight_tile
+from lt4rec_sparse.kernels.gpu.weights import weight_tile
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HIDDEN = (256, 128)  # of the first and second hidden layer: more columns or sums than registers hold
@@ -177,7 +174,7 @@ def fused_tail_kernel(
 class Tail(NamedTuple):
     """What follows the first layer of an MLP, for all tasks: one or two hidden layers with ReLU, and a head."""
 
-    hidden: tuple[Weight, ...]
+    hidden: tuple[Tensor, ...]  # premasked, [tasks, out_features, in_features], in the dtype of the activations
     biases: tuple[Tensor | None, ...]  # of the hidden layers: [out_features], or [tasks, out_features]
     head: Tensor  # [tasks, out, in_features], contiguous, in float32 or the dtype of the activations
     head_bias: Tensor | None  # [tasks, out], contiguous
@@ -185,21 +182,11 @@ class Tail(NamedTuple):
 
 
 def fits(widths: Sequence[int], dtype: torch.dtype) -> bool:
-    """Say whether a tail can be fused.
-
-    Args:
-        widths: `in_features`, each hidden layer's, and the head's outputs.
-        dtype: The dtype of `h` and the weights.
-    """
+    """Say whether a tail of these widths, from `in_features` to the head's outputs, can be fused in a dtype."""
     if dtype not in DTYPES or len(widths) not in (3, 4) or min(widths) < 1:
         return False
     _, *hidden, out = widths
     return all(width <= most for width, most in zip(hidden, MAX_HIDDEN, strict=False)) and out <= MAX_OUT
-
-
-def tiles_of(tail: Tail) -> tuple[Tile, ...]:
-    """Return the tiles that a tail may have: expanding mask words takes registers that the largest does not have."""
-    return TILES if all(weight.format == "premasked" for weight in tail.hidden) else TILES[1:]
 
 
 def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None = None) -> Launch:
@@ -209,39 +196,38 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
         h: `[tasks, rows, in_features]`, float16 or bfloat16; neighbouring elements in its rows.
         tail: One that `fits`, on the device of `h`.
         scores: float32 `[rows, tasks * out]`, task beside task: where the result goes.
-        tile: One of `tiles_of` the tail.
+        tile: One of `TILES`.
     """
     rows = h.shape[1]
     first, second = tail.hidden[0], tail.hidden[1] if len(tail.hidden) == 2 else None
     tasks, out, _ = tail.head.shape
-    d1, d0 = first.shape
-    d2 = second.shape[0] if second is not None else 1
+    _, d1, d0 = first.shape
+    d2 = second.shape[1] if second is not None else 1
     # The smallest twice: here no tile is for few rows alone.
-    tiles = tiles_of(tail)
-    tile = tile or choose_tile((*tiles, tiles[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
+    tile = tile or choose_tile((*TILES, TILES[-1]), rows, lambda t: triton.cdiv(rows, t.block_m) * tasks, BUSY)
     return Launch(
         fused_tail_kernel,
         (-(-rows // tile.block_m), tasks),
         {
             "h_ptr": h,
-            "values1_ptr": first.values,
-            "words1_ptr": first.words,
+            "values1_ptr": first,
+            "words1_ptr": None,
             "bias1_ptr": tail.biases[0],
-            "values2_ptr": second.values if second else None,
-            "words2_ptr": second.words if second else None,
-            "bias2_ptr": tail.biases[1] if second else None,
+            "values2_ptr": second,
+            "words2_ptr": None,
+            "bias2_ptr": None if second is None else tail.biases[1],
             "head_ptr": tail.head,
             "head_bias_ptr": tail.head_bias,
             "scores_ptr": scores,
             "M": rows,
-            "W1": first.words_per_row,
-            "W2": second.words_per_row if second else 0,
+            "W1": 0,
+            "W2": 0,
             "stride_ht": h.stride(0),
             "stride_hm": h.stride(1),
-            "stride_w1n": first.values.stride(-2),
-            "stride_w2n": second.values.stride(-2) if second else 0,
+            "stride_w1n": first.stride(1),
+            "stride_w2n": 0 if second is None else second.stride(1),
             "stride_b1t": _task_stride(tail.biases[0]),
-            "stride_b2t": _task_stride(tail.biases[1]) if second else 0,
+            "stride_b2t": 0 if second is None else _task_stride(tail.biases[1]),
             "stride_sm": scores.stride(0),
         },
         {
@@ -250,8 +236,8 @@ def fused_tail_launch(h: Tensor, tail: Tail, scores: Tensor, tile: Tile | None =
             "D1": d1,
             "D2": d2,
             "OUT": out,
-            "FORMAT1": first.format,
-            "FORMAT2": second.format if second else "",
+            "FORMAT1": "premasked",
+            "FORMAT2": "" if second is None else "premasked",
             "ACTIVATION": tail.activation,
             "BLOCK_M": tile.block_m,
             # At least 32, the columns of a mask word, for they are the second layer's columns.

@@ -68,14 +68,9 @@ class Launch(NamedTuple):
 def choose_tile(tiles: Sequence[Tile], rows: int, programs: Callable[[Tile], int], busy: float = BUSY) -> Tile:
     """Choose from a kernel's table, which lists the largest tile first and, last, one for few rows alone.
 
-    The choice is the largest tile whose programs keep enough of the GPU busy, since a large tile reads its operands
-    from the L2 cache less often; if there is none, the smallest. Chosen by arithmetic, not yet by a clock.
-
-    Args:
-        tiles: The table.
-        rows: Rows of one task.
-        programs: How many programs a launch in a tile has.
-        busy: The share of the multiprocessors that must have a program.
+    The choice is the largest tile whose `programs`, for the `rows` of one task, keep the share `busy` of the GPU's
+    multiprocessors busy, since a large tile reads its operands from the L2 cache less often; if there is none, the
+    smallest. Chosen by arithmetic, not yet by a clock.
     """
     if rows <= FEW_ROWS:
         return tiles[-1]

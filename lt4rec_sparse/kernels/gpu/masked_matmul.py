@@ -5,12 +5,10 @@
 or `x[0]` for every task, where `x` is `[1, rows, in_features]`, as in a first layer that all tasks read. Sums are
 float32, in one order whatever else is in the batch: two calls with the same input give the same bits.
 
-Counted for an H200 (790 TFLOP/s in bfloat16, 5.5 TB/s from the L2 cache), not yet timed. A first layer of 1024-512 for
-two tasks and 2048 rows takes 5.4 us of arithmetic. Tiles of 128 x 128 read x 8 times and the weights 16 times, 65 MB or
-12 us: it is the L2 cache that bounds it, as it bounds cuBLAS. Words add a sixteenth to the weights' bytes. To expand
-them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a step of 128 x 64 weights, where its product
-of 128 rows takes 490. So masks are decoded here to save memory and launches; where weights do not change, they are
-multiplied in beforehand ("premasked"), and for large batches once per step (`mask_and_cast`).
+By arithmetic, not yet timed, it is the L2 cache that bounds the product, as it bounds cuBLAS, and mask words add a
+sixteenth to the weights' bytes. To expand them costs 4 to 5 instructions per weight and tile of rows: 640 cycles for a
+step of 128 x 64 weights, where its product of 128 rows takes 490. So masks are decoded here to save memory and
+launches; for large batches they are multiplied in once per step (`mask_and_cast`), and for serving beforehand.
 
 Letters, in kernels only: M rows of a task, N out_features, K in_features, W mask words per row.
 """
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels.gpu.epilogue import epilogue
 from lt4rec_sparse.kernels.gpu.launch import MULTIPROCESSORS, Launch, Tile, arithmetic, choose_tile
-from lt4rec_sparse.kernels.gpu.weights import Weight, weight_tile, where_kept
+from lt4rec_sparse.kernels.gpu.weights import weight_tile, where_kept
 
 # By arithmetic (`launch.arithmetic`), largest first; the last tile is for few rows (`launch.choose_tile`).
 FORWARD = {
@@ -186,14 +184,14 @@ def masked_matmul_wgrad_kernel(
 def forward(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, activation: str, precision: str) -> Tensor:
     """Return `y [tasks, rows, out_features]`, in the dtype of `x`; the weight may be float32 beside a 16-bit `x`."""
     y = x.new_empty(len(words), x.shape[1], weight.shape[0])
-    masked = Weight("masked", (weight.shape[0], weight.shape[1]), weight, words, len(words))
-    forward_launch(x, masked, bias, y, activation, precision).run()
+    forward_launch(x, weight, words, bias, y, activation, precision).run()
     return y
 
 
 def forward_launch(
     x: Tensor,
-    weight: Weight,
+    weight: Tensor,
+    words: Tensor,
     bias: Tensor | None,
     y: Tensor,
     activation: str,
@@ -204,14 +202,15 @@ def forward_launch(
 
     Args:
         x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        weight: The weight of all tasks.
+        weight: `[out_features, in_features]`, neighbouring elements in its rows.
+        words: `[tasks, out_features, W]`.
         bias: `[out_features]`, or `[tasks, out_features]`.
         y: `[tasks, rows, out_features]`, contiguous: where the result goes.
-        activation: "none", "relu" or "sigmoid".
+        activation: "none" or "relu".
         precision: The arithmetic of float32 products: "ieee" or "tf32".
         tile: One of `FORWARD`.
     """
-    (n, k), tasks, rows = weight.shape, weight.tasks, x.shape[1]
+    (n, k), tasks, rows = weight.shape, len(words), x.shape[1]
     together = _together(tasks, x)
     tiles = FORWARD[arithmetic(x.dtype, precision)]
     tile = tile or choose_tile(tiles, rows, lambda t: triton.cdiv(rows, t.block_m) * triton.cdiv(n * tasks, t.block_n))
@@ -220,23 +219,23 @@ def forward_launch(
         (triton.cdiv(n, tile.block_n // together), triton.cdiv(rows, tile.block_m), tasks // together),
         {
             "x_ptr": x,
-            "values_ptr": weight.values,
-            "words_ptr": weight.words,
+            "values_ptr": weight,
+            "words_ptr": words,
             "bias_ptr": bias,
             "y_ptr": y,
             "M": rows,
             "N": n,
             "K": k,
-            "W": weight.words_per_row,
+            "W": words.shape[2],
             "stride_xt": x.stride(0) if len(x) > 1 else 0,
             "stride_xm": x.stride(1),
-            "stride_wn": weight.values.stride(-2),
+            "stride_wn": weight.stride(0),
             "stride_bt": bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
             "stride_ym": y.stride(1),
         },
         {
             "TOGETHER": together,
-            "FORMAT": weight.format,
+            "FORMAT": "masked",
             "ACTIVATION": activation,
             "PRECISION": precision,
             "EVEN_K": k % tile.block_k == 0,
@@ -262,13 +261,7 @@ def dgrad_launch(
 ) -> Launch:
     """Make the launch of `masked_matmul_dgrad_kernel`, in the table's tile unless one is given.
 
-    Args:
-        dy: `[tasks, rows, out_features]`, contiguous.
-        weight: `[out_features, in_features]`, neighbouring elements in its rows.
-        words: `[tasks, out_features, W]`.
-        dx: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for the sum; contiguous.
-        precision: The arithmetic of float32 products: "ieee" or "tf32".
-        tile: One of `DGRAD`.
+    `dy [tasks, rows, out_features]` and `dx`, of all tasks or one for their sum, are contiguous.
     """
     (n, k), (tasks, rows, _) = weight.shape, dy.shape
     summed = tasks // len(dx)
@@ -332,16 +325,9 @@ def wgrad_splits(rows: int, programs: int, tile: Tile) -> int:
 
 
 def wgrad_launch(dy: Tensor, x: Tensor, words: Tensor, dw: Tensor, precision: str, tile: Tile) -> Launch:
-    """Make the launch of `masked_matmul_wgrad_kernel`.
+    """Make the launch of `masked_matmul_wgrad_kernel` into `dw [shares, out_features, in_features]`, contiguous.
 
-    Args:
-        dy: `[tasks, rows, out_features]`, contiguous.
-        x: `[tasks, rows, in_features]`, or `[1, rows, in_features]` for all tasks; neighbouring elements in its rows.
-        words: `[tasks, out_features, W]`.
-        dw: `[shares, out_features, in_features]`, contiguous; as many shares for each group of tasks that a program
-            serves. Their sum is the result.
-        precision: The arithmetic of float32 products: "ieee" or "tf32".
-        tile: One of `WGRAD`.
+    There are as many shares for each group of tasks that a program serves; their sum is the result.
     """
     (shares, n, k), (tasks, rows, _) = dw.shape, dy.shape
     together = _together(tasks, x)

@@ -1,71 +1,15 @@
-"""All tasks' weight as the kernels read it, in one of two layouts, and how a tile of it is read.
+"""How a tile of all tasks' weight is read, in one of two layouts, for a weight `[N, K]` and its tasks.
 
-The layouts, for a weight `[N, K]` and its tasks:
-
-- "premasked": `values [tasks, N, K]`, one copy per task with zeros where nothing is kept. The fastest to read.
-- "masked": `values [N, K]` once, and `words [tasks, N, W]`, int32: bit `k % 32` of word `k // 32` says whether column
-  `k` is kept. `W` is a multiple of 4, so that a row of words starts at 16 bytes; padding bits are zero. The smallest,
-  and the only one whose weight may change.
+- "premasked", for serving: `values [tasks, N, K]`, one copy per task with zeros where nothing is kept.
+- "masked", for training: `values [N, K]` once, and `words [tasks, N, W]` (`masks.pack_words`): bit `k % 32` of word
+  `k // 32` says whether column `k` is kept. The weight may change.
 
 A word is loaded once for 32 weights and expanded in registers. One load of a word for each weight would fill the shared
 memory of a pipelined loop with copies of masks.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from lt4rec_sparse.masks import pack_words
-
-FORMATS = ("premasked", "masked")
-
-
-class Weight(NamedTuple):
-    """All tasks' weight, `[out_features, in_features]`, on a device."""
-
-    format: str  # one of FORMATS
-    shape: tuple[int, int]
-    values: Tensor  # [tasks, N, K] or [N, K]
-    words: Tensor | None  # int32 [tasks, N, W] of "masked"
-    tasks: int
-
-    @classmethod
-    def prepack(cls, weight: Tensor, masks: Tensor, format: str, dtype: torch.dtype, device: torch.device) -> Weight:
-        """Make it from the weight and the tasks' masks.
-
-        Args:
-            weight: `[out_features, in_features]`.
-            masks: `[tasks, out_features, in_features]`, bool, True = kept.
-            format: One of `FORMATS`.
-            dtype: The dtype of the values.
-            device: Where they go.
-
-        Raises:
-            ValueError: If there is no such format.
-        """
-        tasks, n, k = masks.shape
-        if format == "premasked":
-            # Chosen, not multiplied: a pruned weight may be NaN.
-            return cls(format, (n, k), torch.where(masks, weight, 0).to(device, dtype), None, tasks)
-        if format == "masked":
-            return cls(format, (n, k), weight.to(device, dtype), pack_words(masks).to(device), tasks)
-        raise ValueError(f"format: got {format!r}, wanted one of {', '.join(FORMATS)}")
-
-    def of_tasks(self, tasks: slice) -> Weight:
-        """Return the part of some tasks."""
-        if self.words is None:
-            return self._replace(values=self.values[tasks], tasks=len(self.values[tasks]))
-        return self._replace(words=self.words[tasks], tasks=len(self.words[tasks]))
-
-    @property
-    def words_per_row(self) -> int:
-        """How many mask words a row has; 0 where the masks are multiplied in."""
-        return 0 if self.words is None else self.words.shape[2]
 
 
 @triton.jit

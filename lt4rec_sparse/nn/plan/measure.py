@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from lt4rec_sparse.nn.plan.plan import (
     Plan,
     Segment,
     TimedChain,
+    TimedSegment,
+    check_asked,
     fastest_chain,
     ranked,
     this_machine,
@@ -50,15 +51,11 @@ def measure(network: FrozenNetwork, batch_sizes: Sequence[int] = BATCH_SIZES, pr
         ValueError: If the batch sizes do not ascend from 1, there is no such precision, or a network that is not
             calibrated is to run in int8.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    sizes = tuple(batch_sizes)
-    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
-        raise ValueError(f"batch_sizes: got {sizes}, wanted at least one, ascending from 1")
+    check_asked(precision, PRECISIONS, batch_sizes)
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
     runs = {segment: make_run(network, segment) for segment in _candidates(network.depth, precision)}
-    batches = tuple(_measure_batch(network, runs, batch, precision) for batch in sizes)
+    batches = tuple(_measure_batch(network, runs, batch, precision) for batch in batch_sizes)
     return Plan(this_machine(), NetworkFacts.of(network), precision, batches)
 
 
@@ -86,13 +83,9 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
         inputs.append(h.chunk(len(network.tasks), dim=1))
     with torch.inference_mode():
         # These only propose a mixture: the verdict is the second measurement's, which takes longer.
-        alone = interleaved(
-            {str(segment): partial(run, inputs[segment.first]) for segment, run in runs.items()},
-            rounds=5,
-            round_us=2_000,
-        )
-        segments = dict(zip(runs, alone.values(), strict=True))
-        chains = _chains({segment: timing.median_us for segment, timing in segments.items()}, precision)
+        calls = {segment: partial(run, inputs[segment.first]) for segment, run in runs.items()}
+        alone = interleaved(calls, rounds=5, round_us=2_000)
+        chains = _chains({segment: timing.median_us for segment, timing in alone.items()}, precision)
         ends = interleaved(
             {
                 name: partial(follow, [runs[segment] for segment in chain], len(network.tasks), x)
@@ -100,7 +93,7 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
             }
         )
     timed = [TimedChain(name, chain, ends[name]) for name, chain in chains.items()]
-    return BatchPlan(batch, ranked(timed), tuple(segments.items()))
+    return BatchPlan(batch, ranked(timed), tuple(map(TimedSegment, alone, alone.values())))
 
 
 def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:

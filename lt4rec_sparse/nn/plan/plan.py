@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -21,9 +21,9 @@ from lt4rec_sparse.stopwatch import Timing
 
 VERSION = 1
 KERNELS = ("sparse", "dense", "onednn")  # of a CPU
-GPU_KERNELS = (  # `kernels.gpu` tells what they are
-    *("dense", "apart", "premasked", "masked", "block16", "block32", "block64", "2:4", "compact"),
-    *("tail premasked", "tail masked", "tail dense", "tail branches"),
+GPU_KERNELS = (  # `nn.ways` tells what they are
+    *("dense", "block16", "block32", "block64", "2:4", "compact"),
+    *("tail premasked", "tail dense", "tail branches"),
 )
 GPU_PRECISIONS = ("bf16", "fp16", "fp32")
 TIE = 0.02  # one chain differs this much between two measurements
@@ -33,8 +33,8 @@ DENSITY_DRIFT = 0.1  # of a layer's kept weights: its time changes about as much
 class Segment(NamedTuple):
     """Neighbouring layers that run in one kernel, for all tasks alike.
 
-    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer "dense", torch's product, or
-    "onednn", the same with a packed weight (`dense_kernels`).
+    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer one of `dense_kernels`; or
+    on a GPU one of `GPU_KERNELS`.
     """
 
     kernel: str
@@ -58,12 +58,19 @@ class TimedChain(NamedTuple):
     timing: Timing
 
 
+class TimedSegment(NamedTuple):
+    """One segment, measured alone."""
+
+    segment: Segment
+    timing: Timing
+
+
 class BatchPlan(NamedTuple):
     """What was measured at one batch size. Timings compare within `chains` and within `segments`."""
 
     batch: int
-    chains: tuple[TimedChain, ...]  # the winner first
-    segments: tuple[tuple[Segment, Timing], ...]
+    chains: tuple[TimedChain, ...]  # the winner first; "contestants" in a file
+    segments: tuple[TimedSegment, ...]
 
 
 class Machine(NamedTuple):
@@ -111,26 +118,11 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        raw = {
-            "version": VERSION,
-            "machine": self.machine._asdict(),
-            "network": self.network._asdict(),
-            "precision": self.precision,
-            "batches": [
-                {
-                    "batch": plan.batch,
-                    "contestants": [
-                        {"name": name, "chain": [x._asdict() for x in chain], "timing": timing._asdict()}
-                        for name, chain, timing in plan.chains
-                    ],
-                    "segments": [
-                        {"segment": segment._asdict(), "timing": timing._asdict()} for segment, timing in plan.segments
-                    ],
-                }
-                for plan in self.batches
-            ],
-        }
-        write_whole(path, json.dumps(raw, indent=1))
+        batches = [_plain(batch) for batch in self.batches]
+        for batch in batches:
+            batch["contestants"] = batch.pop("chains")
+        head = {"machine": _plain(self.machine), "network": _plain(self.network), "precision": self.precision}
+        write_whole(path, json.dumps({"version": VERSION, **head, "batches": batches}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -141,10 +133,14 @@ class Plan:
             InputError: If it is no plan, or one of another version.
         """
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = _get(raw, "version", int)
+            raw = _read(json.loads(Path(path).read_text(encoding="utf-8")), dict, "plan")
+            version = _read(raw.get("version"), int, "version")
             if version == VERSION:
-                return _from_json(raw)
+                for batch in _read(raw.get("batches"), list, "batches"):
+                    _read(batch, dict, "batch")["chains"] = batch.get("contestants")
+                plan = cls(**{name: _read(raw.get(name), kind, name) for name, kind in get_type_hints(cls).items()})
+                _check(plan)
+                return plan
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: got no plan ({error}), wanted what Plan.save wrote") from error
         raise InputError(f"{path}: got a plan of version {version}, wanted {VERSION}: measure again")
@@ -228,66 +224,49 @@ def this_machine() -> Machine:
     return Machine(ops.cpu_engine(), torch.get_num_threads(), str(torch.__version__))
 
 
-# --- What a file holds is checked field by field before any of it is used ---------------------------------------------
+def check_asked(precision: str, precisions: Sequence[str], batch_sizes: Sequence[int]) -> None:
+    """Check what a plan is to be measured for.
+
+    Raises:
+        ValueError: If the precision is none of `precisions`, or the batch sizes do not ascend from 1.
+    """
+    if precision not in precisions:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(precisions)}")
+    if not batch_sizes or batch_sizes[0] < 1 or any(a >= b for a, b in pairwise(batch_sizes)):
+        raise ValueError(f"batch_sizes: got {tuple(batch_sizes)}, wanted at least one, ascending from 1")
 
 
-def _get(raw: Any, name: str, kind: type) -> Any:
-    if not isinstance(raw, dict) or name not in raw:
-        raise ValueError(f"{name} is missing")
-    value = raw[name]
-    if kind is float and type(value) is int:
-        value = float(value)
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: a NamedTuple becomes an object of its fields."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _read(raw: Any, kind: Any, name: str) -> Any:
+    """Return what `_plain` made of a value of this kind: a NamedTuple, a tuple of one kind, a number or a string."""
+    if hasattr(kind, "_fields"):
+        kinds, fields = get_type_hints(kind), _read(raw, dict, name)
+        return kind(*(_read(fields.get(field), kinds[field], field) for field in kind._fields))
+    if get_origin(kind) is tuple:
+        return tuple(_read(part, get_args(kind)[0], name) for part in _read(raw, list, name))
+    value = float(raw) if kind is float and type(raw) is int else raw
     if type(value) is not kind:
         raise ValueError(f"{name}: got {str(value)[:50]!r}, wanted a {kind.__name__}")
     return value
 
 
-def _list(raw: Any, name: str, kind: type) -> list[Any]:
-    values: list[Any] = _get(raw, name, list)
-    return [_get({name: value}, name, kind) for value in values]
-
-
-def _from_json(raw: Mapping[str, Any]) -> Plan:
-    machine, facts = _get(raw, "machine", dict), _get(raw, "network", dict)
-    network = NetworkFacts(
-        _get(facts, "in_features", int),
-        tuple(_list(facts, "out_features", int)),
-        _get(facts, "tasks", int),
-        tuple(_list(facts, "densities", float)),
-    )
-    if len(network.densities) != len(network.out_features):
-        raise ValueError(f"densities: got {len(network.densities)}, wanted {len(network.out_features)}")
-    made_on = Machine(_get(machine, "engine", str), _get(machine, "threads", int), _get(machine, "torch", str))
-    is_gpu = made_on.threads == 0
-    batches = []
-    for batch in _list(raw, "batches", dict):
-        chains = [
-            TimedChain(_get(x, "name", str), tuple(map(_segment, _list(x, "chain", dict))), _timing(x))
-            for x in _list(batch, "contestants", dict)
-        ]
-        if not chains:
+def _check(plan: Plan) -> None:
+    """Check that a plan that was read is one that could be followed."""
+    is_gpu, layers = plan.machine.threads == 0, len(plan.network.out_features)
+    check_asked(plan.precision, GPU_PRECISIONS if is_gpu else PRECISIONS, [batch.batch for batch in plan.batches])
+    if len(plan.network.densities) != layers:
+        raise ValueError(f"densities: got {len(plan.network.densities)}, wanted {layers}")
+    for batch in plan.batches:
+        if not batch.chains:
             raise ValueError("chains: got none, wanted at least one")
-        for timed in chains:
-            _check_chain(timed.chain, len(network.out_features), is_gpu)
-        alone = tuple((_segment(_get(x, "segment", dict)), _timing(x)) for x in _list(batch, "segments", dict))
-        batches.append(BatchPlan(_get(batch, "batch", int), tuple(chains), alone))
-    sizes = [batch.batch for batch in batches]
-    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
-        raise ValueError(f"batches: got {sizes}, wanted at least one, ascending from 1")
-    precision = _get(raw, "precision", str)
-    if precision not in (GPU_PRECISIONS if is_gpu else PRECISIONS):
-        raise ValueError(f"precision: got {precision!r}, wanted one that this kind of machine has")
-    return Plan(made_on, network, precision, tuple(batches))
-
-
-def _segment(raw: Any) -> Segment:
-    first, last = _get(raw, "first", int), _get(raw, "last", int)
-    return Segment(_get(raw, "kernel", str), _get(raw, "precision", str), first, last)
-
-
-def _timing(raw: Any) -> Timing:
-    timing = _get(raw, "timing", dict)
-    return Timing(*(_get(timing, name, float) for name in Timing._fields))
+        for timed in batch.chains:
+            _check_chain(timed.chain, layers, is_gpu)
 
 
 def _check_chain(chain: Chain, layers: int, is_gpu: bool) -> None:

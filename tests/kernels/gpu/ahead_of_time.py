@@ -46,7 +46,6 @@ from lt4rec_sparse.kernels.gpu import block_sparse, fused_tail, mask_and_cast, m
 from lt4rec_sparse.kernels.gpu.block_sparse import BlockWeight
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.launch import Launch, Tile
-from lt4rec_sparse.kernels.gpu.weights import Weight
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "gpu_compiled.json"
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -87,19 +86,15 @@ def masked_matmul_cases() -> dict[str, Case]:
     for arithmetic, dtype in DTYPES.items():
         for i, tile in enumerate(masked_matmul.FORWARD[arithmetic]):
             # Training: the weight is float32.
-            cases |= _forward("masked", arithmetic, tile, dtype, on_blackwell=i == 0)
+            cases |= _forward(arithmetic, tile, dtype, on_blackwell=i == 0)
         for i, tile in enumerate(masked_matmul.DGRAD[arithmetic]):
             cases |= _dgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
         for i, tile in enumerate(masked_matmul.WGRAD[arithmetic]):
             cases |= _wgrad(arithmetic, tile, dtype, on_blackwell=i == 0 and arithmetic == "16")
     half, largest = torch.bfloat16, masked_matmul.FORWARD["16"][0]
-    for tile in masked_matmul.FORWARD["16"]:
-        cases |= _forward("premasked", "16", tile, half, half)  # serving
-    cases |= _forward("masked", "16", largest, half, half)
-    cases |= _forward("masked", "16", largest, half, tasks="apart")
-    cases |= _forward("premasked", "16", largest, torch.float16, torch.float16)
-    cases |= _forward("premasked", "16", largest, half, half, tasks="one")
-    cases |= _forward("masked", "tf32", masked_matmul.FORWARD["tf32"][0], torch.float32, tasks="apart")
+    cases |= _forward("16", largest, half, half)
+    cases |= _forward("16", largest, half, tasks="apart")
+    cases |= _forward("tf32", masked_matmul.FORWARD["tf32"][0], torch.float32, tasks="apart")
     cases |= _dgrad("16", masked_matmul.DGRAD["16"][0], half, tasks="apart")
     cases |= _wgrad("16", masked_matmul.WGRAD["16"][0], half, tasks="apart")
     return cases
@@ -123,12 +118,11 @@ def fused_tail_cases() -> dict[str, Case]:
     """Return every entry of the table for 512-256-128-1 of two tasks, a tail of one hidden layer, and float16."""
     cases: dict[str, Case] = {}
     widths = (512, 256, 128, 1)
-    for form, tiles in (("premasked", fused_tail.TILES), ("masked", fused_tail.TILES[1:])):
-        for tile in tiles:
-            cases |= _tail(form, tile, torch.bfloat16, widths)
+    for tile in fused_tail.TILES:
+        cases |= _tail(tile, torch.bfloat16, widths)
     largest = fused_tail.TILES[0]
-    cases |= _tail("premasked", largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
-    cases |= _tail("premasked", largest, torch.float16, widths, on_blackwell=True)
+    cases |= _tail(largest, torch.bfloat16, (256, 128, 1), on_blackwell=True)
+    cases |= _tail(largest, torch.float16, widths, on_blackwell=True)
     return cases
 
 
@@ -345,7 +339,6 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 def _forward(
-    form: str,
     arithmetic: str,
     tile: Tile,
     dtype: torch.dtype,
@@ -354,12 +347,12 @@ def _forward(
     on_blackwell: bool = False,
 ) -> dict[str, Case]:
     count = TASKS[tasks]
-    weight = _weight(form, weight_dtype, count, OUT_FEATURES, IN_FEATURES)
 
     def launch(rows: int) -> Launch:
         return masked_matmul.forward_launch(
             _x(dtype, tasks, rows),
-            weight,
+            _meta(weight_dtype, OUT_FEATURES, IN_FEATURES),
+            _words(count, OUT_FEATURES, IN_FEATURES),
             _meta(torch.float32, count, OUT_FEATURES),
             _meta(dtype, count, rows, OUT_FEATURES),
             "relu",
@@ -367,8 +360,8 @@ def _forward(
             tile,
         )
 
-    words = _words_of_tile(form, tile.block_n, tile.block_k)
-    name = f"forward {form} {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
+    words = tile.block_n * tile.block_k // 32
+    name = f"forward masked {arithmetic} {_size(tile)} {tasks} {_product_dtypes(dtype, weight_dtype)}"
     return _case(name, arithmetic, launch, tile.block_m, (words,), on_blackwell)
 
 
@@ -441,12 +434,10 @@ def _block_sparse(tile: Tile, block: int, together: int) -> dict[str, Case]:
     return _case(name, "16", launch, tile.block_m, (indices,))
 
 
-def _tail(
-    form: str, tile: Tile, dtype: torch.dtype, widths: tuple[int, ...], on_blackwell: bool = False
-) -> dict[str, Case]:
+def _tail(tile: Tile, dtype: torch.dtype, widths: tuple[int, ...], on_blackwell: bool = False) -> dict[str, Case]:
     tasks, (d0, *hidden, out) = 2, widths
     tail = Tail(
-        tuple(_weight(form, dtype, tasks, n, k) for n, k in zip(hidden, widths, strict=False)),
+        tuple(_meta(dtype, tasks, n, k) for n, k in zip(hidden, widths, strict=False)),
         tuple(_meta(torch.float32, tasks, n) for n in hidden),
         _meta(torch.float32, tasks, out, hidden[-1]),
         _meta(torch.float32, tasks, out),
@@ -457,14 +448,8 @@ def _tail(
         h, scores = _meta(dtype, tasks, rows, d0), _meta(torch.float32, rows, tasks * out)
         return fused_tail.fused_tail_launch(h, tail, scores, tile)
 
-    constants = launch(ROWS).constants
-    chunk = constants["BLOCK_D1"]
-    words = [_words_of_tile(form, chunk, tile.block_k)]
-    if len(hidden) == 2 and chunk < hidden[0]:  # one chunk is no loop
-        # A step of the loop over chunks fills the inner loop's pipeline, too.
-        words.append((tile.stages - 1) * words[0] + _words_of_tile(form, constants["BLOCK_D2"], chunk))
-    name = f"tail {form} {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
-    return _case(name, "16", launch, tile.block_m, tuple(words), on_blackwell)
+    name = f"tail premasked {_size(tile)} {'-'.join(map(str, widths))} {DTYPE_NAMES[dtype]}"
+    return _case(name, "16", launch, tile.block_m, (0,), on_blackwell)
 
 
 def _case(
@@ -477,17 +462,6 @@ def _case(
 ) -> dict[str, Case]:
     chips = (80, 90, 100) if on_blackwell else (80, 90)
     return {name: Case(launch(ROWS), arithmetic, rows, words, chips, tuple(map(launch, OTHER_ROWS)))}
-
-
-def _weight(form: str, dtype: torch.dtype, tasks: int, n: int, k: int) -> Weight:
-    if form == "premasked":
-        return Weight(form, (n, k), _meta(dtype, tasks, n, k), None, tasks)
-    return Weight(form, (n, k), _meta(dtype, n, k), _words(tasks, n, k), tasks)
-
-
-def _words_of_tile(form: str, block_n: int, block_k: int) -> int:
-    """Return how many int32 `weight_tile` loads."""
-    return block_n * block_k // 32 if form == "masked" else 0
 
 
 def _size(tile: Tile) -> str:

@@ -8,14 +8,11 @@ import pytest
 import torch
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
-from lt4rec_sparse.masks import pack_words
-
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lt4rec_sparse.kernels.gpu import fused_tail
 from lt4rec_sparse.kernels.gpu.fused_tail import Tail
 from lt4rec_sparse.kernels.gpu.launch import Tile
-from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -66,9 +63,8 @@ class Problem:
         self.head = draw(tasks, out, last, width=last).to(HALF).to(DEVICE)
         self.head_bias = draw(tasks, out).to(DEVICE) if has_bias else None
 
-    def tail(self, formats, activation="none"):
-        formats = [formats] * len(self.weights) if isinstance(formats, str) else formats
-        hidden = tuple(packed(*parts) for parts in zip(self.weights, self.masks, formats, strict=True))
+    def tail(self, activation="none"):
+        hidden = tuple(weight * masks for weight, masks in zip(self.weights, self.masks, strict=True))
         return Tail(hidden, self.biases, self.head, self.head_bias, activation)
 
     def scores(self, tail, tile=TILE):
@@ -98,68 +94,46 @@ class Problem:
         return torch.cat(wanted, 1).float()
 
 
-def packed(weight, mask, format):
-    tasks, shape = len(mask), tuple(weight.shape)
-    if format == "premasked":
-        return Weight(format, shape, weight * mask, None, tasks)
-    # Weights that a mask drops must not be read.
-    return Weight(format, shape, torch.where(mask.any(0), weight, torch.nan), pack_words(mask), tasks)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_exact_in_every_format(case):
+def test_it_is_exact(case):
     problem = Problem(*CASES[case])
-    wanted = problem.exact()
-    for format in FORMATS:
-        assert_exact(problem.scores(problem.tail(format)), wanted)
+    assert_exact(problem.scores(problem.tail()), problem.exact())
 
 
 @pytest.mark.parametrize(
     "case, activation",
     [("two-layers", "sigmoid"), ("one-layer", "none"), ("odd-one-layer", "sigmoid"), ("two-chunks", "none")],
 )
-def test_formats_agree_in_every_bit_and_keep_the_rounding_bound(case, activation):
+def test_it_keeps_the_rounding_bound(case, activation):
     problem = Problem(*CASES[case], integers=False)
-    scores, *others = [problem.scores(problem.tail(format, activation)) for format in FORMATS]
+    scores = problem.scores(problem.tail(activation))
     for columns, reference in zip(scores.chunk(problem.tasks, 1), problem.references(activation), strict=True):
         assert_rounding(columns, reference)
-    for other in others:
-        assert_exact(other, scores)
-
-
-def test_each_layer_has_its_own_format():
-    problem = Problem(*CASES["two-layers"])
-    wanted = problem.exact()
-    for formats in (("premasked", "masked"), ("masked", "premasked")):
-        assert_exact(problem.scores(problem.tail(formats)), wanted)
 
 
 @pytest.mark.parametrize("tile", fused_tail.TILES, ids=lambda tile: str(tile.block_m))
 def test_every_tile_of_the_table_is_exact(tile):
     problem = Problem(1, 17, (60, 140, 20, 1), 0.3, True)
-    wanted = problem.exact()
-    for tail in map(problem.tail, FORMATS):
-        if tile in fused_tail.tiles_of(tail):
-            assert_exact(problem.scores(tail, tile), wanted)
+    assert_exact(problem.scores(problem.tail(), tile), problem.exact())
 
 
 def test_a_bias_may_be_of_all_tasks():
     problem = Problem(*CASES["two-layers"], shared_bias=True)
-    assert_exact(problem.scores(problem.tail("masked")), problem.exact())
+    assert_exact(problem.scores(problem.tail()), problem.exact())
 
 
 def test_the_head_may_be_float32_beside_16_bits():
     problem = Problem(*CASES["two-layers"], integers=False)
-    tail = problem.tail("masked")
+    tail = problem.tail()
     assert_exact(problem.scores(tail._replace(head=tail.head.float())), problem.scores(tail))
 
 
 def test_rows_do_not_depend_on_the_batch():
     problem = Problem(*CASES["65-rows"], integers=False)
-    scores = problem.scores(problem.tail("masked"))
+    scores = problem.scores(problem.tail())
     single = Problem(*CASES["65-rows"], integers=False)
     single.rows, single.h = 1, problem.h[:, 64:65].contiguous()
-    assert_exact(single.scores(single.tail("masked")), scores[64:65])
+    assert_exact(single.scores(single.tail()), scores[64:65])
 
 
 def test_rows_of_h_may_stand_apart():
@@ -169,13 +143,13 @@ def test_rows_of_h_may_stand_apart():
     wide = torch.full((rows, tasks, width + 3), torch.nan, device=DEVICE)  # a row of one task beside that of the next
     wide[:, :, :width] = problem.h.transpose(0, 1)
     problem.h = wide[:, :, :width].transpose(0, 1)
-    assert_exact(problem.scores(problem.tail("premasked")), wanted)
+    assert_exact(problem.scores(problem.tail()), wanted)
 
 
 def test_nothing_beside_the_scores_is_written():
     problem = Problem(*CASES["odd-two-layers"])
     room = torch.full((problem.rows + 2, problem.tasks * 3 + 4), -7.0, device=DEVICE)
-    fused_tail.fused_tail_launch(problem.h, problem.tail("masked"), room[1:-1, :-4]).run()
+    fused_tail.fused_tail_launch(problem.h, problem.tail(), room[1:-1, :-4]).run()
     assert_exact(room[1:-1, :-4], problem.exact())
     assert (room[0] == -7).all() and (room[-1] == -7).all() and (room[:, -4:] == -7).all()
 
@@ -185,25 +159,21 @@ def test_nan_stays_nan_and_in_its_row():
     wanted = problem.exact()
     problem.h[0, 2, 5] = torch.nan
     problem.masks[0][0, :, 5] = True  # read by every neuron of task 0
-    scores, others = problem.scores(problem.tail("premasked")), torch.arange(problem.rows) != 2
+    scores, others = problem.scores(problem.tail()), torch.arange(problem.rows) != 2
     assert scores[2, 0].isnan()
     assert_exact(scores[:, 1], wanted[:, 1])
     assert not scores[others].isnan().any()
 
 
 def test_the_tile_is_the_largest_that_keeps_a_third_of_the_gpu_busy():
-    def rows_of_tile(rows, tasks, format="premasked"):
+    def rows_of_tile(rows, tasks):
         h, scores = torch.empty(tasks, rows, 512, device="meta"), torch.empty(rows, tasks, device="meta")
-        weights = tuple(
-            Weight(format, (n, k), torch.empty(tasks, n, k, device="meta"), None, tasks)
-            for n, k in ((256, 512), (128, 256))
-        )
+        weights = tuple(torch.empty(tasks, n, k, device="meta") for n, k in ((256, 512), (128, 256)))
         tail = Tail(weights, (None, None), torch.empty(tasks, 1, 128, device="meta"), None, "none")
         return fused_tail.fused_tail_launch(h, tail, scores).constants["BLOCK_M"]
 
     assert {rows_of_tile(m, 2): m for m in (256, 1024, 2048, 8192)} == {16: 256, 32: 1024, 64: 2048, 128: 8192}
     assert rows_of_tile(0, 1) == 16
-    assert rows_of_tile(8192, 2, "masked") == 64  # masks leave no registers for the largest
 
 
 def test_what_fits():

@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from lt4rec_sparse.kernels import reference
 from lt4rec_sparse.kernels.gpu import mask_and_cast, masked_linear, masked_matmul
 from lt4rec_sparse.kernels.gpu.launch import choose_tile
-from lt4rec_sparse.kernels.gpu.weights import FORMATS, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -191,9 +190,8 @@ def test_every_tile_of_the_tables_is_exact(table, kind, tile, tasks, is_aligned)
         m, n, k = (side + 3 for side in sides)
     p = Problem(tasks, m, min(k, 256 if is_aligned else 131), n, True, dtype)
     if table == "FORWARD":
-        weight = Weight("masked", tuple(p.weight.shape), p.weight, p.words, tasks)
         y = p.x.new_empty(tasks, m, n)
-        masked_matmul.forward_launch(p.x, weight, p.bias, y, "relu", precision, tile).run()
+        masked_matmul.forward_launch(p.x, p.weight, p.words, p.bias, y, "relu", precision, tile).run()
         assert_exact(y, p.wanted())
     elif table == "DGRAD":
         dx = torch.empty_like(p.x)
@@ -212,11 +210,9 @@ def test_every_tile_of_the_tables_is_exact(table, kind, tile, tasks, is_aligned)
         *(("two-tasks-short", kind) for kind in ("tf32", "fp32")),
     ],
 )
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_format_gives_the_same(case, format, kind):
+def test_each_task_may_have_a_bias_of_its_own(case, kind):
     dtype = HALF if kind == "16" else torch.float32
     p = problem(case, dtype)
-    weight = Weight.prepack(p.weight, p.masks, format, dtype, DEVICE)
     biases = torch.stack([p.bias + t for t in range(p.tasks)])
     wanted = p.each_x.double() @ p.masked.double().mT + biases.double()[:, None]
     # The largest tile takes the compiler longest: one case of each kind.
@@ -224,16 +220,15 @@ def test_every_format_gives_the_same(case, format, kind):
     for tile in {tiles[0 if case == "two-tasks-short" else -1], tiles[-1]}:
         y = p.x.new_empty(wanted.shape)
         precision = "tf32" if kind == "tf32" else "ieee"
-        masked_matmul.forward_launch(p.x, weight, biases, y, "none", precision, tile).run()
+        masked_matmul.forward_launch(p.x, p.weight, p.words, biases, y, "none", precision, tile).run()
         assert_exact(y, wanted.to(dtype))
 
 
 @every_dtype
 def test_sigmoid_is_within_the_bound_of_its_argument(dtype):
     p = problem("two-tasks-short", dtype)
-    weight = Weight.prepack(p.weight / 8, p.masks, "masked", dtype, DEVICE)
     y = p.x.new_empty(p.dy.shape, dtype=torch.float32)
-    masked_matmul.forward_launch(p.x, weight, None, y, "sigmoid", "ieee").run()
+    masked_matmul.forward_launch(p.x, p.weight / 8, p.words, None, y, "sigmoid", "ieee").run()
     for of_task, x, w in zip(y, p.each_x, p.masked, strict=True):
         z = linear_reference(x, w / 8, None, torch.float32)
         # exp, sum and quotient round within an ulp each; a GPU's exp2 within two
