@@ -70,6 +70,7 @@ def test_without_triton_it_trains_freezes_and_scores():
     run(BLOCK + SERVE + TRAIN + "assert 'triton' not in sys.modules")
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_nothing_imports_triton_before_a_gpu_needs_it():
     run(SERVE + TRAIN)

@@ -327,7 +327,7 @@ def mask_of(plane: Tensor) -> Tensor:
     return torch.from_numpy(bits[..., :IN_FEATURES].astype(bool))
 
 
-@settings(max_examples=300)
+@settings(max_examples=6 * settings.default.max_examples)  # 90, or 300 in the check
 @given(
     seed=st.integers(0, 50),
     precision=st.sampled_from(cpu.PRECISIONS),

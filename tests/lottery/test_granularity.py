@@ -35,6 +35,7 @@ def test_a_run_of_another_granularity_is_refused(tmp_path):
         check_settings(tmp_path, "log", RunSettings())
 
 
+@pytest.mark.end_to_end
 def test_a_run_by_neurons_prunes_neurons(small_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen, "interleaved", partial(frozen.interleaved, rounds=1, round_us=1.0))
     settings = RunSettings(hidden=(16, 8), embedding_dim=4, rounds=1, epochs=1, batch_size=1024, granularity="neuron")

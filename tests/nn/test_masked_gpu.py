@@ -169,6 +169,7 @@ def test_masks_written_in_place_are_packed_again():
     assert all(torch.equal(layer.mask_words, pack_words(layer.masks)) for layer in mlp.masked_layers())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("tasks", "kind"), [(1, pack_words), (2, lambda masks: masks)], ids=["words", "two-tasks"])
 @pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "apart"])
 def test_opcheck(tasks, kind, is_shared, path):
@@ -257,6 +258,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.heavy
 def test_two_processes_have_the_masks_and_gradients_of_one(tmp_path):
     mlp, x = network().cpu(), batch(18).cpu()
     torch.save((mlp, x), tmp_path / "start.pt")

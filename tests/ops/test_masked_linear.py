@@ -132,7 +132,7 @@ def test_an_activation_is_that_of_the_plain_result(kind):
     assert ops.masked_linear(x, weight, torch.ones_like(mask), bias, "relu")[2].isnan().all()
 
 
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.heavy), 2])
 @every_kind_of_x
 @every_kind_of_mask
 def test_opcheck_masked_linear(tasks, is_shared, kind):

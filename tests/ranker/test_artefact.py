@@ -331,7 +331,7 @@ def original():
     return contents(VERSION_1)
 
 
-@settings(max_examples=400)
+@settings(max_examples=8 * settings.default.max_examples)  # 120, or 400 in the check
 @given(data=st.data())
 def test_whatever_an_artefact_holds_it_is_served_or_refused(original, tmp_path_factory, data):
     meta, tensors = copy.deepcopy(original)
