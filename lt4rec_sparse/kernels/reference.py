@@ -82,12 +82,14 @@ class Executor:
     Args:
         network: The network.
         precision: "fp32", "bf16" or "int8".
+        device: Where it computes: that of every `x`.
     """
 
-    def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
+    def __init__(self, network: FrozenNetwork, precision: str = "fp32", device: torch.device | str = "cpu") -> None:
         self.network, self.precision = network, precision
-        depth = range(network.depth)
-        self._layers = {task: [network.layer(i, task) for i in depth] for task in network.tasks}
+        self._layers = {
+            task: [_moved(network.layer(i, task), device) for i in range(network.depth)] for task in network.tasks
+        }
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
@@ -103,7 +105,7 @@ class Executor:
     def inputs(self, x: Tensor, task: str) -> Iterator[Tensor]:
         """Yield what enters each layer of one task, in float32; `x` comes first."""
         h = x.float()
-        for i, layer in enumerate(self._on(task, x.device)):
+        for i, layer in enumerate(self._layers[task]):
             yield h
             h = self._apply(h, layer, i, task)
 
@@ -115,7 +117,7 @@ class Executor:
 
     def _task(self, x: Tensor, task: str) -> Tensor:
         h = x.float()
-        for i, layer in enumerate(self._on(task, x.device)):
+        for i, layer in enumerate(self._layers[task]):
             h = self._apply(h, layer, i, task)
         return h
 
@@ -125,20 +127,16 @@ class Executor:
             # Tasks that share the first layer's weight have its row scales in common: the union's.
             shares = index == 0 and self.network.hidden
             tasks = self.network.tasks if shares else (task,)
-            weights = [self._layers[name][index].weight.to(h.device) for name in tasks]
+            weights = [self._layers[name][index].weight for name in tasks]
             z = linear_int8(h, layer, self.network.quantization[task][index], row_scales(weights))
         else:
             z = linear_bf16(h, layer) if self.precision == "bf16" else F.linear(h, layer.weight, layer.bias)
         return ACTIVATIONS[layer.activation](z)
 
-    def _on(self, task: str, device: torch.device) -> list[DenseLayer]:
-        layers = self._layers[task]
-        if device.type == "cpu":
-            return layers
-        return [
-            DenseLayer(w.to(device), None if bias is None else bias.to(device), activation)
-            for w, bias, activation in layers
-        ]
+
+def _moved(layer: DenseLayer, device: torch.device | str) -> DenseLayer:
+    weight, bias, activation = layer
+    return DenseLayer(weight.to(device), None if bias is None else bias.to(device), activation)
 
 
 def row_scales(weights: Sequence[Tensor]) -> Tensor:

@@ -55,7 +55,7 @@ def executor(network: FrozenNetwork, precision: str = "fp32", device: torch.devi
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
     if torch.device(device).type != "cpu":
-        return reference.Executor(network, precision)
+        return reference.Executor(network, precision, device)
     if cpu.is_available():
         return cpu.Executor(network, precision)
     warnings.warn(
@@ -117,7 +117,7 @@ def cpu_engine() -> str:
 
 def layer_inputs(network: FrozenNetwork, x: Tensor, task: str) -> Iterator[Tensor]:
     """Yield what enters each layer of one task's MLP, in the float32 of the reference; `x` comes first."""
-    return reference.Executor(network).inputs(x, task)
+    return reference.Executor(network, device=x.device).inputs(x, task)
 
 
 def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
