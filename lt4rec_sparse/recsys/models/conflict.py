@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Factors(NamedTuple):
-    """Factors of each row's weight, `[batch]` each."""
-
-    click: Tensor
-    watch: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,8 +36,8 @@ class Conflict:
             if not value >= 0:
                 raise ValueError(f"{name}: got {value}, wanted at least 0")
 
-    def rows(self, ratio: Tensor, clicked: Tensor, duration_ms: Tensor) -> Tensor:
-        """Return the rows in conflict: bool `[batch]`.
+    def factors(self, ratio: Tensor, clicked: Tensor, duration_ms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's factors in the CTR and in the CVR loss, `[batch]`, dtype of `ratio`: 1 without a conflict.
 
         A row without a duration (NaN, or not above 0) or without a ratio (NaN) is never in conflict.
 
@@ -53,20 +45,7 @@ class Conflict:
             ratio: `[batch]` float, the share of the video that was watched.
             clicked: `[batch]` bool.
             duration_ms: `[batch]` float, the duration of the video.
-
-        Raises:
-            ValueError: If the shapes differ, or `clicked` is not bool.
         """
-        if not ratio.shape == clicked.shape == duration_ms.shape or clicked.dtype != torch.bool:
-            got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (ratio, clicked, duration_ms))
-            raise ValueError(f"ratio, clicked, duration_ms: got {got}, wanted one shape, and clicked torch.bool")
         hardly = torch.where(duration_ms > self.long_ms, ratio < self.long_ratio, ratio < self.short_ratio)
-        return clicked & hardly & (duration_ms > 0)
-
-    def factors(self, ratio: Tensor, clicked: Tensor, duration_ms: Tensor) -> Factors:
-        """Return each row's factors, with the dtype of `ratio`: 1 without a conflict. Arguments as in `rows`."""
-        rows, one = self.rows(ratio, clicked, duration_ms), torch.ones_like(ratio)
-        return Factors(
-            torch.where(rows, self.click_factor * one, one),
-            torch.where(rows, self.watch_factor * one, one),
-        )
+        rows, one = clicked & hardly & (duration_ms > 0), torch.ones_like(ratio)
+        return torch.where(rows, self.click_factor * one, one), torch.where(rows, self.watch_factor * one, one)

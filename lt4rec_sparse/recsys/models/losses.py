@@ -41,21 +41,11 @@ _OF_KIND = {"binary": "bce", "ratio": "mse"}
 
 
 def loss_of(kind: str, name: str | None = None) -> Loss:
-    """Return the loss of a kind of task, or the named one.
+    """Return the loss of a kind of task, "binary" ("bce") or "ratio" ("mse"), or the named one of `LOSSES`.
 
-    Args:
-        kind: Kind of the task: "binary" (by default "bce") or "ratio" (by default "mse").
-        name: "bce", "focal" or "mse"; each accepts labels of either kind.
-
-    Raises:
-        ValueError: If there is no such kind or loss.
+    Each loss accepts labels of either kind.
     """
-    if kind not in _OF_KIND:
-        raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(_OF_KIND)}")
-    name = _OF_KIND[kind] if name is None else name
-    if name not in LOSSES:
-        raise ValueError(f"loss: got {name!r}, wanted one of {', '.join(LOSSES)}")
-    return LOSSES[name]
+    return LOSSES[_OF_KIND[kind] if name is None else name]
 
 
 def joint_logits(first: Tensor, second: Tensor) -> Tensor:
@@ -63,10 +53,6 @@ def joint_logits(first: Tensor, second: Tensor) -> Tensor:
 
     Nothing underflows, since neither `p` nor `1 - p` is computed: `1 - p = sigmoid(-first) + sigmoid(first)
     sigmoid(-second)` is a sum of positive terms, and is added in logarithms.
-
-    Args:
-        first: Logits of any shape, for example of a click.
-        second: Logits of the same shape, for example of a conversion after a click.
     """
     log_first = F.logsigmoid(first)
     log_not_p = torch.logaddexp(F.logsigmoid(-first), log_first + F.logsigmoid(-second))

@@ -1,11 +1,10 @@
 import pytest
 import torch
 from oracle import assert_exact
-from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, with_integers
+from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, reached, with_integers
 
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models import CROSSES, TaskInputs
-from lt4rec_sparse.recsys.models.inputs import Seen
+from lt4rec_sparse.recsys.models.inputs import CROSSES, FirstOrder, MultiviewEmbeddings, Seen, TaskInputs
 
 
 def new(cross, exclusive_dim=0) -> TaskInputs:
@@ -58,6 +57,36 @@ def test_wide_and_deep_adds_the_first_order_alone():
         assert torch.equal(seen.views[task], flat)
 
 
-def test_an_unknown_cross_is_named():
-    with pytest.raises(ValueError, match="cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"):
-        new("dcn")
+def test_the_first_order_equals_a_naive_sum_over_fields():
+    wide = with_integers(FirstOrder(FIELDS, SIZES, TASKS))
+    for task in TASKS:
+        rows = [torch.stack(vectors).sum(0) for vectors in naive_vectors(wide.weights[task].embedding)]
+        assert_exact(wide(features(), task).detach(), torch.stack(rows).detach())
+
+
+def test_the_first_order_starts_at_zero_and_reaches_its_task_alone():
+    wide = FirstOrder(FIELDS, SIZES, TASKS)
+    logits = wide(features(), "cvr")
+    assert torch.equal(logits, torch.zeros(4, 1))
+    assert reached(wide, logits.sum()) == {"weights.cvr.embedding"}
+
+
+def test_views_equal_the_cross_over_joined_vectors():
+    inputs = with_integers(MultiviewEmbeddings(FIELDS, SIZES, TASKS, 3, 2))
+    seen = inputs(features(), TASKS)
+    assert list(seen) == list(TASKS)
+    for task in TASKS:
+        own = naive_vectors(inputs.exclusive[task].embedding)
+        rows = []
+        for shared, exclusive in zip(naive_vectors(inputs.shared.embedding), own, strict=True):
+            joined = [torch.cat(pair) for pair in zip(shared, exclusive, strict=True)]
+            dots = [joined[i] @ joined[j] for i in range(4) for j in range(i + 1, 4)]
+            rows.append(torch.cat([*shared, *exclusive, torch.stack(dots)]))
+        assert_exact(seen[task].detach(), torch.stack(rows).detach())
+        assert seen[task].shape[1] == inputs.out_features == 4 * 5 + 6
+
+
+def test_a_task_reaches_its_own_embeddings_and_the_shared_ones():
+    inputs = with_integers(MultiviewEmbeddings(FIELDS, SIZES, TASKS, 3, 2))
+    names = reached(inputs, inputs(features(), ("cvr",))["cvr"].sum())
+    assert names == {"shared.embedding", "exclusive.cvr.embedding"}
