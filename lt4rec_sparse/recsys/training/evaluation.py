@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.metrics import Metric, metrics_of
-from lt4rec_sparse.recsys.training.stream import Stream
+from lt4rec_sparse.recsys.training.objectives import rows_of
 
 
 class Predictions(NamedTuple):
@@ -31,7 +32,7 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(model: nn.Module, stream: BatchStream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
     """Judge a model on one epoch of `stream`.
 
     Args:
@@ -46,7 +47,7 @@ def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict
     parts: dict[str, dict[str, dict[str, Metric]]] = {}
     for batch in stream.epoch(0):
         for task, kind in kinds.items():
-            rows = batch.rows[task].nonzero().squeeze(1)
+            rows = rows_of(batch, task)
             logits = model(batch.features.take(rows), task).squeeze(1).double()
             labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
             inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
@@ -62,17 +63,13 @@ def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
+def predict(model: nn.Module, stream: BatchStream, tasks: tuple[str, ...]) -> Predictions:
     """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
     model.eval()
     batches = list(stream.epoch(0))
+    whole = Batch.cat(batches)
     scores = {
         task: torch.cat([torch.sigmoid(model(batch.features, task).squeeze(1)) for batch in batches]) for task in tasks
     }
-    return Predictions(
-        scores,
-        {task: torch.cat([batch.rows[task] for batch in batches]) for task in tasks},
-        {task: torch.cat([batch.labels[task] for batch in batches]) for task in tasks},
-        torch.cat([batch.groups for batch in batches]),
-        {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values},
-    )
+    rows, labels = ({task: part[task] for task in tasks} for part in (whole.rows, whole.labels))
+    return Predictions(scores, rows, labels, whole.groups, whole.values)
