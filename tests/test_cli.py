@@ -28,8 +28,7 @@ from lt4rec_sparse.ranker import Ranker, load, save
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
 from lt4rec_sparse.recsys.data import Prepared, SimulatorConfig, prepare
-from lt4rec_sparse.recsys.data.days import log_columns, partition
-from lt4rec_sparse.recsys.data.progress import silent
+from lt4rec_sparse.recsys.data.days import partition
 from lt4rec_sparse.recsys.data.rows import RowReader
 from lt4rec_sparse.recsys.data.source import open_source
 
@@ -124,8 +123,8 @@ def candidates_of(source_folder, days, scratch):
     """Return the rows of these days as candidates, every history of theirs included."""
     source = open_source(source_folder)
     scratch.mkdir()
-    log = partition(source, scratch, 1 << 20, silent)
-    parts = RowReader(source, log, log_columns(source)).read(frozenset(days))
+    log = partition(source, scratch, 1 << 20, lambda stage, done, total: None)
+    parts = RowReader(source, log).read(frozenset(days))
     return pa.concat_tables(pa.table({name: arrow(column) for name, column in part.features.items()}) for part in parts)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,38 +14,25 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import Join, Task
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
+from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT
 from lt4rec_sparse.recsys.data.days import DayLog
 from lt4rec_sparse.recsys.data.history import PastRows
 from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
 
-Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 # The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
 Events = tuple[Ids, Bools, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class TaskRows:
-    """Some rows as one task sees them: `label`, `member` (the row belongs to the task) and `weight`, each `[n]`."""
+class Rows(NamedTuple):
+    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and all other columns of a part.
 
-    label: Floats
-    member: Bools
-    weight: Floats
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, labels and the rest.
-
-    `values` are the carried columns, float64 with NaN for missing values.
+    The others are `label.<task>`, `member.<task>` and so on, as `prepare` names them.
     """
 
     day: str
     features: dict[str, Any]
-    tasks: dict[str, TaskRows]
-    groups: Ids
-    slices: dict[str, Bools]
-    values: dict[str, NDArray[np.float64]]
+    columns: dict[str, Any]
 
 
 class RowReader:
@@ -54,17 +40,16 @@ class RowReader:
 
     Args:
         source: The data set.
-        log: Its log by day.
-        log_columns: The columns of the log; they take precedence over columns of a side table with the same name.
+        log: Its log by day. Its columns take precedence over columns of a side table with the same name.
 
     Raises:
         DataError: If a column is absent everywhere, or a side table has a key twice.
     """
 
-    def __init__(self, source: Source, log: DayLog, log_columns: list[str]) -> None:
+    def __init__(self, source: Source, log: DayLog) -> None:
         self._schema, self._log = source.schema, log
         types = raw_types(source.schema)
-        wanted = [name for name in types if name not in log_columns]
+        wanted = [name for name in types if name not in log.columns]
         self._sides = []
         for join, paths in zip(source.schema.joins, source.joins, strict=True):
             side = _SideTable(join, paths, types, wanted)
@@ -107,13 +92,14 @@ class RowReader:
             if history.rates:
                 features |= dict(zip((f"{name}_count", f"{name}_rate"), past.rates(groups), strict=True))
             features |= {f"{name}_{column}": bags for column, bags in past.bags(groups).items()}
-        slices = {
-            part.name: pc.fill_null(pc.equal(columns[part.column], part.value), False).to_numpy(zero_copy_only=False)
-            for part in self._schema.slices
-        }
-        tasks = {task.name: _task_rows(task, columns) for task in self._schema.tasks}
-        values = {name: _floats(columns[name]) for name in self._schema.carried}
-        return Rows(day, features, tasks, groups, slices, values)
+        others: dict[str, Any] = {}
+        for task in self._schema.tasks:
+            others |= _task_columns(task, columns)
+        others[GROUP] = groups
+        for part in self._schema.slices:
+            inside = pc.fill_null(pc.equal(columns[part.column], part.value), False)
+            others[SLICE + part.name] = inside.to_numpy(zero_copy_only=False)
+        return Rows(day, features, others | {VALUE + name: _floats(columns[name]) for name in self._schema.carried})
 
 
 class _SideTable:
@@ -175,7 +161,7 @@ def _group_ids(column: Any) -> Ids:
     return values if values.dtype == np.int64 else hash64(values).view(np.int64)
 
 
-def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
+def _task_columns(task: Task, columns: Mapping[str, Any]) -> dict[str, Any]:
     label = _floats(columns[task.label])
     member = ~np.isnan(label)
     if task.divide_by is not None:
@@ -187,9 +173,11 @@ def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
         member &= np.nan_to_num(_floats(columns[name])) != 0
     weight = np.ones_like(label) if task.weight is None else _floats(columns[task.weight])
     member &= ~np.isnan(weight)
-    return TaskRows(
-        np.where(member, label, 0).astype(np.float32), member, np.where(member, weight, 0).astype(np.float32)
-    )
+    return {
+        LABEL + task.name: np.where(member, label, 0).astype(np.float32),
+        MEMBER + task.name: member,
+        WEIGHT + task.name: np.where(member, weight, 0).astype(np.float32),
+    }
 
 
 def _floats(column: Any) -> NDArray[np.float64]:

@@ -41,9 +41,8 @@ from numpy.typing import NDArray
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import read_json
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.data.folders import whole_folder
 from lt4rec_sparse.recsys.data.planted import draw_fields, feature_kinds, planted_schema, signals, standardised
-from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError
+from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError, whole_folder
 from lt4rec_sparse.recsys.metrics import AUC
 
 TRUTH = "truth.json"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import remove_abandoned, temporary_beside
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -47,18 +49,6 @@ class RawType:
 
 
 @dataclass(frozen=True)
-class FileState:
-    """The state of a file: its size, its modification time, and a digest (blake2b) of its bytes.
-
-    A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
-    """
-
-    size_bytes: int
-    changed_ns: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class Source:
     """A folder whose files have been found: the files of the log and of every side table of the schema."""
 
@@ -67,26 +57,22 @@ class Source:
     log: tuple[Path, ...]
     joins: tuple[tuple[Path, ...], ...]
 
-    def fingerprint(self, *options: object) -> str:
-        """Return a digest of the schema and of further options; `states` covers the files."""
-        content = json.dumps([self.schema.to_dict(), options], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    def states(self, known: Mapping[str, FileState] | None = None) -> dict[str, FileState]:
+    def states(self, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return the state of every file, by its path relative to the folder.
 
+        A state is its size (`size_bytes`), its modification time (`changed_ns`) and a `digest` (blake2b) of its bytes.
+        A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
+
         Args:
-            known: Earlier states. A file whose size and modification time have not changed since is not read again:
-                its digest is kept.
+            known: Earlier states. A file whose size and modification time have not changed since is not read again.
         """
         states = {}
         for path in (*self.log, *(path for join in self.joins for path in join)):
             name, stat = str(path.relative_to(self.folder)), path.stat()
-            size_bytes, changed_ns = stat.st_size, stat.st_mtime_ns
-            before = (known or {}).get(name)
-            if before is None or (before.size_bytes, before.changed_ns) != (size_bytes, changed_ns):
-                before = FileState(size_bytes, changed_ns, _digest(path))
-            states[name] = before
+            state: dict[str, Any] = {"size_bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+            before = known.get(name, {})
+            is_known = "digest" in before and before.items() >= state.items()
+            states[name] = state | {"digest": before["digest"] if is_known else _digest(path)}
         return states
 
 
@@ -162,11 +148,7 @@ def column_names(path: Path) -> list[str]:
         DataError: If the file cannot be read, or two columns have the same name.
     """
     try:
-        if path.suffix == ".parquet":
-            names = list(pq.read_schema(path).names)
-        else:
-            with _open_csv(path, None) as reader:
-                names = list(reader.schema.names)
+        names = list(pq.read_schema(path).names) if path.suffix == ".parquet" else _header(path)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
@@ -232,14 +214,22 @@ def check_regular(path: Path) -> None:
         raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
 
-def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
+def is_list(kind: Any) -> bool:
+    """Return whether an Arrow type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _header(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
+        return next(csv.reader(file), [])
+
+
+def _open_csv(path: Path, columns: Sequence[str]) -> Any:
     return pyarrow.csv.open_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
+            column_types=dict.fromkeys(_header(path), pa.string()),
             include_columns=columns,
             null_values=NULL_TEXTS,
             strings_can_be_null=True,
@@ -258,14 +248,10 @@ def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
             except (pa.ArrowException, TypeError) as error:
                 got = str(error).splitlines()[0]
                 raise DataError(f"{path}: column {name!r}: {got}, wanted {types[name].arrow}") from error
-        elif pa.types.is_nested(column.type) and not _is_list(column.type):
+        elif pa.types.is_nested(column.type) and not is_list(column.type):
             raise DataError(f"{path}: column {name!r}: got {column.type}, wanted values or lists of values")
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _cast(column: Any, wanted: RawType) -> Any:
@@ -325,3 +311,36 @@ def _digest(path: Path) -> str:
 def _unreadable(path: Path, error: Exception) -> DataError:
     wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
     return DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}")
+
+
+@contextmanager
+def whole_folder(out: Path, marker: str) -> Iterator[Path]:
+    """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
+
+    Parents that had to be made for `out` are removed with it.
+
+    Args:
+        out: A new or an empty folder, or an earlier one to be replaced.
+        marker: The file that identifies an earlier one.
+
+    Raises:
+        DataError: If `out` holds anything else, which would be lost.
+    """
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
+    made = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
+    fresh = temporary_beside(out)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds `out`, or somebody else's files
+                parent.rmdir()
