@@ -82,7 +82,6 @@ def options(
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
-Hidden = Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")]
 TrainingPrecision = Annotated[
     str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
 ]
@@ -90,7 +89,6 @@ Workers = Annotated[
     int | None,
     typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),
 ]
-EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
 Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 
 
@@ -119,13 +117,10 @@ def run(
     ] = "best",
     rounds: Annotated[
         int | None,
-        typer.Option(
-            help="Rounds of pruning per task in a search for tickets. By default 4, or 2 on the simulated log."
-        ),
+        typer.Option(help="Rounds of pruning per task in a search for tickets. By default 4, 2 on the simulated log."),
     ] = None,
     density: Annotated[
-        float,
-        typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end."),
+        float, typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end.")
     ] = 0.2,
     batch_size: Annotated[
         int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
@@ -175,20 +170,23 @@ def run(
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.run import run as run_product
 
-    default = RunSettings() if data else SIMULATED
-    settings = RunSettings(
+    given: dict[str, Any] = {
+        "embedding_dim": embedding_dim,
+        "hidden": None if hidden is None else _widths(hidden),
+        "learning_rates": None if learning_rate is None else _rates(learning_rate),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "rounds": rounds,
+    }
+    settings = replace(
+        RunSettings() if data else SIMULATED,
         seeds=seeds,
-        embedding_dim=default.embedding_dim if embedding_dim is None else embedding_dim,
-        hidden=default.hidden if hidden is None else widths(hidden),
-        learning_rates=default.learning_rates if learning_rate is None else rates(learning_rate),
-        epochs=default.epochs if epochs is None else epochs,
-        batch_size=default.batch_size if batch_size is None else batch_size,
         masks=masks,
-        rounds=default.rounds if rounds is None else rounds,
         density=density,
         granularity=granularity,
-        tasks=names(tasks),
-        dtype=dtype_of(precision),
+        tasks=_names(tasks),
+        dtype=_dtype(precision),
+        **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with shown_progress(quiet) as progress:
@@ -220,8 +218,10 @@ def experiment(
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
-    embedding_dim: EmbeddingDim = 16,
-    hidden: Hidden = "512,256,128",
+    embedding_dim: Annotated[
+        int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")
+    ] = 16,
+    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
     cross: Annotated[
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
     ] = "dlrm",
@@ -270,7 +270,7 @@ def experiment(
         if data is not None:
             raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
         out = out or Path("runs") / "experiments" / "regimes"
-        regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype_of(precision)))
+        regimes = Regimes(impressions, training=replace(TRAINING, dtype=_dtype(precision)))
         with shown_progress(quiet) as progress:
             report = run_regimes(out, seeds, regimes, Resources(workers, executor), progress)
         typer.echo(f"{report}, report.html, records.json")
@@ -278,15 +278,15 @@ def experiment(
     if data is None:
         raise InputError("--data: got none, wanted a folder with a log")
     training = Training(
-        hidden=widths(hidden),
+        hidden=_widths(hidden),
         embedding_dim=embedding_dim,
         epochs=epochs,
         batch_size=batch_size,
         cross=cross,
-        losses=tuple(sorted(losses(loss or []).items())),
-        dtype=dtype_of(precision),
+        losses=_losses(loss or []),
+        dtype=_dtype(precision),
     )
-    variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
+    variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
     out = out or Path("runs") / "experiments" / data.resolve().name
     with shown_progress(quiet) as progress:
         report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
@@ -370,7 +370,7 @@ def score(
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import read_candidates
 
-    check_out(out)
+    _check_out(out)
     if out.suffix not in (".csv", ".parquet"):
         raise InputError(f"OUT: got {out.name!r}, wanted a name that ends in .csv or .parquet")
     is_gpu = _is_gpu(device)
@@ -384,14 +384,14 @@ def score(
         ranker = load(model).planned(measured)
     else:
         ranker = load(model, precision or "fp32")
-    kept_names = names(keep)
+    kept_names = _names(keep)
     twice = next((name for name in kept_names if name in ranker.tasks), None)
     if twice is not None:
         raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
     features, kept = read_candidates(candidates, ranker.encoder.schema, kept_names)
     scores = ranker.score(features)
     columns = dict(zip(kept.column_names, kept.columns, strict=True))
-    write_table(pa.table(columns | scores), out)
+    _write_table(pa.table(columns | scores), out)
 
 
 @app.command()
@@ -417,7 +417,7 @@ def plan(
     """
     from lt4rec_sparse.ranker import load
 
-    check_out(out)
+    _check_out(out)
     _is_gpu(device)
     mlp = load(model).mlp
     try:
@@ -460,22 +460,14 @@ def _is_gpu(device: str) -> bool:
     return kind == "cuda"
 
 
-def check_out(out: Path) -> None:
-    """Refuse a file that cannot be written before hours of work, not after them.
-
-    Raises:
-        InputError: If `out` is a folder, or is in none.
-    """
+def _check_out(out: Path) -> None:
+    """Refuse a file that cannot be written before hours of work, not after them."""
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
 
 
-def write_table(table: Any, out: Path) -> None:
-    """Write an Arrow table as CSV or Parquet, by the file's extension.
-
-    Raises:
-        InputError: If a column cannot be written as CSV.
-    """
+def _write_table(table: Any, out: Path) -> None:
+    """Write an Arrow table as CSV or Parquet, by the file's extension."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet as pq
@@ -516,31 +508,17 @@ def shown_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: None
         return
 
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines(lambda line: typer.echo(line, err=True))
         return
-    bars: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as shown:
+    bars: dict[str, rich.TaskID] = {}
+    text = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
+    times = rich.TimeElapsedColumn(), rich.TextColumn("left:"), rich.TimeRemainingColumn()
+    with rich.Progress(*text, *times, console=console) as shown:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in bars:
@@ -551,11 +529,7 @@ def shown_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Lines:
-    """Progress as lines of text: at a stage's first and last step, and at most every `LINE_SECONDS` in between.
-
-    Args:
-        write: Called with each line.
-    """
+    """Progress as lines of text: at a stage's first and last step, and at most every `LINE_SECONDS` in between."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -582,17 +556,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Return "ctr, cvr" as names."""
+def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def widths(text: str) -> tuple[int, ...]:
-    """Return "512,256,128" as numbers.
-
-    Raises:
-        InputError: If a part is not a number, or is too large.
-    """
+def _widths(text: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -602,27 +570,42 @@ def widths(text: str) -> tuple[int, ...]:
     return found
 
 
-def rates(text: str) -> tuple[float, ...]:
-    """Return "0.0005,0.001" as numbers.
-
-    Raises:
-        InputError: If a part is not a finite number.
-    """
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--learning-rate: got {text!r}, wanted numbers such as 0.0005,0.001,0.002") from error
+def _numbers(text: str) -> tuple[float, ...]:
+    """Return "0.0005,0.001" as numbers; of any other text, or an infinite number or NaN, raise ValueError."""
+    found = tuple(float(part) for part in text.split(","))
     if not all(map(math.isfinite, found)):
-        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers")
+        raise ValueError("got an infinite number")
     return found
 
 
-def dtype_of(precision: str) -> str:
-    """Return the dtype in which training multiplies matrices.
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return _numbers(text)
+    except ValueError as error:
+        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers such as 0.0005,0.001,0.002") from error
 
-    Raises:
-        InputError: If there is no such precision.
-    """
+
+def _conflict(text: str) -> Conflict:
+    from lt4rec_sparse.recsys.models import Conflict
+
+    try:
+        long_ms, long_ratio, short_ratio, click, watch = _numbers(text)
+        return Conflict(long_ms, long_ratio, short_ratio, click, watch)
+    except ValueError as error:
+        raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error
+
+
+def _losses(named: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return ["ctr=focal"] as (task, loss)."""
+    pairs = [text.partition("=") for text in named]
+    found = {task: loss for task, _, loss in pairs}
+    if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
+        raise InputError(f"--loss: got {' '.join(named)}, wanted pairs such as ctr=focal, at most one per task")
+    return tuple(sorted(found.items()))
+
+
+def _dtype(precision: str) -> str:
+    """Return the dtype in which training multiplies matrices."""
     from lt4rec_sparse.recsys.training import fastest_dtype
 
     if precision == "auto":
@@ -630,33 +613,3 @@ def dtype_of(precision: str) -> str:
     if precision not in TRAINING_DTYPES:
         raise InputError(f"--precision: got {precision!r}, wanted one of auto, {', '.join(TRAINING_DTYPES)}")
     return TRAINING_DTYPES[precision]
-
-
-def losses(named: list[str]) -> dict[str, str]:
-    """Return ["ctr=focal"] as task -> loss.
-
-    Raises:
-        InputError: If one is not a pair, or a task is repeated.
-    """
-    pairs = [text.partition("=") for text in named]
-    found = {task: loss for task, _, loss in pairs}
-    if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
-        raise InputError(f"--loss: got {' '.join(named)}, wanted pairs such as ctr=focal, at most one per task")
-    return found
-
-
-def conflict_of(text: str) -> Conflict:
-    """Return "60000,0.1,0.2,0.2,5" as thresholds and factors.
-
-    Raises:
-        InputError: If they are not five finite numbers of at least 0.
-    """
-    from lt4rec_sparse.recsys.models import Conflict
-
-    try:
-        long_ms, long_ratio, short_ratio, click, watch = numbers = [float(part) for part in text.split(",")]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"got {numbers}, wanted finite numbers")
-        return Conflict(long_ms, long_ratio, short_ratio, click, watch)
-    except ValueError as error:
-        raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error

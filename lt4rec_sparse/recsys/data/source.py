@@ -148,7 +148,11 @@ def column_names(path: Path) -> list[str]:
         DataError: If the file cannot be read, or two columns have the same name.
     """
     try:
-        names = list(pq.read_schema(path).names) if path.suffix == ".parquet" else _header(path)
+        if path.suffix == ".parquet":
+            names = list(pq.read_schema(path).names)
+        else:
+            with _open_csv(path, None) as reader:
+                names = list(reader.schema.names)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
@@ -219,17 +223,14 @@ def is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _header(path: Path) -> list[str]:
+def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _open_csv(path: Path, columns: Sequence[str]) -> Any:
+        names = next(csv.reader(file), [])
     return pyarrow.csv.open_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(_header(path), pa.string()),
+            column_types=dict.fromkeys(names, pa.string()),
             include_columns=columns,
             null_values=NULL_TEXTS,
             strings_can_be_null=True,
