@@ -46,24 +46,20 @@ class FeatureEncoder:
     Args:
         schema: The columns.
         tables: The fitted table of every table name in use.
+
+    Attributes:
+        fields: Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags).
+        table_sizes: Rows of every embedding table, in the order of first use by `fields`.
     """
 
     def __init__(self, schema: Schema, tables: Mapping[str, Table]) -> None:
         self.schema = schema
         self._single = tuple(column for column in schema.features if column.kind != "multi")
         self._multi = tuple(column for column in schema.features if column.kind == "multi")
-        self._tables = {column.table: tables[column.table] for column in (*self._single, *self._multi)}
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        """Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags)."""
         columns = (*self._single, *self._multi)
-        return tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
-
-    @property
-    def table_sizes(self) -> dict[str, int]:
-        """Rows of every embedding table, in the order of first use by `fields`."""
-        return {name: table.size for name, table in self._tables.items()}
+        self._tables = {column.table: tables[column.table] for column in columns}
+        self.fields = tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
+        self.table_sizes = {name: table.size for name, table in self._tables.items()}
 
     @classmethod
     def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]]) -> FeatureEncoder:
@@ -131,15 +127,15 @@ class FeatureEncoder:
         return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
 
     def _rows(self, columns: Mapping[str, Any]) -> int:
-        first: tuple[str, int] | None = None
+        rows: dict[str, int] = {}
         for column in (*self._single, *self._multi):
             if column.name not in columns:
                 raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
-            rows = raw_columns.rows_of(column, columns[column.name])
-            name, wanted = first = first or (column.name, rows)
-            if rows != wanted:
-                raise InputError(f"column {column.name!r}: got {rows} rows, wanted {wanted} as in {name!r}")
-        return first[1] if first else 0
+            got = rows[column.name] = raw_columns.rows_of(column, columns[column.name])
+            first, wanted = next(iter(rows.items()))
+            if got != wanted:
+                raise InputError(f"column {column.name!r}: got {got} rows, wanted {wanted} as in {first!r}")
+        return wanted
 
 
 def _new_fit(column: Column) -> Fit:

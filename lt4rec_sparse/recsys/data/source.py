@@ -120,24 +120,19 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
 
     made = {column.name for column in schema.derived}
     types |= {column.name: feature_type(column) for column in schema.columns if column.name not in made}
-    for task in schema.tasks:
-        for name in (task.label, task.divide_by, task.weight, *task.rows):
-            use(name, pa.float64())
-    for history in schema.histories:
-        use(history.when, pa.float64())
-    for derived in schema.derived:
-        use(derived.days_since, pa.string())
-    for name in schema.carried:
-        if name not in made:
-            use(name, pa.float64())
+    numbers = [name for task in schema.tasks for name in (task.label, task.divide_by, task.weight, *task.rows)]
+    numbers += [history.when for history in schema.histories]
+    numbers += [name for name in schema.carried if name not in made]
+    for name in (*numbers, schema.time.order):
+        use(name, pa.float64())
+    for name in (*(derived.days_since for derived in schema.derived), schema.time.day):
+        use(name, pa.string())
     for part in schema.slices:
         use(part.column, pa.int64() if isinstance(part.value, int) else pa.string())
     for join in schema.joins:
         use(join.on, ARROW_TYPES[join.type])
     use(schema.group.column, ARROW_TYPES[schema.group.type])
-    use(schema.time.day, pa.string())
     use(schema.time.timestamp, pa.timestamp(schema.time.unit))
-    use(schema.time.order, pa.float64())
     return types
 
 
@@ -209,11 +204,7 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is not a regular file: reading a device or a pipe may never end.
-
-    Raises:
-        DataError: If the path, links followed, is a folder, a device, a pipe or a socket.
-    """
+    """Refuse what, links followed, is not a regular file: reading a device or a pipe may never end."""
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
@@ -256,12 +247,7 @@ def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
 
 
 def _cast(column: Any, wanted: RawType) -> Any:
-    """Cast a column without loss (a timestamp: to its declared unit).
-
-    Raises:
-        pa.ArrowException: If a value cannot be cast.
-        TypeError: If there is no cast from one type to the other.
-    """
+    """Cast a column without loss (a timestamp: to its declared unit)."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if pa.types.is_list(wanted.arrow):
         if text:
