@@ -65,11 +65,7 @@ class DayLog:
 
 
 def _log_columns(source: Source) -> list[str]:
-    """Return the columns of the log.
-
-    Raises:
-        DataError: If its files differ in columns, or lack a column that must be in the log.
-    """
+    """Return the columns of the log, in which its files agree and none is absent that must be there."""
     schema, first = source.schema, source.log[0]
     names = column_names(first)
     for path in source.log[1:]:
@@ -91,13 +87,9 @@ def _log_columns(source: Source) -> list[str]:
 
 
 def partition(source: Source, folder: Path, batch_rows: int, progress: Progress) -> DayLog:
-    """Read the log once and write it to `folder` by day, without duplicates and in order.
+    """Read the log once and write it to `folder`, for temporary files, by day, without duplicates and in order.
 
-    Args:
-        source: The data set.
-        folder: An empty folder for temporary files.
-        batch_rows: Rows of a record batch of `DayLog.read`.
-        progress: Called after every file read and every day sorted.
+    `DayLog.read` yields record batches of `batch_rows`. Progress is reported after every file read and day sorted.
 
     Raises:
         DataError: If a file, a type, a label or a day contradicts the schema.

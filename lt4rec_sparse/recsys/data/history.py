@@ -35,11 +35,7 @@ class PastRows:
         self._columns: dict[str, Any] = dict.fromkeys(history.columns, pa.array([], pa.int64()))
 
     def bags(self, groups: Ids) -> dict[str, tuple[Array, Ids]]:
-        """Return, for rows of the groups `[n]`, the past values of every column, oldest first.
-
-        Returns:
-            Column -> `(values [nnz], offsets [n + 1])`; an unknown group has empty bags.
-        """
+        """Return the past values of every column for rows of the groups `[n]`, as `(values [nnz], offsets [n + 1])`."""
         slots = self._index.lookup(groups) - 2
         begins = self._ends[slots]
         lengths = np.where(slots >= 0, self._ends[slots + 1] - begins, 0)
@@ -59,12 +55,9 @@ class PastRows:
         return count.astype(np.float64), np.divide(count, rows, out=np.full(len(groups), np.nan), where=rows > 0)
 
     def add_day(self, groups: Ids, counts: NDArray[np.bool_], columns: dict[str, Any]) -> None:
-        """Add a day whose rows have all been read.
+        """Add a day whose rows have all been read: their groups `[n]` in the order of the day, and which count, `[n]`.
 
-        Args:
-            groups: `[n]` int64, the group of each row, in the order of the day.
-            counts: `[n]`, which rows count.
-            columns: The history's columns of the rows that count, Arrow arrays of values or of lists.
+        `columns` are the history's columns of the rows that count, Arrow arrays of values or of lists.
         """
         fresh = np.setdiff1d(groups, self._index.keys)
         self._index = IntVocabulary(np.concatenate([self._index.keys, fresh]))

@@ -147,11 +147,7 @@ def prepare(
 
 
 def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]]:
-    """Return the days of train, validation and test.
-
-    Raises:
-        DataError: If there are too few days, or a listed day is not in the log.
-    """
+    """Return the days of train, validation and test."""
     if split.train:
         listed = dict(zip(SPLITS, (split.train, split.validation, split.test), strict=True))
         for name, wanted in listed.items():
@@ -171,11 +167,7 @@ def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]
 def _write(
     folder: Path, encoder: FeatureEncoder, stream: Iterator[Rows], splits: dict[str, tuple[str, ...]], where: str
 ) -> dict[str, Any]:
-    """Write the parts of every split and return its counts.
-
-    Raises:
-        DataError: If a task has no row in a split.
-    """
+    """Write the parts of every split and return its counts; no task may be without rows in a split."""
     tasks = [task.name for task in encoder.schema.tasks]
     rows_of, members, labels = Counter[str](), Counter[tuple[str, str]](), defaultdict[tuple[str, str], float](float)
     parts = dict.fromkeys(SPLITS, 0)
@@ -244,11 +236,7 @@ def _reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress
 
 
 def load_encoder(folder: Path) -> FeatureEncoder:
-    """Read the encoder of a prepared folder.
-
-    Raises:
-        DataError: If the file is missing or malformed; the message begins with its path.
-    """
+    """Read the encoder of a prepared folder."""
     path = folder / ENCODER
     try:
         with safe_open(path, framework="numpy") as file:
@@ -276,11 +264,7 @@ def _is_current(out: Path, source: Source, fingerprint: str) -> bool:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Return `prepared.json`, or nothing if there is none.
-
-    Raises:
-        InputError: If the file is damaged; the message begins with its path.
-    """
+    """Return `prepared.json`, or nothing if there is none."""
     path = folder / PREPARED
     if not path.is_file():
         return {}

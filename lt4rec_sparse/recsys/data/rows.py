@@ -38,12 +38,7 @@ class Rows(NamedTuple):
 class RowReader:
     """Rows of the log with everything that is known before each impression.
 
-    Args:
-        source: The data set.
-        log: Its log by day. Its columns take precedence over columns of a side table with the same name.
-
-    Raises:
-        DataError: If a column is absent everywhere, or a side table has a key twice.
+    Columns of the log take precedence over columns of a side table with the same name.
     """
 
     def __init__(self, source: Source, log: DayLog) -> None:

@@ -58,13 +58,10 @@ class Source:
     joins: tuple[tuple[Path, ...], ...]
 
     def states(self, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the state of every file, by its path relative to the folder.
+        """Return the state of every file, by its path relative to the folder, given earlier states.
 
         A state is its size (`size_bytes`), its modification time (`changed_ns`) and a `digest` (blake2b) of its bytes.
         A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
-
-        Args:
-            known: Earlier states. A file whose size and modification time have not changed since is not read again.
         """
         states = {}
         for path in (*self.log, *(path for join in self.joins for path in join)):
@@ -107,11 +104,7 @@ def feature_type(column: Column) -> RawType:
 
 
 def raw_types(schema: Schema) -> dict[str, RawType]:
-    """Return how to read every column that the schema needs from a file.
-
-    Raises:
-        DataError: If the schema uses one column as two types.
-    """
+    """Return how to read every column that the schema needs from a file."""
     types: dict[str, RawType] = {}
 
     def use(name: str | None, arrow: Any) -> None:
@@ -137,11 +130,7 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
 
 
 def column_names(path: Path) -> list[str]:
-    """Return the names of a file's columns.
-
-    Raises:
-        DataError: If the file cannot be read, or two columns have the same name.
-    """
+    """Return the names of a file's columns."""
     try:
         if path.suffix == ".parquet":
             names = list(pq.read_schema(path).names)
@@ -157,11 +146,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
-    """Yield the named columns as record batches, with the types of `types`, and others as they are in the file.
-
-    Raises:
-        DataError: If the file cannot be read, or a value is not of its column's type.
-    """
+    """Yield the named columns as record batches, with the types of `types`, and others as they are in the file."""
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as parquet:
@@ -304,14 +289,8 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def whole_folder(out: Path, marker: str) -> Iterator[Path]:
     """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
 
-    Parents that had to be made for `out` are removed with it.
-
-    Args:
-        out: A new or an empty folder, or an earlier one to be replaced.
-        marker: The file that identifies an earlier one.
-
-    Raises:
-        DataError: If `out` holds anything else, which would be lost.
+    Parents that had to be made for `out` are removed with it. `out` is a new or an empty folder, or an earlier one,
+    which has a file `marker` and is replaced; anything else would be lost and is refused.
     """
     if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")

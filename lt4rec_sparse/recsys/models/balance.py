@@ -15,10 +15,7 @@ class UncertaintyWeights(nn.Module):
     """Weight each task's loss by the learned noise of the task: `sum over t of c_t exp(-s_t) loss_t + s_t / 2`.
 
     `s_t = log sigma_t^2` is learned; `c` is 1/2 for a squared error and 1 for a cross entropy. `s` starts at 0.
-
-    Args:
-        tasks: The tasks' names.
-        kinds: Task -> kind of its loss: "ratio" (squared error) or "binary" (cross entropy).
+    `kinds` is task -> kind of its loss: "ratio" (squared error) or "binary" (cross entropy).
 
     Source: Kendall et al. (arXiv 1705.07115), equations 7 and 10.
     """
@@ -41,14 +38,10 @@ class UncertaintyWeights(nn.Module):
 
 
 def pcgrad(gradients: Sequence[Sequence[Tensor]], generator: torch.Generator) -> list[Tensor]:
-    """Combine the tasks' gradients so that none opposes another: the sum of `without_conflicts`.
+    """Combine the tasks' gradients so that none opposes another: the sum of `without_conflicts`, per parameter.
 
-    Args:
-        gradients: For each task, one tensor per parameter; zero where the task does not use it.
-        generator: Draws the order of the tasks; on the CPU.
-
-    Returns:
-        One tensor per parameter.
+    `gradients` has for each task one tensor per parameter, zero where the task does not use it. The `generator`, on the
+    CPU, draws the order of the tasks.
 
     Source: Yu et al. (arXiv 2001.06782), Algorithm 1.
     """

@@ -52,7 +52,7 @@ def build(
 
     Args:
         name: One of `MODELS`; "single_task" is "sparse_sharing" with one task.
-        fields: The fields, in the order of the encoder.
+        fields: The fields and the sizes of their tables, `table_sizes`, as the encoder has them.
         table_sizes: Table name -> number of rows.
         tasks: The tasks' names, in order.
         hidden: Widths of the hidden layers; the model's class says of which layers.
@@ -61,8 +61,7 @@ def build(
         exclusive_dim: Width of a task's own embedding; 0 for none.
 
     Raises:
-        ValueError: If there is no such model or cross, a width is out of range, a field's table has no size, or a
-            single-task model gets several tasks.
+        ValueError: If an argument is out of its range.
     """
     for kind, value, known in (("model", name, MODELS), ("cross", cross, CROSSES)):
         if value not in known:

@@ -12,15 +12,8 @@ from torch import Tensor
 class Conflict:
     """The paper's answer to opposing gradients: a clicked and hardly watched row counts more for CVR, less for CTR.
 
-    Attributes:
-        long_ms: A video is long above this duration, in milliseconds.
-        long_ratio: A long video is hardly watched below this watch ratio.
-        short_ratio: The same for any other video.
-        click_factor: Factor of such a row in the CTR loss.
-        watch_factor: Factor of such a row in the CVR loss.
-
-    Raises:
-        ValueError: If a threshold or factor is below 0.
+    A video is long above `long_ms`, in milliseconds. A long one is hardly watched below the watch ratio `long_ratio`,
+    any other below `short_ratio`. The last two are the factors of such a row in the CTR loss and in the CVR loss.
 
     Source: LT4REC (arXiv 2008.09872), section 2.2, "gradient conflict"; the figures are those of its published code.
     """
@@ -40,11 +33,7 @@ class Conflict:
         """Return each row's factors in the CTR and in the CVR loss, `[batch]`, dtype of `ratio`: 1 without a conflict.
 
         A row without a duration (NaN, or not above 0) or without a ratio (NaN) is never in conflict.
-
-        Args:
-            ratio: `[batch]` float, the share of the video that was watched.
-            clicked: `[batch]` bool.
-            duration_ms: `[batch]` float, the duration of the video.
+        All are `[batch]`: the share of the video that was watched, bool, and the duration of the video.
         """
         hardly = torch.where(duration_ms > self.long_ms, ratio < self.long_ratio, ratio < self.short_ratio)
         rows, one = clicked & hardly & (duration_ms > 0), torch.ones_like(ratio)

@@ -16,15 +16,10 @@ Fields = Sequence[tuple[str, str, bool]]
 
 
 class Seen(NamedTuple):
-    """A batch as the tasks' networks see it.
+    """A batch as the tasks' networks see it."""
 
-    Attributes:
-        views: Task -> its network's input, `[batch, out_features]`; the same tensor for tasks that share it.
-        logits: Task -> a term to add to its network's logit, `[batch, 1]`; empty if there is none.
-    """
-
-    views: Mapping[str, Tensor]
-    logits: Mapping[str, Tensor]
+    views: Mapping[str, Tensor]  # task -> its network's input, [batch, out_features]; one tensor if it is shared
+    logits: Mapping[str, Tensor]  # task -> a term to add to its network's logit, [batch, 1]; empty if there is none
 
 
 class TaskInputs(nn.Module):
@@ -38,14 +33,6 @@ class TaskInputs(nn.Module):
     - "deepfm": `x = [e_1, ..., e_n]`, `l_task = FirstOrder + sum over i < j of e_i . e_j`.
 
     With `exclusive_dim`, each task has its own vectors `[s_i; e_i]` (`MultiviewEmbeddings`).
-
-    Args:
-        fields: The fields, in the order of the encoder.
-        table_sizes: Table name -> number of rows.
-        tasks: The tasks' names.
-        dim: Width of an embedding that tasks share.
-        cross: One of `CROSSES`.
-        exclusive_dim: Width of a task's own embedding; 0 for none.
 
     Source: DLRM (arXiv 1906.00091); Wide & Deep (Cheng et al., arXiv 1606.07792); DeepFM (Guo et al., 1703.04247).
     """

@@ -63,12 +63,8 @@ def entire_space(click_logits: Tensor, conversion_logits: Tensor, labels: Tensor
     """Return the cross entropy of `pCTCVR = pCTR pCVR` over all impressions, weighted mean.
 
     Thus pCVR learns from every impression; from clicked ones alone it would be biased towards them.
-
-    Args:
-        click_logits: `[batch]`, of pCTR.
-        conversion_logits: `[batch]`, of pCVR, the conversion given a click.
-        labels: `[batch]`, click times ratio: zero without a click.
-        weights: `[batch]`.
+    Logits are those of pCTR and of pCVR, the conversion given a click; a label is click times ratio, zero without a
+    click. All are `[batch]`.
 
     Source: Ma et al., ESMM (arXiv 1804.07931), equations 1 and 3.
     """

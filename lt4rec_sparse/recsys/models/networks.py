@@ -221,14 +221,9 @@ class Extraction(nn.Module):
         self.shared_gate = None if last else Gate(in_features, own * len(tasks) + shared)
 
     def forward(self, x: Mapping[str, Tensor], x_shared: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Mix the experts for each task of `x`.
+        """Mix the experts for each task of `x`: every task; at the last level some may be left out.
 
-        Args:
-            x: Task -> `[batch, in_features]`: every task; at the last level some may be left out.
-            x_shared: `[batch, in_features]`.
-
-        Returns:
-            Task -> `[batch, expert width]`, and the shared vector of that shape, which the last level leaves as it is.
+        Vectors are `[batch, in_features]`, the results `[batch, expert width]`; the last level returns `x_shared`.
         """
         shared = [expert(x_shared) for expert in self.shared]
         experts: Any = self.own

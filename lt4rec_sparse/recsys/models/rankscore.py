@@ -16,16 +16,8 @@ def rank_score(
     With `a = b = c = 1`, as in the paper's online test, it is the expected view time, in the unit of the length.
     `0**0` is 1, so that an exponent of 0 removes its factor.
 
-    Args:
-        pctr: Probabilities of a click, any shape, a floating dtype.
-        pcvr: Expected watch ratios given a click, shaped as `pctr`.
-        video_length: Lengths, shaped as `pctr`, any real dtype and unit.
-        a: Exponent of `pctr`, at least 0.
-        b: Exponent of `pcvr`, at least 0.
-        c: Exponent of the length, at least 0.
-
-    Returns:
-        Scores, shaped as `pctr`, in the dtype to which torch promotes the three.
+    `pctr` is the probability of a click, `pcvr` the expected watch ratio given one, `video_length` has any real dtype
+    and unit; all have one shape, which is that of the scores.
 
     Raises:
         ValueError: If shapes differ, a probability is NaN or outside [0, 1], a length is negative, infinite or NaN, or

@@ -36,19 +36,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`.
+    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`."""
 
-    Attributes:
-        losses: Task -> its loss, in the order of alternation.
-        scales: Task -> factor of its loss, Eq 2's a and b; 1 for tasks not named.
-        factors: More factors per row, or None.
-        dtype: The dtype of matrix products (`torch.autocast`); None for that of the weights.
-    """
-
-    losses: Mapping[str, Loss]
-    scales: Mapping[str, float] = field(default_factory=dict)
-    factors: Factors | None = None
-    dtype: torch.dtype | None = None
+    losses: Mapping[str, Loss]  # in the order of alternation
+    scales: Mapping[str, float] = field(default_factory=dict)  # Eq 2's a and b; 1 for tasks not named
+    factors: Factors | None = None  # more factors per row
+    dtype: torch.dtype | None = None  # of matrix products (`torch.autocast`); None for that of the weights
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of all tasks that have rows; the model runs once, over the whole batch."""
