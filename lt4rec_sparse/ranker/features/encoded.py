@@ -52,10 +52,6 @@ class EncodedFeatures:
         values = self.multi_values.index_select(0, torch.arange(len(shift), device=device) + shift).long()
         return EncodedFeatures(single, values, offsets)
 
-    def __getitem__(self, rows: slice | Tensor) -> EncodedFeatures:
-        """Return a slice of rows, or `take` of positions."""
-        return self.take(torch.arange(self.batch, device=self.single.device)[rows] if isinstance(rows, slice) else rows)
-
     def to(self, device: torch.device | str) -> EncodedFeatures:
         """Return the same rows on `device`."""
         return EncodedFeatures(self.single.to(device), self.multi_values.to(device), self.multi_offsets.to(device))

@@ -1,7 +1,9 @@
 """From a raw value to its id in an embedding table: a vocabulary, a hash, or a quantile bucket.
 
 Id 0 is a missing value everywhere and is given by the encoder; a table sees only values that are present. In a
-vocabulary id 1 is any value unseen in training.
+vocabulary id 1 is any value unseen in training. A table has a `size`, the rows of its embedding table, the missing one
+included; its `lookup` gives ids in `[1, size)` to values `[n]`, int64, object (str) or float64; `to_arrays` returns
+what was fitted, which `from_arrays` reads back. A fit takes training values in chunks and makes a table of them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise, repeat
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,32 +25,6 @@ Hashes = NDArray[np.uint64]
 MERGE_AT = 1 << 20
 # A sketch of this many points places a quantile within 1e-5 of its rank.
 SKETCH_POINTS = 1 << 17
-
-
-class Table(Protocol):
-    """Ids of one embedding table, all in `[1, size)` for values that are present.
-
-    Attributes:
-        size: Rows of the embedding table, the missing one included.
-    """
-
-    size: int
-
-    def lookup(self, values: Array) -> Ids:
-        """Return the id of every value: `[n]` int64, object (str) or float64 in, `[n]` int64 out."""
-
-    def to_arrays(self) -> dict[str, Array]:
-        """Return what was fitted; the class reads it back with `from_arrays`."""
-
-
-class Fit(Protocol):
-    """Takes training values in chunks and makes a table of them."""
-
-    def add(self, values: Array) -> None:
-        """Count the values of one chunk; the caller leaves out missing ones."""
-
-    def table(self) -> Table:
-        """Return the table of all values added so far."""
 
 
 class IntVocabulary:
@@ -239,6 +215,10 @@ class QuantileFit(_Histogram):
         ranks = np.arange(1, self._buckets) * below[-1] / self._buckets
         cuts = np.unique(values[np.searchsorted(below, ranks)])
         return QuantileTable(cuts[cuts < values[-1]])
+
+
+Table = IntVocabulary | StringVocabulary | HashTable | QuantileTable
+Fit = IntFit | StringFit | HashTable | QuantileFit
 
 
 def hash64(values: Array) -> Hashes:

@@ -91,13 +91,7 @@ class BatchStream:
 
     The order of an epoch depends on `seed`, the epoch's number and the prepared files only, so `(epoch, batch)` is the
     whole cursor: `stream.epoch(3, start=40)` yields, bit for bit, what `stream.epoch(3)` yields from its 41st batch on.
-
-    Args:
-        folder: A prepared folder.
-        split: `train`, `validation` or `test`.
-        batch_size: Rows of every batch except the last.
-        seed: Seed of the shuffle.
-        shuffle: False keeps the order of the files.
+    Without `shuffle` rows keep the order of the files. The last batch may be smaller than `batch_size`.
 
     Raises:
         ValueError: If the batch size is not positive or there is no such split.

@@ -1,8 +1,8 @@
-"""Rows ready to be encoded: the log of a day joined with its side tables, its past, and the labels of every task."""
+"""Rows ready to be encoded: of a log, joined with side tables, their past and labels, or candidates of a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lt4rec_sparse.ranker.features import Join, Task
+from lt4rec_sparse.ranker.features import Join, Schema, Task
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
 from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT
 from lt4rec_sparse.recsys.data.days import DayLog
 from lt4rec_sparse.recsys.data.history import PastRows
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+from lt4rec_sparse.recsys.data.source import (
+    DataError,
+    RawType,
+    Source,
+    check_regular,
+    column_names,
+    feature_type,
+    raw_types,
+    read_file,
+)
 
 Bools = NDArray[np.bool_]
 # The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
@@ -81,7 +90,7 @@ class RowReader:
         return columns
 
     def _rows(self, day: str, columns: Mapping[str, Any], groups: Ids, pasts: Mapping[str, PastRows]) -> Rows:
-        features = {column.name: raw_column(columns[column.name]) for column in self._schema.columns}
+        features = {column.name: _raw_column(columns[column.name]) for column in self._schema.columns}
         for history in self._schema.histories:
             name, past = history.name, pasts[history.name]
             if history.rates:
@@ -139,12 +148,42 @@ def _keys(keys: Any, join: Join, paths: tuple[Path, ...]) -> IntVocabulary | Str
     return IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
 
 
-def raw_column(column: Any) -> Any:
+def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tuple[dict[str, Any], Any]:
+    """Read the feature columns of a CSV or Parquet file, and columns to keep beside the scores.
+
+    They have the types of training, so that they are encoded as in training. Derived columns and the bags of histories
+    are ordinary columns here: the caller knows the past of each candidate. Columns in `keep` may be features; others
+    have the types of the file, which in CSV is text.
+
+    Returns:
+        The features in the forms that `FeatureEncoder.encode` takes, and a `pyarrow.Table` of the columns to keep.
+
+    Raises:
+        DataError: If the file cannot be read, a feature or a column to keep is absent, or a value is not of its
+            column's type.
+    """
+    check_regular(path)
+    there = column_names(path)
+    types = {column.name: feature_type(column) for column in schema.features}
+    for names, wanted in ((types, "every feature of the model"), (keep, f"one of {', '.join(there)}")):
+        for name in names:
+            if name not in there:
+                raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
+    names = list(dict.fromkeys((*types, *keep)))
+    batches = list(read_file(path, types, names))
+    if not batches:
+        return {name: [] for name in types}, pa.table({name: pa.nulls(0) for name in keep})
+    table = pa.Table.from_batches(batches).combine_chunks()
+    features = {name: _raw_column(pa.concat_arrays(table[name].chunks)) if table.num_rows else [] for name in types}
+    return features, table.select(list(dict.fromkeys(keep)))
+
+
+def _raw_column(column: Any) -> Any:
     """Return an Arrow column as `features.raw` takes it: an array, masked where missing, or values and offsets."""
     if pa.types.is_list(column.type):
         # A key that the side table lacks gives a missing list: an empty bag.
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-        return raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return _raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if column.null_count == 0 or not pa.types.is_integer(column.type):
         return column.to_numpy(zero_copy_only=False)  # missing text becomes None, a missing float NaN
     return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
