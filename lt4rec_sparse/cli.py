@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 TRAINING_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MAX_WIDTH = 1 << 16
-MAX_EMBEDDING_DIM = 4096
 LINE_SECONDS = 5.0  # between two lines of a stage where the output is no terminal
 
 
@@ -64,6 +63,9 @@ def _within(low: float, high: float) -> Callable[[float | None], float | None]:
         return value
 
     return check
+
+
+_EMBEDDING_DIM = _within(1, 4096)
 
 
 def _finite(value: float | None) -> float | None:
@@ -117,11 +119,9 @@ def run(
     ] = "best",
     rounds: Annotated[
         int | None,
-        typer.Option(help="Rounds of pruning per task in a search for tickets. By default 4, 2 on the simulated log."),
+        typer.Option(help="Rounds of pruning per task, for tickets. By default 4, or 2 on the simulated log."),
     ] = None,
-    density: Annotated[
-        float, typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end.")
-    ] = 0.2,
+    density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.2,
     batch_size: Annotated[
         int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
     ] = None,
@@ -136,17 +136,11 @@ def run(
     workers: Workers = None,
     embedding_dim: Annotated[
         int | None,
-        typer.Option(
-            callback=_within(1, MAX_EMBEDDING_DIM),
-            help="Width of an embedding. By default 16, or 8 on the simulated log.",
-        ),
+        typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding. By default 16, or 8 on the simulated log."),
     ] = None,
     hidden: Annotated[
         str | None,
-        typer.Option(
-            help="Widths of the MLP's hidden layers, from the input on. By default 512,256,128, or half of them on the "
-            "simulated log."
-        ),
+        typer.Option(help="Widths of the hidden layers. By default 512,256,128, or half of them on the simulated log."),
     ] = None,
     granularity: Annotated[
         str,
@@ -206,10 +200,7 @@ def experiment(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder that all experiments on this log share; one that was interrupted continues there. "
-            "[runs/experiments/<data>]"
-        ),
+        typer.Option(help="The folder of all experiments on this log, which continue there. [runs/experiments/<data>]"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How often every row is trained, each time from another start.")] = 5,
     workers: Workers = None,
@@ -218,9 +209,7 @@ def experiment(
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
-    embedding_dim: Annotated[
-        int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")
-    ] = 16,
+    embedding_dim: Annotated[int, typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
     cross: Annotated[
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
@@ -245,7 +234,7 @@ def experiment(
     exclusive_dim: Annotated[
         int | None,
         typer.Option(
-            callback=_within(1, MAX_EMBEDDING_DIM),
+            callback=_EMBEDDING_DIM,
             help="Row S-Weight-multiview: width of each task's own embedding. By default a quarter of --embedding-dim.",
         ),
     ] = None,
@@ -297,15 +286,10 @@ def experiment(
 def simulate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     impressions: Annotated[int, typer.Option(callback=_within(100, 1_000_000_000), help="Rows of the log.")] = 80_000,
-    conflict: Annotated[
-        float, typer.Option(callback=_finite, help="How strongly the tasks oppose each other, 0 to 1.")
-    ] = 0.5,
-    click_rate: Annotated[
-        float, typer.Option(callback=_finite, help="Share of the impressions that are clicked, above 0 and below 1.")
-    ] = 0.35,
+    conflict: Annotated[float, typer.Option(help="How strongly the tasks oppose each other, 0 to 1.")] = 0.5,
+    click_rate: Annotated[float, typer.Option(help="Share of the impressions that are clicked, in (0, 1).")] = 0.35,
     watch_rate: Annotated[
-        float | None,
-        typer.Option(callback=_finite, help="Share of the clicks that are watched long. By default it is not fixed."),
+        float | None, typer.Option(help="Share of the clicks that are watched long. By default it is not fixed.")
     ] = None,
     planted_fields: Annotated[
         int,

@@ -8,7 +8,6 @@ order of the files.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -115,7 +114,7 @@ class BatchStream:
         self.rows: int = sum(rows for _, _, rows in groups)
         count = ceil(self.rows / WINDOW_ROWS) if shuffle else len(groups)
         self._windows = [groups[first::count] for first in range(count)]
-        self._cache: OrderedDict[int, Batch] = OrderedDict()
+        self._cache: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -132,7 +131,9 @@ class BatchStream:
             if skip >= rows:
                 skip -= rows
                 continue
-            data, permutation = self._window(window), self._permutation(number, window, rows)
+            data, permutation = self._window(window), torch.arange(rows)
+            if self._shuffle:
+                permutation = torch.from_numpy(np.random.default_rng([self._seed, number, window]).permutation(rows))
             while skip < rows:
                 parts.append(data.take(permutation[skip : skip + self.batch_size - held]))
                 skip, held = skip + parts[-1].batch, held + parts[-1].batch
@@ -143,19 +144,14 @@ class BatchStream:
         if parts:
             yield Batch.cat(parts)
 
-    def _permutation(self, epoch: int, window: int, rows: int) -> Tensor:
-        if not self._shuffle:
-            return torch.arange(rows)
-        return torch.from_numpy(np.random.default_rng([self._seed, epoch, window]).permutation(rows))
-
     def _window(self, window: int) -> Batch:
-        if window not in self._cache:
-            self._cache[window] = self._decoded(window)
-        self._cache.move_to_end(window)
-        # Epochs visit every window once, so the least recently used one is needed again last.
-        while len(self._cache) > 1 and sum(batch.nbytes for batch in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return self._cache[window]
+        if window in self._cache:
+            return self._cache[window]
+        batch = self._decoded(window)
+        # An epoch visits every window once: those that fit are kept for ever, and none would be a better choice.
+        if batch.nbytes + sum(cached.nbytes for cached in self._cache.values()) <= CACHE_BYTES:
+            self._cache[window] = batch
+        return batch
 
     def _decoded(self, window: int) -> Batch:
         groups: dict[int, list[int]] = {}
