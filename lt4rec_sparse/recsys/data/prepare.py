@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -169,18 +168,21 @@ def _write(
 ) -> dict[str, Any]:
     """Write the parts of every split and return its counts; no task may be without rows in a split."""
     tasks = [task.name for task in encoder.schema.tasks]
-    rows_of, members, labels = Counter[str](), Counter[tuple[str, str]](), defaultdict[tuple[str, str], float](float)
+    counts: dict[str, Any] = {
+        split: {"days": list(days), "rows": 0, "tasks": {task: {"rows": 0, "label_mean": 0.0} for task in tasks}}
+        for split, days in splits.items()
+    }
     parts = dict.fromkeys(SPLITS, 0)
 
     def tables(split: str, chunks: Iterator[Rows]) -> Iterator[Any]:
         for rows in chunks:
             day = pa.repeat(rows.day, len(rows.columns[GROUP]))
             table = pa.table(_feature_columns(encoder, rows) | rows.columns | {DAY: day})
-            rows_of[split] += len(table)
-            for task in tasks:
-                members[split, task] += int(rows.columns[MEMBER + task].sum())
-                # Labels are 0 outside the task, so their sum needs no mask.
-                labels[split, task] += float(rows.columns[LABEL + task].sum(dtype=np.float64))
+            counts[split]["rows"] += len(table)
+            for name, task in counts[split]["tasks"].items():
+                task["rows"] += int(rows.columns[MEMBER + name].sum())
+                # A sum until all rows are counted. Labels are 0 outside the task, so it needs no mask.
+                task["label_mean"] += float(rows.columns[LABEL + name].sum(dtype=np.float64))
             yield table
 
     for split in SPLITS:
@@ -194,18 +196,12 @@ def _write(
             for table in chain([first], of_day):
                 writer.write_table(table)
         parts[split] += 1
-    counts = {}
-    for split in SPLITS:
-        for task in tasks:
-            if not members[split, task]:
-                got = f"{rows_of[split]} rows and none of task {task!r}"
+    for split, count in counts.items():
+        for name, task in count["tasks"].items():
+            if not task["rows"]:
+                got = f"{count['rows']} rows and none of task {name!r}"
                 raise DataError(f"{where}: split {split!r}: got {got}, wanted some of every task")
-        means = {task: labels[split, task] / members[split, task] for task in tasks}
-        counts[split] = {
-            "days": list(splits[split]),
-            "rows": rows_of[split],
-            "tasks": {task: {"rows": members[split, task], "label_mean": means[task]} for task in tasks},
-        }
+            task["label_mean"] /= task["rows"]
     return counts
 
 

@@ -111,6 +111,7 @@ class _SideTable:
 
     def __init__(self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str]) -> None:
         self.on = join.on
+        where = f"{paths[0].parent}: {' '.join(path.name for path in paths)}"
         parts = []
         for path in paths:
             there = column_names(path)
@@ -119,14 +120,21 @@ class _SideTable:
             columns = [join.on, *(name for name in wanted if name in there)]
             parts += [pa.table(batch) for batch in read_file(path, types, columns)]
         if len({tuple(part.column_names) for part in parts}) > 1:
-            raise DataError(f"{paths[0].parent}: {' '.join(join.files)} differ in columns, wanted the same in each")
+            raise DataError(f"{where}: differ in columns, wanted the same in each")
         if not parts:
-            raise DataError(f"{paths[0].parent}: {' '.join(join.files)}: got no row, wanted a side table")
+            raise DataError(f"{where}: got no row, wanted a side table")
         table = pa.concat_tables(parts)
         # Nothing joins a row without a key; and a missing int key would turn all keys into floats.
         table = table.filter(table[join.on].is_valid()).combine_chunks()
-        self._keys = _keys(table[join.on].combine_chunks(), join, paths)
-        self.columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
+        self.columns = {name: table[name].combine_chunks() for name in table.column_names}
+        keys = self.columns.pop(join.on)
+        counts = pc.value_counts(keys)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            first = twice[0]["values"].as_py()
+            raise DataError(f"{where}: column {join.on!r}: got key {first!r} twice, wanted each once")
+        values = keys.to_numpy(zero_copy_only=False)
+        self._keys = IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
 
     def lookup(self, keys: Any) -> dict[str, Any]:
         """Return the columns at the keys; an unknown or missing key has missing values."""
@@ -135,17 +143,6 @@ class _SideTable:
         places[present] = self._keys.lookup(keys.drop_null().to_numpy(zero_copy_only=False)) - 2
         rows = pa.array(places, mask=places < 0)
         return {name: column.take(rows) for name, column in self.columns.items()}
-
-
-def _keys(keys: Any, join: Join, paths: tuple[Path, ...]) -> IntVocabulary | StringVocabulary:
-    counts = pc.value_counts(keys)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        files = " ".join(path.name for path in paths)
-        first = twice[0]["values"].as_py()
-        raise DataError(f"{paths[0].parent}: {files}: column {join.on!r}: got key {first!r} twice, wanted each once")
-    values = keys.to_numpy(zero_copy_only=False)
-    return IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
 
 
 def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tuple[dict[str, Any], Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +20,6 @@ Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Maps a model and a batch to the losses of one joint step, by name; a task without rows is left out."""
 
 ROW_TILE = 64  # few distinct row counts, and few rows of padding
-
-
-class Objective(Protocol):
-    """How a batch becomes optimiser steps."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The losses that `step` may return."""
-
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Train the model on one batch; return each loss before that, without its graph."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +120,10 @@ class Projected:
             parameter.grad = gradient
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
+
+
+Objective = Alternating | Joint | Projected
+"""How a batch becomes optimiser steps; `step` returns losses of `names` as they were before it, without their graph."""
 
 
 def rows_of(batch: Batch, task: str) -> Tensor:
