@@ -68,12 +68,6 @@ def _within(low: float, high: float) -> Callable[[float | None], float | None]:
 _EMBEDDING_DIM = _within(1, 4096)
 
 
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"got {value}, wanted a finite number")
-    return value
-
-
 @app.callback()
 def options(
     version: Annotated[
@@ -219,10 +213,6 @@ def experiment(
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
     ] = None,
-    cvr_scale: Annotated[
-        float,
-        typer.Option(callback=_finite, help="Row S-Weight-taskbalance: weight of the CVR loss; the CTR loss has 1."),
-    ] = 5.0,
     conflict: Annotated[
         str,
         typer.Option(
@@ -231,17 +221,6 @@ def experiment(
             "fourth in the CTR loss and by the fifth in the CVR loss."
         ),
     ] = "60000,0.1,0.2,0.2,5",
-    exclusive_dim: Annotated[
-        int | None,
-        typer.Option(
-            callback=_EMBEDDING_DIM,
-            help="Row S-Weight-multiview: width of each task's own embedding. By default a quarter of --embedding-dim.",
-        ),
-    ] = None,
-    wider: Annotated[
-        float,
-        typer.Option(callback=_within(0, 16), help="Row S-Weight-biggernet: factor of the hidden layers' widths."),
-    ] = 1.375,
     impressions: Annotated[int, typer.Option(help="Only for regimes: impressions of each simulated log.")] = 2_000_000,
     quiet: Quiet = False,
 ) -> None:
@@ -275,7 +254,7 @@ def experiment(
         losses=_losses(loss or []),
         dtype=_dtype(precision),
     )
-    variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
+    variants = Variants(conflict=_conflict(conflict))
     out = out or Path("runs") / "experiments" / data.resolve().name
     with shown_progress(quiet) as progress:
         report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
