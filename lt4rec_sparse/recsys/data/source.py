@@ -10,7 +10,7 @@ import csv
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -131,15 +131,8 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
 
 def column_names(path: Path) -> list[str]:
     """Return the names of a file's columns."""
-    try:
-        if path.suffix == ".parquet":
-            names = list(pq.read_schema(path).names)
-        else:
-            with _open_csv(path, None) as reader:
-                names = list(reader.schema.names)
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    with _opened(path, None) as (names, _):
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path}: column {twice!r}: got two of this name, wanted one")
     return names
@@ -147,15 +140,32 @@ def column_names(path: Path) -> list[str]:
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
     """Yield the named columns as record batches, with the types of `types`, and others as they are in the file."""
+    with _opened(path, list(columns)) as (_, batches):
+        yield from (_typed(path, batch, types) for batch in batches)
+
+
+@contextmanager
+def _opened(path: Path, columns: list[str] | None) -> Iterator[tuple[list[str], Iterable[Any]]]:
+    """Give the names of a file's columns, and some or all columns as record batches."""
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as parquet:
-                yield from (_typed(path, batch, types) for batch in parquet.iter_batches(columns=list(columns)))
-        else:
-            with _open_csv(path, columns) as reader:
-                yield from (_typed(path, batch, types) for batch in reader)
+                yield parquet.schema_arrow.names, parquet.iter_batches(columns=columns)
+            return
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            include_columns=columns,
+            null_values=NULL_TEXTS,
+            strings_can_be_null=True,
+        )
+        read = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
+        with pyarrow.csv.open_csv(path, read_options=read, convert_options=convert) as reader:
+            yield reader.schema.names, reader
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
+        raise DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}") from error
 
 
 def _schema_of(folder: Path) -> Schema:
@@ -197,21 +207,6 @@ def check_regular(path: Path) -> None:
 def is_list(kind: Any) -> bool:
     """Return whether an Arrow type is one of lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
-    return pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
-            include_columns=columns,
-            null_values=NULL_TEXTS,
-            strings_can_be_null=True,
-        ),
-    )
 
 
 def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
@@ -278,11 +273,6 @@ def _digest(path: Path) -> str:
         while block := file.read(DIGEST_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
-    return DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}")
 
 
 @contextmanager
