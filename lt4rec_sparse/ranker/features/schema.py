@@ -137,13 +137,6 @@ class Column:
             got = f"min_count={shown(self.min_count)}, buckets={shown(self.buckets)}, separator={self.separator!r}"
             raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets 2 to {MAX_BUCKETS}, a separator")
 
-    @property
-    def table_rule(self) -> tuple[object, ...]:
-        """The settings that columns sharing a table must agree on."""
-        # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
-        own = self.name if self.kind == "dense" else ""
-        return (own, self.type, self.encoding, self.size, self.min_count)
-
 
 @dataclass(frozen=True)
 class Task:
@@ -251,12 +244,15 @@ class Schema:
         twice = _repeated(column.name for column in self.features)
         if twice is not None:
             raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
-        rules: dict[str, Column] = {}
+        tables: dict[str, tuple[str, tuple[object, ...]]] = {}
         for column in self.features:
-            first = rules.setdefault(column.table, column)
-            if first.table_rule != column.table_rule:
+            # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
+            own = column.name if column.kind == "dense" else ""
+            rule = (own, column.type, column.encoding, column.size, column.min_count)
+            first, wanted = tables.setdefault(column.table, (column.name, rule))
+            if rule != wanted:
                 agree = "one type, encoding, size and min_count, and no dense column"
-                raise SchemaError(f"table {column.table!r}: {first.name!r} and {column.name!r} differ, wanted {agree}")
+                raise SchemaError(f"table {column.table!r}: {first!r} and {column.name!r} differ, wanted {agree}")
         read_by = {column.name: column.name for column in self.columns}
         read_by |= {column.days_since: column.name for column in self.derived}
         for source, name in read_by.items():

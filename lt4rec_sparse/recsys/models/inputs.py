@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,6 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
 CROSSES = ("dlrm", "wide_deep", "deepfm")
 Fields = Sequence[tuple[str, str, bool]]
-
-
-class Seen(NamedTuple):
-    """A batch as the tasks' networks see it."""
-
-    views: Mapping[str, Tensor]  # task -> its network's input, [batch, out_features]; one tensor if it is shared
-    logits: Mapping[str, Tensor]  # task -> a term to add to its network's logit, [batch, 1]; empty if there is none
 
 
 class TaskInputs(nn.Module):
@@ -61,8 +54,13 @@ class TaskInputs(nn.Module):
         """Width of a task's view."""
         return self.embeddings.out_features if self.first_order is None else len(self.fields) * self.embeddings.dim
 
-    def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> Seen:
-        """Embed a batch for the named tasks."""
+    def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Embed a batch for the named tasks.
+
+        Returns:
+            Task -> its network's input `x`, `[batch, out_features]`, the same tensor for tasks that share it; and
+            task -> the term `l`, `[batch, 1]`, or nothing if there is none.
+        """
         if isinstance(self.embeddings, MultiviewEmbeddings):
             whole = self.embeddings(features, tasks)
         elif self.cross == "wide_deep":  # it reads no dots
@@ -70,14 +68,14 @@ class TaskInputs(nn.Module):
         else:
             whole = dict.fromkeys(tasks, self.embeddings(features))
         if self.first_order is None:
-            return Seen(whole, {})
+            return whole, {}
         width = self.out_features
         logits = {task: self.first_order(features, task) for task in tasks}
         if self.cross == "deepfm":
             logits = {task: logit + whole[task][:, width:].sum(1, keepdim=True) for task, logit in logits.items()}
         # One tensor for tasks that share it: a model may ask whether they do.
         flat = {id(x): x[:, :width] for x in whole.values()}
-        return Seen({task: flat[id(x)] for task, x in whole.items()}, logits)
+        return {task: flat[id(x)] for task, x in whole.items()}, logits
 
 
 class FirstOrder(nn.Module):

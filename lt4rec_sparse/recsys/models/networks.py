@@ -17,7 +17,7 @@ from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.nn.masked import check_tasks, task_index
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models.inputs import Seen, TaskInputs
+from lt4rec_sparse.recsys.models.inputs import TaskInputs
 
 Inputs = CrossedEmbeddings | TaskInputs
 
@@ -56,13 +56,11 @@ class MultiTask(nn.Module, ABC):
         """
         names = self.tasks if task is None else (self.tasks[task_index(self.tasks, task)],)
         if isinstance(self.inputs, TaskInputs):
-            seen: Seen = self.inputs(features, self.reads(names))
+            views, terms = self.inputs(features, self.reads(names))
         else:
-            seen = Seen(dict.fromkeys(self.reads(names), self.inputs(features)), {})
-        logits = self.score(seen.views, names)
-        if seen.logits:
-            logits = logits + torch.cat([seen.logits[name] for name in names], dim=1)
-        return logits
+            views, terms = dict.fromkeys(self.reads(names), self.inputs(features)), {}
+        logits = self.score(views, names)
+        return logits + torch.cat([terms[name] for name in names], dim=1) if terms else logits
 
     def reads(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """Return the tasks whose views are needed to score `tasks`."""

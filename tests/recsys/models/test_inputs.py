@@ -4,7 +4,7 @@ from oracle import assert_exact
 from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, reached, with_integers
 
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models.inputs import CROSSES, FirstOrder, MultiviewEmbeddings, Seen, TaskInputs
+from lt4rec_sparse.recsys.models.inputs import CROSSES, FirstOrder, MultiviewEmbeddings, TaskInputs
 
 
 def new(cross, exclusive_dim=0) -> TaskInputs:
@@ -15,25 +15,25 @@ def new(cross, exclusive_dim=0) -> TaskInputs:
 @pytest.mark.parametrize("cross", CROSSES)
 def test_shapes(cross, exclusive_dim):
     inputs = new(cross, exclusive_dim)
-    seen: Seen = inputs(features(), ("like", "ctr"))
+    views, terms = inputs(features(), ("like", "ctr"))
     flat = 4 * (3 + exclusive_dim)
     assert inputs.out_features == (flat + 6 if cross == "dlrm" else flat)
-    assert {task: x.shape for task, x in seen.views.items()} == dict.fromkeys(("like", "ctr"), (4, inputs.out_features))
+    assert {task: x.shape for task, x in views.items()} == dict.fromkeys(("like", "ctr"), (4, inputs.out_features))
     wanted = {} if cross == "dlrm" else dict.fromkeys(("like", "ctr"), (4, 1))
-    assert {task: logit.shape for task, logit in seen.logits.items()} == wanted
-    assert (seen.views["like"] is seen.views["ctr"]) == (exclusive_dim == 0)
+    assert {task: logit.shape for task, logit in terms.items()} == wanted
+    assert (views["like"] is views["ctr"]) == (exclusive_dim == 0)
 
 
 def test_dlrm_without_exclusive_embeddings_is_the_cross_of_the_served_input():
     inputs = new("dlrm")
     assert isinstance(inputs.embeddings, CrossedEmbeddings)
-    assert torch.equal(inputs(features(), TASKS).views["cvr"], inputs.embeddings(features()))
+    assert torch.equal(inputs(features(), TASKS)[0]["cvr"], inputs.embeddings(features()))
 
 
 @pytest.mark.parametrize("exclusive_dim", [0, 2])
 def test_deepfm_adds_first_and_second_order_to_the_logit(exclusive_dim):
     inputs = new("deepfm", exclusive_dim)
-    seen = inputs(features(), TASKS)
+    views, terms = inputs(features(), TASKS)
     shared = inputs.embeddings.shared if exclusive_dim else inputs.embeddings
     for task in TASKS:
         first = inputs.first_order(features(), task).double()
@@ -44,17 +44,17 @@ def test_deepfm_adds_first_and_second_order_to_the_logit(exclusive_dim):
                 vectors = [torch.cat(pair) for pair in zip(vectors, own, strict=True)]
             second = sum(float(vectors[i] @ vectors[j]) for i in range(4) for j in range(i + 1, 4))
             logits.append(first[row] + second)
-            assert torch.equal(seen.views[task][row].double().sort().values, torch.cat(vectors).sort().values)
-        assert_exact(seen.logits[task].detach(), torch.stack(logits).float().detach())
+            assert torch.equal(views[task][row].double().sort().values, torch.cat(vectors).sort().values)
+        assert_exact(terms[task].detach(), torch.stack(logits).float().detach())
 
 
 def test_wide_and_deep_adds_the_first_order_alone():
     inputs = new("wide_deep")
-    seen = inputs(features(), TASKS)
+    views, terms = inputs(features(), TASKS)
     flat = torch.stack([torch.cat(vectors) for vectors in naive_vectors(inputs.embeddings.embedding)])
     for task in TASKS:
-        assert torch.equal(seen.logits[task], inputs.first_order(features(), task))
-        assert torch.equal(seen.views[task], flat)
+        assert torch.equal(terms[task], inputs.first_order(features(), task))
+        assert torch.equal(views[task], flat)
 
 
 def test_the_first_order_equals_a_naive_sum_over_fields():
