@@ -30,12 +30,20 @@ LINE_SECONDS = 5.0  # between two lines of a stage where the output is no termin
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; each answers bad input with one line."""
+    """The commands; each answers an error that the user can correct with one line on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Parse a command's arguments and run it."""
-        with one_line_errors():
+        try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of the output has read enough; typer ends quietly
+        except (InputError, OSError, UsageError, MemoryError) as error:
+            text = getattr(error, "format_message", error.__str__)()  # `str` leaves out which option it was
+            if isinstance(error, MemoryError):
+                text = f"got sizes beyond this machine's memory ({text}), wanted smaller ones"
+            typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(
@@ -234,30 +242,28 @@ def experiment(
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
-    if name == "regimes":
-        if data is not None:
-            raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
-        out = out or Path("runs") / "experiments" / "regimes"
-        regimes = Regimes(impressions, training=replace(TRAINING, dtype=_dtype(precision)))
-        with shown_progress(quiet) as progress:
-            report = run_regimes(out, seeds, regimes, Resources(workers, executor), progress)
-        typer.echo(f"{report}, report.html, records.json")
-        return
-    if data is None:
+    if name == "regimes" and data is not None:
+        raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
+    if name != "regimes" and data is None:
         raise InputError("--data: got none, wanted a folder with a log")
-    training = Training(
-        hidden=_widths(hidden),
-        embedding_dim=embedding_dim,
-        epochs=epochs,
-        batch_size=batch_size,
-        cross=cross,
-        losses=_losses(loss or []),
-        dtype=_dtype(precision),
-    )
-    variants = Variants(conflict=_conflict(conflict))
-    out = out or Path("runs") / "experiments" / data.resolve().name
+    out = out or Path("runs") / "experiments" / (data.resolve().name if data else "regimes")
+    resources, dtype = Resources(workers, executor), _dtype(precision)
     with shown_progress(quiet) as progress:
-        report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
+        if data is None:
+            regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype))
+            report = run_regimes(out, seeds, regimes, resources, progress)
+        else:
+            training = Training(
+                hidden=_widths(hidden),
+                embedding_dim=embedding_dim,
+                epochs=epochs,
+                batch_size=batch_size,
+                cross=cross,
+                losses=_losses(loss or []),
+                dtype=dtype,
+            )
+            variants = Variants(conflict=_conflict(conflict))
+            report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -447,21 +453,6 @@ def _write_table(table: Any, out: Path) -> None:
             pyarrow.csv.write_csv(table, temporary)
         else:
             pq.write_table(table, temporary)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an error that the user can correct into one line on stderr and exit code 2."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # the reader of the output has read enough; typer ends quietly
-    except (InputError, OSError, UsageError, MemoryError) as error:
-        text = getattr(error, "format_message", error.__str__)()  # `str` leaves out which option it was
-        if isinstance(error, MemoryError):
-            text = f"got sizes beyond this machine's memory ({text}), wanted smaller ones"
-        typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
-        raise typer.Exit(2) from error
 
 
 @contextmanager

@@ -45,12 +45,9 @@ ROW_GROUP_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder.
+    """A prepared folder, with the encoder as fitted on the training days.
 
-    Attributes:
-        folder: Its path.
-        encoder: Fitted on the training days.
-        counts: `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
+    `counts` are `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
     """
 
     folder: Path
@@ -110,9 +107,7 @@ def prepare(
         replace: Whether `out` is replaced if its source, the schema or the layout has changed since.
 
     Raises:
-        DataError: If the data is not what the schema says, a split is empty or has no row of a task, or `out` holds
-            something else or must not be replaced.
-        SchemaError: If the schema contradicts itself.
+        DataError: If the data or the schema is wrong, or `out` holds something else or must not be replaced.
     """
     source = open_source(source_folder, schema)
     rules = json.dumps([source.schema.to_dict(), [VERSION, row_group_rows]], sort_keys=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.recsys.data import Batch, BatchStream
+from lt4rec_sparse.recsys.data import BatchStream
 from lt4rec_sparse.recsys.metrics import Metric, metrics_of
 from lt4rec_sparse.recsys.training.objectives import rows_of
 
@@ -54,9 +54,13 @@ def predict(model: nn.Module, stream: BatchStream, tasks: tuple[str, ...]) -> Pr
     """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
     model.eval()
     batches = list(stream.epoch(0))
-    whole = Batch.cat(batches)
     scores = {
         task: torch.cat([torch.sigmoid(model(batch.features, task).squeeze(1)) for batch in batches]) for task in tasks
     }
-    rows, labels = ({task: part[task] for task in tasks} for part in (whole.rows, whole.labels))
-    return Predictions(scores, rows, labels, whole.groups, whole.values)
+    return Predictions(
+        scores,
+        {task: torch.cat([batch.rows[task] for batch in batches]) for task in tasks},
+        {task: torch.cat([batch.labels[task] for batch in batches]) for task in tasks},
+        torch.cat([batch.groups for batch in batches]),
+        {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values},
+    )

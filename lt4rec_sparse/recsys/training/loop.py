@@ -32,14 +32,14 @@ def train(
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     after_batch: AfterBatch = lambda batch, done, total: None,
 ) -> float:
-    """Train a model batch by batch, as the objective says.
+    """Train a model in place, batch by batch, as the objective says.
 
     With `checkpoint`, the loop writes model, optimiser and cursor there every `checkpoint_every` batches, continues
     from it if it exists, and removes it at the end; an interrupted training ends bit for bit where an uninterrupted
     one does. An objective with a state of its own (a generator, learned weights) must not be given a checkpoint.
 
     Args:
-        model: Trained in place.
+        model: The model.
         optimizer: The optimiser of the model's parameters.
         stream: Training batches.
         objective: What a batch does to the model.
