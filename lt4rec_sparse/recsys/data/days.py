@@ -103,7 +103,11 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress)
     needed = [name for name in names if name in types]
     paths, kept = {}, 0
     for index, day in enumerate(days):
-        table = _in_order(_distinct(dealt[day], names), source.schema.time).select(needed)
+        table = _distinct(dealt[day], names)
+        order = source.schema.time.order or source.schema.time.timestamp
+        if order is not None:  # stable: rows at the same moment keep the order of the files
+            table = table.take(np.argsort(table[order].to_numpy(), kind="stable"))
+        table = table.select(needed)
         paths[day] = folder / f"day-{index}.arrow"
         with pa.OSFile(str(paths[day]), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=batch_rows)
@@ -173,24 +177,13 @@ def _distinct(path: Path, names: list[str]) -> Any:
     """Return the rows of a day without those that equal an earlier one in every column."""
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_stream(file).read_all()
-    keys = pa.table([as_text(table[name]) for name in names], names=names)
-    keys = keys.append_column(POSITION, pa.array(np.arange(table.num_rows)))
+    keys = table.append_column(POSITION, pa.array(np.arange(table.num_rows)))
+    for place, name in enumerate(table.column_names):
+        if is_list(table[name].type):  # Arrow does not group by lists: they become text
+            text = pc.binary_join(table[name].cast(pa.list_(pa.string())), "\x1f")
+            keys = keys.set_column(place, name, text)
     first = keys.group_by(names).aggregate([(POSITION, "min")])[f"{POSITION}_min"]
     return table.take(first.take(pc.sort_indices(first)))
-
-
-def as_text(column: Any) -> Any:
-    """Return a column by which rows can be compared and grouped, which Arrow does not do with lists: they become text.
-
-    A character that does not occur in values is between them.
-    """
-    return pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f") if is_list(column.type) else column
-
-
-def _in_order(table: Any, time: Time) -> Any:
-    order = time.order or time.timestamp
-    # Stable: rows at the same moment keep the order of the files.
-    return table if order is None else table.take(np.argsort(table[order].to_numpy(), kind="stable"))
 
 
 def _check(path: Path, batch: Any, schema: Schema) -> None:

@@ -71,7 +71,9 @@ class RowReader:
             events = {name: list[Events]() for name in pasts}
             for batch in self._log.read(day):
                 columns = self._columns(day, batch)
-                groups = _group_ids(columns[self._schema.group.column])
+                groups = columns[self._schema.group.column].to_numpy(zero_copy_only=False)
+                if groups.dtype != np.int64:  # text has its 64-bit hash as id
+                    groups = hash64(groups).view(np.int64)
                 for history in self._schema.histories:
                     counts = np.nan_to_num(_floats(columns[history.when])) != 0
                     kept = {name: columns[name].filter(pa.array(counts)) for name in history.columns}
@@ -79,7 +81,9 @@ class RowReader:
                 if day in days:
                     yield self._rows(day, columns, groups, pasts)
             for name, past in pasts.items():
-                past.add_day(*_joined(events[name]))
+                of_day, counted, kept_columns = zip(*events[name], strict=True)
+                joined = {key: pa.concat_arrays([part[key] for part in kept_columns]) for key in kept_columns[0]}
+                past.add_day(np.concatenate(of_day), np.concatenate(counted), joined)
 
     def _columns(self, day: str, batch: Any) -> dict[str, Any]:
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -186,12 +190,6 @@ def _raw_column(column: Any) -> Any:
     return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
 
 
-def _group_ids(column: Any) -> Ids:
-    """Return int64 ids of groups: numbers as they are, text as its 64-bit hash."""
-    values = column.to_numpy(zero_copy_only=False)
-    return values if values.dtype == np.int64 else hash64(values).view(np.int64)
-
-
 def _task_columns(task: Task, columns: Mapping[str, Any]) -> dict[str, Any]:
     label = _floats(columns[task.label])
     member = ~np.isnan(label)
@@ -216,12 +214,6 @@ def _floats(column: Any) -> NDArray[np.float64]:
     values = np.array(column.to_numpy(zero_copy_only=False), np.float64)
     values[np.isinf(values)] = np.nan
     return values
-
-
-def _joined(events: list[Events]) -> Events:
-    groups, counts, columns = zip(*events, strict=True)
-    joined = {name: pa.concat_arrays([part[name] for part in columns]) for name in columns[0]}
-    return np.concatenate(groups), np.concatenate(counts), joined
 
 
 def _days_since(day: str, name: str, column: Any) -> Any:

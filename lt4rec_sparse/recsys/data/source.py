@@ -85,7 +85,13 @@ def open_source(folder: Path, schema: Schema | None = None) -> Source:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: got no folder, wanted a data set")
-    schema = schema or _schema_of(folder)
+    if schema is None and (folder / SCHEMA_FILE).is_file():
+        schema = Schema.from_toml(folder / SCHEMA_FILE)
+    if schema is None:
+        schema = kuairand_schema()
+        if not any(_matches(folder, pattern) for pattern in schema.files.log):
+            wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
+            raise DataError(f"{folder}: got no data set, wanted {wanted}")
     joins = tuple(_found(folder, join.files) for join in schema.joins)
     return Source(folder, schema, _found(folder, schema.files.log), joins)
 
@@ -168,16 +174,6 @@ def _opened(path: Path, columns: list[str] | None) -> Iterator[tuple[list[str], 
         raise DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}") from error
 
 
-def _schema_of(folder: Path) -> Schema:
-    if (folder / SCHEMA_FILE).is_file():
-        return Schema.from_toml(folder / SCHEMA_FILE)
-    schema = kuairand_schema()
-    if any(_matches(folder, pattern) for pattern in schema.files.log):
-        return schema
-    wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
-    raise DataError(f"{folder}: got no data set, wanted {wanted}")
-
-
 def _matches(folder: Path, pattern: str) -> list[Path]:
     if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder and within it")
@@ -230,8 +226,10 @@ def _cast(column: Any, wanted: RawType) -> Any:
     """Cast a column without loss (a timestamp: to its declared unit)."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if pa.types.is_list(wanted.arrow):
-        if text:
-            return _split(column, wanted)
+        if text:  # blanks around values and empty values are dropped
+            lists = pc.split_pattern(column, pattern=wanted.separator)
+            values = pc.utf8_trim_whitespace(lists.flatten())
+            return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
         lists = column.cast(wanted.arrow)
         values = lists.flatten()
         return _bags(lists, values, values.is_valid())
@@ -251,13 +249,6 @@ def _integers(column: Any) -> Any:
     except pa.ArrowInvalid:
         # Some programs write the integers of a column with missing values as 3.0.
         return column.cast(pa.float64()).cast(pa.int64())
-
-
-def _split(column: Any, wanted: RawType) -> Any:
-    """Split text at the separator; blanks around values and empty values are dropped."""
-    lists = pc.split_pattern(column, pattern=wanted.separator)
-    values = pc.utf8_trim_whitespace(lists.flatten())
-    return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
 
 
 def _bags(lists: Any, values: Any, kept: Any) -> Any:
