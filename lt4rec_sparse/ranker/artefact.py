@@ -53,11 +53,7 @@ class ArtefactError(InputError):
 
 
 def save(ranker: Ranker, path: str | Path) -> None:
-    """Write a ranker as one file, completely or not at all.
-
-    Args:
-        ranker: The ranker to write.
-        path: The file, usually `model.safetensors`.
+    """Write a ranker as one file, usually `model.safetensors`, completely or not at all.
 
     Raises:
         InputError: If a weight or an embedding is NaN or infinite.
@@ -144,11 +140,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 if dtype not in DTYPES:
                     raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {', '.join(DTYPES)}")
                 tensors[name] = _aligned(file.get_tensor(name))
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
-    try:
         return parse_json(metadata[KEY], "metadata"), tensors
-    except InputError as error:
+    except ArtefactError:
+        raise
+    except (SafetensorError, UnicodeDecodeError, InputError) as error:
         raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
 
 

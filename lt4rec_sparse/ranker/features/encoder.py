@@ -15,20 +15,9 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import raw as raw_columns
+from lt4rec_sparse.ranker.features import tables as id_tables
 from lt4rec_sparse.ranker.features.schema import Column, Schema
-from lt4rec_sparse.ranker.features.tables import (
-    MISSING,
-    Array,
-    Fit,
-    HashTable,
-    IntFit,
-    IntVocabulary,
-    QuantileFit,
-    QuantileTable,
-    StringFit,
-    StringVocabulary,
-    Table,
-)
+from lt4rec_sparse.ranker.features.tables import MISSING, Array, Fit, Table
 
 FORMAT = 1
 
@@ -135,12 +124,7 @@ class FeatureEncoder:
     def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]]) -> FeatureEncoder:
         """Learn vocabularies and quantiles from the chunks of the training days, one chunk in memory at a time.
 
-        Args:
-            schema: The columns; those that share a table share its counts.
-            chunks: Columns as `encode` takes them.
-
-        Raises:
-            ValueError: See `encode`.
+        Columns that share a table share its counts. Chunks and errors are as in `encode`.
         """
         fits = {column.table: _new_fit(column) for column in schema.features}
         for chunk in chunks:
@@ -156,7 +140,7 @@ class FeatureEncoder:
             columns: Every feature column by name, all with the same number of rows; other columns are ignored.
 
         Returns:
-            `EncodedFeatures` with int64 ids on the CPU.
+            Int64 ids on the CPU.
 
         Raises:
             ValueError: If a column is absent, differs from the first in length, or has a value of a wrong type.
@@ -210,10 +194,10 @@ class FeatureEncoder:
 
 def _new_fit(column: Column) -> Fit:
     if column.kind == "dense":
-        return QuantileFit(column.buckets)
+        return id_tables.QuantileFit(column.buckets)
     if column.encoding == "hash":
-        return HashTable(column.size)
-    return IntFit(column.min_count) if column.type == "int" else StringFit(column.min_count)
+        return id_tables.HashTable(column.size)
+    return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)
 
 
 def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
@@ -222,10 +206,10 @@ def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
     own = {name.rpartition(".")[2]: array for name, array in arrays.items() if name.rpartition(".")[0] + "." == prefix}
     try:
         if column.kind == "dense":
-            return QuantileTable.from_arrays(own)
+            return id_tables.QuantileTable.from_arrays(own)
         if column.encoding == "hash":
-            return HashTable(column.size)
-        vocabulary = IntVocabulary if column.type == "int" else StringVocabulary
+            return id_tables.HashTable(column.size)
+        vocabulary = id_tables.IntVocabulary if column.type == "int" else id_tables.StringVocabulary
         return vocabulary.from_arrays(own)
     except ValueError as error:
         raise ValueError(f"encoder table {column.table!r}: {error}") from error

@@ -84,10 +84,7 @@ class StringVocabulary:
 
 
 class HashTable:
-    """Ids of any values, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`.
-
-    It is its own fit: training values teach it nothing.
-    """
+    """Ids of any values, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -102,7 +99,7 @@ class HashTable:
         return {}
 
     def add(self, values: Array) -> None:
-        """Learn nothing."""
+        """Learn nothing: a hash is its own fit."""
 
     def table(self) -> HashTable:
         """Return the table itself."""

@@ -35,25 +35,15 @@ CACHE_BYTES = 4 << 30  # of decoded windows
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with their labels; the batch is the first dimension of every tensor.
-
-    Attributes:
-        features: Ids of the input fields.
-        groups: `[batch]` int64, the group (user) of each row.
-        labels: Per task, `[batch]` float32; 0 where the row does not belong to the task.
-        rows: Per task, `[batch]` bool: True where the row belongs to the task.
-        weights: Per task, `[batch]` float32.
-        slices: Per slice of the schema, `[batch]` bool.
-        values: Per carried column of the schema, `[batch]` float64, NaN where missing.
-    """
+    """Rows with their labels; every tensor but the features is `[batch]`."""
 
     features: EncodedFeatures
-    groups: Tensor
-    labels: dict[str, Tensor]
-    rows: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    slices: dict[str, Tensor]
-    values: dict[str, Tensor]
+    groups: Tensor  # int64, the group (user) of each row
+    labels: dict[str, Tensor]  # per task, float32; 0 where the row does not belong to the task
+    rows: dict[str, Tensor]  # per task, bool: True where the row belongs to the task
+    weights: dict[str, Tensor]  # per task, float32
+    slices: dict[str, Tensor]  # per slice of the schema, bool
+    values: dict[str, Tensor]  # per carried column of the schema, float64, NaN where missing
 
     @property
     def batch(self) -> int:

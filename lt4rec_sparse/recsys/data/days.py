@@ -18,18 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lt4rec_sparse.ranker.features import Schema, Time
-from lt4rec_sparse.recsys.data.source import (
-    DataError,
-    RawType,
-    Source,
-    column_names,
-    is_list,
-    raw_types,
-    read_file,
-)
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, is_list, raw_types, read_file
 
-Progress = Callable[[str, int, int], None]
-"""How long work reports its progress: `progress(stage, done, total)`."""
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
 
 POSITION = "__position__"
 # Each day keeps a file open while rows are distributed, and a process may usually open 1,024.
@@ -39,19 +30,12 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class DayLog:
-    """The log in a temporary folder, one file per day.
-
-    Attributes:
-        columns: Names of the log's columns.
-        rows_read: Rows of the source.
-        duplicates: Rows dropped because they equal an earlier row of the same day.
-        paths: Day -> its file, ascending: as numbers if all days are numbers, else as text, such as ISO dates.
-    """
+    """The log in a temporary folder, one file per day."""
 
     columns: list[str]
     rows_read: int
-    duplicates: int
-    paths: dict[str, Path]
+    duplicates: int  # rows dropped because they equal an earlier row of the same day
+    paths: dict[str, Path]  # by day, ascending: as numbers if all days are numbers, else as text, such as ISO dates
 
     @property
     def days(self) -> tuple[str, ...]:

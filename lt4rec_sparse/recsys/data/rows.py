@@ -34,14 +34,11 @@ Events = tuple[Ids, Bools, dict[str, Any]]
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, and all other columns of a part.
-
-    The others are `label.<task>`, `member.<task>` and so on, as `prepare` names them.
-    """
+    """Consecutive rows of one day."""
 
     day: str
-    features: dict[str, Any]
-    columns: dict[str, Any]
+    features: dict[str, Any]  # raw, as `FeatureEncoder` takes them
+    columns: dict[str, Any]  # all others: `label.<task>`, `member.<task>` and so on, as `prepare` describes them
 
 
 class RowReader:

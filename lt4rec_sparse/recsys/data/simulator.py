@@ -71,34 +71,21 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """Size and difficulty of a simulated log.
-
-    Attributes:
-        users: Number of users.
-        videos: Number of videos; some of them appear only on later days.
-        impressions: Rows before duplicates.
-        days: Days of the log, at least 5: the last two are for testing, the two before for validation.
-        click_rate: Share of impressions that are clicked.
-        shared: Share of each task's signal that both have in common, in [0, 1].
-        conflict: How strongly the rest of the two signals is opposed, in [0, 1]; with planted fields, the share of
-            their common signal in which they are opposed.
-        seed: The same seed gives the same files.
-        watch_rate: Share of the clicks that are viewed long. None leaves the bias of the watch ratio at 0.3.
-        planted_fields: Number of fields of each kind (shared, click, watch, noise), for users and for videos.
-        request_size: Impressions per request, all of different videos; with 1 there is no `request_id`.
-    """
+    """Size and difficulty of a simulated log; the same seed gives the same files."""
 
     users: int = 4_000
-    videos: int = 1_500
-    impressions: int = 80_000
-    days: int = 12
-    click_rate: float = 0.35
-    shared: float = 0.5
+    videos: int = 1_500  # some of them appear only on later days
+    impressions: int = 80_000  # rows before duplicates
+    days: int = 12  # at least 5: the last two are for testing, the two before for validation
+    click_rate: float = 0.35  # share of impressions that are clicked
+    shared: float = 0.5  # share of each task's signal that both have in common, in [0, 1]
+    # How strongly the rest of the two signals is opposed, in [0, 1]; with planted fields, the share of their common
+    # signal in which they are opposed.
     conflict: float = 0.5
     seed: int = 0
-    watch_rate: float | None = None
-    planted_fields: int = 0
-    request_size: int = 1
+    watch_rate: float | None = None  # share of the clicks that are viewed long; None sets the bias to 0.3
+    planted_fields: int = 0  # of each kind (shared, click, watch, noise), for users and for videos
+    request_size: int = 1  # impressions per request, all of different videos; with 1 there is no `request_id`
 
     def __post_init__(self) -> None:
         least = {"users": 1, "videos": 10, "impressions": 100, "days": 5, "request_size": 1}

@@ -52,7 +52,7 @@ def build(
 
     Args:
         name: One of `MODELS`; "single_task" is "sparse_sharing" with one task.
-        fields: The fields and the sizes of their tables, `table_sizes`, as the encoder has them.
+        fields: The fields, in the order of the encoder.
         table_sizes: Table name -> number of rows.
         tasks: The tasks' names, in order.
         hidden: Widths of the hidden layers; the model's class says of which layers.

@@ -30,12 +30,8 @@ class MultiTask(nn.Module, ABC):
     """A model of several tasks over one input, or over one view of it per task.
 
     A model defines `logits(x, tasks)`. If every task sees the same `x`, it runs once. If each sees its own, task t's
-    logit is `logits(x_t, (t,))`: then the layers that tasks share run once per task.
-
-    Args:
-        inputs: Ids to the network's input: one for all tasks, or `TaskInputs`.
-        tasks: The tasks' names, in order.
-        hidden: Widths of a task's hidden layers, from the input on; each model says what it makes of them.
+    logit is `logits(x_t, (t,))`: then the layers that tasks share run once per task. `hidden` are the widths of a task's
+    hidden layers, from the input on; each model says what it makes of them.
 
     Raises:
         ValueError: If there is no task, or a task is repeated.
