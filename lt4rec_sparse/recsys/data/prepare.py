@@ -98,13 +98,9 @@ def prepare(
     completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
     are the same if their bytes are; files whose size and modification time have not changed are not read again.
 
-    Args:
-        source_folder: A folder of CSV or Parquet files.
-        out: The prepared folder.
-        schema: See `open_source`.
-        progress: Called as `progress(stage, done, total)`.
-        row_group_rows: Rows that are read and shuffled together.
-        replace: Whether `out` is replaced if its source, the schema or the layout has changed since.
+    `source_folder` and `schema` are those of `open_source`; `progress` is called with stage, done and total. Rows
+    of a group of `row_group_rows` are read and shuffled together. `replace` says whether `out` is replaced if its
+    source, the schema or the layout has changed since.
 
     Raises:
         DataError: If the data or the schema is wrong, or `out` holds something else or must not be replaced.

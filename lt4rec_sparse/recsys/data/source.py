@@ -76,9 +76,8 @@ class Source:
 def open_source(folder: Path, schema: Schema | None = None) -> Source:
     """Find the files of a data set.
 
-    Args:
-        folder: Its files are found by the globs of the schema, in the folder itself or in its `data/`.
-        schema: By default the folder's `schema.toml`; if there is none, KuaiRand's if its log is there.
+    They are found by the globs of the schema, in the folder itself or in its `data/`. The schema is by default the
+    folder's `schema.toml`; if there is none, KuaiRand's if its log is there.
 
     Raises:
         DataError: If the folder, a schema or files are missing, a glob leaves the folder, or a file is not regular.

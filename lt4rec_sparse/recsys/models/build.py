@@ -12,29 +12,9 @@ from lt4rec_sparse.nn import MaskedLinear, MaskedMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.models.inputs import CROSSES, TaskInputs
-from lt4rec_sparse.recsys.models.networks import (
-    AITM,
-    ESMM,
-    PLE,
-    HardSharing,
-    Inputs,
-    MMoE,
-    MultiTask,
-    SharedBottom,
-    SparseSharing,
-)
+from lt4rec_sparse.recsys.models.networks import CLASSES, Inputs, MultiTask
 
-_CLASSES: dict[str, Any] = {
-    "single_task": SparseSharing,
-    "hard_sharing": HardSharing,
-    "sparse_sharing": SparseSharing,
-    "shared_bottom": SharedBottom,
-    "mmoe": MMoE,
-    "ple": PLE,
-    "esmm": ESMM,
-    "aitm": AITM,
-}
-MODELS = tuple(_CLASSES)
+MODELS = tuple(CLASSES)
 
 
 def build(
@@ -78,7 +58,7 @@ def build(
         inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim)
     else:
         inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim)
-    model: MultiTask = _CLASSES[name](inputs, tasks, hidden)
+    model: MultiTask = CLASSES[name](inputs, tasks, hidden)
     return model
 
 

@@ -30,7 +30,7 @@ class MultiTask(nn.Module, ABC):
     """A model of several tasks over one input, or over one view of it per task.
 
     A model defines `logits(x, tasks)`. If every task sees the same `x`, it runs once. If each sees its own, task t's
-    logit is `logits(x_t, (t,))`: then the layers that tasks share run once per task. `hidden` are the widths of a task's
+    logit is `logits(x_t, (t,))`: then the layers that tasks share run once per task. `hidden` are widths of a task's
     hidden layers, from the input on; each model says what it makes of them.
 
     Raises:
@@ -312,6 +312,18 @@ class AITM(MultiTask):
 
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
         return self.score(dict.fromkeys(self.tasks, x), tasks)
+
+
+CLASSES: dict[str, Any] = {
+    "single_task": SparseSharing,
+    "hard_sharing": HardSharing,
+    "sparse_sharing": SparseSharing,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "esmm": ESMM,
+    "aitm": AITM,
+}
 
 
 def _towers(in_features: int, hidden: Sequence[int], tasks: Iterable[str]) -> nn.ModuleDict:

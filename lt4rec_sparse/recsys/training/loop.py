@@ -38,19 +38,10 @@ def train(
     from it if it exists, and removes it at the end; an interrupted training ends bit for bit where an uninterrupted
     one does. An objective with a state of its own (a generator, learned weights) must not be given a checkpoint.
 
-    Args:
-        model: The model.
-        optimizer: The optimiser of the model's parameters.
-        stream: Training batches.
-        objective: What a batch does to the model.
-        epochs: How many epochs in all.
-        batches: Stop after this many batches, if this comes before the last epoch's end.
-        skip: How many batches count as done before the first.
-        checkpoint: A file, or None.
-        checkpoint_every: Batches between two checkpoints.
-        log: Called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, the epoch's mean.
-        after_batch: Called after each batch with the batch, batches done and batches in all; it may prune while the
-            model trains. Checkpoints do not hold its state.
+    Training stops after `epochs` in all, or after `batches`, if this comes first; `skip` batches count as done before
+    the first. `log` is called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, a mean;
+    `after_batch` after each batch with the batch, batches done and batches in all. It may prune while the model trains;
+    checkpoints do not hold its state.
 
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
