@@ -42,7 +42,7 @@ from lt4rec_sparse.recsys.training import Joint, TaskLosses, fastest_dtype, trai
 from lt4rec_sparse.stopwatch import interleaved
 
 BATCH, STEPS = 1024, 20  # one call of the stopwatch trains this many batches
-EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)
+EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)  # those of our MMoE at 512-256-128
 TASKS = ("ctr", "cvr")
 LOSSES = {"ctr": loss_of("binary"), "cvr": loss_of("ratio")}
 
@@ -101,9 +101,6 @@ def _ours(prepared: Prepared, dtype: torch.dtype | None) -> Callable[[list[Batch
         (512, 256, 128),
         16,
         cross="wide_deep",
-        experts=EXPERTS,
-        expert=EXPERT,
-        tower=TOWER,
     )
     optimizer = MaskedAdam(model, 1e-3)
     stream = prepared.stream("train", BATCH)

@@ -26,17 +26,24 @@ if TYPE_CHECKING:
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 TRAINING_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MAX_WIDTH = 1 << 16
-MAX_EMBEDDING_DIM = 4096
 LINE_SECONDS = 5.0  # between two lines of a stage where the output is no terminal
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; each answers bad input with one line."""
+    """The commands; each answers an error that the user can correct with one line on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Parse a command's arguments and run it."""
-        with one_line_errors():
+        try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of the output has read enough; typer ends quietly
+        except (InputError, OSError, UsageError, MemoryError) as error:
+            text = getattr(error, "format_message", error.__str__)()  # `str` leaves out which option it was
+            if isinstance(error, MemoryError):
+                text = f"got sizes beyond this machine's memory ({text}), wanted smaller ones"
+            typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(
@@ -66,10 +73,7 @@ def _within(low: float, high: float) -> Callable[[float | None], float | None]:
     return check
 
 
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"got {value}, wanted a finite number")
-    return value
+_EMBEDDING_DIM = _within(1, 4096)
 
 
 @app.callback()
@@ -82,7 +86,6 @@ def options(
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
-Hidden = Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")]
 TrainingPrecision = Annotated[
     str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
 ]
@@ -90,7 +93,6 @@ Workers = Annotated[
     int | None,
     typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),
 ]
-EmbeddingDim = Annotated[int, typer.Option(callback=_within(1, MAX_EMBEDDING_DIM), help="Width of an embedding.")]
 Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 
 
@@ -119,14 +121,9 @@ def run(
     ] = "best",
     rounds: Annotated[
         int | None,
-        typer.Option(
-            help="Rounds of pruning per task in a search for tickets. By default 4, or 2 on the simulated log."
-        ),
+        typer.Option(help="Rounds of pruning per task, for tickets. By default 4, or 2 on the simulated log."),
     ] = None,
-    density: Annotated[
-        float,
-        typer.Option(callback=_finite, help="Share of the hidden weights that each task keeps in the end."),
-    ] = 0.2,
+    density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.2,
     batch_size: Annotated[
         int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
     ] = None,
@@ -141,17 +138,11 @@ def run(
     workers: Workers = None,
     embedding_dim: Annotated[
         int | None,
-        typer.Option(
-            callback=_within(1, MAX_EMBEDDING_DIM),
-            help="Width of an embedding. By default 16, or 8 on the simulated log.",
-        ),
+        typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding. By default 16, or 8 on the simulated log."),
     ] = None,
     hidden: Annotated[
         str | None,
-        typer.Option(
-            help="Widths of the MLP's hidden layers, from the input on. By default 512,256,128, or half of them on the "
-            "simulated log."
-        ),
+        typer.Option(help="Widths of the hidden layers. By default 512,256,128, or half of them on the simulated log."),
     ] = None,
     granularity: Annotated[
         str,
@@ -175,20 +166,23 @@ def run(
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.run import run as run_product
 
-    default = RunSettings() if data else SIMULATED
-    settings = RunSettings(
+    given: dict[str, Any] = {
+        "embedding_dim": embedding_dim,
+        "hidden": None if hidden is None else _widths(hidden),
+        "learning_rates": None if learning_rate is None else _rates(learning_rate),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "rounds": rounds,
+    }
+    settings = replace(
+        RunSettings() if data else SIMULATED,
         seeds=seeds,
-        embedding_dim=default.embedding_dim if embedding_dim is None else embedding_dim,
-        hidden=default.hidden if hidden is None else widths(hidden),
-        learning_rates=default.learning_rates if learning_rate is None else rates(learning_rate),
-        epochs=default.epochs if epochs is None else epochs,
-        batch_size=default.batch_size if batch_size is None else batch_size,
         masks=masks,
-        rounds=default.rounds if rounds is None else rounds,
         density=density,
         granularity=granularity,
-        tasks=names(tasks),
-        dtype=dtype_of(precision),
+        tasks=_names(tasks),
+        dtype=_dtype(precision),
+        **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with shown_progress(quiet) as progress:
@@ -208,10 +202,7 @@ def experiment(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder that all experiments on this log share; one that was interrupted continues there. "
-            "[runs/experiments/<data>]"
-        ),
+        typer.Option(help="The folder of all experiments on this log, which continue there. [runs/experiments/<data>]"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How often every row is trained, each time from another start.")] = 5,
     workers: Workers = None,
@@ -220,8 +211,8 @@ def experiment(
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
-    embedding_dim: EmbeddingDim = 16,
-    hidden: Hidden = "512,256,128",
+    embedding_dim: Annotated[int, typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding.")] = 16,
+    hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
     cross: Annotated[
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
     ] = "dlrm",
@@ -230,10 +221,6 @@ def experiment(
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
     ] = None,
-    cvr_scale: Annotated[
-        float,
-        typer.Option(callback=_finite, help="Row S-Weight-taskbalance: weight of the CVR loss; the CTR loss has 1."),
-    ] = 5.0,
     conflict: Annotated[
         str,
         typer.Option(
@@ -242,17 +229,6 @@ def experiment(
             "fourth in the CTR loss and by the fifth in the CVR loss."
         ),
     ] = "60000,0.1,0.2,0.2,5",
-    exclusive_dim: Annotated[
-        int | None,
-        typer.Option(
-            callback=_within(1, MAX_EMBEDDING_DIM),
-            help="Row S-Weight-multiview: width of each task's own embedding. By default a quarter of --embedding-dim.",
-        ),
-    ] = None,
-    wider: Annotated[
-        float,
-        typer.Option(callback=_within(0, 16), help="Row S-Weight-biggernet: factor of the hidden layers' widths."),
-    ] = 1.375,
     impressions: Annotated[int, typer.Option(help="Only for regimes: impressions of each simulated log.")] = 2_000_000,
     quiet: Quiet = False,
 ) -> None:
@@ -266,30 +242,28 @@ def experiment(
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
-    if name == "regimes":
-        if data is not None:
-            raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
-        out = out or Path("runs") / "experiments" / "regimes"
-        regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype_of(precision)))
-        with shown_progress(quiet) as progress:
-            report = run_regimes(out, seeds, regimes, Resources(workers, executor), progress)
-        typer.echo(f"{report}, report.html, records.json")
-        return
-    if data is None:
+    if name == "regimes" and data is not None:
+        raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
+    if name != "regimes" and data is None:
         raise InputError("--data: got none, wanted a folder with a log")
-    training = Training(
-        hidden=widths(hidden),
-        embedding_dim=embedding_dim,
-        epochs=epochs,
-        batch_size=batch_size,
-        cross=cross,
-        losses=tuple(sorted(losses(loss or []).items())),
-        dtype=dtype_of(precision),
-    )
-    variants = Variants(cvr_scale, conflict_of(conflict), exclusive_dim, wider)
-    out = out or Path("runs") / "experiments" / data.resolve().name
+    out = out or Path("runs") / "experiments" / (data.resolve().name if data else "regimes")
+    resources, dtype = Resources(workers, executor), _dtype(precision)
     with shown_progress(quiet) as progress:
-        report = run_experiment(name, data, out, seeds, training, Resources(workers, executor), progress, variants)
+        if data is None:
+            regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype))
+            report = run_regimes(out, seeds, regimes, resources, progress)
+        else:
+            training = Training(
+                hidden=_widths(hidden),
+                embedding_dim=embedding_dim,
+                epochs=epochs,
+                batch_size=batch_size,
+                cross=cross,
+                losses=_losses(loss or []),
+                dtype=dtype,
+            )
+            variants = Variants(conflict=_conflict(conflict))
+            report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -297,15 +271,10 @@ def experiment(
 def simulate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     impressions: Annotated[int, typer.Option(callback=_within(100, 1_000_000_000), help="Rows of the log.")] = 80_000,
-    conflict: Annotated[
-        float, typer.Option(callback=_finite, help="How strongly the tasks oppose each other, 0 to 1.")
-    ] = 0.5,
-    click_rate: Annotated[
-        float, typer.Option(callback=_finite, help="Share of the impressions that are clicked, above 0 and below 1.")
-    ] = 0.35,
+    conflict: Annotated[float, typer.Option(help="How strongly the tasks oppose each other, 0 to 1.")] = 0.5,
+    click_rate: Annotated[float, typer.Option(help="Share of the impressions that are clicked, in (0, 1).")] = 0.35,
     watch_rate: Annotated[
-        float | None,
-        typer.Option(callback=_finite, help="Share of the clicks that are watched long. By default it is not fixed."),
+        float | None, typer.Option(help="Share of the clicks that are watched long. By default it is not fixed.")
     ] = None,
     planted_fields: Annotated[
         int,
@@ -370,7 +339,7 @@ def score(
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import read_candidates
 
-    check_out(out)
+    _check_out(out)
     if out.suffix not in (".csv", ".parquet"):
         raise InputError(f"OUT: got {out.name!r}, wanted a name that ends in .csv or .parquet")
     is_gpu = _is_gpu(device)
@@ -384,14 +353,14 @@ def score(
         ranker = load(model).planned(measured)
     else:
         ranker = load(model, precision or "fp32")
-    kept_names = names(keep)
+    kept_names = _names(keep)
     twice = next((name for name in kept_names if name in ranker.tasks), None)
     if twice is not None:
         raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
     features, kept = read_candidates(candidates, ranker.encoder.schema, kept_names)
     scores = ranker.score(features)
     columns = dict(zip(kept.column_names, kept.columns, strict=True))
-    write_table(pa.table(columns | scores), out)
+    _write_table(pa.table(columns | scores), out)
 
 
 @app.command()
@@ -417,7 +386,7 @@ def plan(
     """
     from lt4rec_sparse.ranker import load
 
-    check_out(out)
+    _check_out(out)
     _is_gpu(device)
     mlp = load(model).mlp
     try:
@@ -460,22 +429,14 @@ def _is_gpu(device: str) -> bool:
     return kind == "cuda"
 
 
-def check_out(out: Path) -> None:
-    """Refuse a file that cannot be written before hours of work, not after them.
-
-    Raises:
-        InputError: If `out` is a folder, or is in none.
-    """
+def _check_out(out: Path) -> None:
+    """Refuse a file that cannot be written before hours of work, not after them."""
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
 
 
-def write_table(table: Any, out: Path) -> None:
-    """Write an Arrow table as CSV or Parquet, by the file's extension.
-
-    Raises:
-        InputError: If a column cannot be written as CSV.
-    """
+def _write_table(table: Any, out: Path) -> None:
+    """Write an Arrow table as CSV or Parquet, by the file's extension."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet as pq
@@ -495,52 +456,23 @@ def write_table(table: Any, out: Path) -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an error that the user can correct into one line on stderr and exit code 2."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # the reader of the output has read enough; typer ends quietly
-    except (InputError, OSError, UsageError, MemoryError) as error:
-        text = getattr(error, "format_message", error.__str__)()  # `str` leaves out which option it was
-        if isinstance(error, MemoryError):
-            text = f"got sizes beyond this machine's memory ({text}), wanted smaller ones"
-        typer.echo(f"lt4rec-sparse: {' '.join(text.split())}", err=True)
-        raise typer.Exit(2) from error
-
-
-@contextmanager
 def shown_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Show each stage on stderr, with the time left: a bar on a terminal, lines elsewhere, nothing if `quiet`."""
     if quiet:
         yield lambda stage, done, total: None
         return
 
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines(lambda line: typer.echo(line, err=True))
         return
-    bars: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as shown:
+    bars: dict[str, rich.TaskID] = {}
+    text = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
+    times = rich.TimeElapsedColumn(), rich.TextColumn("left:"), rich.TimeRemainingColumn()
+    with rich.Progress(*text, *times, console=console) as shown:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in bars:
@@ -551,11 +483,7 @@ def shown_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Lines:
-    """Progress as lines of text: at a stage's first and last step, and at most every `LINE_SECONDS` in between.
-
-    Args:
-        write: Called with each line.
-    """
+    """Progress as lines of text: at a stage's first and last step, and at most every `LINE_SECONDS` in between."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -582,17 +510,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Return "ctr, cvr" as names."""
+def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def widths(text: str) -> tuple[int, ...]:
-    """Return "512,256,128" as numbers.
-
-    Raises:
-        InputError: If a part is not a number, or is too large.
-    """
+def _widths(text: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -602,27 +524,42 @@ def widths(text: str) -> tuple[int, ...]:
     return found
 
 
-def rates(text: str) -> tuple[float, ...]:
-    """Return "0.0005,0.001" as numbers.
-
-    Raises:
-        InputError: If a part is not a finite number.
-    """
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--learning-rate: got {text!r}, wanted numbers such as 0.0005,0.001,0.002") from error
+def _numbers(text: str) -> tuple[float, ...]:
+    """Return "0.0005,0.001" as numbers; of any other text, or an infinite number or NaN, raise ValueError."""
+    found = tuple(float(part) for part in text.split(","))
     if not all(map(math.isfinite, found)):
-        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers")
+        raise ValueError("got an infinite number")
     return found
 
 
-def dtype_of(precision: str) -> str:
-    """Return the dtype in which training multiplies matrices.
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return _numbers(text)
+    except ValueError as error:
+        raise InputError(f"--learning-rate: got {text!r}, wanted finite numbers such as 0.0005,0.001,0.002") from error
 
-    Raises:
-        InputError: If there is no such precision.
-    """
+
+def _conflict(text: str) -> Conflict:
+    from lt4rec_sparse.recsys.models import Conflict
+
+    try:
+        long_ms, long_ratio, short_ratio, click, watch = _numbers(text)
+        return Conflict(long_ms, long_ratio, short_ratio, click, watch)
+    except ValueError as error:
+        raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error
+
+
+def _losses(named: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return ["ctr=focal"] as (task, loss)."""
+    pairs = [text.partition("=") for text in named]
+    found = {task: loss for task, _, loss in pairs}
+    if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
+        raise InputError(f"--loss: got {' '.join(named)}, wanted pairs such as ctr=focal, at most one per task")
+    return tuple(sorted(found.items()))
+
+
+def _dtype(precision: str) -> str:
+    """Return the dtype in which training multiplies matrices."""
     from lt4rec_sparse.recsys.training import fastest_dtype
 
     if precision == "auto":
@@ -630,33 +567,3 @@ def dtype_of(precision: str) -> str:
     if precision not in TRAINING_DTYPES:
         raise InputError(f"--precision: got {precision!r}, wanted one of auto, {', '.join(TRAINING_DTYPES)}")
     return TRAINING_DTYPES[precision]
-
-
-def losses(named: list[str]) -> dict[str, str]:
-    """Return ["ctr=focal"] as task -> loss.
-
-    Raises:
-        InputError: If one is not a pair, or a task is repeated.
-    """
-    pairs = [text.partition("=") for text in named]
-    found = {task: loss for task, _, loss in pairs}
-    if len(found) < len(pairs) or not all(task and loss for task, _, loss in pairs):
-        raise InputError(f"--loss: got {' '.join(named)}, wanted pairs such as ctr=focal, at most one per task")
-    return found
-
-
-def conflict_of(text: str) -> Conflict:
-    """Return "60000,0.1,0.2,0.2,5" as thresholds and factors.
-
-    Raises:
-        InputError: If they are not five finite numbers of at least 0.
-    """
-    from lt4rec_sparse.recsys.models import Conflict
-
-    try:
-        long_ms, long_ratio, short_ratio, click, watch = numbers = [float(part) for part in text.split(",")]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"got {numbers}, wanted finite numbers")
-        return Conflict(long_ms, long_ratio, short_ratio, click, watch)
-    except ValueError as error:
-        raise InputError(f"--conflict: got {text!r}, wanted five numbers such as 60000,0.1,0.2,0.2,5") from error

@@ -26,14 +26,6 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Contents reach the disk before the name does, and the name before this returns: after a power cut `path` holds the
     old file or the new one. If the block raises, the temporary file is removed and `path` is as it was. The new file
     has the permissions that the umask gives, whatever its writer chose.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> with whole_file(target) as path:
-        ...     _ = path.write_text("whole")
-        >>> target.read_text()
-        'whole'
     """
     target = Path(path)
     remove_abandoned(target)
@@ -76,11 +68,7 @@ def remove_abandoned(target: Path) -> None:
 
 
 def parse_json(text: str, where: str | Path) -> dict[str, Any]:
-    """Read a JSON object whose source is not trusted.
-
-    Args:
-        text: The JSON.
-        where: What the error message begins with, such as the path of the file.
+    """Read a JSON object whose source is not trusted; error messages begin with `where`, such as the file's path.
 
     Raises:
         InputError: If the text is no JSON object, holds a number of thousands of digits, or is nested deeper than
@@ -113,21 +101,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def check_depth(content: Any, where: str | Path) -> None:
-    """Check that parsed JSON or TOML is nested at most `JSON_DEPTH` levels deep, without recursion.
-
-    Raises:
-        InputError: If it is nested deeper.
-    """
+    """Refuse parsed JSON or TOML that is nested deeper than `JSON_DEPTH` levels, without recursion."""
     level = [content]
     for _ in range(JSON_DEPTH + 1):
-        level = [x for item in level if isinstance(item, dict | list) for x in _items(item)]
+        nested = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [x for items in nested for x in items]
         if not level:
             return
     raise InputError(f"{where}: got contents nested too deeply, wanted at most {JSON_DEPTH} levels")
-
-
-def _items(item: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(item.values()) if isinstance(item, dict) else item
 
 
 def _is_alive(pid: int) -> bool:

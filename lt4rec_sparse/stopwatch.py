@@ -25,20 +25,11 @@ def interleaved(
     round_us: float = 20_000.0,
     before: Callable[[], object] | None = None,
 ) -> dict[Name, Timing]:
-    """Time each call in every one of `rounds` rounds, in the order given.
+    """Time each call in every one of `rounds` rounds, in the order given; compare only within one result.
 
     Within a round it is repeated often enough to fill `round_us` (found in a first round that does not count), and the
-    round's time is the mean of its repetitions.
-
-    Args:
-        calls: Name -> what to call.
-        rounds: How many rounds count.
-        round_us: How long each call's part of a round should last, in microseconds.
-        before: Called before every timed call, outside its time, for example to empty the caches; a round is one call
-            then.
-
-    Returns:
-        Name -> its timing; compare only within one result.
+    round's time is the mean of its repetitions. `before` is called before every timed call, outside its time, for
+    example to empty the caches; a round is one call then.
     """
     repetitions = {}
     for name, call in calls.items():

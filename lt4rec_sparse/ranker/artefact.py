@@ -53,11 +53,7 @@ class ArtefactError(InputError):
 
 
 def save(ranker: Ranker, path: str | Path) -> None:
-    """Write a ranker as one file, completely or not at all.
-
-    Args:
-        ranker: The ranker to write.
-        path: The file, usually `model.safetensors`.
+    """Write a ranker as one file, usually `model.safetensors`, completely or not at all.
 
     Raises:
         InputError: If a weight or an embedding is NaN or infinite.
@@ -110,13 +106,10 @@ def load(path: str | Path, precision: str = "fp32") -> Ranker:
 def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a network as an artefact stores it: its tensors, and its entries of the metadata.
 
-    Raises:
-        ValueError: If there is no head, or one does not end in a sigmoid: the file does not say which activation.
+    Every head ends in a sigmoid, as `Ranker` demands: the file does not say which activation.
     """
     tensors, data = network_state.to_tensors(network)
     heads = data.pop("heads")
-    if not heads or set(heads.values()) != {"sigmoid"}:
-        raise ValueError(f"heads: got {heads}, wanted one per task that ends in a sigmoid")
     for part in (*(f"layers.{i}" for i in range(len(network.hidden))), *(f"heads.{task}" for task in heads)):
         rows = len(tensors[f"{part}.weight"] if f"{part}.weight" in tensors else tensors[f"{part}.row_offsets"])
         # Every layer has a bias there; and safetensors refuses tensors that share memory, as one head for two tasks.
@@ -125,11 +118,7 @@ def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[
 
 
 def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FrozenNetwork:
-    """Read `network_to_tensors` back, without trusting it.
-
-    Raises:
-        ValueError: If an entry or a tensor is absent, of a wrong type, or does not fit the others.
-    """
+    """Read `network_to_tensors` back, without trusting it."""
     tasks = meta.get("tasks")
     names = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
     network = network_state.from_tensors(tensors, {**meta, "heads": dict.fromkeys(names, "sigmoid")})
@@ -151,11 +140,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 if dtype not in DTYPES:
                     raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {', '.join(DTYPES)}")
                 tensors[name] = _aligned(file.get_tensor(name))
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
-    try:
         return parse_json(metadata[KEY], "metadata"), tensors
-    except InputError as error:
+    except ArtefactError:
+        raise
+    except (SafetensorError, UnicodeDecodeError, InputError) as error:
         raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
 
 

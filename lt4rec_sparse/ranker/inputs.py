@@ -80,14 +80,7 @@ class CrossedEmbeddings(nn.Module):
         return len(self.fields) * self.dim + self.pairs.numel()
 
     def forward(self, features: EncodedFeatures) -> Tensor:
-        """Embed and cross a batch.
-
-        Args:
-            features: Ids that are local to their tables, as the encoder makes them.
-
-        Returns:
-            `[batch, out_features]`, dtype of the embeddings.
-        """
+        """Embed and cross a batch of the encoder's ids: `[batch, out_features]`, dtype of the embeddings."""
         embedded = self.embed(features)
         if self.pairs.numel() and torch.is_grad_enabled() and embedded.requires_grad:
             crossed: Tensor = _Cross.apply(embedded, self.pairs, self.pair_of)  # type: ignore[no-untyped-call]

@@ -52,20 +52,13 @@ class Ranker:
         return self.mlp.precision
 
     def to_precision(self, precision: str) -> Ranker:
-        """Return the same ranker with its MLP in another precision; both share encoder, embeddings and weights.
-
-        Raises:
-            ValueError: If there is no such precision, the precision is "int8" and the ranker is not calibrated, or the
-                ranker is planned or on a GPU.
-        """
+        """Return the same ranker with its MLP in another precision (`SparseMLP.to_precision`); all else is shared."""
         return Ranker(self.encoder, self.inputs, self.mlp.to_precision(precision))
 
     def planned(self, plan: Plan) -> Ranker:
         """Return the same ranker with its MLP served by a plan of this CPU: `ranker.mlp.measure_plan()`.
 
-        Raises:
-            InputError: If the plan was measured for another network or machine.
-            ValueError: If the ranker is planned, or on a GPU, already.
+        Raises what `SparseMLP.planned` does.
         """
         return Ranker(self.encoder, self.inputs, self.mlp.planned(plan))
 
@@ -78,15 +71,7 @@ class Ranker:
     ) -> Ranker:
         """Return the same ranker with its embeddings and its MLP on a GPU; encoding stays on the CPU.
 
-        Args:
-            precision: How the MLP computes if there is no plan: "bf16", "fp16" or "fp32".
-            plan: From `ranker.mlp.measure_plan(device=...)`; None takes the kernels that are predicted to be fastest.
-            device: The GPU.
-            batch_sizes: The request sizes that are captured if there is no plan, ascending; None takes `nn.gpu`'s.
-
-        Raises:
-            InputError: If torch sees no such device, or the plan is for another network or machine.
-            ValueError: If the ranker is planned or on a GPU already, or there is no such precision.
+        Arguments and errors are those of `SparseMLP.on_gpu`; the plan is from `ranker.mlp.measure_plan(device=...)`.
         """
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)

@@ -1,7 +1,6 @@
 """The schema of a click log, and the one code that turns its raw values into ids for training and for serving."""
 
-from lt4rec_sparse.ranker.features.encoded import EncodedFeatures
-from lt4rec_sparse.ranker.features.encoder import FeatureEncoder, Field
+from lt4rec_sparse.ranker.features.encoder import EncodedFeatures, FeatureEncoder, Field
 from lt4rec_sparse.ranker.features.records import SchemaError
 from lt4rec_sparse.ranker.features.schema import (
     Column,

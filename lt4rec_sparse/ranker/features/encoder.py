@@ -1,32 +1,91 @@
-"""The encoder: fitted on the training days, stored in the artefact, and the only way from raw values to ids."""
+"""The encoder: fitted on the training days, stored in the artefact, and the only way from raw values to ids.
+
+Its ids are the input of every model of this project.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import raw as raw_columns
-from lt4rec_sparse.ranker.features.encoded import EncodedFeatures
+from lt4rec_sparse.ranker.features import tables as id_tables
 from lt4rec_sparse.ranker.features.schema import Column, Schema
-from lt4rec_sparse.ranker.features.tables import (
-    MISSING,
-    Array,
-    Fit,
-    HashTable,
-    IntFit,
-    IntVocabulary,
-    QuantileFit,
-    QuantileTable,
-    StringFit,
-    StringVocabulary,
-    Table,
-)
+from lt4rec_sparse.ranker.features.tables import MISSING, Array, Fit, Table
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EncodedFeatures:
+    """Ids of `batch` rows, each local to its embedding table; id 0 is a missing value.
+
+    Attributes:
+        single: `[batch, n_single]` int64: the single-valued and dense columns, in the order of `encoder.fields`.
+        multi_values: `[nnz]` int64: the bags of all multi-valued columns, one after another.
+        multi_offsets: `[n_multi * batch + 1]` int64: bag `f * batch + b` of field `f` and row `b` is
+            `multi_values[multi_offsets[f * batch + b] : multi_offsets[f * batch + b + 1]]`, as `EmbeddingBag` wants it
+            with `include_last_offset`. An empty bag pools to zero.
+
+    Ids may be stored as int32, as in a cache; `take` always returns int64.
+    """
+
+    single: Tensor
+    multi_values: Tensor
+    multi_offsets: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.single.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the three tensors."""
+        return sum(part.nbytes for part in (self.single, self.multi_values, self.multi_offsets))
+
+    def take(self, rows: Tensor) -> EncodedFeatures:
+        """Return the rows at positions `rows [n]` int64, in that order; a row may be taken twice."""
+        device = self.single.device
+        single = self.single.index_select(0, rows).long()
+        n_multi = (self.multi_offsets.numel() - 1) // self.batch if self.batch else 0
+        bags = (torch.arange(n_multi, device=device).unsqueeze(1) * self.batch + rows).reshape(-1)
+        starts = self.multi_offsets.index_select(0, bags)
+        lengths = self.multi_offsets.index_select(0, bags + 1) - starts
+        offsets = torch.zeros(len(bags) + 1, dtype=torch.int64, device=device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        # Value i of a bag that begins at s in the source and at t in the result comes from s + (i - t).
+        shift = torch.repeat_interleave(starts - offsets[:-1], lengths)
+        values = self.multi_values.index_select(0, torch.arange(len(shift), device=device) + shift).long()
+        return EncodedFeatures(single, values, offsets)
+
+    def to(self, device: torch.device | str) -> EncodedFeatures:
+        """Return the same rows on `device`."""
+        return EncodedFeatures(self.single.to(device), self.multi_values.to(device), self.multi_offsets.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[EncodedFeatures]) -> EncodedFeatures:
+        """Return the rows of all parts, one part after another; each has the same fields and at least one row."""
+        if len(parts) == 1:
+            return parts[0]
+        n_multi = (parts[0].multi_offsets.numel() - 1) // parts[0].batch
+        values, lengths = [], []
+        for field in range(n_multi):
+            for part in parts:
+                offsets = part.multi_offsets[field * part.batch : (field + 1) * part.batch + 1]
+                values.append(part.multi_values[int(offsets[0]) : int(offsets[-1])])
+                lengths.append(offsets.diff())
+        return EncodedFeatures(
+            torch.cat([part.single for part in parts]),
+            torch.cat(values) if values else parts[0].multi_values,
+            torch.cat([parts[0].multi_offsets[:1], *lengths]).cumsum(0),
+        )
 
 
 class Field(NamedTuple):
@@ -46,35 +105,26 @@ class FeatureEncoder:
     Args:
         schema: The columns.
         tables: The fitted table of every table name in use.
+
+    Attributes:
+        fields: Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags).
+        table_sizes: Rows of every embedding table, in the order of first use by `fields`.
     """
 
     def __init__(self, schema: Schema, tables: Mapping[str, Table]) -> None:
         self.schema = schema
         self._single = tuple(column for column in schema.features if column.kind != "multi")
         self._multi = tuple(column for column in schema.features if column.kind == "multi")
-        self._tables = {column.table: tables[column.table] for column in (*self._single, *self._multi)}
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        """Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags)."""
         columns = (*self._single, *self._multi)
-        return tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
-
-    @property
-    def table_sizes(self) -> dict[str, int]:
-        """Rows of every embedding table, in the order of first use by `fields`."""
-        return {name: table.size for name, table in self._tables.items()}
+        self._tables = {column.table: tables[column.table] for column in columns}
+        self.fields = tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
+        self.table_sizes = {name: table.size for name, table in self._tables.items()}
 
     @classmethod
     def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]]) -> FeatureEncoder:
         """Learn vocabularies and quantiles from the chunks of the training days, one chunk in memory at a time.
 
-        Args:
-            schema: The columns; those that share a table share its counts.
-            chunks: Columns as `encode` takes them.
-
-        Raises:
-            ValueError: See `encode`.
+        Columns that share a table share its counts. Chunks and errors are as in `encode`.
         """
         fits = {column.table: _new_fit(column) for column in schema.features}
         for chunk in chunks:
@@ -90,7 +140,7 @@ class FeatureEncoder:
             columns: Every feature column by name, all with the same number of rows; other columns are ignored.
 
         Returns:
-            `EncodedFeatures` with int64 ids on the CPU.
+            Int64 ids on the CPU.
 
         Raises:
             ValueError: If a column is absent, differs from the first in length, or has a value of a wrong type.
@@ -131,23 +181,23 @@ class FeatureEncoder:
         return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
 
     def _rows(self, columns: Mapping[str, Any]) -> int:
-        first: tuple[str, int] | None = None
+        rows: dict[str, int] = {}
         for column in (*self._single, *self._multi):
             if column.name not in columns:
                 raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
-            rows = raw_columns.rows_of(column, columns[column.name])
-            name, wanted = first = first or (column.name, rows)
-            if rows != wanted:
-                raise InputError(f"column {column.name!r}: got {rows} rows, wanted {wanted} as in {name!r}")
-        return first[1] if first else 0
+            got = rows[column.name] = raw_columns.rows_of(column, columns[column.name])
+            first, wanted = next(iter(rows.items()))
+            if got != wanted:
+                raise InputError(f"column {column.name!r}: got {got} rows, wanted {wanted} as in {first!r}")
+        return wanted
 
 
 def _new_fit(column: Column) -> Fit:
     if column.kind == "dense":
-        return QuantileFit(column.buckets)
+        return id_tables.QuantileFit(column.buckets)
     if column.encoding == "hash":
-        return HashTable(column.size)
-    return IntFit(column.min_count) if column.type == "int" else StringFit(column.min_count)
+        return id_tables.HashTable(column.size)
+    return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)
 
 
 def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
@@ -156,10 +206,10 @@ def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
     own = {name.rpartition(".")[2]: array for name, array in arrays.items() if name.rpartition(".")[0] + "." == prefix}
     try:
         if column.kind == "dense":
-            return QuantileTable.from_arrays(own)
+            return id_tables.QuantileTable.from_arrays(own)
         if column.encoding == "hash":
-            return HashTable(column.size)
-        vocabulary = IntVocabulary if column.type == "int" else StringVocabulary
+            return id_tables.HashTable(column.size)
+        vocabulary = id_tables.IntVocabulary if column.type == "int" else id_tables.StringVocabulary
         return vocabulary.from_arrays(own)
     except ValueError as error:
         raise ValueError(f"encoder table {column.table!r}: {error}") from error

@@ -22,11 +22,7 @@ TEXT = {str, np.str_}
 
 
 def rows_of(column: Column, raw: Any) -> int:
-    """Return how many rows a raw column has.
-
-    Raises:
-        ValueError: If `raw` is not a sequence.
-    """
+    """Return how many rows a raw column has."""
     if _is_bags(column, raw):
         return len(raw[1]) - 1
     if isinstance(raw, str | bytes) or not hasattr(raw, "__len__"):
@@ -35,22 +31,14 @@ def rows_of(column: Column, raw: Any) -> int:
 
 
 def single(column: Column, raw: Any) -> tuple[Array, Present]:
-    """Return the values that are present (int64, object or float64 by the column) and which rows have one (bool).
-
-    Raises:
-        ValueError: If a value has another type than the column.
-    """
+    """Return the values that are present (int64, object or float64 by the column) and which rows have one (bool)."""
     if column.kind == "dense":
         return _numbers(column, raw)
     return _integers(column, raw) if column.type == "int" else _strings(column, raw)
 
 
 def bags(column: Column, raw: Any) -> tuple[Array, Ids]:
-    """Return a multi-valued column as `(values [nnz], offsets [batch + 1])`, missing values left out.
-
-    Raises:
-        ValueError: If a value has another type than the column, or offsets do not cut the values.
-    """
+    """Return a multi-valued column as `(values [nnz], offsets [batch + 1])`, missing values left out."""
     if _is_bags(column, raw):
         flat, offsets = raw[0], raw[1].astype(np.int64)
         if offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():

@@ -47,8 +47,7 @@ def to_toml(record: Any) -> str:
 def from_plain(value: Any, hint: Any, where: str) -> Any:
     """Return parsed `value` as the annotated type `hint`: a dataclass, `tuple[X, ...]`, literal, union or scalar.
 
-    Raises:
-        SchemaError: If a key is unknown or absent, or a value is not of its type; the message begins with `where`.
+    An unknown or absent key, or a value that is not of its type, is a `SchemaError` that begins with `where`.
     """
     if is_dataclass(hint):
         return _record(value, hint, where)

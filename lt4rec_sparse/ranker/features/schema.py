@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -137,13 +137,6 @@ class Column:
             got = f"min_count={shown(self.min_count)}, buckets={shown(self.buckets)}, separator={self.separator!r}"
             raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets 2 to {MAX_BUCKETS}, a separator")
 
-    @property
-    def table_rule(self) -> tuple[object, ...]:
-        """The settings that columns sharing a table must agree on."""
-        # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
-        own = self.name if self.kind == "dense" else ""
-        return (own, self.type, self.encoding, self.size, self.min_count)
-
 
 @dataclass(frozen=True)
 class Task:
@@ -243,25 +236,38 @@ class Schema:
 
     def __post_init__(self) -> None:
         self._check_names()
-        self._check_histories()
-        self._check_tables()
-        self._check_leaks()
+        categorical = {column.name for column in self.columns if column.kind != "dense"}
+        for history in self.histories:
+            for name in history.columns:
+                if name not in categorical:
+                    raise SchemaError(f"history {history.name!r}: got column {name!r}, wanted a categorical feature")
+        twice = _repeated(column.name for column in self.features)
+        if twice is not None:
+            raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
+        tables: dict[str, tuple[str, tuple[object, ...]]] = {}
+        for column in self.features:
+            # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
+            own = column.name if column.kind == "dense" else ""
+            rule = (own, column.type, column.encoding, column.size, column.min_count)
+            first, wanted = tables.setdefault(column.table, (column.name, rule))
+            if rule != wanted:
+                agree = "one type, encoding, size and min_count, and no dense column"
+                raise SchemaError(f"table {column.table!r}: {first!r} and {column.name!r} differ, wanted {agree}")
+        read_by = {column.name: column.name for column in self.columns}
+        read_by |= {column.days_since: column.name for column in self.derived}
+        for source, name in read_by.items():
+            if source in self.forbidden:
+                raise SchemaError(f"column {name!r}: {source!r} is an outcome, wanted a feature known beforehand")
 
     @property
     def features(self) -> tuple[Column, ...]:
         """Every input of a model: the declared columns, then the rates and the bags of the histories."""
         declared = {column.name: column for column in self.columns}
-        rates = (
-            Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS)
-            for history in self.histories
-            if history.rates
-            for what in ("count", "rate")
-        )
-        bags = (
-            replace(declared[name], name=f"{history.name}_{name}", kind="multi")
-            for history in self.histories
-            for name in history.columns
-        )
+        rates, bags = [], []
+        for history in self.histories:
+            if history.rates:
+                rates += [Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS) for what in ("count", "rate")]
+            bags += [replace(declared[c], name=f"{history.name}_{c}", kind="multi") for c in history.columns]
         return (*self.columns, *rates, *bags)
 
     @property
@@ -310,14 +316,14 @@ class Schema:
             raise SchemaError(f"{path}: {error}") from error
 
     def _check_names(self) -> None:
-        named: tuple[tuple[str, Iterable[Any]], ...] = (
-            ("column", self.columns),
-            ("task", self.tasks),
-            ("history", self.histories),
-            ("derived", self.derived),
-            ("slice", self.slices),
-        )
-        for kind, items in named:
+        named: dict[str, Sequence[Any]] = {
+            "column": self.columns,
+            "task": self.tasks,
+            "history": self.histories,
+            "derived": self.derived,
+            "slice": self.slices,
+        }
+        for kind, items in named.items():
             twice = _repeated(item.name for item in items)
             if twice is not None:
                 raise SchemaError(f"{kind} {twice!r}: declared twice, wanted one")
@@ -329,28 +335,3 @@ class Schema:
             raise SchemaError(f"schema {self.name!r}: got {got}, wanted at least 1 each")
         if all(task.extra for task in self.tasks):
             raise SchemaError(f"schema {self.name!r}: got extra tasks only, wanted one that every run has")
-
-    def _check_histories(self) -> None:
-        bags = {column.name for column in self.columns if column.kind != "dense"}
-        for history in self.histories:
-            stray = next((name for name in history.columns if name not in bags), None)
-            if stray is not None:
-                raise SchemaError(f"history {history.name!r}: got column {stray!r}, wanted a categorical feature")
-        twice = _repeated(column.name for column in self.features)
-        if twice is not None:
-            raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
-
-    def _check_tables(self) -> None:
-        rules: dict[str, Column] = {}
-        for column in self.features:
-            first = rules.setdefault(column.table, column)
-            if first.table_rule != column.table_rule:
-                agree = "one type, encoding, size and min_count, and no dense column"
-                raise SchemaError(f"table {column.table!r}: {first.name!r} and {column.name!r} differ, wanted {agree}")
-
-    def _check_leaks(self) -> None:
-        sources = {column.name: column.name for column in self.columns}
-        sources |= {column.days_since: column.name for column in self.derived}
-        for source, name in sources.items():
-            if source in self.forbidden:
-                raise SchemaError(f"column {name!r}: {source!r} is an outcome, wanted a feature known beforehand")

@@ -1,7 +1,9 @@
 """From a raw value to its id in an embedding table: a vocabulary, a hash, or a quantile bucket.
 
 Id 0 is a missing value everywhere and is given by the encoder; a table sees only values that are present. In a
-vocabulary id 1 is any value unseen in training.
+vocabulary id 1 is any value unseen in training. A table has a `size`, the rows of its embedding table, the missing one
+included; its `lookup` gives ids in `[1, size)` to values `[n]`, int64, object (str) or float64; `to_arrays` returns
+what was fitted, which `from_arrays` reads back. A fit takes training values in chunks and makes a table of them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise, repeat
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,42 +27,14 @@ MERGE_AT = 1 << 20
 SKETCH_POINTS = 1 << 17
 
 
-class Table(Protocol):
-    """Ids of one embedding table, all in `[1, size)` for values that are present."""
-
-    @property
-    def size(self) -> int:
-        """Rows of the embedding table, the missing one included."""
-
-    def lookup(self, values: Array) -> Ids:
-        """Return the id of every value: `[n]` int64, object (str) or float64 in, `[n]` int64 out."""
-
-    def to_arrays(self) -> dict[str, Array]:
-        """Return what was fitted; the class reads it back with `from_arrays`."""
-
-
-class Fit(Protocol):
-    """Takes training values in chunks and makes a table of them."""
-
-    def add(self, values: Array) -> None:
-        """Count the values of one chunk; the caller leaves out missing ones."""
-
-    def table(self) -> Table:
-        """Return the table of all values added so far."""
-
-
 class IntVocabulary:
     """Known integers. Ids follow `keys`, which the fit orders by descending count, then value."""
 
     def __init__(self, keys: Ids) -> None:
         self.keys = keys
+        self.size = len(keys) + 2
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
-
-    @property
-    def size(self) -> int:
-        """Missing, unseen, and one id per key."""
-        return len(self.keys) + 2
 
     def lookup(self, values: Array) -> Ids:
         """Return ids by binary search."""
@@ -86,12 +60,8 @@ class StringVocabulary:
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)
+        self.size = len(self.keys) + 2
         self._ids = {key: index + 2 for index, key in enumerate(self.keys)}
-
-    @property
-    def size(self) -> int:
-        """Missing, unseen, and one id per key."""
-        return len(self.keys) + 2
 
     def lookup(self, values: Array) -> Ids:
         """Return ids from a dict."""
@@ -117,16 +87,11 @@ class HashTable:
     """Ids of any values, by a hash that is the same in every process and on every machine: `1 + hash % (size - 1)`."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
-
-    @property
-    def size(self) -> int:
-        """As declared by the schema."""
-        return self._size
+        self.size = size
 
     def lookup(self, values: Array) -> Ids:
         """Return ids by splitmix64 (int64 values) or the first 8 bytes of blake2b (strings)."""
-        slots: Ids = (hash64(values) % np.uint64(self._size - 1)).astype(np.int64)
+        slots: Ids = (hash64(values) % np.uint64(self.size - 1)).astype(np.int64)
         return slots + 1
 
     def to_arrays(self) -> dict[str, Array]:
@@ -134,10 +99,10 @@ class HashTable:
         return {}
 
     def add(self, values: Array) -> None:
-        """Learn nothing from training values."""
+        """Learn nothing: a hash is its own fit."""
 
     def table(self) -> HashTable:
-        """Return the table itself, which needs no fit."""
+        """Return the table itself."""
         return self
 
 
@@ -146,11 +111,7 @@ class QuantileTable:
 
     def __init__(self, cuts: NDArray[np.float64]) -> None:
         self.cuts = cuts
-
-    @property
-    def size(self) -> int:
-        """Missing, and one more bucket than there are cuts."""
-        return len(self.cuts) + 2
+        self.size = len(cuts) + 2  # missing, and one more bucket than there are cuts
 
     def lookup(self, values: Array) -> Ids:
         """Return ids; a value on a cut is in the bucket below it, so that a frequent value gets its own bucket."""
@@ -170,24 +131,6 @@ class QuantileTable:
         return cls(cuts)
 
 
-class IntFit:
-    """Counts of integers, merged by sorting."""
-
-    def __init__(self, min_count: int) -> None:
-        self._min_count = min_count
-        self._histogram = _Histogram(np.int64)
-
-    def add(self, values: Array) -> None:
-        """Count one chunk."""
-        self._histogram.add(values)
-
-    def table(self) -> IntVocabulary:
-        """Return the values seen at least `min_count` times."""
-        keys, counts = self._histogram.merged()
-        keys, counts = keys[counts >= self._min_count], counts[counts >= self._min_count]
-        return IntVocabulary(keys[np.lexsort((keys, -counts))])
-
-
 class StringFit:
     """Counts of strings."""
 
@@ -205,30 +148,8 @@ class StringFit:
         return StringVocabulary(sorted(kept, key=lambda key: (-self._counts[key], key)))
 
 
-class QuantileFit:
-    """Quantiles of a stream: exact up to `SKETCH_POINTS` distinct values, then of that many equal parts."""
-
-    def __init__(self, buckets: int) -> None:
-        self._buckets = buckets
-        self._histogram = _Histogram(np.float64, limit=SKETCH_POINTS)
-
-    def add(self, values: Array) -> None:
-        """Count one chunk."""
-        self._histogram.add(values)
-
-    def table(self) -> QuantileTable:
-        """Return the cuts at `1/buckets, 2/buckets, ...`; equal cuts merge, and none lies at the largest value."""
-        values, counts = self._histogram.merged()
-        if not len(values):
-            return QuantileTable(values)
-        below = np.cumsum(counts)
-        ranks = np.arange(1, self._buckets) * below[-1] / self._buckets
-        cuts = np.unique(values[np.searchsorted(below, ranks)])
-        return QuantileTable(cuts[cuts < values[-1]])
-
-
 class _Histogram:
-    """Distinct values of a stream and their counts, in memory that `limit` bounds if it is given."""
+    """Distinct values of a stream and their counts, merged by sorting, in memory that `limit` bounds if it is given."""
 
     def __init__(self, dtype: type[np.generic], limit: int | None = None) -> None:
         self._values: Array = np.empty(0, dtype)
@@ -238,17 +159,14 @@ class _Histogram:
         self._waiting = 0
 
     def add(self, values: Array) -> None:
+        """Count one chunk."""
         distinct, counts = np.unique(values, return_counts=True)
         self._pending.append((distinct, counts))
         self._waiting += len(distinct)
         if self._waiting > max(MERGE_AT, len(self._values)):
-            self._merge()
+            self._merged()
 
-    def merged(self) -> tuple[Array, Ids]:
-        self._merge()
-        return self._values, self._counts
-
-    def _merge(self) -> None:
+    def _merged(self) -> tuple[Array, Ids]:
         values = np.concatenate([self._values, *(values for values, _ in self._pending)])
         counts = np.concatenate([self._counts, *(counts for _, counts in self._pending)])
         self._pending, self._waiting = [], 0
@@ -256,15 +174,48 @@ class _Histogram:
         self._counts = np.zeros(len(self._values), np.int64)
         np.add.at(self._counts, place.reshape(-1), counts)
         if self._limit is not None and len(self._values) > self._limit:
-            self._thin(self._limit)
+            # Values at equal steps of rank are kept; each takes the count of the values it stands for.
+            below = np.cumsum(self._counts)
+            ranks = np.arange(1, self._limit + 1) * below[-1] // self._limit
+            kept = np.unique(np.searchsorted(below, ranks))
+            self._values, self._counts = self._values[kept], np.diff(below[kept], prepend=0)
+        return self._values, self._counts
 
-    def _thin(self, points: int) -> None:
-        """Keep the values at `points` equal steps of rank; each takes the count of the values it stands for."""
-        below = np.cumsum(self._counts)
-        ranks = np.arange(1, points + 1) * below[-1] // points
-        kept = np.unique(np.searchsorted(below, ranks))
-        self._counts = np.diff(below[kept], prepend=0)
-        self._values = self._values[kept]
+
+class IntFit(_Histogram):
+    """Counts of integers."""
+
+    def __init__(self, min_count: int) -> None:
+        super().__init__(np.int64)
+        self._min_count = min_count
+
+    def table(self) -> IntVocabulary:
+        """Return the values seen at least `min_count` times."""
+        keys, counts = self._merged()
+        keys, counts = keys[counts >= self._min_count], counts[counts >= self._min_count]
+        return IntVocabulary(keys[np.lexsort((keys, -counts))])
+
+
+class QuantileFit(_Histogram):
+    """Quantiles of a stream: exact up to `SKETCH_POINTS` distinct values, then of that many equal parts."""
+
+    def __init__(self, buckets: int) -> None:
+        super().__init__(np.float64, SKETCH_POINTS)
+        self._buckets = buckets
+
+    def table(self) -> QuantileTable:
+        """Return the cuts at `1/buckets, 2/buckets, ...`; equal cuts merge, and none lies at the largest value."""
+        values, counts = self._merged()
+        if not len(values):
+            return QuantileTable(values)
+        below = np.cumsum(counts)
+        ranks = np.arange(1, self._buckets) * below[-1] / self._buckets
+        cuts = np.unique(values[np.searchsorted(below, ranks)])
+        return QuantileTable(cuts[cuts < values[-1]])
+
+
+Table = IntVocabulary | StringVocabulary | HashTable | QuantileTable
+Fit = IntFit | StringFit | HashTable | QuantileFit
 
 
 def hash64(values: Array) -> Hashes:

@@ -8,10 +8,10 @@ order of the files.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +22,57 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.ranker.features import EncodedFeatures
-from lt4rec_sparse.recsys.data.layout import FEATURE, GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT, damaged, split_files
+from lt4rec_sparse.recsys.data.source import DataError
 
+SPLITS = ("train", "validation", "test")
+# The columns of a part of a split, or what their names begin with; see `prepare`.
+FEATURE, LABEL, MEMBER, WEIGHT, SLICE, VALUE = "feature.", "label.", "member.", "weight.", "slice.", "value."
+GROUP, DAY = "group", "day"
 # Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
 WINDOW_ROWS = 1 << 19
-CACHE_BYTES = 4 << 30
+CACHE_BYTES = 4 << 30  # of decoded windows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with their labels; the batch is the first dimension of every tensor.
-
-    Attributes:
-        features: Ids of the input fields.
-        labels: Per task, `[batch]` float32; 0 where the row does not belong to the task.
-        rows: Per task, `[batch]` bool: True where the row belongs to the task.
-        weights: Per task, `[batch]` float32.
-        groups: `[batch]` int64, the group (user) of each row.
-        slices: Per slice of the schema, `[batch]` bool.
-        values: Per carried column of the schema, `[batch]` float64, NaN where missing.
-    """
+    """Rows with their labels; every tensor but the features is `[batch]`."""
 
     features: EncodedFeatures
-    labels: dict[str, Tensor]
-    rows: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    groups: Tensor
-    slices: dict[str, Tensor]
-    values: dict[str, Tensor]
+    groups: Tensor  # int64, the group (user) of each row
+    labels: dict[str, Tensor]  # per task, float32; 0 where the row does not belong to the task
+    rows: dict[str, Tensor]  # per task, bool: True where the row belongs to the task
+    weights: dict[str, Tensor]  # per task, float32
+    slices: dict[str, Tensor]  # per slice of the schema, bool
+    values: dict[str, Tensor]  # per carried column of the schema, float64, NaN where missing
 
     @property
     def batch(self) -> int:
         """Number of rows."""
         return self.features.batch
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors."""
+        columns = (column for part in self._parts() for column in part.values())
+        return self.features.nbytes + self.groups.nbytes + sum(column.nbytes for column in columns)
+
     def take(self, rows: Tensor) -> Batch:
         """Return the rows at positions `rows [n]` int64, in that order."""
-        return Batch(
-            self.features.take(rows),
-            _take(self.labels, rows),
-            _take(self.rows, rows),
-            _take(self.weights, rows),
-            self.groups.index_select(0, rows),
-            _take(self.slices, rows),
-            _take(self.values, rows),
-        )
+        parts = [{name: column.index_select(0, rows) for name, column in part.items()} for part in self._parts()]
+        return Batch(self.features.take(rows), self.groups.index_select(0, rows), *parts)
 
     @staticmethod
-    def cat(parts: Sequence[Batch]) -> Batch:
-        """Return the rows of all parts, one part after another; each part has at least one row."""
-        if len(parts) == 1:
-            return parts[0]
-        return Batch(
-            EncodedFeatures.cat([part.features for part in parts]),
-            _cat([part.labels for part in parts]),
-            _cat([part.rows for part in parts]),
-            _cat([part.weights for part in parts]),
-            torch.cat([part.groups for part in parts]),
-            _cat([part.slices for part in parts]),
-            _cat([part.values for part in parts]),
-        )
+    def cat(batches: Sequence[Batch]) -> Batch:
+        """Return the rows of all batches, one batch after another; each has at least one row."""
+        if len(batches) == 1:
+            return batches[0]
+        alike = zip(*(batch._parts() for batch in batches), strict=True)
+        parts = [{name: torch.cat([part[name] for part in same]) for name in same[0]} for same in alike]
+        features = EncodedFeatures.cat([batch.features for batch in batches])
+        return Batch(features, torch.cat([batch.groups for batch in batches]), *parts)
+
+    def _parts(self) -> tuple[dict[str, Tensor], ...]:
+        return self.labels, self.rows, self.weights, self.slices, self.values
 
 
 class BatchStream:
@@ -89,47 +80,31 @@ class BatchStream:
 
     The order of an epoch depends on `seed`, the epoch's number and the prepared files only, so `(epoch, batch)` is the
     whole cursor: `stream.epoch(3, start=40)` yields, bit for bit, what `stream.epoch(3)` yields from its 41st batch on.
-
-    Args:
-        folder: A prepared folder.
-        split: `train`, `validation` or `test`.
-        batch_size: Rows of every batch except the last.
-        seed: Seed of the shuffle.
-        shuffle: False keeps the order of the files.
-        cache_bytes: Decoded windows are kept in memory up to this many bytes.
+    Without `shuffle` rows keep the order of the files. The last batch may be smaller than `batch_size`.
 
     Raises:
         ValueError: If the batch size is not positive or there is no such split.
         DataError: If a file of the split is damaged; the message begins with its path.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
+    def __init__(self, folder: Path, split: str, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
+        if split not in SPLITS:
+            raise ValueError(f"split: got {split!r}, wanted one of {', '.join(SPLITS)}")
         self.batch_size = batch_size
         self._seed, self._shuffle = seed, shuffle
-        self._files = split_files(folder, split)
+        self._files = sorted((folder / split).glob("part-*.parquet"))  # in the order of days
         groups = [
             (file, group, metadata.row_group(group).num_rows)
-            for file, metadata in enumerate(map(_metadata, self._files))
+            for file, path in enumerate(self._files)
+            for metadata in (_read(path, attrgetter("metadata")),)
             for group in range(metadata.num_row_groups)
         ]
         self.rows: int = sum(rows for _, _, rows in groups)
-        count = ceil(self.rows / WINDOW_ROWS)
-        if shuffle:
-            self._windows = [groups[first::count] for first in range(count)]
-        else:
-            self._windows = [[group] for group in groups]
-        self._cache: OrderedDict[int, Batch] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        count = ceil(self.rows / WINDOW_ROWS) if shuffle else len(groups)
+        self._windows = [groups[first::count] for first in range(count)]
+        self._cache: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -146,7 +121,9 @@ class BatchStream:
             if skip >= rows:
                 skip -= rows
                 continue
-            data, permutation = self._window(window), self._permutation(number, window, rows)
+            data, permutation = self._window(window), torch.arange(rows)
+            if self._shuffle:
+                permutation = torch.from_numpy(np.random.default_rng([self._seed, number, window]).permutation(rows))
             while skip < rows:
                 parts.append(data.take(permutation[skip : skip + self.batch_size - held]))
                 skip, held = skip + parts[-1].batch, held + parts[-1].batch
@@ -157,42 +134,33 @@ class BatchStream:
         if parts:
             yield Batch.cat(parts)
 
-    def _permutation(self, epoch: int, window: int, rows: int) -> Tensor:
-        if not self._shuffle:
-            return torch.arange(rows)
-        return torch.from_numpy(np.random.default_rng([self._seed, epoch, window]).permutation(rows))
-
     def _window(self, window: int) -> Batch:
-        cached = self._cache.get(window)
-        if cached is not None:
-            self._cache.move_to_end(window)
-            return cached
-        data = self._read(window)
-        self._cache[window] = data
-        # Epochs visit every window once, so the least recently used one is needed again last.
-        while len(self._cache) > 1 and sum(map(_nbytes, self._cache.values())) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return data
+        if window in self._cache:
+            return self._cache[window]
+        batch = self._decoded(window)
+        # An epoch visits every window once: those that fit are kept for ever, and none would be a better choice.
+        if batch.nbytes + sum(cached.nbytes for cached in self._cache.values()) <= CACHE_BYTES:
+            self._cache[window] = batch
+        return batch
 
-    def _read(self, window: int) -> Batch:
+    def _decoded(self, window: int) -> Batch:
         groups: dict[int, list[int]] = {}
         for file, group, _ in self._windows[window]:
             groups.setdefault(file, []).append(group)
-        tables = [_row_groups(self._files[file], chosen) for file, chosen in groups.items()]
+        tables = [_read(self._files[file], methodcaller("read_row_groups", chosen)) for file, chosen in groups.items()]
         return _decoded(pa.concat_tables(tables).combine_chunks())
 
 
-def _metadata(path: Path) -> Any:
-    try:
-        return pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
+def damaged(path: Path, error: Exception) -> DataError:
+    """Return the error of a file in a prepared folder that cannot be read."""
+    got = " ".join(str(error).split())
+    return DataError(f"{path}: got a damaged file ({got}), wanted a part of a prepared log: prepare it again")
 
 
-def _row_groups(path: Path, groups: list[int]) -> Any:
+def _read(path: Path, read: Callable[[Any], Any]) -> Any:
     try:
         with pq.ParquetFile(path) as parquet:
-            return parquet.read_row_groups(groups)
+            return read(parquet)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from error
 
@@ -210,12 +178,8 @@ def _decoded(table: Any) -> Batch:
             torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids])),
             torch.from_numpy(np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)),
         ),
-        _tensors(table, LABEL),
-        _tensors(table, MEMBER),
-        _tensors(table, WEIGHT),
         _tensors(table, GROUP)[""],
-        _tensors(table, SLICE),
-        _tensors(table, VALUE),
+        *(_tensors(table, prefix) for prefix in (LABEL, MEMBER, WEIGHT, SLICE, VALUE)),
     )
 
 
@@ -229,18 +193,3 @@ def _tensors(table: Any, prefix: str) -> dict[str, Tensor]:
     # A copy, because Arrow's memory is read-only, which torch does not respect.
     columns = _with_prefix(table, prefix).items()
     return {name: torch.from_numpy(np.array(column.to_numpy(zero_copy_only=False))) for name, column in columns}
-
-
-def _take(columns: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {name: column.index_select(0, rows) for name, column in columns.items()}
-
-
-def _cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _nbytes(batch: Batch) -> int:
-    parts = (batch.labels, batch.rows, batch.weights, batch.slices, batch.values)
-    return (
-        batch.features.nbytes + batch.groups.nbytes + sum(column.nbytes for part in parts for column in part.values())
-    )

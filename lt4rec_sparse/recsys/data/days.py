@@ -6,7 +6,7 @@ columns that the schema needs. Memory is bounded by one day of the log, however 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lt4rec_sparse.ranker.features import Schema, Time
-from lt4rec_sparse.recsys.data.progress import Progress
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, is_list, raw_types, read_file
 
-DAY = "__day__"
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
+
 POSITION = "__position__"
 # Each day keeps a file open while rows are distributed, and a process may usually open 1,024.
 MAX_DAYS = 900
@@ -30,18 +30,17 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class DayLog:
-    """The log in a temporary folder, one file per day, days ascending.
+    """The log in a temporary folder, one file per day."""
 
-    Attributes:
-        days: Names of the days, sorted as numbers if all are numbers and as text otherwise, such as ISO dates.
-        rows_read: Rows of the source.
-        duplicates: Rows dropped because they equal an earlier row of the same day.
-    """
-
-    days: tuple[str, ...]
+    columns: list[str]
     rows_read: int
-    duplicates: int
-    paths: Mapping[str, Path]
+    duplicates: int  # rows dropped because they equal an earlier row of the same day
+    paths: dict[str, Path]  # by day, ascending: as numbers if all days are numbers, else as text, such as ISO dates
+
+    @property
+    def days(self) -> tuple[str, ...]:
+        """The days, ascending."""
+        return tuple(self.paths)
 
     def read(self, day: str) -> Iterator[Any]:
         """Yield the rows of a day, in order, as record batches."""
@@ -49,12 +48,8 @@ class DayLog:
             yield from pa.ipc.open_stream(file)
 
 
-def log_columns(source: Source) -> list[str]:
-    """Return the columns of the log.
-
-    Raises:
-        DataError: If its files differ in columns, or lack a column that must be in the log.
-    """
+def _log_columns(source: Source) -> list[str]:
+    """Return the columns of the log, in which its files agree and none is absent that must be there."""
     schema, first = source.schema, source.log[0]
     names = column_names(first)
     for path in source.log[1:]:
@@ -76,33 +71,34 @@ def log_columns(source: Source) -> list[str]:
 
 
 def partition(source: Source, folder: Path, batch_rows: int, progress: Progress) -> DayLog:
-    """Read the log once and write it to `folder` by day, without duplicates and in order.
+    """Read the log once and write it to `folder`, for temporary files, by day, without duplicates and in order.
 
-    Args:
-        source: The data set.
-        folder: An empty folder for temporary files.
-        batch_rows: Rows of a record batch of `DayLog.read`.
-        progress: Called after every file read and every day sorted.
+    `DayLog.read` yields record batches of `batch_rows`. Progress is reported after every file read and day sorted.
 
     Raises:
         DataError: If a file, a type, a label or a day contradicts the schema.
     """
-    types, names = raw_types(source.schema), log_columns(source)
+    types, names = raw_types(source.schema), _log_columns(source)
     dealt, rows_read = _deal(source, folder, types, names, progress)
-    days = tuple(sorted(dealt, key=_sortable(dealt)))
-    if not days:
+    if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    are_numbers = all(day.lstrip("-").isdecimal() for day in dealt)
+    days = sorted(dealt, key=int if are_numbers else str)
     needed = [name for name in names if name in types]
     paths, kept = {}, 0
     for index, day in enumerate(days):
-        table = _in_order(_distinct(dealt[day], names), source.schema.time).select(needed)
+        table = _distinct(dealt[day], names)
+        order = source.schema.time.order or source.schema.time.timestamp
+        if order is not None:  # stable: rows at the same moment keep the order of the files
+            table = table.take(np.argsort(table[order].to_numpy(), kind="stable"))
+        table = table.select(needed)
         paths[day] = folder / f"day-{index}.arrow"
         with pa.OSFile(str(paths[day]), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=batch_rows)
         dealt[day].unlink()
         kept += table.num_rows
         progress("order days", index + 1, len(days))
-    return DayLog(days, rows_read, rows_read - kept, paths)
+    return DayLog(names, rows_read, rows_read - kept, paths)
 
 
 def _deal(
@@ -131,11 +127,7 @@ def _deal(
 
 
 def _alike(path: Path, batch: Any, layout: Any) -> Any:
-    """Return a batch in the types of the first one: files may differ in the types of columns that the schema omits.
-
-    Raises:
-        DataError: If a value cannot be cast.
-    """
+    """Return a batch in the types of the first one: files may differ in the types of columns that the schema omits."""
     columns = []
     for field in layout:
         column = batch[field.name]
@@ -165,31 +157,17 @@ def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
         yield day, ordered.slice(begin, end - begin)
 
 
-def _sortable(days: Mapping[str, Path]) -> Any:
-    return int if all(day.lstrip("-").isdecimal() for day in days) else str
-
-
 def _distinct(path: Path, names: list[str]) -> Any:
     """Return the rows of a day without those that equal an earlier one in every column."""
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_stream(file).read_all()
-    keys = pa.table([_key(table[name]) for name in names], names=names)
-    keys = keys.append_column(POSITION, pa.array(np.arange(table.num_rows)))
+    keys = table.append_column(POSITION, pa.array(np.arange(table.num_rows)))
+    for place, name in enumerate(table.column_names):
+        if is_list(table[name].type):  # Arrow does not group by lists: they become text
+            text = pc.binary_join(table[name].cast(pa.list_(pa.string())), "\x1f")
+            keys = keys.set_column(place, name, text)
     first = keys.group_by(names).aggregate([(POSITION, "min")])[f"{POSITION}_min"]
     return table.take(first.take(pc.sort_indices(first)))
-
-
-def _key(column: Any) -> Any:
-    """Return the column that rows are compared by: Arrow does not group by lists, so they become text."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f")
-    return column
-
-
-def _in_order(table: Any, time: Time) -> Any:
-    order = time.order or time.timestamp
-    # Stable: rows at the same moment keep the order of the files.
-    return table if order is None else table.take(np.argsort(table[order].to_numpy(), kind="stable"))
 
 
 def _check(path: Path, batch: Any, schema: Schema) -> None:

@@ -15,125 +15,71 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import History
 from lt4rec_sparse.ranker.features.tables import Array, Ids, IntVocabulary
+from lt4rec_sparse.recsys.data.source import is_list
 
-# Bags of strings are compared by their text, joined by a character that does not occur in it.
-JOINT = "\x1f"
-NOTHING = -1
 Floats = NDArray[np.float64]
+# All past strings together may have more than the 2 GiB that Arrow's usual types hold.
+WIDE = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.large_list(pa.large_string())}
 
 
 class PastRows:
-    """The last `history.length` rows of every group, as codes of their values: `[groups, length]` per column.
-
-    Args:
-        history: Which columns, and how many rows.
-    """
+    """The last `history.length` rows of every group that count, oldest first, one group after another."""
 
     def __init__(self, history: History) -> None:
         self._length = history.length
-        self._index = IntVocabulary(np.empty(0, np.int64))
-        self._codes = {name: np.empty((0, history.length), np.int64) for name in history.columns}
-        self._known = {name: _Bags() for name in history.columns}
-        self._seen = np.empty((0, 2), np.int64)  # per group: rows that count, and all rows
+        self._index = IntVocabulary(np.empty(0, np.int64))  # group -> its slot, plus 2
+        # Per slot: rows that count, and all rows; last, at -1, none of an unknown group.
+        self._seen = np.zeros((1, 2), np.int64)
+        self._slots = np.empty(0, np.int64)  # of each past row, ascending
+        self._ends = np.zeros(1, np.int64)  # slot s has the past rows ends[s] to ends[s + 1]
+        self._columns: dict[str, Any] = dict.fromkeys(history.columns, pa.array([], pa.int64()))
 
     def bags(self, groups: Ids) -> dict[str, tuple[Array, Ids]]:
-        """Return, for rows of the groups `[n]`, the past values of every column, oldest first.
-
-        Returns:
-            Column -> `(values [nnz], offsets [n + 1])`; an unknown group has empty bags.
-        """
+        """Return the past values of every column for rows of the groups `[n]`, as `(values [nnz], offsets [n + 1])`."""
         slots = self._index.lookup(groups) - 2
-        return {
-            name: self._known[name].gather(_rows(codes, slots, unknown=NOTHING)) for name, codes in self._codes.items()
-        }
+        begins = self._ends[slots]
+        lengths = np.where(slots >= 0, self._ends[slots + 1] - begins, 0)
+        ends = _cumulated(lengths)
+        past = pa.array(np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1]))
+        bags = {}
+        for name, column in self._columns.items():
+            rows = column.take(past)
+            values = rows.flatten() if is_list(rows.type) else rows.drop_null()
+            counts = pc.fill_null(pc.list_value_length(rows), 0) if is_list(rows.type) else rows.is_valid()
+            bags[name] = values.to_numpy(zero_copy_only=False), _cumulated(counts.to_numpy(zero_copy_only=False))[ends]
+        return bags
 
     def rates(self, groups: Ids) -> tuple[Floats, Floats]:
         """Return, for rows of the groups `[n]`, how many of their past rows count, and the share (NaN without any)."""
-        slots = self._index.lookup(groups) - 2
-        seen = _rows(self._seen, slots, unknown=0)
-        count, rows = seen[:, 0].astype(np.float64), seen[:, 1]
-        return count, np.divide(count, rows, out=np.full(len(groups), np.nan), where=rows > 0)
+        count, rows = self._seen[self._index.lookup(groups) - 2].T
+        return count.astype(np.float64), np.divide(count, rows, out=np.full(len(groups), np.nan), where=rows > 0)
 
     def add_day(self, groups: Ids, counts: NDArray[np.bool_], columns: dict[str, Any]) -> None:
-        """Add a day whose rows have all been read.
+        """Add a day whose rows have all been read: their groups `[n]` in the order of the day, and which count, `[n]`.
 
-        Args:
-            groups: `[n]` int64, the group of each row, in the order of the day.
-            counts: `[n]`, which rows count.
-            columns: The history's columns of the rows that count, Arrow arrays of values or of lists.
+        `columns` are the history's columns of the rows that count, Arrow arrays of values or of lists.
         """
         fresh = np.setdiff1d(groups, self._index.keys)
         self._index = IntVocabulary(np.concatenate([self._index.keys, fresh]))
-        self._seen = np.concatenate([self._seen, np.zeros((len(fresh), 2), np.int64)])
+        known = len(self._index.keys)
         slots = self._index.lookup(groups) - 2
-        self._seen += np.stack(
-            [np.bincount(rows, minlength=len(self._seen)) for rows in (slots[counts], slots)], axis=1
-        )
-        slots = slots[counts]
+        of_day = np.stack([np.bincount(rows, minlength=known + 1) for rows in (slots[counts], slots)], axis=1)
+        self._seen = np.concatenate([self._seen[:-1], np.zeros((len(fresh) + 1, 2), np.int64)]) + of_day
+        slots = np.concatenate([self._slots, slots[counts]])
         order = np.argsort(slots, kind="stable")
-        active, begins, lengths = np.unique(slots[order], return_index=True, return_counts=True)
-        # Age 0 is the last row of its group on this day; rows older than the length of the list are dropped.
-        age = np.repeat(begins + lengths, lengths) - 1 - np.arange(len(order))
-        young = age < self._length
-        row = np.repeat(np.arange(len(active)), lengths)[young]
-        kept, place = order[young], self._length - 1 - age[young]
-        # The value at place p + (rows of today) moves to place p.
-        source = np.arange(self._length) + lengths[:, None]
+        slots = slots[order]
+        # The last row of its group has age 1; rows older than the length of the list are dropped.
+        age = np.cumsum(np.bincount(slots, minlength=known))[slots] - np.arange(len(slots))
+        young = age <= self._length
+        self._slots = slots[young]
+        self._ends = _cumulated(np.bincount(self._slots, minlength=known))
+        kept = pa.array(order[young])
         for name, column in columns.items():
-            codes = np.concatenate([self._codes[name], np.full((len(fresh), self._length), NOTHING, np.int64)])
-            old = np.take_along_axis(codes[active], np.minimum(source, self._length - 1), axis=1)
-            new = np.where(source < self._length, old, NOTHING)
-            new[row, place] = self._known[name].codes(column)[kept]
-            codes[active] = new
-            self._codes[name] = codes
+            column = column.cast(WIDE.get(column.type, column.type))
+            before = self._columns[name]
+            self._columns[name] = pa.concat_arrays([before, column] if len(before) else [column]).take(kept)
 
 
-def _rows(table: Ids, slots: Ids, unknown: int) -> Ids:
-    """Return `table[slots]`, and a row of `unknown` for a slot below 0."""
-    rows = np.full((len(slots), table.shape[1]), unknown, np.int64)
-    known = slots >= 0
-    rows[known] = table[slots[known]]
-    return rows
-
-
-class _Bags:
-    """Every distinct bag of a column once; its position is its code. A single value is a bag of one."""
-
-    def __init__(self) -> None:
-        self._codes: dict[Any, int] = {}
-        self._values: Array = np.empty(0, np.int64)
-        self._ends = np.zeros(1, np.int64)
-
-    def codes(self, column: Any) -> Ids:
-        """Return the code of each row's bag; new bags get new codes."""
-        text = pc.binary_join(column.cast(pa.list_(pa.string())), JOINT) if pa.types.is_list(column.type) else column
-        coded = text.dictionary_encode()
-        distinct = coded.dictionary.to_pylist()
-        first = np.full(len(distinct), len(column), np.int64)
-        indices = coded.indices.fill_null(NOTHING).to_numpy()
-        np.minimum.at(first, indices[indices >= 0], np.flatnonzero(indices >= 0))
-        fresh = [place for place, key in enumerate(distinct) if key not in self._codes]
-        self._codes |= {distinct[place]: len(self._ends) - 1 + new for new, place in enumerate(fresh)}
-        self._append(column.take(pa.array(first[fresh])))
-        codes = np.array([*(self._codes[key] for key in distinct), NOTHING], np.int64)
-        found: Ids = codes[indices]
-        return found
-
-    def gather(self, codes: Ids) -> tuple[Array, Ids]:
-        """Return the values of every row's bags `[n, length]` end to end, and the offsets of the rows."""
-        present = codes >= 0
-        flat = codes[present]
-        begins = self._ends[flat]
-        lengths = self._ends[flat + 1] - begins
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        values = self._values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])]
-        return values, ends[np.concatenate([[0], np.cumsum(present.sum(axis=1))])]
-
-    def _append(self, bags: Any) -> None:
-        if pa.types.is_list(bags.type):
-            values, lengths = bags.flatten(), pc.list_value_length(bags).to_numpy()
-        else:
-            values, lengths = bags, np.ones(len(bags), np.int64)
-        new = values.to_numpy(zero_copy_only=False)
-        self._values = np.concatenate([self._values.astype(new.dtype, copy=False), new]) if len(new) else self._values
-        self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
+def _cumulated(counts: Any) -> Ids:
+    """Return `[0, counts[0], counts[0] + counts[1], ...]`."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

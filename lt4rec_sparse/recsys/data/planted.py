@@ -51,18 +51,9 @@ def signals(
     shared: float,
     conflict: float,
 ) -> tuple[Floats, Floats]:
-    """Return the click score and the watch score of every row, by the formulas above.
+    """Return the click score and the watch score of every row, `[n]` each, by the formulas above.
 
-    Args:
-        rng: Draws the factors and the effects of all values.
-        users: The users' fields, `[users]` each.
-        videos: The videos' fields, `[videos]` each.
-        rows: The user and the video of each row, `[n]` each.
-        shared: Share of the variance that comes from the shared fields, in [0, 1].
-        conflict: Share of that in which the tasks oppose each other, in [0, 1].
-
-    Returns:
-        Two arrays `[n]`; their parts have mean 0 and deviation 1 over the rows.
+    Users and videos have fields `[users]` and `[videos]`; `rows` are the user and the video of each row, `[n]` each.
     """
     agreed, bait, clicking, watching = (
         _score(rng, kind, users, videos, rows) for kind in ("shared", "shared", "click", "watch")

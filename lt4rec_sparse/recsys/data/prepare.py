@@ -1,44 +1,43 @@
-"""From a click log to a prepared folder: `prepare` once, then train for any number of epochs."""
+"""From a click log to a prepared folder: `prepare` once, then train for any number of epochs.
+
+```text
+prepared.json                 fingerprint, states of the source's files, days of each split, counts
+encoder.safetensors           the fitted tables; format and schema as JSON in its metadata
+<split>/part-<number>.parquet one file per day, in order of days; split is train, validation or test
+```
+
+Columns of a part: `feature.<field>` (int32, or list of int32), and for every task `label.<task>` (float32),
+`member.<task>` (bool: the row belongs to the task), `weight.<task>` (float32); `group` (int64); `slice.<name>` (bool);
+`value.<column>` (float64, NaN where missing) for every carried column; `day` (string).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from lt4rec_sparse.errors import shown
-from lt4rec_sparse.files import read_json, write_whole
-from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder, Schema, Split
-from lt4rec_sparse.ranker.features.records import from_plain
-from lt4rec_sparse.recsys.data.batches import CACHE_BYTES, BatchStream
-from lt4rec_sparse.recsys.data.days import log_columns, partition
-from lt4rec_sparse.recsys.data.folders import whole_folder
-from lt4rec_sparse.recsys.data.layout import (
-    DAY,
-    FEATURE,
-    GROUP,
-    LABEL,
-    MEMBER,
-    PREPARED,
-    SLICE,
-    SPLITS,
-    VALUE,
-    WEIGHT,
-    load_encoder,
-    save_encoder,
-)
-from lt4rec_sparse.recsys.data.progress import Progress, silent
+from lt4rec_sparse.files import parse_json, read_json, whole_file, write_whole
+from lt4rec_sparse.ranker.features import FeatureEncoder, Schema, Split
+from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, GROUP, LABEL, MEMBER, SPLITS, BatchStream, damaged
+from lt4rec_sparse.recsys.data.days import Progress, partition
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
-from lt4rec_sparse.recsys.data.source import DataError, FileState, Source, open_source
+from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, whole_folder
 
+PREPARED, ENCODER = "prepared.json", "encoder.safetensors"
 # To be raised when the layout or the contents change: older prepared folders are then stale.
 VERSION = 2
 ROW_GROUP_ROWS = 65_536
@@ -46,12 +45,9 @@ ROW_GROUP_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder.
+    """A prepared folder, with the encoder as fitted on the training days.
 
-    Attributes:
-        folder: Its path.
-        encoder: Fitted on the training days.
-        counts: `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
+    `counts` are `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
     """
 
     folder: Path
@@ -75,15 +71,13 @@ class Prepared:
             raise DataError(f"{folder}: got {PREPARED} of version {content.get('version')}, wanted {VERSION}")
         return cls(folder, load_encoder(folder), content["counts"])
 
-    def stream(
-        self, split: str, batch_size: int, seed: int = 0, shuffle: bool = True, cache_bytes: int = CACHE_BYTES
-    ) -> BatchStream:
+    def stream(self, split: str, batch_size: int, seed: int = 0, shuffle: bool = True) -> BatchStream:
         """Return the batches of `train`, `validation` or `test`; see `BatchStream`.
 
         Raises:
             DataError: If the split has lost files or gained some.
         """
-        stream = BatchStream(self.folder, split, batch_size, seed, shuffle, cache_bytes)
+        stream = BatchStream(self.folder, split, batch_size, seed, shuffle)
         if stream.rows != self.counts[split]["rows"]:
             got = f"{stream.rows} rows in {split}"
             raise DataError(f"{self.folder}: got {got}, wanted {self.counts[split]['rows']} as in {PREPARED}")
@@ -94,7 +88,7 @@ def prepare(
     source_folder: Path,
     out: Path,
     schema: Schema | None = None,
-    progress: Progress = silent,
+    progress: Progress = lambda stage, done, total: None,
     row_group_rows: int = ROW_GROUP_ROWS,
     replace: bool = True,
 ) -> Prepared:
@@ -104,21 +98,16 @@ def prepare(
     completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
     are the same if their bytes are; files whose size and modification time have not changed are not read again.
 
-    Args:
-        source_folder: A folder of CSV or Parquet files.
-        out: The prepared folder.
-        schema: See `open_source`.
-        progress: Called as `progress(stage, done, total)`.
-        row_group_rows: Rows that are read and shuffled together.
-        replace: Whether `out` is replaced if its source, the schema or the layout has changed since.
+    `source_folder` and `schema` are those of `open_source`; `progress` is called with stage, done and total. Rows
+    of a group of `row_group_rows` are read and shuffled together. `replace` says whether `out` is replaced if its
+    source, the schema or the layout has changed since.
 
     Raises:
-        DataError: If the data is not what the schema says, a split is empty or has no row of a task, or `out` holds
-            something else or must not be replaced.
-        SchemaError: If the schema contradicts itself.
+        DataError: If the data or the schema is wrong, or `out` holds something else or must not be replaced.
     """
     source = open_source(source_folder, schema)
-    fingerprint = source.fingerprint(VERSION, row_group_rows)
+    rules = json.dumps([source.schema.to_dict(), [VERSION, row_group_rows]], sort_keys=True)
+    fingerprint = hashlib.sha256(rules.encode()).hexdigest()  # the states of the files cover the rest
     if _is_current(out, source, fingerprint):
         return Prepared.load(out)
     if not replace and (out / PREPARED).is_file():
@@ -126,43 +115,29 @@ def prepare(
         raise DataError(f"{out}: {changed}, wanted the same")
     with whole_folder(out, PREPARED) as folder:
         # Before the log is read, so that a file that changes meanwhile is noticed next time.
-        states = source.states()
+        states = source.states({})
         scratch = folder / "scratch"
         scratch.mkdir()
         log = partition(source, scratch, row_group_rows, progress)
         splits = split_days(log.days, source.schema.split)
-        reader = RowReader(source, log, log_columns(source))
-        train = reader.read(frozenset(splits["train"]))
-        encoder = FeatureEncoder.fit(
-            source.schema, (rows.features for rows in _reported(train, "fit", splits, progress))
-        )
-        counts = {name: _Counts(source.schema, days) for name, days in splits.items()}
-        split_of = {day: name for name, days in splits.items() for day in days}
-        _write(
-            folder, encoder, _reported(reader.read(frozenset(split_of)), "encode", splits, progress), split_of, counts
-        )
-        content = {
-            "version": VERSION,
-            "fingerprint": fingerprint,
-            "files": _plain(states),
-            "counts": {
-                "rows_read": log.rows_read,
-                "duplicates": log.duplicates,
-                **{name: count.checked(f"{source_folder}: split {name!r}") for name, count in counts.items()},
-            },
-        }
-        save_encoder(encoder, folder)
+        reader = RowReader(source, log)
+        train = _reported(reader.read(frozenset(splits["train"])), "fit", len(splits["train"]), progress)
+        encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in train))
+        days = {day: split for split in SPLITS for day in splits[split]}
+        stream = _reported(reader.read(frozenset(days)), "encode", len(days), progress)
+        counts = {"rows_read": log.rows_read, "duplicates": log.duplicates}
+        counts |= _write(folder, encoder, stream, splits, str(source_folder))
+        arrays, meta = encoder.to_arrays()
+        with whole_file(folder / ENCODER) as path:  # for the permissions: safetensors gives them to the owner alone
+            save_file(arrays, path, metadata={"encoder": json.dumps(meta)})
         shutil.rmtree(scratch)
+        content = {"version": VERSION, "fingerprint": fingerprint, "files": states, "counts": counts}
         (folder / PREPARED).write_text(json.dumps(content, indent=1), encoding="utf-8")
     return Prepared.load(out)
 
 
 def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]]:
-    """Return the days of train, validation and test.
-
-    Raises:
-        DataError: If there are too few days, or a listed day is not in the log.
-    """
+    """Return the days of train, validation and test."""
     if split.train:
         listed = dict(zip(SPLITS, (split.train, split.validation, split.test), strict=True))
         for name, wanted in listed.items():
@@ -179,72 +154,50 @@ def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]
     return {"train": days[:train], "validation": days[train:test], "test": days[test:]}
 
 
-class _Counts:
-    """The contents of a split, counted while it is written."""
-
-    def __init__(self, schema: Schema, days: tuple[str, ...]) -> None:
-        self._days, self._rows = days, 0
-        self._tasks = {task.name: (0, 0.0) for task in schema.tasks}
-
-    def add(self, rows: Rows) -> None:
-        self._rows += len(rows.groups)
-        for name, task in rows.tasks.items():
-            members, total = self._tasks[name]
-            # Labels are 0 outside the task, so their sum needs no mask.
-            self._tasks[name] = (members + int(task.member.sum()), total + float(task.label.sum(dtype=np.float64)))
-
-    def checked(self, where: str) -> dict[str, Any]:
-        """Return the counts as data for JSON.
-
-        Raises:
-            DataError: If a task has no row.
-        """
-        for name, (members, _) in self._tasks.items():
-            if not members:
-                raise DataError(f"{where}: got {self._rows} rows and none of task {name!r}, wanted some of every task")
-        tasks = {name: {"rows": rows, "label_mean": total / rows} for name, (rows, total) in self._tasks.items()}
-        return {"days": list(self._days), "rows": self._rows, "tasks": tasks}
-
-
 def _write(
-    folder: Path, encoder: FeatureEncoder, stream: Iterator[Rows], split_of: dict[str, str], counts: dict[str, _Counts]
-) -> None:
-    writer: Any = None
-    written: str | None = None
+    folder: Path, encoder: FeatureEncoder, stream: Iterator[Rows], splits: dict[str, tuple[str, ...]], where: str
+) -> dict[str, Any]:
+    """Write the parts of every split and return its counts; no task may be without rows in a split."""
+    tasks = [task.name for task in encoder.schema.tasks]
+    counts: dict[str, Any] = {
+        split: {"days": list(days), "rows": 0, "tasks": {task: {"rows": 0, "label_mean": 0.0} for task in tasks}}
+        for split, days in splits.items()
+    }
     parts = dict.fromkeys(SPLITS, 0)
+
+    def tables(split: str, chunks: Iterator[Rows]) -> Iterator[Any]:
+        for rows in chunks:
+            day = pa.repeat(rows.day, len(rows.columns[GROUP]))
+            table = pa.table(_feature_columns(encoder, rows) | rows.columns | {DAY: day})
+            counts[split]["rows"] += len(table)
+            for name, task in counts[split]["tasks"].items():
+                task["rows"] += int(rows.columns[MEMBER + name].sum())
+                # A sum until all rows are counted. Labels are 0 outside the task, so it needs no mask.
+                task["label_mean"] += float(rows.columns[LABEL + name].sum(dtype=np.float64))
+            yield table
+
     for split in SPLITS:
         (folder / split).mkdir()
-    try:
-        for rows in stream:
-            split = split_of[rows.day]
-            table = _table(encoder, rows)
-            if rows.day != written:
-                if writer is not None:
-                    writer.close()
-                path = folder / split / f"part-{parts[split]:05}.parquet"
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
-                written, parts[split] = rows.day, parts[split] + 1
-            writer.write_table(table)
-            counts[split].add(rows)
-    finally:
-        if writer is not None:
-            writer.close()
+    for day, chunks in groupby(stream, lambda rows: rows.day):
+        split = next(name for name in SPLITS if day in splits[name])
+        of_day = tables(split, chunks)
+        first = next(of_day)
+        path = folder / split / f"part-{parts[split]:05}.parquet"
+        with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+            for table in chain([first], of_day):
+                writer.write_table(table)
+        parts[split] += 1
+    for split, count in counts.items():
+        for name, task in count["tasks"].items():
+            if not task["rows"]:
+                got = f"{count['rows']} rows and none of task {name!r}"
+                raise DataError(f"{where}: split {split!r}: got {got}, wanted some of every task")
+            task["label_mean"] /= task["rows"]
+    return counts
 
 
-def _table(encoder: FeatureEncoder, rows: Rows) -> Any:
-    """Return encoded rows in the columns of `data.layout`."""
+def _feature_columns(encoder: FeatureEncoder, rows: Rows) -> dict[str, Any]:
     encoded = encoder.encode(rows.features)
-    columns: dict[str, Any] = _feature_columns(encoder, encoded)
-    for name, task in rows.tasks.items():
-        columns |= {LABEL + name: task.label, MEMBER + name: task.member, WEIGHT + name: task.weight}
-    columns[GROUP] = rows.groups
-    columns |= {SLICE + name: rows_in for name, rows_in in rows.slices.items()}
-    columns |= {VALUE + name: values for name, values in rows.values.items()}
-    columns[DAY] = pa.repeat(rows.day, len(rows.groups))
-    return pa.table(columns)
-
-
-def _feature_columns(encoder: FeatureEncoder, encoded: EncodedFeatures) -> dict[str, Any]:
     single = encoded.single.numpy().astype(np.int32)
     values, offsets = encoded.multi_values.numpy().astype(np.int32), encoded.multi_offsets.numpy()
     columns: dict[str, Any] = {}
@@ -259,11 +212,8 @@ def _feature_columns(encoder: FeatureEncoder, encoded: EncodedFeatures) -> dict[
     return columns
 
 
-def _reported(
-    stream: Iterator[Rows], stage: str, splits: dict[str, tuple[str, ...]], progress: Progress
-) -> Iterator[Rows]:
+def _reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress) -> Iterator[Rows]:
     """Pass rows on and report the progress by days."""
-    total = len(splits["train"]) if stage == "fit" else sum(map(len, splits.values()))
     seen: set[str] = set()
     for rows in stream:
         yield rows
@@ -272,40 +222,36 @@ def _reported(
             progress(stage, len(seen), total)
 
 
+def load_encoder(folder: Path) -> FeatureEncoder:
+    """Read the encoder of a prepared folder."""
+    path = folder / ENCODER
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is not a mapping
+            meta = parse_json((file.metadata() or {}).get("encoder", "{}"), "encoder")
+        return FeatureEncoder.from_arrays(arrays, meta)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
 def _is_current(out: Path, source: Source, fingerprint: str) -> bool:
     """Return whether `out` holds what `prepare` would write; note there the new times of unchanged files."""
     content = _content(out)
     if content.get("fingerprint") != fingerprint:
         return False
-    known = {name: _state(out / PREPARED, name, state) for name, state in content["files"].items()}
+    # A damaged state is unknown.
+    known = {name: state for name, state in content["files"].items() if isinstance(state, dict)}
     states = source.states(known)
-    if _digests(states) != _digests(known):
+    if {name: s["digest"] for name, s in states.items()} != {name: s.get("digest") for name, s in known.items()}:
         return False
     if states != known:
         with suppress(OSError):  # a folder that cannot be written to is current too; its files are read again next time
-            write_whole(out / PREPARED, json.dumps(content | {"files": _plain(states)}, indent=1))
+            write_whole(out / PREPARED, json.dumps(content | {"files": states}, indent=1))
     return True
 
 
-def _state(path: Path, name: str, plain: Any) -> FileState:
-    state: FileState = from_plain(plain, FileState, f"{path}: {name}")
-    return state
-
-
-def _digests(states: Mapping[str, FileState]) -> dict[str, str]:
-    return {name: state.digest for name, state in states.items()}
-
-
-def _plain(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(state) for name, state in states.items()}
-
-
 def _content(folder: Path) -> dict[str, Any]:
-    """Return `prepared.json`, or nothing if there is none.
-
-    Raises:
-        InputError: If the file is damaged; the message begins with its path.
-    """
+    """Return `prepared.json`, or nothing if there is none."""
     path = folder / PREPARED
     if not path.is_file():
         return {}

@@ -1,70 +1,56 @@
-"""Rows ready to be encoded: the log of a day joined with its side tables, its past, and the labels of every task."""
+"""Rows ready to be encoded: of a log, joined with side tables, their past and labels, or candidates of a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lt4rec_sparse.ranker.features import Join, Task
+from lt4rec_sparse.ranker.features import Join, Schema, Task
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
+from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT
 from lt4rec_sparse.recsys.data.days import DayLog
 from lt4rec_sparse.recsys.data.history import PastRows
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+from lt4rec_sparse.recsys.data.source import (
+    DataError,
+    RawType,
+    Source,
+    check_regular,
+    column_names,
+    feature_type,
+    raw_types,
+    read_file,
+)
 
-Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 # The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
 Events = tuple[Ids, Bools, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class TaskRows:
-    """Some rows as one task sees them: `label`, `member` (the row belongs to the task) and `weight`, each `[n]`."""
-
-    label: Floats
-    member: Bools
-    weight: Floats
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of one day: raw feature columns as `FeatureEncoder` takes them, labels and the rest.
-
-    `values` are the carried columns, float64 with NaN for missing values.
-    """
+class Rows(NamedTuple):
+    """Consecutive rows of one day."""
 
     day: str
-    features: dict[str, Any]
-    tasks: dict[str, TaskRows]
-    groups: Ids
-    slices: dict[str, Bools]
-    values: dict[str, NDArray[np.float64]]
+    features: dict[str, Any]  # raw, as `FeatureEncoder` takes them
+    columns: dict[str, Any]  # all others: `label.<task>`, `member.<task>` and so on, as `prepare` describes them
 
 
 class RowReader:
     """Rows of the log with everything that is known before each impression.
 
-    Args:
-        source: The data set.
-        log: Its log by day.
-        log_columns: The columns of the log; they take precedence over columns of a side table with the same name.
-
-    Raises:
-        DataError: If a column is absent everywhere, or a side table has a key twice.
+    Columns of the log take precedence over columns of a side table with the same name.
     """
 
-    def __init__(self, source: Source, log: DayLog, log_columns: list[str]) -> None:
+    def __init__(self, source: Source, log: DayLog) -> None:
         self._schema, self._log = source.schema, log
         types = raw_types(source.schema)
-        wanted = [name for name in types if name not in log_columns]
+        wanted = [name for name in types if name not in log.columns]
         self._sides = []
         for join, paths in zip(source.schema.joins, source.joins, strict=True):
             side = _SideTable(join, paths, types, wanted)
@@ -82,7 +68,9 @@ class RowReader:
             events = {name: list[Events]() for name in pasts}
             for batch in self._log.read(day):
                 columns = self._columns(day, batch)
-                groups = _group_ids(columns[self._schema.group.column])
+                groups = columns[self._schema.group.column].to_numpy(zero_copy_only=False)
+                if groups.dtype != np.int64:  # text has its 64-bit hash as id
+                    groups = hash64(groups).view(np.int64)
                 for history in self._schema.histories:
                     counts = np.nan_to_num(_floats(columns[history.when])) != 0
                     kept = {name: columns[name].filter(pa.array(counts)) for name in history.columns}
@@ -90,7 +78,9 @@ class RowReader:
                 if day in days:
                     yield self._rows(day, columns, groups, pasts)
             for name, past in pasts.items():
-                past.add_day(*_joined(events[name]))
+                of_day, counted, kept_columns = zip(*events[name], strict=True)
+                joined = {key: pa.concat_arrays([part[key] for part in kept_columns]) for key in kept_columns[0]}
+                past.add_day(np.concatenate(of_day), np.concatenate(counted), joined)
 
     def _columns(self, day: str, batch: Any) -> dict[str, Any]:
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -101,19 +91,20 @@ class RowReader:
         return columns
 
     def _rows(self, day: str, columns: Mapping[str, Any], groups: Ids, pasts: Mapping[str, PastRows]) -> Rows:
-        features = {column.name: raw_column(columns[column.name]) for column in self._schema.columns}
+        features = {column.name: _raw_column(columns[column.name]) for column in self._schema.columns}
         for history in self._schema.histories:
             name, past = history.name, pasts[history.name]
             if history.rates:
                 features |= dict(zip((f"{name}_count", f"{name}_rate"), past.rates(groups), strict=True))
             features |= {f"{name}_{column}": bags for column, bags in past.bags(groups).items()}
-        slices = {
-            part.name: pc.fill_null(pc.equal(columns[part.column], part.value), False).to_numpy(zero_copy_only=False)
-            for part in self._schema.slices
-        }
-        tasks = {task.name: _task_rows(task, columns) for task in self._schema.tasks}
-        values = {name: _floats(columns[name]) for name in self._schema.carried}
-        return Rows(day, features, tasks, groups, slices, values)
+        others: dict[str, Any] = {}
+        for task in self._schema.tasks:
+            others |= _task_columns(task, columns)
+        others[GROUP] = groups
+        for part in self._schema.slices:
+            inside = pc.fill_null(pc.equal(columns[part.column], part.value), False)
+            others[SLICE + part.name] = inside.to_numpy(zero_copy_only=False)
+        return Rows(day, features, others | {VALUE + name: _floats(columns[name]) for name in self._schema.carried})
 
 
 class _SideTable:
@@ -121,6 +112,7 @@ class _SideTable:
 
     def __init__(self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str]) -> None:
         self.on = join.on
+        where = f"{paths[0].parent}: {' '.join(path.name for path in paths)}"
         parts = []
         for path in paths:
             there = column_names(path)
@@ -129,14 +121,21 @@ class _SideTable:
             columns = [join.on, *(name for name in wanted if name in there)]
             parts += [pa.table(batch) for batch in read_file(path, types, columns)]
         if len({tuple(part.column_names) for part in parts}) > 1:
-            raise DataError(f"{paths[0].parent}: {' '.join(join.files)} differ in columns, wanted the same in each")
+            raise DataError(f"{where}: differ in columns, wanted the same in each")
         if not parts:
-            raise DataError(f"{paths[0].parent}: {' '.join(join.files)}: got no row, wanted a side table")
+            raise DataError(f"{where}: got no row, wanted a side table")
         table = pa.concat_tables(parts)
         # Nothing joins a row without a key; and a missing int key would turn all keys into floats.
         table = table.filter(table[join.on].is_valid()).combine_chunks()
-        self._keys = _keys(table[join.on].combine_chunks(), join, paths)
-        self.columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
+        self.columns = {name: table[name].combine_chunks() for name in table.column_names}
+        keys = self.columns.pop(join.on)
+        counts = pc.value_counts(keys)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            first = twice[0]["values"].as_py()
+            raise DataError(f"{where}: column {join.on!r}: got key {first!r} twice, wanted each once")
+        values = keys.to_numpy(zero_copy_only=False)
+        self._keys = IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
 
     def lookup(self, keys: Any) -> dict[str, Any]:
         """Return the columns at the keys; an unknown or missing key has missing values."""
@@ -147,35 +146,48 @@ class _SideTable:
         return {name: column.take(rows) for name, column in self.columns.items()}
 
 
-def _keys(keys: Any, join: Join, paths: tuple[Path, ...]) -> IntVocabulary | StringVocabulary:
-    counts = pc.value_counts(keys)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        files = " ".join(path.name for path in paths)
-        first = twice[0]["values"].as_py()
-        raise DataError(f"{paths[0].parent}: {files}: column {join.on!r}: got key {first!r} twice, wanted each once")
-    values = keys.to_numpy(zero_copy_only=False)
-    return IntVocabulary(values) if join.type == "int" else StringVocabulary(values)
+def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tuple[dict[str, Any], Any]:
+    """Read the feature columns of a CSV or Parquet file, and columns to keep beside the scores.
+
+    They have the types of training, so that they are encoded as in training. Derived columns and the bags of histories
+    are ordinary columns here: the caller knows the past of each candidate. Columns in `keep` may be features; others
+    have the types of the file, which in CSV is text.
+
+    Returns:
+        The features in the forms that `FeatureEncoder.encode` takes, and a `pyarrow.Table` of the columns to keep.
+
+    Raises:
+        DataError: If the file cannot be read, a feature or a column to keep is absent, or a value is not of its
+            column's type.
+    """
+    check_regular(path)
+    there = column_names(path)
+    types = {column.name: feature_type(column) for column in schema.features}
+    for names, wanted in ((types, "every feature of the model"), (keep, f"one of {', '.join(there)}")):
+        for name in names:
+            if name not in there:
+                raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
+    names = list(dict.fromkeys((*types, *keep)))
+    batches = list(read_file(path, types, names))
+    if not batches:
+        return {name: [] for name in types}, pa.table({name: pa.nulls(0) for name in keep})
+    table = pa.Table.from_batches(batches).combine_chunks()
+    features = {name: _raw_column(pa.concat_arrays(table[name].chunks)) if table.num_rows else [] for name in types}
+    return features, table.select(list(dict.fromkeys(keep)))
 
 
-def raw_column(column: Any) -> Any:
+def _raw_column(column: Any) -> Any:
     """Return an Arrow column as `features.raw` takes it: an array, masked where missing, or values and offsets."""
     if pa.types.is_list(column.type):
         # A key that the side table lacks gives a missing list: an empty bag.
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-        return raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return _raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if column.null_count == 0 or not pa.types.is_integer(column.type):
         return column.to_numpy(zero_copy_only=False)  # missing text becomes None, a missing float NaN
     return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
 
 
-def _group_ids(column: Any) -> Ids:
-    """Return int64 ids of groups: numbers as they are, text as its 64-bit hash."""
-    values = column.to_numpy(zero_copy_only=False)
-    return values if values.dtype == np.int64 else hash64(values).view(np.int64)
-
-
-def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
+def _task_columns(task: Task, columns: Mapping[str, Any]) -> dict[str, Any]:
     label = _floats(columns[task.label])
     member = ~np.isnan(label)
     if task.divide_by is not None:
@@ -187,9 +199,11 @@ def _task_rows(task: Task, columns: Mapping[str, Any]) -> TaskRows:
         member &= np.nan_to_num(_floats(columns[name])) != 0
     weight = np.ones_like(label) if task.weight is None else _floats(columns[task.weight])
     member &= ~np.isnan(weight)
-    return TaskRows(
-        np.where(member, label, 0).astype(np.float32), member, np.where(member, weight, 0).astype(np.float32)
-    )
+    return {
+        LABEL + task.name: np.where(member, label, 0).astype(np.float32),
+        MEMBER + task.name: member,
+        WEIGHT + task.name: np.where(member, weight, 0).astype(np.float32),
+    }
 
 
 def _floats(column: Any) -> NDArray[np.float64]:
@@ -197,12 +211,6 @@ def _floats(column: Any) -> NDArray[np.float64]:
     values = np.array(column.to_numpy(zero_copy_only=False), np.float64)
     values[np.isinf(values)] = np.nan
     return values
-
-
-def _joined(events: list[Events]) -> Events:
-    groups, counts, columns = zip(*events, strict=True)
-    joined = {name: pa.concat_arrays([part[name] for part in columns]) for name in columns[0]}
-    return np.concatenate(groups), np.concatenate(counts), joined
 
 
 def _days_since(day: str, name: str, column: Any) -> Any:

@@ -41,9 +41,8 @@ from numpy.typing import NDArray
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import read_json
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.data.folders import whole_folder
 from lt4rec_sparse.recsys.data.planted import draw_fields, feature_kinds, planted_schema, signals, standardised
-from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError
+from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError, whole_folder
 from lt4rec_sparse.recsys.metrics import AUC
 
 TRUTH = "truth.json"
@@ -66,38 +65,27 @@ MS_PER_HOUR = 3_600_000
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Columns = dict[str, Any]
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """Size and difficulty of a simulated log.
-
-    Attributes:
-        users: Number of users.
-        videos: Number of videos; some of them appear only on later days.
-        impressions: Rows before duplicates.
-        days: Days of the log, at least 5: the last two are for testing, the two before for validation.
-        click_rate: Share of impressions that are clicked.
-        shared: Share of each task's signal that both have in common, in [0, 1].
-        conflict: How strongly the rest of the two signals is opposed, in [0, 1]; with planted fields, the share of
-            their common signal in which they are opposed.
-        seed: The same seed gives the same files.
-        watch_rate: Share of the clicks that are viewed long. None leaves the bias of the watch ratio at 0.3.
-        planted_fields: Number of fields of each kind (shared, click, watch, noise), for users and for videos.
-        request_size: Impressions per request, all of different videos; with 1 there is no `request_id`.
-    """
+    """Size and difficulty of a simulated log; the same seed gives the same files."""
 
     users: int = 4_000
-    videos: int = 1_500
-    impressions: int = 80_000
-    days: int = 12
-    click_rate: float = 0.35
-    shared: float = 0.5
+    videos: int = 1_500  # some of them appear only on later days
+    impressions: int = 80_000  # rows before duplicates
+    days: int = 12  # at least 5: the last two are for testing, the two before for validation
+    click_rate: float = 0.35  # share of impressions that are clicked
+    shared: float = 0.5  # share of each task's signal that both have in common, in [0, 1]
+    # How strongly the rest of the two signals is opposed, in [0, 1]; with planted fields, the share of their common
+    # signal in which they are opposed.
     conflict: float = 0.5
     seed: int = 0
-    watch_rate: float | None = None
-    planted_fields: int = 0
-    request_size: int = 1
+    watch_rate: float | None = None  # share of the clicks that are viewed long; None sets the bias to 0.3
+    planted_fields: int = 0  # of each kind (shared, click, watch, noise), for users and for videos
+    request_size: int = 1  # impressions per request, all of different videos; with 1 there is no `request_id`
 
     def __post_init__(self) -> None:
         least = {"users": 1, "videos": 10, "impressions": 100, "days": 5, "request_size": 1}
@@ -112,9 +100,8 @@ class SimulatorConfig:
             if rate is not None and not 0 < rate < 1:
                 raise InputError(f"{name}: got {rate}, wanted a number in (0, 1)")
         if self.impressions % self.request_size:
-            raise InputError(
-                f"impressions: got {self.impressions}, wanted a multiple of request_size, {self.request_size}"
-            )
+            got = f"impressions: got {self.impressions}"
+            raise InputError(f"{got}, wanted a multiple of request_size, {self.request_size}")
 
 
 def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
@@ -128,9 +115,14 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
         DataError: If the folder holds something else.
         InputError: If a day has fewer videos than a request needs.
     """
-    earlier = folder / TRUTH
-    if earlier.is_file():
-        truth = _truth(earlier)
+    wanted = "wanted a new, an empty or an earlier folder"  # another file of that name must not be replaced
+    if (folder / TRUTH).is_file():
+        try:
+            truth = read_json(folder / TRUTH)
+        except InputError as error:
+            raise DataError(f"{error}; {wanted}") from error
+        if "config" not in truth:
+            raise DataError(f"{folder / TRUTH}: got no truth of a simulated log, {wanted}")
         if truth["config"] == asdict(config):
             return truth
     rng = np.random.default_rng(config.seed)
@@ -151,21 +143,6 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
     return truth
 
 
-def _truth(path: Path) -> dict[str, Any]:
-    """Read `truth.json`.
-
-    Raises:
-        DataError: If it is another file of that name: its folder must not be replaced.
-    """
-    try:
-        truth = read_json(path)
-    except InputError as error:
-        raise DataError(f"{error}; wanted a new, an empty or an earlier folder") from error
-    if "config" not in truth:
-        raise DataError(f"{path}: got no truth of a simulated log, wanted a new, an empty or an earlier folder")
-    return truth
-
-
 def _write_schema(config: SimulatorConfig, path: Path) -> Schema:
     path.write_text(files("lt4rec_sparse.recsys.data").joinpath("simulator.toml").read_text(encoding="utf-8"), "utf-8")
     plain = schema = Schema.from_toml(path)
@@ -178,7 +155,7 @@ def _write_schema(config: SimulatorConfig, path: Path) -> Schema:
     return schema
 
 
-def _users(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
+def _users(rng: Rng, config: SimulatorConfig) -> Columns:
     return {
         "segment": rng.integers(SEGMENTS, size=config.users),
         # -1 is missing: it has no factors, so that the truth does not depend on it either.
@@ -187,7 +164,7 @@ def _users(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
     }
 
 
-def _videos(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]:
+def _videos(rng: Rng, config: SimulatorConfig) -> Columns:
     count = config.videos
     upload_day = np.where(
         rng.random(count) < NEW_VIDEOS, rng.integers(1, config.days, count), rng.integers(-30, 1, count)
@@ -205,7 +182,7 @@ def _videos(rng: np.random.Generator, config: SimulatorConfig) -> dict[str, Any]
     }
 
 
-def _impressions(rng: np.random.Generator, config: SimulatorConfig, videos: dict[str, Any]) -> dict[str, Any]:
+def _impressions(rng: Rng, config: SimulatorConfig, videos: Columns) -> Columns:
     """Draw who sees which video when: active users, popular videos that are already uploaded, mostly in the evening."""
     requests = config.impressions // config.request_size
     day = np.sort(rng.integers(config.days, size=requests))
@@ -236,12 +213,8 @@ def _impressions(rng: np.random.Generator, config: SimulatorConfig, videos: dict
     }
 
 
-def _candidates(rng: np.random.Generator, weights: Floats, shape: tuple[int, int]) -> Ints:
-    """Return videos `[requests, size]`, drawn by their weights `[videos]`, all different within a request.
-
-    Raises:
-        InputError: If fewer videos than that have a weight.
-    """
+def _candidates(rng: Rng, weights: Floats, shape: tuple[int, int]) -> Ints:
+    """Return videos `[requests, size]`, drawn by their weights `[videos]`, all different within a request."""
     requests, size = shape
     there = int(np.count_nonzero(weights))
     if there < size:
@@ -258,14 +231,7 @@ def _candidates(rng: np.random.Generator, weights: Floats, shape: tuple[int, int
     return drawn
 
 
-def _outcomes(
-    rng: np.random.Generator,
-    planting: np.random.Generator,
-    config: SimulatorConfig,
-    users: dict[str, Any],
-    videos: dict[str, Any],
-    log: dict[str, Any],
-) -> None:
+def _outcomes(rng: Rng, planting: Rng, config: SimulatorConfig, users: Columns, videos: Columns, log: Columns) -> None:
     """Add the true probabilities and the outcomes drawn from them."""
     if config.planted_fields:
         rows, shares = (log["user"], log["video"]), (config.shared, config.conflict)
@@ -289,7 +255,7 @@ def _outcomes(
     log["duration_ms"] = np.where(rng.random(len(mean)) < ZERO_DURATIONS, 0, duration)
 
 
-def _score(rng: np.random.Generator, users: dict[str, Any], videos: dict[str, Any], log: dict[str, Any]) -> Floats:
+def _score(rng: Rng, users: Columns, videos: Columns, log: Columns) -> Floats:
     """Return one score per row, of mean 0 and deviation 1: products of hidden factors, and effects of the context."""
     user = _factors(rng, SEGMENTS)[users["segment"]] + _factors(rng, AGES)[users["age"]]
     tags = videos["has_tag"] / np.maximum(videos["has_tag"].sum(1, keepdims=True), 1)
@@ -301,7 +267,7 @@ def _score(rng: np.random.Generator, users: dict[str, Any], videos: dict[str, An
     return standardised(products + context + (author + length)[log["video"]])
 
 
-def _factors(rng: np.random.Generator, count: int) -> Floats:
+def _factors(rng: Rng, count: int) -> Floats:
     """Return a row of factors per value, and a last row of zeros: index -1, a missing value."""
     return np.concatenate([rng.normal(size=(count, FACTORS)), np.zeros((1, FACTORS))])
 
@@ -339,7 +305,7 @@ def long_view_share(means: Floats) -> Floats:
     `x^(a-1) (1-x)^(b-1) / B(a, b)` may be infinite at 1; with `u = (1-x)^b` that factor vanishes, and the rest,
     `(1 - u^(1/b))^(a-1)` between 0 and `(1-LONG_VIEW)^b`, is summed at midpoints.
     """
-    shares = (means == 1).astype(np.float64)
+    shares: Floats = (means == 1).astype(np.float64)
     inside = (means > 0) & (means < 1)
     a = WATCH_CONCENTRATION * means[inside, None]
     b = WATCH_CONCENTRATION - a
@@ -348,8 +314,7 @@ def long_view_share(means: Floats) -> Floats:
     integral = end[:, 0] * ((1 - u ** (1 / b)) ** (a - 1)).mean(1) / b[:, 0]
     log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
     shares[inside] = integral * np.exp(math.lgamma(WATCH_CONCENTRATION) - log_gamma(a[:, 0]) - log_gamma(b[:, 0]))
-    share: Floats = shares
-    return share
+    return shares
 
 
 def _sigmoid(logits: Floats) -> Floats:
@@ -357,7 +322,7 @@ def _sigmoid(logits: Floats) -> Floats:
     return probabilities
 
 
-def _best_scores(log: dict[str, Any], test: NDArray[np.bool_]) -> dict[str, Any]:
+def _best_scores(log: Columns, test: NDArray[np.bool_]) -> Columns:
     probability, clicked = log["truth_click"][test], log["is_click"][test]
     auc = AUC()
     auc.update(np.log(probability / (1 - probability)), clicked.astype(np.float64), log["user"][test])
@@ -368,40 +333,23 @@ def _best_scores(log: dict[str, Any], test: NDArray[np.bool_]) -> dict[str, Any]
     return {"ctr_auc": auc.compute(), "cvr_mse": best, "constant": constant}
 
 
-def _write(
-    rng: np.random.Generator,
-    config: SimulatorConfig,
-    folder: Path,
-    users: dict[str, Any],
-    videos: dict[str, Any],
-    log: dict[str, Any],
-) -> None:
-    pq.write_table(
-        pa.table(
-            {
-                "user_id": np.arange(config.users),
-                "segment": _names("segment", users["segment"]),
-                "age_range": _names("age", users["age"]),
-                "activity": pa.array(users["activity"], mask=rng.random(config.users) < MISSING),
-                **users["planted"],
-            }
-        ),
-        folder / "users.parquet",
-    )
+def _write(rng: Rng, config: SimulatorConfig, folder: Path, users: Columns, videos: Columns, log: Columns) -> None:
+    of_users = {
+        "user_id": np.arange(config.users),
+        "segment": _names("segment", users["segment"]),
+        "age_range": _names("age", users["age"]),
+        "activity": pa.array(users["activity"], mask=rng.random(config.users) < MISSING),
+    }
+    pq.write_table(pa.table(of_users | users["planted"]), folder / "users.parquet")
     dates = [(FIRST_DAY + timedelta(days=day)).isoformat() for day in range(-30, config.days)]
-    pq.write_table(
-        pa.table(
-            {
-                "video_id": np.arange(config.videos),
-                "author_id": videos["author"],
-                "category": _names("category", videos["category"]),
-                "tags": [[f"tag {tag}" for tag in np.flatnonzero(row)] for row in videos["has_tag"]],
-                "upload_date": [dates[day + 30] for day in videos["upload_day"]],
-                **videos["planted"],
-            }
-        ),
-        folder / "videos.parquet",
-    )
+    of_videos = {
+        "video_id": np.arange(config.videos),
+        "author_id": videos["author"],
+        "category": _names("category", videos["category"]),
+        "tags": [[f"tag {tag}" for tag in np.flatnonzero(row)] for row in videos["has_tag"]],
+        "upload_date": [dates[day + 30] for day in videos["upload_day"]],
+    }
+    pq.write_table(pa.table(of_videos | videos["planted"]), folder / "videos.parquet")
     (folder / "log").mkdir()
     # Some rows come twice, next to each other, as if a client sent an event again.
     repeats = 1 + (rng.random(config.impressions) < DUPLICATES)

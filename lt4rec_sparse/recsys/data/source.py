@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import remove_abandoned, temporary_beside
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -47,18 +49,6 @@ class RawType:
 
 
 @dataclass(frozen=True)
-class FileState:
-    """The state of a file: its size, its modification time, and a digest (blake2b) of its bytes.
-
-    A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
-    """
-
-    size_bytes: int
-    changed_ns: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class Source:
     """A folder whose files have been found: the files of the log and of every side table of the schema."""
 
@@ -67,42 +57,40 @@ class Source:
     log: tuple[Path, ...]
     joins: tuple[tuple[Path, ...], ...]
 
-    def fingerprint(self, *options: object) -> str:
-        """Return a digest of the schema and of further options; `states` covers the files."""
-        content = json.dumps([self.schema.to_dict(), options], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def states(self, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the state of every file, by its path relative to the folder, given earlier states.
 
-    def states(self, known: Mapping[str, FileState] | None = None) -> dict[str, FileState]:
-        """Return the state of every file, by its path relative to the folder.
-
-        Args:
-            known: Earlier states. A file whose size and modification time have not changed since is not read again:
-                its digest is kept.
+        A state is its size (`size_bytes`), its modification time (`changed_ns`) and a `digest` (blake2b) of its bytes.
+        A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
         """
         states = {}
         for path in (*self.log, *(path for join in self.joins for path in join)):
             name, stat = str(path.relative_to(self.folder)), path.stat()
-            size_bytes, changed_ns = stat.st_size, stat.st_mtime_ns
-            before = (known or {}).get(name)
-            if before is None or (before.size_bytes, before.changed_ns) != (size_bytes, changed_ns):
-                before = FileState(size_bytes, changed_ns, _digest(path))
-            states[name] = before
+            state: dict[str, Any] = {"size_bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+            before = known.get(name, {})
+            is_known = "digest" in before and before.items() >= state.items()
+            states[name] = state | {"digest": before["digest"] if is_known else _digest(path)}
         return states
 
 
 def open_source(folder: Path, schema: Schema | None = None) -> Source:
     """Find the files of a data set.
 
-    Args:
-        folder: Its files are found by the globs of the schema, in the folder itself or in its `data/`.
-        schema: By default the folder's `schema.toml`; if there is none, KuaiRand's if its log is there.
+    They are found by the globs of the schema, in the folder itself or in its `data/`. The schema is by default the
+    folder's `schema.toml`; if there is none, KuaiRand's if its log is there.
 
     Raises:
         DataError: If the folder, a schema or files are missing, a glob leaves the folder, or a file is not regular.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: got no folder, wanted a data set")
-    schema = schema or _schema_of(folder)
+    if schema is None and (folder / SCHEMA_FILE).is_file():
+        schema = Schema.from_toml(folder / SCHEMA_FILE)
+    if schema is None:
+        schema = kuairand_schema()
+        if not any(_matches(folder, pattern) for pattern in schema.files.log):
+            wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
+            raise DataError(f"{folder}: got no data set, wanted {wanted}")
     joins = tuple(_found(folder, join.files) for join in schema.joins)
     return Source(folder, schema, _found(folder, schema.files.log), joins)
 
@@ -121,11 +109,7 @@ def feature_type(column: Column) -> RawType:
 
 
 def raw_types(schema: Schema) -> dict[str, RawType]:
-    """Return how to read every column that the schema needs from a file.
-
-    Raises:
-        DataError: If the schema uses one column as two types.
-    """
+    """Return how to read every column that the schema needs from a file."""
     types: dict[str, RawType] = {}
 
     def use(name: str | None, arrow: Any) -> None:
@@ -134,72 +118,59 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
 
     made = {column.name for column in schema.derived}
     types |= {column.name: feature_type(column) for column in schema.columns if column.name not in made}
-    for task in schema.tasks:
-        for name in (task.label, task.divide_by, task.weight, *task.rows):
-            use(name, pa.float64())
-    for history in schema.histories:
-        use(history.when, pa.float64())
-    for derived in schema.derived:
-        use(derived.days_since, pa.string())
-    for name in schema.carried:
-        if name not in made:
-            use(name, pa.float64())
+    numbers = [name for task in schema.tasks for name in (task.label, task.divide_by, task.weight, *task.rows)]
+    numbers += [history.when for history in schema.histories]
+    numbers += [name for name in schema.carried if name not in made]
+    for name in (*numbers, schema.time.order):
+        use(name, pa.float64())
+    for name in (*(derived.days_since for derived in schema.derived), schema.time.day):
+        use(name, pa.string())
     for part in schema.slices:
         use(part.column, pa.int64() if isinstance(part.value, int) else pa.string())
     for join in schema.joins:
         use(join.on, ARROW_TYPES[join.type])
     use(schema.group.column, ARROW_TYPES[schema.group.type])
-    use(schema.time.day, pa.string())
     use(schema.time.timestamp, pa.timestamp(schema.time.unit))
-    use(schema.time.order, pa.float64())
     return types
 
 
 def column_names(path: Path) -> list[str]:
-    """Return the names of a file's columns.
-
-    Raises:
-        DataError: If the file cannot be read, or two columns have the same name.
-    """
-    try:
-        if path.suffix == ".parquet":
-            names = list(pq.read_schema(path).names)
-        else:
-            with _open_csv(path, None) as reader:
-                names = list(reader.schema.names)
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    """Return the names of a file's columns."""
+    with _opened(path, None) as (names, _):
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path}: column {twice!r}: got two of this name, wanted one")
     return names
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
-    """Yield the named columns as record batches, with the types of `types`, and others as they are in the file.
+    """Yield the named columns as record batches, with the types of `types`, and others as they are in the file."""
+    with _opened(path, list(columns)) as (_, batches):
+        yield from (_typed(path, batch, types) for batch in batches)
 
-    Raises:
-        DataError: If the file cannot be read, or a value is not of its column's type.
-    """
+
+@contextmanager
+def _opened(path: Path, columns: list[str] | None) -> Iterator[tuple[list[str], Iterable[Any]]]:
+    """Give the names of a file's columns, and some or all columns as record batches."""
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as parquet:
-                yield from (_typed(path, batch, types) for batch in parquet.iter_batches(columns=list(columns)))
-        else:
-            with _open_csv(path, columns) as reader:
-                yield from (_typed(path, batch, types) for batch in reader)
+                yield parquet.schema_arrow.names, parquet.iter_batches(columns=columns)
+            return
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            include_columns=columns,
+            null_values=NULL_TEXTS,
+            strings_can_be_null=True,
+        )
+        read = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES)
+        with pyarrow.csv.open_csv(path, read_options=read, convert_options=convert) as reader:
+            yield reader.schema.names, reader
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _schema_of(folder: Path) -> Schema:
-    if (folder / SCHEMA_FILE).is_file():
-        return Schema.from_toml(folder / SCHEMA_FILE)
-    schema = kuairand_schema()
-    if any(_matches(folder, pattern) for pattern in schema.files.log):
-        return schema
-    wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
-    raise DataError(f"{folder}: got no data set, wanted {wanted}")
+        wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
+        raise DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}") from error
 
 
 def _matches(folder: Path, pattern: str) -> list[Path]:
@@ -223,28 +194,14 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is not a regular file: reading a device or a pipe may never end.
-
-    Raises:
-        DataError: If the path, links followed, is a folder, a device, a pipe or a socket.
-    """
+    """Refuse what, links followed, is not a regular file: reading a device or a pipe may never end."""
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
 
-def _open_csv(path: Path, columns: Sequence[str] | None) -> Any:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
-    return pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
-            include_columns=columns,
-            null_values=NULL_TEXTS,
-            strings_can_be_null=True,
-        ),
-    )
+def is_list(kind: Any) -> bool:
+    """Return whether an Arrow type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
@@ -258,27 +215,20 @@ def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
             except (pa.ArrowException, TypeError) as error:
                 got = str(error).splitlines()[0]
                 raise DataError(f"{path}: column {name!r}: {got}, wanted {types[name].arrow}") from error
-        elif pa.types.is_nested(column.type) and not _is_list(column.type):
+        elif pa.types.is_nested(column.type) and not is_list(column.type):
             raise DataError(f"{path}: column {name!r}: got {column.type}, wanted values or lists of values")
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
 def _cast(column: Any, wanted: RawType) -> Any:
-    """Cast a column without loss (a timestamp: to its declared unit).
-
-    Raises:
-        pa.ArrowException: If a value cannot be cast.
-        TypeError: If there is no cast from one type to the other.
-    """
+    """Cast a column without loss (a timestamp: to its declared unit)."""
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if pa.types.is_list(wanted.arrow):
-        if text:
-            return _split(column, wanted)
+        if text:  # blanks around values and empty values are dropped
+            lists = pc.split_pattern(column, pattern=wanted.separator)
+            values = pc.utf8_trim_whitespace(lists.flatten())
+            return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
         lists = column.cast(wanted.arrow)
         values = lists.flatten()
         return _bags(lists, values, values.is_valid())
@@ -300,13 +250,6 @@ def _integers(column: Any) -> Any:
         return column.cast(pa.float64()).cast(pa.int64())
 
 
-def _split(column: Any, wanted: RawType) -> Any:
-    """Split text at the separator; blanks around values and empty values are dropped."""
-    lists = pc.split_pattern(column, pattern=wanted.separator)
-    values = pc.utf8_trim_whitespace(lists.flatten())
-    return _bags(lists, values, pc.not_equal(values, "")).cast(wanted.arrow)
-
-
 def _bags(lists: Any, values: Any, kept: Any) -> Any:
     """Return `lists` with only those of its flat `values` that are kept; a missing list becomes an empty one."""
     ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
@@ -322,6 +265,28 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
-    return DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}")
+@contextmanager
+def whole_folder(out: Path, marker: str) -> Iterator[Path]:
+    """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
+
+    Parents that had to be made for `out` are removed with it. `out` is a new or an empty folder, or an earlier one,
+    which has a file `marker` and is replaced; anything else would be lost and is refused.
+    """
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
+    made = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
+    fresh = temporary_beside(out)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds `out`, or somebody else's files
+                parent.rmdir()

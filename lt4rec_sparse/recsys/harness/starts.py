@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.models import build
-from lt4rec_sparse.recsys.training import Cursor, Objective, TaskAdam, evaluate, train
+from lt4rec_sparse.recsys.training import Objective, TaskAdam, evaluate, train
 from lt4rec_sparse.recsys.training.loop import AfterBatch
 
 Judged = dict[str, dict[str, dict[str, float]]]
@@ -159,7 +159,7 @@ class Starts:
             objective,
             training.epochs,
             batches,
-            Cursor(*divmod(skip, len(stream))),
+            skip,
             checkpoint=None if has_state or after_batch else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
             after_batch=after_batch or (lambda batch, done, total: None),

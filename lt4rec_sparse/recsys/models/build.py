@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,26 +11,10 @@ from torch import Tensor, nn
 from lt4rec_sparse.nn import MaskedLinear, MaskedMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models.aitm import AITM
-from lt4rec_sparse.recsys.models.esmm import ESMM
-from lt4rec_sparse.recsys.models.inputs import TaskInputs
-from lt4rec_sparse.recsys.models.mmoe import MMoE
-from lt4rec_sparse.recsys.models.models import HardSharing, SparseSharing
-from lt4rec_sparse.recsys.models.multitask import MultiTask
-from lt4rec_sparse.recsys.models.ple import PLE
-from lt4rec_sparse.recsys.models.shared_bottom import SharedBottom
+from lt4rec_sparse.recsys.models.inputs import CROSSES, TaskInputs
+from lt4rec_sparse.recsys.models.networks import CLASSES, Inputs, MultiTask
 
-_CLASSES: dict[str, type[MultiTask]] = {
-    "single_task": SparseSharing,
-    "hard_sharing": HardSharing,
-    "sparse_sharing": SparseSharing,
-    "shared_bottom": SharedBottom,
-    "mmoe": MMoE,
-    "ple": PLE,
-    "esmm": ESMM,
-    "aitm": AITM,
-}
-MODELS = tuple(_CLASSES)
+MODELS = tuple(CLASSES)
 
 
 def build(
@@ -44,7 +27,6 @@ def build(
     *,
     cross: str = "dlrm",
     exclusive_dim: int = 0,
-    **options: Any,
 ) -> MultiTask:
     """Return a new model by its name, its start drawn from torch's global generator.
 
@@ -57,60 +39,55 @@ def build(
         embedding_dim: Width of an embedding that tasks share.
         cross: One of `inputs.CROSSES`.
         exclusive_dim: Width of a task's own embedding; 0 for none.
-        options: The keyword arguments of the model's class.
 
     Raises:
-        ValueError: If there is no such model, cross or option, an option or width is out of range, a field's table has
-            no size, or a single-task model gets several tasks.
+        ValueError: If an argument is out of its range.
     """
-    if name not in _CLASSES:
-        raise ValueError(f"model: got {name!r}, wanted one of {', '.join(MODELS)}")
-    parameters = inspect.signature(_CLASSES[name].__init__).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if not options.keys() <= set(known):
-        wanted = ", ".join(known) or "none"
-        raise ValueError(f"options of {name}: got {', '.join(options)}, wanted {wanted}")
+    for kind, value, known in (("model", name, MODELS), ("cross", cross, CROSSES)):
+        if value not in known:
+            raise ValueError(f"{kind}: got {value!r}, wanted one of {', '.join(known)}")
     if name == "single_task" and len(tasks) != 1:
         raise ValueError(f"tasks of single_task: got {', '.join(tasks)}, wanted one")
-    for width, value, least in (("embedding_dim", embedding_dim, 1), ("exclusive_dim", exclusive_dim, 0)):
-        if value < least:
-            raise ValueError(f"{width}: got {value}, wanted at least {least}")
-    inputs: CrossedEmbeddings | TaskInputs
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"hidden: got {tuple(hidden)}, wanted at least one width, each at least 1")
+    for width, number, least in (("embedding_dim", embedding_dim, 1), ("exclusive_dim", exclusive_dim, 0)):
+        if number < least:
+            raise ValueError(f"{width}: got {number}, wanted at least {least}")
+    inputs: Inputs
     if cross == "dlrm" and not exclusive_dim:
         inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim)
     else:
         inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim)
-    make: Any = _CLASSES[name]  # the classes differ in their options, which are checked above
-    model: MultiTask = make(inputs, tasks, hidden, **options)
+    model: MultiTask = CLASSES[name](inputs, tasks, hidden)
     return model
 
 
 @torch.no_grad()
 def mlp_multiply_adds(model: nn.Module) -> int:
-    """Return the multiply-adds of all layers after the input, for one row and all tasks.
+    """Return the multiply-adds of all layers after the input, for one row and all tasks, of a model of `build`.
 
     In a masked layer each task's kept weights count, except those that read a neuron without weights: its value is a
     constant, and compaction removes it. In a plain layer, such as a gate, all weights count, as often as the layer
     runs, which is found by running the model on one row. Mixtures and dot products are not counted.
-
-    Raises:
-        ValueError: If the model is not one of this package.
     """
-    if not isinstance(model, MultiTask):
-        raise ValueError(f"model: got a {type(model).__name__}, wanted one that `build` makes")
-    device = next(model.parameters()).device
+    assert isinstance(model, MultiTask)
     plain = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, MaskedLinear)]
     # Each task runs the weights that its mask keeps, whatever the tasks share.
     total = sum(_kept(m) for m in model.modules() if isinstance(m, MaskedMLP))
 
-    def count(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+    def count(layer: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal total
-        assert isinstance(layer, nn.Linear)
         total += layer.weight.numel() * (result.numel() // layer.out_features)
 
+    multi = sum(field.multi for field in model.inputs.fields)
+    row = EncodedFeatures(
+        torch.zeros(1, len(model.inputs.fields) - multi, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(multi + 1, dtype=torch.int64),
+    )
     hooks = [layer.register_forward_hook(count) for layer in plain]
     try:
-        model(_one_row(model.inputs).to(device))
+        model(row.to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -126,13 +103,3 @@ def _kept(mlp: MaskedMLP) -> int:
             total += int((kept if alive is None else kept & alive).sum())
             alive = kept.any(1)
     return total
-
-
-def _one_row(inputs: CrossedEmbeddings | TaskInputs) -> EncodedFeatures:
-    multi = sum(field.multi for field in inputs.fields)
-    single = len(inputs.fields) - multi
-    return EncodedFeatures(
-        torch.zeros(1, single, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(multi + 1, dtype=torch.int64),
-    )

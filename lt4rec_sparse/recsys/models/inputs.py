@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.nn.masked import check_tasks
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models.first_order import FirstOrder
-from lt4rec_sparse.recsys.models.multiview import MultiviewEmbeddings
 
 CROSSES = ("dlrm", "wide_deep", "deepfm")
-
-
-class Seen(NamedTuple):
-    """A batch as the tasks' networks see it.
-
-    Attributes:
-        views: Task -> its network's input, `[batch, out_features]`; the same tensor for tasks that share it.
-        logits: Task -> a term to add to its network's logit, `[batch, 1]`; empty if there is none.
-    """
-
-    views: Mapping[str, Tensor]
-    logits: Mapping[str, Tensor]
+Fields = Sequence[tuple[str, str, bool]]
 
 
 class TaskInputs(nn.Module):
@@ -40,34 +27,20 @@ class TaskInputs(nn.Module):
 
     With `exclusive_dim`, each task has its own vectors `[s_i; e_i]` (`MultiviewEmbeddings`).
 
-    Args:
-        fields: The fields, in the order of the encoder.
-        table_sizes: Table name -> number of rows.
-        tasks: The tasks' names.
-        dim: Width of an embedding that tasks share.
-        cross: One of `CROSSES`.
-        exclusive_dim: Width of a task's own embedding; 0 for none.
-
-    Raises:
-        ValueError: If there is no such cross, no field, no size of a field's table, or a width is out of range.
-
     Source: DLRM (arXiv 1906.00091); Wide & Deep (Cheng et al., arXiv 1606.07792); DeepFM (Guo et al., 1703.04247).
     """
 
     def __init__(
         self,
-        fields: Sequence[tuple[str, str, bool]],
+        fields: Fields,
         table_sizes: Mapping[str, int],
         tasks: Sequence[str],
-        dim: int = 16,
-        cross: str = "dlrm",
-        exclusive_dim: int = 0,
+        dim: int,
+        cross: str,
+        exclusive_dim: int,
     ) -> None:
         super().__init__()
-        if cross not in CROSSES:
-            raise ValueError(f"cross: got {cross!r}, wanted one of {', '.join(CROSSES)}")
         self.cross = cross
-        self.tasks = check_tasks(tasks)
         self.embeddings = (
             MultiviewEmbeddings(fields, table_sizes, tasks, dim, exclusive_dim)
             if exclusive_dim
@@ -81,8 +54,13 @@ class TaskInputs(nn.Module):
         """Width of a task's view."""
         return self.embeddings.out_features if self.first_order is None else len(self.fields) * self.embeddings.dim
 
-    def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> Seen:
-        """Embed a batch for the named tasks."""
+    def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Embed a batch for the named tasks.
+
+        Returns:
+            Task -> its network's input `x`, `[batch, out_features]`, the same tensor for tasks that share it; and
+            task -> the term `l`, `[batch, 1]`, or nothing if there is none.
+        """
         if isinstance(self.embeddings, MultiviewEmbeddings):
             whole = self.embeddings(features, tasks)
         elif self.cross == "wide_deep":  # it reads no dots
@@ -90,11 +68,70 @@ class TaskInputs(nn.Module):
         else:
             whole = dict.fromkeys(tasks, self.embeddings(features))
         if self.first_order is None:
-            return Seen(whole, {})
+            return whole, {}
         width = self.out_features
         logits = {task: self.first_order(features, task) for task in tasks}
         if self.cross == "deepfm":
             logits = {task: logit + whole[task][:, width:].sum(1, keepdim=True) for task, logit in logits.items()}
         # One tensor for tasks that share it: a model may ask whether they do.
         flat = {id(x): x[:, :width] for x in whole.values()}
-        return Seen({task: flat[id(x)] for task, x in whole.items()}, logits)
+        return {task: flat[id(x)] for task, x in whole.items()}, logits
+
+
+class FirstOrder(nn.Module):
+    """One weight per id and task: `logit_task = sum over fields of w_task[id]`, the mean if a field has many values.
+
+    Weights start at zero, so that the model starts as its deep part alone. There is no bias: the deep part has one.
+    Each task has its own tables, so that a step for one task moves no other's. Crossed ids are columns of the schema.
+
+    Source: Cheng et al., Wide & Deep (arXiv 1606.07792), section 3.1.
+    """
+
+    def __init__(self, fields: Fields, table_sizes: Mapping[str, int], tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.weights = nn.ModuleDict({task: CrossedEmbeddings(fields, table_sizes, dim=1, std=0.0) for task in tasks})
+
+    def forward(self, features: EncodedFeatures, task: str) -> Tensor:
+        """Return one task's logits: `[batch, 1]`."""
+        weights: Any = self.weights[task]
+        logits: Tensor = weights.embed(features).sum(1)  # [batch, n, 1] -> [batch, 1]
+        return logits
+
+
+class MultiviewEmbeddings(nn.Module):
+    """Embed every field twice and cross all pairs, for each task: field i's vector is `[s_i; e_i]`.
+
+    `x_task = [s_1, ..., s_n, e_1, ..., e_n, s_i . s_j + e_i . e_j for i < j]`, `s` shared and `e` the task's own: the
+    cross of `CrossedEmbeddings` over the joined vectors, since their dot product is the sum of the parts'. A step for
+    one task moves its own embeddings and the shared ones, and no others.
+
+    Source: LT4REC (arXiv 2008.09872), sections 2.2 and 3.1, S-Weight-multiview: 32 shared and 8 exclusive.
+    """
+
+    def __init__(
+        self, fields: Fields, table_sizes: Mapping[str, int], tasks: Sequence[str], dim: int, exclusive_dim: int
+    ) -> None:
+        super().__init__()
+        self.shared = CrossedEmbeddings(fields, table_sizes, dim)
+        self.exclusive = nn.ModuleDict({task: CrossedEmbeddings(fields, table_sizes, exclusive_dim) for task in tasks})
+        self.fields = self.shared.fields
+        self.dim = dim + exclusive_dim
+
+    @property
+    def out_features(self) -> int:
+        """Width of each task's result: `n (dim + exclusive_dim) + n (n - 1) / 2`."""
+        return len(self.fields) * self.dim + self.shared.pairs.numel()
+
+    def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return task -> `[batch, out_features]`; the shared part is computed once."""
+        pairs = self.shared.pairs.numel()
+        flat, dots = _flat_and_dots(self.shared(features), pairs)
+        views = {}
+        for task in tasks:
+            own_flat, own_dots = _flat_and_dots(self.exclusive[task](features), pairs)
+            views[task] = torch.cat([flat, own_flat, dots + own_dots], dim=1)
+        return views
+
+
+def _flat_and_dots(crossed: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    return crossed[:, : crossed.shape[1] - pairs], crossed[:, crossed.shape[1] - pairs :]

@@ -41,21 +41,11 @@ _OF_KIND = {"binary": "bce", "ratio": "mse"}
 
 
 def loss_of(kind: str, name: str | None = None) -> Loss:
-    """Return the loss of a kind of task, or the named one.
+    """Return the loss of a kind of task, "binary" ("bce") or "ratio" ("mse"), or the named one of `LOSSES`.
 
-    Args:
-        kind: Kind of the task: "binary" (by default "bce") or "ratio" (by default "mse").
-        name: "bce", "focal" or "mse"; each accepts labels of either kind.
-
-    Raises:
-        ValueError: If there is no such kind or loss.
+    Each loss accepts labels of either kind.
     """
-    if kind not in _OF_KIND:
-        raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(_OF_KIND)}")
-    name = _OF_KIND[kind] if name is None else name
-    if name not in LOSSES:
-        raise ValueError(f"loss: got {name!r}, wanted one of {', '.join(LOSSES)}")
-    return LOSSES[name]
+    return LOSSES[_OF_KIND[kind] if name is None else name]
 
 
 def joint_logits(first: Tensor, second: Tensor) -> Tensor:
@@ -63,10 +53,6 @@ def joint_logits(first: Tensor, second: Tensor) -> Tensor:
 
     Nothing underflows, since neither `p` nor `1 - p` is computed: `1 - p = sigmoid(-first) + sigmoid(first)
     sigmoid(-second)` is a sum of positive terms, and is added in logarithms.
-
-    Args:
-        first: Logits of any shape, for example of a click.
-        second: Logits of the same shape, for example of a conversion after a click.
     """
     log_first = F.logsigmoid(first)
     log_not_p = torch.logaddexp(F.logsigmoid(-first), log_first + F.logsigmoid(-second))
@@ -77,12 +63,8 @@ def entire_space(click_logits: Tensor, conversion_logits: Tensor, labels: Tensor
     """Return the cross entropy of `pCTCVR = pCTR pCVR` over all impressions, weighted mean.
 
     Thus pCVR learns from every impression; from clicked ones alone it would be biased towards them.
-
-    Args:
-        click_logits: `[batch]`, of pCTR.
-        conversion_logits: `[batch]`, of pCVR, the conversion given a click.
-        labels: `[batch]`, click times ratio: zero without a click.
-        weights: `[batch]`.
+    Logits are those of pCTR and of pCVR, the conversion given a click; a label is click times ratio, zero without a
+    click. All are `[batch]`.
 
     Source: Ma et al., ESMM (arXiv 1804.07931), equations 1 and 3.
     """

@@ -16,16 +16,8 @@ def rank_score(
     With `a = b = c = 1`, as in the paper's online test, it is the expected view time, in the unit of the length.
     `0**0` is 1, so that an exponent of 0 removes its factor.
 
-    Args:
-        pctr: Probabilities of a click, any shape, a floating dtype.
-        pcvr: Expected watch ratios given a click, shaped as `pctr`.
-        video_length: Lengths, shaped as `pctr`, any real dtype and unit.
-        a: Exponent of `pctr`, at least 0.
-        b: Exponent of `pcvr`, at least 0.
-        c: Exponent of the length, at least 0.
-
-    Returns:
-        Scores, shaped as `pctr`, in the dtype to which torch promotes the three.
+    `pctr` is the probability of a click, `pcvr` the expected watch ratio given one, `video_length` has any real dtype
+    and unit; all have one shape, which is that of the scores.
 
     Raises:
         ValueError: If shapes differ, a probability is NaN or outside [0, 1], a length is negative, infinite or NaN, or
@@ -36,39 +28,21 @@ def rank_score(
     >>> rank_score(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.25]), torch.tensor([60.0, 300.0])).tolist()
     [15.0, 37.5]
     """
-    _check_shapes(pctr=pctr, pcvr=pcvr, video_length=video_length)
-    _check_probabilities(pctr=pctr, pcvr=pcvr)
-    _check_length(video_length)
-    _check_exponents(a=a, b=b, c=c)
-    return pctr**a * pcvr**b * video_length**c
-
-
-def _check_shapes(**tensors: Tensor) -> None:
-    (first, wanted), *others = tensors.items()
-    for name, tensor in others:
+    for name, tensor in {"pcvr": pcvr, "video_length": video_length}.items():
         # No broadcasting: a `[batch, 1]` with a `[batch]` would silently give a `[batch, batch]`.
-        if tensor.shape != wanted.shape:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {list(wanted.shape)}, that of {first}")
-
-
-def _check_probabilities(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        # NaN is not inside either.
-        _refuse(name, ~((tensor >= 0) & (tensor <= 1)), "are NaN or outside [0, 1]", "probabilities")
-
-
-def _check_length(video_length: Tensor) -> None:
-    outside = ~((video_length >= 0) & torch.isfinite(video_length))
-    _refuse("video_length", outside, "are NaN, negative or infinite", "lengths of at least 0")
-
-
-def _check_exponents(**exponents: float) -> None:
-    for name, exponent in exponents.items():
+        if tensor.shape != pctr.shape:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {list(pctr.shape)}, that of pctr")
+    # NaN is within no bounds.
+    fine = {"pctr": (pctr >= 0) & (pctr <= 1), "pcvr": (pcvr >= 0) & (pcvr <= 1)}
+    fine["video_length"] = (video_length >= 0) & torch.isfinite(video_length)
+    for name, rows in fine.items():
+        wrong = rows.numel() - int(rows.sum())
+        if wrong:
+            wanted = "outside [0, 1], wanted probabilities"
+            if name == "video_length":
+                wanted = "negative or infinite, wanted lengths of at least 0"
+            raise ValueError(f"{name}: got {wrong} values of {rows.numel()} that are NaN or {wanted}")
+    for name, exponent in {"a": a, "b": b, "c": c}.items():
         if not (math.isfinite(exponent) and exponent >= 0):
             raise ValueError(f"{name}: got {exponent}, wanted a finite exponent of at least 0")
-
-
-def _refuse(name: str, wrong: Tensor, what: str, wanted: str) -> None:
-    count = int(wrong.sum())
-    if count:
-        raise ValueError(f"{name}: got {count} values of {wrong.numel()} that {what}, wanted {wanted}")
+    return pctr**a * pcvr**b * video_length**c

@@ -8,22 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lt4rec_sparse.recsys.data import BatchStream
 from lt4rec_sparse.recsys.metrics import Metric, metrics_of
-from lt4rec_sparse.recsys.training.stream import Stream
+from lt4rec_sparse.recsys.training.objectives import rows_of
 
 
 class Predictions(NamedTuple):
-    """A model's predictions for every row of a split, in the order of the files.
+    """A model's predictions for every row of a split, `[rows]`, in the order of the files; the rest as in `Batch`."""
 
-    Attributes:
-        probabilities: Task -> float32 `[rows]`, also for rows of other tasks.
-        rows: Task -> bool `[rows]`, True where the row is the task's.
-        labels: Task -> float32 `[rows]`.
-        groups: int64 `[rows]`.
-        values: The carried columns, float64 `[rows]`.
-    """
-
-    probabilities: dict[str, Tensor]
+    probabilities: dict[str, Tensor]  # per task float32, also for rows of other tasks
     rows: dict[str, Tensor]
     labels: dict[str, Tensor]
     groups: Tensor
@@ -31,22 +24,17 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Judge a model on one epoch of `stream`.
+def evaluate(model: nn.Module, stream: BatchStream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Judge a model, `model(features, task) -> logits [rows, 1]`, on one epoch of `stream`.
 
-    Args:
-        model: `model(features, task) -> logits [rows, 1]`.
-        stream: Batches of the split.
-        kinds: Task name -> kind of its label, which names its metrics (`metrics_of`).
-
-    Returns:
-        Slice name ("all", and each slice of the data) -> task -> metric -> value.
+    `kinds` is task -> kind of its label, which names its metrics (`metrics_of`). The result is slice name ("all", and
+    each slice of the data) -> task -> metric -> value.
     """
     model.eval()
     parts: dict[str, dict[str, dict[str, Metric]]] = {}
     for batch in stream.epoch(0):
         for task, kind in kinds.items():
-            rows = batch.rows[task].nonzero().squeeze(1)
+            rows = rows_of(batch, task)
             logits = model(batch.features.take(rows), task).squeeze(1).double()
             labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
             inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
@@ -62,7 +50,7 @@ def evaluate(model: nn.Module, stream: Stream, kinds: Mapping[str, str]) -> dict
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, stream: Stream, tasks: tuple[str, ...]) -> Predictions:
+def predict(model: nn.Module, stream: BatchStream, tasks: tuple[str, ...]) -> Predictions:
     """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
     model.eval()
     batches = list(stream.epoch(0))

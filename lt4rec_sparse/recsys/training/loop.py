@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,64 +13,35 @@ from torch import nn
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.nn.optim import MaskedAdam
+from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.training.objectives import Objective
-from lt4rec_sparse.recsys.training.stream import Batch, Stream
 
-Log = Callable[[dict[str, Any]], None]
-Progress = Callable[[int, int], None]
 AfterBatch = Callable[[Batch, int, int], None]
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """The next batch to train on."""
-
-    epoch: int = 0
-    batch: int = 0
-
-
-class _Progress(NamedTuple):
-    """How far a training is: where it continues, losses of the epoch so far (sum and count), seconds so far."""
-
-    cursor: Cursor
-    sums: dict[str, tuple[float, int]]
-    seconds: float
 
 
 def train(
     model: nn.Module,
     optimizer: MaskedAdam,
-    stream: Stream,
+    stream: BatchStream,
     objective: Objective,
     epochs: int,
     batches: int | None = None,
-    start: Cursor = Cursor(),  # frozen
+    skip: int = 0,
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
-    log: Log = lambda record: None,
-    progress: Progress = lambda done, total: None,
+    log: Callable[[dict[str, Any]], None] = lambda record: None,
     after_batch: AfterBatch = lambda batch, done, total: None,
 ) -> float:
-    """Train a model batch by batch, as the objective says.
+    """Train a model in place, batch by batch, as the objective says.
 
     With `checkpoint`, the loop writes model, optimiser and cursor there every `checkpoint_every` batches, continues
     from it if it exists, and removes it at the end; an interrupted training ends bit for bit where an uninterrupted
     one does. An objective with a state of its own (a generator, learned weights) must not be given a checkpoint.
 
-    Args:
-        model: Trained in place.
-        optimizer: The optimiser of the model's parameters.
-        stream: Training batches.
-        objective: What a batch does to the model.
-        epochs: How many epochs in all.
-        batches: Stop after this many batches, if this comes before the last epoch's end.
-        start: The first batch to train on; those before it count as done.
-        checkpoint: A file, or None.
-        checkpoint_every: Batches between two checkpoints.
-        log: Called once per epoch and task with {"task", "epoch", "batch", "train_loss"}, the epoch's mean.
-        progress: Called after each batch with batches done and batches in all.
-        after_batch: Called after each batch with the batch and the same two numbers; it may prune while the model
-            trains. Checkpoints do not hold its state.
+    Training stops after `epochs` in all, or after `batches`, if this comes first; `skip` batches count as done before
+    the first. `log` is called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, a mean;
+    `after_batch` after each batch with the batch, batches done and batches in all. It may prune while the model trains;
+    checkpoints do not hold its state.
 
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
@@ -80,18 +50,29 @@ def train(
         InputError: If a loss is NaN or infinite; the message names the batch and the task.
     """
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
-    cursor, sums, before = _Progress(start, _no_sums(objective), 0.0)
+    nothing = dict.fromkeys(objective.names, (0.0, 0))  # loss -> its sum and count in the epoch so far
+    (first_epoch, first_batch), sums, before = divmod(skip, len(stream)), dict(nothing), 0.0
     if checkpoint is not None and checkpoint.exists():
-        cursor, sums, before = _load_checkpoint(checkpoint, model, optimizer)
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        (first_epoch, first_batch), sums, before = state["cursor"], state["sums"], state["seconds"]
     started = process_time()
 
-    def save(path: Path, following: Cursor) -> None:
-        seconds = before + process_time() - started
-        _save_checkpoint(path, model, optimizer, _Progress(following, sums, seconds))
+    def save(path: Path, following: tuple[int, int]) -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "cursor": following,
+            "sums": sums,
+            "seconds": before + process_time() - started,
+        }
+        with whole_file(path) as temporary:
+            torch.save(state, temporary)
 
     model.train()
-    for epoch in range(cursor.epoch, epochs):
-        first = cursor.batch if epoch == cursor.epoch else 0
+    for epoch in range(first_epoch, epochs):
+        first = first_batch if epoch == first_epoch else 0
         done = epoch * len(stream) + first
         if done >= total:
             break
@@ -104,40 +85,15 @@ def train(
                 sums[name] = (sums[name][0] + loss.item(), sums[name][1] + 1)
             done += 1
             after_batch(batch, done, total)
-            progress(done, total)
             if done == total:
                 break
             if checkpoint is not None and (index + 1) % checkpoint_every == 0 and index + 1 < len(stream):
-                save(checkpoint, Cursor(epoch, index + 1))
+                save(checkpoint, (epoch, index + 1))
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
-        sums = _no_sums(objective)
+        sums = dict(nothing)
         if checkpoint is not None and done < total:
-            save(checkpoint, Cursor(epoch + 1))
+            save(checkpoint, (epoch + 1, 0))
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return before + process_time() - started
-
-
-def _no_sums(objective: Objective) -> dict[str, tuple[float, int]]:
-    return dict.fromkeys(objective.names, (0.0, 0))
-
-
-def _save_checkpoint(path: Path, model: nn.Module, optimizer: MaskedAdam, progress: _Progress) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "cursor": (progress.cursor.epoch, progress.cursor.batch),
-        "sums": progress.sums,
-        "seconds": progress.seconds,
-    }
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _load_checkpoint(path: Path, model: nn.Module, optimizer: MaskedAdam) -> _Progress:
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    sums = {task: (total, count) for task, (total, count) in state["sums"].items()}
-    return _Progress(Cursor(*state["cursor"]), sums, state["seconds"])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.features import EncodedFeatures
-from lt4rec_sparse.recsys.training.stream import Batch
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps `(logits, labels, weights)`, each `[rows]`, to the weighted mean loss."""
+from lt4rec_sparse.recsys.data import Batch
+from lt4rec_sparse.recsys.models.losses import Loss
 
 Factors = Callable[[Batch], Mapping[str, Tensor]]
 """Maps a batch to factors of its rows' losses: task -> `[batch]`. Factors scale the loss; weights distribute it."""
@@ -22,36 +19,17 @@ Factors = Callable[[Batch], Mapping[str, Tensor]]
 Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Maps a model and a batch to the losses of one joint step, by name; a task without rows is left out."""
 
-
 ROW_TILE = 64  # few distinct row counts, and few rows of padding
-
-
-class Objective(Protocol):
-    """How a batch becomes optimiser steps."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The losses that `step` may return."""
-
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Train the model on one batch; return each loss before that, without its graph."""
 
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`.
+    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`."""
 
-    Attributes:
-        losses: Task -> its loss, in the order of alternation.
-        scales: Task -> factor of its loss, Eq 2's a and b; 1 for tasks not named.
-        factors: More factors per row, or None.
-        dtype: The dtype of matrix products (`torch.autocast`); None for that of the weights.
-    """
-
-    losses: Mapping[str, Loss]
-    scales: Mapping[str, float] = field(default_factory=dict)
-    factors: Factors | None = None
-    dtype: torch.dtype | None = None
+    losses: Mapping[str, Loss]  # in the order of alternation
+    scales: Mapping[str, float] = field(default_factory=dict)  # Eq 2's a and b; 1 for tasks not named
+    factors: Factors | None = None  # more factors per row
+    dtype: torch.dtype | None = None  # of matrix products (`torch.autocast`); None for that of the weights
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of all tasks that have rows; the model runs once, over the whole batch."""
@@ -63,14 +41,7 @@ class TaskLosses:
         }
 
     def of(self, task: str, batch: Batch, rows: Tensor, logits: Tensor) -> Tensor:
-        """Return one task's loss.
-
-        Args:
-            task: The task.
-            batch: The batch.
-            rows: Positions of the task's rows in the batch, int64 `[n]`, at least one.
-            logits: The logits of these rows, `[n]`.
-        """
+        """Return one task's loss on its rows at positions `rows [n]`, at least one, with the logits `[n]`."""
         labels, weights = batch.labels[task][rows], batch.weights[task][rows]
         scale: float | Tensor = self.scales.get(task, 1.0)
         if self.factors is not None:
@@ -86,9 +57,6 @@ class Alternating:
     """A step for each task in turn, on the rows that are the task's (LT4REC, Algorithm 1, lines 12 to 17).
 
     A step changes only what its task owns. A task without rows in a batch takes no step.
-
-    Attributes:
-        losses: The tasks' losses.
     """
 
     losses: TaskLosses
@@ -98,8 +66,7 @@ class Alternating:
         """The tasks."""
         return tuple(self.losses.losses)
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Take one step for each task."""
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
         result = {}
         for task in self.names:
             rows = rows_of(batch, task)
@@ -115,20 +82,13 @@ class Alternating:
 
 @dataclass(frozen=True)
 class Joint:
-    """One step for all tasks: on the sum of their losses, or on what `combine` makes of them (Eq 2 of LT4REC).
-
-    Attributes:
-        losses: Computes the losses of a batch.
-        names: The losses' names.
-        combine: Makes one number from the losses by name; None for their sum.
-    """
+    """One step for all tasks: on the sum of their losses, or on what `combine` makes of them (Eq 2 of LT4REC)."""
 
     losses: Losses
     names: tuple[str, ...]
     combine: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Take one step."""
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
         losses = self.losses(model, batch)
         optimizer.zero_grad()
         whole = torch.stack(list(losses.values())).sum() if self.combine is None else self.combine(losses)
@@ -141,18 +101,14 @@ class Joint:
 class Projected:
     """One step along what `project` makes of the tasks' gradients, such as PCGrad.
 
-    Attributes:
-        losses: Computes the losses of a batch.
-        names: The losses' names.
-        project: Makes one list of gradients, a tensor per parameter, from one such list per task.
+    `project` makes one list of gradients, a tensor per parameter, from one such list per task.
     """
 
     losses: Losses
     names: tuple[str, ...]
     project: Callable[[Sequence[Sequence[Tensor]]], Iterable[Tensor]]
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        """Take one step."""
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
         losses = self.losses(model, batch)
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = []
@@ -164,6 +120,10 @@ class Projected:
             parameter.grad = gradient
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
+
+
+Objective = Alternating | Joint | Projected
+"""How a batch becomes optimiser steps; `step` returns losses of `names` as they were before it, without their graph."""
 
 
 def rows_of(batch: Batch, task: str) -> Tensor:

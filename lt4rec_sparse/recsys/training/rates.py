@@ -15,10 +15,6 @@ class TaskAdam(MaskedAdam):
     A task's step moves everything that the task reads, including weights that others share, by Adam's direction times
     the task's own rate. What only this task moves (its head, the weights that it alone owns) trains as in a
     single-task model of that rate. Shared parameters have one momentum, fed by the gradients of all their tasks.
-
-    Args:
-        model: See `MaskedAdam`.
-        rates: Task -> learning rate.
     """
 
     def __init__(self, model: nn.Module, rates: Mapping[str, float]) -> None:

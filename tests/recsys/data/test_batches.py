@@ -43,13 +43,13 @@ def rows(batches: list[Batch]) -> list[tuple[object, ...]]:
 def watched_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by every window read from disk."""
     read: list[int] = []
-    original = BatchStream._read
+    original = BatchStream._decoded
 
     def watched(stream: BatchStream, window: int) -> Batch:
         read.append(window)
         return original(stream, window)
 
-    monkeypatch.setattr(BatchStream, "_read", watched)
+    monkeypatch.setattr(BatchStream, "_decoded", watched)
     return read
 
 
@@ -118,7 +118,8 @@ def test_cache_holds_what_fits(prepared: Prepared, monkeypatch: pytest.MonkeyPat
     epochs = []
     for cache_bytes, times_read in ((0, 2), (1 << 30, 1)):
         read.clear()
-        stream = prepared.stream("train", 100, shuffle=False, cache_bytes=cache_bytes)
+        monkeypatch.setattr("lt4rec_sparse.recsys.data.batches.CACHE_BYTES", cache_bytes)
+        stream = prepared.stream("train", 100, shuffle=False)
         epochs += [list(stream.epoch(0)) for _ in range(2)]
         assert all(read.count(window) == times_read for window in set(read))
     for batches in zip(*epochs, strict=True):

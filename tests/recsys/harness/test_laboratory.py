@@ -123,11 +123,11 @@ def test_a_training_that_was_interrupted_goes_on_and_ends_the_same(small_log, tm
     train = module.train
 
     def cut(*args, **kwargs):
-        def stop(done, total):
+        def stop(batch, done, total):
             if done == 4:
                 raise KeyboardInterrupt
 
-        return train(*args, **kwargs, checkpoint_every=2, progress=stop)
+        return train(*args, **kwargs | {"checkpoint_every": 2, "after_batch": stop})
 
     monkeypatch.setattr(module, "train", cut)
     lab = Laboratory(small_log, tmp_path / "cut")

@@ -98,8 +98,8 @@ def test_counting_leaves_the_model_as_it_was():
     ("name", "options", "message"),
     [
         ("dcn", {}, "model: got 'dcn', wanted one of single_task, hard_sharing"),
-        ("mmoe", {"levels": 2}, "options of mmoe: got levels, wanted experts, expert, tower"),
-        ("esmm", {"experts": 2}, "options of esmm: got experts, wanted none"),
+        ("aitm", {"hidden": ()}, r"hidden: got \(\), wanted at least one width, each at least 1"),
+        ("ple", {"hidden": (4, 0)}, r"hidden: got \(4, 0\), wanted at least one width"),
         ("mmoe", {"cross": "fm"}, "cross: got 'fm', wanted one of dlrm, wide_deep, deepfm"),
         ("mmoe", {"exclusive_dim": -1}, "exclusive_dim: got -1, wanted at least 0"),
     ],
@@ -107,8 +107,3 @@ def test_counting_leaves_the_model_as_it_was():
 def test_bad_input_is_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         new(name, **options)
-
-
-def test_a_model_of_another_make_is_refused():
-    with pytest.raises(ValueError, match="model: got a Linear, wanted one that `build` makes"):
-        mlp_multiply_adds(nn.Linear(2, 1))

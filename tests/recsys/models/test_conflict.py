@@ -30,7 +30,6 @@ def tensors(rows):
 def test_thresholds_of_the_paper():
     *given_rows, expected = zip(*CASES, strict=True)
     rows = tensors(list(zip(*given_rows, strict=True)))
-    assert Conflict().rows(*rows).tolist() == list(expected)
     click, watch = Conflict().factors(*rows)
     assert click.tolist() == torch.where(torch.tensor(expected), 0.2, 1.0).tolist()
     assert watch.tolist() == torch.where(torch.tensor(expected), 5.0, 1.0).tolist()
@@ -42,8 +41,8 @@ row = st.tuples(st.floats(0, 1, width=32), st.booleans(), st.sampled_from([nan, 
 
 @given(st.lists(row, min_size=1, max_size=8))
 def test_a_row_is_judged_for_itself(rows):
-    whole = Conflict().rows(*tensors(rows))
-    assert whole.tolist() == [Conflict().rows(*tensors([row])).item() for row in rows]
+    whole = Conflict().factors(*tensors(rows))[1]
+    assert whole.tolist() == [Conflict().factors(*tensors([row]))[1].item() for row in rows]
 
 
 @given(st.lists(row, min_size=1, max_size=8))
@@ -55,7 +54,3 @@ def test_factors_of_one_change_nothing(rows):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"watch_factor: got -1, wanted at least 0"):
         Conflict(watch_factor=-1)
-    with pytest.raises(ValueError, match=r"wanted one shape, and clicked torch\.bool"):
-        Conflict().rows(torch.zeros(2), torch.zeros(3, dtype=torch.bool), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"wanted one shape, and clicked torch\.bool"):
-        Conflict().rows(torch.zeros(2), torch.zeros(2), torch.zeros(2))

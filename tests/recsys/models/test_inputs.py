@@ -1,11 +1,10 @@
 import pytest
 import torch
 from oracle import assert_exact
-from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, with_integers
+from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, reached, with_integers
 
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models import CROSSES, TaskInputs
-from lt4rec_sparse.recsys.models.inputs import Seen
+from lt4rec_sparse.recsys.models.inputs import CROSSES, FirstOrder, MultiviewEmbeddings, TaskInputs
 
 
 def new(cross, exclusive_dim=0) -> TaskInputs:
@@ -16,25 +15,25 @@ def new(cross, exclusive_dim=0) -> TaskInputs:
 @pytest.mark.parametrize("cross", CROSSES)
 def test_shapes(cross, exclusive_dim):
     inputs = new(cross, exclusive_dim)
-    seen: Seen = inputs(features(), ("like", "ctr"))
+    views, terms = inputs(features(), ("like", "ctr"))
     flat = 4 * (3 + exclusive_dim)
     assert inputs.out_features == (flat + 6 if cross == "dlrm" else flat)
-    assert {task: x.shape for task, x in seen.views.items()} == dict.fromkeys(("like", "ctr"), (4, inputs.out_features))
+    assert {task: x.shape for task, x in views.items()} == dict.fromkeys(("like", "ctr"), (4, inputs.out_features))
     wanted = {} if cross == "dlrm" else dict.fromkeys(("like", "ctr"), (4, 1))
-    assert {task: logit.shape for task, logit in seen.logits.items()} == wanted
-    assert (seen.views["like"] is seen.views["ctr"]) == (exclusive_dim == 0)
+    assert {task: logit.shape for task, logit in terms.items()} == wanted
+    assert (views["like"] is views["ctr"]) == (exclusive_dim == 0)
 
 
 def test_dlrm_without_exclusive_embeddings_is_the_cross_of_the_served_input():
     inputs = new("dlrm")
     assert isinstance(inputs.embeddings, CrossedEmbeddings)
-    assert torch.equal(inputs(features(), TASKS).views["cvr"], inputs.embeddings(features()))
+    assert torch.equal(inputs(features(), TASKS)[0]["cvr"], inputs.embeddings(features()))
 
 
 @pytest.mark.parametrize("exclusive_dim", [0, 2])
 def test_deepfm_adds_first_and_second_order_to_the_logit(exclusive_dim):
     inputs = new("deepfm", exclusive_dim)
-    seen = inputs(features(), TASKS)
+    views, terms = inputs(features(), TASKS)
     shared = inputs.embeddings.shared if exclusive_dim else inputs.embeddings
     for task in TASKS:
         first = inputs.first_order(features(), task).double()
@@ -45,19 +44,49 @@ def test_deepfm_adds_first_and_second_order_to_the_logit(exclusive_dim):
                 vectors = [torch.cat(pair) for pair in zip(vectors, own, strict=True)]
             second = sum(float(vectors[i] @ vectors[j]) for i in range(4) for j in range(i + 1, 4))
             logits.append(first[row] + second)
-            assert torch.equal(seen.views[task][row].double().sort().values, torch.cat(vectors).sort().values)
-        assert_exact(seen.logits[task].detach(), torch.stack(logits).float().detach())
+            assert torch.equal(views[task][row].double().sort().values, torch.cat(vectors).sort().values)
+        assert_exact(terms[task].detach(), torch.stack(logits).float().detach())
 
 
 def test_wide_and_deep_adds_the_first_order_alone():
     inputs = new("wide_deep")
-    seen = inputs(features(), TASKS)
+    views, terms = inputs(features(), TASKS)
     flat = torch.stack([torch.cat(vectors) for vectors in naive_vectors(inputs.embeddings.embedding)])
     for task in TASKS:
-        assert torch.equal(seen.logits[task], inputs.first_order(features(), task))
-        assert torch.equal(seen.views[task], flat)
+        assert torch.equal(terms[task], inputs.first_order(features(), task))
+        assert torch.equal(views[task], flat)
 
 
-def test_an_unknown_cross_is_named():
-    with pytest.raises(ValueError, match="cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"):
-        new("dcn")
+def test_the_first_order_equals_a_naive_sum_over_fields():
+    wide = with_integers(FirstOrder(FIELDS, SIZES, TASKS))
+    for task in TASKS:
+        rows = [torch.stack(vectors).sum(0) for vectors in naive_vectors(wide.weights[task].embedding)]
+        assert_exact(wide(features(), task).detach(), torch.stack(rows).detach())
+
+
+def test_the_first_order_starts_at_zero_and_reaches_its_task_alone():
+    wide = FirstOrder(FIELDS, SIZES, TASKS)
+    logits = wide(features(), "cvr")
+    assert torch.equal(logits, torch.zeros(4, 1))
+    assert reached(wide, logits.sum()) == {"weights.cvr.embedding"}
+
+
+def test_views_equal_the_cross_over_joined_vectors():
+    inputs = with_integers(MultiviewEmbeddings(FIELDS, SIZES, TASKS, 3, 2))
+    seen = inputs(features(), TASKS)
+    assert list(seen) == list(TASKS)
+    for task in TASKS:
+        own = naive_vectors(inputs.exclusive[task].embedding)
+        rows = []
+        for shared, exclusive in zip(naive_vectors(inputs.shared.embedding), own, strict=True):
+            joined = [torch.cat(pair) for pair in zip(shared, exclusive, strict=True)]
+            dots = [joined[i] @ joined[j] for i in range(4) for j in range(i + 1, 4)]
+            rows.append(torch.cat([*shared, *exclusive, torch.stack(dots)]))
+        assert_exact(seen[task].detach(), torch.stack(rows).detach())
+        assert seen[task].shape[1] == inputs.out_features == 4 * 5 + 6
+
+
+def test_a_task_reaches_its_own_embeddings_and_the_shared_ones():
+    inputs = with_integers(MultiviewEmbeddings(FIELDS, SIZES, TASKS, 3, 2))
+    names = reached(inputs, inputs(features(), ("cvr",))["cvr"].sum())
+    assert names == {"shared.embedding", "exclusive.cvr.embedding"}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt4rec_sparse.recsys.models import entire_space, joint_logits, loss_of
-from lt4rec_sparse.recsys.models.losses import focal
+from lt4rec_sparse.recsys.models import entire_space, loss_of
+from lt4rec_sparse.recsys.models.losses import focal, joint_logits
 
 U = 2.0**-53
 ONE = torch.ones(1, dtype=torch.float64)
@@ -89,15 +89,3 @@ def test_the_entire_space_is_finite_everywhere(click, conversion, label):
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("count",), "kind: got 'count', wanted one of binary, ratio"),
-        (("binary", "hinge"), "loss: got 'hinge', wanted one of bce, focal, mse"),
-    ],
-)
-def test_what_is_unknown_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        loss_of(*arguments)

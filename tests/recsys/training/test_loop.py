@@ -52,7 +52,7 @@ class MachineGoneError(Exception):
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
 def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_log, tmp_path, stop_after):
     def go(model, checkpoint, stop=None):
-        def progress(done, total):
+        def after_batch(batch, done, total):
             if done == stop:
                 raise MachineGoneError
 
@@ -68,7 +68,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
             checkpoint=checkpoint,
             checkpoint_every=2,
             log=records.append,
-            progress=progress,
+            after_batch=after_batch,
         )
         return records
 
