@@ -76,6 +76,12 @@ def _within(low: float, high: float) -> Callable[[float | None], float | None]:
 _EMBEDDING_DIM = _within(1, 4096)
 
 
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"got {value}, wanted a finite number")
+    return value
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -221,6 +227,10 @@ def experiment(
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
     ] = None,
+    cvr_scale: Annotated[
+        float,
+        typer.Option(callback=_finite, help="Row S-Weight-taskbalance: weight of the CVR loss; the CTR loss has 1."),
+    ] = 5.0,
     conflict: Annotated[
         str,
         typer.Option(
@@ -229,6 +239,17 @@ def experiment(
             "fourth in the CTR loss and by the fifth in the CVR loss."
         ),
     ] = "60000,0.1,0.2,0.2,5",
+    exclusive_dim: Annotated[
+        int | None,
+        typer.Option(
+            callback=_EMBEDDING_DIM,
+            help="Row S-Weight-multiview: width of each task's own embedding. By default a quarter of --embedding-dim.",
+        ),
+    ] = None,
+    wider: Annotated[
+        float,
+        typer.Option(callback=_within(0, 16), help="Row S-Weight-biggernet: factor of the hidden layers' widths."),
+    ] = 1.375,
     impressions: Annotated[int, typer.Option(help="Only for regimes: impressions of each simulated log.")] = 2_000_000,
     quiet: Quiet = False,
 ) -> None:
@@ -262,7 +283,7 @@ def experiment(
                 losses=_losses(loss or []),
                 dtype=dtype,
             )
-            variants = Variants(conflict=_conflict(conflict))
+            variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
             report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 

@@ -348,6 +348,10 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
         (["--workers", "-1"], "Invalid value for '--workers': got -1, wanted 1 to"),
         (["--embedding-dim", "1000000000"], "Invalid value for '--embedding-dim': got 1000000000, wanted 1 to 4,096"),
         (["--hidden", "99999999999"], "--hidden: got '99999999999', wanted widths of at most 65536"),
+        (["--exclusive-dim", "1000000000"], "Invalid value for '--exclusive-dim': got 1000000000, wanted 1 to"),
+        (["--cvr-scale", "nan"], "Invalid value for '--cvr-scale': got nan, wanted a finite number"),
+        (["--wider", "nan"], "Invalid value for '--wider': got nan, wanted 0 to 16"),
+        (["--wider", "1e9"], "Invalid value for '--wider': got 1000000000.0, wanted 0 to 16"),
         (["--conflict", "60000,nan,0.2,0.2,5"], "--conflict: got '60000,nan,0.2,0.2,5', wanted five numbers"),
         (["--conflict", "60000,0.1,0.2,0.2,inf"], "--conflict: got '60000,0.1,0.2,0.2,inf', wanted five numbers"),
         (["--loss", "ctr"], "--loss: got ctr, wanted pairs such as ctr=focal, at most one per task"),
@@ -355,6 +359,9 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
         (["--loss", "ctr=hinge"], "loss: got 'hinge', wanted one of bce, focal, mse"),
         (["--conflict", "60000,0.1"], "--conflict: got '60000,0.1', wanted five numbers such as"),
         (["--conflict", "-1,0.1,0.2,0.2,5"], "--conflict: got '-1,0.1,0.2,0.2,5', wanted five numbers"),
+        (["--wider", "0"], "wider: got 0.0, wanted more than 0"),
+        (["--cvr-scale", "-2"], "cvr_scale: got -2.0, wanted more than 0"),
+        (["--exclusive-dim", "0"], "Invalid value for '--exclusive-dim': got 0, wanted 1 to 4,096"),
     ],
 )
 def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, arguments, message):
