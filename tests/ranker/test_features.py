@@ -365,6 +365,7 @@ def test_missing_values_inside_a_bag_are_left_out() -> None:
         ({"video": [True, 1]}, r"column 'video': got True \(bool\), wanted int"),
         ({"video": [2**70, 1]}, "wanted an int of 64 bits"),
         ({"price": ["1", 2]}, r"column 'price': got '1' \(str\), wanted a number"),
+        ({"price": [False, None]}, r"column 'price': got False \(bool\), wanted a number"),
         ({"colour": ["a", 2]}, r"column 'colour': got 2 \(int\), wanted str"),
         ({"colour": np.array([1, 2])}, r"column 'colour': got .*wanted str"),
         ({"colour": "ab"}, r"column 'colour': got 'ab' \(str\), wanted a sequence"),

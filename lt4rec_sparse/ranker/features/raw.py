@@ -83,7 +83,8 @@ def _numbers(column: Column, raw: Any) -> tuple[Array, Present]:
         if values.dtype.kind != "O":
             raise _refuse(column, values[0], "a number")
         present &= np.fromiter((value is not None for value in values), np.bool_, len(values))
-        stray = next((v for v in values[present] if not isinstance(v, int | float | np.number) or v is True), None)
+        numbers = int | float | np.number
+        stray = next((v for v in values[present] if not isinstance(v, numbers) or isinstance(v, bool)), None)
         if stray is not None:
             raise _refuse(column, stray, "a number")
         values = np.where(present, values, np.nan)
