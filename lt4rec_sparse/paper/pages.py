@@ -19,9 +19,6 @@ from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
 from lt4rec_sparse.recsys.training import Predictions
 
-# KuaiRand has few impressions per visit: with a gap of half an hour, one list in sixteen has more than three.
-GAP_MS = 4 * 60 * 60 * 1000
-
 
 @dataclass
 class Findings:
@@ -227,12 +224,12 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     if "truth_click" in values:
         expected = values["truth_click"] * values["truth_watch"] * np.nan_to_num(values["duration_ms"]) / 1000
     log = LoggedRows(
-        values["request_id"].astype(np.int64) if "request_id" in values else sessions(users, times, GAP_MS),
+        values["request_id"].astype(np.int64) if "request_id" in values else sessions(users, times),
         values["duration_ms"] / 1000,
         values["play_time_ms"] / 1000,
         rows.labels[click].numpy() > 0.5,
+        times,
         expected,
-        shown=times,
     )
     return replay(log, table_3_scores(predicted[click], predicted[watch], log.duration_s))
 
