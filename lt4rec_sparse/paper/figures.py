@@ -13,19 +13,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.plots import (
     DEAD,
     TASK_COLOURS,
     Point,
     Record,
-    by_row,
-    check_seeds,
     density_axis,
-    masks_of,
     metric_axis,
     panels,
     standard_error,
@@ -53,58 +49,30 @@ SEED_MARKS: dict[str, Any] = {
 
 
 def plot_granularity(
-    records: Sequence[Record],
-    titles: Mapping[str, str],
-    tasks: Mapping[str, str],
-    path: Path,
-    split: str = "test",
+    records: Sequence[Record], titles: Mapping[str, str], tasks: Mapping[str, str], path: Path
 ) -> Figure:
-    """Draw each task's metric against the density of its mask, one line per granularity.
+    """Draw each task's validation metric against the density of its tickets, one line per granularity.
 
     Args:
-        records: One per row and seed; rows that are not in `titles` are left out.
-        titles: Row -> the name of its line. Rows with one name, at several densities, are points of one line.
+        records: One per row and seed, with `tickets`; rows that are not in `titles` are left out.
+        titles: Row -> the name of its line.
         tasks: Task -> kind, "binary" or "ratio".
         path: Where to write the picture.
-        split: "test" for one point per row, from its masks, or "validation" for one per level of its tickets.
-
-    Raises:
-        InputError: If a row has no record, has a seed twice, or lacks what `split` needs; or if `split` is unknown.
     """
-    if split not in ("test", "validation"):
-        raise InputError(f"split: got {split!r}, wanted 'test' or 'validation'")
-    rows = by_row(records, titles)
-    styles = _styles(titles.values())
-    figure, axes = panels(len(tasks))
-    for axis, (task, kind) in zip(axes, tasks.items(), strict=False):
-        lines: dict[str, list[Point]] = {title: [] for title in styles}
-        for row, found in rows.items():
-            points = ticket_points(found, task, kind) if split == "validation" else [_test_point(found, task, kind)]
-            lines[titles[row]] += points
-        for title, points in lines.items():
-            colour, marker = styles[title]
-            points.sort(key=lambda point: -float(np.mean(point[0])))
-            for x, y in points:
-                axis.plot(x, y, color=colour, **SEED_MARKS)
-            mean_x, mean_y = ([float(np.mean(point[i])) for point in points] for i in range(2))
-            errors = [standard_error(y) for _, y in points]
-            axis.errorbar(mean_x, mean_y, errors, color=colour, marker=marker, markersize=6, capsize=3, label=title)
-        density_axis(
-            axis, [float(np.mean(x)) for points in lines.values() for x, _ in points], "hidden weights kept, %"
-        )
-        metric_axis(axis, task, kind, split)
-    handles = [Line2D([], [], color=c, marker=m, markersize=6, label=title) for title, (c, m) in styles.items()]
-    _legend(figure, handles, "dots: seeds; bars: standard error")
+    points = {
+        task: {row: ticket_points([r for r in records if r["row"] == row], task, kind) for row in titles}
+        for task, kind in tasks.items()
+    }
+    figure, axes = _seeds_and_means(points, titles, tasks, "validation", "dots: seeds; bars: standard error")
+    for axis, lines in zip(axes, points.values(), strict=True):
+        percents = [float(np.mean(x)) for line in lines.values() for x, _ in line]
+        density_axis(axis, percents, "hidden weights kept, %")
     figure.savefig(path)
     return figure
 
 
 def plot_speed(
-    records: Sequence[Record],
-    titles: Mapping[str, str],
-    tasks: Mapping[str, str],
-    path: Path,
-    candidates: int = 256,
+    records: Sequence[Record], titles: Mapping[str, str], tasks: Mapping[str, str], path: Path, candidates: int = 256
 ) -> Figure:
     """Draw each task's test metric against the time of a request: one mark per row, hollow where the model is dense.
 
@@ -114,51 +82,68 @@ def plot_speed(
         tasks: Task -> kind, "binary" or "ratio".
         path: Where to write the picture.
         candidates: Candidates per request.
-
-    Raises:
-        InputError: If a row has no record, has a seed twice, or has no time for that many candidates.
     """
-    rows = by_row(records, titles)
-    styles = _styles(titles)
-    dense = {row: found[0].get("masks") is None for row, found in rows.items()}
-    times = {row: [_microseconds(record, candidates) for record in found] for row, found in rows.items()}
-    figure, axes = panels(len(tasks))
-    for axis, (task, kind) in zip(axes, tasks.items(), strict=False):
-        for row, found in rows.items():
-            colour, marker = styles[row]
-            values = [_test_value(record, task, kind) for record in found]
-            axis.plot(times[row], values, color=colour, **SEED_MARKS)
-            axis.errorbar(
-                float(np.mean(times[row])),
-                float(np.mean(values)),
-                standard_error(values),
-                standard_error(times[row]),
-                color=colour,
-                marker=marker,
-                markersize=9,
-                markerfacecolor="white" if dense[row] else colour,
-                capsize=3,
-                label=titles[row],
-            )
-        _time_axis(axis, [value for found in times.values() for value in found])
-        metric_axis(axis, task, kind, "test")
+    rows = {row: [record for record in records if record["row"] == row] for row in titles}
+    times = {row: [r["serving"]["microseconds"][str(candidates)] for r in found] for row, found in rows.items()}
+    points: dict[str, dict[str, list[Point]]] = {
+        task: {
+            row: [(times[row], [record["test"]["all"][task][MAIN_METRIC[kind]] for record in found])]
+            for row, found in rows.items()
+        }
+        for task, kind in tasks.items()
+    }
+    dense = [row for row, found in rows.items() if found[0]["masks"] is None]
+    note = "filled: masked; hollow: dense; dots: seeds; bars: standard error"
+    figure, axes = _seeds_and_means(points, titles, tasks, "test", note, dense)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_major_formatter("{x:,g}")
+        axis.minorticks_off()
         axis.set(xlabel=f"microseconds per request of {candidates} candidates")
-    handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=marker,
-            color=colour,
-            markerfacecolor="white" if dense[row] else colour,
-            markersize=9,
-            label=titles[row],
-        )
-        for row, (colour, marker) in styles.items()
-    ]
-    _legend(figure, handles, "filled: masked; hollow: dense; dots: seeds; bars: standard error")
     figure.savefig(path)
     return figure
+
+
+def _seeds_and_means(
+    points: Mapping[str, Mapping[str, Sequence[Point]]],
+    titles: Mapping[str, str],
+    tasks: Mapping[str, str],
+    split: str,
+    note: str,
+    hollow: Sequence[str] = (),
+) -> tuple[Figure, list[Axes]]:
+    """Draw a panel per task with a line per row: a dot per seed, means with standard errors; and the legend.
+
+    Args:
+        points: Task -> row -> the points of its line.
+        titles: Row -> what the legend calls it.
+        tasks: Task -> kind.
+        split: The split of the metric.
+        note: What the marks mean.
+        hollow: Rows with hollow marks.
+    """
+    figure, axes = panels(len(tasks))
+    styles = _styles(titles)
+    for axis, (task, kind) in zip(axes, tasks.items(), strict=True):
+        for row, line in points[task].items():
+            for x, y in line:
+                axis.plot(x, y, color=styles[row]["color"], **SEED_MARKS)
+            mean_x, mean_y = ([float(np.mean(point[i])) for point in line] for i in range(2))
+            errors = [standard_error(y) for _, y in line]
+            (mean, *_) = axis.errorbar(
+                mean_x, mean_y, errors, capsize=3, markersize=7, label=titles[row], **styles[row]
+            )
+            if row in hollow:
+                mean.set_markerfacecolor("white")
+        metric_axis(axis, task, kind, split)
+    width, height = figure.get_size_inches()
+    # Inches: 0.07 per character, 0.6 for the marker and the gap between columns, 0.21 per line of the legend.
+    columns = max(1, min(4, len(titles), int(width / (0.07 * max(map(len, titles.values())) + 0.6))))
+    figure.set_size_inches(width, height + 0.21 * -(-len(titles) // columns))
+    handles = axes[0].containers
+    figure.legend(handles=handles, title=note, loc="outside lower center", ncols=columns, frameon=False)
+    return figure, axes
 
 
 def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
@@ -169,14 +154,9 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
             other models (`REGIME_OPPONENTS`) a list over seeds of S-Weight's relative difference of CVR MSE in %, below
             0 if S-Weight is better.
         path: Where to write the picture.
-
-    Raises:
-        InputError: If there is no cell, or a cell comes twice.
     """
     rates, conflicts = (sorted({cell[name] for cell in cells}) for name in ("click_rate", "conflict"))
     where = [(conflicts.index(cell["conflict"]), rates.index(cell["click_rate"])) for cell in cells]
-    if not cells or len(set(where)) < len(where):
-        raise InputError(f"cells: got {len(where)}, {len(set(where))} of them distinct, wanted one per regime")
     panels = {}
     for other in cells[0]["differences"]:
         panels[other] = np.full((len(conflicts), len(rates)), np.nan)
@@ -214,15 +194,8 @@ def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequ
             ("shared", "click-only", ...) -> kept share of the weights that read such fields, in [0, 1].
         planted: Task -> the kinds of field that its truth depends on; their names are bold.
         path: Where to write the picture.
-
-    Raises:
-        InputError: If a way is missing or unknown, or a seed comes twice.
     """
     by_way = {way: [record for record in found if record["way"] == way] for way in WAYS}
-    if any(not records for records in by_way.values()) or sum(map(len, by_way.values())) < len(found):
-        raise InputError(f"found: got the ways {sorted({record['way'] for record in found})}, wanted {sorted(WAYS)}")
-    for way, records in by_way.items():
-        check_seeds(records, way)
     figure, axes = panels(len(planted))
     for axis, (task, needed), colour in zip(axes, planted.items(), cycle(TASK_COLOURS), strict=False):
         kinds = list(found[0]["density"][task])
@@ -249,52 +222,9 @@ def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequ
     return figure
 
 
-def _test_point(records: Sequence[Record], task: str, kind: str) -> Point:
-    """Return kept weights in % and the test metric of one row, over the seeds."""
-    densities = [100 * masks_of(record)["density"][task] for record in records]
-    return densities, [_test_value(record, task, kind) for record in records]
-
-
-def _test_value(record: Record, task: str, kind: str) -> float:
-    return float(record["test"]["all"][task][MAIN_METRIC[kind]])
-
-
-def _microseconds(record: Record, candidates: int) -> float:
-    times = (record.get("serving") or {}).get("microseconds", {})
-    if str(candidates) not in times:
-        name = f"serving of {record['row']}, seed {record['seed']}"
-        raise InputError(f"{name}: got times of {sorted(times)} candidates, wanted {candidates}")
-    return float(times[str(candidates)])
-
-
-def _time_axis(axis: Axes, microseconds: Sequence[float]) -> None:
-    low, high = min(microseconds) / 1.25, max(microseconds) * 1.25
-    ticks = _round_ticks(low, high)
-    axis.set_xscale("log")
-    axis.set_xlim(low, high)
-    axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
-    axis.minorticks_off()
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers for a logarithmic axis; a wider axis gets fewer per decade."""
-    steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 300 else (1,)
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    return [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
-
-
-def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    return dict(zip(dict.fromkeys(names), zip(cycle(ROW_COLOURS), cycle(ROW_MARKERS), strict=False), strict=False))
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
-    """Put a legend below the panels, in as many columns as fit, and make the figure higher to hold it."""
-    width, height = figure.get_size_inches()
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    # Inches: 0.07 per character, 0.6 for the marker and the gap between columns, 0.21 per line.
-    columns = max(1, min(4, len(handles), int(width / (0.07 * longest + 0.6))))
-    figure.set_size_inches(width, height + 0.21 * -(-len(handles) // columns))
-    figure.legend(handles=handles, title=title, loc="outside lower center", ncols=columns, frameon=False)
+def _styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    pairs = zip(rows, cycle(ROW_COLOURS), cycle(ROW_MARKERS), strict=False)
+    return {row: {"color": colour, "marker": marker} for row, colour, marker in pairs}
 
 
 def _difference(values: Sequence[float]) -> str:

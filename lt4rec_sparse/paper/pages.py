@@ -102,7 +102,7 @@ def granularity(findings: Findings) -> str:
         findings.plot(
             "granularity",
             "Validation metric of each task against density, one line per granularity",
-            lambda path: figures.plot_granularity(findings.records, curves, tasks, path, split="validation"),
+            lambda path: figures.plot_granularity(findings.records, curves, tasks, path),
         )
     ]
     small = HARD + SMALL

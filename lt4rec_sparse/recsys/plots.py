@@ -20,7 +20,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.tables import count
 
@@ -45,12 +44,8 @@ def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path
         tasks: Task -> kind, "binary" or "ratio".
         path: Where to write the picture.
 
-    Raises:
-        InputError: If a seed comes twice, has no tickets, or has other levels than the first.
-
     Source: LT4REC (arXiv 2008.09872), Figure 4.
     """
-    check_seeds(records, "records")
     figure, axes = panels(len(tasks))
     for axis, (task, kind), colour in zip(axes, tasks.items(), cycle(TASK_COLOURS), strict=False):
         points = ticket_points(records, task, kind)
@@ -86,23 +81,19 @@ def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: P
         titles: Row -> the headline of its bars.
         path: Where to write the picture.
 
-    Raises:
-        InputError: If a row has no record, has a seed twice, or has no masks.
-
     Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
     """
-    rows = by_row(records, titles)
-    shares = {row: _shares(found) for row, found in rows.items()}
+    shares = {row: _shares([record for record in records if record["row"] == row]) for row in titles}
     owners = list(dict.fromkeys(owner for layers in shares.values() for share in layers.values() for owner in share))
     alone = [owner for owner in owners if owner not in ("shared", "dead")]
     colours = {"shared": SHARED, "dead": DEAD} | dict(zip(alone, cycle(TASK_COLOURS), strict=False))
     layers = sum(len(layers) for layers in shares.values())
-    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(rows) + 0.34 * layers), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(shares) + 0.34 * layers), layout="constrained")
     ratios = [len(layers) for layers in shares.values()]
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
+    axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
     for axis, (row, by_layer) in zip(axes, shares.items(), strict=True):
         for y, by_owner in enumerate(by_layer.values()):
-            left: NDArray[np.float64] = np.zeros(len(rows[row]))
+            left: NDArray[np.float64] = np.zeros(1)
             for owner, share in by_owner.items():
                 start, width = float(left.mean()), float(share.mean())
                 axis.barh(y, width, left=start, color=colours[owner], height=0.76)
@@ -160,50 +151,17 @@ def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def check_seeds(records: Sequence[Record], name: str) -> None:
-    """Check that there are records, and one per seed."""
-    seeds = [record["seed"] for record in records]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"{name}: got the seeds {seeds}, wanted each once and at least one")
-
-
-def by_row(records: Sequence[Record], titles: Mapping[str, str]) -> dict[str, list[Record]]:
-    """Return the records of each titled row; a missing row is an error, since a figure would drop it silently."""
-    rows = {row: [record for record in records if record["row"] == row] for row in titles}
-    for row, found in rows.items():
-        check_seeds(found, row)
-    return rows
-
-
 def ticket_points(records: Sequence[Record], task: str, kind: str) -> list[Point]:
     """Return kept weights in % and the validation metric of each level, over the seeds."""
-    curves = []
-    for record in records:
-        if not record.get("tickets"):
-            raise InputError(f"tickets of {record['row']}, seed {record['seed']}: got none, wanted {task!r}")
-        curves.append(record["tickets"][task])
-    if len({len(curve) for curve in curves}) > 1:
-        raise InputError(
-            f"tickets of {task!r}: got {[len(curve) for curve in curves]} levels, wanted the same number at every seed"
-        )
-    metric = MAIN_METRIC[kind]
     return [
-        ([100 * ticket["density"] for ticket in level], [ticket["validation"][metric] for ticket in level])
-        for level in zip(*curves, strict=True)
+        ([100 * ticket["density"] for ticket in level], [ticket["validation"][MAIN_METRIC[kind]] for ticket in level])
+        for level in zip(*(record["tickets"][task] for record in records), strict=True)
     ]
-
-
-def masks_of(record: Record) -> Mapping[str, Any]:
-    """Return what a record says about its masks."""
-    masks: Mapping[str, Any] | None = record.get("masks")
-    if masks is None:
-        raise InputError(f"masks of {record['row']}, seed {record['seed']}: got none, wanted a masked model")
-    return masks
 
 
 def _shares(records: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Return layer -> owner -> % of the layer's weights, over the seeds."""
-    owned = [masks_of(record)["ownership"] for record in records]
+    owned = [record["masks"]["ownership"] for record in records]
     return {
         layer: {
             owner: np.array([100 * seed[layer][owner] / sum(seed[layer].values()) for seed in owned])
