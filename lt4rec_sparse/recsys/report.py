@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -15,10 +14,18 @@ from markdown_it import MarkdownIt
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.nn.quantization import TOLERANCE
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, SMALL
-from lt4rec_sparse.recsys.harness.statistics import paired_difference
+from lt4rec_sparse.recsys.harness.statistics import paired_difference, summary
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.plots import plot_latency, plot_ownership, plot_tickets
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
+from lt4rec_sparse.recsys.tables import (
+    LEGEND,
+    comparison_table,
+    count,
+    further_table,
+    levels_table,
+    table,
+    values_of,
+)
 
 MISCALIBRATED = 0.1  # how far predicted over observed may be from 1 without a warning
 FEW_STEPS = 100  # of the optimiser per task; with fewer, scores are hardly better than a constant
@@ -40,21 +47,16 @@ Results = Mapping[str, Any]
 
 
 def write_page(text: str, title: str, folder: Path) -> Path:
-    """Write Markdown as `report.md`, and as `report.html` with its pictures embedded.
+    """Write Markdown as `report.md`, and as `report.html` with its pictures, `plots/<name>.png`, embedded."""
 
-    Args:
-        text: Markdown; its pictures are `plots/<name>.png` in the folder.
-        title: Title of the HTML page.
-        folder: Where both files go.
+    def embedded(match: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
 
-    Returns:
-        The path of `report.md`.
-    """
     write_whole(folder / "report.md", text)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
     page = f"{head}<title>{html.escape(title)}</title><style>{STYLE}</style>{body}"
-    write_whole(folder / "report.html", re.sub(r'src="(plots/\w+\.png)"', lambda m: _inline(folder / m[1]), page))
+    write_whole(folder / "report.html", re.sub(r'src="(plots/\w+\.png)"', embedded, page))
     return folder / "report.md"
 
 
@@ -92,13 +94,10 @@ def _against(results: Results, base: str) -> str:
     parts = []
     for task, kind in results["data"]["tasks"].items():
         metric = MAIN_METRIC[kind]
-        difference = paired_difference(
-            _values(results, _served(results), task, metric), _values(results, base, task, metric), metric == "mse"
-        )
-        error = f" ± {difference.error:.{2 if difference.relative else 4}f}" if difference.seeds > 1 else ""
-        number = f"{difference.mean:+.2f}{error} %" if difference.relative else f"{difference.mean:+.4f}{error}"
+        mine, others = (values_of(results["records"], row, task, metric) for row in (_served(results), base))
+        difference = paired_difference(mine, others, metric == "mse")
         word = "no better" if difference.mean == 0 else "better" if _is_gain(difference.mean, metric) else "worse"
-        parts.append(f"{word} at {task} ({metric.upper()} {number})")
+        parts.append(f"{word} at {task} ({metric.upper()} {difference})")
     return ", ".join(parts)
 
 
@@ -106,10 +105,9 @@ def _is_gain(difference: float, metric: str) -> bool:
     return (difference > 0) == HIGHER_IS_BETTER[metric]
 
 
-def _values(results: Results, row: str, task: str, metric: str, part: str = "all") -> dict[int, float]:
-    records = [record for record in results["records"] if record["row"] == row]
-    found = {record["seed"]: record["test"][part] for record in records if task in record["test"][part]}
-    return {seed: metrics[task][metric] for seed, metrics in found.items()}
+def _mean(results: Results, row: str, task: str, metric: str) -> float:
+    """Return a row's metric of a task on the test days, over the seeds."""
+    return summary(list(values_of(results["records"], row, task, metric).values())).mean
 
 
 def _found(results: Results) -> str:
@@ -119,7 +117,7 @@ def _found(results: Results) -> str:
         metric = MAIN_METRIC[kind]
         if (key := f"{task}_{metric}") in truth:
             constant, best = truth["constant"][key], truth[key]
-            value = fmean(_values(results, _served(results), task, metric).values())
+            value = _mean(results, _served(results), task, metric)
             parts.append(f"{(value - constant) / (best - constant):.0%} ({task})")
     text = f"it reaches {', '.join(parts)} of what the planted truth allows over a constant" if parts else ""
     masks = results["recovery"].get(_served(results))
@@ -165,7 +163,7 @@ def _sections(results: Results) -> list[str]:
         "![Shares of shared, private and dead weights in each layer](plots/ownership.png)",
         _recovery(results),
         f"## Is the served model the trained one?\n\n{_difference(results)}",
-        f"## Precision\n\n{precision_section(results)}",
+        f"## Precision\n\n{_precision(results)}",
         f"## Bytes\n\n{_bytes(results)}",
         f"## Time of a request\n\n{_latency(results)}",
         "![Time of a request against its candidates](plots/latency.png)",
@@ -178,8 +176,7 @@ def _next(results: Results) -> str:
     lines = ["- Score candidates: `lt4rec-sparse score model.safetensors CANDIDATES SCORES`."]
     narrow = {
         task: _is_gain(
-            fmean(_values(results, HARD + SMALL, task, MAIN_METRIC[kind]).values())
-            - fmean(_values(results, served, task, MAIN_METRIC[kind]).values()),
+            _mean(results, HARD + SMALL, task, MAIN_METRIC[kind]) - _mean(results, served, task, MAIN_METRIC[kind]),
             MAIN_METRIC[kind],
         )
         for task, kind in tasks.items()
@@ -194,14 +191,11 @@ def _next(results: Results) -> str:
             "model and task, on the validation days."
         )
     frozen = results["frozen"][served]
-    us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
-    size = max(x["candidates"] for x in frozen["latency"] if x["candidates"] <= 256)
-    mine = {"fp32": us["sparse, MLP alone", size]}
-    mine |= {
-        p: us[f"sparse {p}, MLP alone", size] for p, x in frozen["precisions"].items() if p != "fp32" and x["accepted"]
-    }
+    us = _medians(frozen)
+    size = max(size for size in us if size <= 256)
+    mine = {p: us[size][_path(p)] for p, x in frozen["precisions"].items() if p == "fp32" or x["accepted"]}
     best = min(mine, key=lambda precision: mine[precision])
-    ratio = us["dense, MLP alone", size] / mine[best]
+    ratio = us[size]["dense, MLP alone"] / mine[best]
     lines.append(
         f"- Serve in {best} (`--precision {best}`): of the accepted precisions it is the fastest here at "
         f"{count(size, 'candidate')}, the MLPs {ratio:.1f}x as fast as dense fp32 torch."
@@ -214,7 +208,7 @@ def _next(results: Results) -> str:
 def _warnings(results: Results) -> str:
     lines = []
     for task in results["data"]["tasks"]:
-        ratio = fmean(_values(results, _served(results), task, "calibration").values())
+        ratio = _mean(results, _served(results), task, "calibration")
         if not abs(ratio - 1) <= MISCALIBRATED:
             lines.append(
                 f"- **{task} is miscalibrated**: the served model predicts {ratio:.2f} times what the test days show. "
@@ -319,8 +313,7 @@ def _difference(results: Results) -> str:
     return f"{text}\n\n{table(['model', *results['data']['tasks']], lines)}"
 
 
-def precision_section(results: Results) -> str:
-    """Return what each precision of the artefacts serves, as Markdown."""
+def _precision(results: Results) -> str:
     tasks = results["data"]["tasks"]
     text = (
         "On the test days: scores as served, and the time of the MLP alone in microseconds per request. int8 is "
@@ -332,8 +325,7 @@ def precision_section(results: Results) -> str:
         header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
     parts = [text]
     for row, frozen in results["frozen"].items():
-        sizes = sorted({record["candidates"] for record in frozen["latency"]})
-        us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
+        us = _medians(frozen)
         lines = []
         for precision, judged in frozen["precisions"].items():
             line = [precision]
@@ -341,11 +333,10 @@ def precision_section(results: Results) -> str:
                 value, fp32 = (x["test"][task][MAIN_METRIC[kind]] for x in (judged, frozen["precisions"]["fp32"]))
                 relative = MAIN_METRIC[kind] == "mse"
                 line += [f"{value:.5f}", f"{value / fp32 - 1:+.3%}" if relative else f"{value - fp32:+.5f}"]
-            path = "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
             line += [f"{max(judged['largest_difference'].values()):.1e}"]
-            line += [f"{us[path, size]:.0f}" for size in sizes]
+            line += [f"{at_size[_path(precision)]:.0f}" for at_size in us.values()]
             lines.append([*line, f"{judged['prepacked_bytes']:,}", "yes" if judged["accepted"] else "no"])
-        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "bytes", "accepted"]
+        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in us), "bytes", "accepted"]
         parts.append(f"{results['rows'][row]}:\n\n{table(columns, lines)}")
     return "\n\n".join(parts)
 
@@ -375,22 +366,26 @@ def _latency(results: Results) -> str:
         "way. A ratio above 1 means that sparse is faster."
     )
     header = ["candidates", "sparse, µs", "dense, µs", "ratio", "MLP: sparse, µs", "MLP: dense, µs", "ratio"]
-    tables = (
-        f"{results['rows'][row]}:\n\n{table(header, _times(x['latency']))}" for row, x in results["frozen"].items()
-    )
-    return "\n\n".join((text, *tables))
+    parts = [text]
+    for row, of_row in results["frozen"].items():
+        lines = []
+        for size, us in _medians(of_row).items():
+            line = [str(size)]
+            for sparse, dense in (("sparse", "dense"), ("sparse, MLP alone", "dense, MLP alone")):
+                line += [f"{us[sparse]:.0f}", f"{us[dense]:.0f}", f"{us[dense] / us[sparse]:.2f}"]
+            lines.append(line)
+        parts.append(f"{results['rows'][row]}:\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
 
 
-def _times(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    lines = []
-    for size in sorted({record["candidates"] for record in records}):
-        us = {record["path"]: record["median_us"] for record in records if record["candidates"] == size}
-        line = [str(size)]
-        for sparse, dense in (("sparse", "dense"), ("sparse, MLP alone", "dense, MLP alone")):
-            line += [f"{us[sparse]:.0f}", f"{us[dense]:.0f}", f"{us[dense] / us[sparse]:.2f}"]
-        lines.append(line)
-    return lines
+def _medians(frozen: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """Return candidates -> path -> median microseconds."""
+    us: dict[int, dict[str, float]] = {}
+    for timed in frozen["latency"]:
+        us.setdefault(timed["candidates"], {})[timed["path"]] = timed["median_us"]
+    return us
 
 
-def _inline(path: Path) -> str:
-    return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+def _path(precision: str) -> str:
+    """Return what `freeze_and_compare` calls the sparse MLP of a precision."""
+    return "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
