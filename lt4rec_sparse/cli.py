@@ -216,7 +216,7 @@ def experiment(
     seeds: Annotated[int, typer.Option(help="How often every row is trained, each time from another start.")] = 5,
     workers: Workers = None,
     executor: Annotated[
-        str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
+        str, typer.Option(help="Where trainings run: in processes, or here, one after another.")
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,

@@ -36,11 +36,9 @@ def test_an_error_stops_what_has_not_begun():
 
 
 def test_jobs_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="job 'a': needs"):
-        run_jobs({"a": Job(print, (), ("nowhere",))}, executor="here")
-    with pytest.raises(ValueError, match="job 'a': needs"):
+    with pytest.raises(ValueError, match="nodes are in a cycle"):
         run_jobs({"a": Job(print, (), ("b",)), "b": Job(print, (), ("a",))}, executor="here")
-    with pytest.raises(InputError, match="executor: got 'cloud', wanted one of processes, ray, here"):
+    with pytest.raises(InputError, match="executor: got 'cloud', wanted one of processes, here"):
         run_jobs({}, executor="cloud")
 
 
@@ -67,14 +65,3 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
         assert file.readline() == "began\n"
         parent.kill()
         assert file.read() == ""  # the worker's end of the pipe is closed
-
-
-def test_ray_is_asked_for_by_name_where_it_is_missing():
-    try:
-        import ray
-    except ImportError:
-        with pytest.raises(InputError, match="pip install ray"):
-            run_jobs({"a": Job(os.getpid, ())}, executor="ray")
-    else:
-        assert ray
-        assert run_jobs({"threads": Job(torch.get_num_threads, ())}, workers=1, executor="ray") == {"threads": 1}
