@@ -73,9 +73,8 @@ def run_experiment(
     `tuning.json`, every learning rate that was tried; and one folder per experiment with `report.md`, `report.html`,
     `plots/` and `records.json`, everything that the report says.
 
-    Every row trains for the same epochs, on the same batches in the same order. The learning rates of every model and
-    variant are searched alike (`tuned_rates`); rows that differ only in their masks share one search
-    (`Row.rate_of`). Each trial reads the test days once, when it is trained.
+    Every row trains for the same epochs, on the same batches in the same order; the learning rates of all are searched
+    alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
@@ -110,8 +109,7 @@ def run_experiment(
     if experiment.kinds and list(kinds.values()) != list(experiment.kinds):
         wanted = ", ".join(experiment.kinds)
         raise InputError(f"{name}: got tasks of the kinds {', '.join(kinds.values())}, wanted {wanted}")
-    every_kind = {task.name: task.kind for task in schema.tasks}
-    unknown = dict(training.losses).keys() - every_kind.keys()
+    unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
     with locked(out):
@@ -121,29 +119,27 @@ def run_experiment(
             experiment.rows,
             PaperRows(tuple(kinds), training, variants=variants or Variants()),
             seeds,
-            every_kind,
-            schema.carried,
+            schema,
             out,
             carrier(out, resources or Resources(), progress, name),
             others=declared.table2,
         )
-        folder = out / name
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        (out / name / "plots").mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "experiment": name,
             "data": schema.name,
             "counts": prepared.counts,
             "tasks": kinds,
-            "rows": {row.key: row.title for row in study.table},
+            "rows": study.rows,
             "left_out": study.left_out,
             "seeds": seeds,
             "training": Trial("sparse_sharing", tuple(kinds), training=training).to_plain()["training"],
             "learning_rates": study.rates,
         }
         progress(f"{name}: write", 0, 1)
-        findings = pages.Findings(facts, study.records, study.trials, out, folder)
+        findings = pages.Findings(facts, study, out)
         text = experiment.write(findings)
         results = {**facts, "further": findings.further, "records": study.records}
-        write_whole(folder / "records.json", json.dumps(results, indent=1) + "\n")
+        write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(text, f"{name}: {schema.name}", folder)
+        return write_page(text, f"{name}: {schema.name}", out / name)

@@ -14,7 +14,7 @@ from lt4rec_sparse.paper.replay import TABLE_3, LoggedRows, over_seeds, replay, 
 from lt4rec_sparse.paper.serving_times import serving_times
 from lt4rec_sparse.recsys.harness.jobs import laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, S_WEIGHT, SMALL
-from lt4rec_sparse.recsys.harness.trials import Trial
+from lt4rec_sparse.recsys.harness.study import Study
 from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
 from lt4rec_sparse.recsys.training import Predictions
@@ -26,39 +26,23 @@ class Findings:
 
     Attributes:
         facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
-        records: One per trained model.
-        trials: (row, seed) -> the trials trained for it.
-        laboratory: The folder where they were trained.
-        folder: The page's folder; plots go to `plots/`.
+        study: What was trained.
+        out: The folder where it was trained; plots go to `<experiment>/plots/` in it.
         further: Measurements of the page itself, saved beside the records.
     """
 
     facts: Mapping[str, Any]
-    records: Sequence[dict[str, Any]]
-    trials: Mapping[tuple[str, int], Sequence[Trial]]
-    laboratory: Path
-    folder: Path
+    study: Study
+    out: Path
     further: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def tasks(self) -> Mapping[str, str]:
-        """Task -> its kind."""
-        tasks: Mapping[str, str] = self.facts["tasks"]
-        return tasks
-
-    @property
-    def rows(self) -> Mapping[str, str]:
-        """Row -> its title."""
-        rows: Mapping[str, str] = self.facts["rows"]
-        return rows
-
-    def of(self, row: str) -> list[dict[str, Any]]:
-        """Return the records of a row."""
-        return [record for record in self.records if record["row"] == row]
+    def __post_init__(self) -> None:
+        self.rows, self.records = self.study.rows, self.study.records
+        self.tasks: Mapping[str, str] = self.facts["tasks"]
 
     def plot(self, name: str, caption: str, draw: Callable[[Path], object]) -> str:
         """Draw `plots/<name>.png` and return it as Markdown."""
-        draw(self.folder / "plots" / f"{name}.png")
+        draw(self.out / self.facts["experiment"] / "plots" / f"{name}.png")
         return f"![{caption}](plots/{name}.png)"
 
 
@@ -82,44 +66,39 @@ def table3(findings: Findings) -> str:
 def figure4(findings: Findings) -> str:
     """Return Figure 4: each task's metric against the weights that remain, for all seeds."""
     (row,) = (key for key in findings.rows if key != BASE)
-    tasks = dict(findings.tasks)
+    records = [record for record in findings.records if record["row"] == row]
     plot = findings.plot(
         "figure4",
         "Validation metric of each task against the hidden weights that remain",
-        lambda path: plot_tickets(findings.of(row), tasks, path),
+        lambda path: plot_tickets(records, findings.tasks, path),
     )
+    levels = "On the validation days, each level trained alone from the start:"
     return _page(
-        findings, "Figure 4: pruning round by round", [plot, f"{LEVELS}\n\n{levels_table(findings.of(row), tasks)}"]
+        findings, "Figure 4: pruning round by round", [plot, f"{levels}\n\n{levels_table(records, findings.tasks)}"]
     )
 
 
 def granularity(findings: Findings) -> str:
     """Return accuracy against density and against measured time, from single weights to whole neurons."""
-    kinds = {key.removesuffix("_last"): key for key in findings.rows if key.endswith("_last")}
-    curves = {key: kind for kind, key in kinds.items()}
-    tasks = dict(findings.tasks)
-    parts = [
-        findings.plot(
-            "granularity",
-            "Validation metric of each task against density, one line per granularity",
-            lambda path: figures.plot_granularity(findings.records, curves, tasks, path),
-        )
-    ]
-    small = HARD + SMALL
-    timed = {HARD: "hard sharing (dense)", small: findings.rows[small], **curves}
-    measured = serving_times(findings.laboratory, {row: findings.trials[row, 0][0] for row in timed})
+    curves = {key: key.removesuffix("_last") for key in findings.rows if key.endswith("_last")}
+    timed = {HARD: "hard sharing (dense)", HARD + SMALL: findings.rows[HARD + SMALL], **curves}
+    measured = serving_times(findings.out, {row: findings.study.trials[row, 0][0] for row in timed})
     findings.further["serving"] = measured
     for record in findings.records:
         if record["row"] in measured:
             record["serving"] = measured[record["row"]]
-    shown = {key: title for key, title in timed.items() if key in measured}
-    parts += [
+    parts = [
+        findings.plot(
+            "granularity",
+            "Validation metric of each task against density, one line per granularity",
+            lambda path: figures.plot_granularity(findings.records, curves, findings.tasks, path),
+        ),
         findings.plot(
             "speed",
             "Test metric of each task against microseconds for 256 candidates",
-            lambda path: figures.plot_speed(findings.records, shown, tasks, path),
+            lambda path: figures.plot_speed(findings.records, timed, findings.tasks, path),
         ),
-        _times(measured, shown),
+        _times(measured, timed),
     ]
     return _page(findings, "Granularity: accuracy against real speed", parts)
 
@@ -143,7 +122,6 @@ def many_tasks(findings: Findings) -> str:
     return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, RANDOM])])
 
 
-LEVELS = "On the validation days, each level trained alone from the start:"
 REPLAY_LEGEND = """\
 Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by the
 log. This is a replay within the lists that the logging policy showed, not an online test. Where the log has no
@@ -186,7 +164,8 @@ def _head(findings: Findings, title: str) -> str:
 
 
 def _ownership(findings: Findings, rows: Sequence[str]) -> str:
-    shown = {key: findings.rows[key] for key in rows if any(record["masks"] for record in findings.of(key))}
+    masked = {record["row"] for record in findings.records if record["masks"]}
+    shown = {key: findings.rows[key] for key in rows if key in masked}
     plot = findings.plot(
         "overlap",
         "Shared, private and dead weights of each layer",
@@ -208,11 +187,11 @@ def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 
 def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     """Replay the test days with the models of one seed."""
-    lab = laboratory(findings.laboratory)
+    lab = laboratory(findings.out)
     predicted: dict[str, dict[str, Any]] = {task: {} for task in findings.tasks}
     rows: Predictions | None = None
     for row in sorted({row for arm in TABLE_3.values() for row in arm}):
-        for trial in findings.trials[row, seed]:
+        for trial in findings.study.trials[row, seed]:
             rows = lab.predictions(trial, "test")
             for task, probability in rows.probabilities.items():
                 predicted[task][row] = probability.double().numpy()
@@ -237,28 +216,21 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
 def _replay_table(found: Mapping[str, Any]) -> str:
     """Return Table 3's columns for one k: the arms, then the reference orders."""
     first, *_ = found["arms"]
-    has_truth = "expected_view_time_s" in found["arms"][first]
     metrics = {"view_time_s": "view time, s", "cvr": "cvr", "ctr": "ctr"}
-    metrics |= {"expected_view_time_s": "expected view time, s"} if has_truth else {}
-    main = "expected_view_time_s" if has_truth else "view_time_s"
+    main = "view_time_s"
+    if "expected_view_time_s" in found["arms"][first]:
+        main = "expected_view_time_s"
+        metrics[main] = "expected view time, s"
     header = ["order", *metrics.values(), f"{metrics[main]}, against {first}"]
     lines = []
     for name, values in (found["arms"] | found["references"]).items():
-        line = [name, *(_number(values.get(metric)) for metric in metrics)]
-        difference = found["differences"].get(name, {}).get(first, {}).get(main)
-        lines.append([*line, _difference(difference)])
+        difference = found["differences"].get(name, {}).get(first, {}).get(main, {})
+        line = [name, *(_number(values[metric]["mean"], values[metric]["deviation"] or None) for metric in metrics)]
+        lines.append([*line, _number(difference.get("difference"), difference.get("error"), "+")])
     return f"{found['requests']:,} requests.\n\n{table(header, lines)}"
 
 
-def _number(summary: Mapping[str, float | None] | None) -> str:
-    if summary is None or summary["mean"] is None:
+def _number(mean: float | None, error: float | None, sign: str = "") -> str:
+    if mean is None:
         return ""
-    deviation = summary["deviation"]
-    return f"{summary['mean']:.3f}" + ("" if not deviation else f" ± {deviation:.3f}")
-
-
-def _difference(difference: Mapping[str, float | None] | None) -> str:
-    if difference is None or difference["difference"] is None:
-        return ""
-    error = difference["error"]
-    return f"{difference['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
@@ -16,16 +17,15 @@ from lt4rec_sparse.paper import figures
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
 from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
-from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, jobs_of, laboratory
+from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.statistics import paired_difference
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier
-from lt4rec_sparse.recsys.harness.trials import Training, Trial
-from lt4rec_sparse.recsys.harness.tuning import tuned_rates
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out, train_all
+from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.recsys.report import write_page
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, table
+from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, table, values_of
 
 LOG = "log"
 # Four out of ten clicked, as in the paper's log; and a tenth and a hundredth of that, like its conversions.
@@ -35,6 +35,7 @@ WATCH_RATE = 0.4
 MIDDLE = (0.1, 0.5)  # where learning rates are searched, for all cells
 TRAINING = Training(hidden=(128, 64, 32), embedding_dim=8, batch_size=2048)
 TASKS = ("ctr", "cvr")
+OPPONENTS = {"hard_sharing": HARD, "single_task": BASE, "random": RANDOM_RESCALED}
 
 
 @dataclass(frozen=True)
@@ -93,65 +94,47 @@ def run_regimes(
         The path of `report.md`.
     """
     regimes, resources = regimes or Regimes(), resources or Resources()
-    with locked(out):
-        return _run(out, seeds, regimes, resources, progress)
-
-
-def _run(out: Path, seeds: int, regimes: Regimes, resources: Resources, progress: Progress) -> Path:
     cells = {
         cell: out / f"click_{cell[0]}-conflict_{cell[1]}" for cell in product(regimes.click_rates, regimes.conflicts)
     }
     middle = cells.get(MIDDLE, next(iter(cells.values())))
-
-    def jobs(trials: Mapping[Path, Sequence[Trial]]) -> dict[Hashable, Job]:
-        """Return the cells' jobs, cell after cell, so that a worker holds few logs at a time."""
-        result: dict[Hashable, Job] = {}
-        for folder, of_cell in trials.items():
-            for key, job in jobs_of(folder, of_cell).items():
-                result[folder, key] = replace(job, needs=tuple((folder, need) for need in job.needs))
-        return result
-
-    def run(stage: str, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
-        tell = partial(progress, stage)
-        return run_jobs(jobs, resources.workers, resources.executor, tell)
-
-    configs = {cells[cell]: regimes.config(*cell) for cell in cells}
-    made: dict[Hashable, Job] = {folder: Job(prepare_cell, (folder, config)) for folder, config in configs.items()}
-    run("regimes: simulate", made)
-    kinds = {task.name: task.kind for task in laboratory(middle).prepared.schema.tasks}
-    carry = carrier(middle, resources, progress, "regimes")("tune")
-    base = Rows(TASKS, regimes.training)
-    rates = tuned_rates([base.base()], kinds, out, carry)
-    rows = table_of(replace(base, search_rates=tuple(rates[BASE].items())))
-    rates |= tuned_rates([row for row in rows if row.key != BASE], kinds, out, carry)
-    trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in rows for seed in range(seeds)}
-    every = [trial for of_row in trials.values() for trial in of_row]
-    found = run("regimes: train", jobs(dict.fromkeys(cells.values(), every)))
-    results = []
-    for (click_rate, conflict), folder in cells.items():
-        records = [{"row": key, **found[folder, trial]} for (key, _), of_row in trials.items() for trial in of_row]
-        truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
-        recovered = [
-            {"seed": seed, "way": way, **recovery(laboratory(folder), trials[key, seed][0], truth["fields"])}
-            for seed in range(seeds)
-            for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
-        ]
-        results.append(
-            {
-                "click_rate": click_rate,
-                "conflict": conflict,
-                "counts": laboratory(folder).prepared.counts,
-                "truth": {name: value for name, value in truth.items() if name != "fields"},
-                "differences": _differences(records),
-                "recovery": recovered,
-                "records": records,
-            }
+    with locked(out):
+        logs = {folder: Job(prepare_cell, (folder, regimes.config(*cell))) for cell, folder in cells.items()}
+        run_jobs(logs, resources.workers, resources.executor, partial(progress, "regimes: simulate"))
+        study = carry_out(
+            table_of,
+            Rows(TASKS, regimes.training),
+            seeds,
+            laboratory(middle).prepared.schema,
+            out,
+            carrier(middle, resources, progress, "regimes"),
         )
-    titles = {row.key: row.title for row in rows}
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    facts = {"rows": titles, "seeds": seeds, "learning_rates": {row.key: rates[row.rate_of] for row in rows}}
-    write_whole(out / "records.json", json.dumps({**facts, "cells": results}, indent=1) + "\n")
-    return write_page(_page(results, titles, out), "regimes: simulated logs", out)
+        results = []
+        for (click_rate, conflict), folder in cells.items():
+            name = f"regimes, clicks {click_rate:.0%}, conflict {conflict:g}"
+            records = train_all(study.trials, carrier(folder, resources, progress, name))
+            truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
+            lab = laboratory(folder)
+            recovered = [
+                {"seed": seed, "way": way, **recovery(lab, study.trials[key, seed][0], truth["fields"])}
+                for seed in range(seeds)
+                for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
+            ]
+            results.append(
+                {
+                    "click_rate": click_rate,
+                    "conflict": conflict,
+                    "counts": lab.prepared.counts,
+                    "truth": {name: value for name, value in truth.items() if name != "fields"},
+                    "differences": _differences(records),
+                    "recovery": recovered,
+                    "records": records,
+                }
+            )
+        (out / "plots").mkdir(exist_ok=True)
+        facts = {"rows": study.rows, "seeds": seeds, "learning_rates": study.rates}
+        write_whole(out / "records.json", json.dumps({**facts, "cells": results}, indent=1) + "\n")
+        return write_page(_page(results, study.rows, out), "regimes: simulated logs", out)
 
 
 def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
@@ -171,19 +154,11 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return how S-Weight's CVR MSE differs from the other rows', in percent, one number per seed."""
-
-    def mse(row: str) -> dict[int, float]:
-        return {
-            record["seed"]: record["test"]["all"]["cvr"]["mse"]
-            for record in records
-            if record["row"] == row and "cvr" in record["test"]["all"]
-        }
-
-    def against(row: str) -> list[float]:
-        mine, other = mse(S_WEIGHT), mse(row)
-        return [paired_difference({s: mine[s]}, {s: other[s]}, relative=True).mean for s in sorted(mine)]
-
-    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against(RANDOM_RESCALED)}
+    mse = {name: values_of(records, row, "cvr", "mse") for name, row in {"mine": S_WEIGHT, **OPPONENTS}.items()}
+    return {
+        name: [paired_difference({s: mine}, {s: mse[name][s]}, relative=True).mean for s, mine in mse["mine"].items()]
+        for name in OPPONENTS
+    }
 
 
 def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder: Path) -> str:
@@ -197,7 +172,7 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
         _recovery_table(cells),
     ]
     middle = next((c for c in cells if (c["click_rate"], c["conflict"]) == MIDDLE), cells[0])
-    figures.plot_recovery(_named(middle["recovery"]), PLANTED, folder / "plots" / "recovery.png")
+    figures.plot_recovery(middle["recovery"], PLANTED, folder / "plots" / "recovery.png")
     parts += ["![What masks keep of each kind of field](plots/recovery.png)", LEGEND]
     for cell in cells:
         truth = cell["truth"]
@@ -210,10 +185,6 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
     return "\n\n".join(parts) + "\n"
 
 
-def _named(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: record[name] for name in ("way", "seed", "density")} for record in found]
-
-
 def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
     header = ["clicks", "conflict", "masks", *(f"{task}: AUC of columns" for task in TASKS)]
     header += ["co-owned: both need", "one needs", "none needs"]
@@ -222,8 +193,10 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
         for way in ("tickets", "random"):
             found = [record for record in cell["recovery"] if record["way"] == way]
             line = [f"{cell['click_rate']:.0%}", f"{cell['conflict']:g}", way]
-            line += [f"{_mean(record['auc'][task] for record in found):.3f}" for task in TASKS]
-            line += [f"{_mean(r['sharing'][part] for r in found):.3f}" for part in ("shared", "private", "neither")]
+            line += [f"{fmean(record['auc'][task] for record in found):.3f}" for task in TASKS]
+            for part in ("shared", "private", "neither"):
+                known = [record["sharing"][part] for record in found if record["sharing"][part] is not None]
+                line.append(f"{fmean(known):.3f}" if known else NOT_KNOWN)
             lines.append(line)
     text = (
         "What the masks at 20 % found of the planted structure, in the first layer. AUC of columns: how well the "
@@ -231,8 +204,3 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
         "Co-owned: which share of the weights that either task keeps is kept by both."
     )
     return f"## Found and planted\n\n{text}\n\n{table(header, lines)}"
-
-
-def _mean(values: Any) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")

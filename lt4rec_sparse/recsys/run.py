@@ -33,7 +33,7 @@ from lt4rec_sparse.recsys.harness.settings import (
     with_seeds_of,
 )
 from lt4rec_sparse.recsys.harness.statistics import best_of
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.report import verdict, write_report
 
@@ -135,18 +135,16 @@ def _measured(
         granularity=settings.granularity,
         narrow=narrow_factor(in_features, settings.hidden, settings.density),
     )
-    kinds = {task.name: task.kind for task in prepared.schema.tasks}
     study = carry_out(
         lambda rows: rows.product(settings.masks),
         rows,
         settings.seeds,
-        kinds,
-        prepared.schema.carried,
+        prepared.schema,
         out,
         carrier(out, resources, progress, "models"),
         settings.learning_rates,
     )
-    served = _served(study, settings.masks, kinds)
+    served = _served(study.records, settings.masks, facts["tasks"])
     files = {served: MODEL}
     states = {record["row"]: record["state"] for record in study.records if record["seed"] == 0}
     if states.get(S_WEIGHT_LAST, states[served]) != states[served]:
@@ -158,7 +156,7 @@ def _measured(
     masked = {record["row"]: None for record in study.records if record["masks"]}
     progress("freeze and measure", 1, 1)
     return {
-        "rows": {row.key: row.title for row in study.table},
+        "rows": study.rows,
         "learning_rates": study.rates,
         "steps": lab.starts.batches(settings.training) * settings.epochs,
         "files": files,
@@ -168,13 +166,12 @@ def _measured(
     }
 
 
-def _served(study: Study, masks: str, kinds: Mapping[str, str]) -> str:
+def _served(records: Sequence[Mapping[str, Any]], masks: str, kinds: Mapping[str, str]) -> str:
     """Return the row to serve: of several masked ones, the best on the validation days at seed 0."""
-    masked = {record["row"]: record for record in study.records if record["masks"] and record["seed"] == 0}
     if masks == "tickets":
         return S_WEIGHT
-    validation = {row: record["validation"]["all"] for row, record in masked.items()}
-    losses = {row: {t: m[LOSS[kinds[t]]] for t, m in found.items()} for row, found in validation.items()}
+    masked = {r["row"]: r["validation"]["all"] for r in records if r["masks"] and r["seed"] == 0}
+    losses = {row: {task: metrics[task][LOSS[kind]] for task, kind in kinds.items()} for row, metrics in masked.items()}
     served: str = best_of(losses)
     return served
 

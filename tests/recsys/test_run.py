@@ -22,7 +22,7 @@ from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
 from lt4rec_sparse.recsys.harness.settings import RunSettings, SettingsError, pin_settings, with_seeds_of
-from lt4rec_sparse.recsys.harness.study import Resources, Study
+from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import MODEL, MODEL_LAST, run
 from lt4rec_sparse.recsys.training import train
 
@@ -145,10 +145,9 @@ def test_the_validation_days_choose_what_is_served(best):
         for row, (ctr, cvr) in {HARD: (0.1, 0.01), **losses}.items()
         for seed in (0, 0.5)  # another seed has no say
     ]
-    study = Study([], {}, {}, {}, records)
     kinds = {"ctr": "binary", "cvr": "ratio"}
-    assert run_module._served(study, "best", kinds) == best
-    assert run_module._served(study, "tickets", kinds) == S_WEIGHT
+    assert run_module._served(records, "best", kinds) == best
+    assert run_module._served(records, "tickets", kinds) == S_WEIGHT
 
 
 @pytest.mark.parametrize(("row", "file"), [(S_WEIGHT, MODEL), (S_WEIGHT_LAST, MODEL_LAST)])

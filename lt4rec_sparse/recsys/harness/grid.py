@@ -33,7 +33,7 @@ class Job:
 
 
 def run_jobs(
-    jobs: Mapping[Hashable, Job],
+    jobs: Mapping[Any, Job],
     workers: int | None = None,
     executor: str = "processes",
     progress: Callable[[int, int], None] = lambda done, total: None,

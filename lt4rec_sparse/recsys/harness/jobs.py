@@ -23,7 +23,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
 
     Args:
         folder: Holds the prepared log, `data/`, and what the laboratory leaves.
-        trials: The trials; equal ones are run once.
+        trials: The trials, whose jobs have them as keys; equal ones are run once.
     """
     trials = list(dict.fromkeys(trials))
     known = set(trials)
@@ -36,40 +36,35 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
                 key = _search_key(trial, task)
                 deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
 
-    def started(search: Search, trial: Trial, task: str) -> Hashable:
-        """Return the job that a task's search starts from."""
-        if search.training.warm_up:
-            key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
-            jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
-            return key
-        return single(search.training.of(task), task, trial.seed)
-
-    def single(training: Training, task: str, seed: int) -> Hashable:
-        key = ("single", training, task, seed)
-        jobs.setdefault(key, Job(_single, (folder, training, task, seed)))
+    def started(what: str, training: Training, *rest: Any) -> Hashable:
+        """Return the job that trains a baseline or a warm-up."""
+        key = (what, training, *rest)
+        jobs.setdefault(key, Job(_train, (folder, *key)))
         return key
 
     for trial in trials:
         needs: list[Hashable] = []
-        masks = trial.masks
+        masks, seed = trial.masks, trial.seed
+        of_search = masks.search.training if masks else trial.training
+        singles = {task: ("single", of_search.of(task), task, seed) for task in trial.tasks}
+        warm = ("warm", of_search, trial.tasks, seed) if masks and of_search.warm_up else None
         if masks is None:
             if trial.model == "sparse_sharing" and len(trial.tasks) == 1:
-                needs.append(single(trial.training, trial.tasks[0], trial.seed))
+                needs += [started(*key) for key in singles.values()]
         elif masks.searches:
             for task in trial.tasks:
                 key = _search_key(trial, task)
-                search = deepest[key]
-                before = started(search, trial, task)
-                jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
+                before = started(*(warm or singles[task]))
+                jobs.setdefault(key, Job(_train, (folder, "tickets", deepest[key], task, trial.tasks, seed), (before,)))
                 needs.append(key)
             twin = replace(trial, masks=replace(masks, level="best"))
             if twin != trial and twin in known:
                 needs.append(twin)  # if the best tickets are the last ones, only one of the two is trained
         elif masks.scores:
-            needs += [single(masks.search.training.of(task), task, trial.seed) for task in trial.tasks]
-        elif masks.search.training.warm_up:
-            needs.append(started(masks.search, trial, trial.tasks[0]))
-        of_trials[trial] = Job(_trial, (folder, trial), tuple(needs))
+            needs += [started(*key) for key in singles.values()]
+        elif warm:
+            needs.append(started(*warm))
+        of_trials[trial] = Job(_train, (folder, "trial", trial), tuple(needs))
     return jobs | of_trials
 
 
@@ -83,7 +78,7 @@ def _search_key(trial: Trial, task: str) -> Hashable:
     assert trial.masks is not None
     search = trial.masks.search
     warm = warm_name(search.training, trial.tasks) if search.training.warm_up else ""
-    return ("tickets", search.folder(task), task, warm, trial.seed)
+    return (search.folder(task), task, warm, trial.seed)
 
 
 @lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
@@ -92,17 +87,11 @@ def laboratory(folder: Path) -> Laboratory:
     return Laboratory(Prepared.load(folder / DATA), folder)
 
 
-def _single(folder: Path, training: Training, task: str, seed: int) -> None:
-    laboratory(folder).starts.single(training, task, seed)
-
-
-def _warm(folder: Path, training: Training, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).starts.warm(training, tasks, seed)
-
-
-def _tickets(folder: Path, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).searches.tickets(search, task, tasks, seed)
-
-
-def _trial(folder: Path, trial: Trial) -> dict[str, Any]:
-    return laboratory(folder).run(trial)
+def _train(folder: Path, what: str, *arguments: Any) -> Any:
+    """Return a trial's record; what others need of a baseline, warm-up or search is on disk."""
+    lab = laboratory(folder)
+    if what == "trial":
+        return lab.run(*arguments)
+    part = lab.searches if what == "tickets" else lab.starts
+    getattr(part, what)(*arguments)
+    return None

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.harness.grid import run_jobs
 from lt4rec_sparse.recsys.harness.jobs import jobs_of
 from lt4rec_sparse.recsys.harness.objectives import obstacle
 from lt4rec_sparse.recsys.harness.rows import BASE, Row, Rows
 from lt4rec_sparse.recsys.harness.trials import Trial
-from lt4rec_sparse.recsys.harness.tuning import RATES, Carry, Rates, tuned_rates
+from lt4rec_sparse.recsys.harness.tuning import RATES, Rates, tuned_rates
 
 Progress = Callable[[str, int, int], None]
+Carry = Callable[[str, Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]
+"""Carries out a stage's trials, and returns the record of each."""
+Trials = Mapping[tuple[str, int], tuple[Trial, ...]]
+"""(row, seed) -> the trials trained for it."""
+
 Maker = TypeVar("Maker", bound=Rows)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources that a study may use.
-
-    Attributes:
-        workers: Processes; None for one per core.
-        executor: One of `grid.EXECUTORS`.
-    """
+    """What a study may use: processes, None for one per core; and one of `grid.EXECUTORS`."""
 
     workers: int | None = None
     executor: str = "processes"
@@ -37,17 +39,17 @@ class Study:
     """The results of a table of rows.
 
     Attributes:
-        table: The rows that were trained, in order.
+        rows: Row -> title of each that was trained, in order.
         left_out: Title of a row that this log cannot train -> the reason.
         rates: Row -> task -> learning rate.
-        trials: (row, seed) -> the trials trained for it.
+        trials: Those of each row and seed.
         records: One per trained model: `row`, and the laboratory's record of it.
     """
 
-    table: list[Row]
+    rows: dict[str, str]
     left_out: dict[str, str]
     rates: dict[str, Rates]
-    trials: dict[tuple[str, int], tuple[Trial, ...]]
+    trials: Trials
     records: list[dict[str, Any]]
 
 
@@ -55,53 +57,56 @@ def carry_out(
     make: Callable[[Maker], list[Row]],
     rows: Maker,
     seeds: int,
-    kinds: Mapping[str, str],
-    carried: Sequence[str],
+    schema: Schema,
     folder: Path,
-    carry: Callable[[str], Carry],
+    carry: Carry,
     grid: Sequence[float] = RATES,
     others: Callable[[Maker], list[Row]] | None = None,
 ) -> Study:
     """Tune the baselines, whose rates the mask searches use; then tune all other rows; then train every seed.
 
     Args:
-        make: Makes the table's rows.
+        make: Makes the table's rows; rows that the log cannot train are left out.
         rows: What the rows have in common.
         seeds: How many seeds, from 0 on.
-        kinds: Task -> kind of its label, for all tasks of the log.
-        carried: The columns that the log carries in addition to its features.
+        schema: The log's.
         folder: The folder of `tuning.json`.
-        carry: Makes, from a stage's name, the function that carries out trials.
+        carry: Carries out trials.
         grid: The learning rates to try.
         others: Makes more rows, for rows of the table that take the rate of a row outside it.
 
     Raises:
-        InputError: If no row can be trained on the log, or a row takes the rate of a row that does not exist.
+        InputError: If a row takes the rate of a row that does not exist.
     """
-    rates = tuned_rates([rows.base()], kinds, folder, carry("tune the baselines"), grid)
+    kinds = {task.name: task.kind for task in schema.tasks}
+    rates = tuned_rates([rows.base()], kinds, folder, partial(carry, "tune the baselines"), grid)
     rows = replace(rows, search_rates=tuple(rates[BASE].items()))
-    table, left_out = _possible(make(rows), kinds, carried)
-    rates |= tuned_rates(rate_rows(table, others(rows) if others else []), kinds, folder, carry("tune the rows"), grid)
+    wanted = make(rows)
+    reasons = {row.title: [obstacle(trial, kinds, schema.carried) for trial in row.trials] for row in wanted}
+    left_out = {title: "; ".join(filter(None, found)) for title, found in reasons.items() if any(found)}
+    table = [row for row in wanted if row.title not in left_out]
+    searched = rate_rows(table, others(rows) if others else [])
+    rates |= tuned_rates(searched, kinds, folder, partial(carry, "tune the rows"), grid)
     trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}
-    found = carry("train")([trial for of_row in trials.values() for trial in of_row])
-    records = [{"row": key, **found[trial]} for (key, _), of_row in trials.items() for trial in of_row]
-    return Study(table, left_out, {row.key: rates[row.rate_of] for row in table}, trials, records)
+    titles, chosen = {row.key: row.title for row in table}, {row.key: rates[row.rate_of] for row in table}
+    return Study(titles, left_out, chosen, trials, train_all(trials, carry))
 
 
-def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -> Callable[[str], Carry]:
-    """Return a function that makes, from a stage's name, the function that carries out trials on a folder's log."""
+def train_all(trials: Trials, carry: Carry) -> list[dict[str, Any]]:
+    """Return the records of a study's trials on the log that `carry` trains on."""
+    found = carry("train", [trial for of_row in trials.values() for trial in of_row])
+    return [{"row": key, **found[trial]} for (key, _), of_row in trials.items() for trial in of_row]
 
-    def of(stage: str) -> Carry:
-        def carry(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
-            jobs, title = jobs_of(folder, trials), f"{name}: {stage}"
-            results = run_jobs(
-                jobs, resources.workers, resources.executor, lambda done, total: progress(title, done, total)
-            )
-            return {trial: results[trial] for trial in trials}
 
-        return carry
+def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -> Carry:
+    """Return a function that carries out trials on a folder's log."""
 
-    return of
+    def carry(stage: str, trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
+        tell = partial(progress, f"{name}: {stage}")
+        results = run_jobs(jobs_of(folder, trials), resources.workers, resources.executor, tell)
+        return {trial: results[trial] for trial in trials}
+
+    return carry
 
 
 def rate_rows(table: Sequence[Row], others: Sequence[Row]) -> list[Row]:
@@ -116,12 +121,3 @@ def rate_rows(table: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     if missing - further.keys():
         raise InputError(f"rates: got no row {', '.join(missing - further.keys())}, wanted one to search")
     return [*own.values(), *further.values()]
-
-
-def _possible(
-    table: Sequence[Row], kinds: Mapping[str, str], carried: Sequence[str]
-) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows that the log can train, and for the others, by title, the reason why it cannot."""
-    reasons = {row.title: [obstacle(trial, kinds, carried) for trial in row.trials] for row in table}
-    left_out = {title: "; ".join(filter(None, found)) for title, found in reasons.items() if any(found)}
-    return [row for row in table if row.title not in left_out], left_out

@@ -19,9 +19,6 @@ FURTHER = 2
 SEEDS = (1000, 1001)
 FILE = "tuning.json"
 
-Carry = Callable[[Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]
-"""Carries out trials and returns the record of each."""
-
 Rates = Mapping[str, float]
 """Task -> learning rate."""
 
@@ -30,7 +27,11 @@ Tried = dict[tuple[float, ...], dict[str, float]]
 
 
 def tuned_rates(
-    rows: Sequence[Row], kinds: Mapping[str, str], folder: Path, carry: Carry, grid: Sequence[float] = RATES
+    rows: Sequence[Row],
+    kinds: Mapping[str, str],
+    folder: Path,
+    carry: Callable[[Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]],
+    grid: Sequence[float] = RATES,
 ) -> dict[str, Rates]:
     """Return the learning rates, task -> rate, of each row that searches its own, and write what was tried to disk.
 
@@ -53,7 +54,7 @@ def tuned_rates(
         rows: Rows whose `rate_of` is another row are skipped.
         kinds: Task -> kind of its label.
         folder: The folder of `tuning.json`, from which earlier searches are read.
-        carry: Carries out the trials.
+        carry: Carries out trials and returns the record of each.
         grid: The candidates; with a single one there is no search.
     """
     own = [row for row in rows if row.rate_of == row.key]
