@@ -30,7 +30,6 @@ from lt4rec_sparse.recsys.harness.settings import (
     locked,
     pin_settings,
     tasks_of,
-    with_seeds_of,
 )
 from lt4rec_sparse.recsys.harness.statistics import best_of
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
@@ -78,7 +77,7 @@ def run(
         The report, which covers every seed that was ever asked for in this folder, and the verdict.
 
     Raises:
-        SettingsError: If `out` holds a run with other settings or of another version, or another process works there.
+        InputError: If `out` holds a run with other settings or of another version, or another process works there.
         DataError: If `out` holds a run on other data, or the data do not match their schema.
         SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
@@ -86,7 +85,7 @@ def run(
     source = out / "simulated" if data is None else data
     name = "simulated" if data is None else data.resolve().name
     begun = check_settings(out, name, settings)
-    settings = with_seeds_of(out, settings)
+    settings = begun or settings
     if data is None:
         out.mkdir(parents=True, exist_ok=True)
         if not (source / "truth.json").exists():
@@ -97,13 +96,20 @@ def run(
     tasks = tasks_of(schema, settings.tasks)
     _check_names(schema)
     # Earlier trials were trained on the data as they were then.
-    prepared = prepare(source, out / DATA, schema, progress, replace=not begun)
+    prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
     _check_classes(prepared, source, tasks)
+    facts = {
+        "name": "simulated click log" if data is None else source.resolve().name,
+        "counts": prepared.counts,
+        "tasks": {task.name: task.kind for task in tasks},
+        "fields": [field.column for field in prepared.encoder.fields],
+    }
+    if data is None:
+        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
     with locked(out):
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:
-            facts = _facts(prepared, source, tasks, simulated=data is None)
             results = {
                 "data": facts,
                 "config": config,
@@ -144,16 +150,16 @@ def _measured(
         carrier(out, resources, progress, "models"),
         settings.learning_rates,
     )
+    first = {record["row"]: record for record in study.records if record["seed"] == 0}
     served = _served(study.records, settings.masks, facts["tasks"])
     files = {served: MODEL}
-    states = {record["row"]: record["state"] for record in study.records if record["seed"] == 0}
-    if states.get(S_WEIGHT_LAST, states[served]) != states[served]:
+    if S_WEIGHT_LAST in first and first[S_WEIGHT_LAST]["state"] != first[served]["state"]:
         files[S_WEIGHT_LAST] = MODEL_LAST
     progress("freeze and measure", 0, 1)
     lab = laboratory(out)
     frozen = {row: freeze_and_compare(lab, study.trials[row, 0][0], out / file) for row, file in files.items()}
-    planted = facts.get("truth", {}).get("fields") if facts["tasks"].keys() >= PLANTED.keys() else None
-    masked = {record["row"]: None for record in study.records if record["masks"]}
+    planted = facts["truth"]["fields"] if "truth" in facts and facts["tasks"].keys() >= PLANTED.keys() else {}
+    masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)
     return {
         "rows": study.rows,
@@ -161,7 +167,7 @@ def _measured(
         "steps": lab.starts.batches(settings.training) * settings.epochs,
         "files": files,
         "frozen": frozen,
-        "recovery": {} if planted is None else {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
+        "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
         "records": study.records,
     }
 
@@ -217,15 +223,3 @@ def _check_classes(prepared: Prepared, source: Path, tasks: Sequence[Task]) -> N
             mean = prepared.counts[split]["tasks"][task.name]["label_mean"]
             if task.kind == "binary" and mean in (0, 1):
                 raise DataError(f"{source}: split {split!r}: got only labels {mean:.0f} of {task.name}, wanted 0 and 1")
-
-
-def _facts(prepared: Prepared, source: Path, tasks: Sequence[Task], simulated: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "name": "simulated click log" if simulated else source.resolve().name,
-        "counts": prepared.counts,
-        "tasks": {task.name: task.kind for task in tasks},
-        "fields": [field.column for field in prepared.encoder.fields],
-    }
-    if simulated:
-        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
-    return facts

@@ -130,8 +130,10 @@ class Search:
         _check(self.method, METHODS, "method")
         _check(self.granularity, GRANULARITIES, "granularity")
         _check(self.scope, ("global", "layer"), "scope")
-        if not 0 < self.density < 1 or self.rounds < 1:
-            raise InputError(f"search: got {self.rounds} rounds to {self.density}, wanted 1 or more, in (0, 1)")
+        if self.rounds < 1:
+            raise InputError(f"rounds: got {self.rounds}, wanted at least 1")
+        if not 0 < self.density < 1:
+            raise InputError(f"density: got {self.density}, wanted more than 0 and less than 1")
         if not 0 <= self.rewind < self.training.epochs:
             raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
 
