@@ -30,7 +30,7 @@ from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.searches import Searches
-from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, save_state, warm_name
+from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, warm_name
 from lt4rec_sparse.recsys.harness.trials import Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
@@ -57,10 +57,8 @@ class Laboratory:
         """Return a trial's record; train and judge it first if that is not done."""
         path = self.starts.made("trials", f"{trial.key}.json")
         if not path.exists():
-            record = self._run(trial)
-            write_whole(path, json.dumps(record, indent=1, allow_nan=True))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return cast(dict[str, Any], record)
+            write_whole(path, json.dumps(self._run(trial), indent=1, allow_nan=True))
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
 
     def model(self, trial: Trial) -> nn.Module:
         """Return the trained model of a trial that was run, for judging."""
@@ -118,22 +116,16 @@ class Laboratory:
         """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
         if self._is_single(trial):
             seconds: float = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
-        elif (took := state.with_suffix(".seconds")).exists():
-            seconds = json.loads(took.read_text(encoding="utf-8"))
-        else:
-            kinds = {task: self.kinds[task] for task in trial.tasks}
-            balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
-            objective = objectives.of_trial(trial, kinds, balance)
-            trained = model if balance is None else nn.ModuleList([model, balance])
-            optimizer = self.starts.optimizer(trained, trial.training)
-            has_state = trial.objective in ("uncertainty", "pcgrad")
-            seconds = self.starts.train(
-                state, model, objective, trial.training, trial.seed, optimizer, has_state=has_state
-            )
-            save_state(model, state)
-            write_whole(took, json.dumps(seconds))
-        model.load_state_dict(load_file(state))
-        return seconds
+            model.load_state_dict(load_file(state))
+            return seconds
+        kinds = {task: self.kinds[task] for task in trial.tasks}
+        balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
+        objective = objectives.of_trial(trial, kinds, balance)
+        optimizer = self.starts.optimizer(model if balance is None else nn.ModuleList([model, balance]), trial.training)
+        has_state = trial.objective in ("uncertainty", "pcgrad")
+        return self.starts.once(
+            state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state
+        )
 
     def _new(self, trial: Trial) -> nn.Module:
         """Return the model of a trial as it starts: initial weights behind its masks."""

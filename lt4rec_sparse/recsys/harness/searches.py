@@ -14,7 +14,7 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.recsys.harness import objectives
-from lt4rec_sparse.recsys.harness.starts import Starts, save_state, warm_name
+from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
 from lt4rec_sparse.recsys.harness.trials import Masks, Search
 from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.training import Batch
@@ -75,7 +75,11 @@ class Searches:
         starts, training = self.starts, search.training.of(task)
         model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
         objective = objectives.plain(training, (task,), starts.kinds)
-        skip = round(search.rewind * starts.batches(training))
+        start, skip = None, round(search.rewind * starts.batches(training))
+        if skip:
+            rewound = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            starts.once(folder / "rewind.safetensors", rewound, objective, training, seed, batches=skip)
+            start = rewound.state_dict()
 
         def train_and_judge(level: int) -> Mapping[str, float]:
             if level == 0 and not training.warm_up:
@@ -100,21 +104,8 @@ class Searches:
             folder,
             search.granularity,
             search.scope,
-            start=self._rewound(search, task, tasks, seed, folder) if skip else None,
+            start=start,
         )
-
-    def _rewound(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> dict[str, Tensor]:
-        """Return the state after `search.rewind` epochs of the task's own training."""
-        path = folder / "rewind.safetensors"
-        if not path.exists():
-            starts, training = self.starts, search.training.of(task)
-            model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-            objective = objectives.plain(training, (task,), starts.kinds)
-            batches = round(search.rewind * starts.batches(training))
-            seconds = starts.train(path, model, objective, training, seed, batches=batches)
-            write_whole(folder / "rewind.seconds", json.dumps(seconds))
-            save_state(model, path)
-        return load_file(path)
 
     def _cheap(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
         """Find one pruned ticket in one training; for "one_shot" that training is the baseline's."""

@@ -52,14 +52,13 @@ class Starts:
         It is level 0 of every search with the same training.
         """
         path = self.single_file(training, task, seed)
-        if not path.with_suffix(".json").exists():
+        judged = path.with_suffix(".json")
+        if not judged.exists():
             model = self.sparse_sharing(training, (task,), seed)
-            seconds = self.train(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
-            save_state(model, path)
+            seconds = self.once(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
             record = {"validation": self.judge(path, model, "validation", (task,)), "seconds": seconds}
-            write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return cast(dict[str, Any], record)
+            write_whole(judged, json.dumps(record, indent=1))
+        return cast(dict[str, Any], json.loads(judged.read_text(encoding="utf-8")))
 
     def single_file(self, training: Training, task: str, seed: int) -> Path:
         """Return the path of the trained weights of a single-task baseline."""
@@ -68,15 +67,11 @@ class Starts:
     def warm(self, training: Training, tasks: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], float]:
         """Return the shared network after its warm-up, with all tasks and full masks, and the seconds that it took."""
         path = self.made("singles", f"{warm_name(training, tasks)}-seed_{seed}.safetensors")
-        took = path.with_suffix(".seconds")
-        if not path.exists():
-            model = self.sparse_sharing(training, tasks, seed)
-            batches = round(training.warm_up * self.batches(training))
-            objective = objectives.plain(training, tasks, self.kinds)
-            seconds = self.train(path, model, objective, training, seed, batches=batches)
-            write_whole(took, json.dumps(seconds))
-            save_state(model, path)
-        return load_file(path), float(json.loads(took.read_text(encoding="utf-8")))
+        model = self.sparse_sharing(training, tasks, seed)
+        batches = round(training.warm_up * self.batches(training))
+        objective = objectives.plain(training, tasks, self.kinds)
+        seconds = self.once(path, model, objective, training, seed, batches=batches)
+        return model.state_dict(), seconds
 
     def network(
         self, name: str, training: Training, tasks: tuple[str, ...], seed: int, options: Mapping[str, Any]
@@ -119,6 +114,19 @@ class Starts:
     def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
         """Return a training's optimiser: every task's steps have the task's learning rate."""
         return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
+
+    def once(
+        self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int, **how: Any
+    ) -> float:
+        """Train a model as `train` does and leave it at `path`, or load what was left there; return the seconds."""
+        took = path.with_suffix(".seconds")
+        if not (path.exists() and took.exists()):
+            seconds = self.train(path, model, objective, training, seed, **how)
+            with whole_file(path) as temporary:
+                save_file(model.state_dict(), temporary)
+            write_whole(took, json.dumps(seconds))
+        model.load_state_dict(load_file(path))
+        return float(json.loads(took.read_text(encoding="utf-8")))
 
     def train(
         self,
@@ -194,9 +202,3 @@ class Starts:
 def warm_name(training: Training, tasks: tuple[str, ...]) -> str:
     """Return what tells a warm-up from others."""
     return f"warm-{digest({**asdict(training), 'tasks': tasks})}"
-
-
-def save_state(model: nn.Module, path: Path) -> None:
-    """Write a model's state completely, or not at all."""
-    with whole_file(path) as temporary:
-        save_file(model.state_dict(), temporary)
