@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -72,11 +72,32 @@ class Laboratory:
 
     def masks(self, trial: Trial) -> dict[str, Mask] | None:
         """Return the mask of each task that a trial trains through; None if all are full."""
-        if trial.masks is None:
+        asked, tasks = trial.masks, trial.tasks
+        if asked is None:
             return None
-        found = self.found(trial)
-        model = self.starts.sparse_sharing(trial.training, trial.tasks, trial.seed)
-        return self._chosen(trial, found, cast(MaskedMLP, model.mlp).mask(trial.tasks[0]))
+        search, shared = asked.search, asked.shared
+        full = cast(MaskedMLP, self.starts.sparse_sharing(trial.training, tasks, trial.seed).mlp).mask(tasks[0])
+        generator = torch.Generator().manual_seed(trial.seed)
+        tickets = {
+            task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
+            for task, of_task in self.found(trial).items()
+        }
+        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}
+        match asked.kind:
+            case "tickets":
+                return tickets
+            case "random_like":
+                return random_like(tickets, generator, search.granularity)
+            case "one_for_all":
+                return one_for_all(tickets, tasks[0])
+            case "random" | "one_random":
+                masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
+                return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
+            case "random_separate":
+                assert shared is not None
+                return random_separate(full.shapes, nnz, shared, generator, tasks)
+        scores = {task: self.searches.scores(search, task, trial.seed) for task in tasks}
+        return unanimous(scores, nnz) if shared is None else separate(scores, nnz, shared)
 
     def found(self, trial: Trial) -> dict[str, list[Ticket]]:
         """Return the tickets that a trial's masks are made from, task by task."""
@@ -90,8 +111,29 @@ class Laboratory:
         state = self._state_file(trial, model)
         seconds = self._train(trial, model, state)
         found = self.found(trial)
-        masks = None if trial.masks is None else _masks_of(model, trial)
         name = self.starts.made("trials", trial.key)
+        facts = None
+        if trial.masks is not None:
+            masks = _masks_of(model, trial)
+            first, *others = masks.values()
+            facts = {
+                "density": {task: mask.density for task, mask in masks.items()},
+                "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
+                "overlap": overlap(first, others[0]) if others else None,
+                "ownership": ownership(masks),
+            }
+        tickets = {
+            task: [
+                {
+                    "level": ticket.level,
+                    "density": ticket.mask.density,
+                    "layer_density": ticket.mask.layer_density(),
+                    "validation": dict(ticket.metrics),
+                }
+                for ticket in of_task
+            ]
+            for task, of_task in found.items()
+        }
         record = {
             "key": trial.key,
             "seed": trial.seed,
@@ -104,9 +146,9 @@ class Laboratory:
             },
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": mlp_multiply_adds(model),
-            "masks": None if masks is None else _facts(masks),
-            "tickets": {task: [_ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
-            "best_level": {task: self._best(task, tickets).level for task, tickets in found.items()} or None,
+            "masks": facts,
+            "tickets": tickets or None,
+            "best_level": {task: self._best(task, of_task).level for task, of_task in found.items()} or None,
         }
         if trial.is_tested:
             record["test"] = self.starts.judge(name, model, "test", trial.tasks)
@@ -144,35 +186,6 @@ class Laboratory:
                 scale_to_density(mlp)
         return model
 
-    def _chosen(self, trial: Trial, found: Mapping[str, Sequence[Ticket]], full: Mask) -> dict[str, Mask]:
-        asked = trial.masks
-        assert asked is not None
-        search, tasks = asked.search, trial.tasks
-        generator = torch.Generator().manual_seed(trial.seed)
-        tickets = {
-            task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
-            for task, of_task in found.items()
-        }
-        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}
-        match asked.kind:
-            case "tickets":
-                return tickets
-            case "random_like":
-                return random_like(tickets, generator, search.granularity)
-            case "one_for_all":
-                return one_for_all(tickets, tasks[0])
-            case "random" | "one_random":
-                masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
-                return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
-            case "random_separate":
-                assert asked.shared is not None
-                return random_separate(full.shapes, nnz, asked.shared, generator, tasks)
-        scores = {task: self.searches.scores(search, task, trial.seed) for task in tasks}
-        if asked.kind == "separate":
-            assert asked.shared is not None
-            return separate(scores, nnz, asked.shared)
-        return unanimous(scores, nnz)
-
     def _best(self, task: str, tickets: Sequence[Ticket]) -> Ticket:
         """Return a task's best ticket on the validation days, or its only one."""
         if len(tickets) == 1:
@@ -200,22 +213,3 @@ class Laboratory:
 
 def _masks_of(model: nn.Module, trial: Trial) -> dict[str, Mask]:
     return {task: cast(MaskedMLP, model.mlp).mask(task) for task in trial.tasks}
-
-
-def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
-    first, *others = masks.values()
-    return {
-        "density": {task: mask.density for task, mask in masks.items()},
-        "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
-        "overlap": overlap(first, others[0]) if others else None,
-        "ownership": ownership(masks),
-    }
-
-
-def _ticket_record(ticket: Ticket) -> dict[str, Any]:
-    return {
-        "level": ticket.level,
-        "density": ticket.mask.density,
-        "layer_density": ticket.mask.layer_density(),
-        "validation": dict(ticket.metrics),
-    }
