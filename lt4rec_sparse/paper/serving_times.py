@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -42,28 +42,26 @@ def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
     features = next(lab.prepared.stream("test", max(CANDIDATES), shuffle=False).epoch(0)).features
     with torch.inference_mode():
         x = cast(SparseSharing, next(iter(models.values()))).inputs(features)
-    ways = {(row, way): score for row, model in models.items() for way, score in _ways(model).items()}
-    medians: dict[tuple[str, str], dict[str, float]] = {key: {} for key in ways}
+    calls = {f"{row}|{way}": score for row, model in models.items() for way, score in _ways(model).items()}
+    medians: dict[str, dict[str, dict[str, float]]] = {row: {} for row in trials}
     for size in CANDIDATES:
-        timed = interleaved({f"{row}|{way}": partial(score, x[:size]) for (row, way), score in ways.items()})
-        for key in ways:
-            medians[key][str(size)] = timed["|".join(key)].median_us
+        for name, timing in interleaved({name: partial(score, x[:size]) for name, score in calls.items()}).items():
+            row, way = name.split("|")
+            medians[row].setdefault(way, {})[str(size)] = timing.median_us
     result = {}
-    for row in trials:
-        of_row = {way: times for (name, way), times in medians.items() if name == row}
-        fastest = {size: min(of_row, key=lambda way: of_row[way][size]) for size in map(str, CANDIDATES)}
+    for row, ways in medians.items():
+        fastest = {str(size): min(ways, key=lambda way: ways[way][str(size)]) for size in CANDIDATES}
         result[row] = {
-            "microseconds": {size: of_row[way][size] for size, way in fastest.items()},
+            "microseconds": {size: ways[way][size] for size, way in fastest.items()},
             "way": fastest[str(max(CANDIDATES))],
-            "ways": of_row,
+            "ways": ways,
         }
     return result
 
 
 def _ways(model: nn.Module) -> dict[str, Product]:
     if isinstance(model, HardSharing):
-        mlps = [cast(MaskedMLP, model.mlps[task]) for task in model.tasks]
-        return _dense(mlps)
+        return _dense([cast(MaskedMLP, model.mlps[task]) for task in model.tasks])
     assert isinstance(model, SparseSharing)
     frozen = freeze(model.mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
@@ -77,9 +75,7 @@ def _ways(model: nn.Module) -> dict[str, Product]:
 
 def _dense(mlps: Sequence[MaskedMLP]) -> dict[str, Product]:
     """Return the ways that need no sparse kernel: torch's `F.linear`, and weights that oneDNN packed."""
-    makers: dict[str, Callable[[Tensor, Tensor, str], Product] | None] = {"dense": None}
-    if "onednn" in dense_kernels("fp32"):
-        makers["packed dense"] = packed_product
+    makers = {"dense": None, **({"packed dense": packed_product} if "onednn" in dense_kernels("fp32") else {})}
     return {way: partial(_side_by_side, [dense_pass(mlp, make) for mlp in mlps]) for way, make in makers.items()}
 
 
