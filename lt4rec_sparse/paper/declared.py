@@ -41,23 +41,11 @@ class Variants:
                 raise InputError(f"{name}: got {value}, wanted {'at least 1' if least else 'more than 0'}")
 
 
-@dataclass(frozen=True)
-class PaperRows(Rows):
-    """Makes the paper's rows.
-
-    Attributes:
-        variants: Settings of the variants of S-Weight.
-    """
-
-    variants: Variants = field(default_factory=Variants)
-
-
-def table2(rows: PaperRows) -> list[Row]:
+def table2(rows: Rows, variants: Variants = Variants()) -> list[Row]:
     """The paper's Table 2 and the opponents that ranking engineers would ask about."""
     best = Masks(search=rows.search())
     s_weight, s_weight_last = rows.tickets()
     first, *rest = rows.tasks
-    variants = rows.variants
     balance: dict[str, Any] = {"scales": ((first, 1.0), *((task, variants.cvr_scale) for task in rest))}
     conflict: dict[str, Any] = {"conflict": variants.conflict}
     multiview = replace(rows.training, exclusive_dim=variants.exclusive_dim or max(1, rows.training.embedding_dim // 4))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.paper import declared, pages
-from lt4rec_sparse.paper.declared import PaperRows, Variants
+from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
-from lt4rec_sparse.recsys.harness.rows import Row
+from lt4rec_sparse.recsys.harness.rows import Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
@@ -33,7 +34,7 @@ class Experiment:
         kinds: Kinds of its tasks, in order, if its page needs certain kinds; empty for any.
     """
 
-    rows: Callable[[PaperRows], list[Row]]
+    rows: Callable[[Rows], list[Row]]
     write: Callable[[pages.Findings], str]
     all_tasks: bool = False
     carried: tuple[str, ...] = ()
@@ -115,14 +116,15 @@ def run_experiment(
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
+        table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
-            experiment.rows,
-            PaperRows(tuple(kinds), training, variants=variants or Variants()),
+            table2 if name == "table2" else experiment.rows,
+            Rows(tuple(kinds), training),
             seeds,
             schema,
             out,
             carrier(out, resources or Resources(), progress, name),
-            others=declared.table2,
+            others=table2,
         )
         (out / name / "plots").mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {

@@ -21,7 +21,7 @@ class Row:
     Attributes:
         key: Its name in files.
         title: Its name in reports.
-        trials: Its trials at seed 0; trials at other seeds are made from them.
+        trials: Its trials at seed 0.
         rate_of: The row whose learning rates it trains with; its own key if it searches them.
     """
 
@@ -70,24 +70,17 @@ class Rows:
         """Return single-task models and hard sharing at narrow widths, which equally costly sparse ones must beat."""
         widths = scaled(self.training.hidden, self.narrow)
         narrow = replace(self, training=replace(self.training, hidden=widths))
+        title = f"dense and {self.narrow:.2g}x as wide"
         return [
-            replace(
-                row,
-                key=row.key + SMALL,
-                title=f"{row.title}, dense and {self.narrow:.2g}x as wide",
-                rate_of=row.key + SMALL,
-            )
+            Row(row.key + SMALL, f"{row.title}, {title}", row.trials, row.key + SMALL)
             for row in (narrow.base(), narrow.hard())
         ]
 
-    def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
+    def dense(self, model: str, title: str, objective: str = "joint") -> Row:
         """Return a multi-task model without masks; its key names the objective if it is not the one of its authors."""
         usual = "alternating" if model == HARD else "joint"
         key = model if objective == usual else f"{model}_{objective}"
-        trial = Trial(
-            model, self.tasks, training=self.training, objective=objective, options=tuple(sorted(options.items()))
-        )
-        return Row(key, title, (trial,), key)
+        return Row(key, title, (Trial(model, self.tasks, training=self.training, objective=objective),), key)
 
     def search(self, **changes: Any) -> Search:
         """Return the paper's search with some changes; each task has the learning rate of its baseline."""
@@ -115,12 +108,7 @@ class Rows:
     def sparse(self, key: str, title: str, masks: Masks, rate_of: str = S_WEIGHT, **changes: Any) -> Row:
         """Return sparse sharing through some masks, in the network that they were searched in.
 
-        Args:
-            key: See `Row`.
-            title: See `Row`.
-            masks: The masks.
-            rate_of: See `Row`.
-            changes: Further settings of the trial.
+        `changes` are further settings of the trial; for the others see `Row`.
         """
         searched = masks.search.training
         training = replace(
@@ -135,11 +123,7 @@ class Rows:
         return Row(key, title, (trial,), rate_of)
 
     def product(self, masks: str) -> list[Row]:
-        """Return the rows among which a run chooses its ranker, and their baselines; controls belong to experiments.
-
-        Args:
-            masks: "random", "tickets", or "best" for both.
-        """
+        """Return the rows among which a run chooses its ranker, and their baselines; for `masks` see `RunSettings`."""
         (narrow,) = (row for row in self.small() if row.key == HARD + SMALL)
         table = [self.base(), self.hard(), narrow]
         if masks != "tickets":

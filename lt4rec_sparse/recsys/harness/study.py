@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema
@@ -22,8 +22,6 @@ Carry = Callable[[str, Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]
 """Carries out a stage's trials, and returns the record of each."""
 Trials = Mapping[tuple[str, int], tuple[Trial, ...]]
 """(row, seed) -> the trials trained for it."""
-
-Maker = TypeVar("Maker", bound=Rows)
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,14 @@ class Study:
 
 
 def carry_out(
-    make: Callable[[Maker], list[Row]],
-    rows: Maker,
+    make: Callable[[Rows], list[Row]],
+    rows: Rows,
     seeds: int,
     schema: Schema,
     folder: Path,
     carry: Carry,
     grid: Sequence[float] = RATES,
-    others: Callable[[Maker], list[Row]] | None = None,
+    others: Callable[[Rows], list[Row]] | None = None,
 ) -> Study:
     """Tune the baselines, whose rates the mask searches use; then tune all other rows; then train every seed.
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper.declared import PaperRows, table2, tickets
-from lt4rec_sparse.recsys.harness.rows import BASE
+from lt4rec_sparse.paper.declared import table2, tickets
+from lt4rec_sparse.recsys.harness.rows import BASE, Rows
 from lt4rec_sparse.recsys.harness.study import carry_out
 
 TWO = {"ctr": "binary", "cvr": "ratio"}
@@ -22,7 +22,7 @@ def study_of(make, kinds, folder, carried=("duration_ms",), grid=(1e-3,), others
         return {trial: {"seed": trial.seed, "tasks": trial.tasks} for trial in trials}
 
     schema = SimpleNamespace(tasks=[SimpleNamespace(name=n, kind=k) for n, k in kinds.items()], carried=carried)
-    study = carry_out(make, PaperRows(tuple(kinds)), 2, schema, folder, carry, grid, others)
+    study = carry_out(make, Rows(tuple(kinds)), 2, schema, folder, carry, grid, others)
     assert stages == ["train"], "nothing is searched of one rate"
     return study
 
@@ -83,7 +83,7 @@ def test_rows_that_a_log_cannot_train_are_left_out_with_the_reason(tmp_path, mak
     study = study_of(make, kinds, tmp_path, carried, others=table2)
     assert study.left_out.keys() == reasons.keys()
     assert all(study.left_out[title].startswith(reason) for title, reason in reasons.items())
-    whole = make(PaperRows(tuple(kinds)))
+    whole = make(Rows(tuple(kinds)))
     assert list(study.rows.values()) == [row.title for row in whole if row.title not in reasons]
     assert {record["row"] for record in study.records} == set(study.rows)
 
