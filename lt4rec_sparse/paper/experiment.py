@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
 from lt4rec_sparse.recsys.harness.rows import Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
-from lt4rec_sparse.recsys.harness.trials import Training, Trial
+from lt4rec_sparse.recsys.harness.trials import Training, Trial, check_counts
 from lt4rec_sparse.recsys.report import write_page
 
 
@@ -97,8 +97,7 @@ def run_experiment(
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
-    if seeds < 1:
-        raise InputError(f"seeds: got {seeds}, wanted at least 1")
+    check_counts(seeds=seeds)
     experiment = EXPERIMENTS[name]
     training, schema = training or Training(), open_source(data).schema
     missing = [column for column in experiment.carried if column not in schema.carried]

@@ -12,7 +12,7 @@ from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness.grid import Job
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
-from lt4rec_sparse.recsys.harness.trials import Search, Training, Trial
+from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Search, Training, Trial
 
 DATA = "data"
 TRAINED = ("singles", "searches", "trials")  # the folders of what the laboratory trained
@@ -31,7 +31,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     of_trials: dict[Hashable, Job] = {}  # after all searches, which begin the longest chains
     deepest: dict[Hashable, Search] = {}
     for trial in trials:
-        if trial.masks is not None and trial.masks.searches:
+        if trial.masks is not None and trial.masks.kind in SEARCHED:
             for task in trial.tasks:
                 key = _search_key(trial, task)
                 deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
@@ -51,7 +51,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
         if masks is None:
             if trial.model == "sparse_sharing" and len(trial.tasks) == 1:
                 needs += [started(*key) for key in singles.values()]
-        elif masks.searches:
+        elif masks.kind in SEARCHED:
             for task in trial.tasks:
                 key = _search_key(trial, task)
                 before = started(*(warm or singles[task]))
@@ -60,7 +60,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             twin = replace(trial, masks=replace(masks, level="best"))
             if twin != trial and twin in known:
                 needs.append(twin)  # if the best tickets are the last ones, only one of the two is trained
-        elif masks.scores:
+        elif masks.kind in SCORED:
             needs += [started(*key) for key in singles.values()]
         elif warm:
             needs.append(started(*warm))

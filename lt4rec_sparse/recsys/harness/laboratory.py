@@ -31,7 +31,7 @@ from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.searches import Searches
 from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, warm_name
-from lt4rec_sparse.recsys.harness.trials import Trial, digest
+from lt4rec_sparse.recsys.harness.trials import SEARCHED, Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
 from lt4rec_sparse.recsys.training import Predictions, predict
@@ -102,7 +102,7 @@ class Laboratory:
     def found(self, trial: Trial) -> dict[str, list[Ticket]]:
         """Return the tickets that a trial's masks are made from, task by task."""
         masks = trial.masks
-        if masks is None or not masks.searches:
+        if masks is None or masks.kind not in SEARCHED:
             return {}
         return {task: self.searches.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
 

@@ -15,7 +15,7 @@ from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
-from lt4rec_sparse.recsys.harness.trials import Masks, Search
+from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
 from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.training import Batch
 
@@ -51,10 +51,10 @@ class Searches:
         """
         search = masks.search
         total = self.starts.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
-        if masks.scores:
+        if masks.kind in SCORED:
             records = [self.starts.single(search.training.of(task), task, seed) for task in tasks]
             return total + sum(float(record["seconds"]) for record in records)
-        if not masks.searches:
+        if masks.kind not in SEARCHED:
             return total
         for task in tasks[:1] if masks.kind == "one_for_all" else tasks:
             folder = self._folder(search, task, tasks, seed)

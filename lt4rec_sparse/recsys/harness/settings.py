@@ -12,7 +12,7 @@ from typing import Any
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
-from lt4rec_sparse.recsys.harness.trials import Search, Training
+from lt4rec_sparse.recsys.harness.trials import Search, Training, check_counts
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
@@ -50,8 +50,7 @@ class RunSettings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"seeds: got {self.seeds}, wanted at least 1")
+        check_counts(seeds=self.seeds)
         if self.masks not in MASKS:
             raise InputError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
         if not self.learning_rates:

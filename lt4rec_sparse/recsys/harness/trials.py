@@ -14,16 +14,9 @@ from lt4rec_sparse.recsys.models import CROSSES, LOSSES, Conflict
 from lt4rec_sparse.recsys.models.build import MODELS
 
 METHODS = ("rounds", "one_shot", "gradual", "drop_and_grow")
-KINDS_OF_MASKS = (
-    "tickets",
-    "random",
-    "random_like",
-    "one_for_all",
-    "one_random",
-    "unanimous",
-    "separate",
-    "random_separate",
-)
+SEARCHED = ("tickets", "random_like", "one_for_all")  # kinds of masks for which tickets must be found first
+SCORED = ("separate", "unanimous")  # those that read the magnitudes of the single-task baselines
+KINDS_OF_MASKS = (*SEARCHED, *SCORED, "random", "one_random", "random_separate")
 OBJECTIVES = ("alternating", "joint", "uncertainty", "pcgrad")
 DTYPES = ("float32", "bfloat16")
 
@@ -38,6 +31,13 @@ def _check(value: str, known: tuple[str, ...], name: str) -> None:
         raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
 
 
+def check_counts(**counts: int) -> None:
+    """Check that named numbers are at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name}: got {count}, wanted at least 1")
+
+
 @dataclass(frozen=True)
 class Training:
     """The network and how it is trained; a search and the trials that use its masks may share one.
@@ -48,8 +48,7 @@ class Training:
         exclusive_dim: Width of each task's own additional embedding (multiview); 0 for none.
         cross: "dlrm", "wide_deep" or "deepfm".
         learning_rate: Adam's, for every task that `rates` does not name.
-        rates: Task -> learning rate of that task's steps. Two tasks of a shared model may differ, as two single-task
-            models do; see `TaskAdam`.
+        rates: Task -> learning rate of that task's steps (`TaskAdam`).
         epochs: Epochs of every training.
         batch_size: Impressions per batch.
         warm_up: Epochs of dense training of all tasks before anything else; searches and trials start from there.
@@ -75,9 +74,7 @@ class Training:
         _check(self.cross, CROSSES, "cross")
         for _, loss in self.losses:
             _check(loss, tuple(LOSSES), "loss")
-        for name in ("embedding_dim", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        check_counts(embedding_dim=self.embedding_dim, epochs=self.epochs, batch_size=self.batch_size)
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
         if not self.warm_up >= 0:
@@ -130,8 +127,7 @@ class Search:
         _check(self.method, METHODS, "method")
         _check(self.granularity, GRANULARITIES, "granularity")
         _check(self.scope, ("global", "layer"), "scope")
-        if self.rounds < 1:
-            raise InputError(f"rounds: got {self.rounds}, wanted at least 1")
+        check_counts(rounds=self.rounds)
         if not 0 < self.density < 1:
             raise InputError(f"density: got {self.density}, wanted more than 0 and less than 1")
         if not 0 <= self.rewind < self.training.epochs:
@@ -175,16 +171,6 @@ class Masks:
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
             raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it only with separate ones")
 
-    @property
-    def searches(self) -> bool:
-        """Whether tickets must be found first."""
-        return self.kind in ("tickets", "random_like", "one_for_all")
-
-    @property
-    def scores(self) -> bool:
-        """Whether the magnitudes of the single-task baselines are read."""
-        return self.kind in ("separate", "unanimous")
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -194,7 +180,6 @@ class Trial:
         model: One of `models.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
         tasks: The tasks' names.
         seed: Seed of initial weights, order of the rows and random masks.
-        training: The network and how it is trained.
         masks: For sparse sharing; None for full masks.
         objective: "alternating" (one step per task), "joint" (one step on the sum), "uncertainty" or "pcgrad" (likewise
             one step).
