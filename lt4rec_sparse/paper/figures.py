@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.plots import (
@@ -21,7 +20,7 @@ from lt4rec_sparse.recsys.plots import (
     TASK_COLOURS,
     Point,
     Record,
-    density_axis,
+    log_axis,
     metric_axis,
     panels,
     standard_error,
@@ -64,9 +63,9 @@ def plot_granularity(
         for task, kind in tasks.items()
     }
     figure, axes = _seeds_and_means(points, titles, tasks, "validation", "dots: seeds; bars: standard error")
-    for axis, lines in zip(axes, points.values(), strict=True):
-        percents = [float(np.mean(x)) for line in lines.values() for x, _ in line]
-        density_axis(axis, percents, "hidden weights kept, %")
+    for axis in axes:
+        log_axis(axis, "hidden weights kept, %")
+        axis.invert_xaxis()
     figure.savefig(path)
     return figure
 
@@ -96,11 +95,7 @@ def plot_speed(
     note = "filled: masked; hollow: dense; dots: seeds; bars: standard error"
     figure, axes = _seeds_and_means(points, titles, tasks, "test", note, dense)
     for axis in axes:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.xaxis.set_major_formatter("{x:,g}")
-        axis.minorticks_off()
-        axis.set(xlabel=f"microseconds per request of {candidates} candidates")
+        log_axis(axis, f"microseconds per request of {candidates} candidates")
     figure.savefig(path)
     return figure
 
@@ -115,13 +110,7 @@ def _seeds_and_means(
 ) -> tuple[Figure, list[Axes]]:
     """Draw a panel per task with a line per row: a dot per seed, means with standard errors; and the legend.
 
-    Args:
-        points: Task -> row -> the points of its line.
-        titles: Row -> what the legend calls it.
-        tasks: Task -> kind.
-        split: The split of the metric.
-        note: What the marks mean.
-        hollow: Rows with hollow marks.
+    `points` are those of each row's line, task -> row -> points; `hollow` are rows with hollow marks.
     """
     figure, axes = panels(len(tasks))
     styles = _styles(titles)

@@ -1,13 +1,12 @@
 """Plots of trained models, for every report (tickets, ownership, latency), and the style that all figures share.
 
-A record is one trained model: its row, its seed, its metrics by split, slice and task, and, if it has them, its masks,
-tickets and serving times. A task has one colour in every figure with the same `tasks`. Means are over the seeds, error
-bars are standard errors, dots are single seeds. Every plot writes its file and returns the figure.
+A record is one trained model, as the laboratory leaves it, with its row. A task has one colour in every figure with the
+same `tasks` (name -> kind). Every plot writes its file, `path`, and returns the figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
@@ -41,8 +41,8 @@ def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path
 
     Args:
         records: One per seed, with `tickets` and `best_level`.
-        tasks: Task -> kind, "binary" or "ratio".
-        path: Where to write the picture.
+        tasks: Task -> kind.
+        path: The picture.
 
     Source: LT4REC (arXiv 2008.09872), Figure 4.
     """
@@ -57,7 +57,8 @@ def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path
                 xs[best, seed], ys[best, seed], "o", markersize=9, markerfacecolor="none", color="black", zorder=4
             )
         axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3)
-        density_axis(axis, xs.mean(1), "hidden weights remaining, %")
+        log_axis(axis, "hidden weights remaining, %")
+        axis.invert_xaxis()
         metric_axis(axis, task, kind, "validation")
     handles = [
         Line2D([], [], color="#555555", linewidth=0.9, marker="o", markersize=2.5, label="one seed"),
@@ -192,16 +193,10 @@ def metric_axis(axis: Axes, task: str, kind: str, split: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
-def density_axis(axis: Axes, percents: Iterable[float], label: str) -> None:
-    """Make x logarithmic, from dense to sparse, with a tick at each density that has room for one."""
-    ticks: list[float] = []
-    ordered = sorted(percents, reverse=True)
-    room = 0.09 * np.log(ordered[0] / ordered[-1])  # a label takes about 8 % of a panel
-    for percent in ordered:
-        if not ticks or np.log(ticks[-1] / percent) > room:
-            ticks.append(percent)
+def log_axis(axis: Axes, label: str) -> None:
+    """Make x logarithmic, with a tick at round numbers."""
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:.0f}" if tick >= 10 else f"{tick:.2g}" for tick in ticks])
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.xaxis.set_major_formatter("{x:,g}")
     axis.minorticks_off()
-    axis.invert_xaxis()
     axis.set(xlabel=label)
