@@ -50,14 +50,7 @@ SEED_MARKS: dict[str, Any] = {
 def plot_granularity(
     records: Sequence[Record], titles: Mapping[str, str], tasks: Mapping[str, str], path: Path
 ) -> Figure:
-    """Draw each task's validation metric against the density of its tickets, one line per granularity.
-
-    Args:
-        records: One per row and seed, with `tickets`; rows that are not in `titles` are left out.
-        titles: Row -> the name of its line.
-        tasks: Task -> kind, "binary" or "ratio".
-        path: Where to write the picture.
-    """
+    """Draw each task's validation metric against the density of its tickets, one line per titled row."""
     points = {
         task: {row: ticket_points([r for r in records if r["row"] == row], task, kind) for row in titles}
         for task, kind in tasks.items()
@@ -73,15 +66,7 @@ def plot_granularity(
 def plot_speed(
     records: Sequence[Record], titles: Mapping[str, str], tasks: Mapping[str, str], path: Path, candidates: int = 256
 ) -> Figure:
-    """Draw each task's test metric against the time of a request: one mark per row, hollow where the model is dense.
-
-    Args:
-        records: One per row and seed, with `serving`; rows that are not in `titles` are left out.
-        titles: Row -> what the legend calls it; rows without masks are the dense baselines.
-        tasks: Task -> kind, "binary" or "ratio".
-        path: Where to write the picture.
-        candidates: Candidates per request.
-    """
+    """Draw each task's test metric against the time of a request: one mark per row, hollow where the model is dense."""
     rows = {row: [record for record in records if record["row"] == row] for row in titles}
     times = {row: [r["serving"]["microseconds"][str(candidates)] for r in found] for row, found in rows.items()}
     points: dict[str, dict[str, list[Point]]] = {
@@ -138,11 +123,8 @@ def _seeds_and_means(
 def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     """Draw where sparse sharing pays: its CVR MSE against other models over click rate and conflict.
 
-    Args:
-        cells: One per simulated log: `click_rate` and `conflict` of the simulator, and `differences`: for each of the
-            other models (`REGIME_OPPONENTS`) a list over seeds of S-Weight's relative difference of CVR MSE in %, below
-            0 if S-Weight is better.
-        path: Where to write the picture.
+    A cell has `click_rate`, `conflict` and `differences`: for each of `REGIME_OPPONENTS` S-Weight's relative
+    differences in %, one per seed, below 0 if S-Weight is better.
     """
     rates, conflicts = (sorted({cell[name] for cell in cells}) for name in ("click_rate", "conflict"))
     where = [(conflicts.index(cell["conflict"]), rates.index(cell["click_rate"])) for cell in cells]
@@ -178,11 +160,7 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
 def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequence[str]], path: Path) -> Figure:
     """Draw what share of each kind of field the masks keep, tickets beside random masks, against what was planted.
 
-    Args:
-        found: One per way and seed: `way` ("tickets" or "random"), `seed`, and `density`: task -> kind of field
-            ("shared", "click-only", ...) -> kept share of the weights that read such fields, in [0, 1].
-        planted: Task -> the kinds of field that its truth depends on; their names are bold.
-        path: Where to write the picture.
+    `found` are records of `recovery` with their `way` and seed; `planted` are each task's kinds, whose names are bold.
     """
     by_way = {way: [record for record in found if record["way"] == way] for way in WAYS}
     figure, axes = panels(len(planted))

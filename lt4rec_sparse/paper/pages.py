@@ -22,13 +22,10 @@ from lt4rec_sparse.recsys.training import Predictions
 
 @dataclass
 class Findings:
-    """What an experiment's page is written from.
+    """What an experiment's page is written from: the facts of `records.json`, and the study.
 
-    Attributes:
-        facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
-        study: What was trained.
-        out: The folder where it was trained; plots go to `<experiment>/plots/` in it.
-        further: Measurements of the page itself, saved beside the records.
+    `out` is the folder where it was trained; plots go to `<experiment>/plots/` in it. `further` are measurements of the
+    page itself, saved beside the records.
     """
 
     facts: Mapping[str, Any]

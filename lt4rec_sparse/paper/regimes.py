@@ -81,17 +81,9 @@ def run_regimes(
 ) -> Path:
     """Simulate a log per cell, train every row on each, and write the map and how much of the truth the masks found.
 
-    Learning rates are searched in the middle cell, for each row alike, and used in all cells.
-
-    Args:
-        out: Holds a folder per cell, `tuning.json`, and `report.md` with its plots and `records.json`.
-        seeds: How many seeds, from 0 on; all seeds of a cell train on the same log.
-        regimes: The map; None for the default.
-        resources: The processes that train.
-        progress: Called with a stage's name, steps done and steps in all.
-
-    Returns:
-        The path of `report.md`.
+    Learning rates are searched in the middle cell, for each row alike, and used in all cells. `out` then holds a folder
+    per cell, `tuning.json`, and `report.md`, whose path is returned, with its plots and `records.json`. All seeds of a
+    cell train on the same log. For the other arguments see `run_experiment`.
     """
     regimes, resources = regimes or Regimes(), resources or Resources()
     cells = {

@@ -6,14 +6,8 @@ what the log says about them. This is a replay, not an online test. What it cann
 - Only items that were shown have an outcome, and the policy that wrote the log chose them and their places. A gain
   holds within its lists; how an arm would choose among all videos stays unknown.
 - A user stops when they have had enough. A list in another order might have been longer or shorter.
-- A real log may have no requests. Then `sessions` makes them, and they are short. Requests of `k` rows or fewer do
-  not count: their top `k` is the same list for every arm. The numbers compare arms; they do not predict the view
-  time of a platform.
-- A row that was not clicked may have play time (autoplay). Eq 3 speaks of what follows a click, so `view_time_s`
-  counts clicked rows only; `play_time_s` counts all rows.
-
-Where the log is simulated, the expected view time of every row is known, `truth_click * truth_watch * duration`. Its
-sum over the top `k` judges an arm without the noise of the draw, and no order can exceed `best_expected` in it.
+- Requests of `k` rows or fewer do not count: their top `k` is the same list for every arm. The numbers compare arms;
+  they do not predict the view time of a platform.
 
 Source: LT4REC (arXiv 2008.09872), Table 3 and Eq 3.
 """
@@ -93,12 +87,9 @@ def sessions(users: NDArray[Any], times_ms: Ints, gap_ms: int = GAP_MS) -> Ints:
 
 
 def table_3_scores(pctr: Mapping[str, Floats], pcvr: Mapping[str, Floats], duration_s: Floats) -> dict[str, Floats]:
-    """Return each arm's rank scores (Eq 3); a row without a duration scores 0.
+    """Return each arm's rank scores (Eq 3) from predictions, row of the experiment -> `[rows]`.
 
-    Args:
-        pctr: Row of the experiment ("base", "s_weight") -> probabilities of a click, `[rows]`.
-        pcvr: Row of the experiment -> expected watch ratios given a click, `[rows]`.
-        duration_s: `[rows]`, seconds; NaN where missing.
+    A row without a duration, NaN, scores 0.
     """
     length = torch.from_numpy(np.where(np.isnan(duration_s), 0.0, duration_s))
     return {
@@ -169,10 +160,7 @@ def replay(
 
 
 def over_seeds(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Combine what `replay` gave for each seed's models: means, and paired differences, over the seeds.
-
-    Args:
-        results: Seed -> what `replay` returned for the same rows and arms.
+    """Combine what `replay` gave for each seed's models, of the same rows and arms.
 
     Returns:
         `{"seeds": [...], "k": {"1": {"requests": n, "arms": {arm: {metric: summary}}, "references": {...},

@@ -23,15 +23,11 @@ CANDIDATES = (1, 32, 256)
 
 
 def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
-    """Time the MLPs of trained trials, all tasks, fp32, on rows of the test days.
+    """Time the MLPs of trained trials, row -> trial, all tasks, fp32, on rows of the test days.
 
     The ways of a masked network: "sparse", the engine on compressed weights; "compacted", smaller dense layers without
     dead inputs and neurons; "dense" and "packed dense", masks multiplied in beforehand, by torch and by oneDNN.
     Networks without masks are dense.
-
-    Args:
-        folder: The folder where they were trained.
-        trials: Row -> its trial.
 
     Returns:
         Row -> {"microseconds": {candidates: median of its fastest way}, "way": that way for the most candidates,

@@ -173,14 +173,10 @@ def score_mlp(mlp: SparseMLP, x: Tensor) -> Tensor:
 
 
 def dense_pass(mlp: MaskedMLP, make: Callable[[Tensor, Tensor, str], Product] | None = None) -> Product:
-    """Return dense torch at its best: masks multiplied in once, no masking per call, no autograd.
+    """Return dense torch at its best, `x [batch, in_features]` to probabilities `[batch, tasks]`.
 
-    Args:
-        mlp: The trained MLP.
-        make: Makes a layer's function from a weight, a bias and the name of an activation; None for `F.linear`.
-
-    Returns:
-        `x [batch, in_features]` to probabilities `[batch, tasks]`.
+    Masks are multiplied in once; there is no masking per call and no autograd. `make` makes a layer's function from a
+    weight, a bias and the name of an activation; None for `F.linear`.
     """
     make, paths = make or _linear, []
     for task in mlp.tasks:

@@ -135,9 +135,6 @@ def metrics_of(kind: str) -> dict[str, Metric]:
     """Return fresh metrics for a task of this kind, its main metric first.
 
     "binary": auc, gauc, log_loss, calibration. "ratio" (a label in [0, 1]): mse, calibration.
-
-    Raises:
-        ValueError: If there is no such kind.
     """
     if kind == "binary":
         return {"auc": AUC(), "gauc": GAUC(), "log_loss": LogLoss(), "calibration": Calibration()}

@@ -35,14 +35,9 @@ mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right":
 
 
 def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path) -> Figure:
-    """Draw Figure 4: each task's validation metric against the hidden weights that remain.
+    """Draw Figure 4: each task's validation metric against the hidden weights that remain; `records` are one per seed.
 
     A thin line per seed, a bold one for their mean, and a circle around the level that each seed chose.
-
-    Args:
-        records: One per seed, with `tickets` and `best_level`.
-        tasks: Task -> kind.
-        path: The picture.
 
     Source: LT4REC (arXiv 2008.09872), Figure 4.
     """
@@ -73,14 +68,9 @@ def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path
 
 
 def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: Path) -> Figure:
-    """Draw who owns the weights of each layer, as stacked bars: a group per row, a bar per layer, means over the seeds.
+    """Draw who owns the weights of each layer of the titled rows, as stacked bars: means over the seeds.
 
     Short black lines show where each seed's part ends.
-
-    Args:
-        records: One per row and seed, with `masks`; rows that are not in `titles` are left out.
-        titles: Row -> the headline of its bars.
-        path: Where to write the picture.
 
     Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
     """
@@ -119,10 +109,7 @@ def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: P
 def plot_latency(frozen: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], path: Path) -> Figure:
     """Draw the median time of a request against its candidates: sparse models and dense torch, whole and MLP alone.
 
-    Args:
-        frozen: Row -> what `freeze_and_compare` found, the served one first.
-        titles: Row -> what the legend calls it.
-        path: Where to write the picture.
+    `frozen` is what `freeze_and_compare` found of each row, the served one first.
     """
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}

@@ -70,12 +70,7 @@ def further_table(records: Sequence[Record], rows: Mapping[str, str], tasks: Map
     """Return every other metric on the test days and the cost of each row: means over the seeds.
 
     Seconds, parameters and multiply-adds of a row of single-task models are sums over its models. Density is the
-    share of the masked weights that a task keeps, 100 % without a mask.
-
-    Args:
-        records: As for `comparison_table`.
-        rows: Row -> its title, in the order of the lines.
-        tasks: Task -> its kind.
+    share of the masked weights that a task keeps, 100 % without a mask. For the arguments see `comparison_table`.
     """
     columns = [
         (task, metric)
@@ -113,12 +108,7 @@ def further_table(records: Sequence[Record], rows: Mapping[str, str], tasks: Map
 
 
 def levels_table(records: Sequence[Record], tasks: Mapping[str, str]) -> str:
-    """Return each task's validation metric at every level of pruning, and how often each level was best.
-
-    Args:
-        records: One per seed, with `tickets` and `best_level`.
-        tasks: Task -> its kind.
-    """
+    """Return each task's validation metric at every level of pruning, and how often each level was best."""
     first, *_ = tasks
     header = ["remaining", *(f"{task} {MAIN_METRIC[kind].upper()}" for task, kind in tasks.items())]
     lines = []

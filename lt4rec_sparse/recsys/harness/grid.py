@@ -49,9 +49,6 @@ def run_jobs(
         workers: Processes; None for one per core.
         executor: "processes"; or "here", one after another in this process, with all its threads.
         progress: Called with the number of jobs done and of all jobs.
-
-    Raises:
-        InputError: If there is no such executor.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")

@@ -21,9 +21,7 @@ TRAINED = ("singles", "searches", "trials")  # the folders of what the laborator
 def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     """Return the jobs that carry out trials: single-task baselines and warm-ups, the searches task by task, the trials.
 
-    Args:
-        folder: Holds the prepared log, `data/`, and what the laboratory leaves.
-        trials: The trials, whose jobs have them as keys; equal ones are run once.
+    The folder holds the prepared log, `data/`, and what the laboratory leaves. Trials are keys; equal ones run once.
     """
     trials = list(dict.fromkeys(trials))
     known = set(trials)

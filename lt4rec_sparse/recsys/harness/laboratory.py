@@ -40,12 +40,7 @@ FRESH = 1_000_003  # added to a seed for a start that no search has seen
 
 
 class Laboratory:
-    """Trains what trials declare over one prepared log.
-
-    Args:
-        prepared: The data.
-        folder: The folder for all results: `singles/`, `searches/`, `trials/`, `metrics.jsonl`.
-    """
+    """Trains what trials declare over one prepared log, and leaves the results in `trials/` of a folder."""
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared = prepared

@@ -18,13 +18,7 @@ DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
 def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
-    """Return the paper's objective: one step per task on the task's own rows, without scales or factors.
-
-    Args:
-        training: Names losses and the dtype of matrix products.
-        tasks: The tasks, in the order of their steps.
-        kinds: Task -> kind of its label.
-    """
+    """Return the paper's objective: one step per task on the task's own rows, without scales or factors."""
     return Alternating(_losses(training, tasks, kinds))
 
 
@@ -41,13 +35,7 @@ def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batc
 
 
 def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -> str | None:
-    """Return why a trial cannot be trained on a log, or None if it can.
-
-    Args:
-        trial: The trial.
-        kinds: Task -> kind of its label.
-        carried: The columns that the log carries in addition to its features.
-    """
+    """Return why a trial cannot be trained on a log that carries these columns, or None if it can."""
     ratios = [task for task in trial.tasks if kinds[task] == "ratio"]
     if trial.conflict is not None and len(ratios) != 1:
         return f"conflict: got {len(ratios)} tasks of a ratio among {', '.join(trial.tasks)}, wanted one"
@@ -64,16 +52,7 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
 
 
 def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None) -> Objective:
-    """Return a trial's objective.
-
-    Args:
-        trial: The trial.
-        kinds: Task -> kind of its label.
-        balance: The learned weights of an "uncertainty" objective, else None.
-
-    Raises:
-        InputError: If a batch lacks the column that conflicts are recognised by.
-    """
+    """Return a trial's objective; `balance` are the learned weights of an "uncertainty" objective, else None."""
     factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
     losses = _losses(trial.training, trial.tasks, kinds, dict(trial.scales), factors)
     if trial.model == "esmm":

@@ -17,12 +17,9 @@ PLANTED = {"ctr": ("shared", "click"), "cvr": ("shared", "watch")}
 
 
 def recovery(lab: Laboratory, trial: Trial, truth: Mapping[str, str]) -> dict[str, Any]:
-    """Compare a trial's first-layer masks with what was planted.
+    """Compare the first-layer masks of a trial of the tasks `PLANTED` with what was planted.
 
-    Args:
-        lab: The laboratory that trained it.
-        trial: A trial with masks, of the tasks `PLANTED`.
-        truth: Column -> its kind: "fields" of the simulator's `truth.json`.
+    `truth` is "fields" of the simulator's `truth.json`: column -> its kind.
 
     Returns:
         `density`: task -> kind of column (`column_kinds`) -> kept share of its weights; `planted` and `other`: task ->
@@ -56,13 +53,8 @@ def column_auc(kept: Tensor, relevant: Tensor) -> float:
     """Return how often a relevant column keeps more weights than an irrelevant one, over all pairs, a tie as half.
 
     1 is perfect; a random mask's expectation is 0.5, with a variance of at most `(n + m + 1) / (12 n m)` for `n`
-    relevant and `m` irrelevant columns.
-
-    Args:
-        kept: `[out_features, in_features]`, bool, True = kept.
-        relevant: `[in_features]`, bool, some and not all of them True.
-
-    Source: the variance: Mann and Whitney, Annals of Mathematical Statistics 18 (1947).
+    relevant and `m` irrelevant columns (Mann and Whitney, Annals of Mathematical Statistics 18, 1947). `kept` is
+    `[out_features, in_features]`, `relevant` `[in_features]`, bool, some and not all of it True.
 
     >>> column_auc(torch.tensor([[True, False, True], [True, False, False]]), torch.tensor([True, False, False]))
     1.0

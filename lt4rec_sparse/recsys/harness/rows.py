@@ -139,8 +139,8 @@ def scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
 def narrow_factor(in_features: int, hidden: Sequence[int], density: float) -> float:
     """Return the factor of all hidden widths at which a dense MLP has `density` times the weights.
 
-    The positive root of `first f + rest f^2 = density (first + rest)`, where `first` counts the weights of the first
-    layer, which grow with the width, and `rest` those of the other layers, which grow with its square.
+    The positive root of `first f + rest f^2 = density (first + rest)`: weights of the first layer grow with the width,
+    those of the other layers with its square.
 
     >>> round(narrow_factor(1000, (100, 100), 0.2), 3)
     0.215

@@ -23,11 +23,7 @@ EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 
 
 
 class Searches:
-    """Finds tickets from the starts of a log.
-
-    Args:
-        starts: Trains the networks; searches are left in `searches/` of its folder.
-    """
+    """Finds tickets from the starts of a log, and leaves them in `searches/` of its folder."""
 
     def __init__(self, starts: Starts) -> None:
         self.starts = starts
@@ -35,11 +31,7 @@ class Searches:
     def tickets(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> list[Ticket]:
         """Return a task's tickets, from the full mask on; a search in one training gives a single, pruned one.
 
-        Args:
-            search: How to search.
-            task: The task.
-            tasks: The tasks that the warm-up trains, if there is one.
-            seed: Seed of the start and of the order of the rows.
+        `tasks` are those that the warm-up trains, if there is one.
         """
         folder = self._folder(search, task, tasks, seed)
         return (self._rounds if search.method == "rounds" else self._cheap)(search, task, tasks, seed, folder)

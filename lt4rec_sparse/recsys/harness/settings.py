@@ -79,11 +79,7 @@ SIMULATED = RunSettings(
 
 
 def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
-    """Return the tasks that are named, or all of a schema but its extra ones.
-
-    Raises:
-        InputError: If the schema has no such task, or one is named twice.
-    """
+    """Return the tasks that are named, or all of a schema but its extra ones."""
     if not named:
         return tuple(task for task in schema.tasks if not task.extra)
     by_name = {task.name: task for task in schema.tasks}
@@ -95,11 +91,8 @@ def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
 def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSettings | None:
     """Return the settings with which a run that was begun in the folder goes on; None if there is none.
 
-    They are those that were asked for, with at least as many seeds as before: none are dropped.
-
-    Raises:
-        InputError: If it was a run with other data or settings (the first difference is named), of an earlier
-            version, or no run.
+    They are those that were asked for, with at least as many seeds as before: none are dropped. Other data or settings,
+    of which the first difference is named, another version, or no run, are an InputError.
     """
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
@@ -129,11 +122,7 @@ def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile; a process that dies releases it.
-
-    Raises:
-        InputError: If another process works there.
-    """
+    """Keep other processes out of a folder meanwhile; a process that dies releases it."""
     import fcntl  # POSIX only, like training
 
     folder.mkdir(parents=True, exist_ok=True)

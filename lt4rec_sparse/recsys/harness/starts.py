@@ -32,13 +32,9 @@ class Starts:
     """Makes and trains the networks of one prepared log, from starts that a seed decides.
 
     At one seed every network of sparse sharing starts from the same weights: the single-task baselines, every round of
-    a search, and the network that all tasks share.
-
-    Args:
-        prepared: The data.
-        folder: Baselines and warm-ups are left in its `singles/`; training losses and metrics are appended to its
-            `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted training may repeat a
-            line.
+    a search, and the network that all tasks share. Baselines and warm-ups are left in `singles/` of the folder; losses and
+    metrics are appended to its `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted
+    training may repeat a line.
     """
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
@@ -143,20 +139,9 @@ class Starts:
     ) -> float:
         """Train a model in place; return the seconds of all cores together, whatever else the machine does.
 
-        An interrupted training continues from a checkpoint beside `path`, unless something besides model and optimiser
-        has a state.
-
-        Args:
-            path: Names the training in the log and the checkpoint.
-            model: Trained in place.
-            objective: What a batch does to it.
-            training: Learning rates, epochs and batches.
-            seed: Seed of the order of the rows.
-            optimizer: None for a new one.
-            batches: Stop after this many; None for all.
-            skip: How many batches to skip at the start.
-            after_batch: See `training.train`; it has a state of its own.
-            has_state: Whether the objective has a state of its own.
+        `path` names the training in the log. An interrupted training continues from a checkpoint beside it, unless
+        something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
+        are left out at the start, and it stops after `batches`, if given.
         """
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts

@@ -30,11 +30,8 @@ class Summary:
 class Difference:
     """How far a value is from a base's, seed by seed; it prints as "+0.0005 ± 0.0002", or "-0.23 ± 0.15 %".
 
-    Attributes:
-        mean: The mean over the seeds; NaN if a seed's difference is not a finite number.
-        error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
-        seeds: How many.
-        relative: True if in percent of the base's value at the same seed.
+    Mean over the seeds, NaN if one is no finite number, and its standard error, NaN with one seed; in percent of the
+    base's value at the same seed if it is relative.
     """
 
     mean: float
@@ -67,15 +64,8 @@ def paired_difference(
 ) -> Difference:
     """Return the mean over seeds of `value - base`, or of `100 * (value - base) / base`, and its standard error.
 
-    Pairing removes what a seed does to both: the order of the batches, and the start.
-
-    Args:
-        values: Seed -> value; None is NaN.
-        base: Seed -> value, of the same seeds.
-        relative: True for percent of the base; a base of 0 makes the difference NaN.
-
-    Raises:
-        ValueError: If the seeds differ.
+    Pairing removes what a seed does to both: the order of the batches, and the start. None is NaN; a base of 0 makes a
+    relative difference NaN. Other seeds than the base's are a ValueError.
 
     >>> paired_difference({0: 3.0, 1: 6.0}, {0: 2.0, 1: 4.0}, relative=True).mean
     50.0

@@ -72,9 +72,6 @@ def carry_out(
         carry: Carries out trials.
         grid: The learning rates to try.
         others: Makes more rows, for rows of the table that take the rate of a row outside it.
-
-    Raises:
-        InputError: If a row takes the rate of a row that does not exist.
     """
     kinds = {task.name: task.kind for task in schema.tasks}
     rates = tuned_rates([rows.base()], kinds, folder, partial(carry, "tune the baselines"), grid)
@@ -108,11 +105,7 @@ def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -
 
 
 def rate_rows(table: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """Return the rows whose learning rates must be searched, including those whose rates other rows take.
-
-    Raises:
-        InputError: If there is no such row.
-    """
+    """Return the rows whose learning rates must be searched, including those whose rates other rows take."""
     own = {row.key: row for row in table if row.rate_of == row.key and row.key != BASE}
     missing = {row.rate_of for row in table} - own.keys() - {BASE}
     further = {row.key: row for row in others if row.key in missing}

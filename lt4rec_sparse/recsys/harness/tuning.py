@@ -43,19 +43,10 @@ def tuned_rates(
     2. Each task takes the rate at which its own loss was least. If the tasks of a shared model take different rates,
        the model is trained once more with these rates together.
     3. Of everything tried, the choice is the one with the least sum over tasks of the task's loss over its least loss.
-       For a single-task model this is its least loss.
 
-    So every model is trained `len(grid)` times, at the edges up to `FURTHER` times more per edge, and a model with
-    steps per task once more for the mixture: a single-task model sees as many rates as each task of a shared one. A
-    model whose one step serves all tasks (`Trial.steps_together`) has one rate by its nature, chosen by rule 3. Losses
-    (log loss of a binary task, MSE of a ratio) are means over `SEEDS` on the validation days.
-
-    Args:
-        rows: Rows whose `rate_of` is another row are skipped.
-        kinds: Task -> kind of its label.
-        folder: The folder of `tuning.json`, from which earlier searches are read.
-        carry: Carries out trials and returns the record of each.
-        grid: The candidates; with a single one there is no search.
+    A model whose one step serves all tasks (`Trial.steps_together`) has one rate by its nature, chosen by rule 3.
+    Losses (log loss of a binary task, MSE of a ratio) are means over `SEEDS` on the validation days. `carry` carries
+    out trials; earlier searches are read from `tuning.json` in the folder; of a single rate nothing is searched.
     """
     own = [row for row in rows if row.rate_of == row.key]
     if len(grid) == 1:
