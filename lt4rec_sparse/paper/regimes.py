@@ -16,8 +16,7 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.paper import figures
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
-from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
-from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
+from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked

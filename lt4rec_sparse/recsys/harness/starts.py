@@ -32,8 +32,8 @@ class Starts:
     """Makes and trains the networks of one prepared log, from starts that a seed decides.
 
     At one seed every network of sparse sharing starts from the same weights: the single-task baselines, every round of
-    a search, and the network that all tasks share. Baselines and warm-ups are left in `singles/` of the folder; losses and
-    metrics are appended to its `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted
+    a search, and the network that all tasks share. Baselines and warm-ups are left in `singles/` of the folder; losses
+    and metrics are appended to its `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted
     training may repeat a line.
     """
 

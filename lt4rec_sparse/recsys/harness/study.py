@@ -10,8 +10,7 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.harness.grid import run_jobs
-from lt4rec_sparse.recsys.harness.jobs import jobs_of
+from lt4rec_sparse.recsys.harness.jobs import jobs_of, run_jobs
 from lt4rec_sparse.recsys.harness.objectives import obstacle
 from lt4rec_sparse.recsys.harness.rows import BASE, Row, Rows
 from lt4rec_sparse.recsys.harness.trials import Trial
@@ -26,7 +25,7 @@ Trials = Mapping[tuple[str, int], tuple[Trial, ...]]
 
 @dataclass(frozen=True)
 class Resources:
-    """What a study may use: processes, None for one per core; and one of `grid.EXECUTORS`."""
+    """What a study may use: processes, None for one per core; and one of `jobs.EXECUTORS`."""
 
     workers: int | None = None
     executor: str = "processes"
