@@ -13,7 +13,7 @@ from lt4rec_sparse.paper import experiment, serving_times
 from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
 from lt4rec_sparse.paper.regimes import Regimes, run_regimes
 from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
-from lt4rec_sparse.recsys.harness import starts, study, tuning
+from lt4rec_sparse.recsys.harness import starts, study
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.stopwatch import interleaved
@@ -29,8 +29,8 @@ def short():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving_times, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
-        patch.setattr(tuning, "FURTHER", 0)
-        patch.setattr(tuning, "SEEDS", (1000,))
+        patch.setattr(study, "FURTHER", 0)
+        patch.setattr(study, "SEEDS", (1000,))
         carry_out = partial(study.carry_out, grid=(1e-3, 2e-3))
         patch.setattr(experiment, "carry_out", carry_out)
         yield

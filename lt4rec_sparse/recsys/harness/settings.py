@@ -29,7 +29,7 @@ class RunSettings:
     Attributes:
         seeds: How many seeds, from 0 on; each is a whole search and training.
         learning_rates: Adam's. A single one is used for every task of every model; of several, each model takes the
-            best on the validation days, per task (`tuning.tuned_rates`).
+            best on the validation days, per task (`study.tuned_rates`).
         masks: Where the tasks' masks come from: "random", without a search; "tickets", the paper's; or "best", both, of
             which the validation days choose.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
