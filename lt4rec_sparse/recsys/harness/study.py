@@ -197,7 +197,8 @@ def tuned_rates(
 def favourites(trial: Trial, tried: Tried) -> dict[str, float]:
     """Return the rate at which each task did best by its own loss, or all tasks together where a step serves all."""
     if trial.steps_together:
-        return dict(zip(trial.tasks, best_of(tried), strict=True))
+        chosen = best_of(tried)
+        return dict(zip(trial.tasks, chosen, strict=True))
     common = {rates[0]: losses for rates, losses in tried.items() if len(set(rates)) == 1}
     return {task: min(common, key=lambda rate: common[rate][task]) for task in trial.tasks}
 
