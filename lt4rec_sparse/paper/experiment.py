@@ -15,7 +15,7 @@ from lt4rec_sparse.paper import declared, pages
 from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
-from lt4rec_sparse.recsys.harness.rows import Row, Rows
+from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.harness.trials import Training, Trial, check_counts
@@ -41,19 +41,26 @@ class Experiment:
     kinds: tuple[str, ...] = ()
 
 
+CHEAP = ("rounds_last", "one_shot_last", "gradual_last", "drop_and_grow_last", RANDOM)
 EXPERIMENTS = {
-    "table2": Experiment(declared.table2, pages.table2),
+    "table2": Experiment(
+        declared.table2,
+        partial(pages.page, title="Table 2: models and variants", shown=(S_WEIGHT, "s_neuron", RANDOM)),
+    ),
     "table3": Experiment(
-        declared.table3,
-        pages.table3,
-        carried=("play_time_ms", "duration_ms", "time_ms"),
-        kinds=("binary", "ratio"),
+        declared.table3, pages.table3, carried=("play_time_ms", "duration_ms", "time_ms"), kinds=("binary", "ratio")
     ),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
-    "cheap": Experiment(declared.cheap, pages.cheap),
+    "cheap": Experiment(
+        declared.cheap, partial(pages.page, title="Cheap tickets: one training instead of rounds", shown=CHEAP)
+    ),
     "tickets": Experiment(declared.tickets, pages.tickets),
-    "tasks": Experiment(declared.many_tasks, pages.many_tasks, all_tasks=True),
+    "tasks": Experiment(
+        declared.many_tasks,
+        partial(pages.page, title="All tasks of the log together", shown=(S_WEIGHT, RANDOM)),
+        all_tasks=True,
+    ),
 }
 
 

@@ -30,11 +30,7 @@ from lt4rec_sparse.recsys.plots import (
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REGIME_OPPONENTS = {
-    "hard_sharing": "hard sharing",
-    "single_task": "single-task",
-    "random": "random masks, scaled up",
-}
+REGIME_OPPONENTS = {"hard_sharing": "hard sharing", "single_task": "single-task", "random": "random masks, scaled up"}
 WAYS = ("tickets", "random")  # the two origins of masks in `plot_recovery`
 # A single seed, in its row's colour; the black edge keeps it visible on top of the mean's mark.
 SEED_MARKS: dict[str, Any] = {
@@ -134,8 +130,7 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
         for place, cell in zip(where, cells, strict=True):
             panels[other][place] = np.mean(cell["differences"][other])
     limit = max(float(np.nanmax(np.abs(means))) for means in panels.values()) or 1.0
-    size = (len(panels) * (0.72 * len(rates) + 0.4) + 1.4, 0.62 * len(conflicts) + 1.2)
-    figure = Figure(figsize=(max(3.2 * len(panels) + 0.6, size[0]), max(2.8, size[1])), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels) + 0.6, 0.62 * len(conflicts) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
     for axis, (other, means) in zip(axes, panels.items(), strict=True):
         axis.set_facecolor(DEAD)  # shows where there is no cell

@@ -13,7 +13,7 @@ from lt4rec_sparse.paper import figures
 from lt4rec_sparse.paper.replay import TABLE_3, LoggedRows, over_seeds, replay, sessions, table_3_scores
 from lt4rec_sparse.paper.serving_times import serving_times
 from lt4rec_sparse.recsys.harness.jobs import laboratory
-from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, S_WEIGHT, SMALL
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, SMALL
 from lt4rec_sparse.recsys.harness.study import Study
 from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
@@ -43,11 +43,6 @@ class Findings:
         return f"![{caption}](plots/{name}.png)"
 
 
-def table2(findings: Findings) -> str:
-    """Return Table 2 and the details behind it."""
-    return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", RANDOM])])
-
-
 def table3(findings: Findings) -> str:
     """Return Table 3 offline: the four arms' lists replayed on the logged requests of the test days."""
     results = {seed: _replayed(findings, seed) for seed in range(findings.facts["seeds"])}
@@ -70,9 +65,8 @@ def figure4(findings: Findings) -> str:
         lambda path: plot_tickets(records, findings.tasks, path),
     )
     levels = "On the validation days, each level trained alone from the start:"
-    return _page(
-        findings, "Figure 4: pruning round by round", [plot, f"{levels}\n\n{levels_table(records, findings.tasks)}"]
-    )
+    parts = [plot, f"{levels}\n\n{levels_table(records, findings.tasks)}"]
+    return page(findings, "Figure 4: pruning round by round", parts)
 
 
 def granularity(findings: Findings) -> str:
@@ -97,26 +91,14 @@ def granularity(findings: Findings) -> str:
         ),
         _times(measured, timed),
     ]
-    return _page(findings, "Granularity: accuracy against real speed", parts)
-
-
-def cheap(findings: Findings) -> str:
-    """Return what masks from one training per task, or from none, are worth beside the paper's rounds."""
-    masked = [key for key in findings.rows if key.endswith("_last") or key == RANDOM]
-    return _page(findings, "Cheap tickets: one training instead of rounds", [_ownership(findings, masked)])
+    return page(findings, "Granularity: accuracy against real speed", parts)
 
 
 def tickets(findings: Findings) -> str:
     """Return which property of a mask decides."""
     against_random = comparison_table(findings.records, findings.rows, RANDOM, findings.tasks)
     shown = ["ticket", "ticket_layer", "random_like", RANDOM, "separate_0.5"]
-    parts = [f"## Against random masks\n\n{against_random}", _ownership(findings, shown)]
-    return _page(findings, "Does the ticket matter?", parts)
-
-
-def many_tasks(findings: Findings) -> str:
-    """Return the page of all tasks of the log together."""
-    return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, RANDOM])])
+    return page(findings, "Does the ticket matter?", [f"## Against random masks\n\n{against_random}"], shown)
 
 
 REPLAY_LEGEND = """\
@@ -128,14 +110,22 @@ means over the seeds; differences are paired over seeds, ± their standard error
 to compare the arms with: random, by length alone, as shown, and the best possible in hindsight or by the truth."""
 
 
-def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
-    slices = next(iter(findings.records))["test"]
+def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
+    """Return a page: the comparison with single-task models, `parts`, and who owns the weights of the rows `shown`."""
     sections = [_head(findings, title), LEGEND]
-    for part in slices:
+    for part in findings.records[0]["test"]:
         caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
         rows = comparison_table(findings.records, findings.rows, BASE, findings.tasks, part)
         sections.append(f"## {caption}\n\n{rows}")
     sections += parts
+    masked = {record["row"] for record in findings.records if record["masks"]}
+    if owners := {key: findings.rows[key] for key in shown if key in masked}:
+        plot = findings.plot(
+            "overlap",
+            "Shared, private and dead weights of each layer",
+            lambda path: plot_ownership(findings.records, owners, path),
+        )
+        sections.append(f"## Who owns which weights\n\n{plot}")
     if findings.facts["left_out"]:
         reasons = "\n".join(f"- {title}: {reason}." for title, reason in findings.facts["left_out"].items())
         sections.append(f"## Left out because this log cannot train them\n\n{reasons}")
@@ -158,17 +148,6 @@ def _head(findings: Findings, title: str) -> str:
         f"has its own learning rate ({shown}), chosen on the validation days with seeds that are not among these; "
         "`records.json` lists the chosen rates, `tuning.json` everything that was tried."
     )
-
-
-def _ownership(findings: Findings, rows: Sequence[str]) -> str:
-    masked = {record["row"] for record in findings.records if record["masks"]}
-    shown = {key: findings.rows[key] for key in rows if key in masked}
-    plot = findings.plot(
-        "overlap",
-        "Shared, private and dead weights of each layer",
-        lambda path: plot_ownership(findings.records, shown, path),
-    )
-    return f"## Who owns which weights\n\n{plot}"
 
 
 def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
 from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
-from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Row, Rows
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.statistics import paired_difference
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out, train_all
@@ -27,10 +27,6 @@ from lt4rec_sparse.recsys.report import write_page
 from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, table, values_of
 
 LOG = "log"
-# Four out of ten clicked, as in the paper's log; and a tenth and a hundredth of that, like its conversions.
-CLICK_RATES = (0.02, 0.1, 0.41)
-CONFLICTS = (0.0, 0.5, 1.0)
-WATCH_RATE = 0.4
 MIDDLE = (0.1, 0.5)  # where learning rates are searched, for all cells
 TRAINING = Training(hidden=(128, 64, 32), embedding_dim=8, batch_size=2048)
 TASKS = ("ctr", "cvr")
@@ -49,8 +45,9 @@ class Regimes:
     """
 
     impressions: int = 2_000_000
-    click_rates: tuple[float, ...] = CLICK_RATES
-    conflicts: tuple[float, ...] = CONFLICTS
+    # Four out of ten clicked, as in the paper's log; and fewer, down to its conversions.
+    click_rates: tuple[float, ...] = (0.02, 0.1, 0.41)
+    conflicts: tuple[float, ...] = (0.0, 0.5, 1.0)
     training: Training = TRAINING
 
     def config(self, click_rate: float, conflict: float) -> SimulatorConfig:
@@ -60,15 +57,10 @@ class Regimes:
             videos=max(100, self.impressions // 100),
             impressions=self.impressions,
             click_rate=click_rate,
-            watch_rate=WATCH_RATE,
+            watch_rate=0.4,
             conflict=conflict,
             planted_fields=2,
         )
-
-
-def table_of(rows: Rows) -> list[Row]:
-    """Return what is trained in every cell."""
-    return [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]]
 
 
 def run_regimes(
@@ -93,7 +85,7 @@ def run_regimes(
         logs = {folder: Job(prepare_cell, (folder, regimes.config(*cell))) for cell, folder in cells.items()}
         run_jobs(logs, resources.workers, resources.executor, partial(progress, "regimes: simulate"))
         study = carry_out(
-            table_of,
+            lambda rows: [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]],
             Rows(TASKS, regimes.training),
             seeds,
             laboratory(middle).prepared.schema,
@@ -129,11 +121,7 @@ def run_regimes(
 
 
 def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
-    """Simulate and prepare a cell's log, unless that is done already.
-
-    Raises:
-        InputError: If the folder holds trials on another log.
-    """
+    """Simulate and prepare a cell's log, unless that is done already; a folder with trials on another is refused."""
     truth = folder / LOG / TRUTH
     if has_trained(folder) and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
         raise InputError(

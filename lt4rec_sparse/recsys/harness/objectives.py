@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
 from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
 from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
@@ -84,8 +83,6 @@ def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, st
     (ratio,) = (task for task in tasks if kinds[task] == "ratio")
 
     def factors(batch: Batch) -> dict[str, Tensor]:
-        if DURATION not in batch.values:
-            raise InputError(f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried")
         # The ratio's rows are those that were clicked and have a duration.
         label, clicked = batch.labels[ratio], batch.rows[ratio]
         click, watch = conflict.factors(label, clicked, batch.values[DURATION])
