@@ -11,9 +11,7 @@ from lt4rec_sparse.recsys.harness.rows import RANDOM_RESCALED, Row, Rows, scaled
 from lt4rec_sparse.recsys.harness.trials import Masks
 from lt4rec_sparse.recsys.models import Conflict
 
-RANDOM_DENSITIES = (0.4, 0.1, 0.05)  # beside the method's own
 BIGGER, RESCALED = "s_weight_biggernet", "ticket_rescaled"
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,7 @@ def granularity(rows: Rows) -> list[Row]:
             continue
         search = rows.search(granularity=kind)
         table += [
-            rows.sparse(
-                f"{kind}_{level}", f"{kind}, {level} tickets", Masks(search=search, level=level), f"{kind}_best"
-            )
+            rows.sparse(f"{kind}_{level}", f"{kind}, {level} tickets", Masks("tickets", search, level), f"{kind}_best")
             for level in ("best", "last")
         ]
     return table
@@ -119,15 +115,11 @@ def cheap(rows: Rows) -> list[Row]:
         "gradual": "gradual magnitude pruning, one training",
         "drop_and_grow": "drop and grow (RigL), one training",
     }
-    return [
-        rows.base(),
-        rows.hard(),
-        *(
-            rows.sparse(f"{method}_last", title, Masks(search=rows.search(method=method), level="last"))
-            for method, title in found.items()
-        ),
-        *rows.random(),
+    masked = [
+        rows.sparse(f"{method}_last", title, Masks(search=rows.search(method=method), level="last"))
+        for method, title in found.items()
     ]
+    return [rows.base(), rows.hard(), *masked, *rows.random()]
 
 
 def tickets(rows: Rows) -> list[Row]:
@@ -159,19 +151,16 @@ def tickets(rows: Rows) -> list[Row]:
         "one_random": ("one mask for all: random", Masks("one_random", search)),
         "unanimous": ("one mask for all: unanimous", Masks("unanimous", search)),
     }
-    for density in RANDOM_DENSITIES:
+    for density in (0.4, 0.1, 0.05):  # beside the method's own
         at = Masks("random", replace(search, density=density))
         masks[f"random_{density}"] = (f"random, uniform density of {density:.0%}", at)
-    for share in SHARES:
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         for kind, title in (("separate", "by magnitude"), ("random_separate", "random")):
             masks[f"{kind}_{share}"] = (f"{title}, {share:.0%} co-owned", Masks(kind, search, shared=share))
+    by_layer = replace(of_layers, rescale=True)
     scaled_up = {
         RESCALED: ("ticket, scaled up at the start", replace(last, rescale=True), RESCALED),
-        "ticket_layer_rescaled": (
-            "ticket: one quantile per layer, scaled up at the start",
-            replace(of_layers, rescale=True),
-            RESCALED,
-        ),
+        "ticket_layer_rescaled": ("ticket: one quantile per layer, scaled up at the start", by_layer, RESCALED),
         "random_disjoint_rescaled": ("random, nothing co-owned, scaled up at the start", disjoint, RANDOM_RESCALED),
     }
     return [
@@ -186,11 +175,5 @@ def tickets(rows: Rows) -> list[Row]:
 
 def many_tasks(rows: Rows) -> list[Row]:
     """Every task of the log together."""
-    return [
-        rows.base(),
-        rows.hard(),
-        *rows.tickets(),
-        *rows.random(),
-        rows.dense("mmoe", "MMoE"),
-        rows.dense("ple", "PLE"),
-    ]
+    dense = [rows.dense("mmoe", "MMoE"), rows.dense("ple", "PLE")]
+    return [rows.base(), rows.hard(), *rows.tickets(), *rows.random(), *dense]

@@ -74,7 +74,7 @@ def run_experiment(
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
 ) -> Path:
-    """Carry out an experiment, or the part of it that is not done yet, and write its tables and plots.
+    """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
     All experiments on one log share the folder `out`: a model that two of them need is trained once. It then holds
     `data/`, the prepared log; `singles/`, `searches/` and `trials/`, one JSON per trained model; `metrics.jsonl`;
@@ -89,13 +89,10 @@ def run_experiment(
         data: A folder with a schema file, or in KuaiRand's layout.
         out: The folder for all results.
         seeds: How many seeds, from 0 on.
-        training: How every row trains, except for its learning rates; None for the default.
+        training: How every row trains, except for its learning rates.
         resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
-        variants: Settings of the paper's variants; None for the default.
-
-    Returns:
-        The path of `report.md`.
+        variants: Settings of the paper's variants.
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, the log lacks what the page

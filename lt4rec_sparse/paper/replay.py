@@ -109,15 +109,12 @@ def replay(
         `{"1": {"requests": those of more than k rows, which alone count here, "arms": {arm: {metric: value}},
         "references": {order: {metric: value}}}}` for each `k`; None where a number is not defined.
 
-        Metrics: `view_time_s`, the mean over requests of the play time of the clicked rows of the top k; `play_time_s`,
-        of all its rows; `expected_view_time_s`, of their true expectation, where known; `ctr`, the clicked share of the
-        top k; `cvr`, the mean watch ratio (at most 1) of its clicked rows.
+        Metrics: `view_time_s`, the mean over requests of the play time of the clicked rows of the top k, since Eq 3 speaks
+        of what follows a click; `play_time_s`, of all its rows; `expected_view_time_s`, of their true expectation, where
+        known; `ctr`, the clicked share of the top k; `cvr`, the mean watch ratio (at most 1) of its clicked rows.
 
         References: `random`, the expectation over all orders; `longest`, by duration alone; `logged`, as shown;
         `best_logged`, by the view time that the log tells afterwards; `best_expected`, by the truth, where known.
-
-    Raises:
-        ValueError: If a score is NaN.
 
     >>> clicked = np.array([True, False])
     >>> log = LoggedRows(np.zeros(2, int), np.array([60.0, 90.0]), np.array([30.0, 0.0]), clicked, np.arange(2))

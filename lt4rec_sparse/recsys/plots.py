@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
@@ -29,6 +28,8 @@ Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 # A colour-blind safe order (Okabe and Ito); grey is for weights that no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 SHARED, DEAD = "#56b4e9", "#d9d9d9"
+THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.5, "marker": "o", "markersize": 2.5}
+CIRCLE: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 9, "mfc": "none", "color": "black", "zorder": 4}
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4  # inches; two panels side by side are as wide as a README
 
 mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
@@ -46,23 +47,17 @@ def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path
         points = ticket_points(records, task, kind)
         xs, ys = (np.array([point[i] for point in points]) for i in range(2))  # [levels, seeds]
         for seed, record in enumerate(records):
-            axis.plot(xs[:, seed], ys[:, seed], color=colour, linewidth=0.9, alpha=0.5, marker="o", markersize=2.5)
+            names = ("one seed", "level chosen") if seed == 0 else ("", "")
+            axis.plot(xs[:, seed], ys[:, seed], color=colour, label=names[0], **THIN)
             best = record["best_level"][task]
-            axis.plot(
-                xs[best, seed], ys[best, seed], "o", markersize=9, markerfacecolor="none", color="black", zorder=4
-            )
-        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3)
+            axis.plot(xs[best, seed], ys[best, seed], label=names[1], **CIRCLE)
+        mean = f"mean of {count(len(records), 'seed')}"
+        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3, label=mean)
         log_axis(axis, "hidden weights remaining, %")
         axis.invert_xaxis()
         metric_axis(axis, task, kind, "validation")
-    handles = [
-        Line2D([], [], color="#555555", linewidth=0.9, marker="o", markersize=2.5, label="one seed"),
-        Line2D([], [], color="#555555", linewidth=2.6, label=f"mean of {count(len(records), 'seed')}"),
-        Line2D(
-            [], [], color="black", linestyle="", marker="o", markersize=9, markerfacecolor="none", label="level chosen"
-        ),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
     return figure
 

@@ -56,9 +56,8 @@ def run(
 ) -> Finished:
     """Prepare the data, find masks, train every row, freeze, measure and report; continue an interrupted run.
 
-    The rows are the candidates for a product (`Rows.product`): single-task models, hard sharing, a narrow dense
-    network with as many weights as the masks keep, random masks, and tickets. The harness that trains them also trains
-    the experiments; `experiment tickets` has their controls. A finished run is not measured again.
+    The rows are the candidates for a product (`Rows.product`), trained as those of the experiments are; `experiment
+    tickets` has their controls. A finished run is not measured again.
 
     The folder `out` then holds `report.md`, `report.html` and `plots/`; `model.safetensors`, the frozen sparse sharing
     model of seed 0, calibrated for int8, whose masks (random or tickets) the settings or the validation days choose;
@@ -68,13 +67,10 @@ def run(
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
-        out: The run folder.
+        out: The run folder; its report covers every seed that was ever asked for in it.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
         resources: The processes that train.
-
-    Returns:
-        The report, which covers every seed that was ever asked for in this folder, and the verdict.
 
     Raises:
         InputError: If `out` holds a run with other settings or of another version, or another process works there.

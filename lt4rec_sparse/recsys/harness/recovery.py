@@ -38,8 +38,8 @@ def recovery(lab: Laboratory, trial: Trial, truth: Mapping[str, str]) -> dict[st
             task: {kind: kept[:, columns].float().mean().item() for kind, columns in of_kind.items()}
             for task, kept in layer.items()
         },
-        "planted": {task: _density(kept, relevant[task]) for task, kept in layer.items()},
-        "other": {task: _density(kept, ~relevant[task]) for task, kept in layer.items()},
+        "planted": {task: kept[:, relevant[task]].double().mean().item() for task, kept in layer.items()},
+        "other": {task: kept[:, ~relevant[task]].double().mean().item() for task, kept in layer.items()},
         "auc": {task: column_auc(kept, relevant[task]) for task, kept in layer.items()},
         "sharing": {
             "shared": co_owned(a, b, of_a & of_b),
@@ -90,7 +90,3 @@ def column_kinds(fields: Sequence[tuple[str, str, bool]], truth: Mapping[str, st
             kinds[i] if kinds[i] == kinds[j] and sides[i] != sides[j] else "noise" for j in range(i + 1, len(kinds))
         ]
     return columns
-
-
-def _density(kept: Tensor, columns: Tensor) -> float:
-    return int(kept[:, columns].sum()) / kept[:, columns].numel()

@@ -13,10 +13,10 @@ from torch import Tensor
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
-from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.training import Batch
 
 EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
@@ -103,42 +103,37 @@ class Searches:
         """Find one pruned ticket in one training; for "one_shot" that training is the baseline's."""
         saved, judged = folder / "level_1.mask.safetensors", folder / "level_1.json"
         if not judged.exists():
-            model = self.starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-            full = model.mlp.mask()
+            starts, training, path = self.starts, search.training.of(task), folder / "level_1"
+            model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            mlp: MaskedMLP = model.mlp
             metrics: Mapping[str, float] = {}  # one-shot pruning trains nothing through its mask
             if search.method == "one_shot":
-                nnz = wanted_nnz(full, search.density, search.scope)
-                mask = prune_by_magnitude(self.scores(search, task, seed), full, nnz, search.granularity)
-                seconds = self.starts.single(search.training.of(task), task, seed)["seconds"]
+                nnz = wanted_nnz(mlp.mask(), search.density, search.scope)
+                mask = prune_by_magnitude(self.scores(search, task, seed), mlp.mask(), nnz, search.granularity)
+                seconds = starts.single(training, task, seed)["seconds"]
             else:
-                metrics, seconds = self._train_moving(search, task, model, folder, seed)
-                mask = model.mlp.mask()
+                objective, optimizer = (
+                    objectives.plain(training, (task,), starts.kinds),
+                    starts.optimizer(model, training),
+                )
+                moving: GradualPruning | DropAndGrow[Batch]
+                if search.method == "gradual":
+                    moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
+                else:
+                    # A generator per task: one seed for all would give every task the same random mask.
+                    generator = torch.Generator().manual_seed(seed * len(starts.kinds) + list(starts.kinds).index(task))
+                    loss = objectives.loss_on(objective, model, task)
+                    moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
+                after_batch = moving.after_batch
+                seconds = starts.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
+                metrics = starts.judge(path, model, "validation", (task,))["all"][task]
+                mask = mlp.mask()
             write_whole(folder / "level_1.seconds", json.dumps(seconds))
             mask.save(saved)
             record = {"task": task, "level": 1, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))
         record = json.loads(judged.read_text(encoding="utf-8"))
         return [Ticket(task, 1, Mask.load(saved), record["metrics"])]
-
-    def _train_moving(
-        self, search: Search, task: str, model: SparseSharing, folder: Path, seed: int
-    ) -> tuple[Mapping[str, float], float]:
-        """Train a model while its mask moves; return its metrics and the seconds."""
-        starts, training = self.starts, search.training.of(task)
-        mlp = model.mlp
-        objective = objectives.plain(training, (task,), starts.kinds)
-        optimizer = starts.optimizer(model, training)
-        moving: GradualPruning | DropAndGrow[Batch]
-        if search.method == "gradual":
-            moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
-        else:
-            # A generator per task: one seed for all would give every task the same random mask.
-            generator = torch.Generator().manual_seed(seed * len(starts.kinds) + list(starts.kinds).index(task))
-            loss = objectives.loss_on(objective, model, task)
-            moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
-        path = folder / "level_1"
-        seconds = starts.train(path, model, objective, training, seed, optimizer, after_batch=moving.after_batch)
-        return starts.judge(path, model, "validation", (task,))["all"][task], seconds
 
     def _folder(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> Path:
         warm = f"-after-{warm_name(search.training, tasks)}" if search.training.warm_up else ""

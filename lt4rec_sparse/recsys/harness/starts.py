@@ -19,7 +19,6 @@ from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.training import Cursor, Objective, TaskAdam, evaluate, train
-from lt4rec_sparse.recsys.training.loop import AfterBatch
 
 Judged = dict[str, dict[str, dict[str, float]]]
 """Slice -> task -> metric -> value."""
@@ -132,16 +131,15 @@ class Starts:
         training: Training,
         seed: int,
         optimizer: MaskedAdam | None = None,
-        batches: int | None = None,
         skip: int = 0,
-        after_batch: AfterBatch | None = None,
         has_state: bool = False,
+        **how: Any,
     ) -> float:
         """Train a model in place; return the seconds of all cores together, whatever else the machine does.
 
         `path` names the training in the log. An interrupted training continues from a checkpoint beside it, unless
         something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
-        are left out at the start, and it stops after `batches`, if given.
+        are left out at the start; `how` is for `training.train`.
         """
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
@@ -151,11 +149,10 @@ class Starts:
             stream,
             objective,
             training.epochs,
-            batches,
-            Cursor(*divmod(skip, len(stream))),
-            checkpoint=None if has_state or after_batch else path.with_suffix(".checkpoint.pt"),
+            start=Cursor(*divmod(skip, len(stream))),
+            checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
-            after_batch=after_batch or (lambda batch, done, total: None),
+            **how,
         )
 
     def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:

@@ -77,8 +77,6 @@ class Training:
         check_counts(embedding_dim=self.embedding_dim, epochs=self.epochs, batch_size=self.batch_size)
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
-        if not self.warm_up >= 0:
-            raise InputError(f"warm_up: got {self.warm_up}, wanted 0 or more")
         for rate in (self.learning_rate, *(rate for _, rate in self.rates)):
             if not rate > 0:
                 raise InputError(f"learning_rate: got {rate}, wanted more than 0")
@@ -126,12 +124,9 @@ class Search:
     def __post_init__(self) -> None:
         _check(self.method, METHODS, "method")
         _check(self.granularity, GRANULARITIES, "granularity")
-        _check(self.scope, ("global", "layer"), "scope")
         check_counts(rounds=self.rounds)
         if not 0 < self.density < 1:
             raise InputError(f"density: got {self.density}, wanted more than 0 and less than 1")
-        if not 0 <= self.rewind < self.training.epochs:
-            raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
 
     def folder(self, task: str) -> str:
         """Return the name of a task's folder. Searches with the same steps share it, however many rounds they have."""
@@ -167,7 +162,6 @@ class Masks:
 
     def __post_init__(self) -> None:
         _check(self.kind, KINDS_OF_MASKS, "kind of masks")
-        _check(self.level, ("best", "last"), "level")
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
             raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it only with separate ones")
 
@@ -203,8 +197,6 @@ class Trial:
     def __post_init__(self) -> None:
         _check(self.model, MODELS, "model")
         _check(self.objective, OBJECTIVES, "objective")
-        if self.masks is not None and self.model != "sparse_sharing":
-            raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing only")
         if self.training.rates and self.steps_together:
             raise InputError(f"rates: got one per task for {self.model} with one step for all tasks, wanted one rate")
 
