@@ -31,7 +31,6 @@ from lt4rec_sparse.recsys.plots import (
 ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REGIME_OPPONENTS = {"hard_sharing": "hard sharing", "single_task": "single-task", "random": "random masks, scaled up"}
-WAYS = ("tickets", "random")  # the two origins of masks in `plot_recovery`
 # A single seed, in its row's colour; the black edge keeps it visible on top of the mean's mark.
 SEED_MARKS: dict[str, Any] = {
     "linestyle": "",
@@ -148,38 +147,6 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("S-Weight's CVR MSE, difference in %\n(below 0: S-Weight is better)")
     bar.outline.set_visible(False)
-    figure.savefig(path)
-    return figure
-
-
-def plot_recovery(found: Sequence[Mapping[str, Any]], planted: Mapping[str, Sequence[str]], path: Path) -> Figure:
-    """Draw what share of each kind of field the masks keep, tickets beside random masks, against what was planted.
-
-    `found` are records of `recovery` with their `way` and seed; `planted` are each task's kinds, whose names are bold.
-    """
-    by_way = {way: [record for record in found if record["way"] == way] for way in WAYS}
-    figure, axes = panels(len(planted))
-    for axis, (task, needed), colour in zip(axes, planted.items(), cycle(TASK_COLOURS), strict=False):
-        kinds = list(found[0]["density"][task])
-        width = 0.4
-        for side, (way, records) in enumerate(by_way.items()):
-            values = 100 * np.array([[record["density"][task][kind] for kind in kinds] for record in records])
-            x = np.arange(len(kinds)) + (side - 0.5) * width
-            axis.bar(x, values.mean(0), width * 0.94, color=colour if way == WAYS[0] else DEAD, label=way)
-            errors = [standard_error(column) for column in values.T]
-            axis.errorbar(x, values.mean(0), errors, linestyle="", color="black", capsize=3)
-            for place, value in zip(np.linspace(-0.3, 0.3, len(records) + 2)[1:-1], values, strict=True):
-                axis.plot(x + place * width, value, "o", color="black", markersize=3, alpha=0.5, markeredgewidth=0)
-        axis.set_xticks(range(len(kinds)), kinds)
-        for label, kind in zip(axis.get_xticklabels(), kinds, strict=True):
-            label.set_fontweight("bold" if kind in needed else "normal")
-        axis.tick_params(axis="x", length=0)
-        axis.set_ylim(bottom=0)
-        axis.set(ylabel="weights kept, % (dots: seeds)", xlabel="kind of field (bold: planted for the task)")
-        axis.set_title(task, loc="left")
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
     figure.savefig(path)
     return figure
 

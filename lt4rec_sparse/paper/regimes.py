@@ -17,7 +17,7 @@ from lt4rec_sparse.paper import figures
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
 from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
-from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
+from lt4rec_sparse.recsys.harness.recovery import recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.statistics import paired_difference
@@ -149,10 +149,8 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
         "depend on.",
         "![CVR MSE of S-Weight against hard sharing, single-task and random masks](plots/regimes.png)",
         _recovery_table(cells),
+        LEGEND,
     ]
-    middle = next((c for c in cells if (c["click_rate"], c["conflict"]) == MIDDLE), cells[0])
-    figures.plot_recovery(middle["recovery"], PLANTED, folder / "plots" / "recovery.png")
-    parts += ["![What masks keep of each kind of field](plots/recovery.png)", LEGEND]
     for cell in cells:
         truth = cell["truth"]
         parts.append(

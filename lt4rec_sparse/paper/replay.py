@@ -109,8 +109,8 @@ def replay(
         `{"1": {"requests": those of more than k rows, which alone count here, "arms": {arm: {metric: value}},
         "references": {order: {metric: value}}}}` for each `k`; None where a number is not defined.
 
-        Metrics: `view_time_s`, the mean over requests of the play time of the clicked rows of the top k, since Eq 3 speaks
-        of what follows a click; `play_time_s`, of all its rows; `expected_view_time_s`, of their true expectation, where
+        Metrics: `view_time_s`, the mean over requests of the play time of the clicked rows of the top k, as Eq 3 speaks
+        of what follows a click; `play_time_s`, of all its rows; `expected_view_time_s`, of their true expectation where
         known; `ctr`, the clicked share of the top k; `cvr`, the mean watch ratio (at most 1) of its clicked rows.
 
         References: `random`, the expectation over all orders; `longest`, by duration alone; `logged`, as shown;

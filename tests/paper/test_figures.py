@@ -98,28 +98,6 @@ def cells_of(seeds, rates=(0.02, 0.1, 0.35), conflicts=(0.0, 0.5, 0.9)):
     ]
 
 
-PLANTED = {"ctr": ("shared", "click-only"), "cvr": ("shared", "watch-only")}
-
-
-def found_of(seeds, planted=PLANTED):
-    kinds = ("shared", "click-only", "watch-only", "noise")
-    return [
-        {
-            "way": way,
-            "seed": seed,
-            "density": {
-                task: {
-                    kind: (0.3 if way == "random" else 0.5 if kind in needed else 0.15) + 0.01 * seed + 0.02 * i
-                    for i, kind in enumerate(kinds)
-                }
-                for task, needed in planted.items()
-            },
-        }
-        for way in ("tickets", "random")
-        for seed in range(seeds)
-    ]
-
-
 def ticket_values(records, task, kind):
     """Return `[levels, seeds]`: kept weights in %, and the metric."""
     curves = [record["tickets"][task] for record in records]
@@ -265,24 +243,6 @@ def test_regimes_say_mean_and_error_of_each_cell(tmp_path, seeds):
             assert shown[y, x] == np.mean(values)
             error = f" ± {np.std(values, ddof=1) / seeds**0.5:.1f}" if seeds > 1 else ""
             assert text.get_text().replace("\n", " ") == f"{np.mean(values):+.1f}{error} %"
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_recovery_has_tickets_beside_random_masks_and_marks_what_was_planted(tmp_path, seeds):
-    found = found_of(seeds)
-    figure = figures.plot_recovery(found, PLANTED, tmp_path / "f.png")
-    assert is_picture(tmp_path / "f.png")
-    assert no_text_overlaps(figure)
-    for axis, (task, needed), colour in zip(figure.axes, PLANTED.items(), TASK_COLOURS, strict=False):
-        tickets, random = [c for c in axis.containers if c.get_label() in figures.WAYS]
-        for bars, way, face in ((tickets, "tickets", colour), (random, "random", DEAD)):
-            for i, kind in enumerate(("shared", "click-only", "watch-only", "noise")):
-                kept = [100 * record["density"][task][kind] for record in found if record["way"] == way]
-                assert bars[i].get_height() == pytest.approx(np.mean(kept))
-                assert to_hex(bars[i].get_facecolor()) == face
-                assert round(bars[i].get_x() + bars[i].get_width() / 2) == i
-        bold = {label.get_text() for label in axis.get_xticklabels() if label.get_fontweight() == "bold"}
-        assert bold == set(needed)
 
 
 def test_35_rows_differ():

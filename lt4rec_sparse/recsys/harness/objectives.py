@@ -16,14 +16,13 @@ PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # `Training.dtype` -> 
 DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
-def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
+def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Alternating:
     """Return the paper's objective: one step per task on the task's own rows, without scales or factors."""
     return Alternating(_losses(training, tasks, kinds))
 
 
-def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
-    """Return a function from a batch to a task's loss, with its graph, for an objective that `plain` made."""
-    assert isinstance(objective, Alternating)
+def loss_on(objective: Alternating, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
+    """Return a function from a batch to a task's loss, with its graph."""
     losses = objective.losses
 
     def loss(batch: Batch) -> Tensor:
