@@ -160,7 +160,7 @@ def _measured(
     return {
         "rows": study.rows,
         "learning_rates": study.rates,
-        "steps": lab.starts.batches(settings.training) * settings.epochs,
+        "steps": lab.batches(settings.training) * settings.epochs,
         "files": files,
         "frozen": frozen,
         "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},

@@ -112,8 +112,7 @@ def _train(folder: Path, what: str, *arguments: Any) -> Any:
     lab = laboratory(folder)
     if what == "trial":
         return lab.run(*arguments)
-    part = lab.searches if what == "tickets" else lab.starts
-    getattr(part, what)(*arguments)
+    getattr(lab, what)(*arguments)
     return None
 
 

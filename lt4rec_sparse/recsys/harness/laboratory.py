@@ -27,10 +27,9 @@ from lt4rec_sparse.lottery import (
 )
 from lt4rec_sparse.masks import Mask, overlap, ownership
 from lt4rec_sparse.nn import MaskedMLP
-from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.searches import Searches
-from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, warm_name
+from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, warm_name
 from lt4rec_sparse.recsys.harness.trials import SEARCHED, Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
@@ -39,18 +38,12 @@ from lt4rec_sparse.recsys.training import Predictions, predict
 FRESH = 1_000_003  # added to a seed for a start that no search has seen
 
 
-class Laboratory:
+class Laboratory(Searches):
     """Trains what trials declare over one prepared log, and leaves the results in `trials/` of a folder."""
-
-    def __init__(self, prepared: Prepared, folder: Path) -> None:
-        self.prepared = prepared
-        self.starts = Starts(prepared, folder)
-        self.searches = Searches(self.starts)
-        self.kinds = self.starts.kinds
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Return a trial's record; train and judge it first if that is not done."""
-        path = self.starts.made("trials", f"{trial.key}.json")
+        path = self.made("trials", f"{trial.key}.json")
         if not path.exists():
             write_whole(path, json.dumps(self._run(trial), indent=1, allow_nan=True))
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
@@ -63,7 +56,7 @@ class Laboratory:
 
     def predictions(self, trial: Trial, split: str) -> Predictions:
         """Score every row of a split with a trial that was run."""
-        return predict(self.model(trial), self.starts.stream(split, JUDGED_ROWS, None), trial.tasks)
+        return predict(self.model(trial), self.stream(split, JUDGED_ROWS, None), trial.tasks)
 
     def masks(self, trial: Trial) -> dict[str, Mask] | None:
         """Return the mask of each task that a trial trains through; None if all are full."""
@@ -71,7 +64,7 @@ class Laboratory:
         if asked is None:
             return None
         search, shared = asked.search, asked.shared
-        full = cast(MaskedMLP, self.starts.sparse_sharing(trial.training, tasks, trial.seed).mlp).mask(tasks[0])
+        full = cast(MaskedMLP, self.sparse_sharing(trial.training, tasks, trial.seed).mlp).mask(tasks[0])
         generator = torch.Generator().manual_seed(trial.seed)
         tickets = {
             task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
@@ -91,7 +84,7 @@ class Laboratory:
             case "random_separate":
                 assert shared is not None
                 return random_separate(full.shapes, nnz, shared, generator, tasks)
-        scores = {task: self.searches.scores(search, task, trial.seed) for task in tasks}
+        scores = {task: self.scores(search, task, trial.seed) for task in tasks}
         return unanimous(scores, nnz) if shared is None else separate(scores, nnz, shared)
 
     def found(self, trial: Trial) -> dict[str, list[Ticket]]:
@@ -99,14 +92,14 @@ class Laboratory:
         masks = trial.masks
         if masks is None or masks.kind not in SEARCHED:
             return {}
-        return {task: self.searches.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
+        return {task: self.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         model = self._new(trial)
         state = self._state_file(trial, model)
         seconds = self._train(trial, model, state)
         found = self.found(trial)
-        name = self.starts.made("trials", trial.key)
+        name = self.made("trials", trial.key)
         facts = None
         if trial.masks is not None:
             masks = _masks_of(model, trial)
@@ -133,11 +126,11 @@ class Laboratory:
             "key": trial.key,
             "seed": trial.seed,
             "trial": trial.to_plain(),
-            "state": str(state.relative_to(self.starts.folder)),
-            "validation": self.starts.judge(name, model, "validation", trial.tasks),
+            "state": str(state.relative_to(self.folder)),
+            "validation": self.judge(name, model, "validation", trial.tasks),
             "seconds": {
                 "train": seconds,
-                "search": self.searches.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
+                "search": self.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
             },
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": mlp_multiply_adds(model),
@@ -146,32 +139,30 @@ class Laboratory:
             "best_level": {task: self._best(task, of_task).level for task, of_task in found.items()} or None,
         }
         if trial.is_tested:
-            record["test"] = self.starts.judge(name, model, "test", trial.tasks)
+            record["test"] = self.judge(name, model, "test", trial.tasks)
         return record
 
     def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
         """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
         if self._is_single(trial):
-            seconds: float = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
+            seconds: float = self.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
             model.load_state_dict(load_file(state))
             return seconds
         kinds = {task: self.kinds[task] for task in trial.tasks}
         balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
         objective = objectives.of_trial(trial, kinds, balance)
-        optimizer = self.starts.optimizer(model if balance is None else nn.ModuleList([model, balance]), trial.training)
+        optimizer = self.optimizer(model if balance is None else nn.ModuleList([model, balance]), trial.training)
         has_state = trial.objective in ("uncertainty", "pcgrad")
-        return self.starts.once(
-            state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state
-        )
+        return self.once(state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state)
 
     def _new(self, trial: Trial) -> nn.Module:
         """Return the model of a trial as it starts: initial weights behind its masks."""
         if trial.model != "sparse_sharing":
-            return self.starts.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
+            return self.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
         seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
         # The warm-up of the search, so that tickets train from the weights that they were found with.
         training = trial.masks.search.training if trial.masks else trial.training
-        model: SparseSharing = self.starts.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
+        model: SparseSharing = self.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
         mlp = model.mlp
         masks = self.masks(trial)
         if masks is not None:
@@ -195,7 +186,7 @@ class Laboratory:
     def _state_file(self, trial: Trial, model: nn.Module) -> Path:
         """Return the path of the trained weights; trials whose masks are equal share one training."""
         if self._is_single(trial):
-            return self.starts.single_file(trial.training, trial.tasks[0], trial.seed)
+            return self.single_file(trial.training, trial.tasks[0], trial.seed)
         settings: dict[str, Any] = replace(trial, masks=None, is_tested=True).to_plain()
         if trial.masks is not None:
             before = trial.masks.search.training
@@ -203,7 +194,7 @@ class Laboratory:
             kept = [plane.numpy().tobytes() for mask in _masks_of(model, trial).values() for plane in mask.values()]
             planes = hashlib.blake2b(b"".join(kept), digest_size=12).hexdigest()
             settings |= {"start": [trial.masks.fresh_start, trial.masks.rescale, warm], "masks": planes}
-        return self.starts.made("trials", f"{trial.model}-trained-{digest(settings)}-seed_{trial.seed}.safetensors")
+        return self.made("trials", f"{trial.model}-trained-{digest(settings)}-seed_{trial.seed}.safetensors")
 
 
 def _masks_of(model: nn.Module, trial: Trial) -> dict[str, Mask]:

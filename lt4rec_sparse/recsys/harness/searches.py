@@ -22,11 +22,8 @@ from lt4rec_sparse.recsys.training import Batch
 EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
 
 
-class Searches:
+class Searches(Starts):
     """Finds tickets from the starts of a log, and leaves them in `searches/` of its folder."""
-
-    def __init__(self, starts: Starts) -> None:
-        self.starts = starts
 
     def tickets(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> list[Ticket]:
         """Return a task's tickets, from the full mask on; a search in one training gives a single, pruned one.
@@ -42,9 +39,9 @@ class Searches:
         A last ticket needs no training of its own; a best ticket does, since its metrics must be known.
         """
         search = masks.search
-        total = self.starts.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
+        total = self.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
         if masks.kind in SCORED:
-            records = [self.starts.single(search.training.of(task), task, seed) for task in tasks]
+            records = [self.single(search.training.of(task), task, seed) for task in tasks]
             return total + sum(float(record["seconds"]) for record in records)
         if masks.kind not in SEARCHED:
             return total
@@ -58,30 +55,30 @@ class Searches:
 
     def scores(self, search: Search, task: str, seed: int) -> dict[str, Tensor]:
         """Return the magnitudes of a trained single-task baseline: layer -> `[out_features, in_features]`."""
-        self.starts.single(search.training.of(task), task, seed)
-        model = self.starts.sparse_sharing(search.training, (task,), seed)
-        model.load_state_dict(load_file(self.starts.single_file(search.training.of(task), task, seed)))
+        self.single(search.training.of(task), task, seed)
+        model = self.sparse_sharing(search.training, (task,), seed)
+        model.load_state_dict(load_file(self.single_file(search.training.of(task), task, seed)))
         return {name: weight.detach().abs() for name, weight in model.mlp.masked_weights().items()}
 
     def _rounds(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
-        starts, training = self.starts, search.training.of(task)
-        model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-        objective = objectives.plain(training, (task,), starts.kinds)
-        start, skip = None, round(search.rewind * starts.batches(training))
+        training = search.training.of(task)
+        model = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
+        objective = objectives.plain(training, (task,), self.kinds)
+        start, skip = None, round(search.rewind * self.batches(training))
         if skip:
-            rewound = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-            starts.once(folder / "rewind.safetensors", rewound, objective, training, seed, batches=skip)
+            rewound = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            self.once(folder / "rewind.safetensors", rewound, objective, training, seed, batches=skip)
             start = rewound.state_dict()
 
         def train_and_judge(level: int) -> Mapping[str, float]:
             if level == 0 and not training.warm_up:
                 # Late rewinding changes nothing here: the state to rewind to comes from this very training.
-                record = starts.single(training, task, seed)
-                model.load_state_dict(load_file(starts.single_file(training, task, seed)))
+                record = self.single(training, task, seed)
+                model.load_state_dict(load_file(self.single_file(training, task, seed)))
                 seconds, judged = record["seconds"], record["validation"]
             else:
-                seconds = starts.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
-                judged = starts.judge(folder / f"level_{level}", model, "validation", (task,))
+                seconds = self.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
+                judged = self.judge(folder / f"level_{level}", model, "validation", (task,))
             write_whole(folder / f"level_{level}.seconds", json.dumps(seconds))
             metrics: dict[str, float] = judged["all"][task]
             return metrics
@@ -103,30 +100,30 @@ class Searches:
         """Find one pruned ticket in one training; for "one_shot" that training is the baseline's."""
         saved, judged = folder / "level_1.mask.safetensors", folder / "level_1.json"
         if not judged.exists():
-            starts, training, path = self.starts, search.training.of(task), folder / "level_1"
-            model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            training, path = search.training.of(task), folder / "level_1"
+            model = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
             mlp: MaskedMLP = model.mlp
             metrics: Mapping[str, float] = {}  # one-shot pruning trains nothing through its mask
             if search.method == "one_shot":
                 nnz = wanted_nnz(mlp.mask(), search.density, search.scope)
                 mask = prune_by_magnitude(self.scores(search, task, seed), mlp.mask(), nnz, search.granularity)
-                seconds = starts.single(training, task, seed)["seconds"]
+                seconds = self.single(training, task, seed)["seconds"]
             else:
                 objective, optimizer = (
-                    objectives.plain(training, (task,), starts.kinds),
-                    starts.optimizer(model, training),
+                    objectives.plain(training, (task,), self.kinds),
+                    self.optimizer(model, training),
                 )
                 moving: GradualPruning | DropAndGrow[Batch]
                 if search.method == "gradual":
                     moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
                 else:
                     # A generator per task: one seed for all would give every task the same random mask.
-                    generator = torch.Generator().manual_seed(seed * len(starts.kinds) + list(starts.kinds).index(task))
+                    generator = torch.Generator().manual_seed(seed * len(self.kinds) + list(self.kinds).index(task))
                     loss = objectives.loss_on(objective, model, task)
                     moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
                 after_batch = moving.after_batch
-                seconds = starts.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
-                metrics = starts.judge(path, model, "validation", (task,))["all"][task]
+                seconds = self.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
+                metrics = self.judge(path, model, "validation", (task,))["all"][task]
                 mask = mlp.mask()
             write_whole(folder / "level_1.seconds", json.dumps(seconds))
             mask.save(saved)
@@ -137,6 +134,6 @@ class Searches:
 
     def _folder(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> Path:
         warm = f"-after-{warm_name(search.training, tasks)}" if search.training.warm_up else ""
-        folder = self.starts.made("searches", f"{search.folder(task)}{warm}", f"seed_{seed}", task)
+        folder = self.made("searches", f"{search.folder(task)}{warm}", f"seed_{seed}", task)
         folder.mkdir(exist_ok=True)
         return folder
