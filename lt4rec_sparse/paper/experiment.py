@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
-from lt4rec_sparse.recsys.harness.trials import Training, Trial, check_counts
+from lt4rec_sparse.recsys.harness.trials import Training, check_counts
 from lt4rec_sparse.recsys.report import write_page
 
 
@@ -138,7 +138,7 @@ def run_experiment(
             "rows": study.rows,
             "left_out": study.left_out,
             "seeds": seeds,
-            "training": Trial("sparse_sharing", tuple(kinds), training=training).to_plain()["training"],
+            "training": asdict(training),
             "learning_rates": study.rates,
         }
         progress(f"{name}: write", 0, 1)

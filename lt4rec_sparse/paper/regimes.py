@@ -35,13 +35,10 @@ OPPONENTS = {"hard_sharing": HARD, "single_task": BASE, "random": RANDOM_RESCALE
 
 @dataclass(frozen=True)
 class Regimes:
-    """Size of the map of regimes.
+    """Size of the map of regimes: rows of each log, and how every row trains, except for its learning rates.
 
-    Attributes:
-        impressions: Rows of each log.
-        click_rates: Shares of clicks: fewer clicks leave less to learn watching from.
-        conflicts: How much the tasks oppose each other on what both depend on.
-        training: How every row trains, except for its learning rates.
+    Cells differ in their share of clicks (fewer leave less to learn watching from) and in how much the tasks oppose
+    each other on what both depend on.
     """
 
     impressions: int = 2_000_000

@@ -48,13 +48,9 @@ GAP_MS = 4 * 60 * 60 * 1000
 class LoggedRows:
     """Rows of a log with their outcomes; every array is `[rows]`.
 
-    Attributes:
-        requests: The request of each row: any integers, in any order.
-        duration_s: Length of the video in seconds. A row without one (NaN or 0) is left out.
-        play_s: Play time in seconds, which may exceed the duration. A row without one (NaN) is left out.
-        clicked: Bool.
-        shown: Numbers that ascend in the order in which the log showed a request's rows (times, say).
-        expected_view_s: The true expected view time in seconds, where it is known.
+    A row without a duration (NaN or 0 seconds) or a play time (NaN) is left out; play may exceed the duration.
+    `requests` are any integers in any order; `shown` are numbers that ascend in the order in which the log showed a
+    request's rows (times, say); `expected_view_s` is the true expectation, where it is known.
     """
 
     requests: Ints

@@ -39,15 +39,10 @@ def comparison_table(
     """Return each row's main metrics on the test days and their paired differences to the base's; see `LEGEND`.
 
     Differences of an MSE are in percent of the base's, those of an AUC absolute, as in Table 2 of the paper. A row that
-    lacks seeds is paired with the base at the seeds that both have. Unknown values are "n/a".
+    lacks seeds is paired with the base at the seeds that both have. Unknown values are "n/a". Records of one row and
+    seed that name different tasks (models of single tasks) make one line.
 
-    Args:
-        records: Records of trials, other rows' too. Records of one row and seed that name different tasks (models of
-            single tasks) make one line.
-        rows: Row -> its title, in the order of the lines.
-        base: The row that all others are compared with.
-        tasks: Task -> its kind.
-        part: "all" rows of the data, or the name of a slice.
+    `rows` are titles in the order of the lines; `tasks` are kinds; `part` is "all" rows of the data, or a slice.
     """
     records = list(records)
     header = ["model", "seeds"]

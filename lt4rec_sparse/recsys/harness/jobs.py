@@ -126,13 +126,10 @@ def run_jobs(
 
     A worker is a process with one thread: two trainings with one thread each, side by side, end sooner than one after
     the other with two threads. If a job fails, running jobs finish, no other one starts, and its error is raised; the
-    results so far are on disk.
+    results so far are on disk. Jobs that are ready at the same time start in their order.
 
-    Args:
-        jobs: Key -> job. Jobs that are ready at the same time start in this order.
-        workers: Processes; None for one per core.
-        executor: "processes"; or "here", one after another in this process, with all its threads.
-        progress: Called with the number of jobs done and of all jobs.
+    There is a worker per core unless `workers` says otherwise; the executor "here" runs one job after another in this
+    process, with all its threads. `progress` is told the number of jobs done and of all jobs.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")

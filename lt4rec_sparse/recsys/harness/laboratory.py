@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,7 +125,7 @@ class Laboratory(Searches):
         record = {
             "key": trial.key,
             "seed": trial.seed,
-            "trial": trial.to_plain(),
+            "trial": asdict(trial),
             "state": str(state.relative_to(self.folder)),
             "validation": self.judge(name, model, "validation", trial.tasks),
             "seconds": {
@@ -187,7 +187,7 @@ class Laboratory(Searches):
         """Return the path of the trained weights; trials whose masks are equal share one training."""
         if self._is_single(trial):
             return self.single_file(trial.training, trial.tasks[0], trial.seed)
-        settings: dict[str, Any] = replace(trial, masks=None, is_tested=True).to_plain()
+        settings: dict[str, Any] = asdict(replace(trial, masks=None, is_tested=True))
         if trial.masks is not None:
             before = trial.masks.search.training
             warm = warm_name(before, trial.tasks) if before.warm_up else None

@@ -16,13 +16,14 @@ PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # `Training.dtype` -> 
 DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
-def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Alternating:
+def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
     """Return the paper's objective: one step per task on the task's own rows, without scales or factors."""
-    return Alternating(_losses(training, tasks, kinds))
+    return of_trial(Trial("sparse_sharing", tasks, training=training), kinds)
 
 
-def loss_on(objective: Alternating, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
-    """Return a function from a batch to a task's loss, with its graph."""
+def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
+    """Return a function from a batch to a task's loss, with its graph, for an objective that `plain` made."""
+    assert isinstance(objective, Alternating)
     losses = objective.losses
 
     def loss(batch: Batch) -> Tensor:
@@ -49,10 +50,12 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
     return None
 
 
-def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None) -> Objective:
-    """Return a trial's objective; `balance` are the learned weights of an "uncertainty" objective, else None."""
+def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None = None) -> Objective:
+    """Return a trial's objective; `balance` are the learned weights of an "uncertainty" objective."""
     factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
-    losses = _losses(trial.training, trial.tasks, kinds, dict(trial.scales), factors)
+    named = dict(trial.training.losses)
+    of_tasks = {task: loss_of(kinds[task], named.get(task)) for task in trial.tasks}
+    losses = TaskLosses(of_tasks, dict(trial.scales), factors, PRODUCTS[trial.training.dtype])
     if trial.model == "esmm":
         return _entire_space(trial, losses)
     match trial.objective:
@@ -64,18 +67,6 @@ def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights
             return Joint(losses, trial.tasks, balance)
     generator = torch.Generator().manual_seed(trial.seed)
     return Projected(losses, trial.tasks, lambda gradients: pcgrad(gradients, generator))
-
-
-def _losses(
-    training: Training,
-    tasks: tuple[str, ...],
-    kinds: Mapping[str, str],
-    scales: Mapping[str, float] | None = None,
-    factors: Factors | None = None,
-) -> TaskLosses:
-    named = dict(training.losses)
-    losses = {task: loss_of(kinds[task], named.get(task)) for task in tasks}
-    return TaskLosses(losses, scales or {}, factors, PRODUCTS[training.dtype])
 
 
 def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Factors:

@@ -16,13 +16,10 @@ NARROW = 0.25  # of the widths: a dense network of some 20 % of the weights, sin
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: one model for all tasks, or one model per task.
+    """A row of a table: one model for all tasks, or one model per task, as trials at seed 0.
 
-    Attributes:
-        key: Its name in files.
-        title: Its name in reports.
-        trials: Its trials at seed 0.
-        rate_of: The row whose learning rates it trains with; its own key if it searches them.
+    `key` is its name in files, `title` in reports; `rate_of` is the row whose learning rates it trains with, its own
+    key if it searches them.
     """
 
     key: str

@@ -53,12 +53,8 @@ class Resources:
 class Study:
     """The results of a table of rows.
 
-    Attributes:
-        rows: Row -> title of each that was trained, in order.
-        left_out: Title of a row that this log cannot train -> the reason.
-        rates: Row -> task -> learning rate.
-        trials: Those of each row and seed.
-        records: One per trained model: `row`, and the laboratory's record of it.
+    Titles of the rows that were trained, in order, and the reasons for titles that this log cannot train; row -> task
+    -> learning rate; the trials; and one record per trained model: `row`, and the laboratory's record of it.
     """
 
     rows: dict[str, str]
@@ -80,15 +76,8 @@ def carry_out(
 ) -> Study:
     """Tune the baselines, whose rates the mask searches use; then tune all other rows; then train every seed.
 
-    Args:
-        make: Makes the table's rows; rows that the log cannot train are left out.
-        rows: What the rows have in common.
-        seeds: How many seeds, from 0 on.
-        schema: The log's.
-        folder: The folder of `tuning.json`.
-        carry: Carries out trials.
-        grid: The learning rates to try.
-        others: Makes more rows, for rows of the table that take the rate of a row outside it.
+    Rows that the log cannot train are left out. `carry` carries out trials; what was tried of `grid` is left in
+    `tuning.json` in the folder. `others` makes more rows, for rows of the table that take the rate of a row outside it.
     """
     kinds = {task.name: task.kind for task in schema.tasks}
     rates = tuned_rates([rows.base()], kinds, folder, partial(carry, "tune the baselines"), grid)

@@ -214,8 +214,3 @@ class Trial:
         """Return the same trial at another seed, with the learning rates of its tasks if they are given."""
         own = {task: rate for task, rate in (rates or {}).items() if task in self.tasks}
         return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested)
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return all settings as JSON-able data."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
