@@ -11,8 +11,6 @@ from lt4rec_sparse.recsys.harness.rows import RANDOM_RESCALED, Row, Rows, scaled
 from lt4rec_sparse.recsys.harness.trials import Masks
 from lt4rec_sparse.recsys.models import Conflict
 
-BIGGER, RESCALED = "s_weight_biggernet", "ticket_rescaled"
-
 
 @dataclass(frozen=True)
 class Variants:
@@ -55,7 +53,11 @@ def table2(rows: Rows, variants: Variants = Variants()) -> list[Row]:
         "s_weight_taskbalance": ("S-Weight-taskbalance", best, balance),
         "s_weight_gradientconflict": ("S-Weight-gradientconflict", best, conflict),
         "s_weight_multiview": ("S-Weight-multiview", Masks(search=rows.search(training=multiview)), {}),
-        BIGGER: (f"S-Weight-biggernet ({variants.wider:g}x as wide)", Masks(search=rows.search(training=bigger)), {}),
+        "s_weight_biggernet": (
+            f"S-Weight-biggernet ({variants.wider:g}x as wide)",
+            Masks(search=rows.search(training=bigger)),
+            {},
+        ),
         "s_weight_tuning": ("S-Weight-tuning", best, balance | conflict),
     }
     equal = "S-Weight-biggernet, a round further: the multiply-adds of S-Weight at 20 %"
@@ -64,7 +66,7 @@ def table2(rows: Rows, variants: Variants = Variants()) -> list[Row]:
         rows.hard(),
         s_weight,
         *(rows.sparse(key, title, masks, key, **changes) for key, (title, masks, changes) in variant.items()),
-        rows.sparse(f"{BIGGER}_equal", equal, Masks(search=more, level="last"), BIGGER),
+        rows.sparse("s_weight_biggernet_equal", equal, Masks(search=more, level="last"), "s_weight_biggernet"),
         s_weight_last,
         *rows.random(),
         rows.dense("hard_sharing", "hard sharing, one step for all tasks"),
@@ -130,11 +132,11 @@ def tickets(rows: Rows) -> list[Row]:
     """
     search = rows.search()
     last = Masks(search=search, level="last")
-    layer = rows.search(scope="layer")
     longer = rows.search(training=replace(rows.training, epochs=2))
     warm = rows.search(training=replace(rows.training, warm_up=0.25))
     rewound = Masks(search=rows.search(rewind=0.2), level="last")
-    of_layers, disjoint = Masks(search=layer, level="last"), Masks("random_separate", search, shared=0.0, rescale=True)
+    of_layers = Masks(search=rows.search(scope="layer"), level="last")
+    disjoint = Masks("random_separate", search, shared=0.0, rescale=True)
     # At S-Weight's rates.
     masks = {
         "ticket": ("ticket: one quantile over all layers", last),
@@ -157,10 +159,10 @@ def tickets(rows: Rows) -> list[Row]:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         for kind, title in (("separate", "by magnitude"), ("random_separate", "random")):
             masks[f"{kind}_{share}"] = (f"{title}, {share:.0%} co-owned", Masks(kind, search, shared=share))
-    by_layer = replace(of_layers, rescale=True)
+    by_layer, rescaled = replace(of_layers, rescale=True), "ticket_rescaled"
     scaled_up = {
-        RESCALED: ("ticket, scaled up at the start", replace(last, rescale=True), RESCALED),
-        "ticket_layer_rescaled": ("ticket: one quantile per layer, scaled up at the start", by_layer, RESCALED),
+        rescaled: ("ticket, scaled up at the start", replace(last, rescale=True), rescaled),
+        "ticket_layer_rescaled": ("ticket: one quantile per layer, scaled up at the start", by_layer, rescaled),
         "random_disjoint_rescaled": ("random, nothing co-owned, scaled up at the start", disjoint, RANDOM_RESCALED),
     }
     return [

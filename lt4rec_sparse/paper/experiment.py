@@ -24,14 +24,10 @@ from lt4rec_sparse.recsys.report import write_page
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parts of an experiment.
+    """The parts of an experiment: what makes its rows, and what writes its page from their records.
 
-    Attributes:
-        rows: Makes its rows; rows that a log cannot train are left out, and the page says why.
-        write: Writes its page from the records of all rows and seeds.
-        all_tasks: Whether it trains every task of the log, including tasks that other experiments leave out.
-        carried: Columns that its page reads in addition to the features.
-        kinds: Kinds of its tasks, in order, if its page needs certain kinds; empty for any.
+    It trains every task of the log only if `all_tasks`; `carried` are columns that its page reads in addition to the
+    features, `kinds` those of its tasks, in order, if its page needs certain kinds.
     """
 
     rows: Callable[[Rows], list[Row]]

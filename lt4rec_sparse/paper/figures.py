@@ -19,13 +19,13 @@ from lt4rec_sparse.recsys.plots import (
     DEAD,
     TASK_COLOURS,
     Point,
-    Record,
     log_axis,
     metric_axis,
     panels,
     standard_error,
     ticket_points,
 )
+from lt4rec_sparse.recsys.tables import Record
 
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
@@ -136,7 +136,8 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
         image = axis.imshow(means, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
         for (y, x), cell in zip(where, cells, strict=True):
             ink = "white" if abs(means[y, x]) > 0.7 * limit else "black"
-            text = _difference(cell["differences"][other])
+            error = standard_error(cell["differences"][other])
+            text = f"{means[y, x]:+.1f} %" if np.isnan(error) else f"{means[y, x]:+.1f}\n± {error:.1f} %"
             axis.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.1, color=ink)
         axis.set_xticks(range(len(rates)), [f"{100 * rate:g}" for rate in rates])
         axis.set_yticks(range(len(conflicts)), [f"{conflict:g}" for conflict in conflicts])
@@ -154,8 +155,3 @@ def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
 def _styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
     pairs = zip(rows, cycle(ROW_COLOURS), cycle(ROW_MARKERS), strict=False)
     return {row: {"color": colour, "marker": marker} for row, colour, marker in pairs}
-
-
-def _difference(values: Sequence[float]) -> str:
-    mean = f"{np.mean(values):+.1f}"
-    return f"{mean}\n± {standard_error(values):.1f} %" if len(values) > 1 else f"{mean} %"

@@ -28,8 +28,8 @@ from lt4rec_sparse.recsys.models.rankscore import rank_score
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+# Metric -> its numerator, and its denominator, None for one per request, each `[rows]`.
 Outcomes = dict[str, tuple[Floats, Floats | None]]
-"""Metric -> its numerator, and its denominator, None for one per request, each `[rows]`."""
 
 # Table 3, in its order: arm -> (row whose pCTR, row whose pCVR) its score multiplies.
 TABLE_3 = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -89,14 +91,15 @@ class GAUC:
         return float(np.average(wins[both] / pairs[both], weights=rows[both])) if both.any() else float("nan")
 
 
-class _Quotient:
-    """A quotient of two running sums; NaN if nothing was added."""
+class Quotient:
+    """A quotient of two running sums, to which `terms` of logits and labels in [0, 1] add; NaN if nothing was added."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Callable[[Array, Array], tuple[float, float]]) -> None:
+        self.terms = terms
         self.total = self.count = 0.0
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows; labels in [0, 1]."""
+        """Add rows."""
         total, count = self.terms(logits, labels)
         self.total += float(total)
         self.count += float(count)
@@ -105,30 +108,12 @@ class _Quotient:
         """Return the quotient."""
         return self.total / self.count if self.count else float("nan")
 
-    def terms(self, logits: Array, labels: Array) -> tuple[float, float]:
-        """Return what rows add to the two sums."""
-        raise NotImplementedError
 
-
-class LogLoss(_Quotient):
-    """Mean of `-log p(label)` in nats."""
-
-    def terms(self, logits: Array, labels: Array) -> tuple[float, float]:  # noqa: D102
-        return (np.logaddexp(0, logits) - labels * logits).sum(), len(labels)
-
-
-class MSE(_Quotient):
-    """Mean squared error of `sigmoid(logit)`."""
-
-    def terms(self, logits: Array, labels: Array) -> tuple[float, float]:  # noqa: D102
-        return ((probability(logits) - labels) ** 2).sum(), len(labels)
-
-
-class Calibration(_Quotient):
-    """Predicted over observed: the sum of `sigmoid(logit)` over the sum of labels; 1 is calibrated."""
-
-    def terms(self, logits: Array, labels: Array) -> tuple[float, float]:  # noqa: D102
-        return probability(logits).sum(), labels.sum()
+# The mean of `-log p(label)` in nats; the mean squared error of `sigmoid(logit)`; and predicted over observed, the sum
+# of `sigmoid(logit)` over that of the labels: 1 is calibrated.
+LogLoss = partial(Quotient, lambda logits, labels: ((np.logaddexp(0, logits) - labels * logits).sum(), len(labels)))
+MSE = partial(Quotient, lambda logits, labels: (((probability(logits) - labels) ** 2).sum(), len(labels)))
+Calibration = partial(Quotient, lambda logits, labels: (probability(logits).sum(), labels.sum()))
 
 
 def metrics_of(kind: str) -> dict[str, Metric]:

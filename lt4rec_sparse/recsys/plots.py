@@ -20,9 +20,8 @@ from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
-from lt4rec_sparse.recsys.tables import count
+from lt4rec_sparse.recsys.tables import Record, count
 
-Record = Mapping[str, Any]
 Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # A colour-blind safe order (Okabe and Ito); grey is for weights that no task owns.

@@ -42,8 +42,7 @@ h2 { margin-top: 2.2rem; }
 code { background: #f4f4f4; padding: 0 .2rem; }
 """
 
-Results = Mapping[str, Any]
-"""The contents of `results.json`."""
+Results = Mapping[str, Any]  # the contents of `results.json`
 
 
 def write_page(text: str, title: str, folder: Path) -> Path:

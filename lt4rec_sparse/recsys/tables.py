@@ -18,8 +18,7 @@ LEGEND = (
 NOT_KNOWN = "n/a"
 
 Record = Mapping[str, Any]
-Values = dict[int, float | None]
-"""Seed -> value."""
+Values = dict[int, float | None]  # seed -> value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,6 @@ from lt4rec_sparse.recsys.harness.starts import warm_name
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Search, Training, Trial
 
 DATA = "data"
-TRAINED = ("singles", "searches", "trials")  # the folders of what the laboratory trained
 EXECUTORS = ("processes", "here")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -90,7 +89,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
 
 def has_trained(folder: Path) -> bool:
     """Return whether anything was trained on the log of a folder; if so, the log may not change."""
-    return any((folder / name).exists() for name in TRAINED)
+    return any((folder / name).exists() for name in ("singles", "searches", "trials"))
 
 
 def _search_key(trial: Trial, task: str) -> Hashable:

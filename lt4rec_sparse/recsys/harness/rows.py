@@ -11,7 +11,6 @@ from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 
 BASE, HARD, S_WEIGHT, S_WEIGHT_LAST = "base", "hard_sharing", "s_weight", "s_weight_last"
 RANDOM, RANDOM_RESCALED, SMALL = "random", "random_rescaled", "_small"
-NARROW = 0.25  # of the widths: a dense network of some 20 % of the weights, since the first layer has most of them
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ class Rows:
         tasks: The tasks, the densest first.
         training: How every row trains unless a row says otherwise; learning rates may be searched.
         search_rates: Task -> learning rate of its mask search, which is that of its single-task baseline.
-        rounds: Rounds of pruning.
+        rounds: See `Search`, for `granularity` too.
         density: Share of the weights kept by random masks and by the tickets of the last round.
-        granularity: The unit of pruning.
         narrow: Factor of the hidden widths of narrow dense networks.
     """
 
@@ -52,7 +50,7 @@ class Rows:
     rounds: int = 4
     density: float = 0.2
     granularity: str = "weight"
-    narrow: float = NARROW
+    narrow: float = 0.25  # some 20 % of the weights, since the first layer has most of them
 
     def base(self) -> Row:
         """Return the single-task models."""

@@ -20,11 +20,8 @@ from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.training import Cursor, Objective, TaskAdam, evaluate, train
 
-Judged = dict[str, dict[str, dict[str, float]]]
-"""Slice -> task -> metric -> value."""
-
+Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging
-METRICS_LOG = "metrics.jsonl"
 
 
 class Starts:
@@ -177,7 +174,7 @@ class Starts:
 
     def _log(self, path: Path, record: Mapping[str, Any]) -> None:
         line = json.dumps({"stage": str(path.relative_to(self.folder).with_suffix("")), **record})
-        with (self.folder / METRICS_LOG).open("a", encoding="utf-8") as file:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
 
 

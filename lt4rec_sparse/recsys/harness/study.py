@@ -29,16 +29,10 @@ SEEDS = (1000, 1001)
 FILE = "tuning.json"
 
 Progress = Callable[[str, int, int], None]
-Carry = Callable[[str, Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]
-"""Carries out a stage's trials, and returns the record of each."""
-Rates = Mapping[str, float]
-"""Task -> learning rate."""
-
-Tried = dict[tuple[float, ...], dict[str, float]]
-"""A rate per task, in the order of the trial's tasks -> task -> loss."""
-
-Trials = Mapping[tuple[str, int], tuple[Trial, ...]]
-"""(row, seed) -> the trials trained for it."""
+Carry = Callable[[str, Sequence[Trial]], Mapping[Trial, Mapping[str, Any]]]  # carries out a stage's trials -> records
+Rates = Mapping[str, float]  # task -> learning rate
+Tried = dict[tuple[float, ...], dict[str, float]]  # a rate per task of the trial, in order -> task -> loss
+Trials = Mapping[tuple[str, int], tuple[Trial, ...]]  # (row, seed) -> the trials trained for it
 
 
 @dataclass(frozen=True)
