@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,10 +25,6 @@ class Row:
     title: str
     trials: tuple[Trial, ...]
     rate_of: str
-
-    def at(self, seed: int, rates: Mapping[str, float]) -> tuple[Trial, ...]:
-        """Return the row's trials at a seed with learning rates, task -> rate."""
-        return tuple(trial.at(seed, rates) for trial in self.trials)
 
 
 @dataclass(frozen=True)

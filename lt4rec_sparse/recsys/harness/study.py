@@ -82,7 +82,11 @@ def carry_out(
     table = [row for row in wanted if row.title not in left_out]
     searched = rate_rows(table, others(rows) if others else [])
     rates |= tuned_rates(searched, kinds, folder, partial(carry, "tune the rows"), grid)
-    trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in table for seed in range(seeds)}
+    trials = {
+        (row.key, seed): tuple(trial.at(seed, rates[row.rate_of]) for trial in row.trials)
+        for row in table
+        for seed in range(seeds)
+    }
     titles, chosen = {row.key: row.title for row in table}, {row.key: rates[row.rate_of] for row in table}
     return Study(titles, left_out, chosen, trials, train_all(trials, carry))
 
