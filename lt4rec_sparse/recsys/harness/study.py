@@ -1,7 +1,4 @@
-"""From a table of rows to its records: tune every row alike, then train all seeds side by side.
-
-Learning rates are searched on the validation days, with seeds that no result uses.
-"""
+"""From a table of rows to its records: tune every row alike, then train all seeds side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from lt4rec_sparse.recsys.metrics import LOSS
 
 RATES = (5e-4, 1e-3, 2e-3)
 FURTHER = 2
-SEEDS = (1000, 1001)
+SEEDS = (1000, 1001)  # of the search of rates; no result uses them
 FILE = "tuning.json"
 
 Progress = Callable[[str, int, int], None]
