@@ -79,7 +79,7 @@ def results_of(folder):
 def trial_of(row, masks="tickets", seed=0):
     rows = Rows(TASKS, SETTINGS.training, tuple(dict.fromkeys(TASKS, 1e-3).items()), SETTINGS.rounds)
     (found,) = (r for r in rows.product(masks) if r.key == row)
-    return found.at(seed, dict.fromkeys(TASKS, 1e-3))[0]
+    return found.trials[0].at(seed, dict.fromkeys(TASKS, 1e-3))
 
 
 def contents(folder):
