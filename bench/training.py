@@ -33,8 +33,7 @@ from bench import record
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Batch, Prepared
-from lt4rec_sparse.recsys.harness.grid import run_jobs
-from lt4rec_sparse.recsys.harness.jobs import DATA, jobs_of
+from lt4rec_sparse.recsys.harness.jobs import DATA, jobs_of, run_jobs
 from lt4rec_sparse.recsys.harness.rows import Rows
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.models import build, loss_of

@@ -11,10 +11,6 @@ from lt4rec_sparse.recsys.harness.rows import RANDOM_RESCALED, Row, Rows, scaled
 from lt4rec_sparse.recsys.harness.trials import Masks
 from lt4rec_sparse.recsys.models import Conflict
 
-RANDOM_DENSITIES = (0.4, 0.1, 0.05)  # beside the method's own
-BIGGER, RESCALED = "s_weight_biggernet", "ticket_rescaled"
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
 
 @dataclass(frozen=True)
 class Variants:
@@ -41,23 +37,11 @@ class Variants:
                 raise InputError(f"{name}: got {value}, wanted {'at least 1' if least else 'more than 0'}")
 
 
-@dataclass(frozen=True)
-class PaperRows(Rows):
-    """Makes the paper's rows.
-
-    Attributes:
-        variants: Settings of the variants of S-Weight.
-    """
-
-    variants: Variants = field(default_factory=Variants)
-
-
-def table2(rows: PaperRows) -> list[Row]:
+def table2(rows: Rows, variants: Variants = Variants()) -> list[Row]:
     """The paper's Table 2 and the opponents that ranking engineers would ask about."""
     best = Masks(search=rows.search())
     s_weight, s_weight_last = rows.tickets()
     first, *rest = rows.tasks
-    variants = rows.variants
     balance: dict[str, Any] = {"scales": ((first, 1.0), *((task, variants.cvr_scale) for task in rest))}
     conflict: dict[str, Any] = {"conflict": variants.conflict}
     multiview = replace(rows.training, exclusive_dim=variants.exclusive_dim or max(1, rows.training.embedding_dim // 4))
@@ -69,7 +53,11 @@ def table2(rows: PaperRows) -> list[Row]:
         "s_weight_taskbalance": ("S-Weight-taskbalance", best, balance),
         "s_weight_gradientconflict": ("S-Weight-gradientconflict", best, conflict),
         "s_weight_multiview": ("S-Weight-multiview", Masks(search=rows.search(training=multiview)), {}),
-        BIGGER: (f"S-Weight-biggernet ({variants.wider:g}x as wide)", Masks(search=rows.search(training=bigger)), {}),
+        "s_weight_biggernet": (
+            f"S-Weight-biggernet ({variants.wider:g}x as wide)",
+            Masks(search=rows.search(training=bigger)),
+            {},
+        ),
         "s_weight_tuning": ("S-Weight-tuning", best, balance | conflict),
     }
     equal = "S-Weight-biggernet, a round further: the multiply-adds of S-Weight at 20 %"
@@ -78,7 +66,7 @@ def table2(rows: PaperRows) -> list[Row]:
         rows.hard(),
         s_weight,
         *(rows.sparse(key, title, masks, key, **changes) for key, (title, masks, changes) in variant.items()),
-        rows.sparse(f"{BIGGER}_equal", equal, Masks(search=more, level="last"), BIGGER),
+        rows.sparse("s_weight_biggernet_equal", equal, Masks(search=more, level="last"), "s_weight_biggernet"),
         s_weight_last,
         *rows.random(),
         rows.dense("hard_sharing", "hard sharing, one step for all tasks"),
@@ -115,9 +103,7 @@ def granularity(rows: Rows) -> list[Row]:
             continue
         search = rows.search(granularity=kind)
         table += [
-            rows.sparse(
-                f"{kind}_{level}", f"{kind}, {level} tickets", Masks(search=search, level=level), f"{kind}_best"
-            )
+            rows.sparse(f"{kind}_{level}", f"{kind}, {level} tickets", Masks("tickets", search, level), f"{kind}_best")
             for level in ("best", "last")
         ]
     return table
@@ -131,15 +117,11 @@ def cheap(rows: Rows) -> list[Row]:
         "gradual": "gradual magnitude pruning, one training",
         "drop_and_grow": "drop and grow (RigL), one training",
     }
-    return [
-        rows.base(),
-        rows.hard(),
-        *(
-            rows.sparse(f"{method}_last", title, Masks(search=rows.search(method=method), level="last"))
-            for method, title in found.items()
-        ),
-        *rows.random(),
+    masked = [
+        rows.sparse(f"{method}_last", title, Masks(search=rows.search(method=method), level="last"))
+        for method, title in found.items()
     ]
+    return [rows.base(), rows.hard(), *masked, *rows.random()]
 
 
 def tickets(rows: Rows) -> list[Row]:
@@ -150,11 +132,11 @@ def tickets(rows: Rows) -> list[Row]:
     """
     search = rows.search()
     last = Masks(search=search, level="last")
-    layer = rows.search(scope="layer")
     longer = rows.search(training=replace(rows.training, epochs=2))
     warm = rows.search(training=replace(rows.training, warm_up=0.25))
     rewound = Masks(search=rows.search(rewind=0.2), level="last")
-    of_layers, disjoint = Masks(search=layer, level="last"), Masks("random_separate", search, shared=0.0, rescale=True)
+    of_layers = Masks(search=rows.search(scope="layer"), level="last")
+    disjoint = Masks("random_separate", search, shared=0.0, rescale=True)
     # At S-Weight's rates.
     masks = {
         "ticket": ("ticket: one quantile over all layers", last),
@@ -171,19 +153,16 @@ def tickets(rows: Rows) -> list[Row]:
         "one_random": ("one mask for all: random", Masks("one_random", search)),
         "unanimous": ("one mask for all: unanimous", Masks("unanimous", search)),
     }
-    for density in RANDOM_DENSITIES:
+    for density in (0.4, 0.1, 0.05):  # beside the method's own
         at = Masks("random", replace(search, density=density))
         masks[f"random_{density}"] = (f"random, uniform density of {density:.0%}", at)
-    for share in SHARES:
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         for kind, title in (("separate", "by magnitude"), ("random_separate", "random")):
             masks[f"{kind}_{share}"] = (f"{title}, {share:.0%} co-owned", Masks(kind, search, shared=share))
+    by_layer, rescaled = replace(of_layers, rescale=True), "ticket_rescaled"
     scaled_up = {
-        RESCALED: ("ticket, scaled up at the start", replace(last, rescale=True), RESCALED),
-        "ticket_layer_rescaled": (
-            "ticket: one quantile per layer, scaled up at the start",
-            replace(of_layers, rescale=True),
-            RESCALED,
-        ),
+        rescaled: ("ticket, scaled up at the start", replace(last, rescale=True), rescaled),
+        "ticket_layer_rescaled": ("ticket: one quantile per layer, scaled up at the start", by_layer, rescaled),
         "random_disjoint_rescaled": ("random, nothing co-owned, scaled up at the start", disjoint, RANDOM_RESCALED),
     }
     return [
@@ -198,11 +177,5 @@ def tickets(rows: Rows) -> list[Row]:
 
 def many_tasks(rows: Rows) -> list[Row]:
     """Every task of the log together."""
-    return [
-        rows.base(),
-        rows.hard(),
-        *rows.tickets(),
-        *rows.random(),
-        rows.dense("mmoe", "MMoE"),
-        rows.dense("ple", "PLE"),
-    ]
+    dense = [rows.dense("mmoe", "MMoE"), rows.dense("ple", "PLE")]
+    return [rows.base(), rows.hard(), *rows.tickets(), *rows.random(), *dense]

@@ -4,55 +4,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.paper import declared, pages
-from lt4rec_sparse.paper.declared import PaperRows, Variants
+from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
-from lt4rec_sparse.recsys.harness.rows import Row
+from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
-from lt4rec_sparse.recsys.harness.trials import Training, Trial
+from lt4rec_sparse.recsys.harness.trials import Training, check_counts
 from lt4rec_sparse.recsys.report import write_page
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parts of an experiment.
+    """The parts of an experiment: what makes its rows, and what writes its page from their records.
 
-    Attributes:
-        rows: Makes its rows; rows that a log cannot train are left out, and the page says why.
-        write: Writes its page from the records of all rows and seeds.
-        all_tasks: Whether it trains every task of the log, including tasks that other experiments leave out.
-        carried: Columns that its page reads in addition to the features.
-        kinds: Kinds of its tasks, in order, if its page needs certain kinds; empty for any.
+    It trains every task of the log only if `all_tasks`; `carried` are columns that its page reads in addition to the
+    features, `kinds` those of its tasks, in order, if its page needs certain kinds.
     """
 
-    rows: Callable[[PaperRows], list[Row]]
+    rows: Callable[[Rows], list[Row]]
     write: Callable[[pages.Findings], str]
     all_tasks: bool = False
     carried: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
 
 
+CHEAP = ("rounds_last", "one_shot_last", "gradual_last", "drop_and_grow_last", RANDOM)
 EXPERIMENTS = {
-    "table2": Experiment(declared.table2, pages.table2),
+    "table2": Experiment(
+        declared.table2,
+        partial(pages.page, title="Table 2: models and variants", shown=(S_WEIGHT, "s_neuron", RANDOM)),
+    ),
     "table3": Experiment(
-        declared.table3,
-        pages.table3,
-        carried=("play_time_ms", "duration_ms", "time_ms"),
-        kinds=("binary", "ratio"),
+        declared.table3, pages.table3, carried=("play_time_ms", "duration_ms", "time_ms"), kinds=("binary", "ratio")
     ),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
-    "cheap": Experiment(declared.cheap, pages.cheap),
+    "cheap": Experiment(
+        declared.cheap, partial(pages.page, title="Cheap tickets: one training instead of rounds", shown=CHEAP)
+    ),
     "tickets": Experiment(declared.tickets, pages.tickets),
-    "tasks": Experiment(declared.many_tasks, pages.many_tasks, all_tasks=True),
+    "tasks": Experiment(
+        declared.many_tasks,
+        partial(pages.page, title="All tasks of the log together", shown=(S_WEIGHT, RANDOM)),
+        all_tasks=True,
+    ),
 }
 
 
@@ -66,29 +70,25 @@ def run_experiment(
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
 ) -> Path:
-    """Carry out an experiment, or the part of it that is not done yet, and write its tables and plots.
+    """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
     All experiments on one log share the folder `out`: a model that two of them need is trained once. It then holds
     `data/`, the prepared log; `singles/`, `searches/` and `trials/`, one JSON per trained model; `metrics.jsonl`;
     `tuning.json`, every learning rate that was tried; and one folder per experiment with `report.md`, `report.html`,
     `plots/` and `records.json`, everything that the report says.
 
-    Every row trains for the same epochs, on the same batches in the same order. The learning rates of every model and
-    variant are searched alike (`tuned_rates`); rows that differ only in their masks share one search
-    (`Row.rate_of`). Each trial reads the test days once, when it is trained.
+    Every row trains for the same epochs, on the same batches in the same order; the learning rates of all are searched
+    alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
         data: A folder with a schema file, or in KuaiRand's layout.
         out: The folder for all results.
         seeds: How many seeds, from 0 on.
-        training: How every row trains, except for its learning rates; None for the default.
+        training: How every row trains, except for its learning rates.
         resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
-        variants: Settings of the paper's variants; None for the default.
-
-    Returns:
-        The path of `report.md`.
+        variants: Settings of the paper's variants.
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, the log lacks what the page
@@ -97,8 +97,7 @@ def run_experiment(
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
-    if seeds < 1:
-        raise InputError(f"seeds: got {seeds}, wanted at least 1")
+    check_counts(seeds=seeds)
     experiment = EXPERIMENTS[name]
     training, schema = training or Training(), open_source(data).schema
     missing = [column for column in experiment.carried if column not in schema.carried]
@@ -110,40 +109,38 @@ def run_experiment(
     if experiment.kinds and list(kinds.values()) != list(experiment.kinds):
         wanted = ", ".join(experiment.kinds)
         raise InputError(f"{name}: got tasks of the kinds {', '.join(kinds.values())}, wanted {wanted}")
-    every_kind = {task.name: task.kind for task in schema.tasks}
-    unknown = dict(training.losses).keys() - every_kind.keys()
+    unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
+        table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
-            experiment.rows,
-            PaperRows(tuple(kinds), training, variants=variants or Variants()),
+            table2 if name == "table2" else experiment.rows,
+            Rows(tuple(kinds), training),
             seeds,
-            every_kind,
-            schema.carried,
+            schema,
             out,
             carrier(out, resources or Resources(), progress, name),
-            others=declared.table2,
+            others=table2,
         )
-        folder = out / name
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        (out / name / "plots").mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "experiment": name,
             "data": schema.name,
             "counts": prepared.counts,
             "tasks": kinds,
-            "rows": {row.key: row.title for row in study.table},
+            "rows": study.rows,
             "left_out": study.left_out,
             "seeds": seeds,
-            "training": Trial("sparse_sharing", tuple(kinds), training=training).to_plain()["training"],
+            "training": asdict(training),
             "learning_rates": study.rates,
         }
         progress(f"{name}: write", 0, 1)
-        findings = pages.Findings(facts, study.records, study.trials, out, folder)
+        findings = pages.Findings(facts, study, out)
         text = experiment.write(findings)
         results = {**facts, "further": findings.further, "records": study.records}
-        write_whole(folder / "records.json", json.dumps(results, indent=1) + "\n")
+        write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(text, f"{name}: {schema.name}", folder)
+        return write_page(text, f"{name}: {schema.name}", out / name)

@@ -4,70 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse.nn.compaction import compact
+from lt4rec_sparse.nn.dense import dense_kernels, packed_product
 from lt4rec_sparse.paper import figures
 from lt4rec_sparse.paper.replay import TABLE_3, LoggedRows, over_seeds, replay, sessions, table_3_scores
-from lt4rec_sparse.paper.serving_times import serving_times
+from lt4rec_sparse.recsys.frozen import Product, dense_pass, score_mlp
 from lt4rec_sparse.recsys.harness.jobs import laboratory
-from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, S_WEIGHT, SMALL
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM, SMALL
+from lt4rec_sparse.recsys.harness.study import Study
 from lt4rec_sparse.recsys.harness.trials import Trial
+from lt4rec_sparse.recsys.models import HardSharing, SparseSharing
 from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
 from lt4rec_sparse.recsys.training import Predictions
+from lt4rec_sparse.stopwatch import interleaved
 
-# KuaiRand has few impressions per visit: with a gap of half an hour, one list in sixteen has more than three.
-GAP_MS = 4 * 60 * 60 * 1000
+CANDIDATES = (1, 32, 256)  # of the requests that the granularity experiment times
 
 
 @dataclass
 class Findings:
-    """What an experiment's page is written from.
+    """What an experiment's page is written from: the facts of `records.json`, and the study.
 
-    Attributes:
-        facts: The data, the tasks (name -> kind), the rows (key -> title), settings, learning rates.
-        records: One per trained model.
-        trials: (row, seed) -> the trials trained for it.
-        laboratory: The folder where they were trained.
-        folder: The page's folder; plots go to `plots/`.
-        further: Measurements of the page itself, saved beside the records.
+    `out` is the folder where it was trained; plots go to `<experiment>/plots/` in it. `further` are measurements of the
+    page itself, saved beside the records.
     """
 
     facts: Mapping[str, Any]
-    records: Sequence[dict[str, Any]]
-    trials: Mapping[tuple[str, int], Sequence[Trial]]
-    laboratory: Path
-    folder: Path
+    study: Study
+    out: Path
     further: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def tasks(self) -> Mapping[str, str]:
-        """Task -> its kind."""
-        tasks: Mapping[str, str] = self.facts["tasks"]
-        return tasks
-
-    @property
-    def rows(self) -> Mapping[str, str]:
-        """Row -> its title."""
-        rows: Mapping[str, str] = self.facts["rows"]
-        return rows
-
-    def of(self, row: str) -> list[dict[str, Any]]:
-        """Return the records of a row."""
-        return [record for record in self.records if record["row"] == row]
+    def __post_init__(self) -> None:
+        self.rows, self.records = self.study.rows, self.study.records
+        self.tasks: Mapping[str, str] = self.facts["tasks"]
 
     def plot(self, name: str, caption: str, draw: Callable[[Path], object]) -> str:
         """Draw `plots/<name>.png` and return it as Markdown."""
-        draw(self.folder / "plots" / f"{name}.png")
+        draw(self.out / self.facts["experiment"] / "plots" / f"{name}.png")
         return f"![{caption}](plots/{name}.png)"
-
-
-def table2(findings: Findings) -> str:
-    """Return Table 2 and the details behind it."""
-    return _page(findings, "Table 2: models and variants", [_ownership(findings, [S_WEIGHT, "s_neuron", RANDOM])])
 
 
 def table3(findings: Findings) -> str:
@@ -85,68 +69,49 @@ def table3(findings: Findings) -> str:
 def figure4(findings: Findings) -> str:
     """Return Figure 4: each task's metric against the weights that remain, for all seeds."""
     (row,) = (key for key in findings.rows if key != BASE)
-    tasks = dict(findings.tasks)
+    records = [record for record in findings.records if record["row"] == row]
     plot = findings.plot(
         "figure4",
         "Validation metric of each task against the hidden weights that remain",
-        lambda path: plot_tickets(findings.of(row), tasks, path),
+        lambda path: plot_tickets(records, findings.tasks, path),
     )
-    return _page(
-        findings, "Figure 4: pruning round by round", [plot, f"{LEVELS}\n\n{levels_table(findings.of(row), tasks)}"]
-    )
+    levels = "On the validation days, each level trained alone from the start:"
+    parts = [plot, f"{levels}\n\n{levels_table(records, findings.tasks)}"]
+    return page(findings, "Figure 4: pruning round by round", parts)
 
 
 def granularity(findings: Findings) -> str:
     """Return accuracy against density and against measured time, from single weights to whole neurons."""
-    kinds = {key.removesuffix("_last"): key for key in findings.rows if key.endswith("_last")}
-    curves = {key: kind for kind, key in kinds.items()}
-    tasks = dict(findings.tasks)
-    parts = [
-        findings.plot(
-            "granularity",
-            "Validation metric of each task against density, one line per granularity",
-            lambda path: figures.plot_granularity(findings.records, curves, tasks, path, split="validation"),
-        )
-    ]
-    small = HARD + SMALL
-    timed = {HARD: "hard sharing (dense)", small: findings.rows[small], **curves}
-    measured = serving_times(findings.laboratory, {row: findings.trials[row, 0][0] for row in timed})
+    curves = {key: key.removesuffix("_last") for key in findings.rows if key.endswith("_last")}
+    timed = {HARD: "hard sharing (dense)", HARD + SMALL: findings.rows[HARD + SMALL], **curves}
+    measured = serving_times(findings.out, {row: findings.study.trials[row, 0][0] for row in timed})
     findings.further["serving"] = measured
     for record in findings.records:
         if record["row"] in measured:
             record["serving"] = measured[record["row"]]
-    shown = {key: title for key, title in timed.items() if key in measured}
-    parts += [
+    parts = [
+        findings.plot(
+            "granularity",
+            "Validation metric of each task against density, one line per granularity",
+            lambda path: figures.plot_granularity(findings.records, curves, findings.tasks, path),
+        ),
         findings.plot(
             "speed",
             "Test metric of each task against microseconds for 256 candidates",
-            lambda path: figures.plot_speed(findings.records, shown, tasks, path),
+            lambda path: figures.plot_speed(findings.records, timed, findings.tasks, path),
         ),
-        _times(measured, shown),
+        _times(measured, timed),
     ]
-    return _page(findings, "Granularity: accuracy against real speed", parts)
-
-
-def cheap(findings: Findings) -> str:
-    """Return what masks from one training per task, or from none, are worth beside the paper's rounds."""
-    masked = [key for key in findings.rows if key.endswith("_last") or key == RANDOM]
-    return _page(findings, "Cheap tickets: one training instead of rounds", [_ownership(findings, masked)])
+    return page(findings, "Granularity: accuracy against real speed", parts)
 
 
 def tickets(findings: Findings) -> str:
     """Return which property of a mask decides."""
     against_random = comparison_table(findings.records, findings.rows, RANDOM, findings.tasks)
     shown = ["ticket", "ticket_layer", "random_like", RANDOM, "separate_0.5"]
-    parts = [f"## Against random masks\n\n{against_random}", _ownership(findings, shown)]
-    return _page(findings, "Does the ticket matter?", parts)
+    return page(findings, "Does the ticket matter?", [f"## Against random masks\n\n{against_random}"], shown)
 
 
-def many_tasks(findings: Findings) -> str:
-    """Return the page of all tasks of the log together."""
-    return _page(findings, "All tasks of the log together", [_ownership(findings, [S_WEIGHT, RANDOM])])
-
-
-LEVELS = "On the validation days, each level trained alone from the start:"
 REPLAY_LEGEND = """\
 Every request's impressions are ranked by `pCTR * pCVR * length` (Eq 3, a = b = c = 1) and the top k are judged by the
 log. This is a replay within the lists that the logging policy showed, not an online test. Where the log has no
@@ -156,14 +121,22 @@ means over the seeds; differences are paired over seeds, ± their standard error
 to compare the arms with: random, by length alone, as shown, and the best possible in hindsight or by the truth."""
 
 
-def _page(findings: Findings, title: str, parts: Sequence[str]) -> str:
-    slices = next(iter(findings.records))["test"]
+def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
+    """Return a page: the comparison with single-task models, `parts`, and who owns the weights of the rows `shown`."""
     sections = [_head(findings, title), LEGEND]
-    for part in slices:
+    for part in findings.records[0]["test"]:
         caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
         rows = comparison_table(findings.records, findings.rows, BASE, findings.tasks, part)
         sections.append(f"## {caption}\n\n{rows}")
     sections += parts
+    masked = {record["row"] for record in findings.records if record["masks"]}
+    if owners := {key: findings.rows[key] for key in shown if key in masked}:
+        plot = findings.plot(
+            "overlap",
+            "Shared, private and dead weights of each layer",
+            lambda path: plot_ownership(findings.records, owners, path),
+        )
+        sections.append(f"## Who owns which weights\n\n{plot}")
     if findings.facts["left_out"]:
         reasons = "\n".join(f"- {title}: {reason}." for title, reason in findings.facts["left_out"].items())
         sections.append(f"## Left out because this log cannot train them\n\n{reasons}")
@@ -188,16 +161,6 @@ def _head(findings: Findings, title: str) -> str:
     )
 
 
-def _ownership(findings: Findings, rows: Sequence[str]) -> str:
-    shown = {key: findings.rows[key] for key in rows if any(record["masks"] for record in findings.of(key))}
-    plot = findings.plot(
-        "overlap",
-        "Shared, private and dead weights of each layer",
-        lambda path: plot_ownership(findings.records, shown, path),
-    )
-    return f"## Who owns which weights\n\n{plot}"
-
-
 def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     sizes = next(iter(measured.values()))["microseconds"]
     header = ["masks", *(f"µs at {size}" for size in sizes), "served as"]
@@ -211,11 +174,11 @@ def _times(measured: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 
 def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     """Replay the test days with the models of one seed."""
-    lab = laboratory(findings.laboratory)
+    lab = laboratory(findings.out)
     predicted: dict[str, dict[str, Any]] = {task: {} for task in findings.tasks}
     rows: Predictions | None = None
     for row in sorted({row for arm in TABLE_3.values() for row in arm}):
-        for trial in findings.trials[row, seed]:
+        for trial in findings.study.trials[row, seed]:
             rows = lab.predictions(trial, "test")
             for task, probability in rows.probabilities.items():
                 predicted[task][row] = probability.double().numpy()
@@ -227,12 +190,12 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
     if "truth_click" in values:
         expected = values["truth_click"] * values["truth_watch"] * np.nan_to_num(values["duration_ms"]) / 1000
     log = LoggedRows(
-        values["request_id"].astype(np.int64) if "request_id" in values else sessions(users, times, GAP_MS),
+        values["request_id"].astype(np.int64) if "request_id" in values else sessions(users, times),
         values["duration_ms"] / 1000,
         values["play_time_ms"] / 1000,
         rows.labels[click].numpy() > 0.5,
+        times,
         expected,
-        shown=times,
     )
     return replay(log, table_3_scores(predicted[click], predicted[watch], log.duration_s))
 
@@ -240,28 +203,78 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
 def _replay_table(found: Mapping[str, Any]) -> str:
     """Return Table 3's columns for one k: the arms, then the reference orders."""
     first, *_ = found["arms"]
-    has_truth = "expected_view_time_s" in found["arms"][first]
     metrics = {"view_time_s": "view time, s", "cvr": "cvr", "ctr": "ctr"}
-    metrics |= {"expected_view_time_s": "expected view time, s"} if has_truth else {}
-    main = "expected_view_time_s" if has_truth else "view_time_s"
+    main = "view_time_s"
+    if "expected_view_time_s" in found["arms"][first]:
+        main = "expected_view_time_s"
+        metrics[main] = "expected view time, s"
     header = ["order", *metrics.values(), f"{metrics[main]}, against {first}"]
     lines = []
     for name, values in (found["arms"] | found["references"]).items():
-        line = [name, *(_number(values.get(metric)) for metric in metrics)]
-        difference = found["differences"].get(name, {}).get(first, {}).get(main)
-        lines.append([*line, _difference(difference)])
+        difference = found["differences"].get(name, {}).get(first, {}).get(main, {})
+        line = [name, *(_number(values[metric]["mean"], values[metric]["deviation"] or None) for metric in metrics)]
+        lines.append([*line, _number(difference.get("difference"), difference.get("error"), "+")])
     return f"{found['requests']:,} requests.\n\n{table(header, lines)}"
 
 
-def _number(summary: Mapping[str, float | None] | None) -> str:
-    if summary is None or summary["mean"] is None:
+def _number(mean: float | None, error: float | None, sign: str = "") -> str:
+    if mean is None:
         return ""
-    deviation = summary["deviation"]
-    return f"{summary['mean']:.3f}" + ("" if not deviation else f" ± {deviation:.3f}")
+    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _difference(difference: Mapping[str, float | None] | None) -> str:
-    if difference is None or difference["difference"] is None:
-        return ""
-    error = difference["error"]
-    return f"{difference['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
+    """Time the MLPs of trained trials, row -> trial, all tasks, fp32, on rows of the test days.
+
+    The ways of a masked network: "sparse", the engine on compressed weights; "compacted", smaller dense layers without
+    dead inputs and neurons; "dense" and "packed dense", masks multiplied in beforehand, by torch and by oneDNN.
+    Networks without masks are dense.
+
+    Returns:
+        Row -> {"microseconds": {candidates: median of its fastest way}, "way": that way for the most candidates,
+        "ways": {way: {candidates: median}}}.
+    """
+    lab = laboratory(folder)
+    models = {row: lab.model(trial) for row, trial in trials.items()}
+    features = next(lab.prepared.stream("test", max(CANDIDATES), shuffle=False).epoch(0)).features
+    with torch.inference_mode():
+        x = cast(SparseSharing, next(iter(models.values()))).inputs(features)
+    calls = {f"{row}|{way}": score for row, model in models.items() for way, score in _ways(model).items()}
+    medians: dict[str, dict[str, dict[str, float]]] = {row: {} for row in trials}
+    for size in CANDIDATES:
+        for name, timing in interleaved({name: partial(score, x[:size]) for name, score in calls.items()}).items():
+            row, way = name.split("|")
+            medians[row].setdefault(way, {})[str(size)] = timing.median_us
+    result = {}
+    for row, ways in medians.items():
+        fastest = {str(size): min(ways, key=lambda way: ways[way][str(size)]) for size in CANDIDATES}
+        result[row] = {
+            "microseconds": {size: ways[way][size] for size, way in fastest.items()},
+            "way": fastest[str(max(CANDIDATES))],
+            "ways": ways,
+        }
+    return result
+
+
+def _ways(model: nn.Module) -> dict[str, Product]:
+    if isinstance(model, HardSharing):
+        return _dense([cast(MaskedMLP, model.mlps[task]) for task in model.tasks])
+    assert isinstance(model, SparseSharing)
+    frozen = freeze(model.mlp, sigmoid=True)
+    assert isinstance(frozen, SparseMLP)
+    compacted = compact(frozen.network)
+    return {
+        "sparse": partial(score_mlp, frozen),
+        "compacted": torch.inference_mode()(compacted.__call__),
+        **_dense([model.mlp]),
+    }
+
+
+def _dense(mlps: Sequence[MaskedMLP]) -> dict[str, Product]:
+    """Return the ways that need no sparse kernel: torch's `F.linear`, and weights that oneDNN packed."""
+    makers = {"dense": None, **({"packed dense": packed_product} if "onednn" in dense_kernels("fp32") else {})}
+    return {way: partial(_side_by_side, [dense_pass(mlp, make) for mlp in mlps]) for way, make in makers.items()}
+
+
+def _side_by_side(parts: Sequence[Product], x: Tensor) -> Tensor:
+    return parts[0](x) if len(parts) == 1 else torch.cat([part(x) for part in parts], dim=1)

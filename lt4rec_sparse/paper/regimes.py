@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
@@ -15,42 +16,35 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.paper import figures
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
-from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
-from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, jobs_of, laboratory
-from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
-from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Row, Rows
+from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
+from lt4rec_sparse.recsys.harness.recovery import recovery
+from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.statistics import paired_difference
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier
-from lt4rec_sparse.recsys.harness.trials import Training, Trial
-from lt4rec_sparse.recsys.harness.tuning import tuned_rates
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out, train_all
+from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.recsys.report import write_page
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, table
+from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, table, values_of
 
 LOG = "log"
-# Four out of ten clicked, as in the paper's log; and a tenth and a hundredth of that, like its conversions.
-CLICK_RATES = (0.02, 0.1, 0.41)
-CONFLICTS = (0.0, 0.5, 1.0)
-WATCH_RATE = 0.4
 MIDDLE = (0.1, 0.5)  # where learning rates are searched, for all cells
 TRAINING = Training(hidden=(128, 64, 32), embedding_dim=8, batch_size=2048)
 TASKS = ("ctr", "cvr")
+OPPONENTS = {"hard_sharing": HARD, "single_task": BASE, "random": RANDOM_RESCALED}
 
 
 @dataclass(frozen=True)
 class Regimes:
-    """Size of the map of regimes.
+    """Size of the map of regimes: rows of each log, and how every row trains, except for its learning rates.
 
-    Attributes:
-        impressions: Rows of each log.
-        click_rates: Shares of clicks: fewer clicks leave less to learn watching from.
-        conflicts: How much the tasks oppose each other on what both depend on.
-        training: How every row trains, except for its learning rates.
+    Cells differ in their share of clicks (fewer leave less to learn watching from) and in how much the tasks oppose
+    each other on what both depend on.
     """
 
     impressions: int = 2_000_000
-    click_rates: tuple[float, ...] = CLICK_RATES
-    conflicts: tuple[float, ...] = CONFLICTS
+    # Four out of ten clicked, as in the paper's log; and fewer, down to its conversions.
+    click_rates: tuple[float, ...] = (0.02, 0.1, 0.41)
+    conflicts: tuple[float, ...] = (0.0, 0.5, 1.0)
     training: Training = TRAINING
 
     def config(self, click_rate: float, conflict: float) -> SimulatorConfig:
@@ -60,15 +54,10 @@ class Regimes:
             videos=max(100, self.impressions // 100),
             impressions=self.impressions,
             click_rate=click_rate,
-            watch_rate=WATCH_RATE,
+            watch_rate=0.4,
             conflict=conflict,
             planted_fields=2,
         )
-
-
-def table_of(rows: Rows) -> list[Row]:
-    """Return what is trained in every cell."""
-    return [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]]
 
 
 def run_regimes(
@@ -80,86 +69,56 @@ def run_regimes(
 ) -> Path:
     """Simulate a log per cell, train every row on each, and write the map and how much of the truth the masks found.
 
-    Learning rates are searched in the middle cell, for each row alike, and used in all cells.
-
-    Args:
-        out: Holds a folder per cell, `tuning.json`, and `report.md` with its plots and `records.json`.
-        seeds: How many seeds, from 0 on; all seeds of a cell train on the same log.
-        regimes: The map; None for the default.
-        resources: The processes that train.
-        progress: Called with a stage's name, steps done and steps in all.
-
-    Returns:
-        The path of `report.md`.
+    Learning rates are searched in the middle cell, for each row alike, and used in all cells. `out` then holds a folder
+    per cell, `tuning.json`, and `report.md`, whose path is returned, with its plots and `records.json`. All seeds of a
+    cell train on the same log. For the other arguments see `run_experiment`.
     """
     regimes, resources = regimes or Regimes(), resources or Resources()
-    with locked(out):
-        return _run(out, seeds, regimes, resources, progress)
-
-
-def _run(out: Path, seeds: int, regimes: Regimes, resources: Resources, progress: Progress) -> Path:
     cells = {
         cell: out / f"click_{cell[0]}-conflict_{cell[1]}" for cell in product(regimes.click_rates, regimes.conflicts)
     }
     middle = cells.get(MIDDLE, next(iter(cells.values())))
-
-    def jobs(trials: Mapping[Path, Sequence[Trial]]) -> dict[Hashable, Job]:
-        """Return the cells' jobs, cell after cell, so that a worker holds few logs at a time."""
-        result: dict[Hashable, Job] = {}
-        for folder, of_cell in trials.items():
-            for key, job in jobs_of(folder, of_cell).items():
-                result[folder, key] = replace(job, needs=tuple((folder, need) for need in job.needs))
-        return result
-
-    def run(stage: str, jobs: Mapping[Hashable, Job]) -> dict[Hashable, Any]:
-        tell = partial(progress, stage)
-        return run_jobs(jobs, resources.workers, resources.executor, tell)
-
-    configs = {cells[cell]: regimes.config(*cell) for cell in cells}
-    made: dict[Hashable, Job] = {folder: Job(prepare_cell, (folder, config)) for folder, config in configs.items()}
-    run("regimes: simulate", made)
-    kinds = {task.name: task.kind for task in laboratory(middle).prepared.schema.tasks}
-    carry = carrier(middle, resources, progress, "regimes")("tune")
-    base = Rows(TASKS, regimes.training)
-    rates = tuned_rates([base.base()], kinds, out, carry)
-    rows = table_of(replace(base, search_rates=tuple(rates[BASE].items())))
-    rates |= tuned_rates([row for row in rows if row.key != BASE], kinds, out, carry)
-    trials = {(row.key, seed): row.at(seed, rates[row.rate_of]) for row in rows for seed in range(seeds)}
-    every = [trial for of_row in trials.values() for trial in of_row]
-    found = run("regimes: train", jobs(dict.fromkeys(cells.values(), every)))
-    results = []
-    for (click_rate, conflict), folder in cells.items():
-        records = [{"row": key, **found[folder, trial]} for (key, _), of_row in trials.items() for trial in of_row]
-        truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
-        recovered = [
-            {"seed": seed, "way": way, **recovery(laboratory(folder), trials[key, seed][0], truth["fields"])}
-            for seed in range(seeds)
-            for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
-        ]
-        results.append(
-            {
-                "click_rate": click_rate,
-                "conflict": conflict,
-                "counts": laboratory(folder).prepared.counts,
-                "truth": {name: value for name, value in truth.items() if name != "fields"},
-                "differences": _differences(records),
-                "recovery": recovered,
-                "records": records,
-            }
+    with locked(out):
+        logs = {folder: Job(prepare_cell, (folder, regimes.config(*cell))) for cell, folder in cells.items()}
+        run_jobs(logs, resources.workers, resources.executor, partial(progress, "regimes: simulate"))
+        study = carry_out(
+            lambda rows: [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]],
+            Rows(TASKS, regimes.training),
+            seeds,
+            laboratory(middle).prepared.schema,
+            out,
+            carrier(middle, resources, progress, "regimes"),
         )
-    titles = {row.key: row.title for row in rows}
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    facts = {"rows": titles, "seeds": seeds, "learning_rates": {row.key: rates[row.rate_of] for row in rows}}
-    write_whole(out / "records.json", json.dumps({**facts, "cells": results}, indent=1) + "\n")
-    return write_page(_page(results, titles, out), "regimes: simulated logs", out)
+        results = []
+        for (click_rate, conflict), folder in cells.items():
+            name = f"regimes, clicks {click_rate:.0%}, conflict {conflict:g}"
+            records = train_all(study.trials, carrier(folder, resources, progress, name))
+            truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
+            lab = laboratory(folder)
+            recovered = [
+                {"seed": seed, "way": way, **recovery(lab, study.trials[key, seed][0], truth["fields"])}
+                for seed in range(seeds)
+                for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
+            ]
+            results.append(
+                {
+                    "click_rate": click_rate,
+                    "conflict": conflict,
+                    "counts": lab.prepared.counts,
+                    "truth": {name: value for name, value in truth.items() if name != "fields"},
+                    "differences": _differences(records),
+                    "recovery": recovered,
+                    "records": records,
+                }
+            )
+        (out / "plots").mkdir(exist_ok=True)
+        facts = {"rows": study.rows, "seeds": seeds, "learning_rates": study.rates}
+        write_whole(out / "records.json", json.dumps({**facts, "cells": results}, indent=1) + "\n")
+        return write_page(_page(results, study.rows, out), "regimes: simulated logs", out)
 
 
 def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
-    """Simulate and prepare a cell's log, unless that is done already.
-
-    Raises:
-        InputError: If the folder holds trials on another log.
-    """
+    """Simulate and prepare a cell's log, unless that is done already; a folder with trials on another is refused."""
     truth = folder / LOG / TRUTH
     if has_trained(folder) and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
         raise InputError(
@@ -171,19 +130,11 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return how S-Weight's CVR MSE differs from the other rows', in percent, one number per seed."""
-
-    def mse(row: str) -> dict[int, float]:
-        return {
-            record["seed"]: record["test"]["all"]["cvr"]["mse"]
-            for record in records
-            if record["row"] == row and "cvr" in record["test"]["all"]
-        }
-
-    def against(row: str) -> list[float]:
-        mine, other = mse(S_WEIGHT), mse(row)
-        return [paired_difference({s: mine[s]}, {s: other[s]}, relative=True).mean for s in sorted(mine)]
-
-    return {"hard_sharing": against(HARD), "single_task": against(BASE), "random": against(RANDOM_RESCALED)}
+    mse = {name: values_of(records, row, "cvr", "mse") for name, row in {"mine": S_WEIGHT, **OPPONENTS}.items()}
+    return {
+        name: [paired_difference({s: mine}, {s: mse[name][s]}, relative=True).mean for s, mine in mse["mine"].items()]
+        for name in OPPONENTS
+    }
 
 
 def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder: Path) -> str:
@@ -195,10 +146,8 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
         "depend on.",
         "![CVR MSE of S-Weight against hard sharing, single-task and random masks](plots/regimes.png)",
         _recovery_table(cells),
+        LEGEND,
     ]
-    middle = next((c for c in cells if (c["click_rate"], c["conflict"]) == MIDDLE), cells[0])
-    figures.plot_recovery(_named(middle["recovery"]), PLANTED, folder / "plots" / "recovery.png")
-    parts += ["![What masks keep of each kind of field](plots/recovery.png)", LEGEND]
     for cell in cells:
         truth = cell["truth"]
         parts.append(
@@ -210,10 +159,6 @@ def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder:
     return "\n\n".join(parts) + "\n"
 
 
-def _named(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: record[name] for name in ("way", "seed", "density")} for record in found]
-
-
 def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
     header = ["clicks", "conflict", "masks", *(f"{task}: AUC of columns" for task in TASKS)]
     header += ["co-owned: both need", "one needs", "none needs"]
@@ -222,8 +167,10 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
         for way in ("tickets", "random"):
             found = [record for record in cell["recovery"] if record["way"] == way]
             line = [f"{cell['click_rate']:.0%}", f"{cell['conflict']:g}", way]
-            line += [f"{_mean(record['auc'][task] for record in found):.3f}" for task in TASKS]
-            line += [f"{_mean(r['sharing'][part] for r in found):.3f}" for part in ("shared", "private", "neither")]
+            line += [f"{fmean(record['auc'][task] for record in found):.3f}" for task in TASKS]
+            for part in ("shared", "private", "neither"):
+                known = [record["sharing"][part] for record in found if record["sharing"][part] is not None]
+                line.append(f"{fmean(known):.3f}" if known else NOT_KNOWN)
             lines.append(line)
     text = (
         "What the masks at 20 % found of the planted structure, in the first layer. AUC of columns: how well the "
@@ -231,8 +178,3 @@ def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
         "Co-owned: which share of the weights that either task keeps is kept by both."
     )
     return f"## Found and planted\n\n{text}\n\n{table(header, lines)}"
-
-
-def _mean(values: Any) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")

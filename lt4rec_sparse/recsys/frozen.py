@@ -44,17 +44,18 @@ def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path) -> dict[str, A
     model = cast(SparseSharing, lab.model(trial))
     frozen = freeze(model.mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
-    frozen = frozen.calibrated(_calibration_inputs(lab, model))
+    with torch.inference_mode():
+        rows = lab.prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True).epoch(0)
+        frozen = frozen.calibrated(model.inputs(next(rows).features))
     save(Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), frozen), path)
     rankers = {precision: load(path, precision) for precision in PRECISIONS}
-    ranker = rankers["fp32"]
     masks = {task: model.mlp.mask(task) for task in model.tasks}
     first, *others = masks
     return {
         "overlap": {f"{first} & {other}": overlap(masks[first], masks[other]) for other in others},
-        "largest_difference": _largest_difference(lab, model, ranker),
+        "largest_difference": _largest_difference(lab, model, rankers["fp32"]),
         "precisions": _precisions(lab, {task: lab.kinds[task] for task in model.tasks}, rankers),
-        "bytes": _bytes(model, ranker, path),
+        "bytes": _bytes(model, rankers["fp32"], path),
         "latency": _latency(lab, model, rankers),
         "engine": ops.cpu_engine(),
         "threads": torch.get_num_threads(),
@@ -62,20 +63,12 @@ def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path) -> dict[str, A
 
 
 @torch.inference_mode()
-def _calibration_inputs(lab: Laboratory, model: SparseSharing) -> Tensor:
-    stream = lab.prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True)
-    inputs: Tensor = model.inputs(next(stream.epoch(0)).features)
-    return inputs
-
-
-@torch.inference_mode()
 def _largest_difference(lab: Laboratory, model: SparseSharing, ranker: Ranker) -> dict[str, float]:
-    largest = dict.fromkeys(model.tasks, 0.0)
+    largest = torch.zeros(len(model.tasks))
     for batch in lab.prepared.stream("test", 1024, seed=0, shuffle=False).epoch(0):
         served, trained = ranker.score_encoded(batch.features), torch.sigmoid(model(batch.features))
-        for i, task in enumerate(model.tasks):
-            largest[task] = max(largest[task], (served[:, i] - trained[:, i]).abs().max().item())
-    return largest
+        largest = largest.maximum((served - trained).abs().amax(0))
+    return dict(zip(model.tasks, largest.tolist(), strict=True))
 
 
 def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str, Ranker]) -> dict[str, dict[str, Any]]:
@@ -86,21 +79,22 @@ def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str,
         the bytes of its prepacked MLP, and whether it is accepted: on validation no metric is worse than fp32's by more
         than `is_tolerable` allows.
     """
-    judged: dict[str, dict[str, Any]] = {precision: {} for precision in rankers}
-    for split in ("validation", "test"):
-        metrics, largest = _served(lab, kinds, rankers, split)
-        for precision in rankers:  # after the loop, `largest` holds the test split's differences
-            judged[precision] |= {split: metrics[precision], "largest_difference": largest[precision]}
-    fp32 = judged["fp32"]["validation"]
-    for precision, ranker in rankers.items():
-        validation = judged[precision]["validation"]
-        tolerable = [
-            is_tolerable(metric, value, fp32[task][metric])
-            for task, metrics_of_task in validation.items()
-            for metric, value in metrics_of_task.items()
-        ]
-        judged[precision] |= {"prepacked_bytes": sum(ranker.mlp.prepacked_nbytes.values()), "accepted": all(tolerable)}
-    return judged
+    validation, _ = _served(lab, kinds, rankers, "validation")
+    test, largest = _served(lab, kinds, rankers, "test")
+    return {
+        precision: {
+            "validation": validation[precision],
+            "test": test[precision],
+            "largest_difference": largest[precision],
+            "prepacked_bytes": sum(ranker.mlp.prepacked_nbytes.values()),
+            "accepted": all(
+                is_tolerable(metric, value, validation["fp32"][task][metric])
+                for task, metrics in validation[precision].items()
+                for metric, value in metrics.items()
+            ),
+        }
+        for precision, ranker in rankers.items()
+    }
 
 
 @torch.inference_mode()
@@ -108,9 +102,8 @@ def _served(
     lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str, Ranker], split: str
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
     """Return each precision's main metrics, and the largest differences of its scores from fp32's, over a split."""
-    mains = {task: MAIN_METRIC[kind] for task, kind in kinds.items()}
-    metrics = {p: {task: metrics_of(kind)[mains[task]] for task, kind in kinds.items()} for p in rankers}
-    largest = {p: torch.zeros(len(mains)) for p in rankers}
+    metrics = {p: {task: metrics_of(kind)[MAIN_METRIC[kind]] for task, kind in kinds.items()} for p in rankers}
+    largest = {p: torch.zeros(len(kinds)) for p in rankers}
     for batch in lab.prepared.stream(split, 4096, seed=0, shuffle=False).epoch(0):
         x = rankers["fp32"].inputs(batch.features)
         scores = {p: ranker.mlp(x) for p, ranker in rankers.items()}
@@ -118,13 +111,13 @@ def _served(
             largest[p] = largest[p].maximum((scores[p] - scores["fp32"]).abs().amax(0))
             # Metrics read logits. A float32 below 1 is at least 2^-24 away from it.
             logits = torch.logit(scores[p].double(), eps=2.0**-25)
-            for i, task in enumerate(mains):
+            for i, (task, metric) in enumerate(metrics[p].items()):
                 rows = batch.rows[task]
                 labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
-                metrics[p][task].update(logits[rows, i].numpy(), labels.numpy(), groups.numpy())
+                metric.update(logits[rows, i].numpy(), labels.numpy(), groups.numpy())
     return (
-        {p: {task: {mains[task]: metric.compute()} for task, metric in metrics[p].items()} for p in rankers},
-        {p: dict(zip(mains, largest[p].tolist(), strict=True)) for p in rankers},
+        {p: {task: {MAIN_METRIC[kinds[task]]: m.compute()} for task, m in metrics[p].items()} for p in rankers},
+        {p: dict(zip(kinds, largest[p].tolist(), strict=True)) for p in rankers},
     )
 
 
@@ -147,6 +140,11 @@ def _latency(lab: Laboratory, model: SparseSharing, rankers: Mapping[str, Ranker
     """Time requests through the loaded artefact and through dense torch with the masks multiplied in beforehand."""
     batch = next(lab.prepared.stream("test", max(REQUESTS), seed=0, shuffle=False).epoch(0)).features
     dense = dense_pass(model.mlp)
+
+    @torch.inference_mode()
+    def score_dense(features: EncodedFeatures) -> Tensor:
+        return dense(model.inputs(features))
+
     ranker, others = rankers["fp32"], {name: ranker for name, ranker in rankers.items() if name != "fp32"}
     records = []
     for size in REQUESTS:
@@ -155,7 +153,7 @@ def _latency(lab: Laboratory, model: SparseSharing, rankers: Mapping[str, Ranker
         timings = interleaved(
             {
                 "sparse": partial(ranker.score_encoded, features),
-                "dense": partial(_score_dense, model, dense, features),
+                "dense": partial(score_dense, features),
                 "sparse, MLP alone": partial(score_mlp, ranker.mlp, x),
                 "dense, MLP alone": partial(dense, x),
                 **{f"sparse {name}, MLP alone": partial(score_mlp, other.mlp, x) for name, other in others.items()},
@@ -174,17 +172,13 @@ def score_mlp(mlp: SparseMLP, x: Tensor) -> Tensor:
     return scores
 
 
-def dense_pass(mlp: MaskedMLP, product: Callable[[Tensor, Tensor, str], Product] | None = None) -> Product:
-    """Return dense torch at its best: masks multiplied in once, no masking per call, no autograd.
+def dense_pass(mlp: MaskedMLP, make: Callable[[Tensor, Tensor, str], Product] | None = None) -> Product:
+    """Return dense torch at its best, `x [batch, in_features]` to probabilities `[batch, tasks]`.
 
-    Args:
-        mlp: The trained MLP.
-        product: Makes a layer's function from a weight, a bias and the name of an activation; None for `F.linear`.
-
-    Returns:
-        `x [batch, in_features]` to probabilities `[batch, tasks]`.
+    Masks are multiplied in once; there is no masking per call and no autograd. `make` makes a layer's function from a
+    weight, a bias and the name of an activation; None for `F.linear`.
     """
-    make, paths = product or _linear, []
+    make, paths = make or _linear, []
     for task in mlp.tasks:
         mask, head = mlp.mask(task), cast(nn.Linear, mlp.heads[task])
         layers = zip(mlp.masked_weights().items(), mlp.masked_layers(), strict=True)
@@ -207,8 +201,3 @@ def dense_pass(mlp: MaskedMLP, product: Callable[[Tensor, Tensor, str], Product]
 def _linear(weight: Tensor, bias: Tensor, activation: str) -> Product:
     activate = {"relu": torch.relu_, "sigmoid": torch.sigmoid_}[activation]
     return lambda h: activate(F.linear(h, weight, bias))
-
-
-@torch.inference_mode()
-def _score_dense(model: SparseSharing, dense: Product, features: EncodedFeatures) -> Tensor:
-    return dense(model.inputs(features))

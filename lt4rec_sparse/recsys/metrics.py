@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +20,7 @@ class Metric(Protocol):
     """A metric over a stream of rows."""
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows: logits and labels `[n]`, and the group (user) of each, `[n]`."""
+        """Add rows: logits, labels and the group (user) of each, `[n]`; a binary label over 0.5 is positive."""
 
     def compute(self) -> float:
         """Return the value so far; NaN where it is not defined."""
@@ -38,11 +40,7 @@ class AUC:
         self.counts = np.zeros((2, self.BINS), np.int64)
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows; a label over 0.5 is positive.
-
-        Raises:
-            ValueError: If a logit is NaN.
-        """
+        """Add rows; a NaN logit is a ValueError."""
         if np.isnan(logits).any():
             raise ValueError(f"logits: got {int(np.isnan(logits).sum())} NaN of {len(logits)}, wanted numbers")
         scaled = (np.clip(logits, -self.RANGE, self.RANGE) + self.RANGE) * ((self.BINS - 1) / (2 * self.RANGE))
@@ -69,7 +67,7 @@ class GAUC:
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
     def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows; a label over 0.5 is positive."""
+        """Add rows."""
         self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
 
     def compute(self) -> float:
@@ -93,52 +91,35 @@ class GAUC:
         return float(np.average(wins[both] / pairs[both], weights=rows[both])) if both.any() else float("nan")
 
 
-class _Mean:
-    """A quotient of two running sums."""
+class Quotient:
+    """A quotient of two running sums, to which `terms` of logits and labels in [0, 1] add; NaN if nothing was added."""
 
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.count = 0.0
+    def __init__(self, terms: Callable[[Array, Array], tuple[float, float]]) -> None:
+        self.terms = terms
+        self.total = self.count = 0.0
+
+    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
+        """Add rows."""
+        total, count = self.terms(logits, labels)
+        self.total += float(total)
+        self.count += float(count)
 
     def compute(self) -> float:
-        """Return the quotient; NaN if nothing was added."""
+        """Return the quotient."""
         return self.total / self.count if self.count else float("nan")
 
 
-class LogLoss(_Mean):
-    """Mean of `-log p(label)` in nats."""
-
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows; labels in [0, 1]."""
-        self.total += float((np.logaddexp(0, logits) - labels * logits).sum())
-        self.count += len(labels)
-
-
-class MSE(_Mean):
-    """Mean squared error of `sigmoid(logit)` against a label in [0, 1]."""
-
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows."""
-        self.total += float(((probability(logits) - labels) ** 2).sum())
-        self.count += len(labels)
-
-
-class Calibration(_Mean):
-    """Predicted over observed: the sum of `sigmoid(logit)` over the sum of labels; 1 is calibrated."""
-
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows."""
-        self.total += float(probability(logits).sum())
-        self.count += float(labels.sum())
+# The mean of `-log p(label)` in nats; the mean squared error of `sigmoid(logit)`; and predicted over observed, the sum
+# of `sigmoid(logit)` over that of the labels: 1 is calibrated.
+LogLoss = partial(Quotient, lambda logits, labels: ((np.logaddexp(0, logits) - labels * logits).sum(), len(labels)))
+MSE = partial(Quotient, lambda logits, labels: (((probability(logits) - labels) ** 2).sum(), len(labels)))
+Calibration = partial(Quotient, lambda logits, labels: (probability(logits).sum(), labels.sum()))
 
 
 def metrics_of(kind: str) -> dict[str, Metric]:
     """Return fresh metrics for a task of this kind, its main metric first.
 
     "binary": auc, gauc, log_loss, calibration. "ratio" (a label in [0, 1]): mse, calibration.
-
-    Raises:
-        ValueError: If there is no such kind.
     """
     if kind == "binary":
         return {"auc": AUC(), "gauc": GAUC(), "log_loss": LogLoss(), "calibration": Calibration()}

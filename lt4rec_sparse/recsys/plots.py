@@ -1,13 +1,12 @@
 """Plots of trained models, for every report (tickets, ownership, latency), and the style that all figures share.
 
-A record is one trained model: its row, its seed, its metrics by split, slice and task, and, if it has them, its masks,
-tickets and serving times. A task has one colour in every figure with the same `tasks`. Means are over the seeds, error
-bars are standard errors, dots are single seeds. Every plot writes its file and returns the figure.
+A record is one trained model, as the laboratory leaves it, with its row. A task has one colour in every figure with the
+same `tasks` (name -> kind). Every plot writes its file, `path`, and returns the figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,92 +16,69 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
-from lt4rec_sparse.recsys.tables import count
+from lt4rec_sparse.recsys.tables import Record, count
 
-Record = Mapping[str, Any]
 Point = tuple[Sequence[float], Sequence[float]]  # x and y of each seed
 
 # A colour-blind safe order (Okabe and Ito); grey is for weights that no task owns.
 TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 SHARED, DEAD = "#56b4e9", "#d9d9d9"
+THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.5, "marker": "o", "markersize": 2.5}
+CIRCLE: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 9, "mfc": "none", "color": "black", "zorder": 4}
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4  # inches; two panels side by side are as wide as a README
 
 mpl.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
 
 
 def plot_tickets(records: Sequence[Record], tasks: Mapping[str, str], path: Path) -> Figure:
-    """Draw Figure 4: each task's validation metric against the hidden weights that remain.
+    """Draw Figure 4: each task's validation metric against the hidden weights that remain; `records` are one per seed.
 
     A thin line per seed, a bold one for their mean, and a circle around the level that each seed chose.
 
-    Args:
-        records: One per seed, with `tickets` and `best_level`.
-        tasks: Task -> kind, "binary" or "ratio".
-        path: Where to write the picture.
-
-    Raises:
-        InputError: If a seed comes twice, has no tickets, or has other levels than the first.
-
     Source: LT4REC (arXiv 2008.09872), Figure 4.
     """
-    check_seeds(records, "records")
     figure, axes = panels(len(tasks))
     for axis, (task, kind), colour in zip(axes, tasks.items(), cycle(TASK_COLOURS), strict=False):
         points = ticket_points(records, task, kind)
         xs, ys = (np.array([point[i] for point in points]) for i in range(2))  # [levels, seeds]
         for seed, record in enumerate(records):
-            axis.plot(xs[:, seed], ys[:, seed], color=colour, linewidth=0.9, alpha=0.5, marker="o", markersize=2.5)
+            names = ("one seed", "level chosen") if seed == 0 else ("", "")
+            axis.plot(xs[:, seed], ys[:, seed], color=colour, label=names[0], **THIN)
             best = record["best_level"][task]
-            axis.plot(
-                xs[best, seed], ys[best, seed], "o", markersize=9, markerfacecolor="none", color="black", zorder=4
-            )
-        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3)
-        density_axis(axis, xs.mean(1), "hidden weights remaining, %")
+            axis.plot(xs[best, seed], ys[best, seed], label=names[1], **CIRCLE)
+        mean = f"mean of {count(len(records), 'seed')}"
+        axis.plot(xs.mean(1), ys.mean(1), color=colour, linewidth=2.6, zorder=3, label=mean)
+        log_axis(axis, "hidden weights remaining, %")
+        axis.invert_xaxis()
         metric_axis(axis, task, kind, "validation")
-    handles = [
-        Line2D([], [], color="#555555", linewidth=0.9, marker="o", markersize=2.5, label="one seed"),
-        Line2D([], [], color="#555555", linewidth=2.6, label=f"mean of {count(len(records), 'seed')}"),
-        Line2D(
-            [], [], color="black", linestyle="", marker="o", markersize=9, markerfacecolor="none", label="level chosen"
-        ),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
     return figure
 
 
 def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: Path) -> Figure:
-    """Draw who owns the weights of each layer, as stacked bars: a group per row, a bar per layer, means over the seeds.
+    """Draw who owns the weights of each layer of the titled rows, as stacked bars: means over the seeds.
 
     Short black lines show where each seed's part ends.
 
-    Args:
-        records: One per row and seed, with `masks`; rows that are not in `titles` are left out.
-        titles: Row -> the headline of its bars.
-        path: Where to write the picture.
-
-    Raises:
-        InputError: If a row has no record, has a seed twice, or has no masks.
-
     Source: LT4REC (arXiv 2008.09872), Figure 3, counted.
     """
-    rows = by_row(records, titles)
-    shares = {row: _shares(found) for row, found in rows.items()}
+    shares = {row: _shares([record for record in records if record["row"] == row]) for row in titles}
     owners = list(dict.fromkeys(owner for layers in shares.values() for share in layers.values() for owner in share))
     alone = [owner for owner in owners if owner not in ("shared", "dead")]
     colours = {"shared": SHARED, "dead": DEAD} | dict(zip(alone, cycle(TASK_COLOURS), strict=False))
     layers = sum(len(layers) for layers in shares.values())
-    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(rows) + 0.34 * layers), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.45 * len(shares) + 0.34 * layers), layout="constrained")
     ratios = [len(layers) for layers in shares.values()]
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
+    axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False, height_ratios=ratios).ravel()
     for axis, (row, by_layer) in zip(axes, shares.items(), strict=True):
         for y, by_owner in enumerate(by_layer.values()):
-            left: NDArray[np.float64] = np.zeros(len(rows[row]))
+            left: NDArray[np.float64] = np.zeros(1)
             for owner, share in by_owner.items():
                 start, width = float(left.mean()), float(share.mean())
                 axis.barh(y, width, left=start, color=colours[owner], height=0.76)
@@ -127,10 +103,7 @@ def plot_ownership(records: Sequence[Record], titles: Mapping[str, str], path: P
 def plot_latency(frozen: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], path: Path) -> Figure:
     """Draw the median time of a request against its candidates: sparse models and dense torch, whole and MLP alone.
 
-    Args:
-        frozen: Row -> what `freeze_and_compare` found, the served one first.
-        titles: Row -> what the legend calls it.
-        path: Where to write the picture.
+    `frozen` is what `freeze_and_compare` found of each row, the served one first.
     """
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
     paths = {"the whole request": ("dense", "sparse"), "the MLP alone": ("dense, MLP alone", "sparse, MLP alone")}
@@ -160,50 +133,17 @@ def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def check_seeds(records: Sequence[Record], name: str) -> None:
-    """Check that there are records, and one per seed."""
-    seeds = [record["seed"] for record in records]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"{name}: got the seeds {seeds}, wanted each once and at least one")
-
-
-def by_row(records: Sequence[Record], titles: Mapping[str, str]) -> dict[str, list[Record]]:
-    """Return the records of each titled row; a missing row is an error, since a figure would drop it silently."""
-    rows = {row: [record for record in records if record["row"] == row] for row in titles}
-    for row, found in rows.items():
-        check_seeds(found, row)
-    return rows
-
-
 def ticket_points(records: Sequence[Record], task: str, kind: str) -> list[Point]:
     """Return kept weights in % and the validation metric of each level, over the seeds."""
-    curves = []
-    for record in records:
-        if not record.get("tickets"):
-            raise InputError(f"tickets of {record['row']}, seed {record['seed']}: got none, wanted {task!r}")
-        curves.append(record["tickets"][task])
-    if len({len(curve) for curve in curves}) > 1:
-        raise InputError(
-            f"tickets of {task!r}: got {[len(curve) for curve in curves]} levels, wanted the same number at every seed"
-        )
-    metric = MAIN_METRIC[kind]
     return [
-        ([100 * ticket["density"] for ticket in level], [ticket["validation"][metric] for ticket in level])
-        for level in zip(*curves, strict=True)
+        ([100 * ticket["density"] for ticket in level], [ticket["validation"][MAIN_METRIC[kind]] for ticket in level])
+        for level in zip(*(record["tickets"][task] for record in records), strict=True)
     ]
-
-
-def masks_of(record: Record) -> Mapping[str, Any]:
-    """Return what a record says about its masks."""
-    masks: Mapping[str, Any] | None = record.get("masks")
-    if masks is None:
-        raise InputError(f"masks of {record['row']}, seed {record['seed']}: got none, wanted a masked model")
-    return masks
 
 
 def _shares(records: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Return layer -> owner -> % of the layer's weights, over the seeds."""
-    owned = [masks_of(record)["ownership"] for record in records]
+    owned = [record["masks"]["ownership"] for record in records]
     return {
         layer: {
             owner: np.array([100 * seed[layer][owner] / sum(seed[layer].values()) for seed in owned])
@@ -234,16 +174,10 @@ def metric_axis(axis: Axes, task: str, kind: str, split: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
-def density_axis(axis: Axes, percents: Iterable[float], label: str) -> None:
-    """Make x logarithmic, from dense to sparse, with a tick at each density that has room for one."""
-    ticks: list[float] = []
-    ordered = sorted(percents, reverse=True)
-    room = 0.09 * np.log(ordered[0] / ordered[-1])  # a label takes about 8 % of a panel
-    for percent in ordered:
-        if not ticks or np.log(ticks[-1] / percent) > room:
-            ticks.append(percent)
+def log_axis(axis: Axes, label: str) -> None:
+    """Make x logarithmic, with a tick at round numbers."""
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:.0f}" if tick >= 10 else f"{tick:.2g}" for tick in ticks])
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.xaxis.set_major_formatter("{x:,g}")
     axis.minorticks_off()
-    axis.invert_xaxis()
     axis.set(xlabel=label)

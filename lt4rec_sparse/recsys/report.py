@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -15,10 +14,18 @@ from markdown_it import MarkdownIt
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.nn.quantization import TOLERANCE
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, SMALL
-from lt4rec_sparse.recsys.harness.statistics import paired_difference
+from lt4rec_sparse.recsys.harness.statistics import paired_difference, summary
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.plots import plot_latency, plot_ownership, plot_tickets
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
+from lt4rec_sparse.recsys.tables import (
+    LEGEND,
+    comparison_table,
+    count,
+    further_table,
+    levels_table,
+    table,
+    values_of,
+)
 
 MISCALIBRATED = 0.1  # how far predicted over observed may be from 1 without a warning
 FEW_STEPS = 100  # of the optimiser per task; with fewer, scores are hardly better than a constant
@@ -35,70 +42,86 @@ h2 { margin-top: 2.2rem; }
 code { background: #f4f4f4; padding: 0 .2rem; }
 """
 
-Results = Mapping[str, Any]
-"""The contents of `results.json`."""
+Results = Mapping[str, Any]  # the contents of `results.json`
 
 
 def write_page(text: str, title: str, folder: Path) -> Path:
-    """Write Markdown as `report.md`, and as `report.html` with its pictures embedded.
+    """Write Markdown as `report.md`, and as `report.html` with its pictures, `plots/<name>.png`, embedded."""
 
-    Args:
-        text: Markdown; its pictures are `plots/<name>.png` in the folder.
-        title: Title of the HTML page.
-        folder: Where both files go.
+    def embedded(match: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
 
-    Returns:
-        The path of `report.md`.
-    """
     write_whole(folder / "report.md", text)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
     page = f"{head}<title>{html.escape(title)}</title><style>{STYLE}</style>{body}"
-    write_whole(folder / "report.html", re.sub(r'src="(plots/\w+\.png)"', lambda m: _inline(folder / m[1]), page))
+    write_whole(folder / "report.html", re.sub(r'src="(plots/\w+\.png)"', embedded, page))
     return folder / "report.md"
 
 
 def write_report(results: Results, folder: Path) -> Path:
     """Write a run's `report.md`, `report.html` and `plots/` into its folder; return the path of `report.md`."""
-    plots, served = folder / "plots", _served(results)
+    run, plots = _Run(results), folder / "plots"
     plots.mkdir(exist_ok=True)
-    titles, tasks = results["rows"], results["data"]["tasks"]
-    searched = _searched(results)
-    if searched:
-        plot_tickets(searched, tasks, plots / "tickets.png")
-    plot_ownership(results["records"], {served: titles[served]}, plots / "ownership.png")
-    plot_latency(results["frozen"], titles, plots / "latency.png")
-    text = "\n\n".join(section for section in _sections(results) if section) + "\n"
+    if run.searched:
+        plot_tickets(run.searched, run.tasks, plots / "tickets.png")
+    plot_ownership(run.records, {run.served: run.titles[run.served]}, plots / "ownership.png")
+    plot_latency(run.frozen, run.titles, plots / "latency.png")
+    text = "\n\n".join(section for section in _sections(run) if section) + "\n"
     return write_page(text, f"LT4REC, sparse: {results['data']['name']}", folder)
 
 
 def verdict(results: Results) -> str:
     """Return in one sentence which model is served and why, and how it compares on the test days."""
-    rows, served = results["rows"], _served(results)
-    chosen = [row for row in rows if any(record["row"] == row and record["masks"] for record in results["records"])]
+    run = _Run(results)
+    masked = {record["row"] for record in run.records if record["masks"]}
     why = {"random": "the masks that were asked for", "tickets": "the tickets that were asked for"}.get(
-        results["config"]["masks"], f"the best of {count(len(chosen), 'masked model')} on the validation days"
+        results["config"]["masks"], f"the best of {count(len(masked), 'masked model')} on the validation days"
     )
     text = (
-        f"Serve {rows[served]} ({results['files'][served]}), {why}: on the test days it is {_against(results, BASE)} "
-        f"than single-task models and {_against(results, HARD + SMALL)} than a dense network with as many weights"
+        f"Serve {run.titles[run.served]} ({results['files'][run.served]}), {why}: on the test days it is "
+        f"{_against(run, BASE)} than single-task models and {_against(run, HARD + SMALL)} than a dense network with as "
+        "many weights"
     )
-    found = _found(results)
+    found = _found(run)
     return f"{text}; {found}." if found else f"{text}."
 
 
-def _against(results: Results, base: str) -> str:
+class _Run:
+    """Parts of `results.json`."""
+
+    def __init__(self, results: Results) -> None:
+        self.results, self.data, self.config = results, results["data"], results["config"]
+        self.tasks: Mapping[str, str] = self.data["tasks"]
+        self.records: list[dict[str, Any]] = results["records"]
+        self.titles: Mapping[str, str] = results["rows"]
+        self.frozen: Mapping[str, Any] = results["frozen"]
+        # The row that `model.safetensors` holds, the first one frozen; the row whose tickets the report shows, if any.
+        self.served: str = next(iter(self.frozen))
+        tickets = [record for record in self.records if record["tickets"]]
+        self.searched = [record for record in tickets if record["row"] == tickets[0]["row"]]
+
+    def mean(self, row: str, task: str, metric: str) -> float:
+        """Return a row's metric of a task on the test days, over the seeds."""
+        return summary(list(values_of(self.records, row, task, metric).values())).mean
+
+    def us(self, row: str) -> dict[int, dict[str, float]]:
+        """Return a frozen row's median microseconds: candidates -> path -> time."""
+        us: dict[int, dict[str, float]] = {}
+        for timed in self.frozen[row]["latency"]:
+            us.setdefault(timed["candidates"], {})[timed["path"]] = timed["median_us"]
+        return us
+
+
+def _against(run: _Run, base: str) -> str:
     """Return how the served row compares with another, task by task, such as "better at ctr (AUC +0.0021)"."""
     parts = []
-    for task, kind in results["data"]["tasks"].items():
+    for task, kind in run.tasks.items():
         metric = MAIN_METRIC[kind]
-        difference = paired_difference(
-            _values(results, _served(results), task, metric), _values(results, base, task, metric), metric == "mse"
-        )
-        error = f" ± {difference.error:.{2 if difference.relative else 4}f}" if difference.seeds > 1 else ""
-        number = f"{difference.mean:+.2f}{error} %" if difference.relative else f"{difference.mean:+.4f}{error}"
+        mine, others = (values_of(run.records, row, task, metric) for row in (run.served, base))
+        difference = paired_difference(mine, others, metric == "mse")
         word = "no better" if difference.mean == 0 else "better" if _is_gain(difference.mean, metric) else "worse"
-        parts.append(f"{word} at {task} ({metric.upper()} {number})")
+        parts.append(f"{word} at {task} ({metric.upper()} {difference})")
     return ", ".join(parts)
 
 
@@ -106,23 +129,17 @@ def _is_gain(difference: float, metric: str) -> bool:
     return (difference > 0) == HIGHER_IS_BETTER[metric]
 
 
-def _values(results: Results, row: str, task: str, metric: str, part: str = "all") -> dict[int, float]:
-    records = [record for record in results["records"] if record["row"] == row]
-    found = {record["seed"]: record["test"][part] for record in records if task in record["test"][part]}
-    return {seed: metrics[task][metric] for seed, metrics in found.items()}
-
-
-def _found(results: Results) -> str:
+def _found(run: _Run) -> str:
     """Return in words how much of a planted truth the served model and its masks found; empty without one."""
-    truth, parts = results["data"].get("truth", {}), []
-    for task, kind in results["data"]["tasks"].items():
+    truth, parts = run.data.get("truth", {}), []
+    for task, kind in run.tasks.items():
         metric = MAIN_METRIC[kind]
         if (key := f"{task}_{metric}") in truth:
             constant, best = truth["constant"][key], truth[key]
-            value = fmean(_values(results, _served(results), task, metric).values())
+            value = run.mean(run.served, task, metric)
             parts.append(f"{(value - constant) / (best - constant):.0%} ({task})")
     text = f"it reaches {', '.join(parts)} of what the planted truth allows over a constant" if parts else ""
-    masks = results["recovery"].get(_served(results))
+    masks = run.results["recovery"].get(run.served)
     if masks:
         kept = (
             f"{masks['planted'][task]:.0%} of the inputs planted for {task}, {masks['other'][task]:.0%} of the others"
@@ -132,76 +149,63 @@ def _found(results: Results) -> str:
     return text
 
 
-def _served(results: Results) -> str:
-    """Return the row that `model.safetensors` holds: the first one frozen."""
-    row: str = next(iter(results["frozen"]))
-    return row
-
-
-def _searched(results: Results) -> list[dict[str, Any]]:
-    """Return the records of the row whose tickets the report shows, one per seed; none without a search."""
-    records = [record for record in results["records"] if record["tickets"]]
-    return [record for record in records if record["row"] == records[0]["row"]]
-
-
-def _sections(results: Results) -> list[str]:
-    tasks, records, titles = results["data"]["tasks"], results["records"], results["rows"]
-    shown = {row: f"**{title}**" if row == _served(results) else title for row, title in titles.items()}
+def _sections(run: _Run) -> list[str]:
+    tasks, records, titles = run.tasks, run.records, run.titles
+    shown = {row: f"**{title}**" if row == run.served else title for row, title in titles.items()}
     parts = [name for name in records[0]["test"] if name != "all"]
+    truth = [f"{key} {value:.4f}" for key, value in run.data.get("truth", {}).items() if isinstance(value, float)]
+    levels = (
+        "On the validation days, each level trained alone from the saved start (Algorithm 1; Figure 4 of the paper)."
+    )
+    tickets = [
+        f"## Tickets: how far can each task be pruned?\n\n{levels} Circled: the level chosen.",
+        levels_table(run.searched, tasks) if run.searched else "",
+        "![Validation metric of each task against the weights that remain](plots/tickets.png)",
+    ]
     return [
-        f"# LT4REC, sparse: {results['data']['name']}",
-        f"**{verdict(results)}**",
-        f"## What to do next\n\n{_next(results)}",
-        _warnings(results),
-        f"## How it was made\n\n{_made(results)}",
+        f"# LT4REC, sparse: {run.data['name']}",
+        f"**{verdict(run.results)}**",
+        f"## What to do next\n\n{_next(run)}",
+        _warnings(run),
+        f"## How it was made\n\n{_made(run)}",
         f"## Accuracy on the test days\n\n{comparison_table(records, shown, BASE, tasks)}",
-        _truth(results),
+        f"The best values that the planted truth allows on these days: {', '.join(truth)}." if truth else "",
         LEGEND,
         *(f"The slice `{part}`:\n\n{comparison_table(records, shown, BASE, tasks, part)}" for part in parts),
         "Every other metric, and the cost of each model. Calibration is predicted over observed; 1 is ideal.",
         further_table(records, shown, tasks),
-        *_tickets(results),
-        f"## Who owns which weights\n\n{_ownership(results)}",
+        *(tickets if run.searched else ()),
+        f"## Who owns which weights\n\n{_ownership(run)}",
         "![Shares of shared, private and dead weights in each layer](plots/ownership.png)",
-        _recovery(results),
-        f"## Is the served model the trained one?\n\n{_difference(results)}",
-        f"## Precision\n\n{precision_section(results)}",
-        f"## Bytes\n\n{_bytes(results)}",
-        f"## Time of a request\n\n{_latency(results)}",
+        _recovery(run),
+        f"## Is the served model the trained one?\n\n{_difference(run)}",
+        f"## Precision\n\n{_precision(run)}",
+        f"## Bytes\n\n{_bytes(run)}",
+        f"## Time of a request\n\n{_latency(run)}",
         "![Time of a request against its candidates](plots/latency.png)",
     ]
 
 
-def _next(results: Results) -> str:
+def _next(run: _Run) -> str:
     """Return a list of what the results suggest."""
-    config, served, tasks = results["config"], _served(results), results["data"]["tasks"]
     lines = ["- Score candidates: `lt4rec-sparse score model.safetensors CANDIDATES SCORES`."]
-    narrow = {
-        task: _is_gain(
-            fmean(_values(results, HARD + SMALL, task, MAIN_METRIC[kind]).values())
-            - fmean(_values(results, served, task, MAIN_METRIC[kind]).values()),
-            MAIN_METRIC[kind],
-        )
-        for task, kind in tasks.items()
-    }
-    if all(narrow.values()):
+    mains = {task: MAIN_METRIC[kind] for task, kind in run.tasks.items()}
+    gains = {t: run.mean(HARD + SMALL, t, metric) - run.mean(run.served, t, metric) for t, metric in mains.items()}
+    if all(_is_gain(gain, mains[task]) for task, gain in gains.items()):
         lines.append("- The narrow dense network is better at every task and simpler to serve: consider it instead.")
-    if config["seeds"] == 1:
+    if run.config["seeds"] == 1:
         lines.append("- One seed cannot tell a difference from noise: `--seeds 3` adds two to this run.")
-    if len(config["learning_rates"]) == 1:
+    if len(run.config["learning_rates"]) == 1:
         lines.append(
             "- Learning rates were not searched: `--learning-rate 0.0005,0.001,0.002` chooses among these for every "
             "model and task, on the validation days."
         )
-    frozen = results["frozen"][served]
-    us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
-    size = max(x["candidates"] for x in frozen["latency"] if x["candidates"] <= 256)
-    mine = {"fp32": us["sparse, MLP alone", size]}
-    mine |= {
-        p: us[f"sparse {p}, MLP alone", size] for p, x in frozen["precisions"].items() if p != "fp32" and x["accepted"]
-    }
+    us = run.us(run.served)
+    size = max(size for size in us if size <= 256)
+    precisions = run.frozen[run.served]["precisions"]
+    mine = {p: us[size][_path(p)] for p, found in precisions.items() if p == "fp32" or found["accepted"]}
     best = min(mine, key=lambda precision: mine[precision])
-    ratio = us["dense, MLP alone", size] / mine[best]
+    ratio = us[size]["dense, MLP alone"] / mine[best]
     lines.append(
         f"- Serve in {best} (`--precision {best}`): of the accepted precisions it is the fastest here at "
         f"{count(size, 'candidate')}, the MLPs {ratio:.1f}x as fast as dense fp32 torch."
@@ -211,29 +215,29 @@ def _next(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _warnings(results: Results) -> str:
+def _warnings(run: _Run) -> str:
     lines = []
-    for task in results["data"]["tasks"]:
-        ratio = fmean(_values(results, _served(results), task, "calibration").values())
+    for task in run.tasks:
+        ratio = run.mean(run.served, task, "calibration")
         if not abs(ratio - 1) <= MISCALIBRATED:
             lines.append(
                 f"- **{task} is miscalibrated**: the served model predicts {ratio:.2f} times what the test days show. "
                 "The order by this score is unaffected; recalibrate it before multiplying it with anything else."
             )
-    if results["steps"] < FEW_STEPS:
+    if run.results["steps"] < FEW_STEPS:
         lines.append(
-            f"- **Few steps**: every model took {results['steps']} per task. With fewer than about {FEW_STEPS} it is "
-            "hardly trained: use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
+            f"- **Few steps**: every model took {run.results['steps']} per task. With fewer than about {FEW_STEPS} it "
+            "is hardly trained: use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
         )
     return "## Warnings\n\n" + "\n".join(lines) if lines else ""
 
 
-def _made(results: Results) -> str:
-    data, config, machine = results["data"], results["config"], results["machine"]
+def _made(run: _Run) -> str:
+    data, config, machine = run.data, run.config, run.results["machine"]
     hidden = "-".join(str(width) for width in config["hidden"])
     pruned = "" if config["granularity"] == "weight" else f", by {config['granularity']}"
-    masks = f"{config['rounds']} rounds of pruning to" if _searched(results) else "random masks that keep"
-    rates = sorted({rate for of_row in results["learning_rates"].values() for rate in of_row.values()})
+    masks = f"{config['rounds']} rounds of pruning to" if run.searched else "random masks that keep"
+    rates = sorted({rate for of_row in run.results["learning_rates"].values() for rate in of_row.values()})
     text = (
         f"{data['counts']['rows_read']:,} impressions, of which {data['counts']['duplicates']:,} duplicates were "
         f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
@@ -242,45 +246,26 @@ def _made(results: Results) -> str:
         f"{config['density']:.0%} of the hidden weights{pruned}; {count(config['seeds'], 'seed')}."
     )
     where = (
-        f"`{results['command']}`, {results['seconds']:.0f} s on {count(machine['cores'], 'core')} "
+        f"`{run.results['command']}`, {run.results['seconds']:.0f} s on {count(machine['cores'], 'core')} "
         f"({machine['architecture']}, {machine['torch_capability']}, engine: {machine['engine']}); lt4rec-sparse "
         f"{machine['lt4rec_sparse']}, torch {machine['torch']}, Python {machine['python']}."
     )
     header = ["split", "days", "impressions"]
-    header += [part for task in data["tasks"] for part in (f"{task} rows", "mean label")]
+    header += [part for task in run.tasks for part in (f"{task} rows", "mean label")]
     lines = []
     for split in ("train", "validation", "test"):
         counts = data["counts"][split]
         days = counts["days"]
         line = [split, days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}", f"{counts['rows']:,}"]
-        for task in data["tasks"]:
+        for task in run.tasks:
             line += [f"{counts['tasks'][task]['rows']:,}", f"{counts['tasks'][task]['label_mean']:.3f}"]
         lines.append(line)
     return f"{where}\n\n{text}\n\n{table(header, lines)}"
 
 
-def _truth(results: Results) -> str:
-    truth = results["data"].get("truth", {})
-    parts = ", ".join(f"{key} {value:.4f}" for key, value in truth.items() if isinstance(value, float))
-    return f"The best values that the planted truth allows on these days: {parts}." if parts else ""
-
-
-def _tickets(results: Results) -> list[str]:
-    searched = _searched(results)
-    if not searched:
-        return []
-    text = "On the validation days, each level trained alone from the saved start (Algorithm 1; Figure 4 of the paper)."
-    return [
-        f"## Tickets: how far can each task be pruned?\n\n{text} Circled: the level chosen.",
-        levels_table(searched, results["data"]["tasks"]),
-        "![Validation metric of each task against the weights that remain](plots/tickets.png)",
-    ]
-
-
-def _ownership(results: Results) -> str:
-    served = _served(results)
-    (layers, *_) = (record["masks"]["ownership"] for record in results["records"] if record["row"] == served)
-    overlaps = results["frozen"][served]["overlap"]
+def _ownership(run: _Run) -> str:
+    (layers, *_) = (record["masks"]["ownership"] for record in run.records if record["row"] == run.served)
+    overlaps = run.frozen[run.served]["overlap"]
     owners = list(next(iter(layers.values())))
     header = ["layer", "weights", *owners, *(f"overlap {pair}" for pair in overlaps)]
     lines = []
@@ -288,14 +273,14 @@ def _ownership(results: Results) -> str:
         total = sum(counts.values())
         shares = [f"{counts[owner] / total:.1%}" for owner in owners]
         lines.append([name, f"{total:,}", *shares, *(f"{pair[name]:.2f}" for pair in overlaps.values())])
-    text = f"{results['rows'][served]}, seed 0. Overlap is intersection over union of the masks."
+    text = f"{run.titles[run.served]}, seed 0. Overlap is intersection over union of the masks."
     return f"{text}\n\n{table(header, lines)}"
 
 
-def _recovery(results: Results) -> str:
+def _recovery(run: _Run) -> str:
     lines = [
-        [results["rows"][row], task, f"{found['planted'][task]:.1%}", f"{found['other'][task]:.1%}", f"{auc:.3f}"]
-        for row, found in results["recovery"].items()
+        [run.titles[row], task, f"{found['planted'][task]:.1%}", f"{found['other'][task]:.1%}", f"{auc:.3f}"]
+        for row, found in run.results["recovery"].items()
         for task, auc in found["auc"].items()
     ]
     text = (
@@ -307,90 +292,78 @@ def _recovery(results: Results) -> str:
     return f"## Found and planted\n\n{text}\n\n{table(header, lines)}" if lines else ""
 
 
-def _difference(results: Results) -> str:
+def _difference(run: _Run) -> str:
     lines = [
-        [results["rows"][row], *(f"{value:.1e}" for value in frozen["largest_difference"].values())]
-        for row, frozen in results["frozen"].items()
+        [run.titles[row], *(f"{value:.1e}" for value in frozen["largest_difference"].values())]
+        for row, frozen in run.frozen.items()
     ]
     text = (
         "Largest difference between the probability that the loaded artefact serves and that of the trained, masked "
         "model in torch, over all rows of the test days."
     )
-    return f"{text}\n\n{table(['model', *results['data']['tasks']], lines)}"
+    return f"{text}\n\n{table(['model', *run.tasks], lines)}"
 
 
-def precision_section(results: Results) -> str:
-    """Return what each precision of the artefacts serves, as Markdown."""
-    tasks = results["data"]["tasks"]
-    text = (
+def _precision(run: _Run) -> str:
+    parts = [
         "On the test days: scores as served, and the time of the MLP alone in microseconds per request. int8 is "
         "calibrated on training rows. A precision is accepted if on the validation days it loses at most "
         f"{TOLERANCE['auc']} of AUC against fp32 and raises the MSE by {TOLERANCE['mse']:.1%} at most."
-    )
+    ]
     header = ["precision"]
-    for task, kind in tasks.items():
+    for task, kind in run.tasks.items():
         header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
-    parts = [text]
-    for row, frozen in results["frozen"].items():
-        sizes = sorted({record["candidates"] for record in frozen["latency"]})
-        us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
-        lines = []
+    for row, frozen in run.frozen.items():
+        us, lines = run.us(row), []
         for precision, judged in frozen["precisions"].items():
             line = [precision]
-            for task, kind in tasks.items():
+            for task, kind in run.tasks.items():
                 value, fp32 = (x["test"][task][MAIN_METRIC[kind]] for x in (judged, frozen["precisions"]["fp32"]))
                 relative = MAIN_METRIC[kind] == "mse"
                 line += [f"{value:.5f}", f"{value / fp32 - 1:+.3%}" if relative else f"{value - fp32:+.5f}"]
-            path = "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"
             line += [f"{max(judged['largest_difference'].values()):.1e}"]
-            line += [f"{us[path, size]:.0f}" for size in sizes]
+            line += [f"{at_size[_path(precision)]:.0f}" for at_size in us.values()]
             lines.append([*line, f"{judged['prepacked_bytes']:,}", "yes" if judged["accepted"] else "no"])
-        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "bytes", "accepted"]
-        parts.append(f"{results['rows'][row]}:\n\n{table(columns, lines)}")
+        columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in us), "bytes", "accepted"]
+        parts.append(f"{run.titles[row]}:\n\n{table(columns, lines)}")
     return "\n\n".join(parts)
 
 
-def _bytes(results: Results) -> str:
-    models = results["frozen"]
-    names = next(iter(models.values()))["bytes"]
-    lines = [[name, *(f"{model['bytes'][name]:,}" for model in models.values())] for name in names]
+def _bytes(run: _Run) -> str:
+    names = run.frozen[run.served]["bytes"]
+    lines = [[name, *(f"{model['bytes'][name]:,}" for model in run.frozen.values())] for name in names]
     facts = []
-    for row, model in models.items():
+    for row, model in run.frozen.items():
         sizes = model["bytes"]
         dense = sizes["dense, one model per task: embeddings"] + sizes["dense, one model per task: MLPs"]
         mlp = sizes["dense, one model per task: MLPs"] / sizes["sparse sharing: MLP, canonical"]
         facts.append(
-            f"- {results['rows'][row]}: the artefact is {dense / sizes['artefact on disk']:.1f}x smaller on disk than "
+            f"- {run.titles[row]}: the artefact is {dense / sizes['artefact on disk']:.1f}x smaller on disk than "
             f"one dense fp32 model per task, its MLP {mlp:.1f}x; {sizes['embeddings'] / sizes['artefact on disk']:.0%} "
             "of it are embeddings."
         )
-    return "\n".join(facts) + f"\n\n{table(['bytes', *(results['rows'][row] for row in models)], lines)}"
+    return "\n".join(facts) + f"\n\n{table(['bytes', *(run.titles[row] for row in run.frozen)], lines)}"
 
 
-def _latency(results: Results) -> str:
-    frozen = next(iter(results["frozen"].values()))
-    text = (
+def _latency(run: _Run) -> str:
+    frozen = run.frozen[run.served]
+    parts = [
         f"All tasks, fp32, {count(frozen['threads'], 'thread')}, engine: {frozen['engine']}; interleaved, medians. "
         "Dense is torch with the masks multiplied in beforehand; both read encoded ids and embed them in the same "
         "way. A ratio above 1 means that sparse is faster."
-    )
+    ]
     header = ["candidates", "sparse, µs", "dense, µs", "ratio", "MLP: sparse, µs", "MLP: dense, µs", "ratio"]
-    tables = (
-        f"{results['rows'][row]}:\n\n{table(header, _times(x['latency']))}" for row, x in results["frozen"].items()
-    )
-    return "\n\n".join((text, *tables))
+    for row in run.frozen:
+        lines = []
+        for size, us in run.us(row).items():
+            line = [str(size)]
+            for sparse, dense in (("sparse", "dense"), ("sparse, MLP alone", "dense, MLP alone")):
+                line += [f"{us[sparse]:.0f}", f"{us[dense]:.0f}", f"{us[dense] / us[sparse]:.2f}"]
+            lines.append(line)
+        parts.append(f"{run.titles[row]}:\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
 
 
-def _times(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    lines = []
-    for size in sorted({record["candidates"] for record in records}):
-        us = {record["path"]: record["median_us"] for record in records if record["candidates"] == size}
-        line = [str(size)]
-        for sparse, dense in (("sparse", "dense"), ("sparse, MLP alone", "dense, MLP alone")):
-            line += [f"{us[sparse]:.0f}", f"{us[dense]:.0f}", f"{us[dense] / us[sparse]:.2f}"]
-        lines.append(line)
-    return lines
-
-
-def _inline(path: Path) -> str:
-    return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+def _path(precision: str) -> str:
+    """Return what `freeze_and_compare` calls the sparse MLP of a precision."""
+    return "sparse, MLP alone" if precision == "fp32" else f"sparse {precision}, MLP alone"

@@ -30,10 +30,9 @@ from lt4rec_sparse.recsys.harness.settings import (
     locked,
     pin_settings,
     tasks_of,
-    with_seeds_of,
 )
 from lt4rec_sparse.recsys.harness.statistics import best_of
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.report import verdict, write_report
 
@@ -57,9 +56,8 @@ def run(
 ) -> Finished:
     """Prepare the data, find masks, train every row, freeze, measure and report; continue an interrupted run.
 
-    The rows are the candidates for a product (`Rows.product`): single-task models, hard sharing, a narrow dense
-    network with as many weights as the masks keep, random masks, and tickets. The harness that trains them also trains
-    the experiments; `experiment tickets` has their controls. A finished run is not measured again.
+    The rows are the candidates for a product (`Rows.product`), trained as those of the experiments are; `experiment
+    tickets` has their controls. A finished run is not measured again.
 
     The folder `out` then holds `report.md`, `report.html` and `plots/`; `model.safetensors`, the frozen sparse sharing
     model of seed 0, calibrated for int8, whose masks (random or tickets) the settings or the validation days choose;
@@ -69,16 +67,13 @@ def run(
 
     Args:
         data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
-        out: The run folder.
+        out: The run folder; its report covers every seed that was ever asked for in it.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
         resources: The processes that train.
 
-    Returns:
-        The report, which covers every seed that was ever asked for in this folder, and the verdict.
-
     Raises:
-        SettingsError: If `out` holds a run with other settings or of another version, or another process works there.
+        InputError: If `out` holds a run with other settings or of another version, or another process works there.
         DataError: If `out` holds a run on other data, or the data do not match their schema.
         SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
@@ -86,7 +81,7 @@ def run(
     source = out / "simulated" if data is None else data
     name = "simulated" if data is None else data.resolve().name
     begun = check_settings(out, name, settings)
-    settings = with_seeds_of(out, settings)
+    settings = begun or settings
     if data is None:
         out.mkdir(parents=True, exist_ok=True)
         if not (source / "truth.json").exists():
@@ -97,13 +92,20 @@ def run(
     tasks = tasks_of(schema, settings.tasks)
     _check_names(schema)
     # Earlier trials were trained on the data as they were then.
-    prepared = prepare(source, out / DATA, schema, progress, replace=not begun)
+    prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
     _check_classes(prepared, source, tasks)
+    facts = {
+        "name": "simulated click log" if data is None else source.resolve().name,
+        "counts": prepared.counts,
+        "tasks": {task.name: task.kind for task in tasks},
+        "fields": [field.column for field in prepared.encoder.fields],
+    }
+    if data is None:
+        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
     with locked(out):
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:
-            facts = _facts(prepared, source, tasks, simulated=data is None)
             results = {
                 "data": facts,
                 "config": config,
@@ -135,46 +137,43 @@ def _measured(
         granularity=settings.granularity,
         narrow=narrow_factor(in_features, settings.hidden, settings.density),
     )
-    kinds = {task.name: task.kind for task in prepared.schema.tasks}
     study = carry_out(
         lambda rows: rows.product(settings.masks),
         rows,
         settings.seeds,
-        kinds,
-        prepared.schema.carried,
+        prepared.schema,
         out,
         carrier(out, resources, progress, "models"),
         settings.learning_rates,
     )
-    served = _served(study, settings.masks, kinds)
+    first = {record["row"]: record for record in study.records if record["seed"] == 0}
+    served = _served(study.records, settings.masks, facts["tasks"])
     files = {served: MODEL}
-    states = {record["row"]: record["state"] for record in study.records if record["seed"] == 0}
-    if states.get(S_WEIGHT_LAST, states[served]) != states[served]:
+    if S_WEIGHT_LAST in first and first[S_WEIGHT_LAST]["state"] != first[served]["state"]:
         files[S_WEIGHT_LAST] = MODEL_LAST
     progress("freeze and measure", 0, 1)
     lab = laboratory(out)
     frozen = {row: freeze_and_compare(lab, study.trials[row, 0][0], out / file) for row, file in files.items()}
-    planted = facts.get("truth", {}).get("fields") if facts["tasks"].keys() >= PLANTED.keys() else None
-    masked = {record["row"]: None for record in study.records if record["masks"]}
+    planted = facts["truth"]["fields"] if "truth" in facts and facts["tasks"].keys() >= PLANTED.keys() else {}
+    masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)
     return {
-        "rows": {row.key: row.title for row in study.table},
+        "rows": study.rows,
         "learning_rates": study.rates,
-        "steps": lab.starts.batches(settings.training) * settings.epochs,
+        "steps": lab.batches(settings.training) * settings.epochs,
         "files": files,
         "frozen": frozen,
-        "recovery": {} if planted is None else {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
+        "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
         "records": study.records,
     }
 
 
-def _served(study: Study, masks: str, kinds: Mapping[str, str]) -> str:
+def _served(records: Sequence[Mapping[str, Any]], masks: str, kinds: Mapping[str, str]) -> str:
     """Return the row to serve: of several masked ones, the best on the validation days at seed 0."""
-    masked = {record["row"]: record for record in study.records if record["masks"] and record["seed"] == 0}
     if masks == "tickets":
         return S_WEIGHT
-    validation = {row: record["validation"]["all"] for row, record in masked.items()}
-    losses = {row: {t: m[LOSS[kinds[t]]] for t, m in found.items()} for row, found in validation.items()}
+    masked = {r["row"]: r["validation"]["all"] for r in records if r["masks"] and r["seed"] == 0}
+    losses = {row: {task: metrics[task][LOSS[kind]] for task, kind in kinds.items()} for row, metrics in masked.items()}
     served: str = best_of(losses)
     return served
 
@@ -220,15 +219,3 @@ def _check_classes(prepared: Prepared, source: Path, tasks: Sequence[Task]) -> N
             mean = prepared.counts[split]["tasks"][task.name]["label_mean"]
             if task.kind == "binary" and mean in (0, 1):
                 raise DataError(f"{source}: split {split!r}: got only labels {mean:.0f} of {task.name}, wanted 0 and 1")
-
-
-def _facts(prepared: Prepared, source: Path, tasks: Sequence[Task], simulated: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "name": "simulated click log" if simulated else source.resolve().name,
-        "counts": prepared.counts,
-        "tasks": {task.name: task.kind for task in tasks},
-        "fields": [field.column for field in prepared.encoder.fields],
-    }
-    if simulated:
-        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
-    return facts

@@ -9,10 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from lt4rec_sparse.cli import app
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import GRANULARITIES
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.recsys import frozen
-from lt4rec_sparse.recsys.harness.settings import RunSettings, SettingsError, check_settings, pin_settings
+from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, pin_settings
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import run
 
@@ -24,14 +25,14 @@ def test_a_granularity_that_there_is_none_of_is_one_line(small_folder, tmp_path)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert (result.exit_code, result.stderr) == (2, f"lt4rec-sparse: {WANTED}\n")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SettingsError, match=WANTED):
+    with pytest.raises(InputError, match=WANTED):
         RunSettings(granularity="rows")
 
 
 def test_a_run_of_another_granularity_is_refused(tmp_path):
     pin_settings(tmp_path, "log", RunSettings(granularity="block32"))
     assert check_settings(tmp_path, "log", RunSettings(granularity="block32"))
-    with pytest.raises(SettingsError, match="got granularity = block32, wanted weight; choose another --out"):
+    with pytest.raises(InputError, match="got granularity = block32, wanted weight; choose another --out"):
         check_settings(tmp_path, "log", RunSettings())
 
 
@@ -51,5 +52,5 @@ def test_a_run_by_neurons_prunes_neurons(small_folder, tmp_path, monkeypatch):
         for kept in mask.values():
             assert torch.equal(kept.all(1), kept.any(1))
     for granularity in GRANULARITIES[:-1]:
-        with pytest.raises(SettingsError, match="got granularity = neuron, wanted"):
+        with pytest.raises(InputError, match="got granularity = neuron, wanted"):
             run(small_folder, tmp_path / "run", replace(settings, granularity=granularity))

@@ -3,16 +3,16 @@
 import pytest
 
 from lt4rec_sparse.paper import declared
-from lt4rec_sparse.paper.declared import PaperRows, Variants
+from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.paper.experiment import EXPERIMENTS
-from lt4rec_sparse.recsys.harness.rows import BASE, narrow_factor, scaled
+from lt4rec_sparse.recsys.harness.rows import BASE, Rows, narrow_factor, scaled
 from lt4rec_sparse.recsys.harness.study import rate_rows
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.recsys.models import MODELS
 
 TRAINING = Training(learning_rate=5e-4)
 RATES = (("ctr", 1e-3), ("cvr", 2e-3))
-ROWS = PaperRows(("ctr", "cvr"), TRAINING, RATES)
+ROWS = Rows(("ctr", "cvr"), TRAINING, RATES)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

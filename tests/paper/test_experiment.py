@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper import experiment, serving_times
+from lt4rec_sparse.paper import experiment, pages
 from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
 from lt4rec_sparse.paper.regimes import Regimes, run_regimes
 from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
-from lt4rec_sparse.recsys.harness import starts, study, tuning
-from lt4rec_sparse.recsys.harness.recovery import column_kinds
+from lt4rec_sparse.recsys.harness import starts, study
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.stopwatch import interleaved
@@ -29,9 +28,9 @@ def short():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving_times, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
-        patch.setattr(tuning, "FURTHER", 0)
-        patch.setattr(tuning, "SEEDS", (1000,))
+        patch.setattr(pages, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
+        patch.setattr(study, "FURTHER", 0)
+        patch.setattr(study, "SEEDS", (1000,))
         carry_out = partial(study.carry_out, grid=(1e-3, 2e-3))
         patch.setattr(experiment, "carry_out", carry_out)
         yield
@@ -91,17 +90,6 @@ def test_regimes_are_mapped(tmp_path, monkeypatch):
     assert (report.parent / "plots" / "regimes.png").stat().st_size > 0
     with pytest.raises(InputError, match="got trials on another simulated log"):
         run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), HERE)
-
-
-def test_columns_of_pairs_matter_where_the_truth_multiplies_them():
-    fields = [("user_shared_0", "a", False), ("video_shared_0", "b", False), ("user_click_0", "c", False)]
-    fields += [("video_click_0", "d", False), ("user_click_1", "e", False), ("tags", "t", True)]
-    truth = {name: name.split("_")[1] for name, _, multi in fields if not multi} | {"tags": "noise"}
-    kinds = column_kinds(fields, truth, dim=2)
-    assert kinds[:12] == ["shared"] * 4 + ["click"] * 6 + ["noise"] * 2
-    pairs = dict(zip([(i, j) for i in range(6) for j in range(i + 1, 6)], kinds[12:], strict=True))
-    assert {pair for pair, kind in pairs.items() if kind == "shared"} == {(0, 1)}
-    assert {pair for pair, kind in pairs.items() if kind == "click"} == {(2, 3), (3, 4)}
 
 
 def test_what_is_no_experiment_is_refused(small_folder, tmp_path):

@@ -21,8 +21,8 @@ from lt4rec_sparse.recsys.data import DataError, Prepared
 from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
-from lt4rec_sparse.recsys.harness.settings import RunSettings, SettingsError, pin_settings, with_seeds_of
-from lt4rec_sparse.recsys.harness.study import Resources, Study
+from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, pin_settings
+from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import MODEL, MODEL_LAST, run
 from lt4rec_sparse.recsys.training import train
 
@@ -79,7 +79,7 @@ def results_of(folder):
 def trial_of(row, masks="tickets", seed=0):
     rows = Rows(TASKS, SETTINGS.training, tuple(dict.fromkeys(TASKS, 1e-3).items()), SETTINGS.rounds)
     (found,) = (r for r in rows.product(masks) if r.key == row)
-    return found.at(seed, dict.fromkeys(TASKS, 1e-3))[0]
+    return found.trials[0].at(seed, dict.fromkeys(TASKS, 1e-3))
 
 
 def contents(folder):
@@ -145,10 +145,9 @@ def test_the_validation_days_choose_what_is_served(best):
         for row, (ctr, cvr) in {HARD: (0.1, 0.01), **losses}.items()
         for seed in (0, 0.5)  # another seed has no say
     ]
-    study = Study([], {}, {}, {}, records)
     kinds = {"ctr": "binary", "cvr": "ratio"}
-    assert run_module._served(study, "best", kinds) == best
-    assert run_module._served(study, "tickets", kinds) == S_WEIGHT
+    assert run_module._served(records, "best", kinds) == best
+    assert run_module._served(records, "tickets", kinds) == S_WEIGHT
 
 
 @pytest.mark.parametrize(("row", "file"), [(S_WEIGHT, MODEL), (S_WEIGHT_LAST, MODEL_LAST)])
@@ -357,7 +356,7 @@ def test_more_seeds_are_added_to_the_old_ones(small_folder, finished, again, mon
 )
 def test_a_run_of_other_settings_is_refused(small_folder, finished, key, value, shown):
     before = contents(finished)
-    with pytest.raises(SettingsError, match=rf"config\.json: got {shown}; choose another --out"):
+    with pytest.raises(InputError, match=rf"config\.json: got {shown}; choose another --out"):
         go(small_folder, finished, replace(SETTINGS, **{key: value}))
     assert contents(finished) == before
 
@@ -365,7 +364,7 @@ def test_a_run_of_other_settings_is_refused(small_folder, finished, key, value, 
 def test_a_run_of_other_data_is_refused(small_folder, finished, tmp_path):
     before = contents(finished)
     other = shutil.copytree(small_folder, tmp_path / "other")
-    with pytest.raises(SettingsError, match="got data = log, wanted other"):
+    with pytest.raises(InputError, match="got data = log, wanted other"):
         go(other, finished)
     # The same name, but different data.
     changed = other.rename(tmp_path / small_folder.name)
@@ -384,9 +383,9 @@ def test_the_name_of_a_data_set_is_that_of_its_folder(small_folder, again, monke
 
 def test_a_foreign_folder_is_refused(small_folder, tmp_path):
     (tmp_path / "config.json").write_text("no settings")
-    with pytest.raises(SettingsError, match=r"config\.json: got no settings of a run"):
+    with pytest.raises(InputError, match=r"config\.json: got no settings of a run"):
         go(small_folder, tmp_path)
-    with pytest.raises(SettingsError, match=r"config\.json: got a file, wanted a folder"):
+    with pytest.raises(InputError, match=r"config\.json: got a file, wanted a folder"):
         go(small_folder, tmp_path / "config.json")
     assert contents(tmp_path) == {tmp_path / "config.json": b"no settings"}
 
@@ -432,14 +431,14 @@ def test_a_run_of_another_version_is_refused(small_folder, tmp_path):
     config = pin_settings(tmp_path, small_folder.name, SETTINGS)
     del config["layout"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match="got a run of another version, wanted one of this; choose another --out"):
+    with pytest.raises(InputError, match="got a run of another version, wanted one of this; choose another --out"):
         go(small_folder, tmp_path)
 
 
 def test_a_folder_that_another_process_works_in_is_refused(small_folder, again):
     with (again / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # an open file's own, so that it need not be another process
-        with pytest.raises(SettingsError, match="another process works in this folder"):
+        with pytest.raises(InputError, match="another process works in this folder"):
             go(small_folder, again)
     go(small_folder, again)
 
@@ -459,6 +458,6 @@ def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_p
 
 def test_fewer_seeds_than_before_drop_none(tmp_path):
     pin_settings(tmp_path, "log", RunSettings(seeds=3))
-    assert with_seeds_of(tmp_path, RunSettings(seeds=1)).seeds == 3
-    assert with_seeds_of(tmp_path, RunSettings(seeds=4)).seeds == 4
-    assert with_seeds_of(tmp_path / "new", RunSettings(seeds=2)).seeds == 2
+    assert check_settings(tmp_path, "log", RunSettings(seeds=1)).seeds == 3
+    assert check_settings(tmp_path, "log", RunSettings(seeds=4)).seeds == 4
+    assert check_settings(tmp_path / "new", "log", RunSettings(seeds=2)) is None

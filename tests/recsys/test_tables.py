@@ -20,7 +20,6 @@ def record(row, seed, auc=None, mse=None, density=None, **changes):
         "key": f"{row}-{seed}",
         "row": row,
         "seed": seed,
-        "validation": {"all": metrics},
         "test": {"all": metrics, "tab_0": metrics},
         "seconds": {"train": 10.0, "search": 0.0},
         "parameters": 1000,
@@ -107,11 +106,6 @@ def test_records_of_single_tasks_are_one_row():
     assert lines(further_table([*ctr, cvr[0]], ROWS, TASKS))["single-task"][-5:-2] == ["20.0", "2,000", "1,000"]
 
 
-def test_the_same_task_twice_is_refused():
-    with pytest.raises(ValueError, match="records: got two of row 'base', seed 0 and ctr, cvr, wanted one of each"):
-        comparison_table([*BASE, BASE[0]], ROWS, "base", TASKS)
-
-
 @pytest.mark.parametrize("bad", [math.nan, None])
 def test_what_is_no_number_is_said_and_never_bold(bad):
     other = both("hard", [0.75, 0.8], [0.09, 0.16])
@@ -141,20 +135,11 @@ def test_further_metrics_and_costs_by_hand():
     assert lines(text)["hard sharing"] == ["0", *["n/a"] * 11]
 
 
-def test_slices_and_splits_are_chosen():
+def test_slices_are_chosen():
     changed = [record("base", 0, 0.70, 0.10)]
     changed[0]["test"]["tab_0"] = {"ctr": {"auc": 0.60}, "cvr": {"mse": 0.30}}
-    changed[0]["validation"]["all"] = {"ctr": {"auc": 0.55}, "cvr": {"mse": 0.40}}
-    tuning = {**record("base", 0, 0.9, 0.9), "test": None}
-    line = lines(comparison_table([*changed, tuning], ROWS, "base", TASKS, part="tab_0"))["single-task"]
+    line = lines(comparison_table(changed, ROWS, "base", TASKS, part="tab_0"))["single-task"]
     assert line == ["1", "0.60000", "", "0.30000", ""]
-    line = lines(comparison_table(changed, ROWS, "base", TASKS, split="validation"))["single-task"]
-    assert line == ["1", "0.55000", "", "0.40000", ""]
-
-
-def test_a_base_that_is_no_row_is_named():
-    with pytest.raises(ValueError, match="base: got 'best', wanted one of base, hard, s_weight"):
-        comparison_table(BASE, ROWS, "best", TASKS)
 
 
 def test_table_is_markdown():

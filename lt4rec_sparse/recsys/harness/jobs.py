@@ -1,29 +1,49 @@
-"""Trials as jobs: what must be trained before what, so that nothing is trained twice or waits needlessly."""
+"""Trials as jobs: what must be trained before what; and jobs on few cores, several side by side in processes."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import replace
+import ctypes
+import importlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from graphlib import TopologicalSorter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.data import Prepared
-from lt4rec_sparse.recsys.harness.grid import Job
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
-from lt4rec_sparse.recsys.harness.trials import Search, Training, Trial
+from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Search, Training, Trial
 
 DATA = "data"
-TRAINED = ("singles", "searches", "trials")  # the folders of what the laboratory trained
+EXECUTORS = ("processes", "ray", "here")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call that a worker makes, `function(*arguments)`, and the keys of jobs that must end before it starts.
+
+    The function stands in a module and leaves its result on disk; the arguments can be pickled.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    needs: tuple[Hashable, ...] = ()
 
 
 def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     """Return the jobs that carry out trials: single-task baselines and warm-ups, the searches task by task, the trials.
 
-    Args:
-        folder: Holds the prepared log, `data/`, and what the laboratory leaves.
-        trials: The trials; equal ones are run once.
+    The folder holds the prepared log, `data/`, and what the laboratory leaves. Trials are keys; equal ones run once.
     """
     trials = list(dict.fromkeys(trials))
     known = set(trials)
@@ -31,51 +51,46 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     of_trials: dict[Hashable, Job] = {}  # after all searches, which begin the longest chains
     deepest: dict[Hashable, Search] = {}
     for trial in trials:
-        if trial.masks is not None and trial.masks.searches:
+        if trial.masks is not None and trial.masks.kind in SEARCHED:
             for task in trial.tasks:
                 key = _search_key(trial, task)
                 deepest[key] = max(deepest.get(key, trial.masks.search), trial.masks.search, key=lambda s: s.rounds)
 
-    def started(search: Search, trial: Trial, task: str) -> Hashable:
-        """Return the job that a task's search starts from."""
-        if search.training.warm_up:
-            key: Hashable = ("warm", search.training, trial.tasks, trial.seed)
-            jobs.setdefault(key, Job(_warm, (folder, search.training, trial.tasks, trial.seed)))
-            return key
-        return single(search.training.of(task), task, trial.seed)
-
-    def single(training: Training, task: str, seed: int) -> Hashable:
-        key = ("single", training, task, seed)
-        jobs.setdefault(key, Job(_single, (folder, training, task, seed)))
+    def started(what: str, training: Training, *rest: Any) -> Hashable:
+        """Return the job that trains a baseline or a warm-up."""
+        key = (what, training, *rest)
+        jobs.setdefault(key, Job(_train, (folder, *key)))
         return key
 
     for trial in trials:
         needs: list[Hashable] = []
-        masks = trial.masks
+        masks, seed = trial.masks, trial.seed
+        of_search = masks.search.training if masks else trial.training
+        singles = {task: ("single", of_search.of(task), task, seed) for task in trial.tasks}
+        warm = ("warm", of_search, trial.tasks, seed) if masks and of_search.warm_up else None
         if masks is None:
             if trial.model == "sparse_sharing" and len(trial.tasks) == 1:
-                needs.append(single(trial.training, trial.tasks[0], trial.seed))
-        elif masks.searches:
+                needs += [started(*key) for key in singles.values()]
+        elif masks.kind in SEARCHED:
             for task in trial.tasks:
                 key = _search_key(trial, task)
-                search = deepest[key]
-                before = started(search, trial, task)
-                jobs.setdefault(key, Job(_tickets, (folder, search, task, trial.tasks, trial.seed), (before,)))
+                before = started(*(warm or singles[task]))
+                jobs.setdefault(key, Job(_train, (folder, "tickets", deepest[key], task, trial.tasks, seed), (before,)))
                 needs.append(key)
             twin = replace(trial, masks=replace(masks, level="best"))
             if twin != trial and twin in known:
                 needs.append(twin)  # if the best tickets are the last ones, only one of the two is trained
-        elif masks.scores:
-            needs += [single(masks.search.training.of(task), task, trial.seed) for task in trial.tasks]
-        elif masks.search.training.warm_up:
-            needs.append(started(masks.search, trial, trial.tasks[0]))
-        of_trials[trial] = Job(_trial, (folder, trial), tuple(needs))
+        elif masks.kind in SCORED:
+            needs += [started(*key) for key in singles.values()]
+        elif warm:
+            needs.append(started(*warm))
+        of_trials[trial] = Job(_train, (folder, "trial", trial), tuple(needs))
     return jobs | of_trials
 
 
 def has_trained(folder: Path) -> bool:
     """Return whether anything was trained on the log of a folder; if so, the log may not change."""
-    return any((folder / name).exists() for name in TRAINED)
+    return any((folder / name).exists() for name in ("singles", "searches", "trials"))
 
 
 def _search_key(trial: Trial, task: str) -> Hashable:
@@ -83,7 +98,7 @@ def _search_key(trial: Trial, task: str) -> Hashable:
     assert trial.masks is not None
     search = trial.masks.search
     warm = warm_name(search.training, trial.tasks) if search.training.warm_up else ""
-    return ("tickets", search.folder(task), task, warm, trial.seed)
+    return (search.folder(task), task, warm, trial.seed)
 
 
 @lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
@@ -92,17 +107,121 @@ def laboratory(folder: Path) -> Laboratory:
     return Laboratory(Prepared.load(folder / DATA), folder)
 
 
-def _single(folder: Path, training: Training, task: str, seed: int) -> None:
-    laboratory(folder).starts.single(training, task, seed)
+def _train(folder: Path, what: str, *arguments: Any) -> Any:
+    """Return a trial's record; what others need of a baseline, warm-up or search is on disk."""
+    lab = laboratory(folder)
+    if what == "trial":
+        return lab.run(*arguments)
+    getattr(lab, what)(*arguments)
+    return None
 
 
-def _warm(folder: Path, training: Training, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).starts.warm(training, tasks, seed)
+def run_jobs(
+    jobs: Mapping[Any, Job],
+    workers: int | None = None,
+    executor: str = "processes",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Hashable, Any]:
+    """Run jobs side by side, each after the jobs that it needs, and return their results.
+
+    A worker is a process with one thread: two trainings with one thread each, side by side, end sooner than one after
+    the other with two threads. If a job fails, running jobs finish, no other one starts, and its error is raised; the
+    results so far are on disk. Jobs that are ready at the same time start in their order.
+
+    There is a worker per core unless `workers` says otherwise. The executor "ray" takes Ray's workers, of the cluster
+    that `RAY_ADDRESS` names, if any; "here" runs one job after another in this process, with all its threads.
+    `progress` is told the number of jobs done and of all jobs.
+    """
+    if executor not in EXECUTORS:
+        raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")
+    place = {key: i for i, key in enumerate(jobs)}
+    order = TopologicalSorter({key: job.needs for key, job in jobs.items()})
+    order.prepare()
+    results: dict[Hashable, Any] = {}
+    with _submitter(executor, workers) as submit:
+        running: dict[Future[Any], Hashable] = {}
+        while order.is_active():
+            for key in sorted(order.get_ready(), key=place.__getitem__):
+                running[submit(jobs[key].function, *jobs[key].arguments)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                results[key] = future.result()
+                order.done(key)
+                progress(len(results), len(jobs))
+    return results
 
 
-def _tickets(folder: Path, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> None:
-    laboratory(folder).searches.tickets(search, task, tasks, seed)
+@contextmanager
+def _submitter(executor: str, workers: int | None) -> Iterator[Callable[..., Future[Any]]]:
+    if executor == "here":
+        yield _at_once
+        return
+    if executor == "ray":
+        with _ray(workers) as submit:
+            yield submit
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # A fresh interpreter: a forked one would inherit torch's threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or cores, context, initializer=prepare_worker) as pool:
+        try:
+            yield pool.submit
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _trial(folder: Path, trial: Trial) -> dict[str, Any]:
-    return laboratory(folder).run(trial)
+@contextmanager
+def _ray(workers: int | None) -> Iterator[Callable[..., Future[Any]]]:
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise InputError(
+            "executor: got 'ray', which is not installed, wanted `pip install ray`, or processes"
+        ) from error
+    address = os.environ.get("RAY_ADDRESS")
+    ray.init(address=address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False)
+    try:
+        remote = ray.remote(_in_worker)
+        yield lambda function, /, *arguments: remote.remote(function, *arguments).future()
+    finally:
+        ray.shutdown()
+
+
+def _in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
+    prepare_worker()
+    return function(*arguments)
+
+
+def _at_once(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:  # raised where the future's result is read
+        future.set_exception(error)
+    return future
+
+
+def prepare_worker() -> None:
+    """Make this process compute in one thread, keep freed memory, and end when its parent ends.
+
+    glibc returns large blocks to the system at once, and the next training step pages them in again, which takes a
+    tenth of its time. Other allocators are left alone.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    """End this process when its parent ends: workers of a killed pool would wait for ever."""
+    parent.join()
+    os._exit(1)

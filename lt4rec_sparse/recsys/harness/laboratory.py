@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,10 @@ from lt4rec_sparse.lottery import (
 )
 from lt4rec_sparse.masks import Mask, overlap, ownership
 from lt4rec_sparse.nn import MaskedMLP
-from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.searches import Searches
-from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, Starts, save_state, warm_name
-from lt4rec_sparse.recsys.harness.trials import Trial, digest
+from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, warm_name
+from lt4rec_sparse.recsys.harness.trials import SEARCHED, Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
 from lt4rec_sparse.recsys.training import Predictions, predict
@@ -39,28 +38,15 @@ from lt4rec_sparse.recsys.training import Predictions, predict
 FRESH = 1_000_003  # added to a seed for a start that no search has seen
 
 
-class Laboratory:
-    """Trains what trials declare over one prepared log.
-
-    Args:
-        prepared: The data.
-        folder: The folder for all results: `singles/`, `searches/`, `trials/`, `metrics.jsonl`.
-    """
-
-    def __init__(self, prepared: Prepared, folder: Path) -> None:
-        self.prepared = prepared
-        self.starts = Starts(prepared, folder)
-        self.searches = Searches(self.starts)
-        self.kinds = self.starts.kinds
+class Laboratory(Searches):
+    """Trains what trials declare over one prepared log, and leaves the results in `trials/` of a folder."""
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Return a trial's record; train and judge it first if that is not done."""
-        path = self.starts.made("trials", f"{trial.key}.json")
+        path = self.made("trials", f"{trial.key}.json")
         if not path.exists():
-            record = self._run(trial)
-            write_whole(path, json.dumps(record, indent=1, allow_nan=True))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return cast(dict[str, Any], record)
+            write_whole(path, json.dumps(self._run(trial), indent=1, allow_nan=True))
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
 
     def model(self, trial: Trial) -> nn.Module:
         """Return the trained model of a trial that was run, for judging."""
@@ -70,96 +56,19 @@ class Laboratory:
 
     def predictions(self, trial: Trial, split: str) -> Predictions:
         """Score every row of a split with a trial that was run."""
-        return predict(self.model(trial), self.starts.stream(split, JUDGED_ROWS, None), trial.tasks)
+        return predict(self.model(trial), self.stream(split, JUDGED_ROWS, None), trial.tasks)
 
     def masks(self, trial: Trial) -> dict[str, Mask] | None:
         """Return the mask of each task that a trial trains through; None if all are full."""
-        if trial.masks is None:
+        asked, tasks = trial.masks, trial.tasks
+        if asked is None:
             return None
-        found = self.found(trial)
-        model = self.starts.sparse_sharing(trial.training, trial.tasks, trial.seed)
-        return self._chosen(trial, found, cast(MaskedMLP, model.mlp).mask(trial.tasks[0]))
-
-    def found(self, trial: Trial) -> dict[str, list[Ticket]]:
-        """Return the tickets that a trial's masks are made from, task by task."""
-        masks = trial.masks
-        if masks is None or not masks.searches:
-            return {}
-        return {task: self.searches.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
-
-    def _run(self, trial: Trial) -> dict[str, Any]:
-        model = self._new(trial)
-        state = self._state_file(trial, model)
-        seconds = self._train(trial, model, state)
-        found = self.found(trial)
-        masks = None if trial.masks is None else _masks_of(model, trial)
-        name = self.starts.made("trials", trial.key)
-        record = {
-            "key": trial.key,
-            "seed": trial.seed,
-            "trial": trial.to_plain(),
-            "state": str(state.relative_to(self.starts.folder)),
-            "validation": self.starts.judge(name, model, "validation", trial.tasks),
-            "seconds": {
-                "train": seconds,
-                "search": self.searches.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
-            },
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "multiply_adds": mlp_multiply_adds(model),
-            "masks": None if masks is None else _facts(masks),
-            "tickets": {task: [_ticket_record(x) for x in tickets] for task, tickets in found.items()} or None,
-            "best_level": {task: self._best(task, tickets).level for task, tickets in found.items()} or None,
-        }
-        if trial.is_tested:
-            record["test"] = self.starts.judge(name, model, "test", trial.tasks)
-        return record
-
-    def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
-        """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
-        if self._is_single(trial):
-            seconds: float = self.starts.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
-        elif (took := state.with_suffix(".seconds")).exists():
-            seconds = json.loads(took.read_text(encoding="utf-8"))
-        else:
-            kinds = {task: self.kinds[task] for task in trial.tasks}
-            balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
-            objective = objectives.of_trial(trial, kinds, balance)
-            trained = model if balance is None else nn.ModuleList([model, balance])
-            optimizer = self.starts.optimizer(trained, trial.training)
-            has_state = trial.objective in ("uncertainty", "pcgrad")
-            seconds = self.starts.train(
-                state, model, objective, trial.training, trial.seed, optimizer, has_state=has_state
-            )
-            save_state(model, state)
-            write_whole(took, json.dumps(seconds))
-        model.load_state_dict(load_file(state))
-        return seconds
-
-    def _new(self, trial: Trial) -> nn.Module:
-        """Return the model of a trial as it starts: initial weights behind its masks."""
-        if trial.model != "sparse_sharing":
-            return self.starts.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
-        seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
-        # The warm-up of the search, so that tickets train from the weights that they were found with.
-        training = trial.masks.search.training if trial.masks else trial.training
-        model: SparseSharing = self.starts.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
-        mlp = model.mlp
-        masks = self.masks(trial)
-        if masks is not None:
-            for task, mask in masks.items():
-                mlp.set_mask(mask, task)
-            if trial.masks and trial.masks.rescale:
-                scale_to_density(mlp)
-        return model
-
-    def _chosen(self, trial: Trial, found: Mapping[str, Sequence[Ticket]], full: Mask) -> dict[str, Mask]:
-        asked = trial.masks
-        assert asked is not None
-        search, tasks = asked.search, trial.tasks
+        search, shared = asked.search, asked.shared
+        full = cast(MaskedMLP, self.sparse_sharing(trial.training, tasks, trial.seed).mlp).mask(tasks[0])
         generator = torch.Generator().manual_seed(trial.seed)
         tickets = {
             task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
-            for task, of_task in found.items()
+            for task, of_task in self.found(trial).items()
         }
         nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}
         match asked.kind:
@@ -173,13 +82,95 @@ class Laboratory:
                 masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
                 return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
             case "random_separate":
-                assert asked.shared is not None
-                return random_separate(full.shapes, nnz, asked.shared, generator, tasks)
-        scores = {task: self.searches.scores(search, task, trial.seed) for task in tasks}
-        if asked.kind == "separate":
-            assert asked.shared is not None
-            return separate(scores, nnz, asked.shared)
-        return unanimous(scores, nnz)
+                assert shared is not None
+                return random_separate(full.shapes, nnz, shared, generator, tasks)
+        scores = {task: self.scores(search, task, trial.seed) for task in tasks}
+        return unanimous(scores, nnz) if shared is None else separate(scores, nnz, shared)
+
+    def found(self, trial: Trial) -> dict[str, list[Ticket]]:
+        """Return the tickets that a trial's masks are made from, task by task."""
+        masks = trial.masks
+        if masks is None or masks.kind not in SEARCHED:
+            return {}
+        return {task: self.tickets(masks.search, task, trial.tasks, trial.seed) for task in trial.tasks}
+
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        model = self._new(trial)
+        state = self._state_file(trial, model)
+        seconds = self._train(trial, model, state)
+        found = self.found(trial)
+        name = self.made("trials", trial.key)
+        facts = None
+        if trial.masks is not None:
+            masks = _masks_of(model, trial)
+            first, *others = masks.values()
+            facts = {
+                "density": {task: mask.density for task, mask in masks.items()},
+                "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
+                "overlap": overlap(first, others[0]) if others else None,
+                "ownership": ownership(masks),
+            }
+        tickets = {
+            task: [
+                {
+                    "level": ticket.level,
+                    "density": ticket.mask.density,
+                    "layer_density": ticket.mask.layer_density(),
+                    "validation": dict(ticket.metrics),
+                }
+                for ticket in of_task
+            ]
+            for task, of_task in found.items()
+        }
+        record = {
+            "key": trial.key,
+            "seed": trial.seed,
+            "trial": asdict(trial),
+            "state": str(state.relative_to(self.folder)),
+            "validation": self.judge(name, model, "validation", trial.tasks),
+            "seconds": {
+                "train": seconds,
+                "search": self.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
+            },
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": mlp_multiply_adds(model),
+            "masks": facts,
+            "tickets": tickets or None,
+            "best_level": {task: self._best(task, of_task).level for task, of_task in found.items()} or None,
+        }
+        if trial.is_tested:
+            record["test"] = self.judge(name, model, "test", trial.tasks)
+        return record
+
+    def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
+        """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
+        if self._is_single(trial):
+            seconds: float = self.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
+            model.load_state_dict(load_file(state))
+            return seconds
+        kinds = {task: self.kinds[task] for task in trial.tasks}
+        balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
+        objective = objectives.of_trial(trial, kinds, balance)
+        optimizer = self.optimizer(model if balance is None else nn.ModuleList([model, balance]), trial.training)
+        has_state = trial.objective in ("uncertainty", "pcgrad")
+        return self.once(state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state)
+
+    def _new(self, trial: Trial) -> nn.Module:
+        """Return the model of a trial as it starts: initial weights behind its masks."""
+        if trial.model != "sparse_sharing":
+            return self.network(trial.model, trial.training, trial.tasks, trial.seed, dict(trial.options))
+        seed = trial.seed + (FRESH if trial.masks and trial.masks.fresh_start else 0)
+        # The warm-up of the search, so that tickets train from the weights that they were found with.
+        training = trial.masks.search.training if trial.masks else trial.training
+        model: SparseSharing = self.sparse_sharing(training, trial.tasks, seed, warm=trial.tasks)
+        mlp = model.mlp
+        masks = self.masks(trial)
+        if masks is not None:
+            for task, mask in masks.items():
+                mlp.set_mask(mask, task)
+            if trial.masks and trial.masks.rescale:
+                scale_to_density(mlp)
+        return model
 
     def _best(self, task: str, tickets: Sequence[Ticket]) -> Ticket:
         """Return a task's best ticket on the validation days, or its only one."""
@@ -195,35 +186,16 @@ class Laboratory:
     def _state_file(self, trial: Trial, model: nn.Module) -> Path:
         """Return the path of the trained weights; trials whose masks are equal share one training."""
         if self._is_single(trial):
-            return self.starts.single_file(trial.training, trial.tasks[0], trial.seed)
-        settings: dict[str, Any] = replace(trial, masks=None, is_tested=True).to_plain()
+            return self.single_file(trial.training, trial.tasks[0], trial.seed)
+        settings: dict[str, Any] = asdict(replace(trial, masks=None, is_tested=True))
         if trial.masks is not None:
             before = trial.masks.search.training
             warm = warm_name(before, trial.tasks) if before.warm_up else None
             kept = [plane.numpy().tobytes() for mask in _masks_of(model, trial).values() for plane in mask.values()]
             planes = hashlib.blake2b(b"".join(kept), digest_size=12).hexdigest()
             settings |= {"start": [trial.masks.fresh_start, trial.masks.rescale, warm], "masks": planes}
-        return self.starts.made("trials", f"{trial.model}-trained-{digest(settings)}-seed_{trial.seed}.safetensors")
+        return self.made("trials", f"{trial.model}-trained-{digest(settings)}-seed_{trial.seed}.safetensors")
 
 
 def _masks_of(model: nn.Module, trial: Trial) -> dict[str, Mask]:
     return {task: cast(MaskedMLP, model.mlp).mask(task) for task in trial.tasks}
-
-
-def _facts(masks: Mapping[str, Mask]) -> dict[str, Any]:
-    first, *others = masks.values()
-    return {
-        "density": {task: mask.density for task, mask in masks.items()},
-        "layer_density": {task: mask.layer_density() for task, mask in masks.items()},
-        "overlap": overlap(first, others[0]) if others else None,
-        "ownership": ownership(masks),
-    }
-
-
-def _ticket_record(ticket: Ticket) -> dict[str, Any]:
-    return {
-        "level": ticket.level,
-        "density": ticket.mask.density,
-        "layer_density": ticket.mask.layer_density(),
-        "validation": dict(ticket.metrics),
-    }

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
 from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
 from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
@@ -18,14 +17,8 @@ DURATION = "duration_ms"  # the carried column by which conflicts are recognised
 
 
 def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Objective:
-    """Return the paper's objective: one step per task on the task's own rows, without scales or factors.
-
-    Args:
-        training: Names losses and the dtype of matrix products.
-        tasks: The tasks, in the order of their steps.
-        kinds: Task -> kind of its label.
-    """
-    return Alternating(_losses(training, tasks, kinds))
+    """Return the paper's objective: one step per task on the task's own rows, without scales or factors."""
+    return of_trial(Trial("sparse_sharing", tasks, training=training), kinds)
 
 
 def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
@@ -41,13 +34,7 @@ def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batc
 
 
 def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -> str | None:
-    """Return why a trial cannot be trained on a log, or None if it can.
-
-    Args:
-        trial: The trial.
-        kinds: Task -> kind of its label.
-        carried: The columns that the log carries in addition to its features.
-    """
+    """Return why a trial cannot be trained on a log that carries these columns, or None if it can."""
     ratios = [task for task in trial.tasks if kinds[task] == "ratio"]
     if trial.conflict is not None and len(ratios) != 1:
         return f"conflict: got {len(ratios)} tasks of a ratio among {', '.join(trial.tasks)}, wanted one"
@@ -63,19 +50,12 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
     return None
 
 
-def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None) -> Objective:
-    """Return a trial's objective.
-
-    Args:
-        trial: The trial.
-        kinds: Task -> kind of its label.
-        balance: The learned weights of an "uncertainty" objective, else None.
-
-    Raises:
-        InputError: If a batch lacks the column that conflicts are recognised by.
-    """
+def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None = None) -> Objective:
+    """Return a trial's objective; `balance` are the learned weights of an "uncertainty" objective."""
     factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
-    losses = _losses(trial.training, trial.tasks, kinds, dict(trial.scales), factors)
+    named = dict(trial.training.losses)
+    of_tasks = {task: loss_of(kinds[task], named.get(task)) for task in trial.tasks}
+    losses = TaskLosses(of_tasks, dict(trial.scales), factors, PRODUCTS[trial.training.dtype])
     if trial.model == "esmm":
         return _entire_space(trial, losses)
     match trial.objective:
@@ -89,24 +69,10 @@ def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights
     return Projected(losses, trial.tasks, lambda gradients: pcgrad(gradients, generator))
 
 
-def _losses(
-    training: Training,
-    tasks: tuple[str, ...],
-    kinds: Mapping[str, str],
-    scales: Mapping[str, float] | None = None,
-    factors: Factors | None = None,
-) -> TaskLosses:
-    named = dict(training.losses)
-    losses = {task: loss_of(kinds[task], named.get(task)) for task in tasks}
-    return TaskLosses(losses, scales or {}, factors, PRODUCTS[training.dtype])
-
-
 def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Factors:
     (ratio,) = (task for task in tasks if kinds[task] == "ratio")
 
     def factors(batch: Batch) -> dict[str, Tensor]:
-        if DURATION not in batch.values:
-            raise InputError(f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried")
         # The ratio's rows are those that were clicked and have a duration.
         label, clicked = batch.labels[ratio], batch.rows[ratio]
         click, watch = conflict.factors(label, clicked, batch.values[DURATION])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,28 +11,20 @@ from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 
 BASE, HARD, S_WEIGHT, S_WEIGHT_LAST = "base", "hard_sharing", "s_weight", "s_weight_last"
 RANDOM, RANDOM_RESCALED, SMALL = "random", "random_rescaled", "_small"
-NARROW = 0.25  # of the widths: a dense network of some 20 % of the weights, since the first layer has most of them
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: one model for all tasks, or one model per task.
+    """A row of a table: one model for all tasks, or one model per task, as trials at seed 0.
 
-    Attributes:
-        key: Its name in files.
-        title: Its name in reports.
-        trials: Its trials at seed 0; trials at other seeds are made from them.
-        rate_of: The row whose learning rates it trains with; its own key if it searches them.
+    `key` is its name in files, `title` in reports; `rate_of` is the row whose learning rates it trains with, its own
+    key if it searches them.
     """
 
     key: str
     title: str
     trials: tuple[Trial, ...]
     rate_of: str
-
-    def at(self, seed: int, rates: Mapping[str, float]) -> tuple[Trial, ...]:
-        """Return the row's trials at a seed with learning rates, task -> rate."""
-        return tuple(trial.at(seed, rates) for trial in self.trials)
 
 
 @dataclass(frozen=True)
@@ -43,9 +35,8 @@ class Rows:
         tasks: The tasks, the densest first.
         training: How every row trains unless a row says otherwise; learning rates may be searched.
         search_rates: Task -> learning rate of its mask search, which is that of its single-task baseline.
-        rounds: Rounds of pruning.
+        rounds: See `Search`, for `granularity` too.
         density: Share of the weights kept by random masks and by the tickets of the last round.
-        granularity: The unit of pruning.
         narrow: Factor of the hidden widths of narrow dense networks.
     """
 
@@ -55,7 +46,7 @@ class Rows:
     rounds: int = 4
     density: float = 0.2
     granularity: str = "weight"
-    narrow: float = NARROW
+    narrow: float = 0.25  # some 20 % of the weights, since the first layer has most of them
 
     def base(self) -> Row:
         """Return the single-task models."""
@@ -70,24 +61,17 @@ class Rows:
         """Return single-task models and hard sharing at narrow widths, which equally costly sparse ones must beat."""
         widths = scaled(self.training.hidden, self.narrow)
         narrow = replace(self, training=replace(self.training, hidden=widths))
+        title = f"dense and {self.narrow:.2g}x as wide"
         return [
-            replace(
-                row,
-                key=row.key + SMALL,
-                title=f"{row.title}, dense and {self.narrow:.2g}x as wide",
-                rate_of=row.key + SMALL,
-            )
+            Row(row.key + SMALL, f"{row.title}, {title}", row.trials, row.key + SMALL)
             for row in (narrow.base(), narrow.hard())
         ]
 
-    def dense(self, model: str, title: str, objective: str = "joint", **options: object) -> Row:
+    def dense(self, model: str, title: str, objective: str = "joint") -> Row:
         """Return a multi-task model without masks; its key names the objective if it is not the one of its authors."""
         usual = "alternating" if model == HARD else "joint"
         key = model if objective == usual else f"{model}_{objective}"
-        trial = Trial(
-            model, self.tasks, training=self.training, objective=objective, options=tuple(sorted(options.items()))
-        )
-        return Row(key, title, (trial,), key)
+        return Row(key, title, (Trial(model, self.tasks, training=self.training, objective=objective),), key)
 
     def search(self, **changes: Any) -> Search:
         """Return the paper's search with some changes; each task has the learning rate of its baseline."""
@@ -115,12 +99,7 @@ class Rows:
     def sparse(self, key: str, title: str, masks: Masks, rate_of: str = S_WEIGHT, **changes: Any) -> Row:
         """Return sparse sharing through some masks, in the network that they were searched in.
 
-        Args:
-            key: See `Row`.
-            title: See `Row`.
-            masks: The masks.
-            rate_of: See `Row`.
-            changes: Further settings of the trial.
+        `changes` are further settings of the trial; for the others see `Row`.
         """
         searched = masks.search.training
         training = replace(
@@ -135,11 +114,7 @@ class Rows:
         return Row(key, title, (trial,), rate_of)
 
     def product(self, masks: str) -> list[Row]:
-        """Return the rows among which a run chooses its ranker, and their baselines; controls belong to experiments.
-
-        Args:
-            masks: "random", "tickets", or "best" for both.
-        """
+        """Return the rows among which a run chooses its ranker, and their baselines; for `masks` see `RunSettings`."""
         (narrow,) = (row for row in self.small() if row.key == HARD + SMALL)
         table = [self.base(), self.hard(), narrow]
         if masks != "tickets":
@@ -155,8 +130,8 @@ def scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
 def narrow_factor(in_features: int, hidden: Sequence[int], density: float) -> float:
     """Return the factor of all hidden widths at which a dense MLP has `density` times the weights.
 
-    The positive root of `first f + rest f^2 = density (first + rest)`, where `first` counts the weights of the first
-    layer, which grow with the width, and `rest` those of the other layers, which grow with its square.
+    The positive root of `first f + rest f^2 = density (first + rest)`: weights of the first layer grow with the width,
+    those of the other layers with its square.
 
     >>> round(narrow_factor(1000, (100, 100), 0.2), 3)
     0.215

@@ -13,33 +13,22 @@ from torch import Tensor
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.recsys.harness import objectives
-from lt4rec_sparse.recsys.harness.starts import Starts, save_state, warm_name
-from lt4rec_sparse.recsys.harness.trials import Masks, Search
-from lt4rec_sparse.recsys.models import SparseSharing
+from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
+from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
 from lt4rec_sparse.recsys.training import Batch
 
 EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
 
 
-class Searches:
-    """Finds tickets from the starts of a log.
-
-    Args:
-        starts: Trains the networks; searches are left in `searches/` of its folder.
-    """
-
-    def __init__(self, starts: Starts) -> None:
-        self.starts = starts
+class Searches(Starts):
+    """Finds tickets from the starts of a log, and leaves them in `searches/` of its folder."""
 
     def tickets(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> list[Ticket]:
         """Return a task's tickets, from the full mask on; a search in one training gives a single, pruned one.
 
-        Args:
-            search: How to search.
-            task: The task.
-            tasks: The tasks that the warm-up trains, if there is one.
-            seed: Seed of the start and of the order of the rows.
+        `tasks` are those that the warm-up trains, if there is one.
         """
         folder = self._folder(search, task, tasks, seed)
         return (self._rounds if search.method == "rounds" else self._cheap)(search, task, tasks, seed, folder)
@@ -50,11 +39,11 @@ class Searches:
         A last ticket needs no training of its own; a best ticket does, since its metrics must be known.
         """
         search = masks.search
-        total = self.starts.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
-        if masks.scores:
-            records = [self.starts.single(search.training.of(task), task, seed) for task in tasks]
+        total = self.warm(search.training, tasks, seed)[1] if search.training.warm_up else 0.0
+        if masks.kind in SCORED:
+            records = [self.single(search.training.of(task), task, seed) for task in tasks]
             return total + sum(float(record["seconds"]) for record in records)
-        if not masks.searches:
+        if masks.kind not in SEARCHED:
             return total
         for task in tasks[:1] if masks.kind == "one_for_all" else tasks:
             folder = self._folder(search, task, tasks, seed)
@@ -66,26 +55,30 @@ class Searches:
 
     def scores(self, search: Search, task: str, seed: int) -> dict[str, Tensor]:
         """Return the magnitudes of a trained single-task baseline: layer -> `[out_features, in_features]`."""
-        self.starts.single(search.training.of(task), task, seed)
-        model = self.starts.sparse_sharing(search.training, (task,), seed)
-        model.load_state_dict(load_file(self.starts.single_file(search.training.of(task), task, seed)))
+        self.single(search.training.of(task), task, seed)
+        model = self.sparse_sharing(search.training, (task,), seed)
+        model.load_state_dict(load_file(self.single_file(search.training.of(task), task, seed)))
         return {name: weight.detach().abs() for name, weight in model.mlp.masked_weights().items()}
 
     def _rounds(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
-        starts, training = self.starts, search.training.of(task)
-        model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-        objective = objectives.plain(training, (task,), starts.kinds)
-        skip = round(search.rewind * starts.batches(training))
+        training = search.training.of(task)
+        model = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
+        objective = objectives.plain(training, (task,), self.kinds)
+        start, skip = None, round(search.rewind * self.batches(training))
+        if skip:
+            rewound = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            self.once(folder / "rewind.safetensors", rewound, objective, training, seed, batches=skip)
+            start = rewound.state_dict()
 
         def train_and_judge(level: int) -> Mapping[str, float]:
             if level == 0 and not training.warm_up:
                 # Late rewinding changes nothing here: the state to rewind to comes from this very training.
-                record = starts.single(training, task, seed)
-                model.load_state_dict(load_file(starts.single_file(training, task, seed)))
+                record = self.single(training, task, seed)
+                model.load_state_dict(load_file(self.single_file(training, task, seed)))
                 seconds, judged = record["seconds"], record["validation"]
             else:
-                seconds = starts.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
-                judged = starts.judge(folder / f"level_{level}", model, "validation", (task,))
+                seconds = self.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
+                judged = self.judge(folder / f"level_{level}", model, "validation", (task,))
             write_whole(folder / f"level_{level}.seconds", json.dumps(seconds))
             metrics: dict[str, float] = judged["all"][task]
             return metrics
@@ -100,36 +93,38 @@ class Searches:
             folder,
             search.granularity,
             search.scope,
-            start=self._rewound(search, task, tasks, seed, folder) if skip else None,
+            start=start,
         )
-
-    def _rewound(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> dict[str, Tensor]:
-        """Return the state after `search.rewind` epochs of the task's own training."""
-        path = folder / "rewind.safetensors"
-        if not path.exists():
-            starts, training = self.starts, search.training.of(task)
-            model = starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-            objective = objectives.plain(training, (task,), starts.kinds)
-            batches = round(search.rewind * starts.batches(training))
-            seconds = starts.train(path, model, objective, training, seed, batches=batches)
-            write_whole(folder / "rewind.seconds", json.dumps(seconds))
-            save_state(model, path)
-        return load_file(path)
 
     def _cheap(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
         """Find one pruned ticket in one training; for "one_shot" that training is the baseline's."""
         saved, judged = folder / "level_1.mask.safetensors", folder / "level_1.json"
         if not judged.exists():
-            model = self.starts.sparse_sharing(search.training, (task,), seed, warm=tasks)
-            full = model.mlp.mask()
+            training, path = search.training.of(task), folder / "level_1"
+            model = self.sparse_sharing(search.training, (task,), seed, warm=tasks)
+            mlp: MaskedMLP = model.mlp
             metrics: Mapping[str, float] = {}  # one-shot pruning trains nothing through its mask
             if search.method == "one_shot":
-                nnz = wanted_nnz(full, search.density, search.scope)
-                mask = prune_by_magnitude(self.scores(search, task, seed), full, nnz, search.granularity)
-                seconds = self.starts.single(search.training.of(task), task, seed)["seconds"]
+                nnz = wanted_nnz(mlp.mask(), search.density, search.scope)
+                mask = prune_by_magnitude(self.scores(search, task, seed), mlp.mask(), nnz, search.granularity)
+                seconds = self.single(training, task, seed)["seconds"]
             else:
-                metrics, seconds = self._train_moving(search, task, model, folder, seed)
-                mask = model.mlp.mask()
+                objective, optimizer = (
+                    objectives.plain(training, (task,), self.kinds),
+                    self.optimizer(model, training),
+                )
+                moving: GradualPruning | DropAndGrow[Batch]
+                if search.method == "gradual":
+                    moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
+                else:
+                    # A generator per task: one seed for all would give every task the same random mask.
+                    generator = torch.Generator().manual_seed(seed * len(self.kinds) + list(self.kinds).index(task))
+                    loss = objectives.loss_on(objective, model, task)
+                    moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
+                after_batch = moving.after_batch
+                seconds = self.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
+                metrics = self.judge(path, model, "validation", (task,))["all"][task]
+                mask = mlp.mask()
             write_whole(folder / "level_1.seconds", json.dumps(seconds))
             mask.save(saved)
             record = {"task": task, "level": 1, "density": mask.density, "metrics": dict(metrics)}
@@ -137,28 +132,8 @@ class Searches:
         record = json.loads(judged.read_text(encoding="utf-8"))
         return [Ticket(task, 1, Mask.load(saved), record["metrics"])]
 
-    def _train_moving(
-        self, search: Search, task: str, model: SparseSharing, folder: Path, seed: int
-    ) -> tuple[Mapping[str, float], float]:
-        """Train a model while its mask moves; return its metrics and the seconds."""
-        starts, training = self.starts, search.training.of(task)
-        mlp = model.mlp
-        objective = objectives.plain(training, (task,), starts.kinds)
-        optimizer = starts.optimizer(model, training)
-        moving: GradualPruning | DropAndGrow[Batch]
-        if search.method == "gradual":
-            moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
-        else:
-            # A generator per task: one seed for all would give every task the same random mask.
-            generator = torch.Generator().manual_seed(seed * len(starts.kinds) + list(starts.kinds).index(task))
-            loss = objectives.loss_on(objective, model, task)
-            moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
-        path = folder / "level_1"
-        seconds = starts.train(path, model, objective, training, seed, optimizer, after_batch=moving.after_batch)
-        return starts.judge(path, model, "validation", (task,))["all"][task], seconds
-
     def _folder(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> Path:
         warm = f"-after-{warm_name(search.training, tasks)}" if search.training.warm_up else ""
-        folder = self.starts.made("searches", f"{search.folder(task)}{warm}", f"seed_{seed}", task)
+        folder = self.made("searches", f"{search.folder(task)}{warm}", f"seed_{seed}", task)
         folder.mkdir(exist_ok=True)
         return folder

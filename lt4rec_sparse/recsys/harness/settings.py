@@ -11,40 +11,29 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.lottery.pruning import check_granularity
 from lt4rec_sparse.ranker.features import Schema, Task
-from lt4rec_sparse.recsys.harness.trials import Training
+from lt4rec_sparse.recsys.harness.trials import Search, Training, check_counts
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
 MASKS = ("best", "random", "tickets")
 
 
-class SettingsError(InputError):
-    """A setting outside its range, or a run folder that was made with other settings."""
-
-
 @dataclass(frozen=True)
 class RunSettings:
     """What a run does; the defaults follow the paper and its published code where they fit a public log.
 
-    One epoch, as in the paper: on KuaiRand the validation metrics are best after one.
+    One epoch, as in the paper: on KuaiRand the validation metrics are best after one. What is not described here is
+    described at `Training` and `Search`.
 
     Attributes:
         seeds: How many seeds, from 0 on; each is a whole search and training.
-        embedding_dim: Width of an embedding.
-        hidden: Widths of the MLP's hidden layers.
         learning_rates: Adam's. A single one is used for every task of every model; of several, each model takes the
-            best on the validation days, per task (`tuning.tuned_rates`).
-        epochs: Epochs of every training: a round of the search, a baseline, the joint training.
-        batch_size: Impressions per batch.
+            best on the validation days, per task (`study.tuned_rates`).
         masks: Where the tasks' masks come from: "random", without a search; "tickets", the paper's; or "best", both, of
             which the validation days choose.
-        rounds: Rounds of pruning per task, for tickets.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
-        granularity: The unit of pruning: a weight, a block or a neuron (`lottery.GRANULARITIES`).
         tasks: Names of the schema's tasks to train, in this order; empty for all but the extra ones.
-        dtype: What matrix products compute in while training: "float32" or "bfloat16".
     """
 
     seeds: int = 1
@@ -61,21 +50,14 @@ class RunSettings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rounds"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        check_counts(seeds=self.seeds)
         if self.masks not in MASKS:
-            raise SettingsError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
-        if not 0 < self.density < 1:
-            raise SettingsError(f"density: got {self.density}, wanted more than 0 and less than 1")
+            raise InputError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
         if not self.learning_rates:
-            raise SettingsError("learning_rates: got none, wanted at least one")
-        for rate in self.learning_rates:
-            replace(self.training, learning_rate=rate)  # which checks what both have
-        try:
-            check_granularity(self.granularity)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
+            raise InputError("learning_rates: got none, wanted at least one")
+        for rate in self.learning_rates:  # what both have is checked there
+            training = replace(self.training, learning_rate=rate)
+            Search(training, granularity=self.granularity, rounds=self.rounds, density=self.density)
 
     @property
     def training(self) -> Training:
@@ -97,53 +79,38 @@ SIMULATED = RunSettings(
 
 
 def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
-    """Return the tasks that are named, or all of a schema but its extra ones.
-
-    Raises:
-        SettingsError: If the schema has no such task, or one is named twice.
-    """
+    """Return the tasks that are named, or all of a schema but its extra ones."""
     if not named:
         return tuple(task for task in schema.tasks if not task.extra)
     by_name = {task.name: task for task in schema.tasks}
     if len(set(named)) != len(named) or not by_name.keys() >= set(named):
-        raise SettingsError(f"tasks: got {', '.join(named)}, wanted some of {', '.join(by_name)}, each once")
+        raise InputError(f"tasks: got {', '.join(named)}, wanted some of {', '.join(by_name)}, each once")
     return tuple(by_name[name] for name in named)
 
 
-def check_settings(folder: Path, data: str, settings: RunSettings) -> bool:
-    """Return whether a run was begun in the folder; if so, check that its data and settings are the same.
+def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSettings | None:
+    """Return the settings with which a run that was begun in the folder goes on; None if there is none.
 
-    The number of seeds may be larger than before: the run adds them.
-
-    Raises:
-        SettingsError: If it was a run with other data or settings (the first difference is named), of an earlier
-            version, or no run.
+    They are those that were asked for, with at least as many seeds as before: none are dropped. Other data or settings,
+    of which the first difference is named, another version, or no run, are an InputError.
     """
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder}: got a file, wanted a folder for the run")
+        raise InputError(f"{folder}: got a file, wanted a folder for the run")
     if not path.exists():
-        return False
+        return None
     try:
         got: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         got = None
     if not isinstance(got, dict):
-        raise SettingsError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
+        raise InputError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
     if got.get("layout") != LAYOUT:
-        raise SettingsError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
+        raise InputError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
     for key, value in _config(data, settings).items():
         if key != "seeds" and got.get(key) != value:
-            raise SettingsError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
-    return True
-
-
-def with_seeds_of(folder: Path, settings: RunSettings) -> RunSettings:
-    """Return the settings with at least as many seeds as an earlier run in the folder had: none are dropped."""
-    path = folder / CONFIG
-    if not path.exists():
-        return settings
-    return replace(settings, seeds=max(settings.seeds, json.loads(path.read_text(encoding="utf-8"))["seeds"]))
+            raise InputError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
+    return replace(settings, seeds=max(settings.seeds, got["seeds"]))
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, Any]:
@@ -155,11 +122,7 @@ def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile; a process that dies releases it.
-
-    Raises:
-        SettingsError: If another process works there.
-    """
+    """Keep other processes out of a folder meanwhile; a process that dies releases it."""
     import fcntl  # POSIX only, like training
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise SettingsError(
+            raise InputError(
                 f"{folder}: another process works in this folder, wanted to wait for it, or another --out"
             ) from error
         yield

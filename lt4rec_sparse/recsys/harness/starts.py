@@ -19,26 +19,18 @@ from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.training import Objective, TaskAdam, evaluate, train
-from lt4rec_sparse.recsys.training.loop import AfterBatch
 
-Judged = dict[str, dict[str, dict[str, float]]]
-"""Slice -> task -> metric -> value."""
-
+Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging
-METRICS_LOG = "metrics.jsonl"
 
 
 class Starts:
     """Makes and trains the networks of one prepared log, from starts that a seed decides.
 
     At one seed every network of sparse sharing starts from the same weights: the single-task baselines, every round of
-    a search, and the network that all tasks share.
-
-    Args:
-        prepared: The data.
-        folder: Baselines and warm-ups are left in its `singles/`; training losses and metrics are appended to its
-            `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted training may repeat a
-            line.
+    a search, and the network that all tasks share. Baselines and warm-ups are left in `singles/` of the folder; losses
+    and metrics are appended to its `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted
+    training may repeat a line.
     """
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
@@ -52,14 +44,13 @@ class Starts:
         It is level 0 of every search with the same training.
         """
         path = self.single_file(training, task, seed)
-        if not path.with_suffix(".json").exists():
+        judged = path.with_suffix(".json")
+        if not judged.exists():
             model = self.sparse_sharing(training, (task,), seed)
-            seconds = self.train(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
-            save_state(model, path)
+            seconds = self.once(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
             record = {"validation": self.judge(path, model, "validation", (task,)), "seconds": seconds}
-            write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return cast(dict[str, Any], record)
+            write_whole(judged, json.dumps(record, indent=1))
+        return cast(dict[str, Any], json.loads(judged.read_text(encoding="utf-8")))
 
     def single_file(self, training: Training, task: str, seed: int) -> Path:
         """Return the path of the trained weights of a single-task baseline."""
@@ -68,15 +59,11 @@ class Starts:
     def warm(self, training: Training, tasks: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], float]:
         """Return the shared network after its warm-up, with all tasks and full masks, and the seconds that it took."""
         path = self.made("singles", f"{warm_name(training, tasks)}-seed_{seed}.safetensors")
-        took = path.with_suffix(".seconds")
-        if not path.exists():
-            model = self.sparse_sharing(training, tasks, seed)
-            batches = round(training.warm_up * self.batches(training))
-            objective = objectives.plain(training, tasks, self.kinds)
-            seconds = self.train(path, model, objective, training, seed, batches=batches)
-            write_whole(took, json.dumps(seconds))
-            save_state(model, path)
-        return load_file(path), float(json.loads(took.read_text(encoding="utf-8")))
+        model = self.sparse_sharing(training, tasks, seed)
+        batches = round(training.warm_up * self.batches(training))
+        objective = objectives.plain(training, tasks, self.kinds)
+        seconds = self.once(path, model, objective, training, seed, batches=batches)
+        return model.state_dict(), seconds
 
     def network(
         self, name: str, training: Training, tasks: tuple[str, ...], seed: int, options: Mapping[str, Any]
@@ -120,6 +107,19 @@ class Starts:
         """Return a training's optimiser: every task's steps have the task's learning rate."""
         return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
 
+    def once(
+        self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int, **how: Any
+    ) -> float:
+        """Train a model as `train` does and leave it at `path`, or load what was left there; return the seconds."""
+        took = path.with_suffix(".seconds")
+        if not (path.exists() and took.exists()):
+            seconds = self.train(path, model, objective, training, seed, **how)
+            with whole_file(path) as temporary:
+                save_file(model.state_dict(), temporary)
+            write_whole(took, json.dumps(seconds))
+        model.load_state_dict(load_file(path))
+        return float(json.loads(took.read_text(encoding="utf-8")))
+
     def train(
         self,
         path: Path,
@@ -128,27 +128,15 @@ class Starts:
         training: Training,
         seed: int,
         optimizer: MaskedAdam | None = None,
-        batches: int | None = None,
         skip: int = 0,
-        after_batch: AfterBatch | None = None,
         has_state: bool = False,
+        **how: Any,
     ) -> float:
         """Train a model in place; return the seconds of all cores together, whatever else the machine does.
 
-        An interrupted training continues from a checkpoint beside `path`, unless something besides model and optimiser
-        has a state.
-
-        Args:
-            path: Names the training in the log and the checkpoint.
-            model: Trained in place.
-            objective: What a batch does to it.
-            training: Learning rates, epochs and batches.
-            seed: Seed of the order of the rows.
-            optimizer: None for a new one.
-            batches: Stop after this many; None for all.
-            skip: How many batches to skip at the start.
-            after_batch: See `training.train`; it has a state of its own.
-            has_state: Whether the objective has a state of its own.
+        `path` names the training in the log. An interrupted training continues from a checkpoint beside it, unless
+        something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
+        are left out at the start; `how` is for `training.train`.
         """
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
@@ -158,11 +146,10 @@ class Starts:
             stream,
             objective,
             training.epochs,
-            batches,
-            skip,
-            checkpoint=None if has_state or after_batch else path.with_suffix(".checkpoint.pt"),
+            skip=skip,
+            checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
-            after_batch=after_batch or (lambda batch, done, total: None),
+            **how,
         )
 
     def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
@@ -187,16 +174,10 @@ class Starts:
 
     def _log(self, path: Path, record: Mapping[str, Any]) -> None:
         line = json.dumps({"stage": str(path.relative_to(self.folder).with_suffix("")), **record})
-        with (self.folder / METRICS_LOG).open("a", encoding="utf-8") as file:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
 
 
 def warm_name(training: Training, tasks: tuple[str, ...]) -> str:
     """Return what tells a warm-up from others."""
     return f"warm-{digest({**asdict(training), 'tasks': tasks})}"
-
-
-def save_state(model: nn.Module, path: Path) -> None:
-    """Write a model's state completely, or not at all."""
-    with whole_file(path) as temporary:
-        save_file(model.state_dict(), temporary)

@@ -15,32 +15,23 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Summary:
-    """A value over seeds.
-
-    Attributes:
-        mean: NaN if a seed's value is not a finite number.
-        deviation: Standard deviation over the seeds, with `n - 1` in the divisor; NaN with one seed.
-        seeds: How many.
-    """
+    """A value over seeds: mean and standard deviation with `n - 1` in the divisor; NaN where it is not defined."""
 
     mean: float
     deviation: float
     seeds: int
 
     def record(self) -> dict[str, float | None]:
-        """Return it for JSON: null where a number is NaN."""
+        """Return it for JSON."""
         return {"mean": or_none(self.mean), "deviation": or_none(self.deviation), "seeds": self.seeds}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a value is from a base's, seed by seed.
+    """How far a value is from a base's, seed by seed; it prints as "+0.0005 ± 0.0002", or "-0.23 ± 0.15 %".
 
-    Attributes:
-        mean: The mean over the seeds; NaN if a seed's difference is not a finite number.
-        error: Standard error of the mean, `deviation / sqrt(seeds)`; NaN with one seed.
-        seeds: How many.
-        relative: True if in percent of the base's value at the same seed.
+    Mean over the seeds, NaN if one is no finite number, and its standard error, NaN with one seed; in percent of the
+    base's value at the same seed if it is relative.
     """
 
     mean: float
@@ -48,21 +39,19 @@ class Difference:
     seeds: int
     relative: bool
 
+    def __str__(self) -> str:
+        digits = 2 if self.relative else 4
+        error = f" ± {self.error:.{digits}f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.{digits}f}{error}{' %' if self.relative else ''}"
+
     def record(self) -> dict[str, float | bool | None]:
-        """Return it for JSON: null where a number is NaN."""
-        return {
-            "difference": or_none(self.mean),
-            "error": or_none(self.error),
-            "seeds": self.seeds,
-            "relative": self.relative,
-        }
+        """Return it for JSON."""
+        numbers = {"difference": or_none(self.mean), "error": or_none(self.error)}
+        return {**numbers, "seeds": self.seeds, "relative": self.relative}
 
 
 def summary(values: Sequence[float | None]) -> Summary:
     """Return mean and standard deviation of one value per seed; None is NaN.
-
-    Raises:
-        ValueError: If there is no value.
 
     >>> summary([1.0, 2.0, 3.0])
     Summary(mean=2.0, deviation=1.0, seeds=3)
@@ -75,15 +64,8 @@ def paired_difference(
 ) -> Difference:
     """Return the mean over seeds of `value - base`, or of `100 * (value - base) / base`, and its standard error.
 
-    Pairing removes what a seed does to both: the order of the batches, and the start.
-
-    Args:
-        values: Seed -> value; None is NaN.
-        base: Seed -> value, of the same seeds.
-        relative: True for percent of the base; a base of 0 makes the difference NaN.
-
-    Raises:
-        ValueError: If there is no seed, or the seeds differ.
+    Pairing removes what a seed does to both: the order of the batches, and the start. None is NaN; a base of 0 makes a
+    relative difference NaN. Other seeds than the base's are a ValueError.
 
     >>> paired_difference({0: 3.0, 1: 6.0}, {0: 2.0, 1: 4.0}, relative=True).mean
     50.0
@@ -127,8 +109,6 @@ def or_none(value: float) -> float | None:
 
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
     """Return the values with NaN for None and infinities, which have no mean."""
-    if not len(values):
-        raise ValueError("values: got none, wanted one per seed, and at least one")
     numbers = np.array(values, np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 

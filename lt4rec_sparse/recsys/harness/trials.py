@@ -14,16 +14,9 @@ from lt4rec_sparse.recsys.models import CROSSES, LOSSES, Conflict
 from lt4rec_sparse.recsys.models.build import MODELS
 
 METHODS = ("rounds", "one_shot", "gradual", "drop_and_grow")
-KINDS_OF_MASKS = (
-    "tickets",
-    "random",
-    "random_like",
-    "one_for_all",
-    "one_random",
-    "unanimous",
-    "separate",
-    "random_separate",
-)
+SEARCHED = ("tickets", "random_like", "one_for_all")  # kinds of masks for which tickets must be found first
+SCORED = ("separate", "unanimous")  # those that read the magnitudes of the single-task baselines
+KINDS_OF_MASKS = (*SEARCHED, *SCORED, "random", "one_random", "random_separate")
 OBJECTIVES = ("alternating", "joint", "uncertainty", "pcgrad")
 DTYPES = ("float32", "bfloat16")
 
@@ -38,6 +31,13 @@ def _check(value: str, known: tuple[str, ...], name: str) -> None:
         raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
 
 
+def check_counts(**counts: int) -> None:
+    """Check that named numbers are at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name}: got {count}, wanted at least 1")
+
+
 @dataclass(frozen=True)
 class Training:
     """The network and how it is trained; a search and the trials that use its masks may share one.
@@ -48,8 +48,7 @@ class Training:
         exclusive_dim: Width of each task's own additional embedding (multiview); 0 for none.
         cross: "dlrm", "wide_deep" or "deepfm".
         learning_rate: Adam's, for every task that `rates` does not name.
-        rates: Task -> learning rate of that task's steps. Two tasks of a shared model may differ, as two single-task
-            models do; see `TaskAdam`.
+        rates: Task -> learning rate of that task's steps (`TaskAdam`).
         epochs: Epochs of every training.
         batch_size: Impressions per batch.
         warm_up: Epochs of dense training of all tasks before anything else; searches and trials start from there.
@@ -75,13 +74,9 @@ class Training:
         _check(self.cross, CROSSES, "cross")
         for _, loss in self.losses:
             _check(loss, tuple(LOSSES), "loss")
-        for name in ("embedding_dim", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        check_counts(embedding_dim=self.embedding_dim, epochs=self.epochs, batch_size=self.batch_size)
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
-        if not self.warm_up >= 0:
-            raise InputError(f"warm_up: got {self.warm_up}, wanted 0 or more")
         for rate in (self.learning_rate, *(rate for _, rate in self.rates)):
             if not rate > 0:
                 raise InputError(f"learning_rate: got {rate}, wanted more than 0")
@@ -129,11 +124,9 @@ class Search:
     def __post_init__(self) -> None:
         _check(self.method, METHODS, "method")
         _check(self.granularity, GRANULARITIES, "granularity")
-        _check(self.scope, ("global", "layer"), "scope")
-        if not 0 < self.density < 1 or self.rounds < 1:
-            raise InputError(f"search: got {self.rounds} rounds to {self.density}, wanted 1 or more, in (0, 1)")
-        if not 0 <= self.rewind < self.training.epochs:
-            raise InputError(f"rewind: got {self.rewind}, wanted 0 or more, less than {self.training.epochs} epochs")
+        check_counts(rounds=self.rounds)
+        if not 0 < self.density < 1:
+            raise InputError(f"density: got {self.density}, wanted more than 0 and less than 1")
 
     def folder(self, task: str) -> str:
         """Return the name of a task's folder. Searches with the same steps share it, however many rounds they have."""
@@ -169,19 +162,8 @@ class Masks:
 
     def __post_init__(self) -> None:
         _check(self.kind, KINDS_OF_MASKS, "kind of masks")
-        _check(self.level, ("best", "last"), "level")
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
             raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it only with separate ones")
-
-    @property
-    def searches(self) -> bool:
-        """Whether tickets must be found first."""
-        return self.kind in ("tickets", "random_like", "one_for_all")
-
-    @property
-    def scores(self) -> bool:
-        """Whether the magnitudes of the single-task baselines are read."""
-        return self.kind in ("separate", "unanimous")
 
 
 @dataclass(frozen=True)
@@ -192,7 +174,6 @@ class Trial:
         model: One of `models.MODELS`; "sparse_sharing" with one task and no masks is a single-task baseline.
         tasks: The tasks' names.
         seed: Seed of initial weights, order of the rows and random masks.
-        training: The network and how it is trained.
         masks: For sparse sharing; None for full masks.
         objective: "alternating" (one step per task), "joint" (one step on the sum), "uncertainty" or "pcgrad" (likewise
             one step).
@@ -216,8 +197,6 @@ class Trial:
     def __post_init__(self) -> None:
         _check(self.model, MODELS, "model")
         _check(self.objective, OBJECTIVES, "objective")
-        if self.masks is not None and self.model != "sparse_sharing":
-            raise InputError(f"masks: got some for {self.model}, wanted them for sparse_sharing only")
         if self.training.rates and self.steps_together:
             raise InputError(f"rates: got one per task for {self.model} with one step for all tasks, wanted one rate")
 
@@ -235,8 +214,3 @@ class Trial:
         """Return the same trial at another seed, with the learning rates of its tasks if they are given."""
         own = {task: rate for task, rate in (rates or {}).items() if task in self.tasks}
         return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested)
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return all settings as JSON-able data."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain

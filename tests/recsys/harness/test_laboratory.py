@@ -43,11 +43,11 @@ def nothing_is_trained(monkeypatch):
 
 
 def test_a_baseline_is_level_0_of_every_search_and_the_single_task_row(lab, monkeypatch):
-    single = lab.starts.single(TRAINING, "cvr", 0)
+    single = lab.single(TRAINING, "cvr", 0)
     trained = []
     train = module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: (trained.append(1), train(*a, **k))[1])
-    found = lab.searches.tickets(SEARCH, "cvr", TASKS, 0)
+    found = lab.tickets(SEARCH, "cvr", TASKS, 0)
     assert len(trained) == SEARCH.rounds
     assert found[0].metrics == single["validation"]["all"]["cvr"]
     assert found[0].mask.density == 1
@@ -58,9 +58,9 @@ def test_a_baseline_is_level_0_of_every_search_and_the_single_task_row(lab, monk
 
 
 def test_all_networks_of_a_seed_start_alike(lab, small_log):
-    shared = lab.starts.sparse_sharing(TRAINING, TASKS, 0).state_dict()
+    shared = lab.sparse_sharing(TRAINING, TASKS, 0).state_dict()
     for task in TASKS:
-        own = lab.starts.sparse_sharing(TRAINING, (task,), 0).state_dict()
+        own = lab.sparse_sharing(TRAINING, (task,), 0).state_dict()
         assert all(torch.equal(own[name], shared[name]) for name in own if not name.endswith((".masks", ".mask_tasks")))
         assert f"mlp.heads.{task}.weight" in own
     started = lab._new(sparse()).state_dict()
@@ -70,7 +70,7 @@ def test_all_networks_of_a_seed_start_alike(lab, small_log):
     fresh = lab._new(sparse(fresh_start=True)).state_dict()
     assert not torch.equal(fresh["mlp.layers.0.weight"], shared["mlp.layers.0.weight"])
     assert torch.equal(fresh["mlp.layers.0.masks"], started["mlp.layers.0.masks"])
-    other = lab.starts.sparse_sharing(TRAINING, TASKS, 1).state_dict()
+    other = lab.sparse_sharing(TRAINING, TASKS, 1).state_dict()
     assert not torch.equal(other["inputs.embedding"], shared["inputs.embedding"])
 
 
@@ -89,7 +89,7 @@ def test_a_trial_is_trained_once(lab, monkeypatch):
     assert record["seconds"]["search"] > 0
     assert record["multiply_adds"] < 0.3 * 2 * sum(w.numel() for w in lab.model(trial).mlp.masked_weights().values())
     monkeypatch.setattr(module, "train", None)
-    again = Laboratory(lab.prepared, lab.starts.folder)
+    again = Laboratory(lab.prepared, lab.folder)
     assert again.run(trial) == record
     assert json.loads(json.dumps(record)) == record
     predicted = again.predictions(trial, "test")
@@ -166,7 +166,7 @@ def test_masks_are_what_they_are_called(lab):
         return found["ctr"], found["cvr"]
 
     tickets, last = masks(), masks(level="last")
-    found = {task: lab.searches.tickets(SEARCH, task, TASKS, 0) for task in TASKS}
+    found = {task: lab.tickets(SEARCH, task, TASKS, 0) for task in TASKS}
     assert last == tuple(found[task][-1].mask for task in TASKS)
     assert all(mask in [ticket.mask for ticket in found[task][1:]] for task, mask in zip(TASKS, tickets, strict=True))
     shuffled = masks("random_like", level="last")
@@ -191,16 +191,16 @@ def test_masks_are_what_they_are_called(lab):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_finds_a_ticket_of_the_density(lab, method):
     search = replace(SEARCH, method=method)
-    ticket = lab.searches.tickets(search, "ctr", TASKS, 0)[-1]
+    ticket = lab.tickets(search, "ctr", TASKS, 0)[-1]
     assert ticket.mask.density == pytest.approx(0.25, abs=0.01)
     assert set(ticket.metrics) == (set() if method == "one_shot" else {"auc", "gauc", "log_loss", "calibration"})
-    assert lab.searches.seconds(Masks(search=search, level="last"), ("ctr",), 0) > 0
+    assert lab.seconds(Masks(search=search, level="last"), ("ctr",), 0) > 0
 
 
 def test_a_search_goes_on_where_a_shorter_one_ended(lab, nothing_is_trained):
     shorter = replace(SEARCH, rounds=1, density=0.5)  # the same share per round
-    assert [t.mask for t in lab.searches.tickets(shorter, "ctr", TASKS, 0)] == [
-        t.mask for t in lab.searches.tickets(SEARCH, "ctr", TASKS, 0)[:2]
+    assert [t.mask for t in lab.tickets(shorter, "ctr", TASKS, 0)] == [
+        t.mask for t in lab.tickets(SEARCH, "ctr", TASKS, 0)[:2]
     ]
 
 
@@ -208,8 +208,8 @@ def test_a_search_that_goes_further_prunes_the_last_level_of_one_that_ended(lab)
     """What ended has judged its last level and not pruned it."""
     for rounds in (1, 3):
         search = replace(SEARCH, rounds=rounds, density=0.5**rounds)
-        found = lab.searches.tickets(search, "cvr", TASKS, 1)
-    whole = lab.searches.tickets(search, "cvr", TASKS, 1)
+        found = lab.tickets(search, "cvr", TASKS, 1)
+    whole = lab.tickets(search, "cvr", TASKS, 1)
     assert [ticket.mask.density for ticket in whole] == pytest.approx([1, 0.5, 0.25, 0.125], abs=2e-3)
     assert found == whole
 
@@ -219,18 +219,18 @@ def test_a_task_searches_at_the_rate_of_its_baseline(lab):
     search = replace(SEARCH, training=TRAINING.at({"ctr": TRAINING.learning_rate, "cvr": rate}))
     assert search.folder("ctr") == SEARCH.folder("ctr")
     assert search.folder("cvr") != SEARCH.folder("cvr")
-    found = lab.searches.tickets(search, "cvr", TASKS, 0)
-    single = lab.starts.single(replace(TRAINING, learning_rate=rate), "cvr", 0)
+    found = lab.tickets(search, "cvr", TASKS, 0)
+    single = lab.single(replace(TRAINING, learning_rate=rate), "cvr", 0)
     assert found[0].metrics == single["validation"]["all"]["cvr"]
 
 
 def test_masks_cost_the_trainings_that_they_need(lab):
     def seconds(kind="tickets", **masks):
-        return lab.searches.seconds(Masks(kind, SEARCH, **masks), TASKS, 0)
+        return lab.seconds(Masks(kind, SEARCH, **masks), TASKS, 0)
 
     for task in TASKS:
-        lab.searches.tickets(SEARCH, task, TASKS, 0)
-    singles = sum(lab.starts.single(TRAINING, task, 0)["seconds"] for task in TASKS)
+        lab.tickets(SEARCH, task, TASKS, 0)
+    singles = sum(lab.single(TRAINING, task, 0)["seconds"] for task in TASKS)
     assert seconds("random") == 0
     assert seconds("unanimous") == singles
     assert singles < seconds(level="last") < seconds(level="best")
@@ -239,18 +239,18 @@ def test_masks_cost_the_trainings_that_they_need(lab):
 
 def test_a_warm_up_is_where_searches_and_trials_start(lab):
     search = replace(SEARCH, training=replace(TRAINING, warm_up=0.5))
-    warm = lab.starts.warm(search.training, TASKS, 0)[0]
-    cold = lab.starts.sparse_sharing(TRAINING, TASKS, 0).state_dict()
+    warm = lab.warm(search.training, TASKS, 0)[0]
+    cold = lab.sparse_sharing(TRAINING, TASKS, 0).state_dict()
     assert not torch.equal(warm["mlp.layers.0.weight"], cold["mlp.layers.0.weight"])
     started = lab._new(sparse("random", search)).state_dict()
     assert torch.equal(started["mlp.layers.0.weight"], warm["mlp.layers.0.weight"])
-    found = lab.searches.tickets(search, "cvr", TASKS, 0)
-    assert found[0].metrics != lab.starts.single(TRAINING, "cvr", 0)["validation"]["all"]["cvr"]
+    found = lab.tickets(search, "cvr", TASKS, 0)
+    assert found[0].metrics != lab.single(TRAINING, "cvr", 0)["validation"]["all"]["cvr"]
 
 
 def test_late_rewinding_prunes_other_weights(lab):
-    rewound = lab.searches.tickets(replace(SEARCH, rewind=0.5), "ctr", TASKS, 0)
-    plain = lab.searches.tickets(SEARCH, "ctr", TASKS, 0)
+    rewound = lab.tickets(replace(SEARCH, rewind=0.5), "ctr", TASKS, 0)
+    plain = lab.tickets(SEARCH, "ctr", TASKS, 0)
     assert rewound[-1].mask.nnz == plain[-1].mask.nnz
     assert rewound[-1].mask != plain[-1].mask
 

@@ -1,10 +1,12 @@
 """From a table to its records: baselines first; rows that a log cannot train are left out, with their reason."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper.declared import PaperRows, table2, tickets
-from lt4rec_sparse.recsys.harness.rows import BASE
+from lt4rec_sparse.paper.declared import table2, tickets
+from lt4rec_sparse.recsys.harness.rows import BASE, Rows
 from lt4rec_sparse.recsys.harness.study import carry_out
 
 TWO = {"ctr": "binary", "cvr": "ratio"}
@@ -15,14 +17,12 @@ MANY = {f"task_{i}": "binary" for i in range(6)}
 def study_of(make, kinds, folder, carried=("duration_ms",), grid=(1e-3,), others=None):
     stages = []
 
-    def carry(stage):
-        def run(trials):
-            stages.extend(dict.fromkeys([stage]))
-            return {trial: {"seed": trial.seed, "tasks": trial.tasks} for trial in trials}
+    def carry(stage, trials):
+        stages.append(stage)
+        return {trial: {"seed": trial.seed, "tasks": trial.tasks} for trial in trials}
 
-        return run
-
-    study = carry_out(make, PaperRows(tuple(kinds)), 2, kinds, carried, folder, carry, grid, others)
+    schema = SimpleNamespace(tasks=[SimpleNamespace(name=n, kind=k) for n, k in kinds.items()], carried=carried)
+    study = carry_out(make, Rows(tuple(kinds)), 2, schema, folder, carry, grid, others)
     assert stages == ["train"], "nothing is searched of one rate"
     return study
 
@@ -83,9 +83,9 @@ def test_rows_that_a_log_cannot_train_are_left_out_with_the_reason(tmp_path, mak
     study = study_of(make, kinds, tmp_path, carried, others=table2)
     assert study.left_out.keys() == reasons.keys()
     assert all(study.left_out[title].startswith(reason) for title, reason in reasons.items())
-    whole = make(PaperRows(tuple(kinds)))
-    assert [row.title for row in study.table] == [row.title for row in whole if row.title not in reasons]
-    assert {record["row"] for record in study.records} == {row.key for row in study.table}
+    whole = make(Rows(tuple(kinds)))
+    assert list(study.rows.values()) == [row.title for row in whole if row.title not in reasons]
+    assert {record["row"] for record in study.records} == set(study.rows)
 
 
 def test_a_rate_of_a_row_that_there_is_not_is_refused(tmp_path):

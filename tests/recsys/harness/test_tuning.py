@@ -6,8 +6,8 @@ import pytest
 
 from lt4rec_sparse.recsys.harness.rows import Row
 from lt4rec_sparse.recsys.harness.statistics import best_of
+from lt4rec_sparse.recsys.harness.study import FURTHER, RATES, SEEDS, beyond, favourites, tuned_rates
 from lt4rec_sparse.recsys.harness.trials import Trial
-from lt4rec_sparse.recsys.harness.tuning import FURTHER, RATES, SEEDS, beyond, favourites, tuned_rates
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 BOTH = ("ctr", "cvr")

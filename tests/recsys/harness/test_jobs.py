@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.recsys.harness.grid import Job, run_jobs
+from lt4rec_sparse.recsys.harness.jobs import Job, run_jobs
 
 
 def test_jobs_run_after_what_they_need_and_before_that_in_order():
@@ -36,9 +36,7 @@ def test_an_error_stops_what_has_not_begun():
 
 
 def test_jobs_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="job 'a': needs"):
-        run_jobs({"a": Job(print, (), ("nowhere",))}, executor="here")
-    with pytest.raises(ValueError, match="job 'a': needs"):
+    with pytest.raises(ValueError, match="nodes are in a cycle"):
         run_jobs({"a": Job(print, (), ("b",)), "b": Job(print, (), ("a",))}, executor="here")
     with pytest.raises(InputError, match="executor: got 'cloud', wanted one of processes, ray, here"):
         run_jobs({}, executor="cloud")
@@ -57,7 +55,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     os.mkfifo(pipe)
     work = f"import time\nfile = open({str(pipe)!r}, 'w')\nprint('began', file=file, flush=True)\n"
     work += "time.sleep(20)\nprint('survived', file=file)"
-    main = f"from lt4rec_sparse.recsys.harness.grid import Job, run_jobs\nrun_jobs({{'a': Job(exec, ({work!r},))}}, 1)"
+    main = f"from lt4rec_sparse.recsys.harness.jobs import Job, run_jobs\nrun_jobs({{'a': Job(exec, ({work!r},))}}, 1)"
     parent = subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # Opened at once, since a parent that fails never opens its end.
     with parent, os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
