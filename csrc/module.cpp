@@ -143,6 +143,13 @@ bool read_matrix(PyObject* object, Matrix* to) {
   return true;
 }
 
+int run_matrices(int64_t blob, int64_t bytes, const Matrix& x, const Matrix& out, int64_t threads, int64_t path) {
+  if (threads < 1 || out.is_bf16 || out.rows != x.rows || out.stride < out.columns) return STATUS_NOT_READ;
+  const SparseMlpCall call{x.data,      x.is_bf16,  x.rows,  x.columns, x.stride, reinterpret_cast<float*>(out.data),
+                           out.columns, out.stride, threads, path};
+  return without_gil(address<const uint8_t>(blob), bytes, call);
+}
+
 // run(blob, bytes, x, out, threads, path) -> status. STATUS_NOT_READ where it does not take the arguments: the caller
 // finds out why, or calls sparse_mlp.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -151,12 +158,26 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t a[4];
   if (!unpack(integers, 4, a, 4)) return nullptr;
   Matrix x, out;
-  if (!tensors || a[2] < 1 || !read_matrix(args[2], &x) || !read_matrix(args[3], &out) || out.is_bf16 ||
-      out.rows != x.rows || out.stride < out.columns)
-    return PyLong_FromLong(STATUS_NOT_READ);
-  const SparseMlpCall call{x.data,      x.is_bf16,  x.rows, x.columns, x.stride, reinterpret_cast<float*>(out.data),
-                           out.columns, out.stride, a[2],   a[3]};
-  return PyLong_FromLong(without_gil(address<const uint8_t>(a[0]), a[1], call));
+  if (!tensors || !read_matrix(args[2], &x) || !read_matrix(args[3], &out)) return PyLong_FromLong(STATUS_NOT_READ);
+  return PyLong_FromLong(run_matrices(a[0], a[1], x, out, a[2], a[3]));
+}
+
+// run_new(blob, bytes, empty, outputs, x, threads, path) -> empty(rows of x, outputs) with the result, or None where
+// `run` would not return STATUS_OK.
+PyObject* run_new(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 7", count);
+  PyObject* const integers[] = {args[0], args[1], args[5], args[6]};
+  int64_t a[4];
+  if (!unpack(integers, 4, a, 4)) return nullptr;
+  Matrix x, out;
+  if (!tensors || !read_matrix(args[4], &x)) Py_RETURN_NONE;
+  PyObject* rows = PyLong_FromLongLong(x.rows);
+  PyObject* result = rows ? PyObject_CallFunctionObjArgs(args[2], rows, args[3], nullptr) : nullptr;
+  Py_XDECREF(rows);
+  if (!result) return nullptr;
+  if (read_matrix(result, &out) && run_matrices(a[0], a[1], x, out, a[2], a[3]) == STATUS_OK) return result;
+  Py_DECREF(result);
+  Py_RETURN_NONE;
 }
 
 // describe(blob, bytes) -> the header's facts in the order of cpu.py, or None for no blob of ours
@@ -184,6 +205,7 @@ PyMethodDef methods[] = {
     {"sparse_mlp", FASTCALL(sparse_mlp), nullptr},
     {"use_tensors", FASTCALL(use_tensors), nullptr},
     {"run", FASTCALL(run), nullptr},
+    {"run_new", FASTCALL(run_new), nullptr},
     {"describe", FASTCALL(describe), nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

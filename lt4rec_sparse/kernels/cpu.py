@@ -196,7 +196,11 @@ class Prepacked:
         self.facts = describe(prepacked)
         self._prepacked = prepacked  # whose memory the address stays good for
         self._blob = _blob_address(prepacked)
-        self.run_plain: Callable[[Tensor, Tensor, int, int], int] = partial(_present().run, *self._blob)
+        engine = _present()
+        self.run_plain: Callable[[Tensor, Tensor, int, int], int] = partial(engine.run, *self._blob)
+        self.run_new: Callable[[Tensor, int, int], Tensor | None] = partial(
+            engine.run_new, *self._blob, torch.empty, self.facts.outputs
+        )
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[Tensor]]:
         """Make copies anew: each holds the address of its own memory."""
@@ -286,7 +290,7 @@ class Executor:
             raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
         self.network, self.precision = network, precision
         self._prepacked: dict[str, Prepacked] = {}
-        self._recent: Callable[[Tensor, Tensor, int, int], int] | None = None
+        self._recent: Prepacked | None = None
 
     def __reduce__(self) -> tuple[type[Executor], tuple[FrozenNetwork, str]]:
         """Copy the network alone: a copy prepacks for itself, where it first runs."""
@@ -294,7 +298,7 @@ class Executor:
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
-        if self._recent is not None and not self._recent(x, out, torch.get_num_threads(), _FASTEST):
+        if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), _FASTEST):
             return
         path = path_for(len(x), self.precision)
         prepacked = self._prepacked.get(path)
@@ -302,7 +306,11 @@ class Executor:
             blob = prepack(self.network, self.precision, (path,))
             prepacked = self._prepacked.setdefault(path, Prepacked(blob))
         prepacked.run(x, out)
-        self._recent = prepacked.run_plain
+        self._recent = prepacked
+
+    def run_new(self, x: Tensor) -> Tensor | None:
+        """Return the outputs where the engine reads `x` as it is and the layout is there; None: `run` decides."""
+        return None if self._recent is None else self._recent.run_new(x, torch.get_num_threads(), _FASTEST)
 
     @property
     def prepacked_nbytes(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ A `MaskedMLP` is trained and never served; a `SparseMLP` is served and never tra
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class SparseMLP(nn.Module):
         self._given = executor
         self._has_engine = executor is None and ops.cpu_engine() != "reference"
         self._on_cpu = ops.executor(network, precision) if executor is None else executor
+        # The engine's way from x to a new tensor, without a look at x from here: each costs what a small layer does.
+        self._run_new: Callable[[Tensor], Tensor | None] | None = getattr(self._on_cpu, "run_new", None)
         self._elsewhere: dict[torch.device, Executor] = {}
         self._identity = uuid.uuid4().hex  # tells a compiler that a graph of another network is not this one's
 
@@ -71,17 +73,9 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: If the width differs, the executor does not read the dtype, or there is no such task.
         """
-        # The executor compares the width: each look at a tensor costs what a small layer does.
-        y: Tensor
-        if x.dim() != 2:
-            shape = x.shape
-            if not shape or shape[-1] != self.in_features:
-                raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
-            y = self(x.reshape(-1, self.in_features)).reshape(*shape[:-1], self.out_features)
-        elif _is_traced(x):
-            y = self._traced(x)
-        else:
-            y = self._run(x)
+        y = None if _is_traced(x) or self._run_new is None else self._run_new(x)
+        if y is None:
+            y = self._any(x)
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
@@ -208,6 +202,16 @@ class SparseMLP(nn.Module):
         widths = " -> ".join(str(width) for width in (self.in_features, *self.network.widths))
         densities = ", ".join(f"{density:.1%}" for density in self.network.densities)
         return f"{widths}, tasks={', '.join(self.tasks)}, {self.precision}, densities: {densities}"
+
+    def _any(self, x: Tensor) -> Tensor:
+        """Score every task, also where something traces, `x` has another shape, or a layout is needed first."""
+        shape = x.shape
+        if len(shape) != 2:
+            if not shape or shape[-1] != self.in_features:
+                raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
+            y: Tensor = self(x.reshape(-1, self.in_features))
+            return y.reshape(*shape[:-1], self.out_features)
+        return self._traced(x) if _is_traced(x) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         if not x.is_contiguous() and x.stride(1) != 1:

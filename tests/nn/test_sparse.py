@@ -333,6 +333,17 @@ def test_compilers_and_tracers_see_one_operator(precision):
     assert_exact(traced(more), mlp(more))
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_scores_are_float32_whatever_the_default_dtype(dtype):
+    mlp, x = wide_mlp(), torch.randn(3, 300)
+    wanted = mlp(x)
+    torch.set_default_dtype(dtype)
+    try:
+        assert_exact(mlp(x), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_backward_pass_is_refused():
     mlp = wide_mlp()
     if ops.cpu_engine() == "reference":
