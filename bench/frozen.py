@@ -74,12 +74,10 @@ def _call(**settings: Any) -> dict[str, Any]:
     assert isinstance(frozen, SparseMLP)
     x, out = torch.randn(1, 16), torch.empty(1, 1)
     prepacked = cpu.Prepacked(cpu.prepack(frozen.network, "fp32", ("tables",)))
-    address, nbytes = prepacked._blob
-    arguments = (address, nbytes, x.data_ptr(), False, 1, 16, 16, out.data_ptr(), 1, 1, 1, 0)
     calls: dict[str, Callable[[], object]] = {
         "module": partial(frozen, x),
         "score_into": partial(frozen.score_into, x, out),
-        "engine": partial(cpu._engine.sparse_mlp, *arguments),
+        "engine": partial(prepacked.run_plain, x, out, 1, 0),
         "torch.empty": partial(torch.empty, 1, 1),
         "an empty module": partial(_Empty(), x),
     }

@@ -1,4 +1,4 @@
-// The module lt4rec_sparse.kernels._engine: addresses and sizes in, status out. The door that checks its arguments is
+// The module lt4rec_sparse.kernels._engine: addresses and tensors in, status out. The door that names what is wrong is
 // cpu.py; this file only unpacks integers and lets go of the GIL.
 //
 // METH_FASTCALL on the limited API: one build serves every CPython from 3.10. `run` takes tensors as they are, because
@@ -86,24 +86,6 @@ PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-int without_gil(const uint8_t* blob, int64_t bytes, const SparseMlpCall& call) {
-  const Isa* isa_now = isa_in_force;
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = lt4rec_sparse_mlp(isa_now, blob, bytes, &call);
-  Py_END_ALLOW_THREADS;
-  return status;
-}
-
-// sparse_mlp(blob, bytes, x, is_bf16, batch, in_features, x_stride, out, outputs, out_stride, threads, path) -> status
-PyObject* sparse_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[12];
-  if (!unpack(args, count, a, 12)) return nullptr;
-  const SparseMlpCall call{address<const void>(a[2]), a[3], a[4],  a[5],  a[6], address<float>(a[7]),
-                           a[8],                      a[9], a[10], a[11]};
-  return PyLong_FromLong(without_gil(address<const uint8_t>(a[0]), a[1], call));
-}
-
 // The tensor type that `run` reads, and its functions; null until use_tensors.
 PyObject* tensor_type = nullptr;
 const dlpack::ExchangeApi* tensors = nullptr;
@@ -147,11 +129,16 @@ int run_matrices(int64_t blob, int64_t bytes, const Matrix& x, const Matrix& out
   if (threads < 1 || out.is_bf16 || out.rows != x.rows || out.stride < out.columns) return STATUS_NOT_READ;
   const SparseMlpCall call{x.data,      x.is_bf16,  x.rows,  x.columns, x.stride, reinterpret_cast<float*>(out.data),
                            out.columns, out.stride, threads, path};
-  return without_gil(address<const uint8_t>(blob), bytes, call);
+  const Isa* isa_now = isa_in_force;
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = lt4rec_sparse_mlp(isa_now, address<const uint8_t>(blob), bytes, &call);
+  Py_END_ALLOW_THREADS;
+  return status;
 }
 
 // run(blob, bytes, x, out, threads, path) -> status. STATUS_NOT_READ where it does not take the arguments: the caller
-// finds out why, or calls sparse_mlp.
+// finds out why.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6", count);
   PyObject* const integers[] = {args[0], args[1], args[4], args[5]};
@@ -202,7 +189,6 @@ PyMethodDef methods[] = {
     {"set_isa", FASTCALL(set_isa), nullptr},
     {"path", FASTCALL(path), nullptr},
     {"prepack", FASTCALL(prepack), nullptr},
-    {"sparse_mlp", FASTCALL(sparse_mlp), nullptr},
     {"use_tensors", FASTCALL(use_tensors), nullptr},
     {"run", FASTCALL(run), nullptr},
     {"run_new", FASTCALL(run_new), nullptr},

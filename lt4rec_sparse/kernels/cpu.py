@@ -236,20 +236,7 @@ class Prepacked:
             raise ValueError(f"out: got row stride {out.stride(0)}, wanted at least {outputs}: rows overlap")
         if threads < 1:
             raise ValueError(f"threads: got {threads}, wanted at least 1")
-        status: int = _engine.sparse_mlp(
-            *self._blob,
-            x.data_ptr(),
-            x.dtype is torch.bfloat16,
-            batch,
-            in_features,
-            x.stride(0),
-            out.data_ptr(),
-            outputs,
-            out.stride(0),
-            threads,
-            path,
-        )
-        return status
+        return self.run_plain(x.detach().as_subclass(Tensor), out.detach().as_subclass(Tensor), threads, path)
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
