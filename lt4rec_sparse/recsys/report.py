@@ -80,8 +80,8 @@ def verdict(results: Results) -> str:
     )
     text = (
         f"Serve {run.titles[run.served]} ({results['files'][run.served]}), {why}: on the test days it is "
-        f"{_against(run, BASE)} than single-task models and {_against(run, HARD + SMALL)} than a dense network with as "
-        "many weights"
+        f"{_against(run, BASE, 'single-task models')} and "
+        f"{_against(run, HARD + SMALL, 'a dense network with as many weights')}"
     )
     found = _found(run)
     return f"{text}; {found}." if found else f"{text}."
@@ -113,16 +113,19 @@ class _Run:
         return us
 
 
-def _against(run: _Run, base: str) -> str:
-    """Return how the served row compares with another, task by task, such as "better at ctr (AUC +0.0021)"."""
-    parts = []
+def _against(run: _Run, base: str, who: str) -> str:
+    """Return how the served row compares with another, such as "better than single-task models (ctr AUC +0.0021)"."""
+    words, together, apart = [], [], []
     for task, kind in run.tasks.items():
         metric = MAIN_METRIC[kind]
         mine, others = (values_of(run.records, row, task, metric) for row in (run.served, base))
         difference = paired_difference(mine, others, metric == "mse")
-        word = "no better" if difference.mean == 0 else "better" if _is_gain(difference.mean, metric) else "worse"
-        parts.append(f"{word} at {task} ({metric.upper()} {difference})")
-    return ", ".join(parts)
+        words.append("no better" if not difference.mean else "better" if _is_gain(difference.mean, metric) else "worse")
+        together.append(f"{task} {metric.upper()} {difference}")
+        apart.append(f"{words[-1]} at {task} ({metric.upper()} {difference})")
+    if len(set(words)) == 1:
+        return f"{words[0]} than {who} ({', '.join(together)})"
+    return f"{' and '.join(apart)} than {who}"
 
 
 def _is_gain(difference: float, metric: str) -> bool:
@@ -137,16 +140,17 @@ def _found(run: _Run) -> str:
         if (key := f"{task}_{metric}") in truth:
             constant, best = truth["constant"][key], truth[key]
             value = run.mean(run.served, task, metric)
-            parts.append(f"{(value - constant) / (best - constant):.0%} ({task})")
-    text = f"it reaches {', '.join(parts)} of what the planted truth allows over a constant" if parts else ""
-    masks = run.results["recovery"].get(run.served)
-    if masks:
-        kept = (
-            f"{masks['planted'][task]:.0%} of the inputs planted for {task}, {masks['other'][task]:.0%} of the others"
-            for task in masks["planted"]
-        )
-        text += f"{', and ' if text else ''}its masks keep {'; '.join(kept)}"
-    return text
+            parts.append(f"{_percent((value - constant) / (best - constant))} ({task})")
+    found = [f"it reaches {' and '.join(parts)} of what the planted truth allows over a constant"] if parts else []
+    if masks := run.results["recovery"].get(run.served):
+        kept = {kind: [_percent(masks[kind][task]) for task in masks[kind]] for kind in ("planted", "other")}
+        planted, other, names = (" and ".join(words) for words in (*kept.values(), masks["planted"]))
+        found.append(f"its masks keep {planted} of the inputs planted for {names}, {other} of the others")
+    return ", and ".join(found)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _sections(run: _Run) -> list[str]:

@@ -172,19 +172,20 @@ def words(tmp_path, monkeypatch):
 def test_the_verdict_says_what_is_served_and_how_it_compares():
     assert report.verdict(results_of(TEST)) == (
         "Serve S-Weight (model.safetensors), the best of 3 masked models on the validation days: on the test days it "
-        "is better at ctr (AUC +0.0100), better at cvr (MSE -10.00 %) than single-task models and "
-        "worse at ctr (AUC -0.0100), better at cvr (MSE -5.26 %) than a dense network with as many weights."
+        "is better than single-task models (ctr AUC +0.0100, cvr MSE -10.00 %) and "
+        "worse at ctr (AUC -0.0100) and better at cvr (MSE -5.26 %) than a dense network with as many weights."
     )
     assert "(model.safetensors), the tickets that were asked for: on" in report.verdict(
         results_of(TEST, masks="tickets")
     )
     worse = {**TEST, S_WEIGHT: (0.69, 0.2)}
-    assert "worse at ctr (AUC -0.0100), no better at cvr (MSE +0.00 %) than single" in report.verdict(results_of(worse))
+    text = report.verdict(results_of(worse))
+    assert "worse at ctr (AUC -0.0100) and no better at cvr (MSE +0.00 %) than single-task models" in text
 
 
 def test_differences_of_several_seeds_have_their_paired_error():
     tests = [{**TEST, BASE: (0.70, 0.2)}, {**TEST, BASE: (0.68, 0.2)}]  # ctr: +0.01 and +0.03
-    assert "better at ctr (AUC +0.0200 ± 0.0100), better at cvr (MSE -10.00 ± 0.00 %)" in report.verdict(
+    assert "better than single-task models (ctr AUC +0.0200 ± 0.0100, cvr MSE -10.00 ± 0.00 %)" in report.verdict(
         results_of(*tests)
     )
 
@@ -196,8 +197,8 @@ def test_the_verdict_says_what_masks_found_of_a_planted_truth(words):
     results["recovery"] = {S_WEIGHT: found}
     # (0.71 - 0.5) / 0.3 and (0.3 - 0.18) / 0.2.
     assert report.verdict(results).endswith(
-        "; it reaches 70% (ctr), 60% (cvr) of what the planted truth allows over a constant, and its masks keep "
-        "40% of the inputs planted for ctr, 10% of the others; 50% of the inputs planted for cvr, 20% of the others."
+        "; it reaches 70 % (ctr) and 60 % (cvr) of what the planted truth allows over a constant, and its masks keep "
+        "40 % and 50 % of the inputs planted for ctr and cvr, 10 % and 20 % of the others."
     )
     text = words(results)
     assert "The best values that the planted truth allows on these days: ctr_auc 0.8000, cvr_mse 0.1000." in text
@@ -307,4 +308,4 @@ def test_any_number_of_tasks(tmp_path, tasks):
     results = results_of(TEST, kinds=kinds)
     report.write_report(results, tmp_path)
     for task, kind in kinds.items():
-        assert f"at {task} ({MAIN_METRIC[kind].upper()} " in report.verdict(results)
+        assert f"{task} {MAIN_METRIC[kind].upper()} " in report.verdict(results)
