@@ -394,8 +394,9 @@ def _smaller(found: dict[str, Any]) -> str:
 
 
 def _commands() -> str:
-    rows = [[f"`{c['command']}`", f"{c['seconds']:.0f}"] for c in record.read("commands")["commands"]]
-    return table(["command, on 2 cores", "seconds"], rows)
+    timed = record.read("commands")
+    rows = [[c["command"], f"{c['seconds']:.0f}"] for c in timed["commands"]]
+    return table([f"on {_where(timed['machine'])}", "seconds"], rows)
 
 
 def _where(machine: dict[str, Any]) -> str:
