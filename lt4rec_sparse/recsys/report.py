@@ -35,6 +35,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; marg
 table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }
 table { font-variant-numeric: tabular-nums; }
 td:not(:first-child) { white-space: nowrap; }
+td:first-child { min-width: 11rem; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
 th { border-bottom: 2px solid #888; }
 img { max-width: 100%; }
