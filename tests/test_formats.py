@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt4rec_sparse.formats import SharedWeight
+from lt4rec_sparse.formats import BlockWeight, SharedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BITS = {4: torch.int32, 2: torch.int16}
@@ -90,3 +90,81 @@ def test_unknown_task_is_named():
     shared = SharedWeight.from_dense(torch.ones(2, 2), {"ctr": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="task: got 'cvr', wanted one of ctr"):
         shared.to_dense("cvr")
+
+
+def block_mask(rows: int, columns: int, seed: int, density: float) -> torch.Tensor:
+    """Whole blocks of 16 x 4, cut off at the edges."""
+    grid = any_mask(-(-rows // 16), -(-columns // 4), seed, density)
+    return grid.repeat_interleave(16, 0).repeat_interleave(4, 1)[:rows, :columns]
+
+
+@given(
+    rows=st.integers(0, 50),
+    columns=st.integers(0, 50),
+    seed=st.integers(0, 2**31),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_blocks_make_a_round_trip_exact_to_the_bit_for_every_task(rows, columns, seed, density, dtype):
+    weight = any_weight(rows, columns, seed, dtype)
+    masks = {f"task{i}": block_mask(rows, columns, seed + i, density) for i in range(3)}
+    blocks = BlockWeight.from_dense(weight, masks)
+    blocks.validate()
+    union = masks["task0"] | masks["task1"] | masks["task2"]
+    assert blocks.nnz == int(union.sum())
+    assert torch.equal(blocks.union(), union)
+    assert torch.equal(bits(blocks.to_dense())[union], bits(weight)[union])
+    some = blocks.select(("task2", "task0"))
+    some.validate()
+    for task, mask in masks.items():
+        assert torch.equal(blocks.mask(task), mask)
+        for weights in (blocks, some) if task in some.tasks else (blocks,):
+            dense = weights.to_dense(task)
+            assert dense.dtype == dtype
+            assert torch.equal(bits(dense)[mask], bits(weight)[mask])
+            assert not bits(dense)[~mask].any()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+@given(rows=st.integers(1, 4), columns=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_blocks_lead_to_torchs_bsr_and_back(rows, columns, seed):
+    weight = torch.randn(16 * rows, 4 * columns, generator=torch.Generator().manual_seed(seed))
+    masks = {f"task{i}": block_mask(16 * rows, 4 * columns, seed + i, 0.4) for i in range(2)}
+    blocks = BlockWeight.from_dense(weight, masks)
+    for task, mask in masks.items():
+        bsr = blocks.to_bsr(task)
+        assert torch.equal(bsr.to_dense(), weight * mask)
+        back = BlockWeight.from_bsr(bsr, task)
+        back.validate()
+        assert torch.equal(back.mask(task), mask)
+        assert torch.equal(back.to_dense(task), blocks.to_dense(task))
+    assert torch.equal(blocks.to_bsr().to_dense(), blocks.to_dense())
+
+
+def test_bytes_of_blocks_are_as_documented():
+    masks = {"a": block_mask(40, 70, 0, 0.3), "b": block_mask(40, 70, 1, 0.3)}
+    blocks = BlockWeight.from_dense(torch.randn(40, 70), masks)
+    assert blocks.nbytes == 3 * (2 * 3 + 4) + 4 * blocks.values.numel()
+    assert blocks.values.shape[1:] == (16, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+def test_what_is_no_block_is_refused():
+    mask = torch.ones(32, 8, dtype=torch.bool)
+    mask[3, 5] = False
+    with pytest.raises(
+        ValueError, match="mask of b: got one that keeps a part of a block, wanted whole blocks of 16 x 4"
+    ):
+        BlockWeight.from_dense(torch.ones(32, 8), {"a": torch.ones_like(mask), "b": mask})
+    ragged = BlockWeight.from_dense(torch.ones(17, 6), {"a": torch.ones(17, 6, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"values: got some beyond the edge of \(17, 6\), wanted zeros there"):
+        replace(ragged, values=torch.ones_like(ragged.values)).validate()
+    with pytest.raises(ValueError, match=r"weight: got shape \(17, 6\), wanted multiples of \(16, 4\)"):
+        ragged.to_bsr()
+    dense = torch.ones(32, 8)
+    with pytest.raises(
+        ValueError, match=r"weight: got torch\.strided, wanted a torch\.sparse_bsr of whole blocks of 16 x 4"
+    ):
+        BlockWeight.from_bsr(dense)
+    with pytest.raises(ValueError, match=r"weight: got torch\.sparse_bsr of whole blocks of 4 x 4, wanted"):
+        BlockWeight.from_bsr(dense.to_sparse_bsr((4, 4)))
