@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lt4rec_sparse.formats import SharedWeight
+    from lt4rec_sparse.formats import BlockWeight, SharedWeight
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
     from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze
@@ -26,6 +26,7 @@ _HOMES = {
     "MaskedMLP": "nn",
     "Plan": "nn",
     "Ranker": "ranker",
+    "BlockWeight": "formats",
     "SharedWeight": "formats",
     "SparseLinear": "nn",
     "SparseMLP": "nn",
@@ -35,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockWeight",
     "FrozenNetwork",
     "Mask",
     "MaskedAdam",

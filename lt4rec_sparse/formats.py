@@ -105,6 +105,12 @@ class CompressedWeight:
         """
         return type(self).from_dense(self.to_dense(), {task: self.mask(task) for task in tasks})
 
+    def as_shared(self) -> SharedWeight:
+        """Return the same weight with a bit per weight: each kept one alone."""
+        if isinstance(self, SharedWeight):
+            return self
+        return SharedWeight.from_dense(self.to_dense(), {task: self.mask(task) for task in self.tasks})
+
     @property
     def nnz(self) -> int:
         """Number of weights that the union keeps."""
@@ -129,8 +135,12 @@ class CompressedWeight:
         _check_part("row_offsets", self.row_offsets, (torch.int32,), (rows,))
         if not torch.equal(self.row_offsets, _row_offsets(union)):
             raise ValueError("row_offsets: wanted the running count of the bitmask's set bits")
-        tiled = self._untiled()
-        if (tiled[self.shape[0] :] != 0).any() or (tiled[:, self.shape[1] :] != 0).any():
+        row, column = union.nonzero(as_tuple=True)
+        high, wide = (
+            size - (count - 1) * side for size, count, side in zip(self.shape, (rows, columns), self.BLOCK, strict=True)
+        )
+        blocks = self.values.view(-1, *self.BLOCK)
+        if blocks[row == rows - 1, high:].any() or blocks[column == columns - 1, :, wide:].any():
             raise ValueError(f"values: got some beyond the edge of {self.shape}, wanted zeros there")
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lt4rec_sparse.formats import SharedWeight
+from lt4rec_sparse.formats import CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -32,7 +32,7 @@ class QuantizationParameters(NamedTuple):
 class SparseLayer(NamedTuple):
     """One layer for all tasks: `activation(x @ (weight * mask_task).T + bias)`."""
 
-    weight: SharedWeight
+    weight: CompressedWeight
     bias: Tensor | None  # [out_features], float
     activation: str
 
@@ -152,7 +152,7 @@ class FrozenNetwork:
     @property
     def nbytes(self) -> int:
         """Bytes of all compressed weights, dense heads and biases."""
-        weights: list[SharedWeight | Tensor] = [layer.weight for layer in self.hidden]
+        weights: list[CompressedWeight | Tensor] = [layer.weight for layer in self.hidden]
         weights += [head.weight for head in self.heads.values()]
         biases = [*(layer.bias for layer in self.hidden), *(head.bias for head in self.heads.values())]
         return sum(weight.nbytes for weight in weights) + sum(bias.nbytes for bias in biases if bias is not None)

@@ -2,8 +2,9 @@
 
 Tensors (names and bit order of compressed-tensors where it has them): `layers.<i>.compressed`, `.bitmask`,
 `.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`. Data, as JSON holds it: `tasks`;
-`layers` with the shape and activation of each; `heads`, task -> activation; where the network is calibrated `codes`,
-task -> [scale, zero point] of the input of each layer. A layer without a bias has no such tensor.
+`layers` with the shape and activation of each, and `block`, [16, 4], if weights are kept in such blocks; `heads`,
+task -> activation; where the network is calibrated `codes`, task -> [scale, zero point] of the input of each layer. A
+layer without a bias has no such tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.errors import shown
-from lt4rec_sparse.formats import VALUE_DTYPES, SharedWeight
+from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight, SharedWeight
 from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork, QuantizationParameters, SparseLayer
 
 MAX_WIDTH = (1 << 31) - 1
@@ -35,7 +36,7 @@ def to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any
         tensors |= {f"heads.{task}.weight": head.weight, f"heads.{task}.bias": head.bias}
     data: dict[str, Any] = {
         "tasks": list(network.tasks),
-        "layers": [{"shape": list(layer.weight.shape), "activation": layer.activation} for layer in network.hidden],
+        "layers": [_described(layer) for layer in network.hidden],
         "heads": {task: head.activation for task, head in network.heads.items()},
     }
     if network.quantization is not None:
@@ -52,10 +53,10 @@ def from_tensors(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Froz
     tasks = _tasks(data)
     hidden = []
     for i, entry in enumerate(_list(data, "layers")):
-        shape, activation = _layer(entry, f"layers[{i}]")
+        kind, shape, activation = _layer(entry, f"layers[{i}]")
         part = f"layers.{i}."
         parts = (tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
-        weight = SharedWeight(shape, tasks, *parts)
+        weight = kind(shape, tasks, *parts)
         weight.validate()
         hidden.append(SparseLayer(weight, _bias(tensors, part), activation))
     activations = data.get("heads")
@@ -105,13 +106,22 @@ def _tasks(data: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def _layer(entry: Any, where: str) -> tuple[tuple[int, int], str]:
+def _described(layer: SparseLayer) -> dict[str, Any]:
+    described = {"shape": list(layer.weight.shape), "activation": layer.activation}
+    return described if isinstance(layer.weight, SharedWeight) else {**described, "block": list(layer.weight.BLOCK)}
+
+
+def _layer(entry: Any, where: str) -> tuple[type[CompressedWeight], tuple[int, int], str]:
     shape, activation = (entry.get("shape"), entry.get("activation")) if isinstance(entry, dict) else (None, None)
     if not isinstance(shape, list) or len(shape) != 2 or not isinstance(activation, str):
         raise ValueError(f"{where}: got {shown(entry)}, wanted a shape and an activation")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{where}: got activation {shown(activation)}, wanted one of {', '.join(ACTIVATIONS)}")
-    return (width(shape[0], where), width(shape[1], where)), activation
+    kinds = {kind.BLOCK: kind for kind in (SharedWeight, BlockWeight)}
+    block = entry.get("block", list(SharedWeight.BLOCK))
+    if not isinstance(block, list) or any(type(side) is not int for side in block) or tuple(block) not in kinds:
+        raise ValueError(f"{where}: got block {shown(block)}, wanted [16, 4] or none")
+    return kinds[tuple(block)], (width(shape[0], where), width(shape[1], where)), activation
 
 
 def _quantization(

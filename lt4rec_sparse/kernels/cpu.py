@@ -106,7 +106,11 @@ def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[s
     """
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
-    shared = [(layer, _as_float(layer.weight.values), layer.weight.bitmask.contiguous()) for layer in network.hidden]
+    weights = [layer.weight.as_shared() for layer in network.hidden]
+    shared = [
+        (layer, _as_float(weight.values), weight.bitmask.contiguous())
+        for layer, weight in zip(network.hidden, weights, strict=True)
+    ]
     tasks = []
     for t, task in enumerate(network.tasks):
         layers = [

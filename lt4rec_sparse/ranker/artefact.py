@@ -2,7 +2,8 @@
 
 Tensors (names and bit order of compressed-tensors where it has them):
 
-- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i; `layers.<i>.bias`.
+- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or in version 2 its
+  `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
 - `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
 - `inputs.embedding`: all embedding tables in one matrix, in the order of the encoder's tables.
 - `encoder.<name>`: vocabularies and bucket borders.
@@ -43,7 +44,7 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.ranker import Ranker
 
 KEY = "lt4rec_sparse"
-VERSION = 1
+VERSIONS = (1, 2)  # the second is written only where a layer is kept in blocks, so that older readers read the rest
 # The dtypes of weights, bit planes, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I32", "I64", "F64")
 
@@ -64,7 +65,8 @@ def save(ranker: Ranker, path: str | Path) -> None:
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     _check_finite(tensors)
-    meta = {"version": VERSION, "dim": ranker.inputs.dim, "encoder": description, **of_network}
+    version = VERSIONS[any("block" in layer for layer in of_network["layers"])]
+    meta = {"version": version, "dim": ranker.inputs.dim, "encoder": description, **of_network}
     meta["sha256"] = _digest(meta, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})
@@ -91,8 +93,9 @@ def load(path: str | Path, precision: str = "fp32") -> Ranker:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, wanted an artefact (model.safetensors)")
     meta, tensors = _read(path)
-    if meta.get("version") != VERSION:
-        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {VERSION}")
+    if meta.get("version") not in VERSIONS:
+        wanted = " or ".join(map(str, VERSIONS))
+        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {wanted}")
     if meta.pop("sha256", None) != _digest(meta, tensors):
         raise ArtefactError(f"{path}: the contents do not match their checksum, wanted an unaltered artefact")
     if precision == "int8" and meta.get("codes") is None:
@@ -110,8 +113,9 @@ def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[
     """
     tensors, data = network_state.to_tensors(network)
     heads = data.pop("heads")
-    for part in (*(f"layers.{i}" for i in range(len(network.hidden))), *(f"heads.{task}" for task in heads)):
-        rows = len(tensors[f"{part}.weight"] if f"{part}.weight" in tensors else tensors[f"{part}.row_offsets"])
+    rows_of = {f"layers.{i}": layer.weight.shape[0] for i, layer in enumerate(network.hidden)}
+    rows_of |= {f"heads.{task}": len(head.weight) for task, head in network.heads.items()}
+    for part, rows in rows_of.items():
         # Every layer has a bias there; and safetensors refuses tensors that share memory, as one head for two tasks.
         tensors[f"{part}.bias"] = tensors.get(f"{part}.bias", torch.zeros(rows)).clone()
     return tensors | {f"heads.{task}.weight": tensors[f"heads.{task}.weight"].clone() for task in heads}, data

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from oracle import Layer, assert_exact, assert_rounding, mlp_reference
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
+from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze, load, save
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.ranker import ArtefactError
@@ -65,6 +67,39 @@ def test_saving_and_loading_change_no_bit(artefact, small_log, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == artefact.read_bytes()
     features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
     assert_exact(load(tmp_path / "again.safetensors").score_encoded(features), first.score_encoded(features))
+
+
+def in_blocks(network):
+    """The same widths, every hidden layer kept in random blocks."""
+    hidden = []
+    for i, layer in enumerate(network.hidden):
+        generator = torch.Generator().manual_seed(i)
+        rows, columns = layer.weight.shape
+        weight, masks = torch.randn(rows, columns, generator=generator), {}
+        for task in network.tasks:
+            grid = torch.rand(-(-rows // 16), -(-columns // 4), generator=generator) < 0.4
+            masks[task] = grid.repeat_interleave(16, 0).repeat_interleave(4, 1)[:rows, :columns]
+        hidden.append(layer._replace(weight=BlockWeight.from_dense(weight, masks)))
+    return replace(network, hidden=tuple(hidden))
+
+
+def test_blocks_are_saved_and_scored_as_the_weights_that_they_are(artefact, small_log, tmp_path):
+    plain = load(artefact)
+    network = in_blocks(plain.mlp.network)
+    alone = replace(network, hidden=tuple(x._replace(weight=x.weight.as_shared()) for x in network.hidden))
+    features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
+    wanted = Ranker(plain.encoder, plain.inputs, SparseMLP(alone)).score_encoded(features)
+    for name, of_name, version in (("blocks", network, 2), ("alone", alone, 1)):
+        path = tmp_path / f"{name}.safetensors"
+        save(Ranker(plain.encoder, plain.inputs, SparseMLP(of_name)), path)
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["lt4rec_sparse"])["version"] == version
+        assert_exact(load(path).score_encoded(features), wanted)
+    loaded = load(tmp_path / "blocks.safetensors").mlp.network
+    for layer, original in zip(loaded.hidden, network.hidden, strict=True):
+        assert isinstance(layer.weight, BlockWeight)
+        assert_exact(layer.weight.values, original.weight.values)
+        assert_exact(layer.weight.bitmask, original.weight.bitmask)
 
 
 def candidates(small_log, n=5):
@@ -145,7 +180,7 @@ def rewritten(artefact, path, change):
 
 def test_another_version_is_refused(artefact, tmp_path):
     path = rewritten(artefact, tmp_path / "m.safetensors", lambda meta, tensors: meta.update(version=99))
-    with pytest.raises(ArtefactError, match="got version 99, wanted 1"):
+    with pytest.raises(ArtefactError, match="got version 99, wanted 1 or 2"):
         load(path)
 
 
