@@ -153,8 +153,8 @@ def run(
     granularity: Annotated[
         str,
         typer.Option(
-            help="What is pruned or kept together: single weights (weight), two of four (2:4), square blocks (block4, "
-            "block16, block32, block64) or whole neurons (neuron)."
+            help="What is pruned or kept together: single weights (weight), two of four (2:4), blocks of 16 outputs "
+            "and 4 inputs (16x4), square blocks (block4, block16, block32, block64) or whole neurons (neuron)."
         ),
     ] = "weight",
     tasks: Annotated[

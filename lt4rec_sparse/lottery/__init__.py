@@ -1,7 +1,7 @@
 """Masks: by pruning, by ticket search, at random, from one training run, and the controls to compare them with.
 
-- Pruning: `prune_by_magnitude` and `project_to_2_4`, at each of `GRANULARITIES`; `wanted_nnz` turns a density into
-  numbers of weights.
+- Pruning: `prune_by_magnitude`, at each of `GRANULARITIES`, `project_to_2_4` and `project_to_blocks`; `wanted_nnz`
+  turns a density into numbers of weights.
 - Ticket search: `search_tickets` trains, prunes and rewinds; `best_ticket` chooses.
 - Random masks: `random_masks` of a density; `random_like` for the densities of tickets. Initial weights behind a sparse
   mask are too small: `scale_to_density`.
@@ -18,7 +18,14 @@ from lt4rec_sparse.lottery.controls import (
     unanimous,
 )
 from lt4rec_sparse.lottery.gradual import GradualPruning
-from lt4rec_sparse.lottery.pruning import GRANULARITIES, SCOPES, project_to_2_4, prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.lottery.pruning import (
+    GRANULARITIES,
+    SCOPES,
+    project_to_2_4,
+    project_to_blocks,
+    prune_by_magnitude,
+    wanted_nnz,
+)
 from lt4rec_sparse.lottery.rigl import DropAndGrow
 from lt4rec_sparse.lottery.scaling import scale_to_density
 from lt4rec_sparse.lottery.tickets import Ticket, best_ticket, search_tickets
@@ -32,6 +39,7 @@ __all__ = [
     "best_ticket",
     "one_for_all",
     "project_to_2_4",
+    "project_to_blocks",
     "prune_by_magnitude",
     "random_like",
     "random_masks",

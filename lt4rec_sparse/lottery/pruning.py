@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from lt4rec_sparse.masks import Mask
 
-# The units of pruning, finest first. Another square block, such as "block8", needs only one more word here.
-GRANULARITIES = ("weight", "2:4", "block4", "block16", "block32", "block64", "neuron")
+# The units of pruning. Another block, such as "block8" or "8x2", needs only one more word here.
+GRANULARITIES = ("weight", "2:4", "16x4", "block4", "block16", "block32", "block64", "neuron")
 SCOPES = ("global", "layer")  # what a quantile is taken over: all layers together, as in the paper, or each layer
 
 
@@ -24,13 +25,14 @@ def prune_by_magnitude(
     One global quantile, as in the paper; or one per layer, if `nnz` gives a number for each (`wanted_nnz` makes either
     from a density). Applied to the full mask of a trained network, this is one-shot pruning.
 
-    A tile is a weight, a square block or a neuron's row of a layer:
+    A tile is a weight, a block or a neuron's row of a layer:
 
     - "weight": single weights by their magnitudes, the paper's S-Weight. Exactly `nnz` survive.
     - "2:4": single weights, of which at most 2 of 4 neighbouring columns survive: `project_to_2_4`, then the quantile
       over what it left, at most about half of a layer.
-    - "block4", "block16", "block32", "block64": blocks of that many rows and columns, counted from the layer's first
-      weight; smaller at its last rows and columns. A kernel can skip a dead block.
+    - "16x4": blocks of 16 rows and 4 columns, counted from the layer's first weight; smaller at its last rows and
+      columns. `formats.BlockWeight` stores them.
+    - "block4", "block16", "block32", "block64": the same of that many rows and columns. A kernel can skip a dead block.
     - "neuron": whole rows, the paper's S-Neuron. What remains is a smaller dense network (`nn.compaction`).
 
     The score of a block or a neuron is the mean of its magnitudes, the L1 norm of Mao et al. over the size of the tile,
@@ -138,6 +140,68 @@ def project_to_2_4(weights: Mapping[str, Tensor], mask: Mask) -> Mask:
     return Mask(layers)
 
 
+class BlockProjection(NamedTuple):
+    """What `project_to_blocks` made of a mask, and what it costs."""
+
+    mask: Mask  # of whole blocks
+    magnitude: float  # of the weights that were alive: the sum of the magnitudes that are still kept, over that of all
+    added: int  # weights that are kept now and were pruned before, because others of their block are kept
+
+
+def project_to_blocks(
+    weights: Mapping[str, Tensor], mask: Mask, density: float | None = None, block: str = "16x4"
+) -> BlockProjection:
+    """Cover a mask of single weights with whole blocks, such as kernels run at the speed of a dense product.
+
+    Each layer keeps the blocks that hold the most magnitude of its alive weights for their size, while they have no
+    more weights than the layer's share of the density, and at least one. Every layer's share is the same multiple of
+    what it keeps now. Ties go to the earlier row, then the earlier column.
+
+    A kept block keeps all of its weights, also those that the mask had pruned (`added`): set them to zero where the
+    network must stay as it was, or train on.
+
+    Example:
+        >>> alive = torch.zeros(32, 8, dtype=torch.bool)
+        >>> alive[16:, 0] = True
+        >>> found = project_to_blocks({"layers.0": torch.ones(32, 8)}, Mask({"layers.0": alive}), 0.25)
+        >>> found.mask.nnz, found.magnitude, found.added
+        (64, 1.0, 48)
+
+    Args:
+        weights: Layer name -> `[out_features, in_features]`, for each layer of the mask.
+        mask: The weights alive.
+        density: Kept weights over all weights of the result, at most; None takes the mask's own.
+        block: A granularity of blocks.
+
+    Raises:
+        ValueError: If layers or shapes disagree, a weight alive is NaN, the density is not in (0, 1], or the
+            granularity is none of blocks.
+    """
+    check_granularity(block)
+    if block in ("weight", "2:4", "neuron"):
+        raise ValueError(f"block: got {block!r}, wanted a granularity of blocks")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density: got {density}, wanted more than 0 and at most 1")
+    factor = 1.0 if density is None else density / max(mask.density, 1 / mask.size)
+    layers, kept_magnitude, all_magnitude = {}, 0.0, 0.0
+    for name, magnitude in _magnitudes(weights, mask).items():
+        shape = mask.shapes[name]
+        tile = tile_shape(block, shape)
+        sums = _tile_sums(magnitude, tile)
+        size = _tile_sums(torch.ones(shape, dtype=torch.bool), tile)
+        order = (sums / size).flatten().sort(descending=True, stable=True).indices
+        allowed = round(factor * int(mask[name].sum()))
+        count = max(1, int((size.flatten()[order].cumsum(0) <= allowed).sum()))
+        is_kept = torch.zeros(sums.numel(), dtype=torch.bool)
+        is_kept[order[:count]] = True
+        layers[name] = spread_tiles(is_kept.view(sums.shape), tile, shape)
+        kept_magnitude += sums.flatten()[is_kept].sum().item()
+        all_magnitude += sums.sum().item()
+    result = Mask(layers)
+    added = sum(int((kept & ~mask[name]).sum()) for name, kept in result.items())
+    return BlockProjection(result, kept_magnitude / all_magnitude if all_magnitude else 1.0, added)
+
+
 def check_granularity(granularity: str) -> None:
     """Raise a ValueError unless it is one of `GRANULARITIES`."""
     if granularity not in GRANULARITIES:
@@ -156,8 +220,8 @@ def tile_shape(granularity: str, shape: tuple[int, int]) -> tuple[int, int]:
         return 1, 1
     if granularity == "neuron":
         return 1, shape[1]
-    side = int(granularity.removeprefix("block"))
-    return side, side
+    high, _, wide = granularity.removeprefix("block").partition("x")
+    return int(high), int(wide or high)
 
 
 def spread_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, p
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import run
 
-WANTED = "granularity: got 'rows', wanted one of weight, 2:4, block4, block16, block32, block64, neuron"
+WANTED = "granularity: got 'rows', wanted one of weight, 2:4, 16x4, block4, block16, block32, block64, neuron"
 
 
 def test_a_granularity_that_there_is_none_of_is_one_line(small_folder, tmp_path):

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt4rec_sparse.lottery import GRANULARITIES, project_to_2_4, prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.formats import BlockWeight
+from lt4rec_sparse.lottery import GRANULARITIES, project_to_2_4, project_to_blocks, prune_by_magnitude, wanted_nnz
 from lt4rec_sparse.masks import Mask
 
 SHAPES = {"layers.0": (6, 8), "layers.1": (4, 6)}
@@ -67,7 +68,7 @@ def test_a_dead_weight_never_revives_however_large():
 
 def tiles_of(granularity, shape):
     """Return the rows and columns of each tile, in order."""
-    sides = {"weight": (1, 1), "neuron": (1, shape[1])}
+    sides = {"weight": (1, 1), "neuron": (1, shape[1]), "16x4": (16, 4)}
     rows, columns = sides.get(granularity) or [int(granularity.removeprefix("block"))] * 2
     return [
         (slice(r, r + rows), slice(c, c + columns))
@@ -281,7 +282,9 @@ def test_bad_input_is_named():
         prune_by_magnitude({"layers.0": weights["layers.0"]}, Mask.full(SHAPES), 1)
     with pytest.raises(ValueError, match="weights: got layers"):
         project_to_2_4({"layers.0": weights["layers.0"]}, Mask.full(SHAPES))
-    with pytest.raises(ValueError, match="granularity: got 'block8', wanted one of weight, 2:4, block4, block16, "):
+    with pytest.raises(
+        ValueError, match="granularity: got 'block8', wanted one of weight, 2:4, 16x4, block4, block16, "
+    ):
         prune_by_magnitude(weights, Mask.full(SHAPES), 1, "block8")
     weights["layers.0"][0, 0] = float("nan")
     for granularity in GRANULARITIES:
@@ -289,3 +292,46 @@ def test_bad_input_is_named():
             prune_by_magnitude(weights, Mask.full(SHAPES), 1, granularity)
     with pytest.raises(ValueError, match="got 1 NaN"):
         project_to_2_4(weights, Mask.full(SHAPES))
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    alive=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    density=st.one_of(st.none(), st.floats(0.01, 1)),
+)
+def test_a_projection_keeps_whole_blocks_of_most_magnitude(seed, alive, density):
+    weights, generator = weights_of(seed, 9, COARSE_SHAPES), torch.Generator().manual_seed(seed)
+    mask = Mask({name: torch.rand(shape, generator=generator) < alive for name, shape in COARSE_SHAPES.items()})
+    mask_and_cost = project_to_blocks(weights, mask, density)
+    factor = 1 if density is None or not mask.nnz else density / mask.density
+    kept_magnitude = all_magnitude = 0.0
+    for name, kept in mask_and_cost.mask.items():
+        blocks = BlockWeight.from_dense(weights[name], {"task": kept})  # refuses a part of a block
+        assert torch.equal(blocks.mask("task"), kept)
+        magnitude = weights[name].abs() * mask[name]
+        means = [block.mean().item() for rows in magnitude.split(16) for block in rows.split(4, dim=1)]
+        is_kept = [bool(block.all()) for rows in kept.split(16) for block in rows.split(4, dim=1)]
+        worst = min(m for m, k in zip(means, is_kept, strict=True) if k)
+        assert all(m <= worst + 1e-6 for m, k in zip(means, is_kept, strict=True) if not k)
+        assert sum(is_kept) == 1 or kept.sum() <= round(factor * int(mask[name].sum()))
+        kept_magnitude += (magnitude * kept).sum().item()
+        all_magnitude += magnitude.sum().item()
+    assert mask_and_cost.magnitude == pytest.approx(kept_magnitude / all_magnitude if all_magnitude else 1.0)
+    assert mask_and_cost.added == sum(int((kept & ~mask[n]).sum()) for n, kept in mask_and_cost.mask.items())
+
+
+def test_a_projection_of_blocks_changes_nothing():
+    weights = weights_of(0, 9, COARSE_SHAPES)
+    blocks = prune_by_magnitude(weights, Mask.full(COARSE_SHAPES), 1000, "16x4")
+    full = {name: torch.where(kept, 1.0, 0.0) for name, kept in blocks.items()}
+    assert project_to_blocks(full, blocks) == (blocks, 1.0, 0)
+
+
+def test_a_projection_that_cannot_be_is_refused():
+    mask, weights = Mask.full(SHAPES), weights_of(0, 9)
+    for density in (0, 1.5):
+        with pytest.raises(ValueError, match=f"density: got {density}, wanted more than 0 and at most 1"):
+            project_to_blocks(weights, mask, density)
+    with pytest.raises(ValueError, match="block: got 'neuron', wanted a granularity of blocks"):
+        project_to_blocks(weights, mask, block="neuron")
