@@ -219,6 +219,10 @@ class Prepacked:
         status = self.run_plain(x, out, threads, _PATH_CODES[path])
         if status in (_engine.STATUS_NOT_READ, _engine.STATUS_BAD_SHAPE):
             status = self._run_checked(x, out, threads, _PATH_CODES[path])
+        if status == _engine.STATUS_NOT_READ:
+            raise ValueError(
+                "x or out: got a tensor without memory of its own, as under torch.vmap, wanted plain tensors"
+            )
         if status == _engine.STATUS_NO_LAYOUT:
             raise ValueError(f"path: got {path!r}, wanted what the blob was prepacked for: {self.facts.layouts}")
         if status == _engine.STATUS_NO_MEMORY:

@@ -333,6 +333,13 @@ def test_compilers_and_tracers_see_one_operator(precision):
     assert_exact(traced(more), mlp(more))
 
 
+@needs_engine
+def test_a_tensor_without_memory_is_refused_in_one_line():
+    mlp = wide_mlp()
+    with pytest.raises(ValueError, match=r"x or out: got a tensor without memory of its own, as under torch\.vmap"):
+        torch.vmap(lambda row: mlp(row[None])[0])(torch.randn(6, 300))
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_scores_are_float32_whatever_the_default_dtype(dtype):
     mlp, x = wide_mlp(), torch.randn(3, 300)
