@@ -118,6 +118,19 @@ enum { MAX_ROWS = 16 };  // of the batch in one call of a table kernel
 static inline int64_t line_position(int64_t feature, int64_t gap) { return feature + feature / gap + 1; }
 static inline int64_t padded(int64_t features) { return (features + GROUP - 1) / GROUP * GROUP; }
 
+// --- Blocks -------------------------------------------------------------------------------------------------------
+//
+// Weights kept or pruned in blocks of 16 consecutive outputs (a group) and 4 consecutive inputs (a quad). A vector holds
+// a group's outputs of one row of the batch; activations stand row by row, as they come: no gathers, no permutations, no
+// transposes, from one row to thousands. What hangs over an edge is padded with weights of 0 and activations of 0, so
+// features keep their order (no ordering, see below), and a line is a row of x, its end padded with zeros to a quad.
+//
+// A block costs what a tile of a dense product costs: 64 multiply-adds for 256, 128 or 64 bytes of weights and one index.
+// Sums begin with the bias and take the blocks by ascending quad. Within one, F32 adds its inputs in ascending order;
+// BF16 adds input 1 before 0 and 3 before 2, as x86's instruction adds a pair; S8 is exact in any order: of each pair of
+// neighbouring weights |w0| + |w1| is at most 128, so that 255 (|w0| + |w1|) fits 16 signed bits.
+enum { QUAD = 4 };
+
 // --- The blob -----------------------------------------------------------------------------------------------------
 //
 // BlobHeader | LayerRecord[layers], task by task | the sections of each layer. Every section starts at a multiple of
@@ -183,6 +196,10 @@ typedef struct {
   uint64_t windows;        // uint32_t[]: where in the line the step's window begins
   uint64_t indices;        // uint8_t[][GROUP * P]: which activation of the window
   uint64_t weights;        // float[][16], bfloat16[][32] or int8_t[][64]
+  // Blocks (none in COMBINED).
+  uint64_t group_blocks;   // uint32_t[padded(out_features) / GROUP + 1]: where each group's blocks begin
+  uint64_t block_quads;    // uint32_t[]: the first input of each block, over QUAD
+  uint64_t block_weights;  // float[][4][16], bfloat16[][2][16][2] or int8_t[][16][4]
   // S8.
   uint64_t scale;          // float[padded(out_features)]: of the product; not in SHARED
   uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
