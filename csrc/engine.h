@@ -257,6 +257,14 @@ typedef struct {
   void (*table_s8)(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows,
                    int32_t* y, int64_t y_stride);
 
+  // The same contract for blocks; x has a multiple of QUAD values per row. Any number of rows.
+  void (*blocks_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
+                     float* y, int64_t y_stride);
+  void (*blocks_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int64_t rows,
+                      float* y, int64_t y_stride);
+  void (*blocks_s8)(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+                    int32_t* y, int64_t y_stride);
+
   // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns; touches nothing else.
   void (*transpose_f32)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                         int64_t to_stride);

@@ -121,6 +121,49 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
                        [](int8_t weight, uint8_t code, int32_t sum) { return sum + weight * code; });
 }
 
+// Calls `fma(weight, activation, sum)` for each weight of each block; `place(input, output)` says where a block holds it,
+// `inputs` in which order they are added.
+template <class Weight, class Activation, class Value, class Place, class Fma>
+void add_blocks(const uint8_t* blob, const LayerRecord* layer, const Value* start, const Activation* x, int64_t x_stride,
+                int64_t rows, Value* y, int64_t y_stride, const int (&inputs)[QUAD], Place place, Fma fma) {
+  const auto* group_blocks = reinterpret_cast<const uint32_t*>(blob + layer->group_blocks);
+  const auto* quads = reinterpret_cast<const uint32_t*>(blob + layer->block_quads);
+  const auto* weights = reinterpret_cast<const Weight*>(blob + layer->block_weights);
+  for (int64_t group = 0; group < padded(layer->out_features) / GROUP; ++group) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int output = 0; output < GROUP; ++output) {
+        Value sum = start[group * GROUP + output];
+        for (uint32_t block = group_blocks[group]; block < group_blocks[group + 1]; ++block)
+          for (int input : inputs)
+            sum = fma(weights[block * int64_t{QUAD * GROUP} + place(input, output)],
+                      x[row * x_stride + int64_t{quads[block]} * QUAD + input], sum);
+        y[row * y_stride + group * GROUP + output] = sum;
+      }
+    }
+  }
+}
+
+void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
+                int64_t y_stride) {
+  add_blocks<float>(
+      blob, layer, reinterpret_cast<const float*>(blob + layer->bias), x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
+      [](int input, int output) { return input * GROUP + output; },
+      [](float weight, float v, float sum) { return std::fma(weight, v, sum); });
+}
+void blocks_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int64_t rows,
+                 float* y, int64_t y_stride) {
+  add_blocks<uint16_t>(
+      blob, layer, reinterpret_cast<const float*>(blob + layer->bias), x, x_stride, rows, y, y_stride, {1, 0, 3, 2},
+      [](int input, int output) { return input / 2 * 2 * GROUP + output * 2 + input % 2; }, fma_bf16);
+}
+void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+               int32_t* y, int64_t y_stride) {
+  add_blocks<int8_t>(
+      blob, layer, reinterpret_cast<const int32_t*>(blob + layer->start), x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
+      [](int input, int output) { return output * QUAD + input; },
+      [](int8_t weight, uint8_t code, int32_t sum) { return sum + weight * code; });
+}
+
 void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                    int64_t to_stride) {
   for (int64_t c = 0; c < columns; ++c)
@@ -130,6 +173,6 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 }  // namespace
 
 extern "C" const Isa lt4rec_isa_scalar = {
-    "scalar",    slices_f32, slices_bf16, table_f32,   table_bf16,     table_s8, transpose_f32, widen_bf16,
+    "scalar",    slices_f32, slices_bf16, table_f32,   table_bf16,     table_s8, blocks_f32, blocks_bf16, blocks_s8, transpose_f32, widen_bf16,
     round_bf16,  add_f32,    line_f32,    line_bf16,   dequantize_s32, line_u8, requantize_s32,
     /*slices_from_f32=*/5, /*slices_from_bf16=*/9};
