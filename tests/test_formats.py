@@ -125,7 +125,9 @@ def test_blocks_make_a_round_trip_exact_to_the_bit_for_every_task(rows, columns,
             assert not bits(dense)[~mask].any()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse BSR tensor support is in beta", "ignore:Sparse invariant checks are implicitly"
+)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_blocks_lead_to_torchs_bsr_and_back(rows, columns, seed):
     weight = torch.randn(16 * rows, 4 * columns, generator=torch.Generator().manual_seed(seed))
@@ -148,7 +150,9 @@ def test_bytes_of_blocks_are_as_documented():
     assert blocks.values.shape[1:] == (16, 4)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse BSR tensor support is in beta", "ignore:Sparse invariant checks are implicitly"
+)
 def test_what_is_no_block_is_refused():
     mask = torch.ones(32, 8, dtype=torch.bool)
     mask[3, 5] = False
