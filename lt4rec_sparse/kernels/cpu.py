@@ -29,6 +29,10 @@ try:
 except ImportError as error:
     _engine = None
     _absence_reason = str(error)
+_tensors = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if _engine is not None and (_tensors is None or not _engine.use_tensors(Tensor, _tensors)):
+    _engine = None
+    _absence_reason = f"torch {torch.__version__} shows no tensors through DLPack 1's C functions, as 2.11 and newer do"
 
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/engine.h
 PATHS = ("auto", "tables", "slices")
@@ -438,6 +442,4 @@ def _obey_environment() -> None:
         raise InputError(f"LT4REC_SPARSE_ISA: {error}") from error
 
 
-if _engine is not None and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    _engine.use_tensors(Tensor, Tensor.__dlpack_c_exchange_api__)
 _obey_environment()

@@ -422,6 +422,18 @@ def test_the_environment_forces_an_isa_or_says_why_not(wanted: str, printed: str
     assert (done.returncode == 0) == (wanted == "scalar")
 
 
+def test_tensors_that_the_engine_cannot_read_make_it_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LT4REC_SPARSE_ISA", raising=False)
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    spec = importlib.util.spec_from_file_location("cpu_of_older_torch", cpu.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    assert not bare.is_available()
+    assert "shows no tensors through DLPack" in bare.absence_reason()
+
+
 def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LT4REC_SPARSE_ISA", raising=False)
     monkeypatch.delattr(kernels, "_engine")

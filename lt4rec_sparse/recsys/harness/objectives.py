@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
 from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
-from lt4rec_sparse.recsys.training import Alternating, Batch, Factors, Joint, Objective, Projected, TaskLosses
+from lt4rec_sparse.recsys.training import Alternating, Factors, Joint, Objective, Projected, TaskLosses
 from lt4rec_sparse.recsys.training.objectives import forward, logits_of, rows_of
 
 PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # `Training.dtype` -> dtype of `torch.autocast`

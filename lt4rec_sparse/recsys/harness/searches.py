@@ -14,10 +14,10 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
+from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
-from lt4rec_sparse.recsys.training import Batch
 
 EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
 

@@ -89,7 +89,7 @@ class SparseSharing(MultiTask):
         super().__init__(inputs, tasks)
         self.mlp = MaskedMLP(inputs.out_features, hidden, tasks=self.tasks)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         logits: Tensor = self.mlp(x, tasks[0] if len(tasks) == 1 else None)
         return logits
 
@@ -104,7 +104,7 @@ class HardSharing(MultiTask):
         super().__init__(inputs, tasks)
         self.mlps = nn.ModuleDict({task: MaskedMLP(inputs.out_features, hidden, tasks=(task,)) for task in self.tasks})
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return torch.cat([self.mlps[task](x, task) for task in tasks], dim=1)
 
 
@@ -156,7 +156,7 @@ class ESMM(MultiTask):
         super().__init__(inputs, tasks)
         self.towers = _towers(inputs.out_features, hidden, self.tasks)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return torch.cat([self.towers[task](x) for task in tasks], dim=1)
 
 
@@ -172,7 +172,7 @@ class SharedBottom(MultiTask):
         self.bottom = MLP(inputs.out_features, lower)
         self.towers = _towers(lower[-1], upper, self.tasks)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         h = self.bottom(x)
         return torch.cat([self.towers[task](h) for task in tasks], dim=1)
 
@@ -193,7 +193,7 @@ class MMoE(MultiTask):
         self.gates = nn.ModuleDict({task: Gate(width, MMOE_EXPERTS) for task in self.tasks})
         self.towers = _towers(expert[-1], upper, self.tasks)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         outputs = [expert(x) for expert in self.experts]
         return torch.cat([self.towers[task](self.gates[task](x, outputs)) for task in tasks], dim=1)
 
@@ -248,7 +248,7 @@ class PLE(MultiTask):
         )
         self.towers = _towers(expert[-1], upper, self.tasks)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         of_task, shared = dict.fromkeys(self.tasks, x), x
         for level in self.levels:
             last = level is self.levels[-1]
@@ -310,7 +310,7 @@ class AITM(MultiTask):
             before = task
         return torch.cat([logits[task] for task in tasks], dim=1)
 
-    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:  # noqa: D102
+    def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return self.score(dict.fromkeys(self.tasks, x), tasks)
 
 

@@ -1,6 +1,5 @@
 """One plain loop for every model: what a step is (objectives), the loop itself, and how a model is judged."""
 
-from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.training.evaluation import Predictions, evaluate, predict
 from lt4rec_sparse.recsys.training.loop import train
 from lt4rec_sparse.recsys.training.objectives import Alternating, Factors, Joint, Objective, Projected, TaskLosses
@@ -9,7 +8,6 @@ from lt4rec_sparse.recsys.training.rates import TaskAdam
 
 __all__ = [
     "Alternating",
-    "Batch",
     "Factors",
     "Joint",
     "Objective",

@@ -66,7 +66,7 @@ class Alternating:
         """The tasks."""
         return tuple(self.losses.losses)
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
         result = {}
         for task in self.names:
             rows = rows_of(batch, task)
@@ -88,7 +88,7 @@ class Joint:
     names: tuple[str, ...]
     combine: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
         losses = self.losses(model, batch)
         optimizer.zero_grad()
         whole = torch.stack(list(losses.values())).sum() if self.combine is None else self.combine(losses)
@@ -108,7 +108,7 @@ class Projected:
     names: tuple[str, ...]
     project: Callable[[Sequence[Sequence[Tensor]]], Iterable[Tensor]]
 
-    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:  # noqa: D102
+    def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
         losses = self.losses(model, batch)
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = []
