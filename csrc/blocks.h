@@ -1,83 +1,118 @@
 // The loops over blocks of 16 outputs and 4 inputs that the vector ISAs share; included as slices.h is.
 //
-// `Blocks` gives: Activation, Sum (sixteen of them), Value (of y), Operand, kSteps (of a block), kStepBytes (of its
-// weights), kStepInputs, kRows (whose sums fill the registers), load_sum, store_sum, load (a step's weights), add (their
-// products with one row's activations).
+// `Blocks` gives: Activation, Sum (sixteen of them), Value (of y), Operand, kBytes (of a block), kSteps (that it is taken
+// in), kRows (of the batch, whose sums fill the registers), load_sum, store_sum, kHasRelu and relu, input (the first of a
+// step), load (a step's weights), add (their products with one row's activations).
 
-// Adds the blocks of kGroups groups, in turn while all have some, for kRows rows: as many sums under way.
+// Where sums begin: with the bias, the same for every row, or with what earlier panels left in y.
+template <class Value>
+struct Start {
+  const Value* values;
+  int64_t stride;
+};
+
+// One panel of a layer.
+struct Panel {
+  const uint32_t* groups;
+  const uint32_t* begins;
+  const uint32_t* quads;
+  const uint8_t* weights;
+  bool has_relu;  // it is the last one, and its sums are done
+};
+
+// Adds the blocks of kGroups groups, the `at`-th of the panel and those after it, for kRows rows: as many sums are under
+// way. Groups that have no blocks left drop out; the first has the most.
 template <class Blocks, int kRows, int kGroups>
-__attribute__((always_inline)) inline void add_blocks(const uint32_t* group_blocks, const uint32_t* quads,
-                                                      const uint8_t* weights, const typename Blocks::Value* bias,
+__attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_t at,
+                                                      const Start<typename Blocks::Value>& start,
                                                       const typename Blocks::Activation* x, int64_t x_stride,
                                                       typename Blocks::Value* y, int64_t y_stride) {
   typename Blocks::Sum sum[kGroups][kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sum[g][r] = Blocks::load_sum(bias + g * GROUP);
+    for (int r = 0; r < kRows; ++r)
+      sum[g][r] = Blocks::load_sum(start.values + r * start.stride + int64_t{panel.groups[at + g]} * GROUP);
   const auto add = [&](int g, uint32_t block) __attribute__((always_inline)) {
-    const typename Blocks::Activation* quad = x + QUAD * int64_t{quads[block]};
-    const uint8_t* of_block = weights + int64_t{block} * Blocks::kSteps * Blocks::kStepBytes;
+    const typename Blocks::Activation* quad = x + QUAD * int64_t{panel.quads[block]};
+    const uint8_t* of_block = panel.weights + int64_t{block} * Blocks::kBytes;
 #pragma GCC unroll 4
     for (int step = 0; step < Blocks::kSteps; ++step) {
-      const typename Blocks::Operand operand = Blocks::load(of_block + step * Blocks::kStepBytes);
+      const typename Blocks::Operand operand = Blocks::load(of_block, step);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
-        sum[g][r] = Blocks::add(sum[g][r], quad + r * x_stride + step * Blocks::kStepInputs, operand);
+        sum[g][r] = Blocks::add(sum[g][r], quad + r * x_stride + Blocks::input(step), operand);
     }
   };
-  uint32_t common = UINT32_MAX;
-  for (int g = 0; g < kGroups; ++g) {
-    const uint32_t count = group_blocks[g + 1] - group_blocks[g];
-    if (count < common) common = count;
-  }
+  const uint32_t* begins = panel.begins + at;
+  const uint32_t common = begins[kGroups] - begins[kGroups - 1];
   for (uint32_t i = 0; i < common; ++i) {
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) add(g, group_blocks[g] + i);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) add(g, begins[g] + i);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) {
-    for (uint32_t block = group_blocks[g] + common; block < group_blocks[g + 1]; ++block) add(g, block);
+    for (uint32_t block = begins[g] + common; block < begins[g + 1]; ++block) add(g, block);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) Blocks::store_sum(y + r * y_stride + g * GROUP, sum[g][r]);
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (Blocks::kHasRelu)
+        if (panel.has_relu) sum[g][r] = Blocks::relu(sum[g][r]);
+      Blocks::store_sum(y + r * y_stride + int64_t{panel.groups[at + g]} * GROUP, sum[g][r]);
+    }
   }
 }
 
-// A single row takes kGroups groups in turn: one alone would wait for each of its sums.
+// As many groups in turn as the registers have sums for: one sum alone would wait for each of its products.
 template <class Blocks, int kRows, int kGroups>
-void add_layer(const uint8_t* blob, const LayerRecord* layer, const typename Blocks::Value* bias,
-               const typename Blocks::Activation* x, int64_t x_stride, typename Blocks::Value* y, int64_t y_stride) {
-  const auto* group_blocks = reinterpret_cast<const uint32_t*>(blob + layer->group_blocks);
-  const auto* quads = reinterpret_cast<const uint32_t*>(blob + layer->block_quads);
-  const uint8_t* weights = blob + layer->block_weights;
-  const int64_t groups = padded(layer->out_features) / GROUP;
-  int64_t group = 0;
-  for (; group + kGroups <= groups; group += kGroups)
-    add_blocks<Blocks, kRows, kGroups>(group_blocks + group, quads, weights, bias + group * GROUP, x, x_stride,
-                                       y + group * GROUP, y_stride);
-  for (; group < groups; ++group)
-    add_blocks<Blocks, kRows, 1>(group_blocks + group, quads, weights, bias + group * GROUP, x, x_stride,
-                                 y + group * GROUP, y_stride);
+void add_groups(const Panel& panel, int64_t at, int64_t end, const Start<typename Blocks::Value>& start,
+                const typename Blocks::Activation* x, int64_t x_stride, typename Blocks::Value* y, int64_t y_stride) {
+  for (; at + kGroups <= end; at += kGroups)
+    add_blocks<Blocks, kRows, kGroups>(panel, at, start, x, x_stride, y, y_stride);
+  if constexpr (kGroups > 1) add_groups<Blocks, kRows, kGroups / 2>(panel, at, end, start, x, x_stride, y, y_stride);
 }
 
-// Rows outside, weights inside: the weights come from the second cache again for each few rows, and keep up.
+constexpr int groups_in_turn(int rows, int sums) {
+  int groups = 1;
+  while (2 * groups * rows <= sums) groups *= 2;
+  return groups;
+}
+
+// Calls the kernel of `rows` rows, at most kRows.
+template <class Blocks, int kRows = Blocks::kRows>
+void add_rows(int64_t rows, const Panel& panel, int64_t at, int64_t end, const Start<typename Blocks::Value>& start,
+              const typename Blocks::Activation* x, int64_t x_stride, typename Blocks::Value* y, int64_t y_stride) {
+  if constexpr (kRows > 1)
+    if (rows < kRows)
+      return add_rows<Blocks, kRows - 1>(rows, panel, at, end, start, x, x_stride, y, y_stride);
+  add_groups<Blocks, kRows, groups_in_turn(kRows, Blocks::kRows)>(panel, at, end, start, x, x_stride, y, y_stride);
+}
+
+// Panels outside, so that each one's activations stay in the first cache; then groups, as many as have their weights in
+// the second one, for that many rows after the others.
 template <class Blocks>
 void run_blocks(const uint8_t* blob, const LayerRecord* layer, uint64_t bias_section,
                 const typename Blocks::Activation* x, int64_t x_stride, int64_t rows, typename Blocks::Value* y,
                 int64_t y_stride) {
-  const auto* bias = reinterpret_cast<const typename Blocks::Value*>(blob + bias_section);
-  while (rows > 0) {
-    const int64_t some = rows < Blocks::kRows ? rows : int64_t{Blocks::kRows};
-    switch (some) {
-      case 1: add_layer<Blocks, 1, 2>(blob, layer, bias, x, x_stride, y, y_stride); break;
-      case 2: add_layer<Blocks, 2, 1>(blob, layer, bias, x, x_stride, y, y_stride); break;
-      case 3: add_layer<Blocks, 3, 1>(blob, layer, bias, x, x_stride, y, y_stride); break;
-      case 4: add_layer<Blocks, 4, 1>(blob, layer, bias, x, x_stride, y, y_stride); break;
-      case 5: add_layer<Blocks, 5, 1>(blob, layer, bias, x, x_stride, y, y_stride); break;
-      default: add_layer<Blocks, Blocks::kRows, 1>(blob, layer, bias, x, x_stride, y, y_stride); break;
+  constexpr uint32_t kPiece = (128 << 10) / Blocks::kBytes;
+  const int64_t groups = padded(layer->out_features) / GROUP, panels = panel_count(layer->in_features);
+  const int64_t tiles = (rows + Blocks::kRows - 1) / Blocks::kRows;
+  for (int64_t p = 0; p < panels; ++p) {
+    const Panel panel{reinterpret_cast<const uint32_t*>(blob + layer->block_groups) + p * groups,
+                      reinterpret_cast<const uint32_t*>(blob + layer->group_blocks) + p * (groups + 1),
+                      reinterpret_cast<const uint32_t*>(blob + layer->block_quads), blob + layer->block_weights,
+                      layer->activation == ACTIVATION_RELU && p == panels - 1};
+    for (int64_t first = 0, last; first < groups; first = last) {
+      for (last = first + 1; last < groups && panel.begins[last + 1] - panel.begins[first] <= kPiece;) ++last;
+      int64_t row = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t some = (rows - row + tiles - tile - 1) / (tiles - tile);  // alike: few rows cost more each
+        typename Blocks::Value* to = y + row * y_stride;
+        const auto* bias = reinterpret_cast<const typename Blocks::Value*>(blob + bias_section);
+        const Start<typename Blocks::Value> start = p == 0 ? Start<typename Blocks::Value>{bias, 0}
+                                                           : Start<typename Blocks::Value>{to, y_stride};
+        add_rows<Blocks>(some, panel, first, last, start, x + row * x_stride, x_stride, to, y_stride);
+        row += some;
+      }
     }
-    x += some * x_stride;
-    y += some * y_stride;
-    rows -= some;
   }
 }

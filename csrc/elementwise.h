@@ -15,6 +15,10 @@ void round_bf16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_of(from[i]);
 }
 
+void round_widened_bf16(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float_of(uint32_t{bf16_of(from[i])} << 16);
+}
+
 // The four cases are four loops: a test inside would keep the compiler from vectorising.
 template <class Store>
 inline void add(const float* a, const float* b, const float* bias, int64_t count, bool has_relu, Store store) {

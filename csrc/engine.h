@@ -3,15 +3,16 @@
 // Plain C. No torch, no Python, no state: a prepacked network is one relocatable blob of bytes, and a call reads the
 // blob and x, writes out, and remembers nothing.
 //
-// Two paths through a network, each with a layout of its own:
+// Three paths through a network, each with a layout of its own:
 //
 //   tables  few rows of the batch at a time (a vector holds 16 output features of one row): for small batches, and
 //           for int8 at every size. The activations of a step are looked up in registers.
 //   slices  sliced ELLPACK, 64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for
 //           large batches.
+//   blocks  for networks whose weights are kept in blocks of 16 x 4, or all of them: any number of rows, as they come.
 //
-// In float32 and bfloat16 both add the same products in the same order, so that a row's result is equal to the bit
-// on either path, at every batch size, thread count and ISA. In int8 sums are integers, and exact.
+// In float32 and bfloat16 tables and slices add the same products in the same order, and blocks in one of their own, so
+// that a row's result is equal to the bit at every batch size, thread count and ISA. In int8 sums are integers, and exact.
 #ifndef LT4REC_SPARSE_ENGINE_H
 #define LT4REC_SPARSE_ENGINE_H
 
@@ -122,14 +123,20 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 //
 // Weights kept or pruned in blocks of 16 consecutive outputs (a group) and 4 consecutive inputs (a quad). A vector holds
 // a group's outputs of one row of the batch; activations stand row by row, as they come: no gathers, no permutations, no
-// transposes, from one row to thousands. What hangs over an edge is padded with weights of 0 and activations of 0, so
-// features keep their order (no ordering, see below), and a line is a row of x, its end padded with zeros to a quad.
+// transposes, from one row to thousands. A block costs what a tile of a dense product costs: 64 multiply-adds for 256,
+// 128 or 64 bytes of weights and one index.
 //
-// A block costs what a tile of a dense product costs: 64 multiply-adds for 256, 128 or 64 bytes of weights and one index.
+// What hangs over an edge is padded with weights of 0 and activations of 0. Features keep their order. Inputs are cut
+// into panels, so that what a few rows of the batch hold of one stays in the first cache. Within a panel the groups
+// stand in descending order of their blocks: neighbours, whose sums are added in turn, are nearly equally long.
+//
 // Sums begin with the bias and take the blocks by ascending quad. Within one, F32 adds its inputs in ascending order;
-// BF16 adds input 1 before 0 and 3 before 2, as x86's instruction adds a pair; S8 is exact in any order: of each pair of
-// neighbouring weights |w0| + |w1| is at most 128, so that 255 (|w0| + |w1|) fits 16 signed bits.
-enum { QUAD = 4 };
+// BF16 adds input 1 before 0 and 3 before 2, as x86's instruction adds a pair. S8 is exact in any order: a row's scale
+// is such that of every pair of neighbouring weights |w0| + |w1| is at most 128, and 255 times that fits 16 signed bits.
+enum { QUAD = 4, PANEL_QUADS = 256 };
+
+static inline int64_t quad_count(int64_t features) { return (features + QUAD - 1) / QUAD; }
+static inline int64_t panel_count(int64_t features) { return (quad_count(features) + PANEL_QUADS - 1) / PANEL_QUADS; }
 
 // --- The blob -----------------------------------------------------------------------------------------------------
 //
@@ -138,13 +145,13 @@ enum { QUAD = 4 };
 // a blob may end right at the end of a page. Little-endian and private to this build: what goes to disk are the
 // canonical layers. The only writer is lt4rec_prepack; calls check the header and trust the rest.
 //
-// Ordering: the features of a hidden layer stand in descending order of their kept weights, and the next layer's
-// columns are renumbered to match. Inputs and heads keep their order.
+// Ordering, for tables and slices: the features of a hidden layer stand in descending order of their kept weights, and
+// the next layer's columns are renumbered to match. Inputs and heads keep their order.
 //
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 3, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 4, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -153,10 +160,12 @@ typedef struct {
   uint64_t bytes;          // of the whole blob
   uint64_t slice_bytes;    // of these, in sections that only the slices read
   uint64_t table_bytes;    // of these, in sections that only the tables read
+  uint64_t block_bytes;    // of these, in sections that only the blocks read
   uint64_t nnz;            // kept weights, those that tasks share counted once for each
   uint64_t multiply_adds;       // a row's multiply-adds: kept weights, shared ones once, without padding
   uint64_t slice_multiply_adds; // the same with padding, as the slices form them
   uint64_t table_multiply_adds;
+  uint64_t block_multiply_adds;
   uint32_t precision;
   uint32_t in_features;    // of every task's first layer
   uint32_t outputs;        // sum of out_features over the tasks' last layers
@@ -167,8 +176,8 @@ typedef struct {
   uint32_t layouts;        // those that the blob holds
 } BlobHeader;
 
-// A network is prepacked for the paths that it will take; tables are for PATH_TABLES, slices for PATH_SLICES.
-enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2 };
+// A network is prepacked for the paths that it will take: a layout for each. Blocks stand alone.
+enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2, LAYOUT_BLOCKS = 4 };
 
 enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
 enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
@@ -196,8 +205,9 @@ typedef struct {
   uint64_t windows;        // uint32_t[]: where in the line the step's window begins
   uint64_t indices;        // uint8_t[][GROUP * P]: which activation of the window
   uint64_t weights;        // float[][16], bfloat16[][32] or int8_t[][64]
-  // Blocks (none in COMBINED).
-  uint64_t group_blocks;   // uint32_t[padded(out_features) / GROUP + 1]: where each group's blocks begin
+  // Blocks (none in COMBINED), panel by panel.
+  uint64_t block_groups;   // uint32_t[panels][groups]: their order in the panel
+  uint64_t group_blocks;   // uint32_t[panels][groups + 1]: where the blocks of each of these begin, and the last ends
   uint64_t block_quads;    // uint32_t[]: the first input of each block, over QUAD
   uint64_t block_weights;  // float[][4][16], bfloat16[][2][16][2] or int8_t[][16][4]
   // S8.
@@ -209,6 +219,8 @@ typedef struct {
 // `values` and `planes`, in one shape, share the weight. Addresses travel as integers, so that a caller without C can
 // write this as int64s; the scale travels as the bits of a double.
 typedef struct {
+  int64_t is_blocks;     // 1: for LAYOUT_BLOCKS, kept in blocks: rows and columns of `planes` are groups and quads, `nnz`
+                         // counts blocks, and `values` is float[nnz][16][4], 0 beyond the edges
   int64_t values;        // float[nnz]: what any task keeps, row by row, columns ascending
   int64_t planes;        // uint8_t[tasks][out_features][(in_features + 7) / 8]: column k is bit k % 8 of byte k / 8;
                          // padding is 0. Or 0 for a dense weight, all of whose values stand in `values`
@@ -216,7 +228,7 @@ typedef struct {
   int64_t task;          // the plane that this layer reads
   int64_t bias;          // float[out_features], or 0 for none
   int64_t in_features;   // at least 1
-  int64_t out_features;  // at least 1; above MAX_OUT_FEATURES is refused
+  int64_t out_features;  // at least 1; but for blocks, above MAX_OUT_FEATURES is refused
   int64_t nnz;
   int64_t activation;
   int64_t is_head;
@@ -232,7 +244,8 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 3276
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-// `layouts` are those that the blob shall hold; S8 has only tables.
+// `layouts` are those that the blob shall hold; S8 has no slices. LAYOUT_BLOCKS wants layers in blocks or dense ones, and
+// no other layout beside it.
 int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts, uint8_t** blob,
                        char* message);
 void lt4rec_free(uint8_t* blob);
@@ -257,11 +270,15 @@ typedef struct {
   void (*table_s8)(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows,
                    int32_t* y, int64_t y_stride);
 
-  // The same contract for blocks; x has a multiple of QUAD values per row. Any number of rows.
+  // y[r, :] = x[r, :] @ W^T + bias for any number of rows, with ReLU where the layer has one and the sums are floats. x
+  // has a multiple of QUAD values per row. Of the two for bfloat16 an ISA has one, the other is null: the second reads
+  // bfloat16 values that were widened to float.
   void (*blocks_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
                      float* y, int64_t y_stride);
   void (*blocks_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int64_t rows,
                       float* y, int64_t y_stride);
+  void (*blocks_widened_bf16)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride,
+                              int64_t rows, float* y, int64_t y_stride);
   void (*blocks_s8)(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
                     int32_t* y, int64_t y_stride);
 
@@ -272,6 +289,7 @@ typedef struct {
   // Element by element, `count` of them; vectorised by the compiler from one source, elementwise.h.
   void (*widen_bf16)(const uint16_t* from, int64_t count, float* to);
   void (*round_bf16)(const float* from, int64_t count, uint16_t* to);  // denormals become zeros, NaN stays NaN
+  void (*round_widened_bf16)(const float* from, int64_t count, float* to);
   // to = relu(a + b + bias), or without relu; `b` and `bias` may be null, and `to` of add_f32 may be `a`. A line gets
   // its zeros too.
   void (*add_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to);
@@ -287,13 +305,18 @@ typedef struct {
   void (*requantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                          int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line);
 
+  // The same two without a line's second copies.
+  int (*codes_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes);
+  void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                     int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
+
   // From this many rows of the batch on, slices are faster than tables here, as measured.
   int slices_from_f32, slices_from_bf16;
 } Isa;
 
 extern const Isa lt4rec_isa_scalar;
 #if defined(__x86_64__)
-extern const Isa lt4rec_isa_avx2;         // AVX2, FMA
+extern const Isa lt4rec_isa_avx2;         // AVX2, FMA; with AVX-VNNI also as "avx2_vnni"
 extern const Isa lt4rec_isa_avx512;       // and AVX-512 F, VL, BW
 extern const Isa lt4rec_isa_avx512_vnni;  // and VBMI, VNNI: Ice Lake, Zen 4
 extern const Isa lt4rec_isa_avx512_bf16;  // and BF16: Sapphire Rapids, Zen 4
@@ -318,10 +341,10 @@ enum {
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
 // Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster one
-// or none. S8 has only tables.
-enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_FASTEST = 3 };
+// or none. S8 has no slices. What is in blocks has no other path.
+enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_BLOCKS = 3, PATH_FASTEST = 4 };
 
-// PATH_TABLES or PATH_SLICES: what is faster for this many rows.
+// PATH_TABLES or PATH_SLICES: what is faster for this many rows of a network that is not in blocks.
 int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch);
 
 typedef struct {

@@ -146,6 +146,66 @@ struct TableS8 {
   }
 };
 
+// Twelve registers of sums, two of weights, one of an activation.
+struct BlocksF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = Floats;
+  using Operand = Floats;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6;
+  static constexpr bool kHasRelu = true;
+  static Sum load_sum(const float* p) { return load_floats(p); }
+  static void store_sum(float* p, const Sum& v) { store_floats(p, v); }
+  static Sum relu(const Sum& v) { return {Ymm::relu(v.low), Ymm::relu(v.high)}; }
+  static constexpr int input(int step) { return step; }
+  static Operand load(const uint8_t* block, int step) {
+    return load_floats(reinterpret_cast<const float*>(block) + GROUP * step);
+  }
+  static Sum add(const Sum& sum, const float* x, const Operand& weight) {
+    const __m256 v = _mm256_broadcast_ss(x);
+    return {_mm256_fmadd_ps(weight.low, v, sum.low), _mm256_fmadd_ps(weight.high, v, sum.high)};
+  }
+};
+
+// A pair of inputs' weights is one 32-bit word, whose high half comes first.
+struct BlocksBf16 : BlocksF32 {
+  static constexpr int kBytes = 128;
+  static constexpr int input(int step) { return step ^ 1; }
+  static Operand load(const uint8_t* block, int step) {
+    const auto* pairs = reinterpret_cast<const __m256i*>(block + 64 * (step / 2));
+    return {half(_mm256_loadu_si256(pairs), step), half(_mm256_loadu_si256(pairs + 1), step)};
+  }
+  static __m256 half(__m256i pairs, int step) {
+    return _mm256_castsi256_ps(step % 2 ? _mm256_slli_epi32(pairs, 16)
+                                        : _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+  }
+};
+
+struct BlocksS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = Words;
+  using Operand = Words;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 5;
+  static constexpr bool kHasRelu = false;
+  static Sum load_sum(const int32_t* p) { return TableS8::load_sum(p); }
+  static void store_sum(int32_t* p, const Sum& v) { TableS8::store_sum(p, v); }
+  static constexpr int input(int) { return 0; }
+  static Operand load(const uint8_t* block, int) { return TableS8::load_sum(reinterpret_cast<const int32_t*>(block)); }
+  // Pairs of products fit 16 bits, as engine.h has it.
+  static __m256i add(__m256i sum, __m256i codes, __m256i weight) {
+    const __m256i pairs = _mm256_maddubs_epi16(codes, weight);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Sum add(const Sum& sum, const uint8_t* x, const Operand& weight) {
+    int32_t quad;
+    __builtin_memcpy(&quad, x, sizeof(quad));
+    const __m256i codes = _mm256_set1_epi32(quad);
+    return {add(sum.low, codes, weight.low), add(sum.high, codes, weight.high)};
+  }
+};
+
+#include "blocks.h"
 #include "elementwise.h"
 #include "quantize.h"
 #include "slices.h"
@@ -176,6 +236,21 @@ void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x
   run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
 }
 
+void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
+                int64_t y_stride) {
+  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void blocks_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
+                         float* y, int64_t y_stride) {
+  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+               int32_t* y, int64_t y_stride) {
+  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
 }  // namespace
 
 extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride,
@@ -184,8 +259,10 @@ extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* lay
 }
 
 extern "C" const Isa lt4rec_isa_avx2 = {
-    "avx2",     slices_f32, slices_bf16, table_f32, table_bf16,  lt4rec_table_s8_avx2, transpose_f32, widen_bf16,
-    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
+    "avx2",         slices_f32, slices_bf16,         table_f32, table_bf16,    lt4rec_table_s8_avx2, blocks_f32,
+    nullptr,        blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
+    round_bf16,     round_widened_bf16, add_f32,     line_f32,  line_bf16,     dequantize_s32,       line_u8,
+    requantize_s32, codes_u8,   recode_s32,
     /*slices_from_f32=*/3, /*slices_from_bf16=*/9};
 
 #ifdef __clang__

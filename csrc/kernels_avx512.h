@@ -124,6 +124,76 @@ struct TableS8 {
 };
 #endif
 
+// The activation is an operand in memory, which the instruction broadcasts.
+struct BlocksF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = __m512;
+  using Operand = __m512;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 12;
+  static constexpr bool kHasRelu = true;
+  static Sum load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Sum v) { _mm512_storeu_ps(p, v); }
+  static Sum relu(Sum v) { return Zmm::relu(v); }
+  static constexpr int input(int step) { return step; }
+  static Operand load(const uint8_t* block, int step) {
+    return _mm512_loadu_ps(reinterpret_cast<const float*>(block) + GROUP * step);
+  }
+  static Sum add(Sum sum, const float* x, Operand weight) { return _mm512_fmadd_ps(weight, _mm512_set1_ps(*x), sum); }
+};
+
+// A pair of inputs' weights is one 32-bit word, whose high half comes first.
+#ifdef LT4REC_HAS_BF16
+struct BlocksBf16 : BlocksF32 {
+  using Activation = uint16_t;
+  using Operand = __m512bh;
+  static constexpr int kBytes = 128, kSteps = 2;
+  static constexpr int input(int step) { return 2 * step; }
+  static Operand load(const uint8_t* block, int step) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(block + 64 * step));
+  }
+  static Sum add(Sum sum, const uint16_t* x, Operand weight) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, sizeof(pair));
+    return _mm512_dpbf16_ps(sum, weight, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
+  }
+};
+#else
+struct BlocksBf16 : BlocksF32 {
+  static constexpr int kBytes = 128;
+  static constexpr int input(int step) { return step ^ 1; }
+  static Operand load(const uint8_t* block, int step) {
+    const __m512i pairs = _mm512_loadu_si512(block + 64 * (step / 2));
+    return step % 2 ? TableBf16::low(pairs) : TableBf16::high(pairs);
+  }
+};
+#endif
+
+struct BlocksS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = __m512i;
+  using Operand = __m512i;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 12;
+  static constexpr bool kHasRelu = false;
+  static Sum load_sum(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_sum(int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
+  static constexpr int input(int) { return 0; }
+  static Operand load(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
+  static Sum add(Sum sum, const uint8_t* x, Operand weight) {
+    int32_t quad;
+    __builtin_memcpy(&quad, x, sizeof(quad));
+    const __m512i codes = _mm512_set1_epi32(quad);
+#ifdef LT4REC_HAS_VNNI
+    return _mm512_dpbusd_epi32(sum, codes, weight);
+#else  // pairs of products fit 16 bits, as engine.h has it
+    const __m512i pairs = _mm512_maddubs_epi16(codes, weight);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+  }
+};
+
+#include "blocks.h"
 #include "elementwise.h"
 #include "slices.h"
 #include "table.h"
@@ -160,11 +230,25 @@ __attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* li
   }
 }
 
-int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+// The same, each code once.
+template <class Codes>
+__attribute__((always_inline)) inline void write_codes(int64_t count, uint8_t* to, Codes codes) {
+  for (int64_t first = 0; first < count; first += 16) {
+    const int64_t left = count - first;
+    const __mmask16 lanes = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+    const __m512i above = _mm512_maskz_max_epi32(0xffff, codes(first, lanes), _mm512_setzero_si512());
+    _mm_mask_storeu_epi8(to + first, lanes, _mm512_maskz_cvtusepi32_epi8(0xffff, above));
+  }
+}
+
+// Calls `write(codes)`; returns whether there was a NaN.
+template <class Write>
+__attribute__((always_inline)) inline int write_quantized(const float* from, float inverse_scale, int32_t zero_point,
+                                                          Write write) {
   const __m512 inverse = _mm512_set1_ps(inverse_scale);
   const __m512i zero = _mm512_set1_epi32(zero_point);
   __mmask16 nans = 0;
-  write_line(count, line, [&](int64_t first, __mmask16 lanes) {
+  write([&](int64_t first, __mmask16 lanes) {
     const __m512 v = _mm512_maskz_loadu_ps(lanes, from + first);
     nans |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return codes_of(v, inverse, zero);
@@ -172,17 +256,39 @@ int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_
   return nans != 0;
 }
 
-void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
-                    int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
+int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  return write_quantized(from, inverse_scale, zero_point, [=](auto codes) { write_line(count, line, codes); });
+}
+
+int codes_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
+  return write_quantized(from, inverse_scale, zero_point, [=](auto codes) { write_codes(count, to, codes); });
+}
+
+template <class Write>
+__attribute__((always_inline)) inline void write_requantized(const int32_t* a, const int32_t* b, const float* scale,
+                                                             const float* bias, int has_relu, float inverse_scale,
+                                                             int32_t zero_point, Write write) {
   const __m512 inverse = _mm512_set1_ps(inverse_scale);
   const __m512i zero = _mm512_set1_epi32(zero_point);
-  write_line(count, line, [&](int64_t first, __mmask16 lanes) {
+  write([=](int64_t first, __mmask16 lanes) {
     __m512i sum = _mm512_maskz_loadu_epi32(lanes, a + first);
     if (b) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(lanes, b + first));
     const __m512 v = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, sum), _mm512_maskz_loadu_ps(lanes, scale + first),
                                      _mm512_maskz_loadu_ps(lanes, bias + first));
     return codes_of(has_relu ? Zmm::relu(v) : v, inverse, zero);
   });
+}
+
+void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                    int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  write_requantized(a, b, scale, bias, has_relu, inverse_scale, zero_point,
+                    [=](auto codes) { write_line(count, line, codes); });
+}
+
+void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count, int has_relu,
+                float inverse_scale, int32_t zero_point, uint8_t* to) {
+  write_requantized(a, b, scale, bias, has_relu, inverse_scale, zero_point,
+                    [=](auto codes) { write_codes(count, to, codes); });
 }
 
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
@@ -261,11 +367,35 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
 constexpr auto table_s8 = lt4rec_table_s8_avx2;
 #endif
 
+void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
+                int64_t y_stride) {
+  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void blocks_bf16(const uint8_t* blob, const LayerRecord* layer, const BlocksBf16::Activation* x, int64_t x_stride,
+                 int64_t rows, float* y, int64_t y_stride) {
+  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+#ifdef LT4REC_HAS_BF16
+constexpr auto blocks_native_bf16 = blocks_bf16;
+constexpr decltype(Isa::blocks_widened_bf16) blocks_widened_bf16 = nullptr;
+#else
+constexpr decltype(Isa::blocks_bf16) blocks_native_bf16 = nullptr;
+constexpr auto blocks_widened_bf16 = blocks_bf16;
+#endif
+
+void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+               int32_t* y, int64_t y_stride) {
+  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
 }  // namespace
 
 extern "C" const Isa LT4REC_ISA = {
-    LT4REC_ISA_NAME, slices_f32, slices_bf16, table_f32, table_bf16,  table_s8, transpose_f32, widen_bf16,
-    round_bf16,      add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8, requantize_s32,
+    LT4REC_ISA_NAME,    slices_f32,          slices_bf16, table_f32, table_bf16,    table_s8,       blocks_f32,
+    blocks_native_bf16, blocks_widened_bf16, blocks_s8,   transpose_f32, widen_bf16,
+    round_bf16,         round_widened_bf16,  add_f32,     line_f32,  line_bf16,     dequantize_s32, line_u8,
+    requantize_s32,     codes_u8,            recode_s32,
     /*slices_from_f32=*/13, /*slices_from_bf16=*/25};
 
 #ifdef __clang__

@@ -125,6 +125,70 @@ struct TableS8 {
   }
 };
 
+struct BlocksF32 {
+  using Activation = float;
+  using Value = float;
+  using Sum = float32x4x4_t;
+  using Operand = float32x4x4_t;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6;
+  static constexpr bool kHasRelu = true;
+  static Sum load_sum(const float* p) { return vld1q_f32_x4(p); }
+  static void store_sum(float* p, const Sum& v) { vst1q_f32_x4(p, v); }
+  static Sum relu(const Sum& v) {
+    return {{Quad::relu(v.val[0]), Quad::relu(v.val[1]), Quad::relu(v.val[2]), Quad::relu(v.val[3])}};
+  }
+  static constexpr int input(int step) { return step; }
+  static Operand load(const uint8_t* block, int step) {
+    return vld1q_f32_x4(reinterpret_cast<const float*>(block) + GROUP * step);
+  }
+  static Sum add(Sum sum, const float* x, const Operand& weight) {
+    const float32x4_t v = vld1q_dup_f32(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum.val[i] = vfmaq_f32(sum.val[i], weight.val[i], v);
+    return sum;
+  }
+};
+
+// A pair of inputs' weights is one 32-bit word, whose high half comes first.
+struct BlocksBf16 : BlocksF32 {
+  static constexpr int kBytes = 128;
+  static constexpr int input(int step) { return step ^ 1; }
+  static Operand load(const uint8_t* block, int step) {
+    const uint32x4x4_t pairs = vld1q_u32_x4(reinterpret_cast<const uint32_t*>(block) + GROUP * (step / 2));
+    Operand halves;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) halves.val[i] = step % 2 ? TableBf16::low(pairs.val[i]) : TableBf16::high(pairs.val[i]);
+    return halves;
+  }
+};
+
+// Neither a product of 8 bits each nor the sum of a pair leaves 16 signed bits.
+struct BlocksS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  using Sum = int32x4x4_t;
+  using Operand = int8x16x4_t;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 4;
+  static constexpr bool kHasRelu = false;
+  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
+  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
+  static constexpr int input(int) { return 0; }
+  static Operand load(const uint8_t* block, int) { return vld1q_s8_x4(reinterpret_cast<const int8_t*>(block)); }
+  static Sum add(Sum sum, const uint8_t* x, const Operand& weight) {
+    uint32_t quad;
+    __builtin_memcpy(&quad, x, sizeof(quad));
+    const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(quad));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int32x4_t low = TableS8::pairs(codes, vget_low_s8(weight.val[i]));
+      const int32x4_t high = TableS8::pairs(codes, vget_high_s8(weight.val[i]));
+      sum.val[i] = vaddq_s32(sum.val[i], vpaddq_s32(low, high));
+    }
+    return sum;
+  }
+};
+
+#include "blocks.h"
 #include "elementwise.h"
 #include "quantize.h"
 #include "slices.h"
@@ -160,6 +224,21 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
   run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
 }
 
+void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
+                int64_t y_stride) {
+  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void blocks_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
+                         float* y, int64_t y_stride) {
+  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
+}
+
+void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+               int32_t* y, int64_t y_stride) {
+  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
 // Interleaving rows 0 and 2, and rows 1 and 3, is half a transposition: twice is a whole one.
 inline void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   float32x4_t row[4];
@@ -189,7 +268,9 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 
 // Where slices begin is an estimate from counted instructions: no ARM machine was at hand.
 extern "C" const Isa lt4rec_isa_neon = {
-    "neon",     slices_f32, slices_bf16, table_f32, table_bf16,     table_s8, transpose_f32, widen_bf16,
-    round_bf16, add_f32,    line_f32,    line_bf16, dequantize_s32, line_u8,  requantize_s32,
+    "neon",         slices_f32, slices_bf16,         table_f32, table_bf16,    table_s8,       blocks_f32,
+    nullptr,        blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
+    round_bf16,     round_widened_bf16, add_f32,     line_f32,  line_bf16,     dequantize_s32, line_u8,
+    requantize_s32, codes_u8,   recode_s32,
     /*slices_from_f32=*/4, /*slices_from_bf16=*/17};
 #endif

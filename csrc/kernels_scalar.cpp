@@ -10,9 +10,10 @@ namespace {
 
 // Denormals count as zero, as in x86's bfloat16 instructions. (Where a processor can be told so, the caller has.)
 float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
-float fma_bf16(uint16_t weight, uint16_t x, float sum) {
-  return flushed(std::fma(flushed(float_of(uint32_t{weight} << 16)), flushed(float_of(uint32_t{x} << 16)), sum));
+float fma_bf16(uint16_t weight, float x, float sum) {
+  return flushed(std::fma(flushed(float_of(uint32_t{weight} << 16)), flushed(x), sum));
 }
+float fma_bf16(uint16_t weight, uint16_t x, float sum) { return fma_bf16(weight, float_of(uint32_t{x} << 16), sum); }
 
 const float* tile_at(const float* x_block, uint64_t distance) {
   return reinterpret_cast<const float*>(reinterpret_cast<const char*>(x_block) + distance);
@@ -112,7 +113,8 @@ void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, in
 void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
                 int64_t y_stride) {
   const auto* bias = reinterpret_cast<const float*>(blob + layer->bias);
-  add_table<2, uint16_t>(blob, layer, bias, x, x_stride, rows, y, y_stride, fma_bf16);
+  add_table<2, uint16_t>(blob, layer, bias, x, x_stride, rows, y, y_stride,
+                      [](uint16_t weight, uint16_t v, float sum) { return fma_bf16(weight, v, sum); });
 }
 void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
               int64_t y_stride) {
@@ -124,42 +126,61 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
 // Calls `fma(weight, activation, sum)` for each weight of each block; `place(input, output)` says where a block holds it,
 // `inputs` in which order they are added.
 template <class Weight, class Activation, class Value, class Place, class Fma>
-void add_blocks(const uint8_t* blob, const LayerRecord* layer, const Value* start, const Activation* x, int64_t x_stride,
+void add_blocks(const uint8_t* blob, const LayerRecord* layer, const Value* bias, const Activation* x, int64_t x_stride,
                 int64_t rows, Value* y, int64_t y_stride, const int (&inputs)[QUAD], Place place, Fma fma) {
-  const auto* group_blocks = reinterpret_cast<const uint32_t*>(blob + layer->group_blocks);
+  const int64_t groups = padded(layer->out_features) / GROUP;
   const auto* quads = reinterpret_cast<const uint32_t*>(blob + layer->block_quads);
   const auto* weights = reinterpret_cast<const Weight*>(blob + layer->block_weights);
-  for (int64_t group = 0; group < padded(layer->out_features) / GROUP; ++group) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int output = 0; output < GROUP; ++output) {
-        Value sum = start[group * GROUP + output];
-        for (uint32_t block = group_blocks[group]; block < group_blocks[group + 1]; ++block)
-          for (int input : inputs)
-            sum = fma(weights[block * int64_t{QUAD * GROUP} + place(input, output)],
-                      x[row * x_stride + int64_t{quads[block]} * QUAD + input], sum);
-        y[row * y_stride + group * GROUP + output] = sum;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t feature = 0; feature < groups * GROUP; ++feature) y[row * y_stride + feature] = bias[feature];
+  for (int64_t panel = 0; panel < panel_count(layer->in_features); ++panel) {
+    const auto* order = reinterpret_cast<const uint32_t*>(blob + layer->block_groups) + panel * groups;
+    const auto* begins = reinterpret_cast<const uint32_t*>(blob + layer->group_blocks) + panel * (groups + 1);
+    for (int64_t i = 0; i < groups; ++i) {
+      for (uint32_t block = begins[i]; block < begins[i + 1]; ++block) {
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int output = 0; output < GROUP; ++output) {
+            Value& sum = y[row * y_stride + int64_t{order[i]} * GROUP + output];
+            for (int input : inputs)
+              sum = fma(weights[block * int64_t{QUAD * GROUP} + place(input, output)],
+                        x[row * x_stride + int64_t{quads[block]} * QUAD + input], sum);
+          }
+        }
       }
     }
   }
 }
 
+void apply_relu(const LayerRecord* layer, int64_t rows, float* y, int64_t y_stride) {
+  if (layer->activation != ACTIVATION_RELU) return;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t feature = 0; feature < padded(layer->out_features); ++feature)
+      y[row * y_stride + feature] = relu(y[row * y_stride + feature]);
+}
+
 void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
                 int64_t y_stride) {
+  const auto* bias = reinterpret_cast<const float*>(blob + layer->bias);
   add_blocks<float>(
-      blob, layer, reinterpret_cast<const float*>(blob + layer->bias), x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
+      blob, layer, bias, x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
       [](int input, int output) { return input * GROUP + output; },
       [](float weight, float v, float sum) { return std::fma(weight, v, sum); });
+  apply_relu(layer, rows, y, y_stride);
 }
-void blocks_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int64_t rows,
-                 float* y, int64_t y_stride) {
+void blocks_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
+                         float* y, int64_t y_stride) {
+  const auto* bias = reinterpret_cast<const float*>(blob + layer->bias);
   add_blocks<uint16_t>(
-      blob, layer, reinterpret_cast<const float*>(blob + layer->bias), x, x_stride, rows, y, y_stride, {1, 0, 3, 2},
-      [](int input, int output) { return input / 2 * 2 * GROUP + output * 2 + input % 2; }, fma_bf16);
+      blob, layer, bias, x, x_stride, rows, y, y_stride, {1, 0, 3, 2},
+      [](int input, int output) { return input / 2 * 2 * GROUP + output * 2 + input % 2; },
+      [](uint16_t weight, float v, float sum) { return fma_bf16(weight, v, sum); });
+  apply_relu(layer, rows, y, y_stride);
 }
 void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
                int32_t* y, int64_t y_stride) {
+  const auto* start = reinterpret_cast<const int32_t*>(blob + layer->start);
   add_blocks<int8_t>(
-      blob, layer, reinterpret_cast<const int32_t*>(blob + layer->start), x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
+      blob, layer, start, x, x_stride, rows, y, y_stride, {0, 1, 2, 3},
       [](int input, int output) { return output * QUAD + input; },
       [](int8_t weight, uint8_t code, int32_t sum) { return sum + weight * code; });
 }
@@ -173,6 +194,8 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 }  // namespace
 
 extern "C" const Isa lt4rec_isa_scalar = {
-    "scalar",    slices_f32, slices_bf16, table_f32,   table_bf16,     table_s8, blocks_f32, blocks_bf16, blocks_s8, transpose_f32, widen_bf16,
-    round_bf16,  add_f32,    line_f32,    line_bf16,   dequantize_s32, line_u8, requantize_s32,
+    "scalar",   slices_f32,         slices_bf16, table_f32, table_bf16, table_s8,      blocks_f32,
+    nullptr,    blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
+    round_bf16, round_widened_bf16, add_f32,     line_f32,  line_bf16,  dequantize_s32, line_u8,
+    requantize_s32, codes_u8, recode_s32,
     /*slices_from_f32=*/5, /*slices_from_bf16=*/9};

@@ -176,9 +176,10 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   BlobHeader h;
   std::memcpy(&h, blob, sizeof(h));
   using Long = unsigned long long;
-  return Py_BuildValue("(IIIIIIKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers, Long(h.nnz),
-                       Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds), Long(h.bytes),
-                       Long(h.slice_bytes), Long(h.table_bytes));
+  return Py_BuildValue("(IIIIIIKKKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers,
+                       Long(h.nnz), Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds),
+                       Long(h.block_multiply_adds), Long(h.bytes), Long(h.slice_bytes), Long(h.table_bytes),
+                       Long(h.block_bytes));
 }
 
 #define FASTCALL(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL

@@ -5,95 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <functional>
 #include <numeric>
-#include <unordered_map>
-#include <utility>
+
+#include "sharing.h"
 
 namespace lt4rec {
 namespace {
-
-// One task's view of a compressed weight: the kept weights of a row are the set bits of its plane, and their values
-// stand among those of the union's set bits. Columns are looked at by words of 64.
-class View {
- public:
-  explicit View(const CanonicalLayer& layer)
-      : layer_(layer), values_(reinterpret_cast<const float*>(layer.values)),
-        planes_(reinterpret_cast<const uint8_t*>(layer.planes)), bytes_((layer.in_features + 7) / 8) {
-    if (planes_) {
-      const int64_t plane = layer.out_features * bytes_;
-      union_.assign(planes_, planes_ + plane);
-      for (int64_t task = 1; task < layer.tasks; ++task)
-        for (int64_t i = 0; i < plane; ++i) union_[size_t(i)] |= planes_[task * plane + i];
-    }
-    for (int64_t row = 0; row < layer.out_features; ++row) {
-      starts_.push_back(nnz_of_union_);
-      nnz_of_union_ += planes_ ? count_bits(&union_[size_t(row * bytes_)]) : layer.in_features;
-    }
-  }
-
-  int64_t nnz_of_union() const { return nnz_of_union_; }
-  int64_t words() const { return (bytes_ + 7) / 8; }
-  uint64_t own_word(int64_t row, int64_t word) const { return load(plane(row), word); }
-  uint64_t union_word(int64_t row, int64_t word) const { return load(&union_[size_t(row * bytes_)], word); }
-
-  // Writes the row's weights to their columns. What the union does not keep is left as it is.
-  void expand(int64_t row, float* to) const {
-    const float* value = values_ + starts_[size_t(row)];
-    for (int64_t word = 0; word < words(); ++word)
-      for (uint64_t bits = union_word(row, word); bits; bits &= bits - 1) to[64 * word + __builtin_ctzll(bits)] = *value++;
-  }
-
-  // Calls visit(column, value) for each weight of the row that the layer's task keeps, columns ascending.
-  template <class Visit>
-  void each_kept(int64_t row, Visit visit) const {
-    const float* value = values_ + starts_[size_t(row)];
-    if (!planes_) {
-      for (int64_t column = 0; column < layer_.in_features; ++column) visit(int32_t(column), value[column]);
-      return;
-    }
-    std::vector<float> expanded(size_t(layer_.in_features));
-    expand(row, expanded.data());
-    for (int64_t word = 0; word < words(); ++word)
-      for (uint64_t bits = own_word(row, word); bits; bits &= bits - 1) {
-        const int64_t column = 64 * word + __builtin_ctzll(bits);
-        visit(int32_t(column), expanded[size_t(column)]);
-      }
-  }
-
-  std::vector<int64_t> kept_weights() const {
-    std::vector<int64_t> kept;
-    for (int64_t row = 0; row < layer_.out_features; ++row)
-      kept.push_back(planes_ ? count_bits(plane(row)) : layer_.in_features);
-    return kept;
-  }
-
- private:
-  const uint8_t* plane(int64_t row) const { return planes_ + (layer_.task * layer_.out_features + row) * bytes_; }
-
-  uint64_t load(const uint8_t* row, int64_t word) const {
-    uint64_t bits = 0;
-    if (8 * word + 8 <= bytes_)
-      std::memcpy(&bits, row + 8 * word, 8);
-    else
-      std::memcpy(&bits, row + 8 * word, size_t(bytes_ - 8 * word));
-    return bits;
-  }
-
-  int64_t count_bits(const uint8_t* row) const {
-    int64_t count = 0;
-    for (int64_t word = 0; word < words(); ++word) count += __builtin_popcountll(load(row, word));
-    return count;
-  }
-
-  const CanonicalLayer& layer_;
-  const float* values_;
-  const uint8_t* planes_;
-  std::vector<uint8_t> union_;  // of the planes; empty where the weight is dense
-  int64_t bytes_, nnz_of_union_ = 0;
-  std::vector<int64_t> starts_;  // of each row in the values
-};
 
 // Where each feature of a layer's input or output stands: position[feature].
 using Positions = std::vector<int32_t>;
@@ -147,21 +64,16 @@ class RowBuilder {
   std::vector<uint64_t> has_;
 };
 
-Layer without_weights(const CanonicalLayer& from, const Positions& rows) {
-  Layer layer;
-  layer.in_features = from.in_features;
-  layer.out_features = from.out_features;
-  layer.activation = uint32_t(from.activation);
-  layer.is_head = uint32_t(from.is_head);
-  layer.input_scale = from.input_scale;
-  layer.zero_point = int32_t(from.input_zero_point);
-  if (const auto* bias = reinterpret_cast<const float*>(from.bias))
-    for (int32_t row : inverse(rows)) layer.bias.push_back(bias[row]);
-  return layer;
+std::vector<float> in_order(const std::vector<float>& values, const Positions& positions) {
+  if (values.empty()) return {};
+  std::vector<float> ordered;
+  for (int32_t row : inverse(positions)) ordered.push_back(values[size_t(row)]);
+  return ordered;
 }
 
 Layer linear(const CanonicalLayer& from, const View& view, const Positions& columns, const Positions& rows) {
-  Layer layer = without_weights(from, rows);
+  Layer layer = without_weights(from);
+  layer.bias = in_order(layer.bias, rows);
   layer.weight.columns = from.in_features;
   layer.weight.expect(kept_weights(from));
   RowBuilder builder(from.in_features);
@@ -169,6 +81,7 @@ Layer linear(const CanonicalLayer& from, const View& view, const Positions& colu
     view.each_kept(row, [&](int32_t column, float value) { builder.set(columns[size_t(column)], value); });
     builder.append_to(layer.weight);
   }
+  layer.multiply_adds = layer.weight.nnz();
   return layer;
 }
 
@@ -180,107 +93,6 @@ std::vector<float> largest_weights(const CanonicalLayer& layer, const View& view
       largest[size_t(row)] = std::max(largest[size_t(row)], std::fabs(value));
     });
   return largest;
-}
-
-std::vector<float> in_order(const std::vector<float>& values, const Positions& positions) {
-  std::vector<float> ordered;
-  for (int32_t row : inverse(positions)) ordered.push_back(values[size_t(row)]);
-  return ordered;
-}
-
-// One weight, and not the first rows or planes of another.
-bool shares_weight(const CanonicalLayer& a, const CanonicalLayer& b) {
-  return a.planes != 0 && a.planes == b.planes && a.values == b.values && a.tasks == b.tasks &&
-         a.in_features == b.in_features && a.out_features == b.out_features;
-}
-
-// Which sets of tasks keep weights in common: `sets` has a bit for each of a set's tasks.
-struct Owners {
-  std::vector<uint64_t> sets;
-  std::vector<int64_t> counts;  // of each set's weights
-  std::unordered_map<uint64_t, uint32_t> number_of;
-};
-
-// Calls visit(word, columns, set) for each set of tasks in each word of the row: `columns` are those that exactly these
-// tasks keep. A word holds few sets, so that this takes a fraction of the time of a look at each weight.
-template <class Visit>
-void each_set(const std::vector<View>& tasks, int64_t row, Visit visit) {
-  std::vector<uint64_t> own(tasks.size());
-  for (int64_t word = 0; word < tasks[0].words(); ++word) {
-    uint64_t left = tasks[0].union_word(row, word);
-    if (!left) continue;
-    for (size_t t = 0; t < tasks.size(); ++t) own[t] = tasks[t].own_word(row, word);
-    while (left) {
-      const int first = __builtin_ctzll(left);
-      uint64_t set = 0, columns = left;
-      for (size_t t = 0; t < tasks.size(); ++t) {
-        const uint64_t keeps = own[t] >> first & 1;
-        set |= keeps << t;
-        columns &= keeps ? own[t] : ~own[t];
-      }
-      visit(word, columns, set);
-      left &= ~columns;
-    }
-  }
-}
-
-Owners owners_of(const std::vector<View>& tasks, int64_t out_features) {
-  Owners owners;
-  for (int64_t row = 0; row < out_features; ++row)
-    each_set(tasks, row, [&](int64_t, uint64_t columns, uint64_t set) {
-      const auto found = owners.number_of.try_emplace(set, uint32_t(owners.sets.size()));
-      if (found.second) owners.sets.push_back(set), owners.counts.push_back(0);
-      owners.counts[found.first->second] += __builtin_popcountll(columns);
-    });
-  return owners;
-}
-
-// The parts of a shared layer: sets of tasks, the shared ones first, then each task's own. What the tasks of set s keep
-// goes to the parts `cover[s]`, which are disjoint and have those tasks as their union.
-struct Parts {
-  std::vector<uint64_t> sets;
-  std::vector<std::vector<uint32_t>> cover;
-  size_t shared = 0;
-};
-
-Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features) {
-  constexpr int64_t kMostShared = 8;       // the sums of more parts cost what they save
-  constexpr size_t kMostCandidates = 256;  // the search is quadratic in them
-  const int64_t room = MAX_OUT_FEATURES / padded(out_features) - int64_t(tasks);
-  Parts parts;
-  parts.cover.resize(owners.sets.size());
-  std::vector<uint64_t> left(owners.sets);  // of each set, the tasks that no part serves yet
-  std::vector<std::pair<int64_t, uint64_t>> candidates;
-  for (size_t s = 0; s < owners.sets.size(); ++s)
-    if (owners.sets[s] & (owners.sets[s] - 1)) candidates.emplace_back(owners.counts[s], owners.sets[s]);
-  std::sort(candidates.begin(), candidates.end(), std::greater<>());
-  if (candidates.size() > kMostCandidates) candidates.resize(kMostCandidates);
-  const auto take = [&](uint64_t part) {
-    for (size_t s = 0; s < left.size(); ++s) {
-      if (part & ~left[s]) continue;
-      parts.cover[s].push_back(uint32_t(parts.sets.size()));
-      left[s] &= ~part;
-    }
-    parts.sets.push_back(part);
-  };
-  while (int64_t(parts.sets.size()) < std::min(kMostShared, room)) {
-    int64_t most = -1;
-    uint64_t best = 0;
-    for (const auto& candidate : candidates) {
-      const uint64_t part = candidate.second;
-      const int64_t of_part = __builtin_popcountll(part);
-      // To add one part to a task's sum costs as much as some eight multiply-adds for each output feature.
-      int64_t saved = -8 * of_part * out_features;
-      for (size_t s = 0; s < left.size(); ++s)
-        if (!(part & ~left[s])) saved += owners.counts[s] * (of_part - 1);
-      if (saved > most) most = saved, best = part;
-    }
-    if (!best) break;
-    take(best);
-  }
-  parts.shared = parts.sets.size();
-  for (size_t task = 0; task < tasks; ++task) take(uint64_t{1} << task);
-  return parts;
 }
 
 // The shared first layer of all tasks, or a layer of kind LINEAR where sharing does not pay. Writes where the tasks'
@@ -298,7 +110,8 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
     for (size_t row = 0; row < kept.size(); ++row) kept[row] += of_task[row];
   }
   const Owners owners = owners_of(views, first.out_features);
-  const Parts parts = choose_parts(owners, tasks.size(), first.out_features);
+  const int64_t most_parts = MAX_OUT_FEATURES / padded(first.out_features);
+  const Parts parts = choose_parts(owners, tasks.size(), first.out_features, most_parts);
   if (parts.shared == 0) return {};
   positions = has_head ? in_place(first.out_features) : by_kept_weights(kept);
 
@@ -330,6 +143,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
     }
   }
   for (const Matrix& matrix : matrices) layer.weight.append(matrix, part_features);
+  layer.multiply_adds = layer.weight.nnz();
   for (size_t task = 0; task < tasks.size(); ++task) {
     std::vector<uint32_t> of_task;
     for (size_t part = 0; part < parts.sets.size(); ++part)
@@ -341,13 +155,28 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
 
 }  // namespace
 
-bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message) {
+Layer without_weights(const CanonicalLayer& from) {
+  Layer layer;
+  layer.in_features = from.in_features;
+  layer.out_features = from.out_features;
+  layer.activation = uint32_t(from.activation);
+  layer.is_head = uint32_t(from.is_head);
+  layer.input_scale = from.input_scale;
+  layer.zero_point = int32_t(from.input_zero_point);
+  if (const auto* bias = reinterpret_cast<const float*>(from.bias)) layer.bias.assign(bias, bias + from.out_features);
+  return layer;
+}
+
+bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, int64_t layouts, char* message) {
   const auto refuse = [&](const char* what, int64_t got, const char* wanted, int64_t bound) {
     std::snprintf(message, MESSAGE_BYTES, "layer %lld: %s: got %lld, wanted %s %lld", (long long)index, what,
                   (long long)got, wanted, (long long)bound);
     return false;
   };
-  if (layer.out_features > MAX_OUT_FEATURES)
+  const bool wants_blocks = layouts & LAYOUT_BLOCKS;
+  if (layer.is_blocks != (wants_blocks && layer.planes != 0))
+    return refuse("is_blocks", layer.is_blocks, "for these layouts", !layer.is_blocks);
+  if (!wants_blocks && layer.out_features > MAX_OUT_FEATURES)
     return refuse("out_features", layer.out_features, "at most", MAX_OUT_FEATURES);
   if (layer.in_features > MAX_IN_FEATURES) return refuse("in_features", layer.in_features, "at most", MAX_IN_FEATURES);
   if (precision == PRECISION_S8) {
@@ -370,7 +199,8 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
       }
       return true;
     };
-    if (!is_finite("values", reinterpret_cast<const float*>(layer.values), layer.nnz)) return false;
+    const int64_t values = layer.nnz * (layer.is_blocks ? GROUP * QUAD : 1);
+    if (!is_finite("values", reinterpret_cast<const float*>(layer.values), values)) return false;
     const auto* bias = reinterpret_cast<const float*>(layer.bias);
     if (bias && !is_finite("bias", bias, layer.out_features)) return false;
     if (layer.input_zero_point < 0 || layer.input_zero_point > 255)
@@ -381,15 +211,19 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
     return layer.nnz == all || refuse("values", layer.nnz, "one for each weight of a dense layer,", all);
   }
   if (layer.task < 0 || layer.task >= layer.tasks) return refuse("task", layer.task, "0 or more, below", layer.tasks);
-  if (const int64_t used = layer.in_features % 8) {
+  const CanonicalLayer grid = grid_of(layer);
+  if (const int64_t used = grid.in_features % 8) {
     const auto* planes = reinterpret_cast<const uint8_t*>(layer.planes);
-    const int64_t bytes = (layer.in_features + 7) / 8;
-    for (int64_t row = 0; row < layer.tasks * layer.out_features; ++row)
+    const int64_t bytes = (grid.in_features + 7) / 8;
+    for (int64_t row = 0; row < grid.tasks * grid.out_features; ++row)
       if (const int padding = planes[row * bytes + bytes - 1] >> used)
         return refuse("padding of planes", padding, "exactly", 0);
   }
-  const int64_t kept = View(layer).nnz_of_union();
-  return kept == layer.nnz || refuse("planes", kept, "as many kept weights as there are values,", layer.nnz);
+  const View view(grid);
+  const int64_t kept = view.nnz_of_union();
+  if (kept != layer.nnz) return refuse("planes", kept, "as many kept weights as there are values,", layer.nnz);
+  return !layer.is_blocks || has_zeros_beyond_edges(layer, view) ||
+         refuse("values beyond the edge", 1, "of these, exactly", 0);
 }
 
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message) {
@@ -403,6 +237,7 @@ bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLay
 }
 
 int64_t kept_weights(const CanonicalLayer& layer) {
+  if (layer.is_blocks) return kept_in_blocks(layer);
   const std::vector<int64_t> kept = View(layer).kept_weights();
   return std::accumulate(kept.begin(), kept.end(), int64_t{0});
 }
@@ -432,7 +267,8 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t 
     const View& view = views[size_t(i)];
     const bool is_first = i == 0 || layers[i - 1].is_head;
     if (is_first && is_shared) {
-      Layer layer = without_weights(from, shared_positions);
+      Layer layer = without_weights(from);
+      layer.bias = in_order(layer.bias, shared_positions);
       layer.kind = LAYER_COMBINED;
       layer.parts = parts_of_task[task++];
       layer.part_features = part_features;

@@ -11,6 +11,8 @@ namespace lt4rec {
 
 using std::size_t;
 
+class View;
+
 // CSR; columns ascend within a row.
 struct Matrix {
   int64_t columns = 0;
@@ -35,21 +37,40 @@ struct Matrix {
   }
 };
 
+// The same of blocks: CSR by groups and quads. Each block's weights stand where `value` points, 16 outputs x 4 inputs.
+struct BlockMatrix {
+  std::vector<int64_t> starts{0};
+  std::vector<int32_t> quad;
+  std::vector<const float*> value;
+
+  int64_t groups() const { return int64_t(starts.size()) - 1; }
+  void push(int64_t of_quad, const float* values) {
+    quad.push_back(int32_t(of_quad));
+    value.push_back(values);
+  }
+  void end_group() { starts.push_back(int64_t(quad.size())); }
+};
+
 struct Layer {
   uint32_t kind = LAYER_LINEAR;
   Matrix weight;            // none in COMBINED
+  BlockMatrix blocks;       // for LAYOUT_BLOCKS, in its place
+  std::vector<float> cut;   // a dense weight's blocks
+  int64_t multiply_adds = 0;
   std::vector<float> bias;  // out_features, or none
   int64_t in_features = 0, out_features = 0;
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
   std::vector<uint32_t> parts;  // COMBINED
   uint32_t part_features = 0;   // as in LayerRecord
-  std::vector<float> largest;            // S8: of each row's weights, by absolute value; repeats from part to part
+  // S8: what 127 stands for in each row: the largest of its weights, or of the sums of two neighbours in a block, by
+  // absolute value. Repeats from part to part.
+  std::vector<float> largest;
   double input_scale = 0;
   int32_t zero_point = 0;
 };
 
 // Writes the reason and returns false where a kernel would read or write out of place.
-bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, char* message);
+bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, int64_t layouts, char* message);
 
 // The same where two layers that read x, which is quantised once, have different quantisation parameters.
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message);
@@ -57,8 +78,16 @@ bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLay
 // How many weights the layer's task keeps.
 int64_t kept_weights(const CanonicalLayer& layer);
 
+// The same of a layer in blocks, without what is beyond the edges, where all values must be 0.
+int64_t kept_in_blocks(const CanonicalLayer& layer);
+bool has_zeros_beyond_edges(const CanonicalLayer& layer, const View& grid);
+
 // Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t precision);
+std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count);
+
+// A layer without its weights, features in their places.
+Layer without_weights(const CanonicalLayer& from);
 
 }  // namespace lt4rec
 #endif

@@ -12,6 +12,7 @@
 namespace {
 
 #include "bf16.h"
+#include "pack_blocks.h"
 
 using lt4rec::Layer;
 using lt4rec::Matrix;
@@ -229,20 +230,17 @@ PackedTable<typename Table::Weight> pack_table(const Matrix& matrix) {
 
 // --- int8 ---------------------------------------------------------------------------------------------------------
 
-// Rows of weights quantised to -127 to 127, and each row's scale. The parts of a shared layer have the same scales,
-// because the sums of two parts are added as integers.
-std::vector<float> quantize_rows(Matrix& weight, const std::vector<float>& largest) {
-  std::vector<float> scale;
-  for (float most : largest) scale.push_back(most / 127);
+// Rows of weights quantised to -127 to 127 by each row's step. The parts of a shared layer have the same steps, because
+// the sums of two parts are added as integers.
+void quantize_rows(Matrix& weight, const std::vector<float>& steps) {
   for (int64_t row = 0; row < weight.rows(); ++row) {
-    const float step = scale[size_t(row) % scale.size()];
+    const float step = steps[size_t(row) % steps.size()];
     for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i) {
       float& value = weight.value[size_t(i)];
       value = step > 0 ? std::nearbyint(value / step) : 0;
       value = std::max(-127.0f, std::min(127.0f, value));
     }
   }
-  return scale;
 }
 
 std::vector<int32_t> zero_point_sums(const Layer& layer) {
@@ -252,6 +250,18 @@ std::vector<int32_t> zero_point_sums(const Layer& layer) {
     for (int64_t i = layer.weight.starts[size_t(row)]; i < layer.weight.starts[size_t(row) + 1]; ++i)
       sum -= layer.zero_point * int32_t(layer.weight.value[size_t(i)]);
     sums.push_back(sum);
+  }
+  return sums;
+}
+
+std::vector<int32_t> zero_point_sums(const PackedBlocks<int8_t>& packed, const Layer& layer) {
+  const size_t groups = size_t(layer.blocks.groups()), panels = size_t(panel_count(layer.in_features));
+  std::vector<int32_t> sums(groups * GROUP);
+  for (size_t i = 0; i < groups * panels; ++i) {
+    const size_t at = i + i / groups;  // a panel has one begin more
+    int32_t* of_group = &sums[packed.groups[i] * GROUP];
+    for (size_t w = size_t{packed.begins[at]} * GROUP * QUAD; w < size_t{packed.begins[at + 1]} * GROUP * QUAD; ++w)
+      of_group[w / QUAD % GROUP] -= layer.zero_point * packed.weights[w];
   }
   return sums;
 }
@@ -318,6 +328,29 @@ void append_table(const Layer& layer, BlobWriter& writer, LayerRecord& record, B
   header.table_multiply_adds += packed.weights.size();
 }
 
+template <class Weight>
+void append_blocks(const PackedBlocks<Weight>& packed, BlobWriter& writer, LayerRecord& record, BlobHeader& header) {
+  const uint64_t before = writer.bytes();
+  record.block_groups = writer.append(packed.groups);
+  record.group_blocks = writer.append(packed.begins);
+  record.block_quads = writer.append(packed.quads);
+  record.block_weights = writer.append(packed.weights);
+  header.block_bytes += writer.bytes() - before;
+  header.block_multiply_adds += packed.weights.size();
+}
+
+template <class Blocks>
+void append_blocks(const Layer& layer, BlobWriter& writer, LayerRecord& record, BlobHeader& header) {
+  append_blocks(pack_blocks<Blocks>(layer, {}), writer, record, header);
+}
+
+// What one step of a quantised weight is worth in each row.
+std::vector<float> steps_of(const Layer& layer, bool has_blocks) {
+  std::vector<float> steps;
+  for (float most : layer.largest) steps.push_back(most / (has_blocks ? 63.5f : 127));  // of half a pair's sum
+  return steps;
+}
+
 BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
   BlobHeader header{};
   header.magic = BLOB_MAGIC;
@@ -326,7 +359,8 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
   header.in_features = uint32_t(layers[0].in_features);
   header.layers = uint32_t(layers.size());
   header.nnz = nnz;
-  if (precision == PRECISION_S8) layouts = LAYOUT_TABLES;
+  const bool has_blocks = layouts & LAYOUT_BLOCKS;
+  if (precision == PRECISION_S8 && !has_blocks) layouts = LAYOUT_TABLES;
   header.layouts = uint32_t(layouts);
   std::vector<LayerRecord> records;
   std::vector<float> shared_scale;  // of a part's features
@@ -351,20 +385,30 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
       for (float& bias : layer.bias)
         if (std::fabs(bias) < 0x1p-126f) bias = 0;
     record.bias = writer.append(padded_copy(layer.bias, layer.out_features));
-    header.multiply_adds += uint64_t(layer.weight.nnz());
+    header.multiply_adds += uint64_t(layer.multiply_adds);
 
     if (precision == PRECISION_S8) {
       std::vector<float> scale = shared_scale;
       if (layer.kind != LAYER_COMBINED) {
-        scale = quantize_rows(layer.weight, layer.largest);
+        scale = steps_of(layer, has_blocks);
+        if (has_blocks) {
+          const PackedBlocks<int8_t> packed = pack_blocks<BlocksS8>(layer, scale);
+          record.start = writer.append(zero_point_sums(packed, layer));
+          append_blocks(packed, writer, record, header);
+        } else {
+          quantize_rows(layer.weight, scale);
+          record.start = writer.append(padded_copy(zero_point_sums(layer), layer.out_features));
+          append_table<TableS8>(layer, writer, record, header);
+        }
         for (float& step : scale) step = float(double(step) * layer.input_scale);
       }
       if (layer.kind == LAYER_SHARED) shared_scale = scale;
       if (layer.kind != LAYER_SHARED) record.scale = writer.append(padded_copy(scale, int64_t(scale.size())));
-      if (layer.kind != LAYER_COMBINED) {
-        record.start = writer.append(padded_copy(zero_point_sums(layer), layer.out_features));
-        append_table<TableS8>(layer, writer, record, header);
-      }
+    } else if (layer.kind != LAYER_COMBINED && has_blocks) {
+      if (precision == PRECISION_BF16)
+        append_blocks<BlocksBf16>(layer, writer, record, header);
+      else
+        append_blocks<BlocksF32>(layer, writer, record, header);
     } else if (layer.kind != LAYER_COMBINED && precision == PRECISION_BF16) {
       if (layouts & LAYOUT_SLICES) append_slices<StepBf16>(layer, writer, record, header);
       if (layouts & LAYOUT_TABLES) append_table<TableBf16>(layer, writer, record, header);
@@ -393,12 +437,14 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
   try {
     uint64_t nnz = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (!lt4rec::is_canonical(layers[i], i, precision, message)) return -1;
+      if (!lt4rec::is_canonical(layers[i], i, precision, layouts, message)) return -1;
       const bool reads_x = i == 0 || layers[i - 1].is_head;
       if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
       nnz += uint64_t(lt4rec::kept_weights(layers[i]));
     }
-    BlobWriter written = write_blob(lt4rec::arrange(layers, count, precision), precision, layouts, nnz);
+    std::vector<Layer> arranged = layouts & LAYOUT_BLOCKS ? lt4rec::arrange_blocks(layers, count)
+                                                          : lt4rec::arrange(layers, count, precision);
+    BlobWriter written = write_blob(std::move(arranged), precision, layouts, nnz);
     *blob = written.take();
     return int64_t(written.bytes());
   } catch (const std::bad_alloc&) {

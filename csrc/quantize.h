@@ -19,17 +19,44 @@ inline void write_line(int64_t count, uint8_t* line, Code code) {
   }
 }
 
-int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+inline int has_nan(const float* from, int64_t count) {
   int nans = 0;
   for (int64_t i = 0; i < count; ++i) nans |= from[i] != from[i];
-  write_line(count, line, [=](int64_t i) { return code_of(from[i], inverse_scale, float(zero_point)); });
   return nans;
+}
+
+int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  write_line(count, line, [=](int64_t i) { return code_of(from[i], inverse_scale, float(zero_point)); });
+  return has_nan(from, count);
+}
+
+int codes_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = code_of(from[i], inverse_scale, float(zero_point));
+  return has_nan(from, count);
+}
+
+// Two loops in one: a test of `b` inside would keep the compiler from vectorising.
+template <class Write>
+inline void recode(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int has_relu,
+                   float inverse_scale, int32_t zero_point, Write write) {
+  const auto code = [=](int32_t sum, int64_t i) {
+    const float v = __builtin_fmaf(float(sum), scale[i], bias[i]);
+    return code_of(has_relu ? relu(v) : v, inverse_scale, float(zero_point));
+  };
+  if (b)
+    write([=](int64_t i) { return code(a[i] + b[i], i); });
+  else
+    write([=](int64_t i) { return code(a[i], i); });
 }
 
 void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                     int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
-  write_line(count, line, [=](int64_t i) {
-    const float v = __builtin_fmaf(float(b ? a[i] + b[i] : a[i]), scale[i], bias[i]);
-    return code_of(has_relu ? relu(v) : v, inverse_scale, float(zero_point));
+  recode(a, b, scale, bias, has_relu, inverse_scale, zero_point, [=](auto code) { write_line(count, line, code); });
+}
+
+void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count, int has_relu,
+                float inverse_scale, int32_t zero_point, uint8_t* codes) {
+  recode(a, b, scale, bias, has_relu, inverse_scale, zero_point, [=](auto code) {
+    for (int64_t i = 0; i < count; ++i) codes[i] = code(i);
   });
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lt4rec_sparse.formats import CompressedWeight
+from lt4rec_sparse.formats import BlockWeight, CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -110,6 +110,11 @@ class FrozenNetwork:
         """`out_features` of each layer, the heads' last."""
         heads = [int(head.weight.shape[0]) for head in self.heads.values()][:1]
         return (*(layer.weight.shape[0] for layer in self.hidden), *heads)
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether all hidden layers are kept in blocks of 16 x 4, which kernels take as they are."""
+        return all(isinstance(layer.weight, BlockWeight) for layer in self.hidden) and bool(self.hidden)
 
     @property
     def outputs(self) -> int:

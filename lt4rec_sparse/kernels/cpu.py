@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
 
 _engine: Any
@@ -35,11 +36,12 @@ if _engine is not None and (_tensors is None or not _engine.use_tensors(Tensor, 
     _absence_reason = f"torch {torch.__version__} shows no tensors through DLPack 1's C functions, as 2.11 and newer do"
 
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/engine.h
-PATHS = ("auto", "tables", "slices")
-Path = Literal["auto", "tables", "slices"]
+PATHS = ("auto", "tables", "slices", "blocks")
+Path = Literal["auto", "tables", "slices", "blocks"]
 _PATH_CODES = {path: code for code, path in enumerate(PATHS)}  # of csrc/engine.h
-_FASTEST = 3  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
-LAYOUTS = ("tables", "slices")  # bit i of the engine's layouts
+_FASTEST = 4  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
+LAYOUTS = ("tables", "slices", "blocks")  # bit i of the engine's layouts
+UNSTRUCTURED_LAYOUTS = ("tables", "slices")
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -50,8 +52,10 @@ class PackLayer(NamedTuple):
     meets its activation.
     """
 
-    values: Tensor  # float32 [nnz]: what any task keeps, row by row, columns ascending
-    planes: Tensor | None  # uint8 [tasks, out_features, ceil(in_features / 8)], as SharedWeight.bitmask; None: dense
+    # float32 [nnz]: what any task keeps, row by row, columns ascending; or [blocks, 16, 4], as BlockWeight has them
+    values: Tensor
+    # uint8 [tasks, rows, ceil(columns / 8)], a bit per weight or block, as CompressedWeight.bitmask; None: dense
+    planes: Tensor | None
     task: int  # the plane that this layer reads
     bias: Tensor | None  # float32 [out_features]
     in_features: int
@@ -102,7 +106,14 @@ def path_for(batch: int, precision: str) -> str:
     return PATHS[_present().path(_precision_code(precision), batch)]
 
 
-def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] = LAYOUTS) -> Tensor:
+def layout_for(network: FrozenNetwork, batch: int, precision: str) -> str:
+    """Name the layout that a network takes for `batch` rows on the instruction set in force: blocks where it has them."""
+    return "blocks" if network.is_in_blocks else path_for(batch, precision)
+
+
+def prepack(
+    network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED_LAYOUTS
+) -> Tensor:
     """Lay out a frozen network for the kernels (`prepack_layers`), straight from its union values and bit planes.
 
     Raises:
@@ -110,7 +121,7 @@ def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[s
     """
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
-    weights = [layer.weight.as_shared() for layer in network.hidden]
+    weights = [layer.weight if "blocks" in layouts else layer.weight.as_shared() for layer in network.hidden]
     shared = [
         (layer, _as_float(weight.values), weight.bitmask.contiguous())
         for layer, weight in zip(network.hidden, weights, strict=True)
@@ -145,7 +156,7 @@ def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[s
 
 
 def prepack_layers(
-    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = LAYOUTS
+    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED_LAYOUTS
 ) -> Tensor:
     """Lay out the layers of all tasks for the kernels: one blob for every instruction set.
 
@@ -158,7 +169,9 @@ def prepack_layers(
         precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
-        layouts: "tables" for small batches and int8, "slices" (sliced ELLPACK) for large ones, or both.
+        layouts: "tables" for small batches and int8, "slices" (sliced ELLPACK) for large ones, or both; or "blocks"
+            alone, for layers in blocks and dense ones. In blocks a row's scale in int8 is such that two neighbouring
+            weights of a block add up to at most 128 steps.
 
     Returns:
         `[bytes]`, uint8.
@@ -263,7 +276,8 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
         prepacked: What `prepack` returned; its contents are trusted. For repeated calls, construct a `Prepacked`.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
-        path: Which of the two kernels for a layer; "auto" takes the faster one for the batch. int8 has only tables.
+        path: Which of the kernels; "auto" takes the faster one for the batch. int8 has no slices, and what is in blocks
+            has no other path.
 
     Raises:
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
@@ -299,7 +313,7 @@ class Executor:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
         if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), _FASTEST):
             return
-        path = path_for(len(x), self.precision)
+        path = layout_for(self.network, len(x), self.precision)
         prepacked = self._prepacked.get(path)
         if prepacked is None:
             blob = prepack(self.network, self.precision, (path,))
@@ -330,9 +344,11 @@ class Facts(NamedTuple):
     multiply_adds: int  # of one row of the batch: what tasks share counts once
     slice_multiply_adds: int  # the same, with padding, on the path for large batches
     table_multiply_adds: int  # and on the path for small ones
+    block_multiply_adds: int  # and in blocks
     nbytes: int
     slice_nbytes: int  # of these, read by one path only
     table_nbytes: int
+    block_nbytes: int
 
 
 def describe(prepacked: Tensor) -> Facts:
@@ -377,14 +393,19 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         raise ValueError(f"{where}: got in_features {columns}, out_features {rows}, wanted at least 1")
     if layer.activation not in _ACTIVATION_CODES:
         raise ValueError(f"{where}.activation: got {layer.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-    _check_part(f"{where}.values", layer.values, torch.float32, (layer.values.numel(),))
+    is_blocks = layer.values.dim() == 3
+    block = BlockWeight.BLOCK if is_blocks else (1, 1)
+    nnz = layer.values.numel() // (block[0] * block[1])
+    _check_part(f"{where}.values", layer.values, torch.float32, (nnz, *block) if is_blocks else (nnz,))
     tasks = 1
     if layer.planes is not None:
         tasks = max([1, *layer.planes.shape[:1]])  # no planes have no address, which would make the layer a dense one
-        _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, rows, (columns + 7) // 8))
+        grid = -(-rows // block[0]), -(-columns // block[1])
+        _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, grid[0], (grid[1] + 7) // 8))
     if layer.bias is not None:
         _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))
     return (
+        is_blocks,
         layer.values.data_ptr(),
         0 if layer.planes is None else layer.planes.data_ptr(),
         tasks,
@@ -392,7 +413,7 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         0 if layer.bias is None else layer.bias.data_ptr(),
         columns,
         rows,
-        layer.values.numel(),
+        nnz,
         _ACTIVATION_CODES[layer.activation],
         is_head,
         *struct.unpack("<q", struct.pack("<d", layer.input_scale)),
