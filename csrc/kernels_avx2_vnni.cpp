@@ -7,7 +7,7 @@
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avxvnni,avx2,fma"))), apply_to = function)
-#else
+#elif !defined(LT4REC_EMULATED)
 #pragma GCC target("avxvnni,avx2,fma")
 #endif
 

@@ -9,7 +9,7 @@
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target(LT4REC_TARGET))), apply_to = function)
-#else
+#elif !defined(LT4REC_EMULATED)  // by tests, which bring the instructions
 #define LT4REC_PRAGMA(words) _Pragma(#words)
 #define LT4REC_PRAGMA_OF(words) LT4REC_PRAGMA(words)
 LT4REC_PRAGMA_OF(GCC target(LT4REC_TARGET))

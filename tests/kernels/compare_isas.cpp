@@ -1,8 +1,8 @@
-// Compares every ISA that this machine runs with the scalar definition, bit by bit: random networks on both paths, and
+// Compares every ISA that this machine runs with the scalar definition, bit by bit: random networks on every path, and
 // each of the functions between layers. Plain C++, so that it also runs without Python: under an emulator, or on a
 // board.
 //
-//   compare_isas [networks = 120]
+//   compare_isas [networks = 240]
 //
 // Prints a checksum of all results, which is the same on every processor. The first difference ends it with 1.
 #include <cmath>
@@ -37,6 +37,7 @@ class Draw {
 
 // A NaN's sign and payload are the processor's choice.
 bool is_same(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
+bool is_same(uint8_t a, uint8_t b) { return a == b; }
 bool is_same(uint16_t a, uint16_t b) {
   constexpr uint16_t kMagnitude = 0x7fff, kInfinity = 0x7f80;
   return a == b || ((a & kMagnitude) > kInfinity && (b & kMagnitude) > kInfinity);
@@ -109,6 +110,9 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "round_bf16", seed, kRoom, uint16_t{7}, [&](const Isa& on, uint16_t* to) {
     on.round_bf16(a.data(), count, to);
   });
+  compare_function(isa, "round_widened_bf16", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.round_widened_bf16(a.data(), count, to);
+  });
   compare_function(isa, "add_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.add_f32(a.data(), more, bias, count, has_relu, to);
   });
@@ -121,17 +125,28 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "dequantize_s32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.dequantize_s32(sums.data(), other, b.data(), c.data(), count, to);
   });
+  const float inverse_scale = float(1 + draw.below(300)) / 2;
+  const auto zero_point = int32_t(draw.below(256));
+  compare_function(isa, "codes_u8", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
+    to[kRoom - 1] = uint8_t(on.codes_u8(a.data(), count, inverse_scale, zero_point, to));
+  });
+  compare_function(isa, "recode_s32", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
+    on.recode_s32(sums.data(), other, b.data(), c.data(), count, has_relu, inverse_scale, zero_point, to);
+  });
 }
 
 // --- Networks -----------------------------------------------------------------------------------------------------
 
-// The values of a union, and a bit plane for each task that shares it.
+// The values of a union, and a bit plane for each task that shares it: of weights, or of blocks.
 struct Weight {
   int64_t tasks;
   std::vector<uint8_t> planes;
   std::vector<float> values;
 
-  Weight(Draw& draw, int64_t tasks, int64_t in_features, int64_t out_features, float scale) : tasks(tasks) {
+  Weight(Draw& draw, int64_t tasks, int64_t in_features, int64_t out_features, float scale, bool is_blocks)
+      : tasks(tasks) {
+    const int64_t wide = in_features, high = out_features;
+    if (is_blocks) in_features = quad_count(in_features), out_features = padded(out_features) / GROUP;
     const int64_t percents[] = {0, 5, 30, 60, 100}, percent = percents[draw.below(5)];
     const int64_t left_out = draw.below(2) ? 5 : 40;  // percent of the union, by each of several tasks
     const int64_t row_bytes = (in_features + 7) / 8;
@@ -145,7 +160,11 @@ struct Weight {
           planes[size_t((task * out_features + row) * row_bytes + column / 8)] |= uint8_t(1 << (column % 8));
           is_kept = true;
         }
-        if (is_kept) values.push_back(draw.of_unit() * scale);
+        if (!is_kept) continue;
+        for (int64_t i = 0; i < (is_blocks ? GROUP * QUAD : 1); ++i) {
+          const bool is_within = row * GROUP + i / QUAD < high && column * QUAD + i % QUAD < wide;
+          values.push_back(!is_blocks || is_within ? draw.of_unit() * scale : 0);
+        }
       }
     }
   }
@@ -158,26 +177,27 @@ struct Network {
   int64_t in_features, outputs = 0;
   float scale;  // of x and the first layers
 
-  Network(Draw& draw, int64_t precision) : in_features(draw.between(1, 280)) {
+  Network(Draw& draw, int64_t precision, bool is_blocks) : in_features(draw.between(1, is_blocks ? 1400 : 280)) {
     // The product of two tiny values is denormal, or nearly so. In int8 all of them would be quantised alike.
     scale = precision != PRECISION_S8 && draw.below(3) == 0 ? 0x1p-63f : 1;
     const bool is_shared = draw.below(2);
     const int64_t tasks = draw.between(1, draw.below(4) ? 3 : 12), first_features = draw.between(1, 70);
     std::vector<size_t> weight_of;
-    if (is_shared) weights.emplace_back(draw, tasks, in_features, first_features, scale);
+    if (is_shared) weights.emplace_back(draw, tasks, in_features, first_features, scale, is_blocks);
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t depth = draw.between(1, 3);
       int64_t in = in_features;
       for (int64_t i = 0; i < depth; ++i) {
         const bool is_first = i == 0, is_head = i == depth - 1, is_of_union = is_first && is_shared;
         const int64_t out = is_of_union ? first_features : draw.between(1, is_head ? 20 : 150);
-        if (!is_of_union) weights.emplace_back(draw, 1, in, out, is_first ? scale : 1);
+        if (!is_of_union) weights.emplace_back(draw, 1, in, out, is_first ? scale : 1, is_blocks);
         weight_of.push_back(is_of_union ? 0 : weights.size() - 1);
         const float bias_scale = is_first ? scale * scale : 1;
         std::vector<float>& bias = biases.emplace_back();
         if (draw.below(4))
           for (int64_t row = 0; row < out; ++row) bias.push_back(draw.of_unit() * bias_scale);
         CanonicalLayer layer{};
+        layer.is_blocks = is_blocks;
         layer.task = is_of_union ? task : 0;
         layer.in_features = in;
         layer.out_features = out;
@@ -195,7 +215,7 @@ struct Network {
       layers[i].values = reinterpret_cast<int64_t>(weight.values.data());
       layers[i].planes = reinterpret_cast<int64_t>(weight.planes.data());
       layers[i].tasks = weight.tasks;
-      layers[i].nnz = int64_t(weight.values.size());
+      layers[i].nnz = int64_t(weight.values.size()) / (layers[i].is_blocks ? GROUP * QUAD : 1);
       layers[i].bias = biases[i].empty() ? 0 : reinterpret_cast<int64_t>(biases[i].data());
     }
   }
@@ -204,11 +224,13 @@ struct Network {
 void compare_network(uint32_t seed, Checksum& checksum) {
   Draw draw(seed);
   const int64_t precision = seed % 3;
-  const Network network(draw, precision);
+  const bool is_blocks = seed / 3 % 2;
+  const Network network(draw, precision, is_blocks);
   char message[MESSAGE_BYTES];
   uint8_t* blob;
-  const int64_t bytes = lt4rec_prepack(network.layers.data(), int64_t(network.layers.size()), precision,
-                                       LAYOUT_TABLES | LAYOUT_SLICES, &blob, message);
+  const int64_t layouts = is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES;
+  const int64_t bytes = lt4rec_prepack(network.layers.data(), int64_t(network.layers.size()), precision, layouts, &blob,
+                                       message);
   if (bytes < 0) fail("prepack", message, seed, 0);
 
   const int64_t batch = draw.between(1, 70), x_stride = network.in_features + draw.below(3),
@@ -228,12 +250,16 @@ void compare_network(uint32_t seed, Checksum& checksum) {
     if (lt4rec_sparse_mlp(&isa, blob, bytes, &call) != STATUS_OK) fail(isa.name, "the call", seed, 0);
     return out;
   };
-  const std::vector<float> tables = run(lt4rec_isa_scalar, PATH_TABLES), slices = run(lt4rec_isa_scalar, PATH_SLICES);
-  compare("slices", "the result", seed, slices, tables);
-  for (float v : tables) checksum.add(v);
+  const std::vector<float> wanted = run(lt4rec_isa_scalar, is_blocks ? PATH_BLOCKS : PATH_TABLES);
+  if (!is_blocks) compare("slices", "the result", seed, run(lt4rec_isa_scalar, PATH_SLICES), wanted);
+  for (float v : wanted) checksum.add(v);
   for (const Isa* const* isa = lt4rec_supported_isas() + 1; *isa; ++isa) {
-    compare((*isa)->name, "the tables' result", seed, run(**isa, PATH_TABLES), tables);
-    compare((*isa)->name, "the slices' result", seed, run(**isa, PATH_SLICES), slices);
+    if (is_blocks) {
+      compare((*isa)->name, "the blocks' result", seed, run(**isa, PATH_BLOCKS), wanted);
+    } else {
+      compare((*isa)->name, "the tables' result", seed, run(**isa, PATH_TABLES), wanted);
+      compare((*isa)->name, "the slices' result", seed, run(**isa, PATH_SLICES), wanted);
+    }
   }
   lt4rec_free(blob);
 }
@@ -241,7 +267,7 @@ void compare_network(uint32_t seed, Checksum& checksum) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto networks = uint32_t(argc > 1 ? std::atoi(argv[1]) : 120);
+  const auto networks = uint32_t(argc > 1 ? std::atoi(argv[1]) : 240);
   for (const Isa* const* isa = lt4rec_supported_isas() + 1; *isa; ++isa)  // the first is scalar itself
     for (uint32_t seed = 0; seed < 10 * networks; ++seed) compare_functions(**isa, seed);
   Checksum checksum;
