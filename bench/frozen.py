@@ -53,7 +53,7 @@ def _ready(tasks: int, sparsity: float, precision: str, batch: int, **settings: 
     frozen = freeze(masked_mlp(masks, 0))
     assert isinstance(frozen, SparseMLP)
     network = frozen.calibrated(torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(0))).network
-    layout = cpu.path_for(batch, precision)
+    layout = cpu.layout_for(network, batch, precision)
     prepack = partial(cpu.prepack, network, precision, (layout,))
     timing = interleaved({"prepack": prepack}, **settings)["prepack"]
     return {

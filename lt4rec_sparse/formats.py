@@ -68,15 +68,19 @@ class CompressedWeight:
             if weight.dtype not in VALUE_DTYPES or mask.dtype != torch.bool:
                 got_dtypes = f"{weight.dtype} and {mask.dtype}"
                 raise ValueError(f"weight and mask: got {got_dtypes}, wanted float32/16/bfloat16 and bool")
-        planes = torch.stack(list(masks.values()))
-        shape = (weight.shape[0], weight.shape[1])
-        grids = cls._tiles(planes).any(-1).any(-1)
-        for task, mask, grid in zip(masks, planes, grids, strict=True):
-            if not torch.equal(cls._spread(grid, shape), mask):
+        for task, mask in masks.items():
+            if not cls.keeps_blocks(mask):
                 raise ValueError(f"mask of {task}: got one that keeps a part of a block, wanted {_whole(cls.BLOCK)}")
+        shape = (weight.shape[0], weight.shape[1])
+        grids = torch.stack([cls._grid_of(mask) for mask in masks.values()])
         union = grids.any(0)
         values = cls._tiles(weight.detach())[union].view(cls._values_shape(int(union.sum())))
         return cls(shape, tuple(masks), pack_bits(grids), _row_offsets(union), values)
+
+    @classmethod
+    def keeps_blocks(cls, mask: Tensor) -> bool:
+        """Whether a bool mask `[out_features, in_features]` keeps or prunes every block whole."""
+        return torch.equal(cls._spread(cls._grid_of(mask), (mask.shape[0], mask.shape[1])), mask)
 
     def mask(self, task: str) -> Tensor:
         """Return the mask of one task: bool `[out_features, in_features]`, True = kept.
@@ -154,6 +158,11 @@ class CompressedWeight:
         grid = -(-rows // high), -(-columns // wide)
         padded = F.pad(t, (0, -columns % wide, 0, -rows % high))
         return padded.view(*t.shape[:-2], grid[0], high, grid[1], wide).transpose(-3, -2)
+
+    @classmethod
+    def _grid_of(cls, mask: Tensor) -> Tensor:
+        """Return for each block whether the mask keeps any of it."""
+        return cls._tiles(mask).any(-1).any(-1)
 
     @classmethod
     def _spread(cls, grid: Tensor, shape: tuple[int, int]) -> Tensor:

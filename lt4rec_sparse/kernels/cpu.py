@@ -41,7 +41,7 @@ Path = Literal["auto", "tables", "slices", "blocks"]
 _PATH_CODES = {path: code for code, path in enumerate(PATHS)}  # of csrc/engine.h
 _FASTEST = 4  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
 LAYOUTS = ("tables", "slices", "blocks")  # bit i of the engine's layouts
-UNSTRUCTURED_LAYOUTS = ("tables", "slices")
+UNSTRUCTURED = ("tables", "slices")
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -107,20 +107,27 @@ def path_for(batch: int, precision: str) -> str:
 
 
 def layout_for(network: FrozenNetwork, batch: int, precision: str) -> str:
-    """Name the layout that a network takes for `batch` rows on the instruction set in force: blocks where it has them."""
+    """Name the layout that a network takes for `batch` rows on the instruction set in force."""
     return "blocks" if network.is_in_blocks else path_for(batch, precision)
 
 
-def prepack(
-    network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED_LAYOUTS
-) -> Tensor:
+def layouts_for(network: FrozenNetwork, precision: str) -> tuple[str, ...]:
+    """Name the layouts that a network takes over all batch sizes."""
+    return ("blocks",) if network.is_in_blocks else ("tables",) if precision == "int8" else UNSTRUCTURED
+
+
+def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] | None = None) -> Tensor:
     """Lay out a frozen network for the kernels (`prepack_layers`), straight from its union values and bit planes.
+
+    Without `layouts` for every batch size.
 
     Raises:
         ValueError: As `prepack_layers`; or if int8 is wanted of a network without quantisation parameters.
     """
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
+    if layouts is None:
+        layouts = layouts_for(network, precision)
     weights = [layer.weight if "blocks" in layouts else layer.weight.as_shared() for layer in network.hidden]
     shared = [
         (layer, _as_float(weight.values), weight.bitmask.contiguous())
@@ -156,7 +163,7 @@ def prepack(
 
 
 def prepack_layers(
-    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED_LAYOUTS
+    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED
 ) -> Tensor:
     """Lay out the layers of all tasks for the kernels: one blob for every instruction set.
 

@@ -128,7 +128,8 @@ class Executor:
             shares = index == 0 and self.network.hidden
             tasks = self.network.tasks if shares else (task,)
             weights = [self._layers[name][index].weight for name in tasks]
-            z = linear_int8(h, layer, self.network.quantization[task][index], row_scales(weights))
+            scales = row_scales(weights, self.network.is_in_blocks)
+            z = linear_int8(h, layer, self.network.quantization[task][index], scales)
         else:
             z = linear_bf16(h, layer) if self.precision == "bf16" else F.linear(h, layer.weight, layer.bias)
         return ACTIVATIONS[layer.activation](z)
@@ -139,6 +140,14 @@ def _moved(layer: DenseLayer, device: torch.device | str) -> DenseLayer:
     return DenseLayer(weight.to(device), None if bias is None else bias.to(device), activation)
 
 
-def row_scales(weights: Sequence[Tensor]) -> Tensor:
-    """What one step of the quantised weights is worth in each row, `[out_features]`: `max |weight| / 127` over all."""
-    return torch.stack([weight.abs().amax(1) for weight in weights]).amax(0) / 127
+def row_scales(weights: Sequence[Tensor], in_blocks: bool = False) -> Tensor:
+    """What one step of the quantised weights is worth in each row, `[out_features]`: `max |weight| / 127` over all.
+
+    In blocks `max (|w| + |its neighbour|) / 127`, so that two neighbours add up to at most 128 steps: 255 times that
+    fits 16 signed bits, in which kernels multiply pairs.
+    """
+    largest = torch.stack([weight.abs() for weight in weights])
+    if not in_blocks:
+        return largest.amax((0, 2)) / 127
+    halves = F.pad(largest, (0, largest.shape[2] % 2)) / 2  # whose sums cannot overflow
+    return halves.unflatten(2, (-1, 2)).sum(-1).amax((0, 2)) / 63.5

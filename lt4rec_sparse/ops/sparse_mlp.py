@@ -81,7 +81,7 @@ def layout_nbytes(network: FrozenNetwork, precision: str = "fp32") -> dict[str, 
     """Return layout of the engine -> bytes that it takes once a batch size needs it; nothing without the engine."""
     if not cpu.is_available():
         return {}
-    layouts = cpu.LAYOUTS if precision != "int8" else cpu.LAYOUTS[:1]
+    layouts = cpu.layouts_for(network, precision)
     return {layout: cpu.prepack(network, precision, (layout,)).numel() for layout in layouts}
 
 

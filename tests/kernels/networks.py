@@ -145,7 +145,7 @@ def pack_tasks(tasks: Sequence[Task]) -> list[list[cpu.PackLayer]]:
     return packed
 
 
-def prepack(tasks: Sequence[Task], precision: str, layouts: Sequence[str] = cpu.LAYOUTS) -> Tensor:
+def prepack(tasks: Sequence[Task], precision: str, layouts: Sequence[str] = cpu.UNSTRUCTURED) -> Tensor:
     return cpu.prepack_layers(pack_tasks(tasks), precision, layouts)
 
 

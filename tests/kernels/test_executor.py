@@ -73,7 +73,7 @@ def packed_by_hand(network: FrozenNetwork) -> list[list[cpu.PackLayer]]:
 
 
 @precisions
-@pytest.mark.parametrize("layouts", (("tables",), ("slices",), cpu.LAYOUTS), ids="-".join)
+@pytest.mark.parametrize("layouts", (("tables",), ("slices",), cpu.UNSTRUCTURED), ids="-".join)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize(("has_heads", "has_bias"), ((True, True), (True, False), (False, True)))
 def test_a_network_is_prepacked_as_its_layers_are(
@@ -105,7 +105,7 @@ def test_a_network_is_prepacked_as_its_tasks_are(precision: str) -> None:
 def test_some_tasks_and_some_layers_are_a_network_too(precision: str) -> None:
     network = frozen_network().span(0, 1, ("buy", "click"))
     assert torch.equal(
-        cpu.prepack(network, precision), cpu.prepack_layers(packed_by_hand(network), precision, cpu.LAYOUTS)
+        cpu.prepack(network, precision), cpu.prepack_layers(packed_by_hand(network), precision, cpu.UNSTRUCTURED)
     )
 
 

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr const char* kPrecisions[] = {"fp32", "bf16", "int8"};
-constexpr const char* kPaths[] = {"auto", "tables", "slices"};
+constexpr const char* kPaths[] = {"auto", "tables", "slices", "blocks"};
 
 bool is_quick = false;
 int64_t calls = 0;
@@ -59,7 +59,7 @@ struct Case {
     for (int64_t row = 0; row < rows; ++row) {
       const std::vector<float> of_row(x.begin() + row * in_features, x.begin() + (row + 1) * in_features);
       float* out = &wanted[size_t(row * outputs)];
-      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, PATH_TABLES};
+      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, network.first_path()};
       CHECK(call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "%s", name);
       if (precision == PRECISION_S8) continue;
       const std::vector<float> plain = reference(network, of_row, precision == PRECISION_BF16);
@@ -125,16 +125,19 @@ std::vector<int64_t> batches() {
 template <class Use>
 void for_all(Use use) {
   Random random(1);
-  for (const Shape& shape : shapes()) {
-    const Network network = random_network(random, shape.tasks, shape.density, shape.share);
-    for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
-      const Case some(shape.name, network, precision, batches().back(), random);
-      CHECK(some.prepacked.most_parts() == shape.parts, "%s: %lld", shape.name, (long long)some.prepacked.most_parts());
-      for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
-        for (int64_t path = PATH_TABLES; path <= (precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES); ++path)
-          for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
+  for (const bool is_blocks : {false, true})
+    for (const Shape& shape : shapes()) {
+      const Network network = random_network(random, shape.tasks, shape.density, shape.share, is_blocks);
+      for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
+        const Case some(shape.name, network, precision, batches().back(), random);
+        const int64_t parts = some.prepacked.most_parts();
+        CHECK(is_blocks ? (parts > 0) == (shape.parts > 0) : parts == shape.parts, "%s: %lld", shape.name,
+              (long long)parts);
+        for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
+          for (int64_t path = network.first_path(); path <= network.last_path(precision); ++path)
+            for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
+      }
     }
-  }
 }
 
 // Rows with and without gaps, float32 and bfloat16; each array exactly as long as it must be.
@@ -176,9 +179,10 @@ void run_guarded() {
 // Several callers at the same time, each with a team of threads, on one blob and one x; some of them also prepack.
 void run_threads() {
   Random random(2);
-  // Work enough for a team, also in int8.
-  const Network network = random_network(random, {{200, 170, 3}, {200, 170}}, 0.9, 0.9);
+  for (const bool is_blocks : {false, true})
   for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
+    // Work enough for a team, also in int8.
+    const Network network = random_network(random, {{200, 170, 3}, {200, 170}}, 0.9, 0.9, is_blocks);
     const Case some("threads", network, precision, 70, random);
     const auto prepack_again = [&] {
       const Prepacked again(network, precision);
@@ -188,7 +192,7 @@ void run_threads() {
     for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa) {
       const bool is_first = isa == lt4rec_supported_isas();
       if (is_quick && isa[1] && !is_first) continue;  // the slowest and the fastest
-      for (int64_t path = PATH_TABLES; path <= (precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES); ++path) {
+      for (int64_t path = network.first_path(); path <= network.last_path(precision); ++path) {
         std::vector<std::thread> callers;
         for (int64_t threads : {1, 3, 4}) {
           ++calls;
@@ -198,7 +202,7 @@ void run_threads() {
                                       out.data(),    some.outputs, threads,   path};
             CHECK(call(*isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "threads");
             some.check((*isa)->name, path, some.rows, out.data(), some.outputs);
-            if (is_first && path == PATH_TABLES && threads > 1) prepack_again();
+            if (is_first && path == network.first_path() && threads > 1) prepack_again();
           });
         }
         for (std::thread& caller : callers) caller.join();

@@ -125,6 +125,23 @@ void table(Table kernel, const uint8_t* blob, const LayerRecord* layer, const T*
   }
 }
 
+template <class T, class Value, class Blocks>
+void blocks(Blocks kernel, const uint8_t* blob, const LayerRecord* layer, const T* x, int64_t x_stride, int64_t rows,
+            Value* y, int64_t y_stride) {
+  const int64_t length = quad_count(layer->in_features) * QUAD, out_features = padded(layer->out_features);
+  CHECK(length <= x_stride || rows == 1, "rows of x overlap");
+  CHECK(out_features <= y_stride || rows == 1, "rows overlap");
+  T* from = fresh<T>(0, (rows - 1) * x_stride + length);
+  for (int64_t row = 0; row < rows; ++row)
+    std::memcpy(from + row * x_stride, x + row * x_stride, size_t(length) * sizeof(T));
+  Value* to = fresh<Value>(1, (rows - 1) * y_stride + out_features);
+  kernel(blob, layer, from, x_stride, rows, to, y_stride);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memcpy(y + row * y_stride, to + row * y_stride, size_t(out_features) * sizeof(Value));
+    if (row < rows - 1) check_untouched(to + row * y_stride + out_features, y_stride - out_features);
+  }
+}
+
 inline void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                           int64_t to_stride) {
   float* source = fresh<float>(2, (rows - 1) * from_stride + columns);
@@ -168,6 +185,24 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
                         int32_t* y, int64_t y_stride) {
     table<LineS8>(state().isa->table_s8, blob, layer, x, x_stride, rows, y, y_stride);
   };
+  wrapped.blocks_f32 = [](const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
+                          float* y, int64_t y_stride) {
+    blocks(state().isa->blocks_f32, blob, layer, x, x_stride, rows, y, y_stride);
+  };
+  if (isa->blocks_bf16)
+    wrapped.blocks_bf16 = [](const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride,
+                             int64_t rows, float* y, int64_t y_stride) {
+      blocks(state().isa->blocks_bf16, blob, layer, x, x_stride, rows, y, y_stride);
+    };
+  if (isa->blocks_widened_bf16)
+    wrapped.blocks_widened_bf16 = [](const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride,
+                                     int64_t rows, float* y, int64_t y_stride) {
+      blocks(state().isa->blocks_widened_bf16, blob, layer, x, x_stride, rows, y, y_stride);
+    };
+  wrapped.blocks_s8 = [](const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride,
+                         int64_t rows, int32_t* y, int64_t y_stride) {
+    blocks(state().isa->blocks_s8, blob, layer, x, x_stride, rows, y, y_stride);
+  };
   wrapped.transpose_f32 = transpose_f32;
   wrapped.widen_bf16 = [](const uint16_t* from, int64_t count, float* to) {
     float* target = fresh<float>(5, count);
@@ -178,6 +213,24 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     uint16_t* target = fresh<uint16_t>(5, count);
     state().isa->round_bf16(copied(2, from, count), count, target);
     std::memcpy(to, target, size_t(count) * sizeof(uint16_t));
+  };
+  wrapped.round_widened_bf16 = [](const float* from, int64_t count, float* to) {
+    float* target = fresh<float>(5, count);
+    state().isa->round_widened_bf16(copied(2, from, count), count, target);
+    std::memcpy(to, target, size_t(count) * sizeof(float));
+  };
+  wrapped.codes_u8 = [](const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
+    uint8_t* target = fresh<uint8_t>(5, count);
+    const int has_nan = state().isa->codes_u8(copied(2, from, count), count, inverse_scale, zero_point, target);
+    std::memcpy(to, target, size_t(count));
+    return has_nan;
+  };
+  wrapped.recode_s32 = [](const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                          int has_relu, float inverse_scale, int32_t zero_point, uint8_t* to) {
+    uint8_t* target = fresh<uint8_t>(5, count);
+    state().isa->recode_s32(copied(1, a, count), copied(2, b, count), copied(3, scale, count), copied(4, bias, count),
+                            count, has_relu, inverse_scale, zero_point, target);
+    std::memcpy(to, target, size_t(count));
   };
   wrapped.add_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     float* target = fresh<float>(5, count);

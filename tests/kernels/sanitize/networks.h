@@ -33,6 +33,7 @@ struct Weight {
   int64_t in_features = 0, out_features = 0, tasks = 1;
   std::vector<float> values;
   std::vector<uint8_t> planes;  // none: dense
+  bool is_blocks = false;       // keeps whole blocks of GROUP x QUAD alone
 
   int64_t row_bytes() const { return (in_features + 7) / 8; }
   bool keeps(int64_t task, int64_t row, int64_t column) const {
@@ -46,6 +47,33 @@ struct Weight {
   }
 };
 
+// The same as LAYOUT_BLOCKS has it: a bit and 64 values for each block.
+inline Weight in_blocks(const Weight& weight) {
+  Weight blocks;
+  blocks.in_features = quad_count(weight.in_features);
+  blocks.out_features = padded(weight.out_features) / GROUP;
+  blocks.tasks = weight.tasks;
+  blocks.planes.resize(size_t(weight.tasks * blocks.out_features * blocks.row_bytes()));
+  std::vector<float> dense(size_t(weight.in_features * weight.out_features));
+  size_t next = 0;
+  for (int64_t row = 0; row < weight.out_features; ++row)
+    for (int64_t column = 0; column < weight.in_features; ++column)
+      if (weight.any_keeps(row, column)) dense[size_t(row * weight.in_features + column)] = weight.values[next++];
+  for (int64_t group = 0; group < blocks.out_features; ++group)
+    for (int64_t quad = 0; quad < blocks.in_features; ++quad) {
+      if (!weight.any_keeps(group * GROUP, quad * QUAD)) continue;
+      for (int64_t task = 0; task < weight.tasks; ++task)
+        if (weight.keeps(task, group * GROUP, quad * QUAD))
+          blocks.planes[size_t((task * blocks.out_features + group) * blocks.row_bytes() + quad / 8)] |= 1 << (quad % 8);
+      for (int64_t row = group * GROUP; row < (group + 1) * GROUP; ++row)
+        for (int64_t column = quad * QUAD; column < (quad + 1) * QUAD; ++column) {
+          const bool is_within = row < weight.out_features && column < weight.in_features;
+          blocks.values.push_back(is_within ? dense[size_t(row * weight.in_features + column)] : 0);
+        }
+    }
+  return blocks;
+}
+
 struct Layer {
   size_t weight = 0;  // of the network's
   int64_t task = 0;
@@ -56,10 +84,17 @@ struct Layer {
 };
 
 struct Network {
+  bool is_blocks = false;  // all of its weights are, or dense
   std::vector<Weight> weights;
   std::vector<Layer> layers;  // task by task
 
   const Weight& weight(const Layer& layer) const { return weights[layer.weight]; }
+  int64_t layouts() const { return is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES; }
+  // The paths that it can take.
+  int64_t first_path() const { return is_blocks ? PATH_BLOCKS : PATH_TABLES; }
+  int64_t last_path(int64_t precision) const {
+    return is_blocks ? PATH_BLOCKS : precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES;
+  }
 };
 
 // A copy whose memory ends with its last value, where a vector often has room to spare: a sanitizer finds the byte
@@ -74,20 +109,22 @@ struct Prepacked {
   std::string message;
   uint8_t* blob;
 
-  Prepacked(const Network& network, int64_t precision, int64_t layouts = LAYOUT_TABLES | LAYOUT_SLICES) {
+  Prepacked(const Network& network, int64_t precision) : Prepacked(network, precision, network.layouts()) {}
+  Prepacked(const Network& network, int64_t precision, int64_t layouts) {
     Network held(network);
     for (Weight& weight : held.weights) {
+      if (weight.is_blocks) weight = in_blocks(weight);
       weight.values = exactly(weight.values);
       weight.planes = exactly(weight.planes);
     }
     std::vector<CanonicalLayer> layers;
     for (Layer& layer : held.layers) {
       layer.bias = exactly(layer.bias);
-      const Weight& weight = held.weight(layer);
-      layers.push_back({int64_t(weight.values.data()), int64_t(weight.planes.data()), weight.tasks, layer.task,
-                        int64_t(layer.bias.data()), weight.in_features, weight.out_features,
-                        int64_t(weight.values.size()), layer.activation, layer.is_head, layer.input_scale,
-                        layer.input_zero_point});
+      const Weight &weight = held.weight(layer), &whole = network.weight(layer);
+      const auto nnz = int64_t(weight.values.size()) / (whole.is_blocks ? GROUP * QUAD : 1);
+      layers.push_back({whole.is_blocks, int64_t(weight.values.data()), int64_t(weight.planes.data()), weight.tasks,
+                        layer.task, int64_t(layer.bias.data()), whole.in_features, whole.out_features, nnz,
+                        layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point});
     }
     char text[MESSAGE_BYTES] = "";
     bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, layouts, &blob, text);
@@ -111,7 +148,25 @@ struct Prepacked {
 // Weights of -1, 0 and 1, some of the kept ones 0: sums of them are exact in every precision's float32. Each of several
 // tasks keeps its share of the union. Where everything is kept, half of the weights are dense.
 inline Weight random_weight(Random& random, int64_t in_features, int64_t out_features, double density,
-                            int64_t tasks = 1, double share = 1) {
+                            int64_t tasks = 1, double share = 1, bool is_blocks = false) {
+  if (is_blocks) {  // each weight of the grid stands for a block
+    const Weight grid = random_weight(random, quad_count(in_features), padded(out_features) / GROUP, density, tasks,
+                                      share);
+    Weight weight;
+    weight.is_blocks = !grid.planes.empty();
+    weight.in_features = in_features;
+    weight.out_features = out_features;
+    weight.tasks = tasks;
+    if (weight.is_blocks) weight.planes.resize(size_t(tasks * out_features * weight.row_bytes()));
+    for (int64_t row = 0; row < out_features; ++row)
+      for (int64_t column = 0; column < in_features; ++column) {
+        for (int64_t task = 0; task < tasks; ++task)
+          if (weight.is_blocks && grid.keeps(task, row / GROUP, column / QUAD))
+            weight.planes[size_t((task * out_features + row) * weight.row_bytes() + column / 8)] |= 1 << (column % 8);
+        if (weight.any_keeps(row, column)) weight.values.push_back(float(below(random, 3) - 1));
+      }
+    return weight;
+  }
   Weight weight;
   weight.in_features = in_features;
   weight.out_features = out_features;
@@ -134,8 +189,9 @@ inline Weight random_weight(Random& random, int64_t in_features, int64_t out_fea
 // Tasks of these widths, which begin with one number of inputs. Where `share` is above 0, first layers as wide as the
 // first task's are one weight, and each task keeps that share of it.
 inline Network random_network(Random& random, const std::vector<std::vector<int>>& tasks, double density,
-                              double share) {
+                              double share, bool is_blocks = false) {
   Network network;
+  network.is_blocks = is_blocks;
   int64_t sharing = 0, task_of_shared = 0;
   for (const std::vector<int>& widths : tasks) sharing += share > 0 && widths[1] == tasks[0][1];
   for (const std::vector<int>& widths : tasks) {
@@ -146,8 +202,9 @@ inline Network random_network(Random& random, const std::vector<std::vector<int>
       layer.task = is_shared ? task_of_shared++ : 0;
       if (layer.weight == network.weights.size())
         network.weights.push_back(is_shared
-                                      ? random_weight(random, widths[i], widths[i + 1], density, sharing, share)
-                                      : random_weight(random, widths[i], widths[i + 1], density));
+                                      ? random_weight(random, widths[i], widths[i + 1], density, sharing, share,
+                                                      is_blocks)
+                                      : random_weight(random, widths[i], widths[i + 1], density, 1, 1, is_blocks));
       if (chance(random, 0.8))
         for (int row = 0; row < widths[i + 1]; ++row) layer.bias.push_back(float(below(random, 5) - 2));
       layer.is_head = i + 2 == widths.size();
