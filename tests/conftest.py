@@ -31,7 +31,17 @@ def poisoned_memory():
 
 
 # Registered in pyproject.toml; each implies `heavy`.
-HEAVY = ("ahead_of_time", "bench_short", "end_to_end", "gpu_rehearsal", "neon", "packaging", "sanitizers", "triton36")
+HEAVY = (
+    "ahead_of_time",
+    "bench_short",
+    "emulated",
+    "end_to_end",
+    "gpu_rehearsal",
+    "neon",
+    "packaging",
+    "sanitizers",
+    "triton36",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

@@ -189,8 +189,10 @@ def prepack_layers(
     """
     engine = _present()
     precision_code = _precision_code(precision)
-    if not layouts or any(layout not in LAYOUTS for layout in layouts):
-        raise ValueError(f"layouts: got {tuple(layouts)}, wanted some of {', '.join(LAYOUTS)}")
+    known = {"blocks"} if "blocks" in layouts else set(UNSTRUCTURED)
+    if not layouts or not known.issuperset(layouts):
+        wanted = f"blocks alone, or some of {', '.join(UNSTRUCTURED)}"
+        raise ValueError(f"layouts: got {tuple(layouts)}, wanted {wanted}")
     if not tasks or not all(tasks):
         raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
     in_features = tasks[0][0].in_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +18,12 @@ from lt4rec_sparse.kernels import cpu
 ISAS = (
     ("scalar", "neon")
     if platform.machine() in ("aarch64", "arm64")
-    else ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+    else ("scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16")
 )
 # What this machine runs, none above the one that LT4REC_SPARSE_ISA holds the engine to.
 RUNNABLE_ISAS = cpu.supported_isas()[: cpu.supported_isas().index(cpu.isa()) + 1] if cpu.is_available() else ()
 PATHS = (("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables"))
+BLOCK = (16, 4)  # outputs, inputs
 INPUT_QUANTIZATION = (0.05, 117)  # scale and zero point of x in int8, the same for all tasks
 
 
@@ -40,6 +41,11 @@ class Kernel(NamedTuple):
 
 
 KERNELS = [Kernel(precision, path, isa) for (precision, path), isa in itertools.product(PATHS, RUNNABLE_ISAS)]
+
+
+BLOCK_KERNELS = [
+    Kernel(precision, "blocks", isa) for precision, isa in itertools.product(cpu.PRECISIONS, RUNNABLE_ISAS)
+]
 
 
 class MaskedLayer(NamedTuple):
@@ -68,6 +74,11 @@ def random_mask(out_features: int, in_features: int, density: float, seed: int) 
     return torch.rand(out_features, in_features, generator=torch.Generator().manual_seed(seed)) < density
 
 
+def random_block_mask(out_features: int, in_features: int, density: float, seed: int) -> Tensor:
+    grid = random_mask(-(-out_features // BLOCK[0]), -(-in_features // BLOCK[1]), density, seed)
+    return grid.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)[:out_features, :in_features]
+
+
 def random_layer(mask: Tensor, activation: str, seed: int, *, integers: bool = True, bias: bool = True) -> MaskedLayer:
     generator = torch.Generator().manual_seed(seed)
     draw = small_integers if integers else torch.randn
@@ -84,11 +95,12 @@ def random_task(
     *,
     integers: bool = True,
     activation: str = "relu",
+    draw_mask: Callable[[int, int, float, int], Tensor] = random_mask,
 ) -> list[MaskedLayer]:
     """An MLP; a head of one output keeps every weight. In int8 some activations of hidden layers are clipped."""
     task = []
     for i, (in_features, out_features) in enumerate(itertools.pairwise(features)):
-        mask = random_mask(out_features, in_features, 1 if out_features == 1 else density, seed + i)
+        mask = draw_mask(out_features, in_features, 1 if out_features == 1 else density, seed + i)
         layer = random_layer(mask, head if i == len(features) - 2 else activation, seed + i, integers=integers)
         if i > 0:
             layer = layer._replace(input_scale=0.02 * 2.0 ** ((seed + i) % 4), input_zero_point=(seed + i) % 3 * 20)
@@ -101,12 +113,22 @@ def pack_bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
 
 
-def pack_together(layers: Sequence[MaskedLayer]) -> list[cpu.PackLayer]:
+def tiles(t: Tensor) -> Tensor:
+    """Cut `[..., out_features, in_features]` into blocks, zeros beyond the edges: `[..., groups, quads, 16, 4]`."""
+    (high, wide), (rows, columns) = BLOCK, t.shape[-2:]
+    whole = t.new_zeros(*t.shape[:-2], -(-rows // high) * high, -(-columns // wide) * wide)
+    whole[..., :rows, :columns] = t
+    return whole.unflatten(-1, (-1, wide)).unflatten(-3, (-1, high)).transpose(-3, -2)
+
+
+def pack_together(layers: Sequence[MaskedLayer], in_blocks: bool = False) -> list[cpu.PackLayer]:
     """Compress layers that `agree` to the values of their union and a bit plane each, by mask and never by `!= 0`."""
     masks = torch.stack([layer.mask for layer in layers])
     weight = layers[0].weight
     for layer in layers[1:]:
         weight = torch.where(layer.mask, layer.weight, weight)
+    if in_blocks:
+        masks, weight = tiles(masks)[..., 0, 0], tiles(weight)
     values, planes = weight[masks.any(dim=0)], pack_bits(masks)
     out_features, in_features = layers[0].mask.shape
     return [
@@ -136,17 +158,17 @@ def weight_groups(tasks: Sequence[Task]) -> list[list[int]]:
     return groups
 
 
-def pack_tasks(tasks: Sequence[Task]) -> list[list[cpu.PackLayer]]:
+def pack_tasks(tasks: Sequence[Task], in_blocks: bool = False) -> list[list[cpu.PackLayer]]:
     """Compress all layers: first layers that agree as one weight, the others each for itself."""
-    packed = [[layer.pack() for layer in task] for task in tasks]
+    packed = [[pack_together([layer], in_blocks)[0] for layer in task] for task in tasks]
     for group in weight_groups(tasks):
-        for t, first in zip(group, pack_together([tasks[t][0] for t in group]), strict=True):
+        for t, first in zip(group, pack_together([tasks[t][0] for t in group], in_blocks), strict=True):
             packed[t][0] = first
     return packed
 
 
 def prepack(tasks: Sequence[Task], precision: str, layouts: Sequence[str] = cpu.UNSTRUCTURED) -> Tensor:
-    return cpu.prepack_layers(pack_tasks(tasks), precision, layouts)
+    return cpu.prepack_layers(pack_tasks(tasks, "blocks" in layouts), precision, layouts)
 
 
 def is_shared(prepacked: Tensor) -> bool:
@@ -155,29 +177,40 @@ def is_shared(prepacked: Tensor) -> bool:
     return facts.multiply_adds < facts.nnz
 
 
-def exact_reference(x: Tensor, tasks: Sequence[Task], precision: str) -> Tensor:
+def exact_reference(x: Tensor, tasks: Sequence[Task], precision: str, in_blocks: bool = False) -> Tensor:
     """What the engine must yield to the last bit, without sigmoids.
 
     fp32 and bf16 need numbers whose sums are exact in every order, such as small integers; int8 takes any numbers.
     """
     if precision == "int8":
-        of_tasks = zip(tasks, largest_of_firsts(tasks), strict=True)
-        return torch.cat([_int8_reference(x, task, largest) for task, largest in of_tasks], dim=1)
+        of_tasks = zip(tasks, steps_of_firsts(tasks, in_blocks), strict=True)
+        return torch.cat([_int8_reference(x, task, step, in_blocks) for task, step in of_tasks], dim=1)
     operand = rounded_to_bf16 if precision == "bf16" else lambda v: v
     return torch.cat([_float_reference(x, task, operand) for task in tasks], dim=1)
 
 
-def largest_of_firsts(tasks: Sequence[Task]) -> list[Tensor]:
-    """Return the absolute weight that int8 stores as 127, for each row of each task's first layer.
+def steps_of(weight: Tensor, in_blocks: bool = False) -> Tensor:
+    """Return what one step of int8's weights is worth in each row.
 
-    Tasks that share a weight have it in common, so that a result does not show what was multiplied once.
+    127 stands for the largest of them, or in blocks for the largest sum of two neighbours, by absolute value.
     """
-    largest = [task[0].weight.abs().amax(dim=1) for task in tasks]
+    if not in_blocks:
+        return weight.abs().amax(dim=1) / 127
+    even = torch.cat([weight, weight.new_zeros(len(weight), weight.shape[1] % 2)], dim=1).abs()
+    return (even[:, ::2] / 2 + even[:, 1::2] / 2).amax(dim=1) / 63.5
+
+
+def steps_of_firsts(tasks: Sequence[Task], in_blocks: bool = False) -> list[Tensor]:
+    """Return `steps_of` each task's first layer.
+
+    Tasks that share a weight have them in common, so that a result does not show what was multiplied once.
+    """
+    steps = [steps_of(task[0].weight, in_blocks) for task in tasks]
     for group in weight_groups(tasks):
-        of_group = torch.stack([largest[t] for t in group]).amax(dim=0)
+        of_group = torch.stack([steps[t] for t in group]).amax(dim=0)
         for t in group:
-            largest[t] = of_group
-    return largest
+            steps[t] = of_group
+    return steps
 
 
 def rounded_to_bf16(v: Tensor) -> Tensor:
@@ -220,10 +253,10 @@ def _float_reference(x: Tensor, task: Task, operand) -> Tensor:
     return h
 
 
-def _int8_reference(x: Tensor, task: Task, largest_of_first: Tensor) -> Tensor:
+def _int8_reference(x: Tensor, task: Task, step_of_first: Tensor, in_blocks: bool) -> Tensor:
     h = x.float()
     for i, layer in enumerate(task):
-        step = (layer.weight.abs().amax(dim=1) if i else largest_of_first) / 127
+        step = steps_of(layer.weight, in_blocks) if i else step_of_first
         weight = torch.where(step[:, None] > 0, (layer.weight / step[:, None]).round().clamp(-127, 127), 0.0)
         inverse = torch.tensor(1 / layer.input_scale, dtype=torch.float64).float()
         quantized = ((h * inverse).round() + layer.input_zero_point).nan_to_num(nan=0.0).clamp(0, 255)

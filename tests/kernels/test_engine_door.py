@@ -49,7 +49,7 @@ def rows_of_bits(*rows: int) -> Tensor:
 
 def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
     assert torch.equal(three_layers(cpu.describe(blob).precision), blob)
-    for offset, (batch, path) in itertools.product((8, 24, 56), itertools.product((3, 70), cpu.PATHS)):
+    for offset, (batch, path) in itertools.product((8, 24, 56), itertools.product((3, 70), ("auto", *cpu.UNSTRUCTURED))):
         moved = torch.zeros(blob.numel() + offset, dtype=torch.uint8)[offset:]
         moved.copy_(blob)
         out = torch.empty(batch, 3)
@@ -224,7 +224,7 @@ def test_a_precision_or_layout_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
         cpu.prepack_layers([[full_layer(3, 2)]], "fp16")
     for layouts in ((), ("tables", "tiles"), ("auto",)):
-        with pytest.raises(ValueError, match=r"layouts: got \(.*\), wanted some of tables, slices"):
+        with pytest.raises(ValueError, match=r"layouts: got \(.*\), wanted blocks alone, or some of tables, slices"):
             cpu.prepack_layers([[full_layer(3, 2)]], layouts=layouts)
 
 
@@ -243,7 +243,7 @@ def test_a_path_needs_its_layout(precision: str, layouts: Sequence[str]) -> None
         assert (size > 0, multiply_adds > 0) == (layout in held, layout in held)
     x = small_integers(70, 30, generator=torch.Generator().manual_seed(1))
     wanted = exact_reference(x, tasks, precision)
-    for batch, path in itertools.product((0, 1, 70), cpu.PATHS):
+    for batch, path in itertools.product((0, 1, 70), ("auto", *cpu.UNSTRUCTURED)):
         out = torch.full((batch, 40), torch.nan)
         # int8 has one layout for both paths.
         if path in ("auto", *held) or precision == "int8":
@@ -305,7 +305,7 @@ def test_more_rows_than_a_slice_can_name_are_refused(precision: str) -> None:
 
     widest = cpu.prepack_layers([[dead_layer(65027)]], precision)
     out = torch.empty(2, 65027)
-    for path in cpu.PATHS:
+    for path in ("auto", *cpu.UNSTRUCTURED):
         cpu.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
         assert not out.any()
     with pytest.raises(ValueError, match="out_features: got 65028, wanted at most 65027"):
@@ -381,11 +381,11 @@ def test_a_layer_is_right_or_refused(
     assert torch.equal(blob, prepack(accepted, precision))
 
 
-@pytest.mark.parametrize("path", cpu.PATHS)
+@pytest.mark.parametrize("path", ("auto", *cpu.UNSTRUCTURED))
 def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: cpu.Path) -> None:
-    header = struct.Struct("<2I7Q8I")  # BlobHeader of csrc/engine.h
+    header = struct.Struct("<2I9Q8I")  # BlobHeader of csrc/engine.h
     fields = list(header.unpack_from(blob.numpy()))
-    multiply_adds, hidden_features = 6, 14
+    multiply_adds, hidden_features = 7, 16
     assert (fields[multiply_adds], fields[hidden_features]) == (60 + 12 + 10, 16)
     fields[multiply_adds], fields[hidden_features] = 10**9, 2**32 - 16  # enough work for a second thread
     header.pack_into(blob.numpy(), 0, *fields)

@@ -17,12 +17,13 @@ import torch
 from kernels.networks import (
     MaskedLayer,
     Task,
-    largest_of_firsts,
     prepack,
     random_layer,
     random_mask,
     random_task,
     rounded_to_bf16,
+    steps_of,
+    steps_of_firsts,
 )
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,8 +34,8 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 Array = NDArray[Any]
 
-HEADER = struct.Struct("<2I7Q8I")
-RECORD = struct.Struct("<7IfiI12Q")
+HEADER = struct.Struct("<2I9Q8I")
+RECORD = struct.Struct("<7IfiI16Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
@@ -48,10 +49,12 @@ class Header(NamedTuple):
     bytes: int
     slice_bytes: int
     table_bytes: int
+    block_bytes: int
     nnz: int
     multiply_adds: int
     slice_multiply_adds: int
     table_multiply_adds: int
+    block_multiply_adds: int
     precision: int
     in_features: int
     outputs: int
@@ -83,6 +86,10 @@ class Record(NamedTuple):
     windows: int
     indices: int
     weights: int
+    block_groups: int
+    group_blocks: int
+    block_quads: int
+    block_weights: int
     scale: int
     start: int
 
@@ -266,7 +273,7 @@ class Expected(NamedTuple):
     mask: Tensor
     bias: Tensor | None
     layer: MaskedLayer  # whose activation and quantisation parameters it has
-    largest: Tensor  # of each row's weights, for int8; of a part's rows, where parts repeat them
+    steps: Tensor  # of each row's weights in int8; of a part's rows, where parts repeat them
     is_head: bool
     parts: tuple[int, ...] = ()
 
@@ -278,7 +285,7 @@ def arranged(tasks: Sequence[Task], sets: Sequence[set[int]]) -> Iterator[Expect
     its tasks keep and no earlier part has brought to any of them.
     """
     in_place = torch.arange(tasks[0][0].mask.shape[1])
-    largest_of_tasks = largest_of_firsts(tasks)
+    steps_of_tasks = steps_of_firsts(tasks)
     shared_rows = in_place
     if sets:
         firsts = [task[0] for task in tasks]
@@ -298,7 +305,7 @@ def arranged(tasks: Sequence[Task], sets: Sequence[set[int]]) -> Iterator[Expect
             torch.cat([grown(mask[shared_rows]) for mask in masks]),
             None,
             firsts[0]._replace(activation="none"),
-            grown(largest_of_tasks[0][shared_rows]),
+            grown(steps_of_tasks[0][shared_rows]),
             False,
         )
     for t, task in enumerate(tasks):
@@ -307,18 +314,18 @@ def arranged(tasks: Sequence[Task], sets: Sequence[set[int]]) -> Iterator[Expect
             is_head = i == len(task) - 1
             kept = layer.mask.sum(dim=1)
             rows = torch.arange(len(kept)) if is_head else kept.argsort(descending=True, stable=True)
-            largest = layer.weight.abs().amax(dim=1) if i else largest_of_tasks[t]
+            steps = steps_of(layer.weight) if i else steps_of_tasks[t]
             if sets and i == 0:
                 rows = shared_rows
                 nothing = torch.zeros(len(rows), 0)
                 parts = tuple(part for part, of_part in enumerate(sets) if t in of_part)
                 yield Expected(
-                    COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, largest[rows], is_head, parts
+                    COMBINED, nothing, nothing.bool(), chosen(layer.bias, rows), layer, steps[rows], is_head, parts
                 )
             else:
                 weight, mask = layer.weight[rows][:, columns], layer.mask[rows][:, columns]
                 weight = torch.where(mask, weight, 0.0)
-                yield Expected(LINEAR, weight, mask, chosen(layer.bias, rows), layer, largest[rows], is_head)
+                yield Expected(LINEAR, weight, mask, chosen(layer.bias, rows), layer, steps[rows], is_head)
             columns = rows
 
 
@@ -398,7 +405,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 3)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 4)
     assert header.layouts == (LAYOUTS["tables"] if precision == "int8" else sum(LAYOUTS.values()))
     assert header.bytes == len(blob.bytes)
     assert header.bytes % ALIGNMENT == 0
@@ -491,13 +498,13 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
             assert record.scale == 0
             continue
         scale = torch.zeros(whole)
-        scale[: record.out_features] = ((expected.largest / 127).double() * expected.layer.input_scale).float()
+        scale[: record.out_features] = (expected.steps.double() * expected.layer.input_scale).float()
         assert np.array_equal(blob.section(record.scale, "<f4", whole), scale.numpy())
 
 
 def quantized(expected: Expected) -> Tensor:
     """A layer's weights as int8."""
-    step = (expected.largest / 127).repeat(len(expected.weight) // len(expected.largest))[:, None]
+    step = expected.steps.repeat(len(expected.weight) // len(expected.steps))[:, None]
     return torch.where(step > 0, (expected.weight / step).round(), 0.0).to(torch.int8)
 
 
@@ -514,6 +521,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
         layouts = ("tables",)
     assert blob.header.layouts == sum(LAYOUTS[layout] for layout in layouts)
     multiply_adds = dict.fromkeys(LAYOUTS, 0)
+    assert blob.header.block_multiply_adds == 0
     for record in blob.records:
         blob.parts(record)
         blob.section(record.bias, "<f4", padded(record.out_features))
@@ -523,6 +531,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
             blob.section(record.start, "<i4", padded(record.out_features))
         of_slices = (record.block_slices, record.slices, record.steps, record.slice_bias)
         of_tables = (record.bundle_steps, record.windows, record.indices, record.weights)
+        assert not any((record.block_groups, record.group_blocks, record.block_quads, record.block_weights))
         if record.kind != COMBINED and "tables" in layouts:
             multiply_adds["tables"] += blob.tables(record).multiply_adds
         else:
@@ -543,7 +552,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
         end = past
     assert len(blob.bytes) == -(-end // ALIGNMENT) * ALIGNMENT
     assert not blob.bytes[end:].any()
-    assert (header.slice_bytes, header.table_bytes) == (sizes["slice"], sizes["table"])
+    assert (header.slice_bytes, header.table_bytes, header.block_bytes) == (sizes["slice"], sizes["table"], 0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -561,7 +570,9 @@ def test_describe_reads_the_header(precision: str) -> None:
         header.multiply_adds,
         header.slice_multiply_adds,
         header.table_multiply_adds,
+        header.block_multiply_adds,
         header.bytes,
         header.slice_bytes,
         header.table_bytes,
+        header.block_bytes,
     )
