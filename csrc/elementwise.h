@@ -16,7 +16,7 @@ void round_bf16(const float* from, int64_t count, uint16_t* to) {
 }
 
 void round_widened_bf16(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = float_of(uint32_t{bf16_of(from[i])} << 16);
+  for (int64_t i = 0; i < count; ++i) to[i] = float_of(bits_of_rounded(from[i]));
 }
 
 // The four cases are four loops: a test inside would keep the compiler from vectorising.

@@ -169,15 +169,22 @@ struct BlocksF32 {
 
 // A pair of inputs' weights is one 32-bit word, whose high half comes first.
 struct BlocksBf16 : BlocksF32 {
-  static constexpr int kBytes = 128;
-  static constexpr int input(int step) { return step ^ 1; }
-  static Operand load(const uint8_t* block, int step) {
-    const auto* pairs = reinterpret_cast<const __m256i*>(block + 64 * (step / 2));
-    return {half(_mm256_loadu_si256(pairs), step), half(_mm256_loadu_si256(pairs + 1), step)};
+  struct Operand {
+    Floats first, second;
+  };
+  static constexpr int kBytes = 128, kSteps = 2, kRows = 5;
+  static constexpr int input(int step) { return 2 * step; }
+  static __m256 high(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
   }
-  static __m256 half(__m256i pairs, int step) {
-    return _mm256_castsi256_ps(step % 2 ? _mm256_slli_epi32(pairs, 16)
-                                        : _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+  static __m256 low(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static Operand load(const uint8_t* block, int step) {
+    const auto* pairs = reinterpret_cast<const __m256i*>(block + 64 * step);
+    const __m256i a = _mm256_loadu_si256(pairs), b = _mm256_loadu_si256(pairs + 1);
+    return {{high(a), high(b)}, {low(a), low(b)}};
+  }
+  static Sum add(const Sum& sum, const float* x, const Operand& weight) {
+    return BlocksF32::add(BlocksF32::add(sum, x + 1, weight.first), x, weight.second);
   }
 };
 
@@ -207,7 +214,89 @@ struct BlocksS8 {
 
 #include "blocks.h"
 #include "elementwise.h"
-#include "quantize.h"
+#include "codes.h"
+
+// Codes from values, before the zero point, as 32-bit integers. Above a million the conversion might overflow to the other
+// end; a NaN passes the minimum, which returns its second operand then, and converts to the least integer there is.
+inline __m256i scaled(__m256 v, __m256 inverse_scale) {
+  return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(1e6f), _mm256_mul_ps(v, inverse_scale)));
+}
+
+// Writes codes by thirty-two, which `values(first)` gives by eight, and the rest one by one. In a line (see HALF_S8) each
+// thirty-two stand twice.
+template <bool kIsLine, class Values, class Code>
+__attribute__((always_inline)) inline void write_by_32(int64_t count, int32_t zero_point, uint8_t* to, Values values,
+                                                       Code code) {
+  // Packing works within 128 bits and leaves the eights interleaved by fours.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i zero = _mm256_set1_epi16(int16_t(zero_point));
+  int64_t first = 0;
+  for (; first + 32 <= count; first += 32) {
+    const __m256i low = _mm256_packs_epi32(values(first), values(first + 8));
+    const __m256i high = _mm256_packs_epi32(values(first + 16), values(first + 24));
+    const __m256i packed = _mm256_packus_epi16(_mm256_adds_epi16(low, zero), _mm256_adds_epi16(high, zero));
+    const __m256i codes = _mm256_permutevar8x32_epi32(packed, order);
+    uint8_t* at = to + (kIsLine ? 2 : 1) * first;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), codes);
+    if (kIsLine && first) _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) - 1, codes);
+  }
+  uint8_t* at = to + (kIsLine ? 2 : 1) * first;
+  for (int64_t i = first; i < count; ++i) at[i - first] = code(i);
+  if (kIsLine && first && first < count) __builtin_memcpy(at - HALF_S8, at, HALF_S8);
+}
+
+template <bool kIsLine>
+__attribute__((always_inline)) inline int write_quantized(const float* from, int64_t count, float inverse_scale,
+                                                          int32_t zero_point, uint8_t* to) {
+  const __m256 inverse = _mm256_set1_ps(inverse_scale);
+  __m256 nans = _mm256_setzero_ps();
+  const auto values = [&](int64_t first) {
+    const __m256 v = _mm256_loadu_ps(from + first);
+    nans = _mm256_or_ps(nans, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return scaled(v, inverse);
+  };
+  const auto code = [=](int64_t i) { return code_of(from[i], inverse_scale, float(zero_point)); };
+  write_by_32<kIsLine>(count, zero_point, to, values, code);
+  return _mm256_movemask_ps(nans) != 0 || has_nan(from + count / 32 * 32, count % 32);
+}
+
+template <bool kIsLine>
+__attribute__((always_inline)) inline void write_requantized(const int32_t* a, const int32_t* b, const float* scale,
+                                                             const float* bias, int64_t count, int has_relu,
+                                                             float inverse_scale, int32_t zero_point, uint8_t* to) {
+  const __m256 inverse = _mm256_set1_ps(inverse_scale);
+  const auto values = [=](int64_t first) {
+    __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + first));
+    if (b) sum = _mm256_add_epi32(sum, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + first)));
+    const __m256 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scale + first),
+                                     _mm256_loadu_ps(bias + first));
+    return scaled(has_relu ? Ymm::relu(v) : v, inverse);
+  };
+  const auto code = [=](int64_t i) {
+    const float v = __builtin_fmaf(float(b ? a[i] + b[i] : a[i]), scale[i], bias[i]);
+    return code_of(has_relu ? relu(v) : v, inverse_scale, float(zero_point));
+  };
+  write_by_32<kIsLine>(count, zero_point, to, values, code);
+}
+
+int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  return write_quantized<true>(from, count, inverse_scale, zero_point, line);
+}
+
+int codes_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes) {
+  return write_quantized<false>(from, count, inverse_scale, zero_point, codes);
+}
+
+void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
+                    int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
+  write_requantized<true>(a, b, scale, bias, count, has_relu, inverse_scale, zero_point, line);
+}
+
+void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count, int has_relu,
+                float inverse_scale, int32_t zero_point, uint8_t* codes) {
+  write_requantized<false>(a, b, scale, bias, count, has_relu, inverse_scale, zero_point, codes);
+}
+
 #include "slices.h"
 #include "table.h"
 #include "transpose_avx.h"

@@ -1,12 +1,6 @@
-// Lines of quantised activations (codes), for the ISAs that leave it to the compiler; included as elementwise.h is, and
-// after it.
+// Lines and rows of codes, for the ISAs that leave it to the compiler; included as elementwise.h is, and after it.
 
-// A NaN fails the first comparison and becomes 0; infinities end at the ends.
-inline uint8_t code_of(float v, float inverse_scale, float zero_point) {
-  const float code = __builtin_rintf(v * inverse_scale) + zero_point;
-  const float above = code > 0 ? code : 0;
-  return uint8_t(int32_t(above < 255 ? above : 255));
-}
+#include "codes.h"
 
 // Every HALF_S8 codes appear twice: at the start of a window and at the end of the one before.
 template <class Code>
@@ -17,12 +11,6 @@ inline void write_line(int64_t count, uint8_t* line, Code code) {
     for (int64_t i = 0; i < size; ++i) to[i] = code(first + i);
     if (first) __builtin_memcpy(to - HALF_S8, to, HALF_S8);
   }
-}
-
-inline int has_nan(const float* from, int64_t count) {
-  int nans = 0;
-  for (int64_t i = 0; i < count; ++i) nans |= from[i] != from[i];
-  return nans;
 }
 
 int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
