@@ -1,7 +1,9 @@
 """The CPU engine against every opponent of `bench/peers.py`: one MLP, 1024-512-256-128-1 with a sigmoid.
 
-All read row-major rows and write row-major scores, so the engine's transposes are part of its time. The calls of a case
-run in interleaved rounds; each is timed only after its scores passed the gate of its precision, `peers.reference`.
+All read row-major rows and write row-major scores, so the engine's transposes are part of its time. The engine runs a
+mask of single weights ("ours") and one of blocks of 16 x 4 ("blocks"), of the same density, uniformly at random. The
+calls of a case run in interleaved rounds; each is timed only after its scores passed the gate of its precision,
+`peers.reference`.
 
 Four suites make up the record: uniform masks over batch, sparsity and threads; the tickets of a run, if one is given;
 the same weights hot and cold; and two tasks and break-even. The short form runs one small case of each.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +26,14 @@ from torch import Tensor
 from bench import record
 from bench.peers import NAMES, Peer, check, peers, reference, timings
 from bench.roofline import roofline
-from lt4rec_sparse import Mask, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse import BlockWeight, Mask, MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.ops import cpu_engine
 from lt4rec_sparse.recsys.tables import table
-from lt4rec_sparse.stopwatch import interleaved
+from lt4rec_sparse.stopwatch import Timing, interleaved
 from tests.oracle import Layer
 
 IN_FEATURES, HIDDEN = 1024, (512, 256, 128)
+BLOCK = BlockWeight.BLOCK
 
 
 class Cases(NamedTuple):
@@ -55,13 +59,14 @@ WHOLE = Cases(
 SHORT = Cases(((8, 0.9),), ((1, 0.9),), (0.2, 0.95), (8,), {"rounds": 1, "round_us": 1.0})
 SPARSE_PEERS_AT = (1, 64, 256)  # batches at which the sparse opponents, the slowest of all, run too
 PRECISIONS = ("fp32", "bf16", "int8")
+KINDS = {"ours": "Single weights", "blocks": "Blocks of 16 x 4"}
 ONEDNN_ISA, WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
 COLD_SWEEP_BYTES = 256 << 20  # more than any cache, written between two calls
 OVERLAP = 0.6  # of two tasks' masks, intersection over union
 
 
 def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -> None:
-    """Measure all suites and write `results/cpu.json`.
+    """Measure all suites and write `results/cpu.json`, beside the records of other processors.
 
     Args:
         run_folder: A run whose tickets are measured as well.
@@ -83,9 +88,8 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
         for threads in sorted({1, threads_before}):
             torch.set_num_threads(threads)
             for batch, sparsity in cases.grid:
-                mask = uniform_mask(sparsity, seed)
                 names = [n for n in NAMES if is_short or batch in SPARSE_PEERS_AT or not _is_sparse(n)]
-                case = _case(mask, batch, threads, names, seed, cases.settings)
+                case = _case(_masks(sparsity, seed), batch, threads, names, seed, cases.settings)
                 result["absent"] |= case.pop("absent")
                 result["cases"].append({"threads": threads, "sparsity": sparsity, "batch": batch, **case})
                 Console().print(_line(result["cases"][-1]))
@@ -97,7 +101,9 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
     finally:
         torch.set_num_threads(threads_before)
     if not is_short:
-        Console().print(record.write("cpu", result))
+        records = record.read("cpu") if (record.RESULTS / "cpu.json").exists() else {}
+        records[result["machine"]["processor"]] = result
+        Console().print(record.write("cpu", records))
     Console(width=160).print(report(result), markup=False)
 
 
@@ -118,7 +124,7 @@ def run_without_amx(seed: int = 0, is_short: bool = False) -> None:
     grid, *_, settings = SHORT if is_short else WHOLE
     for batch, sparsity in grid:
         if batch in (1, 8, 64, 256, 1024):
-            case = _case(uniform_mask(sparsity, seed), batch, 1, names, seed, settings)
+            case = _case({"ours": uniform_mask(sparsity, seed)}, batch, 1, names, seed, settings)
             case.pop("absent")
             cases.append({"threads": 1, "sparsity": sparsity, "batch": batch, **case})
     if is_short:
@@ -135,6 +141,22 @@ def uniform_mask(sparsity: float, seed: int) -> Mask:
     return Mask.random(shapes, nnz, torch.Generator().manual_seed(seed))
 
 
+def block_mask(sparsity: float, seed: int) -> Mask:
+    """Return a mask of blocks of 16 x 4, of exactly this sparsity in every hidden layer."""
+    shapes = MaskedMLP(IN_FEATURES, HIDDEN).mask().shapes
+    grids = {name: (rows // BLOCK[0], columns // BLOCK[1]) for name, (rows, columns) in shapes.items()}
+    nnz = {name: round(rows * columns * (1 - sparsity)) for name, (rows, columns) in grids.items()}
+    return _spread(Mask.random(grids, nnz, torch.Generator().manual_seed(seed)))
+
+
+def _spread(grids: Mask) -> Mask:
+    return Mask({n: grid.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1) for n, grid in grids.items()})
+
+
+def _masks(sparsity: float, seed: int) -> dict[str, Mask]:
+    return {"ours": uniform_mask(sparsity, seed), "blocks": block_mask(sparsity, seed)}
+
+
 def masked_mlp(masks: dict[str, Mask], seed: int) -> MaskedMLP:
     """Return an MLP of the masks' shapes with these masks."""
     torch.manual_seed(seed)
@@ -146,14 +168,17 @@ def masked_mlp(masks: dict[str, Mask], seed: int) -> MaskedMLP:
 
 
 def _case(
-    mask: Mask, batch: int, threads: int, names: Sequence[str], seed: int, settings: dict[str, Any]
+    masks: dict[str, Mask], batch: int, threads: int, names: Sequence[str], seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Time the engine in every precision and the opponents `names` in one interleaved run."""
-    mlp = masked_mlp({"task": mask}, seed)
-    layers = _layers(mlp)
+    """Time the engine on each mask in every precision, and the opponents `names`, in one interleaved run.
+
+    The opponents have the first mask: of dense ones the time is the same for all.
+    """
+    mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in masks.items()}
+    layers = _layers(next(iter(mlps.values())))
     x = torch.randn(batch, layers[0].weight.shape[1], generator=torch.Generator().manual_seed(seed))
     with peers(layers, x, threads, names) as (present, absent):
-        ours = _ours(mlp, layers, x)
+        ours = [peer for kind, mlp in mlps.items() for peer in _ours(mlp, x, kind)]
         measured = timings([*ours, *present], **settings)
     return {
         "nnz": sum(int((layer.weight != 0).sum()) for layer in layers),
@@ -165,8 +190,9 @@ def _case(
     }
 
 
-def _ours(mlp: MaskedMLP, layers: Sequence[Layer], x: Tensor) -> list[Peer]:
+def _ours(mlp: MaskedMLP, x: Tensor, kind: str = "ours") -> list[Peer]:
     """Return the engine in each precision, checked."""
+    layers = _layers(mlp)
     frozen = freeze(mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
     frozen = frozen.calibrated(torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))]))
@@ -174,7 +200,7 @@ def _ours(mlp: MaskedMLP, layers: Sequence[Layer], x: Tensor) -> list[Peer]:
     for precision in PRECISIONS:
         sparse, out = frozen.to_precision(precision), torch.empty(len(x), frozen.out_features)
         scores = partial(_scored, sparse, x, out)
-        ours.append(Peer(f"ours {precision}", precision, "ours", partial(sparse.score_into, x, out), scores))
+        ours.append(Peer(f"{kind} {precision}", precision, kind, partial(sparse.score_into, x, out), scores))
         check(ours[-1], reference(layers, x, precision))
     return ours
 
@@ -200,7 +226,7 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
         dense = [n for n in NAMES if not _is_sparse(n)]
         torch.set_num_threads(1)
         for batch in (1, 8, 64, 256, 1024):
-            case = _case(mask, batch, 1, dense, seed, {})
+            case = _case({"ours": mask}, batch, 1, dense, seed, {})
             case.pop("absent")
             cases.append(
                 {"task": task_folder.name, "threads": 1, "batch": batch, "density": mask.layer_density(), **case}
@@ -210,12 +236,11 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
 
 def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Time single calls between which every cache is overwritten, and the same calls hot."""
-    mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
-    layers = _layers(mlp)
+    mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in _masks(sparsity, seed).items()}
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
-    with peers(layers, x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
-        calls = [*_ours(mlp, layers, x), *present]
+    with peers(_layers(mlps["ours"]), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
+        calls = [*(peer for kind, mlp in mlps.items() for peer in _ours(mlp, x, kind)), *present]
         hot = timings(calls, **settings)
         cold = timings(calls, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
     return {
@@ -235,25 +260,32 @@ def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> d
 
 def _break_even(
     sparsities: Sequence[float], seed: int, settings: dict[str, Any], batch: int = 256
-) -> dict[str, float | None]:
-    """Return for each precision the sparsity from which the engine is faster than the best dense opponent.
+) -> dict[str, dict[str, float | None]]:
+    """Return for each kind of mask and precision the sparsity from which the engine beats the best dense opponent.
 
-    None where it is not faster at any of `sparsities`, or where no opponent has the precision.
+    None where it does not at any of `sparsities`, or where no opponent has the precision.
     """
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     calls = []
     for sparsity in sparsities:
-        mlp = masked_mlp({"task": uniform_mask(sparsity, seed)}, seed)
-        calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, _layers(mlp), x)]
+        for kind, mask in _masks(sparsity, seed).items():
+            mlp = masked_mlp({"task": mask}, seed)
+            calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, x, kind)]
     with peers(_layers(mlp), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
         measured = timings([*calls, *present], **settings)
+    return {kind: _crossings(kind, sparsities, present, measured) for kind in ("ours", "blocks")}
+
+
+def _crossings(
+    kind: str, sparsities: Sequence[float], present: Sequence[Peer], measured: dict[str, Timing]
+) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for precision in PRECISIONS:
         dense = min((measured[p.name].median_us for p in present if p.precision == precision), default=0.0)
         if not dense:
             found[precision] = None
             continue
-        ours = [measured[f"ours {precision} {s}"].median_us / dense for s in sparsities]
+        ours = [measured[f"{kind} {precision} {s}"].median_us / dense for s in sparsities]
         faster = [i for i, time_ratio in enumerate(ours) if time_ratio < 1]
         if not faster:
             found[precision] = None
@@ -268,17 +300,22 @@ def _break_even(
 
 def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Time two tasks whose masks overlap by OVERLAP, and the first of them alone."""
-    one = uniform_mask(sparsity, seed)
-    two = _overlapping(one, OVERLAP, seed + 1)
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     calls: dict[str, Callable[[], object]] = {}
-    for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):
-        frozen = freeze(masked_mlp(masks, seed), sigmoid=True)
-        assert isinstance(frozen, SparseMLP)
-        frozen = frozen.calibrated(x)
-        for precision in PRECISIONS:
-            out = torch.empty(batch, frozen.out_features)
-            calls[f"{name} {precision}"] = partial(frozen.to_precision(precision).score_into, x, out)
+    for kind, one in _masks(sparsity, seed).items():
+        if kind == "blocks":
+            grids = Mask({name: mask[:: BLOCK[0], :: BLOCK[1]] for name, mask in one.items()})
+            two = _spread(_overlapping(grids, OVERLAP, seed + 1))
+        else:
+            two = _overlapping(one, OVERLAP, seed + 1)
+        for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):
+            frozen = freeze(masked_mlp(masks, seed), sigmoid=True)
+            assert isinstance(frozen, SparseMLP)
+            frozen = frozen.calibrated(x)
+            for precision in PRECISIONS:
+                out = torch.empty(batch, frozen.out_features)
+                call = partial(frozen.to_precision(precision).score_into, x, out)
+                calls[f"{kind}, {name} {precision}"] = call
     with torch.inference_mode():
         measured = interleaved(calls, **settings)
     return {
@@ -323,15 +360,16 @@ def best(case: dict[str, Any], kind: str, precisions: Sequence[str]) -> tuple[st
     return name, found[name]
 
 
-def ratio(case: dict[str, Any], precision: str) -> float:
+def ratio(case: dict[str, Any], precision: str, kind: str = "ours") -> float:
     """Return how many times faster the engine, in this precision or a finer one, was than the best dense opponent."""
     finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
-    return best(case, "dense", [precision])[1] / best(case, "ours", finer)[1]
+    return best(case, "dense", [precision])[1] / best(case, kind, finer)[1]
 
 
-def _has_dense(case: dict[str, Any] | None, precision: str) -> bool:
+def has(case: dict[str, Any] | None, kind: str, precision: str) -> bool:
+    """Whether there is a call of a kind in this precision."""
     calls = case["contestants"].values() if case else ()
-    return any(c["kind"] == "dense" and c["precision"] == precision for c in calls)
+    return any(c["kind"] == kind and c["precision"] == precision for c in calls)
 
 
 def _line(case: dict[str, Any]) -> str:
@@ -342,13 +380,13 @@ def _line(case: dict[str, Any]) -> str:
 def report(result: dict[str, Any]) -> str:
     """Return the tables of a record as Markdown."""
     parts = [f"{result['mlp']}, engine {result['engine']}: best dense opponent / engine, medians of interleaved rounds"]
-    for precision in PRECISIONS:
-        parts += [f"### Against dense {precision}", speed_table(result, precision)]
+    for precision, (kind, words) in product(PRECISIONS, KINDS.items()):
+        parts += [f"### {words}, against dense {precision}", speed_table(result, precision, kind)]
     parts += ["### Absent opponents", "\n".join(f"- {name}: {why}" for name, why in result["absent"].items()) or "none"]
     return "\n\n".join(parts)
 
 
-def speed_table(result: dict[str, Any], precision: str) -> str:
+def speed_table(result: dict[str, Any], precision: str, kind: str = "ours") -> str:
     """Return the ratios to the best dense opponent of a precision: rows threads and sparsity, columns batch.
 
     A cell is empty where no dense opponent has the precision.
@@ -358,6 +396,8 @@ def speed_table(result: dict[str, Any], precision: str) -> str:
     for threads in sorted({case["threads"] for case in result["cases"]}):
         for sparsity in sorted({case["sparsity"] for case in result["cases"]}):
             at = {c["batch"]: c for c in result["cases"] if c["threads"] == threads and c["sparsity"] == sparsity}
-            cells = [f"{ratio(at[b], precision):.1f}" if _has_dense(at.get(b), precision) else "" for b in batches]
+            cells = [
+                f"{ratio(at[b], precision, kind):.1f}" if has(at.get(b), "dense", precision) else "" for b in batches
+            ]
             rows.append([str(threads), f"{sparsity:.0%}", *cells])
     return table(["threads", "sparsity", *(f"batch {batch}" for batch in batches)], rows)

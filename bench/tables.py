@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench import experiments, gpu, record
-from bench.cpu import PRECISIONS, best, ratio, speed_table
+from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.tables import comparison_table, table
@@ -34,6 +35,11 @@ TICKETS = (
     "base",
     "hard_sharing",
 )
+# What a reader of the headline knows a machine by.
+ENGINES = {
+    "avx2": "a core with AVX2 alone",
+    "avx512_bf16": "a Sapphire Rapids, whose AMX units multiply dense bf16 and int8",
+}
 ROOT = Path(__file__).parents[1]
 BAR = 40  # characters of the longest bar
 
@@ -72,19 +78,30 @@ def generated() -> dict[Path, str]:
 
 
 def _headline() -> str:
-    cpu = record.read("cpu")
-    at = {c["sparsity"]: c for c in cpu["cases"] if c["batch"] == 256 and c["threads"] == 1}
-    speeds = ", ".join(f"**{ratio(at[0.8], p):.1f}x / {ratio(at[0.9], p):.1f}x** {p}" for p in PRECISIONS)
+    speeds = []
+    for cpu in record.read("cpu").values():
+        at = {c["sparsity"]: c for c in cpu["cases"] if c["batch"] == 256 and c["threads"] == 1}
+        for kind, words in reversed(KINDS.items()):
+            ratios = [
+                f"**{ratio(at[0.8], p, kind):.1f}x / {ratio(at[0.9], p, kind):.1f}x** {p}"
+                for p in PRECISIONS
+                if has(at[0.8], kind, p) and has(at[0.8], "dense", p)
+            ]
+            if ratios:
+                speeds.append(f"  - {words}, {ENGINES[cpu['engine']]}: {', '.join(ratios)}.")
+    mlp = next(iter(record.read("cpu").values()))["mlp"]
     sizes = record.read("memory")
     dense, narrow = (_dense_bytes(sizes, part) for part in (1.0, 0.25))
     canonical, prepacked = sizes["canonical_bytes"], sizes["layout_bytes"]["fp32"]["slices"]
-    return (
-        f"- **Speed.** Against the fastest dense engine of each precision, at 80 % / 90 % sparsity: {speeds}. One "
-        f"MLP, {cpu['mlp']}, 256 rows, one thread of a Sapphire Rapids, whose AMX units multiply dense bf16 and int8. "
-        "Below 1, dense is faster.\n"
-        f"- **Bytes.** Two KuaiRand tasks at 20 % density, fp32: **{dense / canonical:.1f}x** smaller on disk than a "
-        f"dense MLP per task, **{dense / prepacked:.1f}x** smaller in memory once prepacked for large batches. A dense "
-        f"MLP a quarter as wide is {dense / narrow:.1f}x smaller in both."
+    return "\n".join(
+        [
+            f"- **Speed.** Against the fastest dense engine of each precision, at 80 % / 90 % sparsity ({mlp}, 256 "
+            "rows, one thread; below 1, dense is faster):",
+            *speeds,
+            f"- **Bytes.** Two KuaiRand tasks at 20 % density, fp32: **{dense / canonical:.1f}x** smaller on disk than "
+            f"a dense MLP per task, **{dense / prepacked:.1f}x** smaller in memory once prepacked for large batches. A "
+            f"dense MLP a quarter as wide is {dense / narrow:.1f}x smaller in both.",
+        ]
     )
 
 
@@ -195,13 +212,16 @@ def _simulated() -> str:
 
 
 def _speed() -> str:
-    cpu = record.read("cpu")
     parts = []
-    for precision in PRECISIONS:
-        opponents = sorted({best(case, "dense", [precision])[0] for case in cpu["cases"]})
-        parts += [f"Against dense {precision} (the fastest of {', '.join(opponents)}):", speed_table(cpu, precision)]
-    versions = ", ".join(f"{name} {version}" for name, version in cpu["machine"]["peers"].items())
-    parts.append(f"{cpu['mlp']}, {_where(cpu['machine'])}, {versions}, engine {cpu['engine']}.")
+    for cpu in record.read("cpu").values():
+        versions = ", ".join(f"{name} {version}" for name, version in cpu["machine"]["peers"].items())
+        parts.append(f"**{cpu['mlp']}, {_where(cpu['machine'])}, {versions}, engine {cpu['engine']}.**")
+        for precision, (kind, words) in product(PRECISIONS, KINDS.items()):
+            cases = [case for case in cpu["cases"] if has(case, "dense", precision) and has(case, kind, precision)]
+            if cases:
+                opponents = sorted({best(case, "dense", [precision])[0] for case in cases})
+                parts.append(f"{words} against dense {precision} (the fastest of {', '.join(opponents)}):")
+                parts.append(speed_table(cpu, precision, kind))
     return "\n\n".join(parts)
 
 
@@ -214,58 +234,83 @@ def _no_amx() -> str:
 
 
 def _microseconds() -> str:
-    cpu = record.read("cpu")
+    return "\n\n".join(_microseconds_of(cpu) for cpu in record.read("cpu").values())
+
+
+def _microseconds_of(cpu: dict[str, Any]) -> str:
     peak = cpu["roofline"]["fp32_gflops"]
     rows = []
+    kinds = [kind for kind in KINDS if has(cpu["cases"][0], kind, "fp32")]
+    dense = [precision for precision in PRECISIONS if has(cpu["cases"][0], "dense", precision)]
     for case in cpu["cases"]:
         if case["threads"] == 1 and case["sparsity"] == 0.9:
-            ours = [f"{case['contestants'][f'ours {p}']['median_us']:,.0f}" for p in PRECISIONS]
-            dense = [f"{us:,.0f} ({name})" for name, us in (best(case, "dense", [p]) for p in PRECISIONS)]
+            us = {name: c["median_us"] for name, c in case["contestants"].items()}
+            fastest = [f"{us:,.0f} ({name})" for name, us in (best(case, "dense", [p]) for p in dense)]
             useful = [
-                2e-3 * case["nnz"] * case["batch"] / case["contestants"][f"ours {p}"]["median_us"] / peak
-                for p in ("fp32", "int8")
+                2e-3 * case["nnz"] * case["batch"] / us[f"{kind} {p}"] / peak
+                for kind, p in product(kinds, ("fp32", "int8"))
             ]
-            rows.append([str(case["batch"]), *ours, *dense, *(f"{share:.0%}" for share in useful)])
-    header = ["batch", *(f"sparse {p}" for p in PRECISIONS), *(f"dense {p}" for p in PRECISIONS)]
+            ours = [f"{us[f'{kind} {p}']:,.0f}" for kind, p in product(kinds, PRECISIONS)]
+            rows.append([str(case["batch"]), *ours, *fastest, *(f"{share:.0%}" for share in useful)])
+    names = {"ours": "sparse", "blocks": "blocks"}
+    header = ["batch", *(f"{names[kind]} {p}" for kind, p in product(kinds, PRECISIONS))]
+    header += [f"dense {p}" for p in dense]
+    header += [f"{names[kind]} {p}: of peak" for kind, p in product(kinds, ("fp32", "int8"))]
     reads = ", ".join(f"{name} {gbps:.0f}" for name, gbps in cpu["roofline"]["read_gbps"].items())
+    bf16 = cpu["roofline"]["bf16_gflops"]
     note = (
-        f"The last columns: arithmetic on kept weights against this core's measured {peak:.0f} GFLOP/s of dense fp32 "
-        f"(bf16 {cpu['roofline']['bf16_gflops']:.0f}; reads, GB/s: {reads})."
+        f"{_where(cpu['machine'])}. The last columns: arithmetic on kept weights against this core's measured "
+        f"{peak:.0f} GFLOP/s of dense fp32 ({f'bf16 {bf16:.0f}; ' if bf16 else ''}reads, GB/s: {reads})."
     )
-    return f"{table([*header, 'fp32: of peak', 'int8: of fp32 peak'], rows)}\n\n{note}"
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def _engine() -> str:
-    cpu = record.read("cpu")
-    two = []
-    for case in cpu["two_tasks"]:
-        times = {name: c["median_us"] for name, c in case["contestants"].items()}
-        two.append(
-            [str(case["batch"]), *(f"{times[f'two tasks {p}'] / times[f'one task {p}']:.2f}" for p in PRECISIONS)]
-        )
+    return "\n\n".join(_engine_of(cpu) for cpu in record.read("cpu").values())
+
+
+def _engine_of(cpu: dict[str, Any]) -> str:
+    kinds = [kind for kind in KINDS if kind in cpu["break_even"]]
+    two, cold = [], []
+    for kind, case in product(kinds, cpu["two_tasks"]):
+        us = {name: c["median_us"] for name, c in case["contestants"].items()}
+        ratios = (us[f"{kind}, two tasks {p}"] / us[f"{kind}, one task {p}"] for p in PRECISIONS)
+        two.append([KINDS[kind], str(case["batch"]), *(f"{ratio:.2f}" for ratio in ratios)])
     tickets = [
         [case["task"], str(case["batch"]), *(f"{ratio(case, p):.1f}" for p in PRECISIONS)] for case in cpu["tickets"]
     ]
-    cold = []
-    for case in cpu["cold"]:
+    for kind, case in product(kinds, cpu["cold"]):
         temperatures = {
             t: {"contestants": {n: {**c, **c[t]} for n, c in case["contestants"].items()}} for t in ("hot", "cold")
         }
-        cells = [f"{ratio(temperatures[t], p):.1f}" for p in PRECISIONS for t in ("hot", "cold")]
-        cold.append([str(case["batch"]), f"{case['sparsity']:.0%}", *cells])
-    even = ", ".join(f"{p} {'not reached' if s is None else f'{s:.0%}'}" for p, s in cpu["break_even"].items())
+        cells = [
+            f"{ratio(temperatures[t], p, kind):.1f}" if has(temperatures[t], "dense", p) else ""
+            for p in PRECISIONS
+            for t in temperatures
+        ]
+        cold.append([KINDS[kind], str(case["batch"]), f"{case['sparsity']:.0%}", *cells])
+    even = "; ".join(
+        f"{KINDS[kind]}: "
+        + ", ".join(f"{p} {'not reached' if s is None else f'{s:.0%}'}" for p, s in cpu["break_even"][kind].items())
+        for kind in kinds
+    )
     overlap = cpu["two_tasks"][0]["overlap"]
-    return "\n\n".join(
-        [
-            f"Sparsity from which sparse beats the best dense of its precision, at 256 candidates: {even}.",
-            f"Time of two tasks whose masks overlap by {overlap:.0%} (80 % sparsity), over that of one:",
-            table(["batch", *PRECISIONS], two),
+    parts = [
+        f"**{_where(cpu['machine'])}.** Sparsity from which sparse beats the best dense of its precision, at 256 "
+        f"candidates: {even}.",
+        f"Time of two tasks whose masks overlap by {overlap:.0%} (80 % sparsity), over that of one:",
+        table(["kept in", "batch", *PRECISIONS], two),
+    ]
+    if tickets:
+        parts += [
             "Real tickets (KuaiRand, last level), speed against the best dense of each precision:",
             table(["task", "batch", *PRECISIONS], tickets),
-            "Hot, and DRAM-cold (every cache overwritten between calls), against the best dense timed in the same way:",
-            table(["batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
         ]
-    )
+    parts += [
+        "Hot, and DRAM-cold (every cache overwritten between calls), against the best dense timed in the same way:",
+        table(["kept in", "batch", "sparsity", *(f"{p} {t}" for p in PRECISIONS for t in ("hot", "cold"))], cold),
+    ]
+    return "\n\n".join(parts)
 
 
 def _frozen() -> str:

@@ -11,11 +11,12 @@ inline float float_of(uint32_t bits) {
   return v;
 }
 
-// v rounded to bfloat16: to nearest even. The addend carries into the exponent, and into infinity, as it should; a NaN must
-// not get there. Signed comparisons: AVX2 has no others.
+// v rounded to bfloat16: to nearest even. The addend carries into the exponent, and into infinity, as it should; a NaN
+// must not get there. Signed comparisons: AVX2 has no others.
 inline uint32_t bits_of_rounded(float v) {
   const uint32_t bits = bits_of(v), rounded = bits + 0x7fff + (bits >> 16 & 1);
   const auto magnitude = int32_t(bits & 0x7fffffff);
-  return (magnitude > 0x7f800000 ? bits | 0x00400000 : magnitude < 0x00800000 ? bits & 0x80000000 : rounded) & 0xffff0000;
+  const uint32_t nan = bits | 0x00400000, zero = bits & 0x80000000;
+  return (magnitude > 0x7f800000 ? nan : magnitude < 0x00800000 ? zero : rounded) & 0xffff0000;
 }
 inline uint16_t bf16_of(float v) { return uint16_t(bits_of_rounded(v) >> 16); }

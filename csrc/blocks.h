@@ -1,8 +1,8 @@
 // The loops over blocks of 16 outputs and 4 inputs that the vector ISAs share; included as slices.h is.
 //
-// `Blocks` gives: Activation, Sum (sixteen of them), Value (of y), Operand, kBytes (of a block), kSteps (that it is taken
-// in), kRows (of the batch, whose sums fill the registers), load_sum, store_sum, kHasRelu and relu, input (the first of a
-// step), load (a step's weights), add (their products with one row's activations).
+// `Blocks` gives: Activation, Sum (sixteen of them), Value (of y), Operand, kBytes (of a block), kSteps (that it is
+// taken in), kRows (of the batch, whose sums fill the registers), load_sum, store_sum, kHasRelu and relu, input (the
+// first of a step), load (a step's weights), add (their products with one row's activations).
 
 // Where sums begin: with the bias, the same for every row, or with what earlier panels left in y.
 template <class Value>
@@ -20,8 +20,8 @@ struct Panel {
   bool has_relu;  // it is the last one, and its sums are done
 };
 
-// Adds the blocks of kGroups groups, the `at`-th of the panel and those after it, for kRows rows: as many sums are under
-// way. Groups that have no blocks left drop out; the first has the most.
+// Adds the blocks of kGroups groups, the `at`-th of the panel and those after it, for kRows rows: as many sums are
+// under way. All take turns while the last, which has the fewest, has blocks left.
 template <class Blocks, int kRows, int kGroups>
 __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_t at,
                                                       const Start<typename Blocks::Value>& start,

@@ -12,7 +12,8 @@
 //   blocks  for networks whose weights are kept in blocks of 16 x 4, or all of them: any number of rows, as they come.
 //
 // In float32 and bfloat16 tables and slices add the same products in the same order, and blocks in one of their own, so
-// that a row's result is equal to the bit at every batch size, thread count and ISA. In int8 sums are integers, and exact.
+// that a row's result is equal to the bit at every batch size, thread count and ISA. In int8 sums are integers, and
+// exact.
 #ifndef LT4REC_SPARSE_ENGINE_H
 #define LT4REC_SPARSE_ENGINE_H
 
@@ -121,10 +122,10 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 
 // --- Blocks -------------------------------------------------------------------------------------------------------
 //
-// Weights kept or pruned in blocks of 16 consecutive outputs (a group) and 4 consecutive inputs (a quad). A vector holds
-// a group's outputs of one row of the batch; activations stand row by row, as they come: no gathers, no permutations, no
-// transposes, from one row to thousands. A block costs what a tile of a dense product costs: 64 multiply-adds for 256,
-// 128 or 64 bytes of weights and one index.
+// Weights kept or pruned in blocks of 16 consecutive outputs (a group) and 4 consecutive inputs (a quad). A vector
+// holds a group's outputs of one row of the batch; activations stand row by row, as they come: no gathers, no
+// permutations, no transposes, from one row to thousands. A block costs what a tile of a dense product costs: 64
+// multiply-adds for 256, 128 or 64 bytes of weights and one index.
 //
 // What hangs over an edge is padded with weights of 0 and activations of 0. Features keep their order. Inputs are cut
 // into panels, so that what a few rows of the batch hold of one stays in the first cache. Within a panel the groups
@@ -132,7 +133,8 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 //
 // Sums begin with the bias and take the blocks by ascending quad. Within one, F32 adds its inputs in ascending order;
 // BF16 adds input 1 before 0 and 3 before 2, as x86's instruction adds a pair. S8 is exact in any order: a row's scale
-// is such that of every pair of neighbouring weights |w0| + |w1| is at most 128, and 255 times that fits 16 signed bits.
+// is such that of every pair of neighbouring weights |w0| + |w1| is at most 128, and 255 times that fits 16 signed
+// bits.
 enum { QUAD = 4, PANEL_QUADS = 256 };
 
 static inline int64_t quad_count(int64_t features) { return (features + QUAD - 1) / QUAD; }
@@ -219,8 +221,8 @@ typedef struct {
 // `values` and `planes`, in one shape, share the weight. Addresses travel as integers, so that a caller without C can
 // write this as int64s; the scale travels as the bits of a double.
 typedef struct {
-  int64_t is_blocks;     // 1: for LAYOUT_BLOCKS, kept in blocks: rows and columns of `planes` are groups and quads, `nnz`
-                         // counts blocks, and `values` is float[nnz][16][4], 0 beyond the edges
+  int64_t is_blocks;     // 1: for LAYOUT_BLOCKS, kept in blocks: rows and columns of `planes` are groups and quads,
+                         // `nnz` counts blocks, and `values` is float[nnz][16][4], 0 beyond the edges
   int64_t values;        // float[nnz]: what any task keeps, row by row, columns ascending
   int64_t planes;        // uint8_t[tasks][out_features][(in_features + 7) / 8]: column k is bit k % 8 of byte k / 8;
                          // padding is 0. Or 0 for a dense weight, all of whose values stand in `values`
@@ -244,8 +246,8 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 3276
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-// `layouts` are those that the blob shall hold; S8 has no slices. LAYOUT_BLOCKS wants layers in blocks or dense ones, and
-// no other layout beside it.
+// `layouts` are those that the blob shall hold; S8 has no slices. LAYOUT_BLOCKS wants layers in blocks or dense ones,
+// and no other layout beside it.
 int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts, uint8_t** blob,
                        char* message);
 void lt4rec_free(uint8_t* blob);
@@ -340,8 +342,8 @@ enum {
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
-// Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster one
-// or none. S8 has no slices. What is in blocks has no other path.
+// Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster
+// one or none. S8 has no slices. What is in blocks has no other path.
 enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_BLOCKS = 3, PATH_FASTEST = 4 };
 
 // PATH_TABLES or PATH_SLICES: what is faster for this many rows of a network that is not in blocks.

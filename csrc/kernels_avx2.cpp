@@ -167,7 +167,8 @@ struct BlocksF32 {
   }
 };
 
-// A pair of inputs' weights is one 32-bit word, whose high half comes first.
+// A pair of inputs' weights is one 32-bit word, whose high half comes first. Five rows leave registers for both halves,
+// so that each word is loaded once.
 struct BlocksBf16 : BlocksF32 {
   struct Operand {
     Floats first, second;
@@ -216,14 +217,15 @@ struct BlocksS8 {
 #include "elementwise.h"
 #include "codes.h"
 
-// Codes from values, before the zero point, as 32-bit integers. Above a million the conversion might overflow to the other
-// end; a NaN passes the minimum, which returns its second operand then, and converts to the least integer there is.
+// Codes from values, before the zero point, as 32-bit integers. Above a million the conversion might overflow to the
+// other end; a NaN passes the minimum, which returns its second operand then, and converts to the least integer there
+// is.
 inline __m256i scaled(__m256 v, __m256 inverse_scale) {
   return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(1e6f), _mm256_mul_ps(v, inverse_scale)));
 }
 
-// Writes codes by thirty-two, which `values(first)` gives by eight, and the rest one by one. In a line (see HALF_S8) each
-// thirty-two stand twice.
+// Writes codes by thirty-two, which `values(first)` gives by eight, and the rest one by one. In a line (see HALF_S8)
+// each thirty-two stand twice.
 template <bool kIsLine, class Values, class Code>
 __attribute__((always_inline)) inline void write_by_32(int64_t count, int32_t zero_point, uint8_t* to, Values values,
                                                        Code code) {
@@ -348,10 +350,13 @@ extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* lay
 }
 
 extern "C" const Isa lt4rec_isa_avx2 = {
-    "avx2",         slices_f32, slices_bf16,         table_f32, table_bf16,    lt4rec_table_s8_avx2, blocks_f32,
-    nullptr,        blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
-    round_bf16,     round_widened_bf16, add_f32,     line_f32,  line_bf16,     dequantize_s32,       line_u8,
-    requantize_s32, codes_u8,   recode_s32,
+    "avx2",
+    slices_f32,     slices_bf16,
+    table_f32,      table_bf16,         lt4rec_table_s8_avx2,
+    blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
+    transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
+    add_f32,        line_f32,           line_bf16,           dequantize_s32,
+    line_u8,        requantize_s32,     codes_u8,            recode_s32,
     /*slices_from_f32=*/3, /*slices_from_bf16=*/9};
 
 #ifdef __clang__

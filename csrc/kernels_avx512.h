@@ -392,10 +392,13 @@ void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, 
 }  // namespace
 
 extern "C" const Isa LT4REC_ISA = {
-    LT4REC_ISA_NAME,    slices_f32,          slices_bf16, table_f32, table_bf16,    table_s8,       blocks_f32,
-    blocks_native_bf16, blocks_widened_bf16, blocks_s8,   transpose_f32, widen_bf16,
-    round_bf16,         round_widened_bf16,  add_f32,     line_f32,  line_bf16,     dequantize_s32, line_u8,
-    requantize_s32,     codes_u8,            recode_s32,
+    LT4REC_ISA_NAME,
+    slices_f32,     slices_bf16,
+    table_f32,      table_bf16,         table_s8,
+    blocks_f32,     blocks_native_bf16, blocks_widened_bf16, blocks_s8,
+    transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
+    add_f32,        line_f32,           line_bf16,           dequantize_s32,
+    line_u8,        requantize_s32,     codes_u8,            recode_s32,
     /*slices_from_f32=*/13, /*slices_from_bf16=*/25};
 
 #ifdef __clang__

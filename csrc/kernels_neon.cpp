@@ -268,9 +268,12 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 
 // Where slices begin is an estimate from counted instructions: no ARM machine was at hand.
 extern "C" const Isa lt4rec_isa_neon = {
-    "neon",         slices_f32, slices_bf16,         table_f32, table_bf16,    table_s8,       blocks_f32,
-    nullptr,        blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
-    round_bf16,     round_widened_bf16, add_f32,     line_f32,  line_bf16,     dequantize_s32, line_u8,
-    requantize_s32, codes_u8,   recode_s32,
+    "neon",
+    slices_f32,     slices_bf16,
+    table_f32,      table_bf16,         table_s8,
+    blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
+    transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
+    add_f32,        line_f32,           line_bf16,           dequantize_s32,
+    line_u8,        requantize_s32,     codes_u8,            recode_s32,
     /*slices_from_f32=*/4, /*slices_from_bf16=*/17};
 #endif

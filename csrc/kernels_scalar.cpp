@@ -123,8 +123,8 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
                        [](int8_t weight, uint8_t code, int32_t sum) { return sum + weight * code; });
 }
 
-// Calls `fma(weight, activation, sum)` for each weight of each block; `place(input, output)` says where a block holds it,
-// `inputs` in which order they are added.
+// Calls `fma(weight, activation, sum)` for each weight of each block; `place(input, output)` says where a block holds
+// it, `inputs` in which order they are added.
 template <class Weight, class Activation, class Value, class Place, class Fma>
 void add_blocks(const uint8_t* blob, const LayerRecord* layer, const Value* bias, const Activation* x, int64_t x_stride,
                 int64_t rows, Value* y, int64_t y_stride, const int (&inputs)[QUAD], Place place, Fma fma) {
@@ -194,8 +194,11 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 }  // namespace
 
 extern "C" const Isa lt4rec_isa_scalar = {
-    "scalar",   slices_f32,         slices_bf16, table_f32, table_bf16, table_s8,      blocks_f32,
-    nullptr,    blocks_widened_bf16, blocks_s8,  transpose_f32, widen_bf16,
-    round_bf16, round_widened_bf16, add_f32,     line_f32,  line_bf16,  dequantize_s32, line_u8,
-    requantize_s32, codes_u8, recode_s32,
+    "scalar",
+    slices_f32,     slices_bf16,
+    table_f32,      table_bf16,         table_s8,
+    blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
+    transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
+    add_f32,        line_f32,           line_bf16,           dequantize_s32,
+    line_u8,        requantize_s32,     codes_u8,            recode_s32,
     /*slices_from_f32=*/5, /*slices_from_bf16=*/9};

@@ -16,8 +16,8 @@ using std::size_t;
 // The same layer, counted as its planes are: a layer in blocks has a row for each group and a column for each quad.
 CanonicalLayer grid_of(const CanonicalLayer& layer);
 
-// One task's view of a compressed weight, whose layer must outlive it: the kept weights of a row are the set bits of its plane, and their values
-// stand among those of the union's set bits. Columns are looked at by words of 64.
+// One task's view of a compressed weight, whose layer must outlive it: the kept weights of a row are the set bits of
+// its plane, and their values stand among those of the union's set bits. Columns are looked at by words of 64.
 class View {
  public:
   explicit View(const CanonicalLayer& layer)

@@ -448,7 +448,8 @@ struct RowsF32 {
     net.isa->blocks_f32(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
   static void next(const Network&, const LayerRecord&, const float*, const LayerRecord&, float*) {}
-  static void add(const Network& net, const LayerRecord& layer, const float* a, const float* b, bool is_sum, float* to) {
+  static void add(const Network& net, const LayerRecord& layer, const float* a, const float* b, bool is_sum,
+                  float* to) {
     net.isa->add_f32(a, b, is_sum ? net.floats(layer.bias) : nullptr, layer.part_features,
                      is_sum && layer.activation == ACTIVATION_RELU, to);
   }
@@ -760,7 +761,8 @@ int run_blocks(const Network& net, const SparseMlpCall& call) {
   switch (net.header->precision) {
     case PRECISION_F32: return run_blocks<RowsF32>(net, call, false);
     case PRECISION_BF16:
-      return net.isa->blocks_bf16 ? run_blocks<RowsBf16>(net, call, true) : run_blocks<RowsWidenedBf16>(net, call, true);
+      return net.isa->blocks_bf16 ? run_blocks<RowsBf16>(net, call, true)
+                                  : run_blocks<RowsWidenedBf16>(net, call, true);
     default: return run_blocks<RowsS8>(net, call, false);
   }
 }

@@ -102,7 +102,8 @@ def bench(*arguments: str, **environment: str) -> str:
 @pytest.mark.bench_short
 def test_the_cpu_suites_run_in_their_short_form() -> None:
     printed = bench("cpu", "--short")
-    assert "### Against dense fp32" in printed and "ours int8" in printed and "torch fp32" in printed
+    assert "### Single weights, against dense fp32" in printed and "ours int8" in printed and "torch fp32" in printed
+    assert "### Blocks of 16 x 4, against dense int8" in printed and "blocks bf16" in printed
     assert "raised" not in printed  # a reason for an absence that we would not know of
     assert "ours bf16" in bench("no-amx", "--short", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
 

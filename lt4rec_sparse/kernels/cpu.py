@@ -191,8 +191,8 @@ def prepack_layers(
     precision_code = _precision_code(precision)
     known = {"blocks"} if "blocks" in layouts else set(UNSTRUCTURED)
     if not layouts or not known.issuperset(layouts):
-        wanted = f"blocks alone, or some of {', '.join(UNSTRUCTURED)}"
-        raise ValueError(f"layouts: got {tuple(layouts)}, wanted {wanted}")
+        allowed = f"blocks alone, or some of {', '.join(UNSTRUCTURED)}"
+        raise ValueError(f"layouts: got {tuple(layouts)}, wanted {allowed}")
     if not tasks or not all(tasks):
         raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
     in_features = tasks[0][0].in_features

@@ -34,7 +34,8 @@ def test_kernels_of_other_processors_compute_what_the_scalar_definition_does(tmp
     for source in [*sources, HERE / "compare_isas.cpp", HERE / "emulated" / "isa.cpp"]:
         is_emulated = source.stem.startswith(("kernels_avx512", "kernels_avx2_vnni"))
         flags = EMULATED if is_emulated else ("-O2",)
-        commands.append([COMPILER, *FLAGS, *flags, "-c", source, "-o", tmp_path / f"{source.parent.name}_{source.stem}.o"])
+        target = tmp_path / f"{source.parent.name}_{source.stem}.o"
+        commands.append([COMPILER, *FLAGS, *flags, "-c", source, "-o", target])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     program = tmp_path / "compare_isas"

@@ -49,7 +49,7 @@ def rows_of_bits(*rows: int) -> Tensor:
 
 def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
     assert torch.equal(three_layers(cpu.describe(blob).precision), blob)
-    for offset, (batch, path) in itertools.product((8, 24, 56), itertools.product((3, 70), ("auto", *cpu.UNSTRUCTURED))):
+    for offset, batch, path in itertools.product((8, 24, 56), (3, 70), ("auto", *cpu.UNSTRUCTURED)):
         moved = torch.zeros(blob.numel() + offset, dtype=torch.uint8)[offset:]
         moved.copy_(blob)
         out = torch.empty(batch, 3)
