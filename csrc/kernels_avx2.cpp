@@ -225,7 +225,7 @@ inline __m256i scaled(__m256 v, __m256 inverse_scale) {
 }
 
 // Writes codes by thirty-two, which `values(first)` gives by eight, and the rest one by one. In a line (see HALF_S8)
-// each thirty-two stand twice.
+// each thirty-two appear twice.
 template <bool kIsLine, class Values, class Code>
 __attribute__((always_inline)) inline void write_by_32(int64_t count, int32_t zero_point, uint8_t* to, Values values,
                                                        Code code) {

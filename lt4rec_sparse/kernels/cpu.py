@@ -177,7 +177,7 @@ def prepack_layers(
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
         layouts: "tables" for small batches and int8, "slices" (sliced ELLPACK) for large ones, or both; or "blocks"
-            alone, for layers in blocks and dense ones. In blocks a row's scale in int8 is such that two neighbouring
+            alone, for layers in blocks and dense ones. There the scale of a row in int8 is such that two neighbouring
             weights of a block add up to at most 128 steps.
 
     Returns:

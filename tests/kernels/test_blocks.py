@@ -286,7 +286,7 @@ def test_pairs_of_weights_do_not_saturate(kernel: Kernel, pair: tuple[float, flo
     steps = (weight / steps_of(weight, in_blocks=True)[:, None]).round().abs().unflatten(1, (-1, 2)).sum(-1)
     assert steps.max() <= 128
     layer = MaskedLayer(weight, torch.ones_like(weight, dtype=torch.bool), None, "none", 1.0, 0)
-    x = torch.full((3, 64), 1e9)  # codes of 255
+    x = torch.full((3, 64), 1e9)  # 255 once quantised
     x[1] = 0
     assert_case(kernel, exact_case([[layer]], x, "int8"))
 

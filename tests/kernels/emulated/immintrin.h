@@ -59,9 +59,9 @@ inline __m512 fma(__m512 a, __m512 b, __m512 c) {
 }
 
 template <class Vector>
-Vector dot_bytes(Vector sum, Vector codes, Vector weights) {
+Vector dot_bytes(Vector sum, Vector bytes, Vector weights) {
   const auto s = lanes_of<int32_t>(sum);
-  const auto u = lanes_of<uint8_t>(codes);
+  const auto u = lanes_of<uint8_t>(bytes);
   const auto w = lanes_of<int8_t>(weights);
   return make<Vector, int32_t>([&](int i) {
     int32_t total = s.lane[i];
@@ -164,8 +164,8 @@ inline Vector lt4rec_set(T v) {
 
 #define _mm512_fmadd_ps(a, b, c) ::emulated::fma(a, b, c)
 #define _mm512_dpbf16_ps(sum, a, b) ::emulated::dot_bf16(sum, a, b)
-#define _mm512_dpbusd_epi32(sum, codes, weights) ::emulated::dot_bytes<__m512i>(sum, codes, weights)
-#define _mm256_dpbusd_avx_epi32(sum, codes, weights) ::emulated::dot_bytes<__m256i>(sum, codes, weights)
+#define _mm512_dpbusd_epi32(sum, bytes, weights) ::emulated::dot_bytes<__m512i>(sum, bytes, weights)
+#define _mm256_dpbusd_avx_epi32(sum, bytes, weights) ::emulated::dot_bytes<__m256i>(sum, bytes, weights)
 #define _mm512_permutex2var_ps(a, index, b) \
   ::emulated::load<__m512>(&(const __m512i&)::emulated::permute_two<uint32_t>(lt4rec_words(a), index, lt4rec_words(b)))
 #define _mm512_permutex2var_epi16(a, index, b) ::emulated::permute_two<uint16_t>(a, index, b)
@@ -208,8 +208,8 @@ inline __m512i shift_left(__m512i a, int count) {
   const auto x = lanes_of<uint32_t>(a);
   return LT4REC_EACH(__m512i, uint32_t, x.lane[i] << count);
 }
-inline __m512i multiply_bytes(__m512i codes, __m512i weights) {
-  const auto u = lanes_of<uint8_t>(codes);
+inline __m512i multiply_bytes(__m512i bytes, __m512i weights) {
+  const auto u = lanes_of<uint8_t>(bytes);
   const auto w = lanes_of<int8_t>(weights);
   return make<__m512i, int16_t>([&](int i) {
     return clamped(u.lane[2 * i] * w.lane[2 * i] + u.lane[2 * i + 1] * w.lane[2 * i + 1], -32768, 32767);
@@ -249,7 +249,7 @@ inline __m256i half(__m512i v, int which) { return load<__m256i>(reinterpret_cas
 #define _mm512_add_epi32(a, b) ::emulated::add(a, b)
 #define _mm512_and_si512(a, b) ::emulated::bits_and(a, b)
 #define _mm512_maskz_slli_epi32(mask, v, count) ::emulated::shift_left(v, count)
-#define _mm512_maddubs_epi16(codes, weights) ::emulated::multiply_bytes(codes, weights)
+#define _mm512_maddubs_epi16(bytes, weights) ::emulated::multiply_bytes(bytes, weights)
 #define _mm512_madd_epi16(a, b) ::emulated::multiply_halves(a, b)
 #define _mm512_cvtepu8_epi16(v) (::emulated::widened<uint8_t, uint16_t, __m512i>(v))
 #define _mm512_maskz_cvtepu8_epi32(mask, v) (::emulated::widened<uint8_t, uint32_t, __m512i>(v))
