@@ -34,8 +34,9 @@ enum { PRECISION_F32 = 0, PRECISION_BF16 = 1, PRECISION_S8 = 2 };
 
 // --- Slices -------------------------------------------------------------------------------------------------------
 //
-// A tile holds `lanes` rows of the batch (8, 16, 32 or 64), transposed: one tile row per feature, one lane per row of
-// the batch, so that one vector multiply-add serves a whole register of candidates. Features stand in blocks of
+// A tile holds `lanes` rows of the batch (1, 8, 16, 32 or 64), transposed: one tile row per feature, one lane per row of
+// the batch, so that one vector multiply-add serves a whole register of candidates. (Of a single row, one serves the four
+// rows of a slice.) Features stand in blocks of
 // BLOCK_FEATURES, and in front of every block stands one row of zeros:
 //
 //     tile row:   0      1          2         ...  128          129    130          ...
@@ -56,8 +57,8 @@ static inline int64_t tile_row(int64_t feature) { return feature + feature / BLO
 static inline int64_t tile_rows(int64_t features) { return features + block_count(features); }
 
 // Values from one tile row to the next. Tiles of 8 lanes keep the rows of 16, because the scaled offset below can
-// double twice but not halve.
-static inline int64_t lane_stride(int lanes) { return lanes < 16 ? 16 : lanes; }
+// double twice but not halve; a single row's offsets are cut out of the word by a sixteenth.
+static inline int64_t lane_stride(int lanes) { return lanes == 1 ? 1 : lanes < 16 ? 16 : lanes; }
 
 // Four output rows that add their kept weights within one block together. A block's rows are sorted by how many they
 // have, so that the four are nearly equal; the shorter ones are padded. The first and the last block name every row,
@@ -260,8 +261,11 @@ typedef struct {
 
   // y = activation(x @ W^T + bias) for one tile, rows of zeros included; sigmoid is left to the caller.
   // x and y stand at 64-byte boundaries; x has lane_stride(lanes) values per row, y as many floats.
+  // Of the two for bfloat16 an ISA has one, the other is null: the second reads bfloat16 values that were widened to
+  // float. The first takes tiles of 32 and 64 lanes alone.
   void (*slices_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes);
   void (*slices_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes);
+  void (*slices_widened_bf16)(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes);
 
   // y[r, :] = x[r, :] @ W^T + bias for `rows` (at most MAX_ROWS) rows of the batch; no activation. y has
   // padded(out_features) values per row; S8 writes the exact sums, from `start`. Strides in elements.
@@ -273,8 +277,7 @@ typedef struct {
                    int32_t* y, int64_t y_stride);
 
   // y[r, :] = x[r, :] @ W^T + bias for any number of rows, with ReLU where the layer has one and the sums are floats. x
-  // has a multiple of QUAD values per row. Of the two for bfloat16 an ISA has one, the other is null: the second reads
-  // bfloat16 values that were widened to float.
+  // has a multiple of QUAD values per row. Of the two for bfloat16 an ISA has one, as of those for slices.
   void (*blocks_f32)(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
                      float* y, int64_t y_stride);
   void (*blocks_bf16)(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int64_t rows,

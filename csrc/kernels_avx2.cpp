@@ -1,5 +1,5 @@
-// Eight floats a register, sixteen registers. Two rows of a slice of 32 lanes at a time; windows are read by gathers
-// and byte shuffles.
+// Eight floats a register, sixteen registers. Two rows of a slice of 32 lanes at a time; windows are read by gathers,
+// which are so slow that slices are faster for a single row too, and by byte shuffles.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -22,11 +22,31 @@ struct Ymm {
   static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
   // max returns its second operand where one is NaN: in this order NaN passes, as through torch.relu.
   static Type relu(Type v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
-  static Type load_bf16(const uint16_t* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  static __m256i broadcast_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
   }
-  static Type broadcast_bf16(uint16_t v) { return _mm256_castsi256_ps(_mm256_set1_epi32(int32_t(uint32_t{v} << 16))); }
+  static Type high(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+  }
+  static Type low(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+};
+
+// Four floats, for a single row of the batch.
+struct Xmm {
+  using Type = __m128;
+  static Type load(const float* p) { return _mm_loadu_ps(p); }
+  static void store(float* p, Type v) { _mm_storeu_ps(p, v); }
+  static Type fma(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
+  static Type relu(Type v) { return _mm_max_ps(_mm_setzero_ps(), v); }
+  static Type gather(const float* a, const float* b, const float* c, const float* d) {
+    const __m128 low = _mm_insert_ps(_mm_load_ss(a), _mm_load_ss(b), 0x10);
+    return _mm_insert_ps(_mm_insert_ps(low, _mm_load_ss(c), 0x20), _mm_load_ss(d), 0x30);
+  }
+  static __m128i load_pairs(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static Type high(__m128i v) { return _mm_castsi128_ps(_mm_and_si128(v, _mm_set1_epi32(int(0xffff0000)))); }
+  static Type low(__m128i v) { return _mm_castsi128_ps(_mm_slli_epi32(v, 16)); }
 };
 
 // Sixteen sums in two registers.
@@ -175,14 +195,10 @@ struct BlocksBf16 : BlocksF32 {
   };
   static constexpr int kBytes = 128, kSteps = 2, kRows = 5;
   static constexpr int input(int step) { return 2 * step; }
-  static __m256 high(__m256i pairs) {
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
-  }
-  static __m256 low(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static Operand load(const uint8_t* block, int step) {
     const auto* pairs = reinterpret_cast<const __m256i*>(block + 64 * step);
     const __m256i a = _mm256_loadu_si256(pairs), b = _mm256_loadu_si256(pairs + 1);
-    return {{high(a), high(b)}, {low(a), low(b)}};
+    return {{Ymm::high(a), Ymm::high(b)}, {Ymm::low(a), Ymm::low(b)}};
   }
   static Sum add(const Sum& sum, const float* x, const Operand& weight) {
     return BlocksF32::add(BlocksF32::add(sum, x + 1, weight.first), x, weight.second);
@@ -305,6 +321,7 @@ void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const fl
 
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
+    case 1: return add_slices_of_one<StepF32, Xmm>(blob, layer, x, y);
     case 8: return add_slices<SlicesF32, Ymm, 1, 4>(blob, layer, x, y);
     case 16: return add_slices<SlicesF32, Ymm, 2, 4>(blob, layer, x, y);
     case 32: return add_slices<SlicesF32, Ymm, 4, 2>(blob, layer, x, y);
@@ -312,9 +329,14 @@ void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, f
   }
 }
 
-void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
-  if (lanes == 32) return add_slices<SlicesBf16, Ymm, 4, 2>(blob, layer, x, y);
-  return add_slices<SlicesBf16, Ymm, 8, 1>(blob, layer, x, y);
+void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 1: return add_slices_of_one<StepBf16, Xmm>(blob, layer, x, y);
+    case 8: return add_slices<SlicesWidenedBf16, Ymm, 1, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesWidenedBf16, Ymm, 2, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesWidenedBf16, Ymm, 4, 2>(blob, layer, x, y);
+    default: return add_slices<SlicesWidenedBf16, Ymm, 8, 1>(blob, layer, x, y);
+  }
 }
 
 void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
@@ -351,13 +373,13 @@ extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* lay
 
 extern "C" const Isa lt4rec_isa_avx2 = {
     "avx2",
-    slices_f32,     slices_bf16,
+    slices_f32,     nullptr,            slices_widened_bf16,
     table_f32,      table_bf16,         lt4rec_table_s8_avx2,
     blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,
-    /*slices_from_f32=*/3, /*slices_from_bf16=*/9};
+    /*slices_from_f32=*/1, /*slices_from_bf16=*/1};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -27,11 +27,15 @@ struct Zmm {
   // max returns its second operand where one is NaN: in this order NaN passes, as through torch.relu.
   // The mask is full, and spares a false warning: GCC 12 builds the plain form on an undefined register.
   static Type relu(Type v) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), v); }
-  static Type load_bf16(const uint16_t* p) {
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+  static __m512i broadcast_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
   }
-  static Type broadcast_bf16(uint16_t v) { return _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(uint32_t{v} << 16))); }
+  static Type high(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  static Type low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, pairs, 16)); }
 };
 
 // Eight lanes need half a register: the narrow one loads on more ports, and costs half on CPUs that split the wide.
@@ -43,6 +47,31 @@ struct Ymm {
   static Type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
   static Type relu(Type v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+  static __m256i broadcast_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
+  }
+  static Type high(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+  }
+  static Type low(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+};
+
+// Four floats, for a single row of the batch.
+struct Xmm {
+  using Type = __m128;
+  static Type load(const float* p) { return _mm_loadu_ps(p); }
+  static void store(float* p, Type v) { _mm_storeu_ps(p, v); }
+  static Type fma(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
+  static Type relu(Type v) { return _mm_max_ps(_mm_setzero_ps(), v); }
+  static Type gather(const float* a, const float* b, const float* c, const float* d) {
+    const __m128 low = _mm_insert_ps(_mm_load_ss(a), _mm_load_ss(b), 0x10);
+    return _mm_insert_ps(_mm_insert_ps(low, _mm_load_ss(c), 0x20), _mm_load_ss(d), 0x30);
+  }
+  static __m128i load_pairs(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static Type high(__m128i v) { return _mm_castsi128_ps(_mm_and_si128(v, _mm_set1_epi32(int(0xffff0000)))); }
+  static Type low(__m128i v) { return _mm_castsi128_ps(_mm_slli_epi32(v, 16)); }
 };
 
 struct TableF32 {
@@ -90,13 +119,9 @@ struct TableBf16 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(look_up(window, o)), reinterpret_cast<__m512bh>(o.weight));
   }
 #else
-  static __m512 high(__m512i v) {
-    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))));
-  }
-  static __m512 low(__m512i v) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, v, 16)); }
   static Sum add(Sum sum, const uint16_t* window, const Operands& o) {
     const __m512i x = look_up(window, o);
-    return _mm512_fmadd_ps(low(o.weight), low(x), _mm512_fmadd_ps(high(o.weight), high(x), sum));
+    return _mm512_fmadd_ps(Zmm::low(o.weight), Zmm::low(x), _mm512_fmadd_ps(Zmm::high(o.weight), Zmm::high(x), sum));
   }
 #endif
 };
@@ -164,7 +189,7 @@ struct BlocksBf16 : BlocksF32 {
   static constexpr int input(int step) { return step ^ 1; }
   static Operand load(const uint8_t* block, int step) {
     const __m512i pairs = _mm512_loadu_si512(block + 64 * (step / 2));
-    return step % 2 ? TableBf16::low(pairs) : TableBf16::high(pairs);
+    return step % 2 ? Zmm::low(pairs) : Zmm::high(pairs);
   }
 };
 #endif
@@ -293,6 +318,7 @@ void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const fl
 
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
+    case 1: return add_slices_of_one<StepF32, Xmm>(blob, layer, x, y);
     case 8: return add_slices<SlicesF32, Ymm, 1, 4>(blob, layer, x, y);
     case 16: return add_slices<SlicesF32, Zmm, 1, 4>(blob, layer, x, y);
     case 32: return add_slices<SlicesF32, Zmm, 2, 4>(blob, layer, x, y);
@@ -341,11 +367,18 @@ void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* 
     add_slices<PairsBf16, Zmm, 4, 4>(blob, layer, x, y);
   restore_lanes(y, tile_rows(layer->out_features) * lanes);
 }
+constexpr decltype(Isa::slices_widened_bf16) slices_widened_bf16 = nullptr;
 #else
-void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
-  if (lanes == 32) return add_slices<SlicesBf16, Zmm, 2, 4>(blob, layer, x, y);
-  return add_slices<SlicesBf16, Zmm, 4, 4>(blob, layer, x, y);
+void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 1: return add_slices_of_one<StepBf16, Xmm>(blob, layer, x, y);
+    case 8: return add_slices<SlicesWidenedBf16, Ymm, 1, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesWidenedBf16, Zmm, 1, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesWidenedBf16, Zmm, 2, 4>(blob, layer, x, y);
+    default: return add_slices<SlicesWidenedBf16, Zmm, 4, 4>(blob, layer, x, y);
+  }
 }
+constexpr decltype(Isa::slices_bf16) slices_bf16 = nullptr;
 #endif
 
 void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
@@ -393,7 +426,7 @@ void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, 
 
 extern "C" const Isa LT4REC_ISA = {
     LT4REC_ISA_NAME,
-    slices_f32,     slices_bf16,
+    slices_f32,     slices_bf16,        slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
     blocks_f32,     blocks_native_bf16, blocks_widened_bf16, blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,

@@ -16,8 +16,17 @@ struct Quad {
   static Type fma(Type a, Type b, Type c) { return vfmaq_f32(c, a, b); }
   // What is below zero becomes zero; NaN and -0 pass, as through torch.relu. A maximum would make +0 of -0.
   static Type relu(Type v) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltzq_f32(v))); }
-  static Type load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-  static Type broadcast_bf16(uint16_t v) { return vreinterpretq_f32_u32(vdupq_n_u32(uint32_t{v} << 16)); }
+  static uint32x4_t broadcast_pair(const uint16_t* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return vdupq_n_u32(pair);
+  }
+  static uint32x4_t load_pairs(const uint16_t* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
+  static Type high(uint32x4_t pairs) { return vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000))); }
+  static Type low(uint32x4_t pairs) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16)); }
+  static Type gather(const float* a, const float* b, const float* c, const float* d) {
+    return vld1q_lane_f32(d, vld1q_lane_f32(c, vld1q_lane_f32(b, vld1q_dup_f32(a), 1), 2), 3);
+  }
 };
 
 // Places of elements -> those of the bytes, or of the byte pairs, that each consists of: 2i and 2i + 1 for each i.
@@ -78,15 +87,14 @@ struct TableBf16 {
     return {{first.val[0], first.val[1], second.val[0], second.val[1]},
             vld1q_u32_x4(reinterpret_cast<const uint32_t*>(weights))};
   }
-  static float32x4_t high(uint32x4_t v) { return vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000))); }
-  static float32x4_t low(uint32x4_t v) { return vreinterpretq_f32_u32(vshlq_n_u32(v, 16)); }
   static Sum add(Sum sum, const uint16_t* window, const Operands& o) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(window);
     const uint8x16x4_t first = vld1q_u8_x4(bytes), second = vld1q_u8_x4(bytes + 64);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const uint32x4_t x = vreinterpretq_u32_u8(look_up(first, second, o.index[i])), weight = o.weight.val[i];
-      sum.val[i] = vfmaq_f32(vfmaq_f32(sum.val[i], high(weight), high(x)), low(weight), low(x));
+      const float32x4_t first = vfmaq_f32(sum.val[i], Quad::high(weight), Quad::high(x));
+      sum.val[i] = vfmaq_f32(first, Quad::low(weight), Quad::low(x));
     }
     return sum;
   }
@@ -157,7 +165,7 @@ struct BlocksBf16 : BlocksF32 {
     const uint32x4x4_t pairs = vld1q_u32_x4(reinterpret_cast<const uint32_t*>(block) + GROUP * (step / 2));
     Operand halves;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) halves.val[i] = step % 2 ? TableBf16::low(pairs.val[i]) : TableBf16::high(pairs.val[i]);
+    for (int i = 0; i < 4; ++i) halves.val[i] = step % 2 ? Quad::low(pairs.val[i]) : Quad::high(pairs.val[i]);
     return halves;
   }
 };
@@ -197,6 +205,7 @@ struct BlocksS8 {
 // Eight accumulators, or sixteen: up to four multiply-adds under way in each of four units.
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
+    case 1: return add_slices_of_one<StepF32, Quad>(blob, layer, x, y);
     case 8: return add_slices<SlicesF32, Quad, 2, 4>(blob, layer, x, y);
     case 16: return add_slices<SlicesF32, Quad, 4, 4>(blob, layer, x, y);
     case 32: return add_slices<SlicesF32, Quad, 8, 2>(blob, layer, x, y);
@@ -204,9 +213,14 @@ void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, f
   }
 }
 
-void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
-  if (lanes == 32) return add_slices<SlicesBf16, Quad, 8, 2>(blob, layer, x, y);
-  return add_slices<SlicesBf16, Quad, 16, 1>(blob, layer, x, y);
+void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
+  switch (lanes) {
+    case 1: return add_slices_of_one<StepBf16, Quad>(blob, layer, x, y);
+    case 8: return add_slices<SlicesWidenedBf16, Quad, 2, 4>(blob, layer, x, y);
+    case 16: return add_slices<SlicesWidenedBf16, Quad, 4, 4>(blob, layer, x, y);
+    case 32: return add_slices<SlicesWidenedBf16, Quad, 8, 2>(blob, layer, x, y);
+    default: return add_slices<SlicesWidenedBf16, Quad, 16, 1>(blob, layer, x, y);
+  }
 }
 
 void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
@@ -269,11 +283,11 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 // Where slices begin is an estimate from counted instructions: no ARM machine was at hand.
 extern "C" const Isa lt4rec_isa_neon = {
     "neon",
-    slices_f32,     slices_bf16,
+    slices_f32,     nullptr,            slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
     blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,
-    /*slices_from_f32=*/4, /*slices_from_bf16=*/17};
+    /*slices_from_f32=*/4, /*slices_from_bf16=*/4};
 #endif

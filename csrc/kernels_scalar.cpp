@@ -18,25 +18,22 @@ float fma_bf16(uint16_t weight, uint16_t x, float sum) { return fma_bf16(weight,
 const float* tile_at(const float* x_block, uint64_t distance) {
   return reinterpret_cast<const float*>(reinterpret_cast<const char*>(x_block) + distance);
 }
-const uint16_t* tile_at(const uint16_t* x_block, uint64_t distance) {
-  return reinterpret_cast<const uint16_t*>(reinterpret_cast<const char*>(x_block) + distance);
-}
 
 // One step of one row of a slice, for all lanes.
 void add_step(const StepF32& step, int row, const float* x_block, int lanes, float* y_row) {
-  const float* x_row = tile_at(x_block, step_offset(step.offsets, row) * uint64_t(lane_stride(lanes) / 16));
+  const float* x_row = tile_at(x_block, step_offset(step.offsets, row) * uint64_t(lane_stride(lanes)) / 16);
   for (int lane = 0; lane < lanes; ++lane) y_row[lane] = std::fma(step.weight[row], x_row[lane], y_row[lane]);
 }
-void add_step(const StepBf16& step, int row, const uint16_t* x_block, int lanes, float* y_row) {
+void add_step(const StepBf16& step, int row, const float* x_block, int lanes, float* y_row) {
   for (int half = 1; half >= 0; --half) {
-    const uint16_t* x_row = tile_at(x_block, step_offset(step.offsets[half], row) * uint64_t(lanes / 32));
+    const float* x_row = tile_at(x_block, step_offset(step.offsets[half], row) * uint64_t(lane_stride(lanes)) / 16);
     for (int lane = 0; lane < lanes; ++lane)
       y_row[lane] = fma_bf16(step.weight[row][half], x_row[lane], y_row[lane]);
   }
 }
 
-template <class Step, class Activation>
-void add_slices(const uint8_t* blob, const LayerRecord* layer, const Activation* x, float* y, int lanes) {
+template <class Step>
+void add_slices(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   const int64_t stride = lane_stride(lanes), blocks = block_count(layer->in_features);
   const auto* block_slices = reinterpret_cast<const uint32_t*>(blob + layer->block_slices);
   const auto* slice = reinterpret_cast<const Slice*>(blob + layer->slices);
@@ -47,7 +44,7 @@ void add_slices(const uint8_t* blob, const LayerRecord* layer, const Activation*
     for (int lane = 0; lane < lanes; ++lane) y[row * stride + lane] = 0;
 
   for (int64_t block = 0; block < blocks; ++block) {
-    const Activation* x_block = x + block * (BLOCK_FEATURES + 1) * stride;
+    const float* x_block = x + block * (BLOCK_FEATURES + 1) * stride;
     for (uint32_t s = 0; s < block_slices[block]; ++s, ++slice) {
       for (int r = 0; r < SLICE_ROWS; ++r) {
         float* y_row = y + slice->row[r] * stride;
@@ -65,7 +62,7 @@ void add_slices(const uint8_t* blob, const LayerRecord* layer, const Activation*
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   add_slices<StepF32>(blob, layer, x, y, lanes);
 }
-void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   add_slices<StepBf16>(blob, layer, x, y, lanes);
 }
 
@@ -195,7 +192,7 @@ void transpose_f32(const float* from, int64_t from_stride, int64_t rows, int64_t
 
 extern "C" const Isa lt4rec_isa_scalar = {
     "scalar",
-    slices_f32,     slices_bf16,
+    slices_f32,     nullptr,            slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
     blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,

@@ -285,13 +285,29 @@ class TablePath {
 struct TilesF32 {
   using Activation = float;
   static constexpr bool kIsRounded = false;
+  static const float* rounded(const Network&, const float* tile, int64_t, float*) { return tile; }
   static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
     net.isa->slices_f32(net.blob, &layer, x, y, lanes);
+  }
+};
+struct TilesWidenedBf16 {
+  using Activation = float;
+  static constexpr bool kIsRounded = true;
+  static const float* rounded(const Network& net, const float* tile, int64_t count, float* to) {
+    net.isa->round_widened_bf16(tile, count, to);
+    return to;
+  }
+  static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
+    net.isa->slices_widened_bf16(net.blob, &layer, x, y, lanes);
   }
 };
 struct TilesBf16 {
   using Activation = uint16_t;
   static constexpr bool kIsRounded = true;
+  static const uint16_t* rounded(const Network& net, const float* tile, int64_t count, uint16_t* to) {
+    net.isa->round_bf16(tile, count, to);
+    return to;
+  }
   static void multiply(const Network& net, const LayerRecord& layer, const uint16_t* x, float* y, int lanes) {
     net.isa->slices_bf16(net.blob, &layer, x, y, lanes);
   }
@@ -325,7 +341,8 @@ class SlicePath {
   // Rows [begin, begin + rows) of the batch, at most `lanes` of them.
   void run(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
     load(call, begin, rows, lanes);
-    const Activation* input = rounded(input_, tile_rows(call.in_features) * lane_stride(lanes), rounded_input_);
+    const Activation* input =
+        Tiles::rounded(net_, input_, tile_rows(call.in_features) * lane_stride(lanes), rounded_input_);
     const Activation* x = input;
     int64_t column = 0;
     for (uint32_t i = 0; i < net_.header->layers; ++i) {
@@ -345,18 +362,12 @@ class SlicePath {
         column += layer.out_features;
         x = input;
       } else {
-        x = rounded(y, tile_rows(layer.out_features) * lane_stride(lanes), rounded_hidden_);
+        x = Tiles::rounded(net_, y, tile_rows(layer.out_features) * lane_stride(lanes), rounded_hidden_);
       }
     }
   }
 
  private:
-  static const float* rounded(const float* tile, int64_t, const float*) { return tile; }
-  const uint16_t* rounded(const float* tile, int64_t count, uint16_t* to) const {
-    net_.isa->round_bf16(tile, count, to);
-    return to;
-  }
-
   // Rows of x -> a tile. Lanes past `rows` become zeros: they are computed and dropped, and whatever stood there
   // before might be denormal, which is slow.
   void load(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
@@ -654,7 +665,8 @@ class BlockPath {
 struct Width {
   int lanes, cost;
 };
-constexpr Width kWidths[] = {{8, 4}, {16, 4}, {32, 6}, {64, 10}};
+constexpr Width kWidths[] = {{1, 2}, {8, 4}, {16, 4}, {32, 6}, {64, 10}};
+constexpr const Width* kWidest = kWidths + 4;
 
 const Width& narrowest_for(int64_t rows, const Width* narrowest) {
   const Width* width = narrowest;
@@ -667,7 +679,7 @@ const Width& narrowest_for(int64_t rows, const Width* narrowest) {
 int choose_lanes(int64_t batch, int64_t threads, const Width* narrowest) {
   int best = 0;
   int64_t best_cost = INT64_MAX;
-  for (const Width* width = narrowest; width < kWidths + 4; ++width) {
+  for (const Width* width = narrowest; width <= kWidest; ++width) {
     const int64_t full = batch / width->lanes, rest = batch % width->lanes;
     const int64_t last = full % threads ? width->cost : rest ? narrowest_for(rest, narrowest).cost : 0;
     const int64_t cost = full / threads * width->cost + last;
@@ -731,7 +743,8 @@ int run_tables(const Network& net, const SparseMlpCall& call, bool flushes) {
 template <class Tiles>
 int run_slices(const Network& net, const SparseMlpCall& call, bool flushes) {
   const int64_t threads = choose_threads(*net.header, call);
-  const Width* narrowest = flushes ? kWidths + 2 : kWidths;  // bfloat16 fills a register with 32 lanes
+  // A register of bfloat16 holds 32 lanes.
+  const Width* narrowest = sizeof(typename Tiles::Activation) == sizeof(float) ? kWidths : kWidths + 3;
   const int lanes = choose_lanes(call.batch, threads, narrowest);
   const auto make = [&](Arena& arena) { return SlicePath<Tiles>(net, arena, lanes); };
   return for_each_piece<SlicePath<Tiles>>(
@@ -807,7 +820,9 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
     case PRECISION_F32:
       return uses_slices ? run_slices<TilesF32>(net, *call, false) : run_tables<LinesF32>(net, *call, false);
     case PRECISION_BF16:
-      return uses_slices ? run_slices<TilesBf16>(net, *call, true) : run_tables<LinesBf16>(net, *call, true);
+      if (!uses_slices) return run_tables<LinesBf16>(net, *call, true);
+      return isa->slices_bf16 ? run_slices<TilesBf16>(net, *call, true)
+                              : run_slices<TilesWidenedBf16>(net, *call, true);
     default: return run_tables<LinesS8>(net, *call, false);
   }
 }

@@ -202,7 +202,9 @@ def test_small_batches_take_tables_and_large_ones_slices() -> None:
     for precision in ("fp32", "bf16"):
         paths = [cpu.path_for(batch, precision) for batch in range(200)]
         assert paths == sorted(paths, key=("tables", "slices").index)
-        assert (paths[1], cpu.path_for(LARGE, precision)) == ("tables", "slices")
+        # AVX2 looks up a table by gathers, and takes slices for a single row too.
+        smallest = "slices" if cpu.isa().startswith("avx2") else "tables"
+        assert (paths[1], cpu.path_for(LARGE, precision)) == (smallest, "slices")
 
 
 @precisions

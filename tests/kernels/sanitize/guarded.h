@@ -170,9 +170,15 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
   wrapped.slices_f32 = [](const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
     slices(state().isa->slices_f32, blob, layer, x, y, lanes);
   };
-  wrapped.slices_bf16 = [](const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
-    slices(state().isa->slices_bf16, blob, layer, x, y, lanes);
-  };
+  if (isa->slices_bf16)
+    wrapped.slices_bf16 = [](const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, float* y, int lanes) {
+      slices(state().isa->slices_bf16, blob, layer, x, y, lanes);
+    };
+  if (isa->slices_widened_bf16)
+    wrapped.slices_widened_bf16 = [](const uint8_t* blob, const LayerRecord* layer, const float* x, float* y,
+                                     int lanes) {
+      slices(state().isa->slices_widened_bf16, blob, layer, x, y, lanes);
+    };
   wrapped.table_f32 = [](const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows,
                          float* y, int64_t y_stride) {
     table<LineF32>(state().isa->table_f32, blob, layer, x, x_stride, rows, y, y_stride);
