@@ -79,16 +79,15 @@ def generated() -> dict[Path, str]:
 
 def _headline() -> str:
     speeds = []
-    for cpu in record.read("cpu").values():
+    for (kind, words), cpu in product(reversed(KINDS.items()), record.read("cpu").values()):
         at = {c["sparsity"]: c for c in cpu["cases"] if c["batch"] == 256 and c["threads"] == 1}
-        for kind, words in reversed(KINDS.items()):
-            ratios = [
-                f"**{ratio(at[0.8], p, kind):.1f}x / {ratio(at[0.9], p, kind):.1f}x** {p}"
-                for p in PRECISIONS
-                if has(at[0.8], kind, p) and has(at[0.8], "dense", p)
-            ]
-            if ratios:
-                speeds.append(f"  - {words}, {ENGINES[cpu['engine']]}: {', '.join(ratios)}.")
+        ratios = [
+            f"**{ratio(at[0.8], p, kind):.1f}x / {ratio(at[0.9], p, kind):.1f}x** {p}"
+            for p in PRECISIONS
+            if has(at[0.8], kind, p) and has(at[0.8], "dense", p)
+        ]
+        if ratios:
+            speeds.append(f"  - {words}, {ENGINES[cpu['engine']]}: {', '.join(ratios)}.")
     mlp = next(iter(record.read("cpu").values()))["mlp"]
     sizes = record.read("memory")
     dense, narrow = (_dense_bytes(sizes, part) for part in (1.0, 0.25))

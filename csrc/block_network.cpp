@@ -63,7 +63,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   const int64_t part_features = padded(first.out_features), groups = part_features / GROUP;
   Owners owners = owners_of(views, groups);
   for (int64_t& count : owners.counts) count *= kBlock;
-  const Parts parts = choose_parts(owners, tasks.size(), first.out_features, INT32_MAX);
+  const Parts parts = choose_parts(owners, tasks.size(), first.out_features);
   if (parts.shared == 0) return {};
 
   Layer layer = without_weights(first);

@@ -65,12 +65,11 @@ static inline int64_t lane_stride(int lanes) { return lanes == 1 ? 1 : lanes < 1
 // for the bias and the activation; the others leave out slices without a kept weight.
 // Where there is no multiple of four, the missing rows have no bias, only padding, and tile row 0: they write zeros
 // onto the row of zeros.
-// A slice names its rows in 16 bits: the last feature of MAX_OUT_FEATURES stands in tile row 65535.
-enum { SLICE_ROWS = 4, MAX_OUT_FEATURES = 65027 };
+enum { SLICE_ROWS = 4 };
 
 typedef struct {
-  uint16_t steps;
-  uint16_t row[SLICE_ROWS];  // tile rows of the output
+  uint32_t steps;
+  uint32_t row[SLICE_ROWS];  // tile rows of the output
 } Slice;
 
 // F32: the next kept weight of each row of a slice: 24 bytes, 6 for each weight.
@@ -154,7 +153,7 @@ static inline int64_t panel_count(int64_t features) { return (quad_count(feature
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 4, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 5, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -231,7 +230,7 @@ typedef struct {
   int64_t task;          // the plane that this layer reads
   int64_t bias;          // float[out_features], or 0 for none
   int64_t in_features;   // at least 1
-  int64_t out_features;  // at least 1; but for blocks, above MAX_OUT_FEATURES is refused
+  int64_t out_features;  // at least 1; above MAX_OUT_FEATURES is refused
   int64_t nnz;
   int64_t activation;
   int64_t is_head;
@@ -239,8 +238,8 @@ typedef struct {
   int64_t input_zero_point;
 } CanonicalLayer;
 
-// Sums of int8 products must fit 32 bits; above 16 million inputs a tile would not fit most memories.
-enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 32768 };
+// Sums of int8 products must fit 32 bits; above 16 million features a tile would not fit most memories.
+enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_OUT_FEATURES = 1 << 24, MAX_IN_FEATURES_S8 = 32768 };
 
 // Checks `layers` and returns the size of their blob in bytes, which the caller gives back through lt4rec_free.
 // Returns -1 with the reason in `message` [MESSAGE_BYTES] where the layers are not canonical, -2 where memory does not

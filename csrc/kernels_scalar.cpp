@@ -50,7 +50,7 @@ void add_slices(const uint8_t* blob, const LayerRecord* layer, const float* x, f
         float* y_row = y + slice->row[r] * stride;
         if (block == 0)
           for (int lane = 0; lane < lanes; ++lane) y_row[lane] = bias[s * SLICE_ROWS + uint32_t(r)];
-        for (int i = 0; i < slice->steps; ++i) add_step(step[i], r, x_block, lanes, y_row);
+        for (uint32_t i = 0; i < slice->steps; ++i) add_step(step[i], r, x_block, lanes, y_row);
         if (layer->activation == ACTIVATION_RELU && block == blocks - 1)
           for (int lane = 0; lane < lanes; ++lane) y_row[lane] = relu(y_row[lane]);
       }

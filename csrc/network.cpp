@@ -110,8 +110,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
     for (size_t row = 0; row < kept.size(); ++row) kept[row] += of_task[row];
   }
   const Owners owners = owners_of(views, first.out_features);
-  const int64_t most_parts = MAX_OUT_FEATURES / padded(first.out_features);
-  const Parts parts = choose_parts(owners, tasks.size(), first.out_features, most_parts);
+  const Parts parts = choose_parts(owners, tasks.size(), first.out_features);
   if (parts.shared == 0) return {};
   positions = has_head ? in_place(first.out_features) : by_kept_weights(kept);
 
@@ -176,7 +175,7 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
   const bool wants_blocks = layouts & LAYOUT_BLOCKS;
   if (layer.is_blocks != (wants_blocks && layer.planes != 0))
     return refuse("is_blocks", layer.is_blocks, "for these layouts", !layer.is_blocks);
-  if (!wants_blocks && layer.out_features > MAX_OUT_FEATURES)
+  if (layer.out_features > MAX_OUT_FEATURES)
     return refuse("out_features", layer.out_features, "at most", MAX_OUT_FEATURES);
   if (layer.in_features > MAX_IN_FEATURES) return refuse("in_features", layer.in_features, "at most", MAX_IN_FEATURES);
   if (precision == PRECISION_S8) {

@@ -81,7 +81,7 @@ PackedSlices<Step> pack_slices(const Layer& layer) {
     uint32_t slices = 0;
     for (size_t first = 0; first < order.size(); first += SLICE_ROWS) {
       Slice slice{};
-      slice.steps = uint16_t((kept(order[first]) + kKept - 1) / kKept);
+      slice.steps = uint32_t((kept(order[first]) + kKept - 1) / kKept);
       if (slice.steps == 0 && block != 0 && block != blocks - 1) break;
       const size_t first_step = packed.steps.size();
       packed.steps.resize(first_step + slice.steps, padding(static_cast<const Step*>(nullptr)));
@@ -89,7 +89,7 @@ PackedSlices<Step> pack_slices(const Layer& layer) {
         const int64_t row = order[first + size_t(r)];
         if (block == 0) packed.bias.push_back(row < int64_t(layer.bias.size()) ? layer.bias[size_t(row)] : 0);
         if (row >= rows) continue;
-        slice.row[r] = uint16_t(tile_row(row));
+        slice.row[r] = uint32_t(tile_row(row));
         for (int64_t j = 0; j < kept(row); ++j) {
           const auto i = size_t(begin[size_t(row)] + j);
           const auto offset = uint64_t(64 * (weight.column[i] % BLOCK_FEATURES + 1));

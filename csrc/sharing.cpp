@@ -31,10 +31,9 @@ Owners owners_of(const std::vector<View>& tasks, int64_t out_features) {
   return owners;
 }
 
-Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features, int64_t most_parts) {
+Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features) {
   constexpr int64_t kMostShared = 8;       // the sums of more parts cost what they save
   constexpr size_t kMostCandidates = 256;  // the search is quadratic in them
-  const int64_t room = most_parts - int64_t(tasks);
   Parts parts;
   parts.cover.resize(owners.sets.size());
   std::vector<uint64_t> left(owners.sets);  // of each set, the tasks that no part serves yet
@@ -51,7 +50,7 @@ Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features, int
     }
     parts.sets.push_back(part);
   };
-  while (int64_t(parts.sets.size()) < std::min(kMostShared, room)) {
+  while (int64_t(parts.sets.size()) < kMostShared) {
     int64_t most = -1;
     uint64_t best = 0;
     for (const auto& candidate : candidates) {

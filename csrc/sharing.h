@@ -147,8 +147,8 @@ struct Parts {
   size_t shared = 0;
 };
 
-// `counts` of `owners` are multiply-adds; what is left at the end of `most_parts` are the tasks' own.
-Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features, int64_t most_parts);
+// `counts` of `owners` are multiply-adds.
+Parts choose_parts(const Owners& owners, size_t tasks, int64_t out_features);
 
 }  // namespace lt4rec
 #endif

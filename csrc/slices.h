@@ -8,7 +8,7 @@
 // Where the tile row of a slice's row begins.
 template <int kStride, class T>
 inline T* row_of(T* y, const Slice& slice, int row) {
-  return y + slice.row[row] * kStride;
+  return y + int64_t{slice.row[row]} * kStride;
 }
 
 struct SlicesF32 {
@@ -144,12 +144,12 @@ __attribute__((always_inline)) inline const Step* add_together(const Slice* slic
   typename Four::Type sum[kSlices];
 #pragma GCC unroll 4
   for (int s = 0; s < kSlices; ++s) {
-    const uint16_t* row = slices[s].row;
+    const uint32_t* row = slices[s].row;
     sum[s] = bias ? Four::load(bias + s * SLICE_ROWS) : Four::gather(y + row[0], y + row[1], y + row[2], y + row[3]);
     at[s + 1] = at[s] + slices[s].steps;
   }
-  const int common = slices[kSlices - 1].steps;
-  for (int i = 0; i < common; ++i) {
+  const uint32_t common = slices[kSlices - 1].steps;
+  for (uint32_t i = 0; i < common; ++i) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSlices; ++s) sum[s] = add_step<Four>(at[s][i], x_block, sum[s]);
   }

@@ -536,6 +536,7 @@ class BlockPath {
  public:
   // So many rows' activations fit the second cache beside a piece of the weights.
   static constexpr int64_t kMostRows = 48;
+  static constexpr int64_t kCachedBytes = 4 << 20;  // of x: most processors' last cache has as many per core
 
   static int64_t scratch_bytes(const BlobHeader& header, int64_t rows) {
     const int64_t lines = line_length(header.in_features) + line_length(header.hidden_features);
@@ -560,7 +561,9 @@ class BlockPath {
     bool has_nan[kMostRows] = {};
     const Activation* input = input_;
     int64_t input_stride = input_stride_;
-    if (Rows::kReadsX && !call.is_bf16 && call.in_features % QUAD == 0) {
+    // Beyond the caches rows are copied first, one after the other: blocks would fetch them from memory here and there.
+    const bool is_cached = call.batch * call.in_features * int64_t{sizeof(float)} <= kCachedBytes;
+    if (Rows::kReadsX && !call.is_bf16 && call.in_features % QUAD == 0 && is_cached) {
       input = static_cast<const Activation*>(call.x) + begin * call.x_stride;
       input_stride = call.x_stride;
     } else {

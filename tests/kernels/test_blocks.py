@@ -132,7 +132,7 @@ def test_every_number_of_threads_is_exact(kernel: Kernel, threads: int) -> None:
 
 
 @of_every_kernel
-def test_a_layer_may_have_more_outputs_than_slices_can_name(kernel: Kernel) -> None:
+def test_a_layer_may_have_many_outputs(kernel: Kernel) -> None:
     layer = random_layer(random_block_mask(70_001, 9, 0.5, seed=1), "relu", seed=2)
     assert_case(kernel, exact_case([[layer]], integers_like(2, 9), kernel.precision))
 

@@ -339,12 +339,11 @@ def test_any_tasks_may_share_a_part_exactly(kernel: Kernel, name: str) -> None:
 
 
 @kernels_of("fp32")
-@pytest.mark.parametrize(("out_features", "can_share"), ((21664, True), (21665, False)))
-def test_no_more_parts_than_a_slice_can_name(kernel: Kernel, out_features: int, can_share: bool) -> None:
-    weight = integers_like(out_features, 17)
+def test_parts_may_have_more_rows_than_16_bits_name(kernel: Kernel) -> None:
+    weight = integers_like(21_665, 17)
     layer = MaskedLayer(weight, torch.ones_like(weight, dtype=torch.bool), None, "none")
     case = exact_case([[layer], [layer]], integers_like(2, 17), "fp32")
-    assert is_shared(case.prepacked) == can_share  # two parts of their own and one in common: 3 * 21664 rows
+    assert is_shared(case.prepacked)  # two parts of their own and one in common
     assert_case(kernel, case)
 
 

@@ -298,18 +298,18 @@ def test_a_part_of_a_weight_is_a_weight_of_its_own(precision: str, part: str) ->
 
 
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)
-def test_more_rows_than_a_slice_can_name_are_refused(precision: str) -> None:
+def test_a_layer_may_be_wide_but_not_endless(precision: str) -> None:
     def dead_layer(out_features: int) -> cpu.PackLayer:
         planes = torch.zeros(1, out_features, 1, dtype=torch.uint8)
         return full_layer(1, 1)._replace(values=torch.ones(0), planes=planes, out_features=out_features)
 
-    widest = cpu.prepack_layers([[dead_layer(65027)]], precision)
-    out = torch.empty(2, 65027)
+    widest = cpu.prepack_layers([[dead_layer(70001)]], precision)
+    out = torch.empty(2, 70001)
     for path in ("auto", *cpu.UNSTRUCTURED):
         cpu.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
         assert not out.any()
-    with pytest.raises(ValueError, match="out_features: got 65028, wanted at most 65027"):
-        cpu.prepack_layers([[dead_layer(65028)]], precision)
+    with pytest.raises(ValueError, match="out_features: got 16777217, wanted at most 16777216"):
+        cpu.prepack_layers([[dead_layer(2**24 + 1)]], precision)
 
 
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)

@@ -122,7 +122,7 @@ SLICE_STEPS = {
     "fp32": np.dtype([("offsets", "<u8", (1,)), ("weight", "<f4", (SLICE_ROWS, 1))]),
     "bf16": np.dtype([("offsets", "<u8", (2,)), ("weight", "<u2", (SLICE_ROWS, 2))]),
 }
-SLICE = np.dtype([("steps", "<u2"), ("row", "<u2", (SLICE_ROWS,))])
+SLICE = np.dtype([("steps", "<u4"), ("row", "<u4", (SLICE_ROWS,))])
 
 
 class Weights:
@@ -405,7 +405,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 4)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 5)
     assert header.layouts == (LAYOUTS["tables"] if precision == "int8" else sum(LAYOUTS.values()))
     assert header.bytes == len(blob.bytes)
     assert header.bytes % ALIGNMENT == 0
