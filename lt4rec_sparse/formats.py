@@ -262,8 +262,9 @@ def _described(weight: Tensor) -> str:
 
 def _row_offsets(mask: Tensor) -> Tensor:
     # By 128, whose sums fit a byte: torch adds bytes thirty times as fast as it counts what is not zero.
-    padded = F.pad(mask.view(torch.uint8), (0, -mask.shape[1] % 128))
-    counts = padded.view(len(mask), -1, 128).sum(-1, dtype=torch.uint8).sum(1)
+    rows, columns = mask.shape
+    padded = F.pad(mask.view(torch.uint8), (0, -columns % 128))
+    counts = padded.view(rows, -(-columns // 128), 128).sum(-1, dtype=torch.uint8).sum(1)
     return (counts.cumsum(0) - counts).to(torch.int32)
 
 
