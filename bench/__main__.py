@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
             print(experiments.keep(Path(folder), name))
         case ["keep", folder, name]:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            results.pop("command", None)  # names folders of this machine
             print(record.write(name, {"machine": record.machine(), "results": results}))
             for plot in ("tickets", "latency"):
                 shutil.copy(Path(folder) / "plots" / f"{plot}.png", record.RESULTS / f"{name}_{plot}.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +40,7 @@ ENGINES = {
     "avx2": "a core with AVX2 alone",
     "avx512_bf16": "a Sapphire Rapids, whose AMX units multiply dense bf16 and int8",
 }
+RUNS = ("kuairand_pure", "kuairand_pure_blocks", "simulated")  # that were kept
 ROOT = Path(__file__).parents[1]
 BAR = 40  # characters of the longest bar
 
@@ -344,7 +345,7 @@ def _frozen() -> str:
 
 def _bytes() -> str:
     rows = []
-    for name in ("kuairand_pure", "simulated"):
+    for name in RUNS:
         results = record.read(name)["results"]
         for row, frozen in results["frozen"].items():
             sizes = frozen["bytes"]
@@ -364,7 +365,7 @@ def _bytes() -> str:
 
 def _served() -> str:
     rows = []
-    for name in ("kuairand_pure", "simulated"):
+    for name in RUNS:
         results = record.read(name)["results"]
         for row, frozen in results["frozen"].items():
             differences = ", ".join(f"{task} {value:.1e}" for task, value in frozen["largest_difference"].items())
@@ -373,12 +374,16 @@ def _served() -> str:
 
 
 def _precision() -> str:
-    results = record.read("kuairand_pure")["results"]
+    return "\n\n".join(part for name in RUNS[:2] for part in _precisions_of(name))
+
+
+def _precisions_of(name: str) -> Iterator[str]:
+    kept = record.read(name)
+    results = kept["results"]
     tasks = results["data"]["tasks"]
     header = ["precision"]
     for task, kind in tasks.items():
         header += [f"{task} {MAIN_METRIC[kind].upper()}", "against fp32"]
-    parts = []
     for model, frozen in results["frozen"].items():
         sizes = sorted({x["candidates"] for x in frozen["latency"]})
         us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
@@ -392,8 +397,12 @@ def _precision() -> str:
             row += [f"{max(judged['largest_difference'].values()):.1e}", *(f"{us[path, size]:.0f}" for size in sizes)]
             rows.append([*row, "yes" if judged["accepted"] else "no"])
         columns = [*header, "largest difference of a score", *(f"µs at {size}" for size in sizes), "accepted"]
-        parts.append(f"{results['rows'][model]}:\n\n{table(columns, rows)}")
-    return "\n\n".join(parts)
+        kept_by = results["config"].get("granularity", "weight")
+        dense = ", ".join(f"{us['dense, MLP alone', size]:,.0f} at {size}" for size in sizes)
+        yield (
+            f"{results['rows'][model]}, pruned by {kept_by}, {_where(kept['machine'])}; dense fp32 takes {dense}:\n\n"
+            f"{table(columns, rows)}"
+        )
 
 
 def _memory() -> str:

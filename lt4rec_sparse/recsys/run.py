@@ -110,7 +110,7 @@ def run(
                 "data": facts,
                 "config": config,
                 "machine": _machine(),
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "command": shlex.join(["lt4rec-sparse", *sys.argv[1:]]),
                 **_measured(prepared, out, settings, facts, progress, resources or Resources()),
                 "seconds": perf_counter() - started,
             }
