@@ -283,6 +283,7 @@ void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const fl
 
 #include "slices.h"
 #include "table.h"
+#include "entries.h"
 #include "transpose_avx.h"
 
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
@@ -305,31 +306,6 @@ void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const fl
   }
 }
 
-void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
-               int64_t y_stride) {
-  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
-                int64_t y_stride) {
-  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
-                int64_t y_stride) {
-  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
-                         float* y, int64_t y_stride) {
-  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
-               int32_t* y, int64_t y_stride) {
-  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
-}
-
 }  // namespace
 
 extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride,
@@ -341,7 +317,7 @@ extern "C" const Isa lt4rec_isa_avx2 = {
     "avx2",
     slices_f32,     nullptr,            slices_widened_bf16,
     table_f32,      table_bf16,         lt4rec_table_s8_avx2,
-    blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
+    blocks_f32,     native(blocks_bf16), widened(blocks_bf16), blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,

@@ -189,6 +189,7 @@ struct BlocksS8 {
 #include "elementwise.h"
 #include "slices.h"
 #include "table.h"
+#include "entries.h"
 #include "transpose_avx.h"
 
 // Codes from values, not yet clamped. Above a million the conversion might overflow to the other end; a NaN passes the
@@ -348,16 +349,6 @@ void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const fl
 constexpr decltype(Isa::slices_bf16) slices_bf16 = nullptr;
 #endif
 
-void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
-               int64_t y_stride) {
-  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
-                int64_t y_stride) {
-  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
 #ifdef LT4REC_HAS_VNNI
 void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
               int64_t y_stride) {
@@ -367,35 +358,13 @@ void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, i
 constexpr auto table_s8 = lt4rec_table_s8_avx2;
 #endif
 
-void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
-                int64_t y_stride) {
-  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_bf16(const uint8_t* blob, const LayerRecord* layer, const BlocksBf16::Activation* x, int64_t x_stride,
-                 int64_t rows, float* y, int64_t y_stride) {
-  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-#ifdef LT4REC_HAS_BF16
-constexpr auto blocks_native_bf16 = blocks_bf16;
-constexpr decltype(Isa::blocks_widened_bf16) blocks_widened_bf16 = nullptr;
-#else
-constexpr decltype(Isa::blocks_bf16) blocks_native_bf16 = nullptr;
-constexpr auto blocks_widened_bf16 = blocks_bf16;
-#endif
-
-void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
-               int32_t* y, int64_t y_stride) {
-  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
-}
-
 }  // namespace
 
 extern "C" const Isa LT4REC_ISA = {
     LT4REC_ISA_NAME,
     slices_f32,     slices_bf16,        slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
-    blocks_f32,     blocks_native_bf16, blocks_widened_bf16, blocks_s8,
+    blocks_f32,     native(blocks_bf16), widened(blocks_bf16), blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,

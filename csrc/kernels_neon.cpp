@@ -201,6 +201,7 @@ struct BlocksS8 {
 #include "quantize.h"
 #include "slices.h"
 #include "table.h"
+#include "entries.h"
 
 // Eight accumulators, or sixteen: up to four multiply-adds under way in each of four units.
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
@@ -223,34 +224,9 @@ void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const fl
   }
 }
 
-void table_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int rows, float* y,
-               int64_t y_stride) {
-  run_table<TableF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x, int64_t x_stride, int rows, float* y,
-                int64_t y_stride) {
-  run_table<TableBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
 void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
               int64_t y_stride) {
   run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows, float* y,
-                int64_t y_stride) {
-  run_blocks<BlocksF32>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, int64_t x_stride, int64_t rows,
-                         float* y, int64_t y_stride) {
-  run_blocks<BlocksBf16>(blob, layer, layer->bias, x, x_stride, rows, y, y_stride);
-}
-
-void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
-               int32_t* y, int64_t y_stride) {
-  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
 }
 
 // Interleaving rows 0 and 2, and rows 1 and 3, is half a transposition: twice is a whole one.
@@ -285,7 +261,7 @@ extern "C" const Isa lt4rec_isa_neon = {
     "neon",
     slices_f32,     nullptr,            slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
-    blocks_f32,     nullptr,            blocks_widened_bf16, blocks_s8,
+    blocks_f32,     native(blocks_bf16), widened(blocks_bf16), blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,

@@ -143,12 +143,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   }
   for (const Matrix& matrix : matrices) layer.weight.append(matrix, part_features);
   layer.multiply_adds = layer.weight.nnz();
-  for (size_t task = 0; task < tasks.size(); ++task) {
-    std::vector<uint32_t> of_task;
-    for (size_t part = 0; part < parts.sets.size(); ++part)
-      if (parts.sets[part] >> task & 1) of_task.push_back(uint32_t(part));
-    parts_of_task.push_back(std::move(of_task));
-  }
+  for (size_t task = 0; task < tasks.size(); ++task) parts_of_task.push_back(parts.of_task(task));
   return layer;
 }
 

@@ -145,6 +145,13 @@ struct Parts {
   std::vector<uint64_t> sets;
   std::vector<std::vector<uint32_t>> cover;
   size_t shared = 0;
+
+  std::vector<uint32_t> of_task(size_t task) const {
+    std::vector<uint32_t> found;
+    for (size_t part = 0; part < sets.size(); ++part)
+      if (sets[part] >> task & 1) found.push_back(uint32_t(part));
+    return found;
+  }
 };
 
 // `counts` of `owners` are multiply-adds.

@@ -290,28 +290,20 @@ struct TilesF32 {
     net.isa->slices_f32(net.blob, &layer, x, y, lanes);
   }
 };
-struct TilesWidenedBf16 {
-  using Activation = float;
+template <class T, auto kKernel, auto kRound>
+struct TilesRounded {
+  using Activation = T;
   static constexpr bool kIsRounded = true;
-  static const float* rounded(const Network& net, const float* tile, int64_t count, float* to) {
-    net.isa->round_widened_bf16(tile, count, to);
+  static const T* rounded(const Network& net, const float* tile, int64_t count, T* to) {
+    (net.isa->*kRound)(tile, count, to);
     return to;
   }
-  static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
-    net.isa->slices_widened_bf16(net.blob, &layer, x, y, lanes);
+  static void multiply(const Network& net, const LayerRecord& layer, const T* x, float* y, int lanes) {
+    (net.isa->*kKernel)(net.blob, &layer, x, y, lanes);
   }
 };
-struct TilesBf16 {
-  using Activation = uint16_t;
-  static constexpr bool kIsRounded = true;
-  static const uint16_t* rounded(const Network& net, const float* tile, int64_t count, uint16_t* to) {
-    net.isa->round_bf16(tile, count, to);
-    return to;
-  }
-  static void multiply(const Network& net, const LayerRecord& layer, const uint16_t* x, float* y, int lanes) {
-    net.isa->slices_bf16(net.blob, &layer, x, y, lanes);
-  }
-};
+using TilesBf16 = TilesRounded<uint16_t, &Isa::slices_bf16, &Isa::round_bf16>;
+using TilesWidenedBf16 = TilesRounded<float, &Isa::slices_widened_bf16, &Isa::round_widened_bf16>;
 
 template <class Tiles>
 class SlicePath {
@@ -469,38 +461,25 @@ struct RowsF32 {
   }
 };
 
-struct RowsWidenedBf16 : RowsF32 {
+template <class T, auto kKernel, auto kRound>
+struct RowsRounded : RowsF32 {
+  using Activation = T;
   static constexpr bool kReadsX = false, kReadsValues = false;
 
-  static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, float* line) {
-    net.isa->round_widened_bf16(x, count, line);
+  static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, T* line) {
+    (net.isa->*kRound)(x, count, line);
     return false;
   }
-  static void multiply(const Network& net, const LayerRecord& layer, const float* x, int64_t x_stride, int64_t rows,
+  static void multiply(const Network& net, const LayerRecord& layer, const T* x, int64_t x_stride, int64_t rows,
                        float* y, int64_t y_stride) {
-    net.isa->blocks_widened_bf16(net.blob, &layer, x, x_stride, rows, y, y_stride);
+    (net.isa->*kKernel)(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const float* y, const LayerRecord&, float* line) {
-    net.isa->round_widened_bf16(y, layer.out_features, line);
+  static void next(const Network& net, const LayerRecord& layer, const float* y, const LayerRecord&, T* line) {
+    (net.isa->*kRound)(y, layer.out_features, line);
   }
 };
-
-struct RowsBf16 : RowsF32 {
-  using Activation = uint16_t;
-  static constexpr bool kReadsX = false, kReadsValues = false;
-
-  static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, uint16_t* line) {
-    net.isa->round_bf16(x, count, line);
-    return false;
-  }
-  static void multiply(const Network& net, const LayerRecord& layer, const uint16_t* x, int64_t x_stride, int64_t rows,
-                       float* y, int64_t y_stride) {
-    net.isa->blocks_bf16(net.blob, &layer, x, x_stride, rows, y, y_stride);
-  }
-  static void next(const Network& net, const LayerRecord& layer, const float* y, const LayerRecord&, uint16_t* line) {
-    net.isa->round_bf16(y, layer.out_features, line);
-  }
-};
+using RowsBf16 = RowsRounded<uint16_t, &Isa::blocks_bf16, &Isa::round_bf16>;
+using RowsWidenedBf16 = RowsRounded<float, &Isa::blocks_widened_bf16, &Isa::round_widened_bf16>;
 
 struct RowsS8 {
   using Activation = uint8_t;
