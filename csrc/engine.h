@@ -36,8 +36,8 @@ enum { PRECISION_F32 = 0, PRECISION_BF16 = 1, PRECISION_S8 = 2 };
 //
 // A tile holds `lanes` rows of the batch (1, 8, 16, 32 or 64), transposed: one tile row per feature, one lane per row
 // of the batch, so that one vector multiply-add serves a whole register of candidates. (Of a single row, one serves the
-// four rows of a slice.) Features stand in blocks of
-// BLOCK_FEATURES, and in front of every block stands one row of zeros:
+// four rows of a slice.) Features stand in blocks of BLOCK_FEATURES, and in front of every block stands one row of
+// zeros:
 //
 //     tile row:   0      1          2         ...  128          129    130          ...
 //     holds:      zeros  feature 0  feature 1 ...  feature 127  zeros  feature 128  ...
