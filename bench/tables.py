@@ -88,7 +88,8 @@ def _headline() -> str:
             if has(at[0.8], kind, p) and has(at[0.8], "dense", p)
         ]
         if ratios:
-            speeds.append(f"  - {words}, {ENGINES[cpu['engine']]}: {', '.join(ratios)}.")
+            where = ENGINES.get(cpu["engine"], cpu["machine"]["processor"])
+            speeds.append(f"  - {words}, {where}: {', '.join(ratios)}.")
     mlp = next(iter(record.read("cpu").values()))["mlp"]
     sizes = record.read("memory")
     dense, narrow = (_dense_bytes(sizes, part) for part in (1.0, 0.25))
