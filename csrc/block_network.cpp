@@ -73,36 +73,25 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   layer.is_head = 0;
   layer.out_features = int64_t(parts.sets.size()) * part_features;
   layer.part_features = uint32_t(part_features);
-  std::vector<BlockMatrix> matrices(parts.sets.size());
-  std::vector<int64_t> places(size_t(quad_count(first.in_features)));
-  for (int64_t group = 0; group < groups; ++group) {
-    views[0].each_of_union(group, [&](int64_t quad, int64_t at) { places[size_t(quad)] = at; });
-    each_set(views, group, [&](int64_t word, uint64_t columns, uint64_t set) {
-      for (uint32_t part : parts.cover[owners.number_of.at(set)])
-        for (uint64_t bits = columns; bits; bits &= bits - 1) {
-          const int64_t quad = 64 * word + __builtin_ctzll(bits);
-          matrices[part].push(quad, block_at(first, places[size_t(quad)]));
-          layer.multiply_adds += weights_of(first, group, quad);
-        }
-    });
-    for (BlockMatrix& matrix : matrices) matrix.end_group();
-  }
-  for (const BlockMatrix& matrix : matrices) {
+  for (uint32_t part = 0; part < parts.sets.size(); ++part)
     for (int64_t group = 0; group < groups; ++group) {
-      // One part's blocks of one word come set by set.
-      std::vector<std::pair<int32_t, const float*>> of_group;
-      for (int64_t i = matrix.starts[size_t(group)]; i < matrix.starts[size_t(group) + 1]; ++i)
-        of_group.emplace_back(matrix.quad[size_t(i)], matrix.value[size_t(i)]);
-      std::sort(of_group.begin(), of_group.end());
-      for (const auto& block : of_group) layer.blocks.push(block.first, block.second);
+      std::vector<uint64_t> keeps(size_t(views[0].words()));
+      each_set(views, group, [&](int64_t word, uint64_t columns, uint64_t set) {
+        const std::vector<uint32_t>& cover = parts.cover[owners.number_of.at(set)];
+        if (std::find(cover.begin(), cover.end(), part) != cover.end()) keeps[size_t(word)] |= columns;
+      });
+      views[0].each_of_union(group, [&](int64_t quad, int64_t at) {
+        if (!(keeps[size_t(quad / 64)] >> (quad % 64) & 1)) return;
+        layer.blocks.push(quad, block_at(first, at));
+        layer.multiply_adds += weights_of(first, group, quad);
+      });
       layer.blocks.end_group();
     }
-  }
   for (size_t task = 0; task < tasks.size(); ++task) parts_of_task.push_back(parts.of_task(task));
   return layer;
 }
 
-// Of each row, over all blocks; groups of parts repeat.
+// Half of the largest sum of two neighbours in each row, over all blocks; groups of parts repeat.
 std::vector<float> largest_pairs(const BlockMatrix& blocks, int64_t features) {
   std::vector<float> largest(static_cast<size_t>(features));
   for (int64_t group = 0; group < blocks.groups(); ++group)
@@ -110,7 +99,6 @@ std::vector<float> largest_pairs(const BlockMatrix& blocks, int64_t features) {
       for (int64_t pair = 0; pair < kBlock / 2; ++pair) {
         const float* w = blocks.value[size_t(i)] + 2 * pair;
         float& most = largest[size_t((group * GROUP + 2 * pair / QUAD) % features)];
-        // Half of the sum cannot overflow; what 127 stands for is within it and twice as much.
         most = std::max(most, std::fabs(w[0]) / 2 + std::fabs(w[1]) / 2);
       }
   return largest;
@@ -141,7 +129,7 @@ bool has_zeros_beyond_edges(const CanonicalLayer& layer, const View& grid) {
   return has;
 }
 
-std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count) {
+std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count, int64_t precision) {
   std::vector<CanonicalLayer> grids;
   for (int64_t i = 0; i < count; ++i) grids.push_back(grid_of(layers[i]));
   std::vector<View> views(grids.begin(), grids.end()), first_views;
@@ -158,7 +146,7 @@ std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count) {
   const bool is_shared = shared.kind == LAYER_SHARED;
   const uint32_t part_features = shared.part_features;
   if (is_shared) {
-    shared.largest = largest_pairs(shared.blocks, part_features);
+    if (precision == PRECISION_S8) shared.largest = largest_pairs(shared.blocks, part_features);
     arranged.push_back(std::move(shared));
   }
   std::vector<size_t> first_layers;  // among `arranged`
@@ -176,8 +164,10 @@ std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count) {
     }
     if (is_first) first_layers.push_back(arranged.size());
     arranged.push_back(from.planes ? linear(from, views[size_t(i)]) : cut_dense(from));
-    arranged.back().largest = largest_pairs(arranged.back().blocks, padded(from.out_features));
+    if (precision == PRECISION_S8)
+      arranged.back().largest = largest_pairs(arranged.back().blocks, padded(from.out_features));
   }
+  if (precision != PRECISION_S8) return arranged;
   // Whether multiply-adds are shared must not show in the result: tasks of one weight have their scales in common.
   std::vector<std::vector<float>> in_common;
   for (size_t t = 0; t < first_layers.size(); ++t) {

@@ -320,7 +320,8 @@ typedef struct {
 
 extern const Isa lt4rec_isa_scalar;
 #if defined(__x86_64__)
-extern const Isa lt4rec_isa_avx2;         // AVX2, FMA; with AVX-VNNI also as "avx2_vnni"
+extern const Isa lt4rec_isa_avx2;         // AVX2, FMA
+const Isa* lt4rec_isa_avx2_vnni(void);    // and AVX-VNNI; to be called only there
 extern const Isa lt4rec_isa_avx512;       // and AVX-512 F, VL, BW
 extern const Isa lt4rec_isa_avx512_vnni;  // and VBMI, VNNI: Ice Lake, Zen 4
 extern const Isa lt4rec_isa_avx512_bf16;  // and BF16: Sapphire Rapids, Zen 4

@@ -1,8 +1,5 @@
 // Which instruction sets this machine runs. Kept out of the ISA files: this must run on every machine.
 #include "engine.h"
-#if defined(__x86_64__)
-#include "kernels_avx2.h"
-#endif
 
 namespace {
 
@@ -17,7 +14,7 @@ struct SupportedIsas {
     __builtin_cpu_init();
     bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (has) isas[count++] = &lt4rec_isa_avx2;
-    if (has && __builtin_cpu_supports("avxvnni")) isas[count++] = avx2_vnni();
+    if (has && __builtin_cpu_supports("avxvnni")) isas[count++] = lt4rec_isa_avx2_vnni();
     has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512bw");
     if (has) isas[count++] = &lt4rec_isa_avx512;
@@ -29,15 +26,6 @@ struct SupportedIsas {
     isas[count++] = &lt4rec_isa_neon;  // every AArch64 has it
 #endif
   }
-
-#if defined(__x86_64__)
-  static const Isa* avx2_vnni() {
-    static Isa isa = lt4rec_isa_avx2;
-    isa.name = "avx2_vnni";
-    isa.blocks_s8 = lt4rec_blocks_s8_avx_vnni;
-    return &isa;
-  }
-#endif
 };
 
 }  // namespace

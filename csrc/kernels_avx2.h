@@ -3,5 +3,3 @@
 
 extern "C" void lt4rec_table_s8_avx2(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride,
                                      int rows, int32_t* y, int64_t y_stride);
-extern "C" void lt4rec_blocks_s8_avx_vnni(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x,
-                                          int64_t x_stride, int64_t rows, int32_t* y, int64_t y_stride);

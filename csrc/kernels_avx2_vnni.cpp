@@ -44,11 +44,18 @@ struct BlocksS8 {
 
 #include "blocks.h"
 
+void blocks_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+               int32_t* y, int64_t y_stride) {
+  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+}
+
 }  // namespace
 
-extern "C" void lt4rec_blocks_s8_avx_vnni(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x,
-                                          int64_t x_stride, int64_t rows, int32_t* y, int64_t y_stride) {
-  run_blocks<BlocksS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
+extern "C" const Isa* lt4rec_isa_avx2_vnni(void) {
+  static Isa isa = lt4rec_isa_avx2;
+  isa.name = "avx2_vnni";
+  isa.blocks_s8 = blocks_s8;
+  return &isa;
 }
 
 #ifdef __clang__

@@ -111,7 +111,7 @@ void table_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* x
                 int64_t y_stride) {
   const auto* bias = reinterpret_cast<const float*>(blob + layer->bias);
   add_table<2, uint16_t>(blob, layer, bias, x, x_stride, rows, y, y_stride,
-                      [](uint16_t weight, uint16_t v, float sum) { return fma_bf16(weight, v, sum); });
+                         [](uint16_t weight, uint16_t v, float sum) { return fma_bf16(weight, v, sum); });
 }
 void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
               int64_t y_stride) {

@@ -62,7 +62,7 @@ struct Layer {
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
   std::vector<uint32_t> parts;  // COMBINED
   uint32_t part_features = 0;   // as in LayerRecord
-  // S8: what 127 stands for in each row: the largest of its weights, or of the sums of two neighbours in a block, by
+  // S8: of each row the largest weight, or in blocks half of the largest sum of two neighbours (no overflow), by
   // absolute value. Repeats from part to part.
   std::vector<float> largest;
   double input_scale = 0;
@@ -84,7 +84,7 @@ bool has_zeros_beyond_edges(const CanonicalLayer& layer, const View& grid);
 
 // Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t precision);
-std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count);
+std::vector<Layer> arrange_blocks(const CanonicalLayer* layers, int64_t count, int64_t precision);
 
 // A layer without its weights, features in their places.
 Layer without_weights(const CanonicalLayer& from);

@@ -344,10 +344,10 @@ void append_blocks(const Layer& layer, BlobWriter& writer, LayerRecord& record, 
   append_blocks(pack_blocks<Blocks>(layer, {}), writer, record, header);
 }
 
-// What one step of a quantised weight is worth in each row.
+// What one step of a quantised weight is worth in each row: 127 of them are its largest weight, or sum of neighbours.
 std::vector<float> steps_of(const Layer& layer, bool has_blocks) {
   std::vector<float> steps;
-  for (float most : layer.largest) steps.push_back(most / (has_blocks ? 63.5f : 127));  // of half a pair's sum
+  for (float most : layer.largest) steps.push_back(most / (has_blocks ? 63.5f : 127));  // half a sum, half of 127
   return steps;
 }
 
@@ -442,7 +442,7 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
       if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
       nnz += uint64_t(lt4rec::kept_weights(layers[i]));
     }
-    std::vector<Layer> arranged = layouts & LAYOUT_BLOCKS ? lt4rec::arrange_blocks(layers, count)
+    std::vector<Layer> arranged = layouts & LAYOUT_BLOCKS ? lt4rec::arrange_blocks(layers, count, precision)
                                                           : lt4rec::arrange(layers, count, precision);
     BlobWriter written = write_blob(std::move(arranged), precision, layouts, nnz);
     *blob = written.take();
