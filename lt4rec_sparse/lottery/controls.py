@@ -26,13 +26,26 @@ def random_like(
 
 
 def random_masks(
-    shapes: Shapes, density: float, tasks: Sequence[str], generator: torch.Generator, granularity: str = "weight"
+    shapes: Shapes,
+    density: float | Mapping[str, float],
+    tasks: Sequence[str],
+    generator: torch.Generator,
+    granularity: str = "weight",
 ) -> dict[str, Mask]:
-    """Draw a random mask for each task, with the same density in every layer: sparse sharing without a search."""
-    nnz = {name: round(rows * columns * density) for name, (rows, columns) in shapes.items()}
-    drawn = Mask.random(shapes, nnz, generator)  # its density alone is used; it is drawn so that seeds keep their masks
-    nnz = {name: round(kept.numel() * drawn.density) for name, kept in drawn.items()}
-    return {task: _random(shapes, nnz, generator, granularity) for task in tasks}
+    """Draw a random mask for each task, with the same density in every layer: sparse sharing without a search.
+
+    `density` is one for all tasks, or a task's own by its name. With equal generators a task's weights at a lower
+    density are among those at a higher one.
+    """
+    of_tasks = density if isinstance(density, Mapping) else dict.fromkeys(tasks, density)
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    Mask.random(shapes, dict.fromkeys(shapes, 0), generator)  # seeds keep the masks that they had with this draw
+    masks = {}
+    for task in tasks:
+        overall = sum(round(size * of_tasks[task]) for size in sizes.values()) / sum(sizes.values())
+        nnz = {name: round(size * overall) for name, size in sizes.items()}
+        masks[task] = _random(shapes, nnz, generator, granularity)
+    return masks
 
 
 def one_for_all(masks: Mapping[str, Mask], task: str) -> dict[str, Mask]:

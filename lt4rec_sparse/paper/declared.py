@@ -175,6 +175,33 @@ def tickets(rows: Rows) -> list[Row]:
     ]
 
 
+DENSITIES = (0.4, 0.2, 0.1, 0.05, 0.025)
+WIDTHS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.06)  # each takes some 0.6 to 0.7 times the one before
+
+
+def frontier(rows: Rows) -> list[Row]:
+    """Sparse networks beside narrow dense ones, from two fifths of the weights to a fortieth; rates of their own."""
+    first, *rest = rows.tasks
+    dense = []
+    for width in WIDTHS:
+        for row in replace(rows, narrow=width).small():
+            key = f"{row.key}_{width:g}"
+            dense.append(replace(row, key=key, rate_of=key))
+
+    def random(key: str, title: str, granularity: str, density: Any) -> Row:
+        search = rows.search(granularity=granularity, density=density)
+        return rows.sparse(key, title, Masks("random", search, rescale=True), key)
+
+    blocks = [random(f"blocks_{d:g}", f"random blocks at {d * 100:g} %", "16x4", d) for d in DENSITIES]
+    weights = [random(f"weights_{d:g}", f"random weights at {d * 100:g} %", "weight", d) for d in DENSITIES]
+    mixed = []
+    for a, b in ((0.05, 0.2), (0.025, 0.1), (0.05, 0.1), (0.2, 0.05)):
+        title = f"random blocks, {first} at {a * 100:g} %, {' and '.join(rest)} at {b * 100:g} %"
+        density = ((first, a), *((task, b) for task in rest))
+        mixed.append(random(f"mixed_{a:g}_{b:g}", title, "16x4", density))
+    return [rows.base(), rows.hard(), *dense, *blocks, *mixed, *weights]
+
+
 def many_tasks(rows: Rows) -> list[Row]:
     """Every task of the log together."""
     dense = [rows.dense("mmoe", "MMoE"), rows.dense("ple", "PLE")]

@@ -13,6 +13,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.paper import declared, pages
 from lt4rec_sparse.paper.declared import Variants
+from lt4rec_sparse.paper.frontier import frontier
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
@@ -48,6 +49,7 @@ EXPERIMENTS = {
     ),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
+    "frontier": Experiment(declared.frontier, frontier),
     "cheap": Experiment(
         declared.cheap, partial(pages.page, title="Cheap tickets: one training instead of rounds", shown=CHEAP)
     ),

@@ -80,6 +80,38 @@ def plot_speed(
     return figure
 
 
+def plot_frontier(
+    records: Sequence[Record],
+    curves: Mapping[str, str],
+    tasks: Mapping[str, str],
+    precision: str,
+    hollow: Sequence[str],
+    path: Path,
+    candidates: int = 256,
+) -> Figure:
+    """Draw each task's test metric against the time of a request in a precision: one line per title in `curves`.
+
+    `curves` is row -> title of its line; `hollow` are titles with hollow marks.
+    """
+    titles = dict.fromkeys(curves.values())
+    points: dict[str, dict[str, list[Point]]] = {task: {title: [] for title in titles} for task in tasks}
+    for row, title in sorted(curves.items(), key=lambda item: _microseconds(records, item[0], precision)):
+        for task, kind in tasks.items():
+            found = [r for r in records if r["row"] == row and task in r["served"][precision]]
+            ys = [record["served"][precision][task][MAIN_METRIC[kind]] for record in found]
+            points[task][title].append(([record["microseconds"][precision] for record in found], ys))
+    note = f"{precision}; filled: masked; hollow: dense; dots: seeds; bars: standard error"
+    figure, axes = _seeds_and_means(points, {title: title for title in titles}, tasks, "test", note, hollow)
+    for axis in axes:
+        log_axis(axis, f"microseconds per request of {candidates} candidates")
+    figure.savefig(path)
+    return figure
+
+
+def _microseconds(records: Sequence[Record], row: str, precision: str) -> float:
+    return float(next(record["microseconds"][precision] for record in records if record["row"] == row))
+
+
 def _seeds_and_means(
     points: Mapping[str, Mapping[str, Sequence[Point]]],
     titles: Mapping[str, str],

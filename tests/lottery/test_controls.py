@@ -36,6 +36,20 @@ def test_controls_keep_what_they_promise():
     assert one_for_all(tickets, "ctr") == {"ctr": tickets["ctr"], "cvr": tickets["ctr"]}
 
 
+@pytest.mark.parametrize("granularity", ["weight", "16x4", "neuron"])
+def test_a_task_keeps_the_same_random_weights_at_its_own_density(granularity):
+    shapes = {"layers.0": (64, 40), "layers.1": (32, 64)}
+
+    def drawn(density):
+        return random_masks(shapes, density, ("ctr", "cvr"), torch.Generator().manual_seed(3), granularity)
+
+    few, many, mixed = drawn(0.25), drawn(0.5), drawn({"ctr": 0.25, "cvr": 0.5})
+    assert (mixed["ctr"], mixed["cvr"]) == (few["ctr"], many["cvr"])
+    for task in few:
+        assert abs(many[task].density - 0.5) < 0.02
+        assert all((kept <= many[task][name]).all() for name, kept in few[task].items())
+
+
 @pytest.mark.parametrize("granularity", ["block16", "neuron"])
 def test_controls_of_blocks_are_blocks(granularity):
     generator = torch.Generator().manual_seed(0)

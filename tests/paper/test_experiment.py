@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper import experiment, pages
+from lt4rec_sparse.paper import experiment, frontier, pages
 from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
 from lt4rec_sparse.paper.regimes import Regimes, run_regimes
 from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
@@ -28,7 +28,8 @@ def short():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
+        for module in (pages, frontier):
+            patch.setattr(module, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
         patch.setattr(study, "FURTHER", 0)
         patch.setattr(study, "SEEDS", (1000,))
         carry_out = partial(study.carry_out, grid=(1e-3, 2e-3))

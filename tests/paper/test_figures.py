@@ -195,6 +195,32 @@ def test_speed_has_a_mark_a_row_hollow_where_it_is_dense(tmp_path, seeds, tasks)
 
 
 @seeds_and_tasks
+def test_the_frontier_has_a_line_a_curve_in_order_of_time(tmp_path, seeds, tasks):
+    times = {row: 300.0 - 20 * i for i, row in enumerate(TITLES)}
+    records = [
+        {**record, "served": {"int8": record["test"]["all"]}, "microseconds": {"int8": times[record["row"]]}}
+        for record in records_of(seeds, tasks)
+    ]
+    curves = {row: "dense" if row in DENSE else "sparse" for row in TITLES}
+    figure = figures.plot_frontier(records, curves, tasks, "int8", ("dense",), tmp_path / "f.png")
+    assert is_picture(tmp_path / "f.png")
+    assert no_text_overlaps(figure)
+    for axis, (task, kind) in zip(figure.axes, tasks.items(), strict=True):
+        assert [container.get_label() for container in axis.containers] == ["dense", "sparse"]
+        for container in axis.containers:
+            of_curve = [row for row, title in curves.items() if title == container.get_label()]
+            wanted = sorted(
+                (
+                    times[row],
+                    np.mean([r["served"]["int8"][task][MAIN_METRIC[kind]] for r in records if r["row"] == row]),
+                )
+                for row in of_curve
+            )
+            np.testing.assert_array_equal(container[0].get_xydata(), wanted)
+            assert (container[0].get_markerfacecolor() == "white") == (container.get_label() == "dense")
+
+
+@seeds_and_tasks
 def test_overlap_has_a_bar_a_layer_and_row_of_100_percent(tmp_path, seeds, tasks):
     records = records_of(seeds, tasks)
     titles = {row: TITLES[row] for row in ("s_weight", "random_like")}

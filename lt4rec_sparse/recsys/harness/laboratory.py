@@ -70,7 +70,9 @@ class Laboratory(Searches):
             task: (self._best(task, of_task) if asked.level == "best" else of_task[-1]).mask
             for task, of_task in self.found(trial).items()
         }
-        nnz = {name: round(kept.numel() * search.density) for name, kept in full.items()}
+        densities = {task: search.density_of(task) for task in tasks}
+        # Of masks that have one density for all tasks.
+        nnz = {name: round(kept.numel() * densities[tasks[0]]) for name, kept in full.items()}
         match asked.kind:
             case "tickets":
                 return tickets
@@ -79,7 +81,7 @@ class Laboratory(Searches):
             case "one_for_all":
                 return one_for_all(tickets, tasks[0])
             case "random" | "one_random":
-                masks = random_masks(full.shapes, search.density, tasks, generator, search.granularity)
+                masks = random_masks(full.shapes, densities, tasks, generator, search.granularity)
                 return masks if asked.kind == "random" else one_for_all(masks, tasks[0])
             case "random_separate":
                 assert shared is not None

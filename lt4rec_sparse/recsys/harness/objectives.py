@@ -45,7 +45,7 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
         return f"esmm: got tasks {', '.join(trial.tasks)}, wanted two, a click and what follows it"
     masks = trial.masks
     if masks is not None and masks.shared is not None:
-        owned = masks.search.density * (masks.shared + len(trial.tasks) * (1 - masks.shared))
+        owned = masks.search.density_of(trial.tasks[0]) * (masks.shared + len(trial.tasks) * (1 - masks.shared))
         if owned > 1:
             return f"masks: got {len(trial.tasks)} tasks that own {owned:.0%} of each layer, wanted at most 100%"
     return None

@@ -89,7 +89,7 @@ class Searches(Starts):
             model.mlp,
             train_and_judge,
             search.rounds,
-            search.density,
+            search.density_of(task),
             folder,
             search.granularity,
             search.scope,
@@ -105,7 +105,7 @@ class Searches(Starts):
             mlp: MaskedMLP = model.mlp
             metrics: Mapping[str, float] = {}  # one-shot pruning trains nothing through its mask
             if search.method == "one_shot":
-                nnz = wanted_nnz(mlp.mask(), search.density, search.scope)
+                nnz = wanted_nnz(mlp.mask(), search.density_of(task), search.scope)
                 mask = prune_by_magnitude(self.scores(search, task, seed), mlp.mask(), nnz, search.granularity)
                 seconds = self.single(training, task, seed)["seconds"]
             else:
@@ -115,12 +115,12 @@ class Searches(Starts):
                 )
                 moving: GradualPruning | DropAndGrow[Batch]
                 if search.method == "gradual":
-                    moving = GradualPruning(mlp, optimizer, search.density, search.granularity, search.scope)
+                    moving = GradualPruning(mlp, optimizer, search.density_of(task), search.granularity, search.scope)
                 else:
                     # A generator per task: one seed for all would give every task the same random mask.
                     generator = torch.Generator().manual_seed(seed * len(self.kinds) + list(self.kinds).index(task))
                     loss = objectives.loss_on(objective, model, task)
-                    moving = DropAndGrow(mlp, optimizer, loss, search.density, generator, every=EXCHANGE_EVERY)
+                    moving = DropAndGrow(mlp, optimizer, loss, search.density_of(task), generator, every=EXCHANGE_EVERY)
                 after_batch = moving.after_batch
                 seconds = self.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
                 metrics = self.judge(path, model, "validation", (task,))["all"][task]

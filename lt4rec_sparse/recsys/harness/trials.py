@@ -109,7 +109,7 @@ class Search:
         granularity: The unit of pruning.
         scope: "global", one quantile over all layers, or "layer", one quantile per layer.
         rounds: Rounds of pruning.
-        density: Share of the weights kept after the last round.
+        density: Share of the weights kept after the last round; one for all tasks, or pairs of a task and its own.
         rewind: The epochs of a task's own first training to rewind to (late rewinding); 0 rewinds to the start.
     """
 
@@ -118,21 +118,32 @@ class Search:
     granularity: str = "weight"
     scope: str = "global"
     rounds: int = 4
-    density: float = 0.2
+    density: float | tuple[tuple[str, float], ...] = 0.2
     rewind: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.method, METHODS, "method")
         _check(self.granularity, GRANULARITIES, "granularity")
         check_counts(rounds=self.rounds)
-        if not 0 < self.density < 1:
-            raise InputError(f"density: got {self.density}, wanted more than 0 and less than 1")
+        for density in (share for _, share in self.density) if isinstance(self.density, tuple) else (self.density,):
+            if not 0 < density < 1:
+                raise InputError(f"density: got {density}, wanted more than 0 and less than 1")
+
+    def density_of(self, task: str) -> float:
+        """Return the share of the weights that a task keeps after the last round."""
+        if not isinstance(self.density, tuple):
+            return self.density
+        by_task = dict(self.density)
+        if task not in by_task:
+            raise InputError(f"density: got tasks {', '.join(by_task)}, wanted {task} among them")
+        return by_task[task]
 
     def folder(self, task: str) -> str:
         """Return the name of a task's folder. Searches with the same steps share it, however many rounds they have."""
-        steps = {**asdict(self), "training": asdict(self.training.of(task))}
+        density = self.density_of(task)
+        steps = {**asdict(self), "training": asdict(self.training.of(task)), "density": density}
         if self.method == "rounds":
-            steps["round_keeps"] = round(self.density ** (1 / self.rounds), 9)
+            steps["round_keeps"] = round(density ** (1 / self.rounds), 9)
             del steps["rounds"], steps["density"]
         return f"{self.method}-{digest(steps)}"
 
@@ -164,6 +175,8 @@ class Masks:
         _check(self.kind, KINDS_OF_MASKS, "kind of masks")
         if (self.shared is not None) != (self.kind in ("separate", "random_separate")):
             raise InputError(f"shared: got {self.shared} with {self.kind} masks, wanted it only with separate ones")
+        if isinstance(self.search.density, tuple) and self.kind not in ("tickets", "random", "random_like"):
+            raise InputError(f"density: got one per task with {self.kind} masks, wanted one for all")
 
 
 @dataclass(frozen=True)

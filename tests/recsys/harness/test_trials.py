@@ -63,6 +63,9 @@ def test_searches_that_take_the_same_steps_share_a_folder():
     ):
         assert Search(**change).folder("ctr") != four.folder("ctr")
     assert Search(method="gradual", density=0.1).folder("ctr") != Search(method="gradual").folder("ctr")
+    of_tasks = Search(density=(("ctr", 0.1), ("cvr", 0.2)))
+    assert of_tasks.folder("cvr") == four.folder("cvr")
+    assert of_tasks.folder("ctr") == Search(density=0.1).folder("ctr")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,9 @@ def test_searches_that_take_the_same_steps_share_a_folder():
         (lambda: Search(method="magic"), "method: got 'magic', wanted one of rounds"),
         (lambda: Search(granularity="half"), "granularity: got 'half', wanted one of weight"),
         (lambda: Search(density=1.0), "density: got 1.0, wanted more than 0 and less than 1"),
+        (lambda: Search(density=(("ctr", 0.1), ("cvr", 0.0))), "density: got 0.0, wanted more than 0"),
+        (lambda: Search(density=(("ctr", 0.1),)).density_of("cvr"), "density: got tasks ctr, wanted cvr among them"),
+        (lambda: Masks("unanimous", Search(density=(("ctr", 0.1),))), "density: got one per task with unanimous masks"),
         (lambda: Masks("separate"), "shared: got None with separate masks"),
         (lambda: Masks(shared=0.5), "shared: got 0.5 with tickets masks"),
         (lambda: Training(dtype="float8"), "dtype: got 'float8', wanted one of float32, bfloat16"),
