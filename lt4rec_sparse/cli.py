@@ -200,7 +200,7 @@ def run(
 @app.command()
 def experiment(
     name: Annotated[
-        str, typer.Argument(help="table2, table3, figure4, granularity, cheap, tickets, tasks, or regimes (simulated).")
+        str, typer.Argument(help="table2, table3, figure4, granularity, frontier, cheap, tickets, tasks, or regimes (simulated).")
     ],
     data: Annotated[
         Path | None,
