@@ -1,0 +1,206 @@
+// The path through blocks: rows of the batch as they come. Included as table_path.h is.
+
+// What blocks need to know of a precision. A layer's `Value`s are floats with its activation applied, or int8's sums;
+// they become the next layer's `Activation`s, row by row.
+struct RowsF32 {
+  using Activation = float;
+  using Value = float;
+  static constexpr bool kReadsX = true, kReadsValues = true;  // as they stand in memory
+
+  static bool load(const Network&, const LayerRecord&, const float* x, int64_t count, float* line) {
+    std::memcpy(line, x, size_t(count) * sizeof(float));
+    return false;
+  }
+  static void multiply(const Network& net, const LayerRecord& layer, const float* x, int64_t x_stride, int64_t rows,
+                       float* y, int64_t y_stride) {
+    net.isa->blocks_f32(net.blob, &layer, x, x_stride, rows, y, y_stride);
+  }
+  static void next(const Network&, const LayerRecord&, const float*, const LayerRecord&, float*) {}
+  static void add(const Network& net, const LayerRecord& layer, const float* a, const float* b, bool is_sum,
+                  float* to) {
+    net.isa->add_f32(a, b, is_sum ? net.floats(layer.bias) : nullptr, layer.part_features,
+                     is_sum && layer.activation == ACTIVATION_RELU, to);
+  }
+  static void real(const Network&, const LayerRecord& layer, const float* y, float* to) {
+    std::memcpy(to, y, layer.out_features * sizeof(float));
+  }
+};
+
+template <class T, auto kKernel, auto kRound>
+struct RowsRounded : RowsF32 {
+  using Activation = T;
+  static constexpr bool kReadsX = false, kReadsValues = false;
+
+  static bool load(const Network& net, const LayerRecord&, const float* x, int64_t count, T* line) {
+    (net.isa->*kRound)(x, count, line);
+    return false;
+  }
+  static void multiply(const Network& net, const LayerRecord& layer, const T* x, int64_t x_stride, int64_t rows,
+                       float* y, int64_t y_stride) {
+    (net.isa->*kKernel)(net.blob, &layer, x, x_stride, rows, y, y_stride);
+  }
+  static void next(const Network& net, const LayerRecord& layer, const float* y, const LayerRecord&, T* line) {
+    (net.isa->*kRound)(y, layer.out_features, line);
+  }
+};
+using RowsBf16 = RowsRounded<uint16_t, &Isa::blocks_bf16, &Isa::round_bf16>;
+using RowsWidenedBf16 = RowsRounded<float, &Isa::blocks_widened_bf16, &Isa::round_widened_bf16>;
+
+struct RowsS8 {
+  using Activation = uint8_t;
+  using Value = int32_t;
+  static constexpr bool kReadsX = false, kReadsValues = false;
+
+  static bool load(const Network& net, const LayerRecord& layer, const float* x, int64_t count, uint8_t* line) {
+    return net.isa->codes_u8(x, count, layer.inverse_scale, layer.zero_point, line);
+  }
+  static void multiply(const Network& net, const LayerRecord& layer, const uint8_t* x, int64_t x_stride, int64_t rows,
+                       int32_t* y, int64_t y_stride) {
+    net.isa->blocks_s8(net.blob, &layer, x, x_stride, rows, y, y_stride);
+  }
+  static void next(const Network& net, const LayerRecord& layer, const int32_t* y, const LayerRecord& following,
+                   uint8_t* line) {
+    net.isa->recode_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features,
+                        layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point, line);
+  }
+  static void add(const Network&, const LayerRecord& layer, const int32_t* a, const int32_t* b, bool, int32_t* to) {
+    for (uint32_t i = 0; i < layer.part_features; ++i) to[i] = b ? a[i] + b[i] : a[i];
+  }
+  static void real(const Network& net, const LayerRecord& layer, const int32_t* y, float* to) {
+    net.isa->dequantize_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
+    if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(to, nullptr, nullptr, layer.out_features, true, to);
+  }
+};
+
+template <class Rows>
+class BlockPath {
+  using Activation = typename Rows::Activation;
+  using Value = typename Rows::Value;
+
+ public:
+  // So many rows' activations fit the second cache beside a piece of the weights.
+  static constexpr int64_t kMostRows = 48;
+  static constexpr int64_t kCachedBytes = 4 << 20;  // of x: most processors' last cache has as many per core
+
+  static int64_t scratch_bytes(const BlobHeader& header, int64_t rows) {
+    const int64_t lines = line_length(header.in_features) + line_length(header.hidden_features);
+    const int64_t values = 2 * line_length(header.hidden_features) + line_length(header.shared_features);
+    return rows * (lines * int64_t{sizeof(Activation)} + values * int64_t{sizeof(Value)}) +
+           (header.in_features + header.hidden_features + 64) * int64_t{sizeof(float)} + 6 * 64;
+  }
+
+  BlockPath(const Network& net, Arena& arena, int64_t rows)
+      : net_(net), input_stride_(line_length(net.header->in_features)),
+        hidden_stride_(line_length(net.header->hidden_features)),
+        shared_stride_(line_length(net.header->shared_features)) {
+    input_ = arena.take<Activation>(rows * input_stride_);
+    hidden_ = arena.take<Activation>(rows * hidden_stride_);
+    for (Value*& values : values_) values = arena.take<Value>(rows * hidden_stride_);
+    shared_ = arena.take<Value>(rows * shared_stride_);
+    real_ = arena.take<float>(net.header->in_features + net.header->hidden_features);
+  }
+
+  // Rows [begin, begin + rows) of the batch.
+  void run(const SparseMlpCall& call, int64_t begin, int64_t rows) {
+    bool has_nan[kMostRows] = {};
+    const Activation* input = input_;
+    int64_t input_stride = input_stride_;
+    // Beyond the caches rows are copied first, one after the other: blocks would fetch them from memory here and there.
+    const bool is_cached = call.batch * call.in_features * int64_t{sizeof(float)} <= kCachedBytes;
+    if (Rows::kReadsX && !call.is_bf16 && call.in_features % QUAD == 0 && is_cached) {
+      input = static_cast<const Activation*>(call.x) + begin * call.x_stride;
+      input_stride = call.x_stride;
+    } else {
+      for (int64_t r = 0; r < rows; ++r) has_nan[r] = load(call, begin + r, input_ + r * input_stride_);
+    }
+    const Activation* x = input;
+    int64_t x_stride = input_stride, column = 0;
+    for (uint32_t i = 0; i < net_.header->layers; ++i) {
+      const LayerRecord& layer = net_.layers[i];
+      if (layer.kind == LAYER_SHARED) {
+        Rows::multiply(net_, layer, x, x_stride, rows, shared_, shared_stride_);
+        continue;
+      }
+      Value* y = values_[i % 2];
+      if (layer.kind == LAYER_LINEAR) Rows::multiply(net_, layer, x, x_stride, rows, y, hidden_stride_);
+      for (int64_t r = 0; r < rows; ++r) {
+        Value* of_row = y + r * hidden_stride_;
+        if (layer.kind == LAYER_COMBINED) combine(layer, shared_ + r * shared_stride_, of_row);
+        if (layer.is_head) {
+          float* to = call.out + (begin + r) * call.out_stride + column;
+          Rows::real(net_, layer, of_row, to);
+          if (layer.activation == ACTIVATION_SIGMOID) apply_sigmoid(layer, to);
+          if (has_nan[r])  // int8 codes have none
+            for (uint32_t j = 0; j < layer.out_features; ++j) to[j] = std::numeric_limits<float>::quiet_NaN();
+        } else {
+          pass_on(layer, net_.layers[i + 1], of_row, hidden_ + r * hidden_stride_);
+        }
+      }
+      x = layer.is_head ? input : next_input(y);
+      x_stride = layer.is_head ? input_stride : hidden_stride_;
+      if (layer.is_head) column += layer.out_features;
+    }
+  }
+
+ private:
+  // A row's features, in whole groups. Lines of a power of two bytes would meet in the same few places of the cache.
+  static int64_t line_length(int64_t features) { return padded(features) + 64; }
+
+  const Activation* next_input(const Value* y) const {
+    if constexpr (Rows::kReadsValues) return y;
+    return hidden_;
+  }
+
+  bool load(const SparseMlpCall& call, int64_t row, Activation* line) {
+    const int64_t count = call.in_features;
+    const float* x = static_cast<const float*>(call.x) + row * call.x_stride;
+    if (call.is_bf16) {
+      net_.isa->widen_bf16(static_cast<const uint16_t*>(call.x) + row * call.x_stride, count, real_);
+      x = real_;
+    }
+    clear_edge(count, line);
+    return Rows::load(net_, net_.layers[0], x, count, line);
+  }
+
+  void pass_on(const LayerRecord& layer, const LayerRecord& following, Value* y, Activation* line) {
+    if (layer.activation == ACTIVATION_SIGMOID) {
+      Rows::real(net_, layer, y, real_);
+      apply_sigmoid(layer, real_);
+      if constexpr (Rows::kReadsValues)
+        std::memcpy(y, real_, layer.out_features * sizeof(float));
+      else
+        Rows::load(net_, following, real_, layer.out_features, line);
+    } else {
+      Rows::next(net_, layer, y, following, line);
+    }
+    if constexpr (Rows::kReadsValues)
+      clear_edge(layer.out_features, y);
+    else
+      clear_edge(layer.out_features, line);
+  }
+
+  // Activations beyond the last feature of a quad meet weights of 0, and must not be Inf or NaN.
+  static void clear_edge(int64_t features, Activation* line) {
+    for (int64_t i = features; i < quad_count(features) * QUAD; ++i) line[i] = 0;
+  }
+
+  static void apply_sigmoid(const LayerRecord& layer, float* values) {
+    for (uint32_t j = 0; j < layer.out_features; ++j) values[j] = sigmoid(values[j]);
+  }
+
+  void combine(const LayerRecord& layer, const Value* shared, Value* to) const {
+    const auto part = [&](uint32_t p) { return shared + int64_t{net_.parts(layer)[p]} * layer.part_features; };
+    const Value* sum = part(0);
+    for (uint32_t p = 1; p + 1 < layer.part_count; ++p) {
+      Rows::add(net_, layer, sum, part(p), false, to);
+      sum = to;
+    }
+    Rows::add(net_, layer, sum, layer.part_count > 1 ? part(layer.part_count - 1) : nullptr, true, to);
+  }
+
+  const Network& net_;
+  int64_t input_stride_, hidden_stride_, shared_stride_;
+  Activation *input_, *hidden_;
+  Value *values_[2], *shared_;
+  float* real_;  // one row of float32 on its way
+};

@@ -1,0 +1,92 @@
+// What every path of a call has: the network, memory of a thread's own, and how denormals count. Included as
+// table_path.h is.
+
+struct Network {
+  const Isa* isa;
+  const uint8_t* blob;
+  const BlobHeader* header;
+  const LayerRecord* layers;
+
+  const float* floats(uint64_t section) const { return reinterpret_cast<const float*>(blob + section); }
+  const uint32_t* parts(const LayerRecord& layer) const {
+    return reinterpret_cast<const uint32_t*>(blob + layer.parts);
+  }
+  // Sums of tables hold the bias already; what is combined from parts lacks it.
+  const float* missing_bias(const LayerRecord& layer) const {
+    return layer.kind == LAYER_COMBINED ? floats(layer.bias) : nullptr;
+  }
+};
+
+// While it lives, denormals count as zero, as bfloat16 arithmetic is defined. Other processors' kernels see to it
+// themselves.
+class FlushedDenormals {
+ public:
+  explicit FlushedDenormals(bool is_wanted) : before_(control()) {
+    if (is_wanted) set_control(before_ | kFlush);
+  }
+  ~FlushedDenormals() { set_control(before_); }
+  FlushedDenormals(const FlushedDenormals&) = delete;
+  FlushedDenormals& operator=(const FlushedDenormals&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlush = 0x8000 | 0x0040;  // results, operands
+  static uint64_t control() { return _mm_getcsr(); }
+  static void set_control(uint64_t bits) { _mm_setcsr(unsigned(bits)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = 1 << 24;  // FZ: results and operands
+  static uint64_t control() {
+    uint64_t bits;
+    asm volatile("mrs %0, fpcr" : "=r"(bits));
+    return bits;
+  }
+  // "memory": neither a load nor a store moves past it.
+  static void set_control(uint64_t bits) { asm volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+#else
+  static constexpr uint64_t kFlush = 0;
+  static uint64_t control() { return 0; }
+  static void set_control(uint64_t) {}
+#endif
+
+  uint64_t before_;
+};
+
+// Aligned pieces of one thread's scratch memory, which stays with the thread: to get as much from the system and give
+// it back takes longer than a small call does. Its contents mean nothing from one call to the next.
+class Arena {
+ public:
+  static Arena& of_this_thread() {
+    static thread_local Arena arena;
+    return arena;
+  }
+  ~Arena() { std::free(memory_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // Takes all pieces back; false where there is no memory.
+  bool reset(int64_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      memory_ = static_cast<char*>(std::aligned_alloc(64, size_t(rounded(bytes))));
+      bytes_ = memory_ ? bytes : 0;
+    }
+    free_ = memory_;
+    return memory_ != nullptr;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(free_);
+    free_ += rounded(count * int64_t{sizeof(T)});
+    return piece;
+  }
+
+ private:
+  Arena() = default;
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  char *memory_ = nullptr, *free_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Where exp overflows the quotient is 0, as it should be.
+float sigmoid(float v) { return 1 / (1 + std::exp(-v)); }

@@ -1,0 +1,152 @@
+// The path through slices: tiles of rows of the batch, transposed. Included as table_path.h is.
+
+struct TilesF32 {
+  using Activation = float;
+  static constexpr bool kIsRounded = false;
+  static const float* rounded(const Network&, const float* tile, int64_t, float*) { return tile; }
+  static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
+    net.isa->slices_f32(net.blob, &layer, x, y, lanes);
+  }
+};
+template <class T, auto kKernel, auto kRound>
+struct TilesRounded {
+  using Activation = T;
+  static constexpr bool kIsRounded = true;
+  static const T* rounded(const Network& net, const float* tile, int64_t count, T* to) {
+    (net.isa->*kRound)(tile, count, to);
+    return to;
+  }
+  static void multiply(const Network& net, const LayerRecord& layer, const T* x, float* y, int lanes) {
+    (net.isa->*kKernel)(net.blob, &layer, x, y, lanes);
+  }
+};
+using TilesBf16 = TilesRounded<uint16_t, &Isa::slices_bf16, &Isa::round_bf16>;
+using TilesWidenedBf16 = TilesRounded<float, &Isa::slices_widened_bf16, &Isa::round_widened_bf16>;
+
+template <class Tiles>
+class SlicePath {
+  using Activation = typename Tiles::Activation;
+
+ public:
+  static int64_t scratch_bytes(const BlobHeader& header, int lanes) {
+    const int64_t stride = lane_stride(lanes), input = tile_rows(header.in_features) * stride;
+    const int64_t hidden = tile_rows(header.hidden_features) * stride;
+    const int64_t shared = tile_rows(header.shared_features) * stride;
+    return (input + 2 * hidden + shared) * int64_t{sizeof(float)} + (input + hidden) * int64_t{sizeof(Activation)} +
+           MAX_ROWS * header.in_features * int64_t{sizeof(float)} + 8 * 64;
+  }
+
+  SlicePath(const Network& net, Arena& arena, int lanes) : net_(net) {
+    const BlobHeader& header = *net.header;
+    const int64_t stride = lane_stride(lanes);
+    input_ = arena.take<float>(tile_rows(header.in_features) * stride);
+    for (float*& hidden : hidden_) hidden = arena.take<float>(tile_rows(header.hidden_features) * stride);
+    shared_ = arena.take<float>(tile_rows(header.shared_features) * stride);
+    widened_ = arena.take<float>(MAX_ROWS * int64_t{header.in_features});
+    if (!Tiles::kIsRounded) return;
+    rounded_input_ = arena.take<Activation>(tile_rows(header.in_features) * stride);
+    rounded_hidden_ = arena.take<Activation>(tile_rows(header.hidden_features) * stride);
+  }
+
+  // Rows [begin, begin + rows) of the batch, at most `lanes` of them.
+  void run(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
+    load(call, begin, rows, lanes);
+    const Activation* input =
+        Tiles::rounded(net_, input_, tile_rows(call.in_features) * lane_stride(lanes), rounded_input_);
+    const Activation* x = input;
+    int64_t column = 0;
+    for (uint32_t i = 0; i < net_.header->layers; ++i) {
+      const LayerRecord& layer = net_.layers[i];
+      if (layer.kind == LAYER_SHARED) {
+        Tiles::multiply(net_, layer, x, shared_, lanes);
+        continue;
+      }
+      float* y = hidden_[i % 2];
+      if (layer.kind == LAYER_LINEAR)
+        Tiles::multiply(net_, layer, x, y, lanes);
+      else
+        combine(layer, y, lanes);
+      if (layer.activation == ACTIVATION_SIGMOID) apply_sigmoid(layer, rows, lanes, y);
+      if (layer.is_head) {
+        store(call, begin, rows, lanes, layer, column, y);
+        column += layer.out_features;
+        x = input;
+      } else {
+        x = Tiles::rounded(net_, y, tile_rows(layer.out_features) * lane_stride(lanes), rounded_hidden_);
+      }
+    }
+  }
+
+ private:
+  // Rows of x -> a tile. Lanes past `rows` become zeros: they are computed and dropped, and whatever stood there
+  // before might be denormal, which is slow.
+  void load(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
+    const int64_t in_features = call.in_features, stride = lane_stride(lanes);
+    if (rows < lanes) std::memset(input_, 0, size_t(tile_rows(in_features) * stride) * sizeof(float));
+    // MAX_ROWS rows at a time, for bfloat16 is widened on the way.
+    for (int64_t first = 0; first < rows; first += MAX_ROWS) {
+      const int64_t count = rows - first < MAX_ROWS ? rows - first : int64_t{MAX_ROWS};
+      const float* from = static_cast<const float*>(call.x) + (begin + first) * call.x_stride;
+      int64_t from_stride = call.x_stride;
+      if (call.is_bf16) {
+        const uint16_t* x = static_cast<const uint16_t*>(call.x) + (begin + first) * call.x_stride;
+        for (int64_t r = 0; r < count; ++r)
+          net_.isa->widen_bf16(x + r * call.x_stride, in_features, widened_ + r * in_features);
+        from = widened_;
+        from_stride = in_features;
+      }
+      for (int64_t feature = 0; feature < in_features; feature += BLOCK_FEATURES) {
+        float* to = input_ + tile_row(feature) * stride;
+        std::memset(to - stride, 0, size_t(stride) * sizeof(float));
+        net_.isa->transpose_f32(from + feature, from_stride, count, block_features(in_features, feature), to + first,
+                                stride);
+      }
+    }
+  }
+
+  // A head's tile -> rows [begin, begin + rows) of out, from `column` on.
+  void store(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes, const LayerRecord& head, int64_t column,
+             const float* tile) const {
+    const int64_t out_features = head.out_features, stride = lane_stride(lanes);
+    for (int64_t feature = 0; feature < out_features; feature += BLOCK_FEATURES) {
+      const int64_t features = block_features(out_features, feature);
+      net_.isa->transpose_f32(tile + tile_row(feature) * stride, stride, features, rows,
+                              call.out + begin * call.out_stride + column + feature, call.out_stride);
+    }
+  }
+
+  // In place, features only: the rows of zeros must stay zeros.
+  static void apply_sigmoid(const LayerRecord& layer, int64_t rows, int lanes, float* tile) {
+    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+      float* row = tile + tile_row(feature) * lane_stride(lanes);
+      for (int64_t lane = 0; lane < rows; ++lane) row[lane] = sigmoid(row[lane]);
+    }
+  }
+
+  // The sum of the parts, lane by lane; the bias is the same for all of them.
+  void combine(const LayerRecord& layer, float* y, int lanes) const {
+    const int64_t stride = lane_stride(lanes);
+    const float* bias = net_.floats(layer.bias);
+    const uint32_t *parts = net_.parts(layer), last = layer.part_count - 1;
+    for (int64_t row = 0; row < tile_rows(layer.out_features); row += BLOCK_FEATURES + 1)
+      std::memset(y + row * stride, 0, size_t(stride) * sizeof(float));
+    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+      const auto part = [&](uint32_t p) {
+        return shared_ + tile_row(int64_t{parts[p]} * layer.part_features + feature) * stride;
+      };
+      float biases[64];
+      for (int lane = 0; lane < lanes; ++lane) biases[lane] = bias[feature];
+      float* to = y + tile_row(feature) * stride;
+      const float* sum = part(0);
+      for (uint32_t p = 1; p < last; ++p) {
+        net_.isa->add_f32(sum, part(p), nullptr, lanes, false, to);
+        sum = to;
+      }
+      net_.isa->add_f32(sum, last ? part(last) : nullptr, biases, lanes, layer.activation == ACTIVATION_RELU, to);
+    }
+  }
+
+  const Network& net_;
+  float *input_, *hidden_[2], *shared_, *widened_;
+  Activation *rounded_input_ = nullptr, *rounded_hidden_ = nullptr;
+};
