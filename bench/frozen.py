@@ -53,8 +53,8 @@ def _ready(tasks: int, sparsity: float, precision: str, batch: int, **settings: 
     frozen = freeze(masked_mlp(masks, 0))
     assert isinstance(frozen, SparseMLP)
     network = frozen.calibrated(torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(0))).network
-    layout = cpu.layout_for(network, batch, precision)
-    prepack = partial(cpu.prepack, network, precision, (layout,))
+    prepack = partial(cpu.prepack, network, precision, batch=batch)
+    (layout,) = cpu.describe(prepack()).layouts
     timing = interleaved({"prepack": prepack}, **settings)["prepack"]
     return {
         "tasks": tasks,

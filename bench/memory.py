@@ -12,10 +12,11 @@ import torch
 
 from bench import experiments, record
 from lt4rec_sparse import FrozenNetwork, Mask, MaskedMLP, SparseMLP, freeze
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS
-from lt4rec_sparse.ops import layout_nbytes
 
 EXPERIMENT, ROW = "kuairand_pure_granularity", "weight_last"
+LAYOUTS = {precision: ("tables",) if precision == "int8" else cpu.UNSTRUCTURED for precision in PRECISIONS}
 IN_FEATURES = 1258  # 37 fields of 16, and their 666 dot products
 
 
@@ -36,7 +37,10 @@ def measured() -> dict[str, Any]:
         "widths": list(network.widths),
         "tasks": list(network.tasks),
         "canonical_bytes": network.nbytes,
-        "layout_bytes": {precision: layout_nbytes(network, precision) for precision in PRECISIONS},
+        "layout_bytes": {
+            precision: {layout: cpu.prepack(network, precision, (layout,)).numel() for layout in layouts}
+            for precision, layouts in LAYOUTS.items()
+        },
     }
 
 

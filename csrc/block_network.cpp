@@ -91,6 +91,24 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   return layer;
 }
 
+// Calls visit(group, quads) with the quads, ascending, in which any row of the group has a weight.
+template <class Visit>
+void each_group_of_quads(const Matrix& weight, Visit visit) {
+  std::vector<uint64_t> has(size_t(quad_count(weight.columns) + 63) / 64);
+  std::vector<int64_t> quads;
+  for (int64_t group = 0; group < padded(weight.rows()) / GROUP; ++group) {
+    const int64_t end = weight.starts[size_t(std::min((group + 1) * GROUP, weight.rows()))];
+    for (int64_t i = weight.starts[size_t(group * GROUP)]; i < end; ++i) {
+      const int64_t quad = weight.column[size_t(i)] / QUAD;
+      has[size_t(quad / 64)] |= uint64_t{1} << (quad % 64);
+    }
+    quads.clear();
+    for (size_t word = 0; word < has.size(); ++word)
+      for (; has[word]; has[word] &= has[word] - 1) quads.push_back(int64_t(word) * 64 + __builtin_ctzll(has[word]));
+    visit(group, quads);
+  }
+}
+
 // Half of the largest sum of two neighbours in each row, over all blocks; groups of parts repeat.
 std::vector<float> largest_pairs(const BlockMatrix& blocks, int64_t features) {
   std::vector<float> largest(static_cast<size_t>(features));
@@ -105,6 +123,34 @@ std::vector<float> largest_pairs(const BlockMatrix& blocks, int64_t features) {
 }
 
 }  // namespace
+
+int64_t filled_weights(const Matrix& weight) {
+  int64_t blocks = 0;
+  each_group_of_quads(weight, [&](int64_t, const std::vector<int64_t>& quads) { blocks += int64_t(quads.size()); });
+  return blocks * kBlock;
+}
+
+void fill_blocks(Layer& layer, float (*round)(float)) {
+  const Matrix& weight = layer.weight;
+  std::vector<int64_t> block_of(size_t(quad_count(weight.columns)));
+  layer.blocks = {};
+  layer.cut.assign(size_t(filled_weights(weight)), FILLER);
+  float* block = layer.cut.data();
+  each_group_of_quads(weight, [&](int64_t group, const std::vector<int64_t>& quads) {
+    for (size_t i = 0; i < quads.size(); ++i) {
+      block_of[size_t(quads[i])] = int64_t(i);
+      layer.blocks.push(quads[i], block + int64_t(i) * kBlock);
+    }
+    for (int64_t row = group * GROUP; row < std::min((group + 1) * GROUP, weight.rows()); ++row)
+      for (auto i = size_t(weight.starts[size_t(row)]); i < size_t(weight.starts[size_t(row) + 1]); ++i) {
+        const int64_t at = block_of[size_t(weight.column[i] / QUAD)] * kBlock;
+        const float kept = round(weight.value[i]);
+        block[at + row % GROUP * QUAD + weight.column[i] % QUAD] = kept == 0 ? 0 : kept;
+      }
+    layer.blocks.end_group();
+    block += int64_t(quads.size()) * kBlock;
+  });
+}
 
 int64_t kept_in_blocks(const CanonicalLayer& layer) {
   const CanonicalLayer grid = grid_of(layer);

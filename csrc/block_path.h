@@ -45,6 +45,39 @@ struct RowsRounded : RowsF32 {
 };
 using RowsBf16 = RowsRounded<uint16_t, &Isa::blocks_bf16, &Isa::round_bf16>;
 using RowsWidenedBf16 = RowsRounded<float, &Isa::blocks_widened_bf16, &Isa::round_widened_bf16>;
+using RowsFilledBf16 = RowsRounded<float, &Isa::blocks_f32, &Isa::round_widened_bf16>;
+
+inline bool are_finite(const float* values, int64_t count) {
+  uint32_t is_other = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    is_other |= (bits & 0x7f800000) == 0x7f800000;
+  }
+  return !is_other;
+}
+
+inline bool is_filler(float weight) { return weight == 0 && std::signbit(weight); }
+
+// What Isa::blocks_f32 computes for one row, without the fillers.
+inline void add_without_fillers(const Network& net, const LayerRecord& layer, const float* x, float* y) {
+  const int64_t groups = padded(layer.out_features) / GROUP, panels = panel_count(layer.in_features);
+  const auto* order = reinterpret_cast<const uint32_t*>(net.blob + layer.block_groups);
+  const auto* begins = reinterpret_cast<const uint32_t*>(net.blob + layer.group_blocks);
+  const auto* quads = reinterpret_cast<const uint32_t*>(net.blob + layer.block_quads);
+  const float* weights = net.floats(layer.block_weights);
+  std::memcpy(y, net.floats(layer.bias), size_t(groups) * GROUP * sizeof(float));
+  for (int64_t p = 0; p < panels; ++p, order += groups, begins += groups + 1)
+    for (int64_t g = 0; g < groups; ++g)
+      for (uint32_t block = begins[g]; block < begins[g + 1]; ++block)
+        for (int64_t i = 0; i < QUAD * GROUP; ++i) {
+          const float weight = weights[int64_t{block} * QUAD * GROUP + i];
+          float& sum = y[int64_t{order[g]} * GROUP + i % GROUP];
+          if (!is_filler(weight)) sum = std::fma(weight, x[quads[block] * QUAD + i / GROUP], sum);
+        }
+  if (layer.activation != ACTIVATION_RELU) return;
+  for (int64_t i = 0; i < groups * GROUP; ++i) y[i] = y[i] < 0 ? 0 : y[i];  // NaN stays
+}
 
 struct RowsS8 {
   using Activation = uint8_t;
@@ -118,11 +151,11 @@ class BlockPath {
     for (uint32_t i = 0; i < net_.header->layers; ++i) {
       const LayerRecord& layer = net_.layers[i];
       if (layer.kind == LAYER_SHARED) {
-        Rows::multiply(net_, layer, x, x_stride, rows, shared_, shared_stride_);
+        multiply(layer, x, x_stride, rows, shared_, shared_stride_);
         continue;
       }
       Value* y = values_[i % 2];
-      if (layer.kind == LAYER_LINEAR) Rows::multiply(net_, layer, x, x_stride, rows, y, hidden_stride_);
+      if (layer.kind == LAYER_LINEAR) multiply(layer, x, x_stride, rows, y, hidden_stride_);
       for (int64_t r = 0; r < rows; ++r) {
         Value* of_row = y + r * hidden_stride_;
         if (layer.kind == LAYER_COMBINED) combine(layer, shared_ + r * shared_stride_, of_row);
@@ -143,6 +176,15 @@ class BlockPath {
   }
 
  private:
+  void multiply(const LayerRecord& layer, const Activation* x, int64_t x_stride, int64_t rows, Value* y,
+                int64_t y_stride) const {
+    Rows::multiply(net_, layer, x, x_stride, rows, y, y_stride);
+    if constexpr (std::is_same_v<Activation, float>)
+      for (int64_t r = 0; net_.is_filled && r < rows; ++r)
+        if (!are_finite(x + r * x_stride, layer.in_features))
+          add_without_fillers(net_, layer, x + r * x_stride, y + r * y_stride);
+  }
+
   // A row's features, in whole groups. Lines of a power of two bytes would meet in the same few places of the cache.
   static int64_t line_length(int64_t features) { return padded(features) + 64; }
 

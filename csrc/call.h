@@ -6,6 +6,7 @@ struct Network {
   const uint8_t* blob;
   const BlobHeader* header;
   const LayerRecord* layers;
+  bool is_filled;  // the call takes filled blocks
 
   const float* floats(uint64_t section) const { return reinterpret_cast<const float*>(blob + section); }
   const uint32_t* parts(const LayerRecord& layer) const {

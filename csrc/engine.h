@@ -3,17 +3,19 @@
 // Plain C. No torch, no Python, no state: a prepacked network is one relocatable blob of bytes, and a call reads the
 // blob and x, writes out, and remembers nothing.
 //
-// Three paths through a network, each with a layout of its own:
+// Four paths through a network, each with a layout of its own:
 //
 //   tables  few rows of the batch at a time (a vector holds 16 output features of one row): for small batches, and
 //           for int8 at every size. The activations of a step are looked up in registers.
 //   slices  sliced ELLPACK, 64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for
 //           large batches.
 //   blocks  for networks whose weights are kept in blocks of 16 x 4, or all of them: any number of rows, as they come.
+//   filled  the same for single weights that stand close: what is pruned in a block is filled in. For float32 and
+//           bfloat16.
 //
-// In float32 and bfloat16 tables and slices add the same products in the same order, and blocks in one of their own, so
-// that a row's result is equal to the bit at every batch size, thread count and ISA. In int8 sums are integers, and
-// exact.
+// In float32 and bfloat16 tables, slices and filled blocks add the same products in the same order, and blocks in one
+// of their own, so that a row's result is equal to the bit at every batch size, thread count and ISA, but for the sign
+// of a zero. In int8 sums are integers, and exact.
 #ifndef LT4REC_SPARSE_ENGINE_H
 #define LT4REC_SPARSE_ENGINE_H
 
@@ -135,7 +137,13 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 // BF16 adds input 1 before 0 and 3 before 2, as x86's instruction adds a pair. S8 is exact in any order: a row's scale
 // is such that of every pair of neighbouring weights |w0| + |w1| is at most 128, and 255 times that fits 16 signed
 // bits.
+//
+// Filled blocks are those of float32, in both precisions: every block that holds a kept weight, in the order of
+// features that tables and slices have. Where a weight is pruned stands FILLER, -0, whose products change no sum but for
+// the sign of a zero. No kept weight is -0 there: rows whose activations are not all finite are added again without the
+// fillers, for 0 * Inf would make a NaN out of an activation that meets no weight.
 enum { QUAD = 4, PANEL_QUADS = 256 };
+#define FILLER (-0.0f)
 
 static inline int64_t quad_count(int64_t features) { return (features + QUAD - 1) / QUAD; }
 static inline int64_t panel_count(int64_t features) { return (quad_count(features) + PANEL_QUADS - 1) / PANEL_QUADS; }
@@ -153,7 +161,7 @@ static inline int64_t panel_count(int64_t features) { return (quad_count(feature
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 5, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 6, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -162,12 +170,13 @@ typedef struct {
   uint64_t bytes;          // of the whole blob
   uint64_t slice_bytes;    // of these, in sections that only the slices read
   uint64_t table_bytes;    // of these, in sections that only the tables read
-  uint64_t block_bytes;    // of these, in sections that only the blocks read
+  uint64_t block_bytes;    // of these, in sections that only blocks read, filled or not
   uint64_t nnz;            // kept weights, those that tasks share counted once for each
   uint64_t multiply_adds;       // a row's multiply-adds: kept weights, shared ones once, without padding
   uint64_t slice_multiply_adds; // the same with padding, as the slices form them
   uint64_t table_multiply_adds;
   uint64_t block_multiply_adds;
+  uint64_t filled_multiply_adds;  // what filled blocks form or would form; 0 where a network cannot have them
   uint32_t precision;
   uint32_t in_features;    // of every task's first layer
   uint32_t outputs;        // sum of out_features over the tasks' last layers
@@ -179,7 +188,7 @@ typedef struct {
 } BlobHeader;
 
 // A network is prepacked for the paths that it will take: a layout for each. Blocks stand alone.
-enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2, LAYOUT_BLOCKS = 4 };
+enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2, LAYOUT_BLOCKS = 4, LAYOUT_FILLED = 8 };
 
 enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
 enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
@@ -207,7 +216,7 @@ typedef struct {
   uint64_t windows;        // uint32_t[]: where in the line the step's window begins
   uint64_t indices;        // uint8_t[][GROUP * P]: which activation of the window
   uint64_t weights;        // float[][16], bfloat16[][32] or int8_t[][64]
-  // Blocks (none in COMBINED), panel by panel.
+  // Blocks, filled ones too (none in COMBINED), panel by panel.
   uint64_t block_groups;   // uint32_t[panels][groups]: their order in the panel
   uint64_t group_blocks;   // uint32_t[panels][groups + 1]: where the blocks of each of these begin, and the last ends
   uint64_t block_quads;    // uint32_t[]: the first input of each block, over QUAD
@@ -246,16 +255,18 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_OUT_FEATURES = 1 << 2
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-// `layouts` are those that the blob shall hold; S8 has no slices. LAYOUT_BLOCKS wants layers in blocks or dense ones,
-// and no other layout beside it.
-int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts, uint8_t** blob,
-                       char* message);
+// `layouts` are those that the blob shall hold; S8 has tables and blocks alone. LAYOUT_BLOCKS wants layers in blocks or
+// dense ones, and no other layout beside it. 0 stands for what calls of `batch` rows take on `isa`, or of any number of
+// rows where `batch` is -1.
+struct Isa;
+int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts,
+                       const struct Isa* isa, int64_t batch, uint8_t** blob, char* message);
 void lt4rec_free(uint8_t* blob);
 
 // --- The part of the engine that is written once per instruction set ----------------------------------------------
 //
 // Kernels do not check; prepack does, once. No two arguments overlap.
-typedef struct {
+typedef struct Isa {
   const char* name;
 
   // y = activation(x @ W^T + bias) for one tile, rows of zeros included; sigmoid is left to the caller.
@@ -314,9 +325,13 @@ typedef struct {
   void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
 
-  // From this many rows of the batch on, slices are faster than tables here, as measured.
+  // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
+  // of what filled blocks form is kept, these are faster, for at most FEW_ROWS rows and for more.
   int slices_from_f32, slices_from_bf16;
+  float filled_from_few, filled_from_many;
 } Isa;
+
+enum { FEW_ROWS = 4 };
 
 extern const Isa lt4rec_isa_scalar;
 #if defined(__x86_64__)
@@ -347,10 +362,11 @@ int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
 // Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster
 // one or none. S8 has no slices. What is in blocks has no other path.
-enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_BLOCKS = 3, PATH_FASTEST = 4 };
+enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_BLOCKS = 3, PATH_FILLED = 4, PATH_FASTEST = 5 };
 
-// PATH_TABLES or PATH_SLICES: what is faster for this many rows of a network that is not in blocks.
-int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch);
+// PATH_TABLES, PATH_SLICES or PATH_FILLED: what is faster for this many rows of a network that is not in blocks. The
+// last two are multiply_adds and filled_multiply_adds of its header.
+int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled);
 
 typedef struct {
   const void* x;        // float[batch, in_features], or bfloat16

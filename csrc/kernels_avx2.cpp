@@ -321,7 +321,7 @@ extern "C" const Isa lt4rec_isa_avx2 = {
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,
-    /*slices_from_f32=*/1, /*slices_from_bf16=*/1};
+    /*slices_from_f32=*/1, /*slices_from_bf16=*/1, /*filled_from_few=*/0.3f, /*filled_from_many=*/0.65f};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -368,7 +368,7 @@ extern "C" const Isa LT4REC_ISA = {
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_u8,            recode_s32,
-    /*slices_from_f32=*/13, /*slices_from_bf16=*/25};
+    /*slices_from_f32=*/13, /*slices_from_bf16=*/25, /*filled_from_few=*/0.9f, /*filled_from_many=*/0.6f};
 
 #ifdef __clang__
 #pragma clang attribute pop

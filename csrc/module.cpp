@@ -57,27 +57,28 @@ PyObject* set_isa(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// path(precision, batch) -> PATH_TABLES or PATH_SLICES
+// path(precision, batch, multiply_adds, filled_multiply_adds) -> PATH_TABLES, PATH_SLICES or PATH_FILLED
 PyObject* path(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[2];
-  if (!unpack(args, count, a, 2)) return nullptr;
-  return PyLong_FromLongLong(lt4rec_path(isa_in_force, a[0], a[1]));
+  int64_t a[4];
+  if (!unpack(args, count, a, 4)) return nullptr;
+  return PyLong_FromLongLong(lt4rec_path(isa_in_force, a[0], a[1], a[2], a[3]));
 }
 
-// prepack(layers, count, precision, layouts, allocate): copies the blob to the address allocate(bytes)
+// prepack(layers, count, precision, layouts, batch, allocate): copies the blob to the address allocate(bytes)
 PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[4], bytes;
-  if (count != 5) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 5", count);
-  if (!unpack(args, 4, a, 4)) return nullptr;
+  int64_t a[5], bytes;
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6", count);
+  if (!unpack(args, 5, a, 5)) return nullptr;
+  const Isa* isa_now = isa_in_force;
   char message[MESSAGE_BYTES] = "";
   uint8_t* blob;
   Py_BEGIN_ALLOW_THREADS;
-  bytes = lt4rec_prepack(address<const CanonicalLayer>(a[0]), a[1], a[2], a[3], &blob, message);
+  bytes = lt4rec_prepack(address<const CanonicalLayer>(a[0]), a[1], a[2], a[3], isa_now, a[4], &blob, message);
   Py_END_ALLOW_THREADS;
   if (bytes == -1) PyErr_SetString(PyExc_ValueError, message);
   if (bytes == -2) PyErr_NoMemory();
   if (bytes < 0) return nullptr;
-  PyObject* allocated = PyObject_CallFunction(args[4], "L", static_cast<long long>(bytes));
+  PyObject* allocated = PyObject_CallFunction(args[5], "L", static_cast<long long>(bytes));
   const long long to = allocated ? PyLong_AsLongLong(allocated) : -1;
   Py_XDECREF(allocated);
   if (to != -1) std::memcpy(address<void>(to), blob, size_t(bytes));
@@ -176,10 +177,10 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   BlobHeader h;
   std::memcpy(&h, blob, sizeof(h));
   using Long = unsigned long long;
-  return Py_BuildValue("(IIIIIIKKKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers,
+  return Py_BuildValue("(IIIIIIKKKKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers,
                        Long(h.nnz), Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds),
-                       Long(h.block_multiply_adds), Long(h.bytes), Long(h.slice_bytes), Long(h.table_bytes),
-                       Long(h.block_bytes));
+                       Long(h.block_multiply_adds), Long(h.filled_multiply_adds), Long(h.bytes), Long(h.slice_bytes),
+                       Long(h.table_bytes), Long(h.block_bytes));
 }
 
 #define FASTCALL(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL

@@ -54,8 +54,8 @@ struct BlockMatrix {
 struct Layer {
   uint32_t kind = LAYER_LINEAR;
   Matrix weight;            // none in COMBINED
-  BlockMatrix blocks;       // for LAYOUT_BLOCKS, in its place
-  std::vector<float> cut;   // a dense weight's blocks
+  BlockMatrix blocks;       // for LAYOUT_BLOCKS and LAYOUT_FILLED, in its place
+  std::vector<float> cut;   // blocks that were cut out of a weight
   int64_t multiply_adds = 0;
   std::vector<float> bias;  // out_features, or none
   int64_t in_features = 0, out_features = 0;
@@ -81,6 +81,13 @@ int64_t kept_weights(const CanonicalLayer& layer);
 // The same of a layer in blocks, without what is beyond the edges, where all values must be 0.
 int64_t kept_in_blocks(const CanonicalLayer& layer);
 bool has_zeros_beyond_edges(const CanonicalLayer& layer, const View& grid);
+
+// Blocks in place of a layer's weights: all that hold one, filled as engine.h has it. `round` is what the precision makes
+// of a weight.
+void fill_blocks(Layer& layer, float (*round)(float));
+
+// Weights of all these blocks.
+int64_t filled_weights(const Matrix& weight);
 
 // Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t precision);

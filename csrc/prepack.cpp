@@ -351,7 +351,24 @@ std::vector<float> steps_of(const Layer& layer, bool has_blocks) {
   return steps;
 }
 
-BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, uint64_t nnz) {
+// What these layers take on an ISA, a layout for a number of rows, or for any number where it is -1.
+int64_t chosen_layouts(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled) {
+  int64_t layouts = 0;
+  const int64_t from[] = {1, FEW_ROWS + 1, isa->slices_from_f32, isa->slices_from_bf16, INT32_MAX};
+  for (int64_t rows : from)
+    switch (lt4rec_path(isa, precision, batch < 0 ? rows : batch, kept, filled)) {
+      case PATH_TABLES: layouts |= LAYOUT_TABLES; break;
+      case PATH_SLICES: layouts |= LAYOUT_SLICES; break;
+      case PATH_FILLED: layouts |= LAYOUT_FILLED; break;
+    }
+  return layouts;
+}
+
+float unrounded(float value) { return value; }
+float rounded_to_bf16(float value) { return float_of(uint32_t{bf16_of(value)} << 16); }
+
+BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layouts, const Isa* isa, int64_t batch,
+                      uint64_t nnz) {
   BlobHeader header{};
   header.magic = BLOB_MAGIC;
   header.version = BLOB_VERSION;
@@ -359,8 +376,14 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
   header.in_features = uint32_t(layers[0].in_features);
   header.layers = uint32_t(layers.size());
   header.nnz = nnz;
+  for (const Layer& layer : layers) header.multiply_adds += uint64_t(layer.multiply_adds);
   const bool has_blocks = layouts & LAYOUT_BLOCKS;
   if (precision == PRECISION_S8 && !has_blocks) layouts = LAYOUT_TABLES;
+  if (precision != PRECISION_S8 && !has_blocks)
+    for (const Layer& layer : layers) header.filled_multiply_adds += uint64_t(lt4rec::filled_weights(layer.weight));
+  if (layouts == 0)
+    layouts = chosen_layouts(isa, precision, batch, int64_t(header.multiply_adds),
+                             int64_t(header.filled_multiply_adds));
   header.layouts = uint32_t(layouts);
   std::vector<LayerRecord> records;
   std::vector<float> shared_scale;  // of a part's features
@@ -385,7 +408,6 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
       for (float& bias : layer.bias)
         if (std::fabs(bias) < 0x1p-126f) bias = 0;
     record.bias = writer.append(padded_copy(layer.bias, layer.out_features));
-    header.multiply_adds += uint64_t(layer.multiply_adds);
 
     if (precision == PRECISION_S8) {
       std::vector<float> scale = shared_scale;
@@ -409,12 +431,16 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
         append_blocks<BlocksBf16>(layer, writer, record, header);
       else
         append_blocks<BlocksF32>(layer, writer, record, header);
-    } else if (layer.kind != LAYER_COMBINED && precision == PRECISION_BF16) {
-      if (layouts & LAYOUT_SLICES) append_slices<StepBf16>(layer, writer, record, header);
-      if (layouts & LAYOUT_TABLES) append_table<TableBf16>(layer, writer, record, header);
     } else if (layer.kind != LAYER_COMBINED) {
-      if (layouts & LAYOUT_SLICES) append_slices<StepF32>(layer, writer, record, header);
-      if (layouts & LAYOUT_TABLES) append_table<TableF32>(layer, writer, record, header);
+      const bool is_bf16 = precision == PRECISION_BF16;
+      if (layouts & LAYOUT_SLICES)
+        (is_bf16 ? append_slices<StepBf16> : append_slices<StepF32>)(layer, writer, record, header);
+      if (layouts & LAYOUT_TABLES)
+        (is_bf16 ? append_table<TableBf16> : append_table<TableF32>)(layer, writer, record, header);
+      if (layouts & LAYOUT_FILLED) {
+        lt4rec::fill_blocks(layer, is_bf16 ? rounded_to_bf16 : unrounded);
+        append_blocks<BlocksF32>(layer, writer, record, header);
+      }
     }
     records.push_back(record);
 
@@ -432,10 +458,12 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
 }  // namespace
 
 extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts,
-                                  uint8_t** blob, char* message) {
+                                  const Isa* isa, int64_t batch, uint8_t** blob, char* message) {
   *blob = nullptr;
   try {
     uint64_t nnz = 0;
+    for (int64_t i = 0; layouts == 0 && i < count; ++i)
+      if (layers[i].is_blocks) layouts = LAYOUT_BLOCKS;
     for (int64_t i = 0; i < count; ++i) {
       if (!lt4rec::is_canonical(layers[i], i, precision, layouts, message)) return -1;
       const bool reads_x = i == 0 || layers[i - 1].is_head;
@@ -444,7 +472,7 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
     }
     std::vector<Layer> arranged = layouts & LAYOUT_BLOCKS ? lt4rec::arrange_blocks(layers, count, precision)
                                                           : lt4rec::arrange(layers, count, precision);
-    BlobWriter written = write_blob(std::move(arranged), precision, layouts, nnz);
+    BlobWriter written = write_blob(std::move(arranged), precision, layouts, isa, batch, nnz);
     *blob = written.take();
     return int64_t(written.bytes());
   } catch (const std::bad_alloc&) {

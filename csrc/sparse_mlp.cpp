@@ -130,6 +130,9 @@ int run_blocks(const Network& net, const SparseMlpCall& call, bool flushes) {
 }
 
 int run_blocks(const Network& net, const SparseMlpCall& call) {
+  if (net.is_filled)
+    return net.header->precision == PRECISION_F32 ? run_blocks<RowsF32>(net, call, false)
+                                                  : run_blocks<RowsFilledBf16>(net, call, true);
   switch (net.header->precision) {
     case PRECISION_F32: return run_blocks<RowsF32>(net, call, false);
     case PRECISION_BF16:
@@ -149,8 +152,13 @@ extern "C" int lt4rec_check_blob(const uint8_t* blob, int64_t bytes) {
   return is_ours && header->bytes == uint64_t(bytes) ? STATUS_OK : STATUS_BAD_BLOB;
 }
 
-extern "C" int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch) {
+extern "C" int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled) {
   if (precision == PRECISION_S8) return PATH_TABLES;
+  if (batch == 0) batch = 1;
+  // An instruction for bfloat16 takes two products at a time; filled blocks are of float32.
+  const bool can_fill = filled > 0 && (precision == PRECISION_F32 || isa->slices_bf16 == nullptr);
+  const float filled_from = batch <= FEW_ROWS ? isa->filled_from_few : isa->filled_from_many;
+  if (can_fill && float(kept) >= filled_from * float(filled)) return PATH_FILLED;
   const int from = precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16;
   return batch >= from ? PATH_SLICES : PATH_TABLES;
 }
@@ -160,21 +168,25 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
   const auto* header = reinterpret_cast<const BlobHeader*>(blob);
   if (call->in_features != header->in_features || call->outputs != header->outputs) return STATUS_BAD_SHAPE;
   const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
-  const bool has_blocks = header->layouts & LAYOUT_BLOCKS;
-  const bool is_chosen = call->path == PATH_TABLES || call->path == PATH_SLICES || call->path == PATH_BLOCKS;
-  const int64_t faster = has_blocks ? int64_t{PATH_BLOCKS} : lt4rec_path(isa, header->precision, call->batch);
+  const bool has_blocks = header->layouts & LAYOUT_BLOCKS, has_filled = header->layouts & LAYOUT_FILLED;
+  const bool is_chosen = call->path >= PATH_TABLES && call->path <= PATH_FILLED;
+  const int64_t faster = has_blocks ? int64_t{PATH_BLOCKS}
+                                    : lt4rec_path(isa, header->precision, call->batch, int64_t(header->multiply_adds),
+                                                  int64_t(header->filled_multiply_adds));
   const int64_t wanted = is_chosen ? call->path : faster;
   if (call->path != PATH_AUTO) {
     if (wanted == PATH_BLOCKS && !has_blocks) return STATUS_NO_LAYOUT;
+    if (wanted == PATH_FILLED && !has_filled) return STATUS_NO_LAYOUT;
     if (wanted == PATH_TABLES && !has_tables) return STATUS_NO_LAYOUT;
     if (wanted == PATH_SLICES && !has_slices && (header->precision != PRECISION_S8 || has_blocks))
       return STATUS_NO_LAYOUT;
   }
   if (call->batch == 0) return STATUS_OK;
+  const bool uses_filled = has_filled && (wanted == PATH_FILLED || !(has_slices || has_tables));
   const bool uses_slices = has_slices && (wanted == PATH_SLICES || !has_tables);
 
-  const Network net{isa, blob, header, reinterpret_cast<const LayerRecord*>(header + 1)};
-  if (has_blocks) return run_blocks(net, *call);
+  const Network net{isa, blob, header, reinterpret_cast<const LayerRecord*>(header + 1), uses_filled};
+  if (has_blocks || uses_filled) return run_blocks(net, *call);
   switch (header->precision) {
     case PRECISION_F32:
       return uses_slices ? run_slices<TilesF32>(net, *call, false) : run_tables<LinesF32>(net, *call, false);

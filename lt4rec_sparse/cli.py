@@ -200,7 +200,10 @@ def run(
 @app.command()
 def experiment(
     name: Annotated[
-        str, typer.Argument(help="table2, table3, figure4, granularity, frontier, cheap, tickets, tasks, or regimes (simulated).")
+        str,
+        typer.Argument(
+            help="table2, table3, figure4, granularity, frontier, cheap, tickets, tasks, or regimes (simulated)."
+        ),
     ],
     data: Annotated[
         Path | None,

@@ -36,12 +36,12 @@ if _engine is not None and (_tensors is None or not _engine.use_tensors(Tensor, 
     _absence_reason = f"torch {torch.__version__} shows no tensors through DLPack 1's C functions, as 2.11 and newer do"
 
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/engine.h
-PATHS = ("auto", "tables", "slices", "blocks")
-Path = Literal["auto", "tables", "slices", "blocks"]
+PATHS = ("auto", "tables", "slices", "blocks", "filled")
+Path = Literal["auto", "tables", "slices", "blocks", "filled"]
 _PATH_CODES = {path: code for code, path in enumerate(PATHS)}  # of csrc/engine.h
-_FASTEST = 4  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
-LAYOUTS = ("tables", "slices", "blocks")  # bit i of the engine's layouts
-UNSTRUCTURED = ("tables", "slices")
+_FASTEST = 5  # of csrc/engine.h: the faster path for the batch, or STATUS_NO_LAYOUT
+LAYOUTS = ("tables", "slices", "blocks", "filled")  # bit i of the engine's layouts
+UNSTRUCTURED = ("tables", "slices", "filled")
 _ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -101,34 +101,29 @@ def forced_isa(name: str) -> Iterator[None]:
         _force_isa(before)
 
 
-def path_for(batch: int, precision: str) -> str:
-    """Name the faster path for `batch` rows on the instruction set in force: "tables" or "slices"."""
-    return PATHS[_present().path(_precision_code(precision), batch)]
+def path_for(batch: int, facts: Facts) -> str:
+    """Name the fastest path for `batch` rows of a network on the instruction set in force, which is its layout too."""
+    if "blocks" in facts.layouts:
+        return "blocks"
+    precision = _precision_code(facts.precision)
+    return PATHS[_present().path(precision, batch, facts.multiply_adds, facts.filled_multiply_adds)]
 
 
-def layout_for(network: FrozenNetwork, batch: int, precision: str) -> str:
-    """Name the layout that a network takes for `batch` rows on the instruction set in force."""
-    return "blocks" if network.is_in_blocks else path_for(batch, precision)
-
-
-def layouts_for(network: FrozenNetwork, precision: str) -> tuple[str, ...]:
-    """Name the layouts that a network takes over all batch sizes."""
-    return ("blocks",) if network.is_in_blocks else ("tables",) if precision == "int8" else UNSTRUCTURED
-
-
-def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] | None = None) -> Tensor:
+def prepack(
+    network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] | None = None, batch: int | None = None
+) -> Tensor:
     """Lay out a frozen network for the kernels (`prepack_layers`), straight from its union values and bit planes.
 
-    Without `layouts` for every batch size.
+    Without `layouts` it takes those that the instruction set in force runs fastest: for `batch` rows, or for any number
+    of them.
 
     Raises:
         ValueError: As `prepack_layers`; or if int8 is wanted of a network without quantisation parameters.
     """
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
-    if layouts is None:
-        layouts = layouts_for(network, precision)
-    weights = [layer.weight if "blocks" in layouts else layer.weight.as_shared() for layer in network.hidden]
+    in_blocks = network.is_in_blocks if layouts is None else "blocks" in layouts
+    weights = [layer.weight if in_blocks else layer.weight.as_shared() for layer in network.hidden]
     shared = [
         (layer, _as_float(weight.values), weight.bitmask.contiguous())
         for layer, weight in zip(network.hidden, weights, strict=True)
@@ -159,11 +154,14 @@ def prepack(network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[s
                 for layer, (scale, zero_point) in zip(layers, parameters, strict=True)
             ]
         tasks.append(layers)
-    return prepack_layers(tasks, precision, layouts)
+    return prepack_layers(tasks, precision, layouts, batch)
 
 
 def prepack_layers(
-    tasks: Sequence[Sequence[PackLayer]], precision: str = "fp32", layouts: Sequence[str] = UNSTRUCTURED
+    tasks: Sequence[Sequence[PackLayer]],
+    precision: str = "fp32",
+    layouts: Sequence[str] | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Lay out the layers of all tasks for the kernels: one blob for every instruction set.
 
@@ -176,9 +174,11 @@ def prepack_layers(
         precision: "fp32"; "bf16": weights and the activations that enter a layer rounded to bfloat16, summed in
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
-        layouts: "tables" for small batches and int8, "slices" (sliced ELLPACK) for large ones, or both; or "blocks"
-            alone, for layers in blocks and dense ones. There the scale of a row in int8 is such that two neighbouring
-            weights of a block add up to at most 128 steps.
+        layouts: Some of "tables", for small batches and int8; "slices" (sliced ELLPACK), for large ones; and "filled",
+            blocks of 16 x 4 that hold any kept weight, for dense masks. int8 has tables alone. Or "blocks" alone, for
+            layers in blocks and dense ones. There the scale of a row in int8 is such that two neighbouring weights of a
+            block add up to at most 128 steps. None: the fastest ones of the instruction set in force.
+        batch: With None for `layouts`: rows of the calls; None for any number.
 
     Returns:
         `[bytes]`, uint8.
@@ -189,10 +189,12 @@ def prepack_layers(
     """
     engine = _present()
     precision_code = _precision_code(precision)
-    known = {"blocks"} if "blocks" in layouts else set(UNSTRUCTURED)
-    if not layouts or not known.issuperset(layouts):
+    known = {"blocks"} if "blocks" in (layouts or ()) else set(UNSTRUCTURED)
+    if layouts is not None and (not layouts or not known.issuperset(layouts)):
         allowed = f"blocks alone, or some of {', '.join(UNSTRUCTURED)}"
         raise ValueError(f"layouts: got {tuple(layouts)}, wanted {allowed}")
+    if batch is not None and batch < 0:
+        raise ValueError(f"batch: got {batch}, wanted 0 or more")
     if not tasks or not all(tasks):
         raise ValueError(f"tasks: got layer counts {[len(layers) for layers in tasks]}, wanted at least one layer each")
     in_features = tasks[0][0].in_features
@@ -206,9 +208,12 @@ def prepack_layers(
             rows.append(_canonical_layer(layer, where, is_head=i == len(layers) - 1))
             wanted = layer.out_features
     table = torch.tensor(rows, dtype=torch.int64)
-    bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts))
+    bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts or ()))
     blob = torch.empty(0, dtype=torch.uint8)  # whose memory torch aligns to 64 bytes
-    engine.prepack(table.data_ptr(), len(rows), precision_code, bits, lambda nbytes: blob.resize_(nbytes).data_ptr())
+    calls = -1 if batch is None else batch
+    engine.prepack(
+        table.data_ptr(), len(rows), precision_code, bits, calls, lambda nbytes: blob.resize_(nbytes).data_ptr()
+    )
     return blob
 
 
@@ -285,8 +290,8 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
         prepacked: What `prepack` returned; its contents are trusted. For repeated calls, construct a `Prepacked`.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
-        path: Which of the kernels; "auto" takes the faster one for the batch. int8 has no slices, and what is in blocks
-            has no other path.
+        path: Which of the kernels; "auto" takes the fastest one for the batch of those that `prepacked` has. int8 has
+            tables alone, and what is in blocks has no other path.
 
     Raises:
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
@@ -322,11 +327,13 @@ class Executor:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
         if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), _FASTEST):
             return
-        path = layout_for(self.network, len(x), self.precision)
-        prepacked = self._prepacked.get(path)
+        prepacked = None
+        if self._recent is not None:
+            prepacked = self._prepacked.get(path_for(len(x), self._recent.facts))
         if prepacked is None:
-            blob = prepack(self.network, self.precision, (path,))
-            prepacked = self._prepacked.setdefault(path, Prepacked(blob))
+            prepacked = Prepacked(prepack(self.network, self.precision, batch=len(x)))
+            (path,) = prepacked.facts.layouts
+            prepacked = self._prepacked.setdefault(path, prepacked)
         prepacked.run(x, out)
         self._recent = prepacked
 
@@ -353,7 +360,8 @@ class Facts(NamedTuple):
     multiply_adds: int  # of one row of the batch: what tasks share counts once
     slice_multiply_adds: int  # the same, with padding, on the path for large batches
     table_multiply_adds: int  # and on the path for small ones
-    block_multiply_adds: int  # and in blocks
+    block_multiply_adds: int  # and in blocks, filled or not
+    filled_multiply_adds: int  # what filled blocks form, whether the blob has them or not; 0 in int8 and in blocks
     nbytes: int
     slice_nbytes: int  # of these, read by one path only
     table_nbytes: int

@@ -78,10 +78,10 @@ def prepack(network: FrozenNetwork, precision: str = "fp32") -> Tensor:
 
 
 def layout_nbytes(network: FrozenNetwork, precision: str = "fp32") -> dict[str, int]:
-    """Return layout of the engine -> bytes that it takes once a batch size needs it; nothing without the engine."""
+    """Return layout -> bytes of each that this machine takes for some batch size; nothing without the engine."""
     if not cpu.is_available():
         return {}
-    layouts = cpu.layouts_for(network, precision)
+    layouts = cpu.describe(cpu.prepack(network, precision)).layouts
     return {layout: cpu.prepack(network, precision, (layout,)).numel() for layout in layouts}
 
 

@@ -54,6 +54,12 @@ void compare(const char* isa, const char* what, int64_t seed, const std::vector<
     if (!is_same(got[i], wanted[i])) fail(isa, what, seed, i);
 }
 
+// Fillers leave a zero's sign open.
+std::vector<float> with_unsigned_zeros(std::vector<float> values) {
+  for (float& v : values) v += 0.0f;
+  return values;
+}
+
 class Checksum {
  public:
   void add(float v) {
@@ -228,9 +234,9 @@ void compare_network(uint32_t seed, Checksum& checksum) {
   const Network network(draw, precision, is_blocks);
   char message[MESSAGE_BYTES];
   uint8_t* blob;
-  const int64_t layouts = is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES;
-  const int64_t bytes = lt4rec_prepack(network.layers.data(), int64_t(network.layers.size()), precision, layouts, &blob,
-                                       message);
+  const int64_t layouts = is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES | LAYOUT_FILLED;
+  const int64_t bytes = lt4rec_prepack(network.layers.data(), int64_t(network.layers.size()), precision, layouts,
+                                       &lt4rec_isa_scalar, -1, &blob, message);
   if (bytes < 0) fail("prepack", message, seed, 0);
 
   const int64_t batch = draw.between(1, 70), x_stride = network.in_features + draw.below(3),
@@ -251,7 +257,14 @@ void compare_network(uint32_t seed, Checksum& checksum) {
     return out;
   };
   const std::vector<float> wanted = run(lt4rec_isa_scalar, is_blocks ? PATH_BLOCKS : PATH_TABLES);
+  const bool has_filled = !is_blocks && precision != PRECISION_S8;
   if (!is_blocks) compare("slices", "the result", seed, run(lt4rec_isa_scalar, PATH_SLICES), wanted);
+  const auto compare_filled = [&](const Isa& isa) {
+    if (has_filled)
+      compare(isa.name, "the filled blocks' result", seed, with_unsigned_zeros(run(isa, PATH_FILLED)),
+              with_unsigned_zeros(wanted));
+  };
+  compare_filled(lt4rec_isa_scalar);
   for (float v : wanted) checksum.add(v);
   for (const Isa* const* isa = lt4rec_supported_isas() + 1; *isa; ++isa) {
     if (is_blocks) {
@@ -259,6 +272,7 @@ void compare_network(uint32_t seed, Checksum& checksum) {
     } else {
       compare((*isa)->name, "the tables' result", seed, run(**isa, PATH_TABLES), wanted);
       compare((*isa)->name, "the slices' result", seed, run(**isa, PATH_SLICES), wanted);
+      compare_filled(**isa);
     }
   }
   lt4rec_free(blob);

@@ -22,7 +22,7 @@ ISAS = (
 )
 # What this machine runs, none above the one that LT4REC_SPARSE_ISA holds the engine to.
 RUNNABLE_ISAS = cpu.supported_isas()[: cpu.supported_isas().index(cpu.isa()) + 1] if cpu.is_available() else ()
-PATHS = (("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables"))
+PATHS = (*itertools.product(("fp32", "bf16"), cpu.UNSTRUCTURED), ("int8", "tables"))
 BLOCK = (16, 4)  # outputs, inputs
 INPUT_QUANTIZATION = (0.05, 117)  # scale and zero point of x in int8, the same for all tasks
 
@@ -167,8 +167,13 @@ def pack_tasks(tasks: Sequence[Task], in_blocks: bool = False) -> list[list[cpu.
     return packed
 
 
-def prepack(tasks: Sequence[Task], precision: str, layouts: Sequence[str] = cpu.UNSTRUCTURED) -> Tensor:
-    return cpu.prepack_layers(pack_tasks(tasks, "blocks" in layouts), precision, layouts)
+def prepack(
+    tasks: Sequence[Task],
+    precision: str,
+    layouts: Sequence[str] | None = cpu.UNSTRUCTURED,
+    batch: int | None = None,
+) -> Tensor:
+    return cpu.prepack_layers(pack_tasks(tasks, "blocks" in (layouts or ())), precision, layouts, batch)
 
 
 def is_shared(prepacked: Tensor) -> bool:

@@ -29,7 +29,7 @@ from kernels.networks import (
     tiles,
 )
 from kernels.test_cpu import Case, assert_case, assert_exact_with_nan, assert_same_bits, integers_like, normal_like
-from kernels.test_engine_layout import ALIGNMENT, COMBINED, SHARED, Blob, padded
+from kernels.test_engine_layout import ALIGNMENT, COMBINED, SHARED, Blob, padded, read_blocks
 from kernels.test_guard_pages import Pages
 from oracle import assert_exact, assert_rounding, mlp_reference
 
@@ -475,35 +475,6 @@ def test_the_blob_holds_each_block_once_and_in_order(name: str, precision: str) 
         end = past
     assert header.block_bytes == of_blocks
     assert not blob.bytes[end:].any()
-
-
-def read_blocks(blob: Blob, record, precision: str) -> tuple[np.ndarray, int]:
-    """Return the weights, dense and whole groups of them, and how many are stored; check order and padding."""
-    dtype = {"fp32": "<f4", "bf16": "<u2", "int8": "i1"}[precision]
-    shape = {"fp32": (4, 16), "bf16": (2, 16, 2), "int8": (16, 4)}[precision]
-    groups, quads = padded(record.out_features) // 16, -(-record.in_features // 4)
-    panels = -(-quads // 256)
-    order = blob.section(record.block_groups, "<u4", panels * groups, "block").reshape(panels, groups)
-    begins = blob.section(record.group_blocks, "<u4", panels * (groups + 1), "block").reshape(panels, groups + 1)
-    blocks = int(begins[-1, -1])
-    of_block = blob.section(record.block_quads, "<u4", blocks, "block")
-    weights = blob.section(record.block_weights, dtype, blocks * 64, "block").reshape(blocks, *shape)
-    inputs = {"fp32": lambda b: b, "bf16": lambda b: b.transpose(0, 2, 1).reshape(4, 16), "int8": lambda b: b.T}
-    dense = np.zeros((groups * 16, quads * 4), dtype)
-    previous = 0
-    for panel in range(panels):
-        assert begins[panel, 0] == previous
-        assert sorted(order[panel]) == list(range(groups))
-        counts = np.diff(begins[panel].astype(int))
-        assert (np.diff(counts) <= 0).all(), "descending"
-        for group, first, past in zip(order[panel].tolist(), begins[panel], begins[panel, 1:], strict=False):
-            assert (np.diff(of_block[first:past].astype(int)) > 0).all()
-            for quad, block in zip(of_block[first:past].tolist(), weights[first:past], strict=True):
-                assert quad // 256 == panel
-                dense[16 * group : 16 * group + 16, 4 * quad : 4 * quad + 4] = inputs[precision](block).T
-        previous = begins[panel, -1]
-    assert not dense[:, record.in_features :].any()
-    return dense, blocks * 64
 
 
 def assert_holds(dense: np.ndarray, layer: MaskedLayer, precision: str, tasks: list[Task], is_first: bool) -> None:

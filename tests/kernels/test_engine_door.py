@@ -34,7 +34,7 @@ def full_layer(in_features: int, out_features: int, activation: str = "none") ->
 
 
 def three_layers(precision: str) -> Tensor:
-    return cpu.prepack_layers([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision)
+    return cpu.prepack_layers([[full_layer(10, 6), full_layer(6, 2)], [full_layer(10, 1)]], precision, cpu.UNSTRUCTURED)
 
 
 @pytest.fixture(params=cpu.PRECISIONS)
@@ -49,7 +49,8 @@ def rows_of_bits(*rows: int) -> Tensor:
 
 def test_equal_networks_have_equal_blobs_anywhere_in_memory(blob: Tensor) -> None:
     assert torch.equal(three_layers(cpu.describe(blob).precision), blob)
-    for offset, batch, path in itertools.product((8, 24, 56), (3, 70), ("auto", *cpu.UNSTRUCTURED)):
+    paths = ("auto", *cpu.describe(blob).layouts)
+    for offset, batch, path in itertools.product((8, 24, 56), (3, 70), paths):
         moved = torch.zeros(blob.numel() + offset, dtype=torch.uint8)[offset:]
         moved.copy_(blob)
         out = torch.empty(batch, 3)
@@ -224,11 +225,15 @@ def test_a_precision_or_layout_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
         cpu.prepack_layers([[full_layer(3, 2)]], "fp16")
     for layouts in ((), ("tables", "tiles"), ("auto",)):
-        with pytest.raises(ValueError, match=r"layouts: got \(.*\), wanted blocks alone, or some of tables, slices"):
+        with pytest.raises(
+            ValueError, match=r"layouts: got \(.*\), wanted blocks alone, or some of tables, slices, filled"
+        ):
             cpu.prepack_layers([[full_layer(3, 2)]], layouts=layouts)
 
 
-@pytest.mark.parametrize("layouts", (("tables",), ("slices",), ("slices", "tables", "slices")), ids="-".join)
+@pytest.mark.parametrize(
+    "layouts", (("tables",), ("slices",), ("filled",), ("slices", "tables", "slices")), ids="-".join
+)
 @pytest.mark.parametrize("precision", cpu.PRECISIONS)
 def test_a_path_needs_its_layout(precision: str, layouts: Sequence[str]) -> None:
     tasks = [[random_layer(random_mask(20, 30, 0.4, seed=t), "relu", seed=t)] for t in range(2)]
@@ -239,18 +244,18 @@ def test_a_path_needs_its_layout(precision: str, layouts: Sequence[str]) -> None
     for layout, size, multiply_adds in (
         ("tables", facts.table_nbytes, facts.table_multiply_adds),
         ("slices", facts.slice_nbytes, facts.slice_multiply_adds),
+        ("filled", facts.block_nbytes, facts.block_multiply_adds),
     ):
         assert (size > 0, multiply_adds > 0) == (layout in held, layout in held)
     x = small_integers(70, 30, generator=torch.Generator().manual_seed(1))
     wanted = exact_reference(x, tasks, precision)
     for batch, path in itertools.product((0, 1, 70), ("auto", *cpu.UNSTRUCTURED)):
         out = torch.full((batch, 40), torch.nan)
-        # int8 has one layout for both paths.
-        if path in ("auto", *held) or precision == "int8":
+        if path in ("auto", *held) or (path == "slices" and precision == "int8"):  # int8 has one layout for both paths
             cpu.sparse_mlp(x[:batch], blob, out, path=path)
             assert_exact(out, wanted[:batch])
         else:
-            message = rf"path: got '{path}', wanted what the blob was prepacked for: \('{held[0]}',\)"
+            message = rf"path: got '{path}', wanted what the blob was prepacked for: \('{held[0]}'"
             with pytest.raises(ValueError, match=message):
                 cpu.sparse_mlp(x[:batch], blob, out, path=path)
 
@@ -293,7 +298,7 @@ def test_a_part_of_a_weight_is_a_weight_of_its_own(precision: str, part: str) ->
     wanted = torch.cat([exact_reference(x, [[layer]], precision) for layer in layers], dim=1)
     for both, columns in (([whole, less], wanted), ([less, whole], wanted.roll(-33, dims=1))):
         out = torch.full_like(wanted, torch.nan)
-        cpu.sparse_mlp(x, cpu.prepack_layers([[layer] for layer in both], precision), out)
+        cpu.sparse_mlp(x, cpu.prepack_layers([[layer] for layer in both], precision, cpu.UNSTRUCTURED), out)
         assert_exact(out, columns)
 
 
@@ -303,9 +308,9 @@ def test_a_layer_may_be_wide_but_not_endless(precision: str) -> None:
         planes = torch.zeros(1, out_features, 1, dtype=torch.uint8)
         return full_layer(1, 1)._replace(values=torch.ones(0), planes=planes, out_features=out_features)
 
-    widest = cpu.prepack_layers([[dead_layer(70001)]], precision)
+    widest = cpu.prepack_layers([[dead_layer(70001)]], precision, cpu.UNSTRUCTURED)
     out = torch.empty(2, 70001)
-    for path in ("auto", *cpu.UNSTRUCTURED):
+    for path in ("auto", *cpu.describe(widest).layouts):
         cpu.sparse_mlp(torch.ones(2, 1), widest, out.fill_(torch.nan), path=path)
         assert not out.any()
     with pytest.raises(ValueError, match="out_features: got 16777217, wanted at most 16777216"):
@@ -368,7 +373,7 @@ def test_a_layer_is_right_or_refused(
         with pytest.raises(ValueError, match=r"layer [0-3]: (padding of )?(planes|task): got"):
             cpu.prepack_layers(tasks, precision)
         return
-    blob = cpu.prepack_layers(tasks, precision)
+    blob = cpu.prepack_layers(tasks, precision, cpu.UNSTRUCTURED)
     if is_second:
         return
     weight = torch.zeros(OUT_FEATURES, IN_FEATURES)
@@ -381,18 +386,18 @@ def test_a_layer_is_right_or_refused(
     assert torch.equal(blob, prepack(accepted, precision))
 
 
-@pytest.mark.parametrize("path", ("auto", *cpu.UNSTRUCTURED))
-def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor, path: cpu.Path) -> None:
-    header = struct.Struct("<2I9Q8I")  # BlobHeader of csrc/engine.h
+def test_a_failed_allocation_is_an_error_and_no_crash(blob: Tensor) -> None:
+    paths = ("auto", *cpu.describe(blob).layouts)
+    header = struct.Struct("<2I10Q8I")  # BlobHeader of csrc/engine.h
     fields = list(header.unpack_from(blob.numpy()))
-    multiply_adds, hidden_features = 7, 16
+    multiply_adds, hidden_features = 7, 17
     assert (fields[multiply_adds], fields[hidden_features]) == (60 + 12 + 10, 16)
     fields[multiply_adds], fields[hidden_features] = 10**9, 2**32 - 16  # enough work for a second thread
     header.pack_into(blob.numpy(), 0, *fields)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**37, limits[1]))  # every path needs more than 2^38 bytes
     try:
-        for threads in (1, 2):
+        for threads, path in itertools.product((1, 2), paths):
             with pytest.raises(MemoryError):
                 cpu.sparse_mlp(torch.ones(200, 10), blob, torch.empty(200, 3), threads, path)
     finally:

@@ -34,13 +34,13 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 Array = NDArray[Any]
 
-HEADER = struct.Struct("<2I9Q8I")
+HEADER = struct.Struct("<2I10Q8I")
 RECORD = struct.Struct("<7IfiI16Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
 PRECISIONS = ("fp32", "bf16", "int8")
-LAYOUTS = {"tables": 1, "slices": 2}
+LAYOUTS = {"tables": 1, "slices": 2, "filled": 8}
 
 
 class Header(NamedTuple):
@@ -55,6 +55,7 @@ class Header(NamedTuple):
     slice_multiply_adds: int
     table_multiply_adds: int
     block_multiply_adds: int
+    filled_multiply_adds: int
     precision: int
     in_features: int
     outputs: int
@@ -265,6 +266,35 @@ def is_zero(weight: Any) -> bool:
     return bool(weight & 0x7FFF == 0 if isinstance(weight, np.uint16) else weight == 0)
 
 
+def read_blocks(blob: Blob, record, precision: str) -> tuple[np.ndarray, int]:
+    """Return the weights, dense and whole groups of them, and how many are stored; check order and padding."""
+    dtype = {"fp32": "<f4", "bf16": "<u2", "int8": "i1"}[precision]
+    shape = {"fp32": (4, 16), "bf16": (2, 16, 2), "int8": (16, 4)}[precision]
+    groups, quads = padded(record.out_features) // 16, -(-record.in_features // 4)
+    panels = -(-quads // 256)
+    order = blob.section(record.block_groups, "<u4", panels * groups, "block").reshape(panels, groups)
+    begins = blob.section(record.group_blocks, "<u4", panels * (groups + 1), "block").reshape(panels, groups + 1)
+    blocks = int(begins[-1, -1])
+    of_block = blob.section(record.block_quads, "<u4", blocks, "block")
+    weights = blob.section(record.block_weights, dtype, blocks * 64, "block").reshape(blocks, *shape)
+    inputs = {"fp32": lambda b: b, "bf16": lambda b: b.transpose(0, 2, 1).reshape(4, 16), "int8": lambda b: b.T}
+    dense = np.zeros((groups * 16, quads * 4), dtype)
+    previous = 0
+    for panel in range(panels):
+        assert begins[panel, 0] == previous
+        assert sorted(order[panel]) == list(range(groups))
+        counts = np.diff(begins[panel].astype(int))
+        assert (np.diff(counts) <= 0).all(), "descending"
+        for group, first, past in zip(order[panel].tolist(), begins[panel], begins[panel, 1:], strict=False):
+            assert (np.diff(of_block[first:past].astype(int)) > 0).all()
+            for quad, block in zip(of_block[first:past].tolist(), weights[first:past], strict=True):
+                assert quad // 256 == panel
+                dense[16 * group : 16 * group + 16, 4 * quad : 4 * quad + 4] = inputs[precision](block).T
+        previous = begins[panel, -1]
+    assert not dense[:, record.in_features :].any()
+    return dense, blocks * 64
+
+
 class Expected(NamedTuple):
     """A layer in the order of the blob."""
 
@@ -405,7 +435,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 5)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 6)
     assert header.layouts == (LAYOUTS["tables"] if precision == "int8" else sum(LAYOUTS.values()))
     assert header.bytes == len(blob.bytes)
     assert header.bytes % ALIGNMENT == 0
@@ -455,7 +485,7 @@ def test_the_records_say_what_was_packed(name: str, precision: str) -> None:
 
 
 @of_every_network
-def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precision: str) -> None:
+def test_all_layouts_hold_each_kept_weight_once_and_in_order(name: str, precision: str) -> None:
     blob, layers = packed(name, precision)
     for record, expected in zip(blob.records, layers, strict=True):
         if expected.kind == COMBINED:
@@ -475,6 +505,8 @@ def test_both_layouts_hold_each_kept_weight_once_and_in_order(name: str, precisi
             assert np.array_equal(bits_of(slices.dense), bits_of(weight))
             assert np.array_equal(bits_of(table.dense[: len(rows)]), bits_of(weight))
             assert np.array_equal(bias, (torch.zeros(len(rows)) if expected.bias is None else expected.bias).numpy())
+            filled, _ = read_blocks(blob, record, "fp32")
+            assert np.array_equal(bits_of(filled), bits_of(filled_blocks(expected, precision)))
 
 
 @of_every_network
@@ -508,12 +540,25 @@ def quantized(expected: Expected) -> Tensor:
     return torch.where(step > 0, (expected.weight / step).round(), 0.0).to(torch.int8)
 
 
+def filled_blocks(expected: Expected, precision: str) -> Array:
+    """A layer in whole groups and quads: where a block has a kept weight, -0 for what is pruned."""
+    rows, columns = expected.mask.shape
+    whole = torch.zeros(padded(rows), -(-columns // 4) * 4, dtype=torch.bool)
+    whole[:rows, :columns] = expected.mask
+    in_blocks = whole.view(len(whole) // 16, 16, -1, 4)
+    touched = in_blocks.any(dim=3, keepdim=True).any(dim=1, keepdim=True).expand_as(in_blocks).reshape_as(whole)
+    filled = torch.where(touched, -0.0, 0.0)
+    kept = expected.weight[expected.mask]
+    filled[whole] = (rounded_to_bf16(kept) if precision == "bf16" else kept) + 0.0  # no kept weight is -0
+    return filled.numpy()
+
+
 def bits_of(weight: Array) -> Array:
     """To tell -0 from 0."""
     return np.ascontiguousarray(weight).view(f"<u{weight.itemsize}")
 
 
-@pytest.mark.parametrize("layouts", (("tables", "slices"), ("tables",), ("slices",)), ids="-".join)
+@pytest.mark.parametrize("layouts", (cpu.UNSTRUCTURED, ("tables",), ("slices",), ("filled",)), ids="-".join)
 @of_every_network
 def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layouts: tuple[str, ...]) -> None:
     blob = Blob(prepack(networks()[name], precision, layouts))
@@ -521,7 +566,6 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
         layouts = ("tables",)
     assert blob.header.layouts == sum(LAYOUTS[layout] for layout in layouts)
     multiply_adds = dict.fromkeys(LAYOUTS, 0)
-    assert blob.header.block_multiply_adds == 0
     for record in blob.records:
         blob.parts(record)
         blob.section(record.bias, "<f4", padded(record.out_features))
@@ -531,7 +575,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
             blob.section(record.start, "<i4", padded(record.out_features))
         of_slices = (record.block_slices, record.slices, record.steps, record.slice_bias)
         of_tables = (record.bundle_steps, record.windows, record.indices, record.weights)
-        assert not any((record.block_groups, record.group_blocks, record.block_quads, record.block_weights))
+        of_blocks = (record.block_groups, record.group_blocks, record.block_quads, record.block_weights)
         if record.kind != COMBINED and "tables" in layouts:
             multiply_adds["tables"] += blob.tables(record).multiply_adds
         else:
@@ -540,10 +584,20 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
             multiply_adds["slices"] += blob.slices(record)[0].multiply_adds
         else:
             assert not any(of_slices)
+        if record.kind != COMBINED and "filled" in layouts:
+            multiply_adds["filled"] += read_blocks(blob, record, "fp32")[1]
+        else:
+            assert not any(of_blocks)
     header = blob.header
-    assert multiply_adds == {"tables": header.table_multiply_adds, "slices": header.slice_multiply_adds}
+    assert multiply_adds == {
+        "tables": header.table_multiply_adds,
+        "slices": header.slice_multiply_adds,
+        "filled": header.block_multiply_adds,
+    }
+    if "filled" in layouts:
+        assert header.filled_multiply_adds == header.block_multiply_adds
     end = 0
-    sizes = dict.fromkeys(("slice", "table", "head", ""), 0)
+    sizes = dict.fromkeys(("slice", "table", "block", "head", ""), 0)
     for first, past, kind in sorted(blob.sections):
         assert first % ALIGNMENT == 0
         assert first == -(-end // ALIGNMENT) * ALIGNMENT, "a section begins where the one before it ends"
@@ -552,7 +606,8 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
         end = past
     assert len(blob.bytes) == -(-end // ALIGNMENT) * ALIGNMENT
     assert not blob.bytes[end:].any()
-    assert (header.slice_bytes, header.table_bytes, header.block_bytes) == (sizes["slice"], sizes["table"], 0)
+    assert (header.slice_bytes, header.table_bytes) == (sizes["slice"], sizes["table"])
+    assert header.block_bytes == sizes["block"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -561,7 +616,7 @@ def test_describe_reads_the_header(precision: str) -> None:
     header = blob.header
     assert cpu.describe(torch.from_numpy(blob.bytes)) == (
         precision,
-        ("tables",) if precision == "int8" else ("tables", "slices"),
+        ("tables",) if precision == "int8" else cpu.UNSTRUCTURED,
         header.in_features,
         header.outputs,
         header.tasks,
@@ -571,6 +626,7 @@ def test_describe_reads_the_header(precision: str) -> None:
         header.slice_multiply_adds,
         header.table_multiply_adds,
         header.block_multiply_adds,
+        header.filled_multiply_adds,
         header.bytes,
         header.slice_bytes,
         header.table_bytes,

@@ -98,15 +98,13 @@ def test_a_network_is_prepacked_as_its_tasks_are(precision: str) -> None:
                 for i, layer in enumerate(layers)
             ]
         )
-    assert torch.equal(cpu.prepack(network, precision), prepack_tasks(tasks, precision))
+    assert torch.equal(cpu.prepack(network, precision, cpu.UNSTRUCTURED), prepack_tasks(tasks, precision))
 
 
 @precisions
 def test_some_tasks_and_some_layers_are_a_network_too(precision: str) -> None:
     network = frozen_network().span(0, 1, ("buy", "click"))
-    assert torch.equal(
-        cpu.prepack(network, precision), cpu.prepack_layers(packed_by_hand(network), precision, cpu.UNSTRUCTURED)
-    )
+    assert torch.equal(cpu.prepack(network, precision), cpu.prepack_layers(packed_by_hand(network), precision))
 
 
 @pytest.mark.parametrize("of", (cpu.prepack, cpu.Executor), ids=("prepack", "executor"))
@@ -119,7 +117,7 @@ def test_int8_needs_quantisation_parameters(of: type[cpu.Executor]) -> None:
 
 
 def test_a_precision_that_does_not_exist_is_refused() -> None:
-    for use in (cpu.prepack, cpu.Executor, lambda _, precision: cpu.path_for(1, precision)):
+    for use in (cpu.prepack, cpu.Executor):
         with pytest.raises(ValueError, match="precision: got 'fp16', wanted one of fp32, bf16, int8"):
             use(frozen_network(), "fp16")
 
@@ -135,13 +133,14 @@ def test_an_executor_prepacks_the_layouts_that_it_needs(precision: str) -> None:
     network = frozen_network()
     executor = cpu.Executor(network, precision)
     assert executor.prepacked_nbytes == {}
+    facts = cpu.describe(cpu.prepack(network, precision))
     sizes: dict[str, int] = {}
     for batch in (0, 1, 2, LARGE, 1):
-        path = cpu.path_for(batch, precision)
+        path = cpu.path_for(batch, facts)
         sizes[path] = cpu.prepack(network, precision, (path,)).nbytes
         run(executor, normal(batch, WIDTHS[0], seed=batch))
         assert executor.prepacked_nbytes == sizes
-    assert set(sizes) == ({"tables"} if precision == "int8" else {"tables", "slices"})
+    assert set(sizes) == set(facts.layouts)
 
 
 @precisions
@@ -182,7 +181,7 @@ def test_a_copy_of_an_executor_prepacks_for_itself(how: str, precision: str) -> 
     for layer in executor.network.hidden:
         layer.weight.values.zero_()
     assert_exact(run(copied, x), wanted)
-    assert list(copied.prepacked_nbytes) == [cpu.path_for(3, precision)]
+    assert list(copied.prepacked_nbytes) == [cpu.path_for(3, cpu.describe(cpu.prepack(copied.network, precision)))]
 
 
 @precisions
@@ -197,14 +196,40 @@ def test_a_copy_of_a_prepacked_network_holds_its_own_memory(how: str, precision:
     assert copied.facts == cpu.describe(cpu.prepack(frozen_network(), precision))
 
 
-def test_small_batches_take_tables_and_large_ones_slices() -> None:
-    assert cpu.path_for(LARGE, "int8") == "tables"
-    for precision in ("fp32", "bf16"):
-        paths = [cpu.path_for(batch, precision) for batch in range(200)]
-        assert paths == sorted(paths, key=("tables", "slices").index)
-        # AVX2 looks up a table by gathers, and takes slices for a single row too.
-        smallest = "slices" if cpu.isa().startswith("avx2") else "tables"
-        assert (paths[1], cpu.path_for(LARGE, precision)) == (smallest, "slices")
+@precisions
+@pytest.mark.parametrize("density", (0.1, 0.4, 0.95))
+def test_the_layout_follows_from_the_batch_the_density_and_the_instruction_set(precision: str, density: float) -> None:
+    """Small batches take tables and large ones slices; where most is kept, blocks that are filled."""
+    layer = MaskedLayer(torch.randn(64, 160), torch.rand(64, 160) < density, None, "none")
+    facts = cpu.describe(prepack_tasks([[layer]], precision, None))
+    assert facts.filled_multiply_adds == (0 if precision == "int8" else 64 * 160)
+    paths = [cpu.path_for(batch, facts) for batch in range(200)]
+    assert set(paths) == set(facts.layouts)
+    is_avx2 = cpu.isa().startswith("avx2")
+    has_bf16 = precision == "bf16" and cpu.isa().endswith("bf16")
+    smallest = "slices" if is_avx2 else "tables"  # AVX2 looks up a table by gathers
+    if precision == "int8":
+        wanted = ("tables", "tables")
+    elif density == 0.95 and not has_bf16:
+        wanted = ("filled", "filled")
+    else:
+        wanted = ("filled" if is_avx2 and density == 0.4 else smallest, "slices")
+    assert (paths[1], paths[-1]) == wanted
+    for batch in (0, 1, 3, LARGE):
+        one = cpu.describe(prepack_tasks([[layer]], precision, None, batch))
+        assert one.layouts == (paths[min(batch, 199)],)
+
+
+def test_what_is_pruned_away_in_whole_blocks_is_not_filled() -> None:
+    mask = torch.zeros(40, 30, dtype=torch.bool)
+    mask[17, 5] = mask[39, 29] = True  # blocks of 16 x 4, the second one over both edges
+    facts = cpu.describe(prepack_tasks([[MaskedLayer(torch.randn(40, 30), mask, None, "none")]], "fp32"))
+    assert (facts.multiply_adds, facts.filled_multiply_adds) == (2, 2 * 64)
+
+
+def test_a_batch_is_a_number_of_rows() -> None:
+    with pytest.raises(ValueError, match="batch: got -1, wanted 0 or more"):
+        cpu.prepack(frozen_network(), batch=-1)
 
 
 @precisions

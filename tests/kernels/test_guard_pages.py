@@ -149,6 +149,6 @@ def test_prepack_reads_nothing_out_of_place(precision: str, at: str) -> None:
     shared = pack_tasks(tasks_of("shared"))
     dense = [layer._replace(planes=None) for layer in pack_tasks([random_task((63, 17, 2), 1.0, seed=2)])[0]]
     for packed, are_shared in ((shared, True), ([*shared, dense], False)):
-        blob = cpu.prepack_layers([[guarded(layer) for layer in task] for task in packed], precision)
+        blob = cpu.prepack_layers([[guarded(layer) for layer in task] for task in packed], precision, cpu.UNSTRUCTURED)
         assert is_shared(blob) == are_shared
-        assert torch.equal(blob, cpu.prepack_layers(packed, precision))
+        assert torch.equal(blob, cpu.prepack_layers(packed, precision, cpu.UNSTRUCTURED))

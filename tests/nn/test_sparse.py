@@ -293,9 +293,10 @@ def test_only_what_is_used_is_prepacked():
     mlp = wide_mlp()
     assert mlp.prepacked_nbytes == {}
     mlp(torch.randn(1, 300))
-    assert list(mlp.prepacked_nbytes) == [cpu.path_for(1, "fp32")]
+    facts = cpu.describe(cpu.prepack(mlp.network))
+    assert list(mlp.prepacked_nbytes) == [cpu.path_for(1, facts)]
     mlp(torch.randn(70, 300))
-    assert set(mlp.prepacked_nbytes) == {cpu.path_for(batch, "fp32") for batch in (1, 70)}
+    assert set(mlp.prepacked_nbytes) == {cpu.path_for(batch, facts) for batch in (1, 70)}
 
 
 @needs_engine

@@ -8,7 +8,9 @@
 namespace {
 
 constexpr const char* kPrecisions[] = {"fp32", "bf16", "int8"};
-constexpr const char* kPaths[] = {"auto", "tables", "slices", "blocks"};
+constexpr int64_t kLayouts[] = {LAYOUT_TABLES, LAYOUT_SLICES, LAYOUT_TABLES | LAYOUT_SLICES, LAYOUT_FILLED,
+                                LAYOUT_SLICES | LAYOUT_FILLED, 0};  // 0: the engine's choice
+constexpr const char* kPaths[] = {"auto", "tables", "slices", "blocks", "filled"};
 
 bool is_quick = false;
 int64_t calls = 0;
@@ -59,7 +61,7 @@ struct Case {
     for (int64_t row = 0; row < rows; ++row) {
       const std::vector<float> of_row(x.begin() + row * in_features, x.begin() + (row + 1) * in_features);
       float* out = &wanted[size_t(row * outputs)];
-      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, network.first_path()};
+      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, network.paths(precision)[0]};
       CHECK(call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "%s", name);
       if (precision == PRECISION_S8) continue;
       const std::vector<float> plain = reference(network, of_row, precision == PRECISION_BF16);
@@ -134,7 +136,7 @@ void for_all(Use use) {
         CHECK(is_blocks ? (parts > 0) == (shape.parts > 0) : parts == shape.parts, "%s: %lld", shape.name,
               (long long)parts);
         for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
-          for (int64_t path = network.first_path(); path <= network.last_path(precision); ++path)
+          for (int64_t path : network.paths(precision))
             for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
       }
     }
@@ -192,7 +194,7 @@ void run_threads() {
     for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa) {
       const bool is_first = isa == lt4rec_supported_isas();
       if (is_quick && isa[1] && !is_first) continue;  // the slowest and the fastest
-      for (int64_t path = network.first_path(); path <= network.last_path(precision); ++path) {
+      for (int64_t path : network.paths(precision)) {
         std::vector<std::thread> callers;
         for (int64_t threads : {1, 3, 4}) {
           ++calls;
@@ -202,7 +204,7 @@ void run_threads() {
                                       out.data(),    some.outputs, threads,   path};
             CHECK(call(*isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "threads");
             some.check((*isa)->name, path, some.rows, out.data(), some.outputs);
-            if (is_first && path == network.first_path() && threads > 1) prepack_again();
+            if (is_first && path == network.paths(precision)[0] && threads > 1) prepack_again();
           });
         }
         for (std::thread& caller : callers) caller.join();
@@ -281,7 +283,7 @@ void run_fuzz() {
     if (chance(random, 0.3)) tasks.push_back({width, 1 + below(random, 70)});
     Network network = random_network(random, tasks, 0.4, chance(random, 0.5) ? 0 : chance(random, 0.5) ? 0.6 : 0.9);
     for (int mutations = below(random, 4); mutations > 0; --mutations) mutate(random, network);
-    const int64_t precision = below(random, 3), layouts = 1 + below(random, 3);
+    const int64_t precision = below(random, 3), layouts = kLayouts[below(random, 6)];
     const std::vector<Layer>& layers = network.layers;
     bool is_wanted = true;
     for (const Layer& layer : layers) is_wanted = is_wanted && is_canonical(network, layer, precision);
@@ -302,11 +304,13 @@ void run_fuzz() {
     std::vector<float> x(size_t(batch * width)), first;
     for (float& value : x) value = float(below(random, 7) - 3);
     for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
-      for (int64_t path = PATH_AUTO; path <= PATH_SLICES; ++path) {
+      for (int64_t path : {PATH_AUTO, PATH_TABLES, PATH_SLICES, PATH_FILLED}) {
         std::vector<float> out(size_t(batch * outputs));
         const Arguments arguments{x.data(), false, batch, width, out.data(), outputs, 1, path};
-        const bool has_layout = path == PATH_AUTO || precision == PRECISION_S8 ||
-                                layouts & (path == PATH_TABLES ? LAYOUT_TABLES : LAYOUT_SLICES);
+        const int64_t layout = path == PATH_TABLES ? LAYOUT_TABLES : path == PATH_SLICES ? LAYOUT_SLICES : LAYOUT_FILLED;
+        const bool has_layout =
+            path == PATH_AUTO ||
+            (precision == PRECISION_S8 ? path != PATH_FILLED : prepacked.header().layouts & uint64_t(layout));
         const int status = call(*isa, prepacked.blob, prepacked.bytes, arguments);
         CHECK(status == (has_layout ? STATUS_OK : STATUS_NO_LAYOUT), "round %lld: status %d", (long long)round, status);
         if (!has_layout) continue;
@@ -345,7 +349,7 @@ void run_without_memory() {
     auto& header = *reinterpret_cast<BlobHeader*>(prepacked.blob);
     header.hidden_features = UINT32_MAX / GROUP * GROUP;
     header.multiply_adds = 1'000'000'000;  // enough work for several threads
-    for (int64_t path = PATH_TABLES; path <= PATH_SLICES; ++path)
+    for (int64_t path : network.paths(precision))
       for (int64_t threads : {1, 4}) {
         ++calls;
         const Arguments arguments{x.data(), false, 64, 20, out.data(), 2, threads, path};

@@ -89,11 +89,12 @@ struct Network {
   std::vector<Layer> layers;  // task by task
 
   const Weight& weight(const Layer& layer) const { return weights[layer.weight]; }
-  int64_t layouts() const { return is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES; }
+  int64_t layouts() const { return is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES | LAYOUT_FILLED; }
   // The paths that it can take.
-  int64_t first_path() const { return is_blocks ? PATH_BLOCKS : PATH_TABLES; }
-  int64_t last_path(int64_t precision) const {
-    return is_blocks ? PATH_BLOCKS : precision == PRECISION_S8 ? PATH_TABLES : PATH_SLICES;
+  std::vector<int64_t> paths(int64_t precision) const {
+    if (is_blocks) return {PATH_BLOCKS};
+    if (precision == PRECISION_S8) return {PATH_TABLES};
+    return {PATH_TABLES, PATH_SLICES, PATH_FILLED};
   }
 };
 
@@ -127,7 +128,8 @@ struct Prepacked {
                         layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point});
     }
     char text[MESSAGE_BYTES] = "";
-    bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, layouts, &blob, text);
+    bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, layouts, &lt4rec_isa_scalar, -1, &blob,
+                           text);
     message = text;
   }
   ~Prepacked() { lt4rec_free(blob); }
