@@ -61,6 +61,39 @@ void line_bf16(const float* a, const float* b, const float* bias, int64_t count,
   add_line<GAP_BF16>(a, b, bias, count, has_relu, line, [](float v) { return bf16_of(v); });
 }
 
+// A NaN fails the first comparison and becomes 0; infinities end at the ends.
+inline float float_code_of(float v, float inverse_scale, float zero_point) {
+  const float code = __builtin_rintf(v * inverse_scale) + zero_point;
+  const float above = code > 0 ? code : 0;
+  return above < 255 ? above : 255;
+}
+
+inline int has_nan(const float* from, int64_t count) {
+  int nans = 0;
+  for (int64_t i = 0; i < count; ++i) nans |= from[i] != from[i];
+  return nans;
+}
+
+int codes_f32(const float* from, int64_t count, float inverse_scale, int32_t zero_point, float* codes) {
+  const int nans = has_nan(from, count);
+  for (int64_t i = 0; i < count; ++i) codes[i] = float_code_of(from[i], inverse_scale, float(zero_point));
+  return nans;
+}
+
+void dequantize_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float* to) {
+  if (has_relu) {
+    for (int64_t i = 0; i < count; ++i) to[i] = relu(__builtin_fmaf(sums[i], scale, bias));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(sums[i], scale, bias);
+  }
+}
+
+void recode_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float inverse_scale,
+                int32_t zero_point, float* codes) {
+  dequantize_f32(sums, count, scale, bias, has_relu, codes);
+  for (int64_t i = 0; i < count; ++i) codes[i] = float_code_of(codes[i], inverse_scale, float(zero_point));
+}
+
 void dequantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                     float* to) {
   if (b) {

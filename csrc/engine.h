@@ -6,7 +6,8 @@
 // Four paths through a network, each with a layout of its own:
 //
 //   tables  few rows of the batch at a time (a vector holds 16 output features of one row): for small batches, and
-//           for int8 at every size. The activations of a step are looked up in registers.
+//           for int8 at every size where the processor has the instructions. The activations of a step are looked up in
+//           registers.
 //   slices  sliced ELLPACK, 64 rows of the batch at a time, transposed (a vector holds one feature of 16 rows): for
 //           large batches.
 //   blocks  for networks whose weights are kept in blocks of 16 x 4, or all of them: any number of rows, as they come.
@@ -46,6 +47,9 @@ enum { PRECISION_F32 = 0, PRECISION_BF16 = 1, PRECISION_S8 = 2 };
 //
 // Padding of the weights points at the row of zeros. Were it to point at a feature, 0 * Inf would make a NaN out of
 // an activation that the layer's row does not own.
+//
+// In int8 slices are those of float32, of quantised values: where no sum passes 2^24 all of them are exact, and multiply
+// as fast as float32 where 8-bit integers would be slower.
 //
 // 128 features of 64 float32 lanes are 33 KB: a block of the widest tile stays in a 48 KB L1, and nearly so in one of
 // 32 KB.
@@ -177,6 +181,7 @@ typedef struct {
   uint64_t table_multiply_adds;
   uint64_t block_multiply_adds;
   uint64_t filled_multiply_adds;  // what filled blocks form or would form; 0 where a network cannot have them
+  uint64_t largest_sum;           // S8, single weights: no sum of products of codes passes this
   uint32_t precision;
   uint32_t in_features;    // of every task's first layer
   uint32_t outputs;        // sum of out_features over the tasks' last layers
@@ -255,8 +260,8 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_OUT_FEATURES = 1 << 2
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-// `layouts` are those that the blob shall hold; S8 has tables and blocks alone. LAYOUT_BLOCKS wants layers in blocks or
-// dense ones, and no other layout beside it. 0 stands for what calls of `batch` rows take on `isa`, or of any number of
+// `layouts` are those that the blob shall hold; of S8 it holds tables in the place of those that cannot be. LAYOUT_BLOCKS
+// wants layers in blocks or dense ones, and no other layout beside it. 0 stands for what calls of `batch` rows take on `isa`, or of any number of
 // rows where `batch` is -1.
 struct Isa;
 int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts,
@@ -320,18 +325,24 @@ typedef struct Isa {
   void (*requantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                          int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line);
 
-  // The same two without a line's second copies.
+  // Codes as floats: of values, as above, and of the sums of one feature.
+  int (*codes_f32)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, float* codes);
+  void (*recode_f32)(const float* sums, int64_t count, float scale, float bias, int has_relu, float inverse_scale,
+                     int32_t zero_point, float* codes);
+  void (*dequantize_f32)(const float* sums, int64_t count, float scale, float bias, int has_relu, float* to);
+
+  // The first two without a line's second copies.
   int (*codes_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes);
   void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
   // of what filled blocks form is kept, these are faster, for at most FEW_ROWS rows and for more.
-  int slices_from_f32, slices_from_bf16;
+  int slices_from_f32, slices_from_bf16, slices_from_s8;
   float filled_from_few, filled_from_many;
 } Isa;
 
-enum { FEW_ROWS = 4 };
+enum { FEW_ROWS = 4, NEVER = 1 << 30, LARGEST_EXACT_FLOAT = 1 << 24 };
 
 extern const Isa lt4rec_isa_scalar;
 #if defined(__x86_64__)
@@ -361,12 +372,11 @@ enum {
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
 
 // Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster
-// one or none. S8 has no slices. What is in blocks has no other path.
+// one or none. What is in blocks has no other path.
 enum { PATH_AUTO = 0, PATH_TABLES = 1, PATH_SLICES = 2, PATH_BLOCKS = 3, PATH_FILLED = 4, PATH_FASTEST = 5 };
 
-// PATH_TABLES, PATH_SLICES or PATH_FILLED: what is faster for this many rows of a network that is not in blocks. The
-// last two are multiply_adds and filled_multiply_adds of its header.
-int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled);
+// The path that is fastest for this many rows of a network with such a header, whatever layouts the blob holds.
+int64_t lt4rec_path(const Isa* isa, const BlobHeader* header, int64_t batch);
 
 typedef struct {
   const void* x;        // float[batch, in_features], or bfloat16

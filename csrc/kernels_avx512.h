@@ -350,11 +350,13 @@ constexpr decltype(Isa::slices_bf16) slices_bf16 = nullptr;
 #endif
 
 #ifdef LT4REC_HAS_VNNI
+constexpr int kSlicesFromS8 = NEVER;
 void table_s8(const uint8_t* blob, const LayerRecord* layer, const uint8_t* x, int64_t x_stride, int rows, int32_t* y,
               int64_t y_stride) {
   run_table<TableS8>(blob, layer, layer->start, x, x_stride, rows, y, y_stride);
 }
 #else
+constexpr int kSlicesFromS8 = 6;  // as AVX2
 constexpr auto table_s8 = lt4rec_table_s8_avx2;
 #endif
 
@@ -367,8 +369,10 @@ extern "C" const Isa LT4REC_ISA = {
     blocks_f32,     native(blocks_bf16), widened(blocks_bf16), blocks_s8,
     transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
-    line_u8,        requantize_s32,     codes_u8,            recode_s32,
-    /*slices_from_f32=*/13, /*slices_from_bf16=*/25, /*filled_from_few=*/0.9f, /*filled_from_many=*/0.6f};
+    line_u8,        requantize_s32,     codes_f32,           recode_f32,
+    dequantize_f32, codes_u8,           recode_s32,
+    /*slices_from_f32=*/13, /*slices_from_bf16=*/25, /*slices_from_s8=*/kSlicesFromS8,
+    /*filled_from_few=*/0.9f, /*filled_from_many=*/0.6f};
 
 #ifdef __clang__
 #pragma clang attribute pop

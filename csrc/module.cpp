@@ -57,11 +57,12 @@ PyObject* set_isa(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// path(precision, batch, multiply_adds, filled_multiply_adds) -> PATH_TABLES, PATH_SLICES or PATH_FILLED
+// path(blob, bytes, batch) -> the fastest path, or None for no blob of ours
 PyObject* path(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  int64_t a[4];
-  if (!unpack(args, count, a, 4)) return nullptr;
-  return PyLong_FromLongLong(lt4rec_path(isa_in_force, a[0], a[1], a[2], a[3]));
+  int64_t a[3];
+  if (!unpack(args, count, a, 3)) return nullptr;
+  if (lt4rec_check_blob(address<const uint8_t>(a[0]), a[1]) != STATUS_OK) Py_RETURN_NONE;
+  return PyLong_FromLongLong(lt4rec_path(isa_in_force, address<const BlobHeader>(a[0]), a[2]));
 }
 
 // prepack(layers, count, precision, layouts, batch, allocate): copies the blob to the address allocate(bytes)

@@ -243,6 +243,15 @@ void quantize_rows(Matrix& weight, const std::vector<float>& steps) {
   }
 }
 
+// The largest sum of a row's absolute weights; of a shared layer's features over all parts, each `features` long.
+uint64_t largest_row(const Matrix& weight, size_t features) {
+  std::vector<uint64_t> sums(features);
+  for (int64_t row = 0; row < weight.rows(); ++row)
+    for (int64_t i = weight.starts[size_t(row)]; i < weight.starts[size_t(row) + 1]; ++i)
+      sums[size_t(row) % features] += uint64_t(std::fabs(weight.value[size_t(i)]));
+  return sums.empty() ? 0 : *std::max_element(sums.begin(), sums.end());
+}
+
 std::vector<int32_t> zero_point_sums(const Layer& layer) {
   std::vector<int32_t> sums;
   for (int64_t row = 0; row < layer.weight.rows(); ++row) {
@@ -352,11 +361,11 @@ std::vector<float> steps_of(const Layer& layer, bool has_blocks) {
 }
 
 // What these layers take on an ISA, a layout for a number of rows, or for any number where it is -1.
-int64_t chosen_layouts(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled) {
+int64_t chosen_layouts(const Isa* isa, const BlobHeader& header, int64_t batch) {
   int64_t layouts = 0;
-  const int64_t from[] = {1, FEW_ROWS + 1, isa->slices_from_f32, isa->slices_from_bf16, INT32_MAX};
+  const int64_t from[] = {1, FEW_ROWS + 1, isa->slices_from_f32, isa->slices_from_bf16, isa->slices_from_s8, NEVER - 1};
   for (int64_t rows : from)
-    switch (lt4rec_path(isa, precision, batch < 0 ? rows : batch, kept, filled)) {
+    switch (lt4rec_path(isa, &header, batch < 0 ? rows : batch)) {
       case PATH_TABLES: layouts |= LAYOUT_TABLES; break;
       case PATH_SLICES: layouts |= LAYOUT_SLICES; break;
       case PATH_FILLED: layouts |= LAYOUT_FILLED; break;
@@ -378,12 +387,23 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
   header.nnz = nnz;
   for (const Layer& layer : layers) header.multiply_adds += uint64_t(layer.multiply_adds);
   const bool has_blocks = layouts & LAYOUT_BLOCKS;
-  if (precision == PRECISION_S8 && !has_blocks) layouts = LAYOUT_TABLES;
-  if (precision != PRECISION_S8 && !has_blocks)
-    for (const Layer& layer : layers) header.filled_multiply_adds += uint64_t(lt4rec::filled_weights(layer.weight));
-  if (layouts == 0)
-    layouts = chosen_layouts(isa, precision, batch, int64_t(header.multiply_adds),
-                             int64_t(header.filled_multiply_adds));
+  std::vector<std::vector<float>> scales(layers.size());  // S8: what a step of a product is worth in each row
+  for (size_t i = 0; i < layers.size(); ++i) {
+    Layer& layer = layers[i];
+    if (precision != PRECISION_S8) {
+      if (!has_blocks) header.filled_multiply_adds += uint64_t(lt4rec::filled_weights(layer.weight));
+    } else if (layer.kind != LAYER_COMBINED) {
+      scales[i] = steps_of(layer, has_blocks);
+      if (has_blocks) continue;
+      quantize_rows(layer.weight, scales[i]);
+      header.largest_sum = std::max(header.largest_sum, 255 * largest_row(layer.weight, scales[i].size()));
+    }
+  }
+  if (layouts == 0) layouts = chosen_layouts(isa, header, batch);
+  if (precision == PRECISION_S8 && !has_blocks) {
+    const bool has_slices = layouts & LAYOUT_SLICES && header.largest_sum <= LARGEST_EXACT_FLOAT;
+    layouts = has_slices ? layouts & (LAYOUT_TABLES | LAYOUT_SLICES) : int64_t{LAYOUT_TABLES};
+  }
   header.layouts = uint32_t(layouts);
   std::vector<LayerRecord> records;
   std::vector<float> shared_scale;  // of a part's features
@@ -391,7 +411,8 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
   BlobWriter writer(16 * nnz + 4096);  // at least about what follows
   // The place of the header and the records, whose contents are known last.
   writer.append(std::vector<uint8_t>(sizeof(BlobHeader) + layers.size() * sizeof(LayerRecord)));
-  for (Layer& layer : layers) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    Layer& layer = layers[i];
     LayerRecord record{};
     record.kind = layer.kind;
     record.in_features = uint32_t(layer.in_features);
@@ -412,15 +433,19 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
     if (precision == PRECISION_S8) {
       std::vector<float> scale = shared_scale;
       if (layer.kind != LAYER_COMBINED) {
-        scale = steps_of(layer, has_blocks);
+        scale = scales[i];
         if (has_blocks) {
           const PackedBlocks<int8_t> packed = pack_blocks<BlocksS8>(layer, scale);
           record.start = writer.append(zero_point_sums(packed, layer));
           append_blocks(packed, writer, record, header);
         } else {
-          quantize_rows(layer.weight, scale);
-          record.start = writer.append(padded_copy(zero_point_sums(layer), layer.out_features));
-          append_table<TableS8>(layer, writer, record, header);
+          const std::vector<int32_t> starts = zero_point_sums(layer);
+          record.start = writer.append(padded_copy(starts, layer.out_features));
+          if (layouts & LAYOUT_TABLES) append_table<TableS8>(layer, writer, record, header);
+          if (layouts & LAYOUT_SLICES) {
+            layer.bias.assign(starts.begin(), starts.end());
+            append_slices<StepF32>(layer, writer, record, header);
+          }
         }
         for (float& step : scale) step = float(double(step) * layer.input_scale);
       }

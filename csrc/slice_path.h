@@ -1,9 +1,10 @@
 // The path through slices: tiles of rows of the batch, transposed. Included as table_path.h is.
 
+// What slices need to know of a precision: `taken` is what a layer reads of a tile of values.
 struct TilesF32 {
   using Activation = float;
-  static constexpr bool kIsRounded = false;
-  static const float* rounded(const Network&, const float* tile, int64_t, float*) { return tile; }
+  static constexpr bool kIsRounded = false, kIsQuantized = false;
+  static const float* taken(const Network&, const LayerRecord&, const float* tile, int64_t, float*) { return tile; }
   static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
     net.isa->slices_f32(net.blob, &layer, x, y, lanes);
   }
@@ -11,10 +12,14 @@ struct TilesF32 {
 template <class T, auto kKernel, auto kRound>
 struct TilesRounded {
   using Activation = T;
-  static constexpr bool kIsRounded = true;
-  static const T* rounded(const Network& net, const float* tile, int64_t count, T* to) {
+  static constexpr bool kIsRounded = true, kIsQuantized = false;
+  static const T* taken(const Network& net, const LayerRecord&, const float* tile, int64_t count, T* to) {
     (net.isa->*kRound)(tile, count, to);
     return to;
+  }
+  static bool take_row(const Network& net, const LayerRecord&, const float* row, int64_t count, T* to) {
+    (net.isa->*kRound)(row, count, to);
+    return false;
   }
   static void multiply(const Network& net, const LayerRecord& layer, const T* x, float* y, int lanes) {
     (net.isa->*kKernel)(net.blob, &layer, x, y, lanes);
@@ -23,16 +28,39 @@ struct TilesRounded {
 using TilesBf16 = TilesRounded<uint16_t, &Isa::slices_bf16, &Isa::round_bf16>;
 using TilesWidenedBf16 = TilesRounded<float, &Isa::slices_widened_bf16, &Isa::round_widened_bf16>;
 
+// Codes and integer weights as floats, whose sums are exact.
+struct TilesS8 {
+  using Activation = float;
+  static constexpr bool kIsRounded = true, kIsQuantized = true;
+  static const float* taken(const Network& net, const LayerRecord& layer, const float* tile, int64_t count,
+                            float* to) {
+    take_row(net, layer, tile, count, to);
+    return to;
+  }
+  static bool take_row(const Network& net, const LayerRecord& layer, const float* row, int64_t count, float* to) {
+    return net.isa->codes_f32(row, count, layer.inverse_scale, layer.zero_point, to);
+  }
+  // Sums: the activation is applied when they are values again.
+  static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
+    LayerRecord sums = layer;
+    sums.activation = ACTIVATION_NONE;
+    net.isa->slices_f32(net.blob, &sums, x, y, lanes);
+  }
+};
+
 template <class Tiles>
 class SlicePath {
   using Activation = typename Tiles::Activation;
+  // Rows of x become what layers read before they are transposed, while they are in the first cache.
+  static constexpr bool kTakesRows = Tiles::kIsRounded && std::is_same_v<Activation, float>;
 
  public:
   static int64_t scratch_bytes(const BlobHeader& header, int lanes) {
     const int64_t stride = lane_stride(lanes), input = tile_rows(header.in_features) * stride;
     const int64_t hidden = tile_rows(header.hidden_features) * stride;
     const int64_t shared = tile_rows(header.shared_features) * stride;
-    return (input + 2 * hidden + shared) * int64_t{sizeof(float)} + (input + hidden) * int64_t{sizeof(Activation)} +
+    return (input + 2 * hidden + shared) * int64_t{sizeof(float)} +
+           ((kTakesRows ? 0 : input) + hidden) * int64_t{sizeof(Activation)} +
            MAX_ROWS * header.in_features * int64_t{sizeof(float)} + 8 * 64;
   }
 
@@ -44,15 +72,19 @@ class SlicePath {
     shared_ = arena.take<float>(tile_rows(header.shared_features) * stride);
     widened_ = arena.take<float>(MAX_ROWS * int64_t{header.in_features});
     if (!Tiles::kIsRounded) return;
-    rounded_input_ = arena.take<Activation>(tile_rows(header.in_features) * stride);
+    if (!kTakesRows) rounded_input_ = arena.take<Activation>(tile_rows(header.in_features) * stride);
     rounded_hidden_ = arena.take<Activation>(tile_rows(header.hidden_features) * stride);
   }
 
   // Rows [begin, begin + rows) of the batch, at most `lanes` of them.
   void run(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
     load(call, begin, rows, lanes);
-    const Activation* input =
-        Tiles::rounded(net_, input_, tile_rows(call.in_features) * lane_stride(lanes), rounded_input_);
+    const Activation* input;
+    if constexpr (kTakesRows)
+      input = input_;
+    else
+      input = Tiles::taken(net_, net_.layers[0], input_, tile_rows(call.in_features) * lane_stride(lanes),
+                           rounded_input_);
     const Activation* x = input;
     int64_t column = 0;
     for (uint32_t i = 0; i < net_.header->layers; ++i) {
@@ -66,13 +98,21 @@ class SlicePath {
         Tiles::multiply(net_, layer, x, y, lanes);
       else
         combine(layer, y, lanes);
+      if constexpr (Tiles::kIsQuantized) {
+        if (!layer.is_head && layer.activation != ACTIVATION_SIGMOID) {
+          x = recoded(layer, net_.layers[i + 1], y, lanes);
+          continue;
+        }
+        dequantize(layer, y, lanes);
+      }
       if (layer.activation == ACTIVATION_SIGMOID) apply_sigmoid(layer, rows, lanes, y);
       if (layer.is_head) {
         store(call, begin, rows, lanes, layer, column, y);
         column += layer.out_features;
         x = input;
       } else {
-        x = Tiles::rounded(net_, y, tile_rows(layer.out_features) * lane_stride(lanes), rounded_hidden_);
+        x = Tiles::taken(net_, net_.layers[i + 1], y, tile_rows(layer.out_features) * lane_stride(lanes),
+                         rounded_hidden_);
       }
     }
   }
@@ -83,7 +123,7 @@ class SlicePath {
   void load(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
     const int64_t in_features = call.in_features, stride = lane_stride(lanes);
     if (rows < lanes) std::memset(input_, 0, size_t(tile_rows(in_features) * stride) * sizeof(float));
-    // MAX_ROWS rows at a time, for bfloat16 is widened on the way.
+    // MAX_ROWS rows at a time, for they may change on the way.
     for (int64_t first = 0; first < rows; first += MAX_ROWS) {
       const int64_t count = rows - first < MAX_ROWS ? rows - first : int64_t{MAX_ROWS};
       const float* from = static_cast<const float*>(call.x) + (begin + first) * call.x_stride;
@@ -92,6 +132,13 @@ class SlicePath {
         const uint16_t* x = static_cast<const uint16_t*>(call.x) + (begin + first) * call.x_stride;
         for (int64_t r = 0; r < count; ++r)
           net_.isa->widen_bf16(x + r * call.x_stride, in_features, widened_ + r * in_features);
+        from = widened_;
+        from_stride = in_features;
+      }
+      if constexpr (kTakesRows) {
+        for (int64_t r = 0; r < count; ++r)
+          has_nan_[first + r] = Tiles::take_row(net_, net_.layers[0], from + r * from_stride, in_features,
+                                                widened_ + r * in_features);
         from = widened_;
         from_stride = in_features;
       }
@@ -113,6 +160,31 @@ class SlicePath {
       net_.isa->transpose_f32(tile + tile_row(feature) * stride, stride, features, rows,
                               call.out + begin * call.out_stride + column + feature, call.out_stride);
     }
+    for (int64_t r = 0; Tiles::kIsQuantized && r < rows; ++r)
+      for (int64_t i = 0; has_nan_[r] && i < out_features; ++i)  // codes have none
+        call.out[(begin + r) * call.out_stride + column + i] = std::numeric_limits<float>::quiet_NaN();
+  }
+
+  // Sums -> what the next layer reads.
+  const float* recoded(const LayerRecord& layer, const LayerRecord& following, const float* sums, int lanes) const {
+    const int64_t stride = lane_stride(lanes);
+    const float *scale = net_.floats(layer.scale), *bias = net_.floats(layer.bias);
+    for (int64_t row = 0; row < tile_rows(layer.out_features); row += BLOCK_FEATURES + 1)
+      std::memset(rounded_hidden_ + row * stride, 0, size_t(stride) * sizeof(float));
+    for (int64_t feature = 0; feature < layer.out_features; ++feature)
+      net_.isa->recode_f32(sums + tile_row(feature) * stride, lanes, scale[feature], bias[feature],
+                           layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point,
+                           rounded_hidden_ + tile_row(feature) * stride);
+    return rounded_hidden_;
+  }
+
+  // Sums -> values, in place.
+  void dequantize(const LayerRecord& layer, float* tile, int lanes) const {
+    const float *scale = net_.floats(layer.scale), *bias = net_.floats(layer.bias);
+    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+      float* row = tile + tile_row(feature) * lane_stride(lanes);
+      net_.isa->dequantize_f32(row, lanes, scale[feature], bias[feature], layer.activation == ACTIVATION_RELU, row);
+    }
   }
 
   // In place, features only: the rows of zeros must stay zeros.
@@ -123,7 +195,7 @@ class SlicePath {
     }
   }
 
-  // The sum of the parts, lane by lane; the bias is the same for all of them.
+  // The sum of the parts, lane by lane; the bias is the same for all of them. (Quantised values get theirs later.)
   void combine(const LayerRecord& layer, float* y, int lanes) const {
     const int64_t stride = lane_stride(lanes);
     const float* bias = net_.floats(layer.bias);
@@ -135,18 +207,20 @@ class SlicePath {
         return shared_ + tile_row(int64_t{parts[p]} * layer.part_features + feature) * stride;
       };
       float biases[64];
-      for (int lane = 0; lane < lanes; ++lane) biases[lane] = bias[feature];
+      for (int lane = 0; lane < lanes; ++lane) biases[lane] = Tiles::kIsQuantized ? 0 : bias[feature];
       float* to = y + tile_row(feature) * stride;
       const float* sum = part(0);
       for (uint32_t p = 1; p < last; ++p) {
         net_.isa->add_f32(sum, part(p), nullptr, lanes, false, to);
         sum = to;
       }
-      net_.isa->add_f32(sum, last ? part(last) : nullptr, biases, lanes, layer.activation == ACTIVATION_RELU, to);
+      net_.isa->add_f32(sum, last ? part(last) : nullptr, biases, lanes,
+                        layer.activation == ACTIVATION_RELU && !Tiles::kIsQuantized, to);
     }
   }
 
   const Network& net_;
   float *input_, *hidden_[2], *shared_, *widened_;
   Activation *rounded_input_ = nullptr, *rounded_hidden_ = nullptr;
+  bool has_nan_[64] = {};  // rows of the batch, where codes are read
 };

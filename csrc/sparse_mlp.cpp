@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -152,13 +153,17 @@ extern "C" int lt4rec_check_blob(const uint8_t* blob, int64_t bytes) {
   return is_ours && header->bytes == uint64_t(bytes) ? STATUS_OK : STATUS_BAD_BLOB;
 }
 
-extern "C" int64_t lt4rec_path(const Isa* isa, int64_t precision, int64_t batch, int64_t kept, int64_t filled) {
-  if (precision == PRECISION_S8) return PATH_TABLES;
+extern "C" int64_t lt4rec_path(const Isa* isa, const BlobHeader* header, int64_t batch) {
+  if (header->layouts & LAYOUT_BLOCKS) return PATH_BLOCKS;
+  const int64_t precision = header->precision;
   if (batch == 0) batch = 1;
+  if (precision == PRECISION_S8)
+    return batch >= isa->slices_from_s8 && header->largest_sum <= LARGEST_EXACT_FLOAT ? PATH_SLICES : PATH_TABLES;
   // An instruction for bfloat16 takes two products at a time; filled blocks are of float32.
+  const auto kept = float(header->multiply_adds), filled = float(header->filled_multiply_adds);
   const bool can_fill = filled > 0 && (precision == PRECISION_F32 || isa->slices_bf16 == nullptr);
   const float filled_from = batch <= FEW_ROWS ? isa->filled_from_few : isa->filled_from_many;
-  if (can_fill && float(kept) >= filled_from * float(filled)) return PATH_FILLED;
+  if (can_fill && kept >= filled_from * filled) return PATH_FILLED;
   const int from = precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16;
   return batch >= from ? PATH_SLICES : PATH_TABLES;
 }
@@ -170,16 +175,12 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
   const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
   const bool has_blocks = header->layouts & LAYOUT_BLOCKS, has_filled = header->layouts & LAYOUT_FILLED;
   const bool is_chosen = call->path >= PATH_TABLES && call->path <= PATH_FILLED;
-  const int64_t faster = has_blocks ? int64_t{PATH_BLOCKS}
-                                    : lt4rec_path(isa, header->precision, call->batch, int64_t(header->multiply_adds),
-                                                  int64_t(header->filled_multiply_adds));
-  const int64_t wanted = is_chosen ? call->path : faster;
+  const int64_t wanted = is_chosen ? call->path : lt4rec_path(isa, header, call->batch);
   if (call->path != PATH_AUTO) {
     if (wanted == PATH_BLOCKS && !has_blocks) return STATUS_NO_LAYOUT;
     if (wanted == PATH_FILLED && !has_filled) return STATUS_NO_LAYOUT;
     if (wanted == PATH_TABLES && !has_tables) return STATUS_NO_LAYOUT;
-    if (wanted == PATH_SLICES && !has_slices && (header->precision != PRECISION_S8 || has_blocks))
-      return STATUS_NO_LAYOUT;
+    if (wanted == PATH_SLICES && !has_slices) return STATUS_NO_LAYOUT;
   }
   if (call->batch == 0) return STATUS_OK;
   const bool uses_filled = has_filled && (wanted == PATH_FILLED || !(has_slices || has_tables));
@@ -194,6 +195,6 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
       if (!uses_slices) return run_tables<LinesBf16>(net, *call, true);
       return isa->slices_bf16 ? run_slices<TilesBf16>(net, *call, true)
                               : run_slices<TilesWidenedBf16>(net, *call, true);
-    default: return run_tables<LinesS8>(net, *call, false);
+    default: return uses_slices ? run_slices<TilesS8>(net, *call, false) : run_tables<LinesS8>(net, *call, false);
   }
 }

@@ -101,14 +101,6 @@ def forced_isa(name: str) -> Iterator[None]:
         _force_isa(before)
 
 
-def path_for(batch: int, facts: Facts) -> str:
-    """Name the fastest path for `batch` rows of a network on the instruction set in force, which is its layout too."""
-    if "blocks" in facts.layouts:
-        return "blocks"
-    precision = _precision_code(facts.precision)
-    return PATHS[_present().path(precision, batch, facts.multiply_adds, facts.filled_multiply_adds)]
-
-
 def prepack(
     network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] | None = None, batch: int | None = None
 ) -> Tensor:
@@ -175,9 +167,10 @@ def prepack_layers(
             float32; "int8": signed 8-bit weights with a scale for each output feature, unsigned 8-bit activations
             with the layers' input_scale and input_zero_point, summed exactly.
         layouts: Some of "tables", for small batches and int8; "slices" (sliced ELLPACK), for large ones; and "filled",
-            blocks of 16 x 4 that hold any kept weight, for dense masks. int8 has tables alone. Or "blocks" alone, for
-            layers in blocks and dense ones. There the scale of a row in int8 is such that two neighbouring weights of a
-            block add up to at most 128 steps. None: the fastest ones of the instruction set in force.
+            blocks of 16 x 4 that hold any kept weight, for dense masks. int8 has slices where no sum passes 2^24, and
+            otherwise tables. Or "blocks" alone, for layers in blocks and dense ones. There the scale of a row in int8
+            is such that two neighbouring weights of a block add up to at most 128 steps. None: the fastest ones of the
+            instruction set in force.
         batch: With None for `layouts`: rows of the calls; None for any number.
 
     Returns:
@@ -241,6 +234,10 @@ class Prepacked:
         """Make copies anew: each holds the address of its own memory."""
         return type(self), (self._prepacked,)
 
+    def path_for(self, batch: int) -> str:
+        """Name the fastest path for `batch` rows on the instruction set in force: the layout that it wants."""
+        return PATHS[_engine.path(*self._blob, batch)]
+
     def run(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
         """Write all tasks' heads for `x` into `out`, as `sparse_mlp` does."""
         if threads is None:
@@ -290,8 +287,7 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
         prepacked: What `prepack` returned; its contents are trusted. For repeated calls, construct a `Prepacked`.
         out: `[batch, outputs]`, float32, CPU, tasks in order; rows may be strided. Must not overlap `x`.
         threads: Upper bound; None takes `torch.get_num_threads()`.
-        path: Which of the kernels; "auto" takes the fastest one for the batch of those that `prepacked` has. int8 has
-            tables alone, and what is in blocks has no other path.
+        path: Which of the kernels; "auto" takes the fastest one for the batch, or one that `prepacked` has.
 
     Raises:
         ValueError: If a shape, dtype, device or stride is wrong, or `prepacked` is no blob of this build.
@@ -329,7 +325,7 @@ class Executor:
             return
         prepacked = None
         if self._recent is not None:
-            prepacked = self._prepacked.get(path_for(len(x), self._recent.facts))
+            prepacked = self._prepacked.get(self._recent.path_for(len(x)))
         if prepacked is None:
             prepacked = Prepacked(prepack(self.network, self.precision, batch=len(x)))
             (path,) = prepacked.facts.layouts

@@ -22,7 +22,7 @@ ISAS = (
 )
 # What this machine runs, none above the one that LT4REC_SPARSE_ISA holds the engine to.
 RUNNABLE_ISAS = cpu.supported_isas()[: cpu.supported_isas().index(cpu.isa()) + 1] if cpu.is_available() else ()
-PATHS = (*itertools.product(("fp32", "bf16"), cpu.UNSTRUCTURED), ("int8", "tables"))
+PATHS = (*itertools.product(("fp32", "bf16"), cpu.UNSTRUCTURED), ("int8", "tables"), ("int8", "slices"))
 BLOCK = (16, 4)  # outputs, inputs
 INPUT_QUANTIZATION = (0.05, 117)  # scale and zero point of x in int8, the same for all tasks
 

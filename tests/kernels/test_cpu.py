@@ -509,9 +509,29 @@ def case_of_extreme_sums(zero_point: int) -> Case:
 
 
 @pytest.mark.parametrize("zero_point", (0, 128, 255))
-@kernels_of("int8")
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if (k.precision, k.path) == ("int8", "tables")], ids="-".join, indirect=True
+)
 def test_int8_sums_reach_their_limits_exactly(kernel: Kernel, zero_point: int) -> None:
     assert_case(kernel, case_of_extreme_sums(zero_point))
+
+
+@pytest.mark.parametrize("zero_point", (0, 128, 255))
+@kernels_of("int8")
+def test_int8_takes_slices_up_to_the_largest_sum_that_a_float_holds(kernel: Kernel, zero_point: int) -> None:
+    """255 * (518 * 127 + 7) is 2^24 - 1; one step more of a weight is too much."""
+    for last, layouts in ((7.0, ("tables", "slices")), (8.0, ("tables",))):
+        weight = torch.full((2, 519), 127.0)
+        weight[:, -1] = last
+        weight[1] *= -1
+        layer = MaskedLayer(weight, torch.ones(2, 519, dtype=torch.bool), None, "none", 1.0, zero_point)
+        x = torch.tensor([[-1000.0], [1000.0], [0.0]]).repeat(1, 519)
+        case = exact_case([[layer]], x, "int8")
+        facts = cpu.describe(case.prepacked)
+        assert facts.layouts == layouts
+        assert cpu.describe(prepack([[layer]], "int8", ("slices",))).layouts == layouts[-1:]
+        if kernel.path in layouts:
+            assert_case(kernel, case)
 
 
 @kernels_of("fp32", "bf16")

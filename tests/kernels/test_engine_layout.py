@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 Array = NDArray[Any]
 
-HEADER = struct.Struct("<2I10Q8I")
+HEADER = struct.Struct("<2I11Q8I")
 RECORD = struct.Struct("<7IfiI16Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
@@ -56,6 +56,7 @@ class Header(NamedTuple):
     table_multiply_adds: int
     block_multiply_adds: int
     filled_multiply_adds: int
+    largest_sum: int
     precision: int
     in_features: int
     outputs: int
@@ -123,6 +124,7 @@ SLICE_STEPS = {
     "fp32": np.dtype([("offsets", "<u8", (1,)), ("weight", "<f4", (SLICE_ROWS, 1))]),
     "bf16": np.dtype([("offsets", "<u8", (2,)), ("weight", "<u2", (SLICE_ROWS, 2))]),
 }
+SLICE_STEPS["int8"] = SLICE_STEPS["fp32"]  # of quantised weights
 SLICE = np.dtype([("steps", "<u4"), ("row", "<u4", (SLICE_ROWS,))])
 
 
@@ -436,7 +438,13 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
     assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 6)
-    assert header.layouts == (LAYOUTS["tables"] if precision == "int8" else sum(LAYOUTS.values()))
+    assert header.layouts == sum(LAYOUTS.values()) - (LAYOUTS["filled"] if precision == "int8" else 0)
+    largest = 0
+    for layer in layers if precision == "int8" else ():
+        if layer.kind != COMBINED:  # of all parts together
+            sums = quantized(layer).int().abs().sum(dim=1).view(-1, len(layer.steps)).sum(dim=0)
+            largest = max(largest, int(sums.max()))
+    assert header.largest_sum == 255 * largest
     assert header.bytes == len(blob.bytes)
     assert header.bytes % ALIGNMENT == 0
     assert header.nnz == sum(int(layer.mask.sum()) for task in tasks for layer in task)
@@ -495,8 +503,13 @@ def test_all_layouts_hold_each_kept_weight_once_and_in_order(name: str, precisio
         rows = [row.nonzero().flatten().tolist() for row in expected.mask]
         table = blob.tables(record)
         if precision == "int8":
-            assert np.array_equal(table.dense[: len(rows)], quantized(expected).numpy())
+            weight = quantized(expected)
+            assert np.array_equal(table.dense[: len(rows)], weight.numpy())
             assert all(columns == sorted(columns) for columns in table.columns)
+            slices, start = blob.slices(record)
+            assert slices.columns == rows
+            assert np.array_equal(slices.dense, weight.float().numpy())
+            assert np.array_equal(start, -expected.layer.input_zero_point * weight.sum(dim=1, dtype=torch.int32))
         else:
             weight = as_stored(expected.weight, precision)
             slices, bias = blob.slices(record)
@@ -563,7 +576,7 @@ def bits_of(weight: Array) -> Array:
 def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layouts: tuple[str, ...]) -> None:
     blob = Blob(prepack(networks()[name], precision, layouts))
     if precision == "int8":
-        layouts = ("tables",)
+        layouts = tuple(layout for layout in layouts if layout != "filled") or ("tables",)
     assert blob.header.layouts == sum(LAYOUTS[layout] for layout in layouts)
     multiply_adds = dict.fromkeys(LAYOUTS, 0)
     for record in blob.records:
@@ -616,7 +629,7 @@ def test_describe_reads_the_header(precision: str) -> None:
     header = blob.header
     assert cpu.describe(torch.from_numpy(blob.bytes)) == (
         precision,
-        ("tables",) if precision == "int8" else cpu.UNSTRUCTURED,
+        ("tables", "slices") if precision == "int8" else cpu.UNSTRUCTURED,
         header.in_features,
         header.outputs,
         header.tasks,

@@ -293,10 +293,10 @@ def test_only_what_is_used_is_prepacked():
     mlp = wide_mlp()
     assert mlp.prepacked_nbytes == {}
     mlp(torch.randn(1, 300))
-    facts = cpu.describe(cpu.prepack(mlp.network))
-    assert list(mlp.prepacked_nbytes) == [cpu.path_for(1, facts)]
+    prepacked = cpu.Prepacked(cpu.prepack(mlp.network))
+    assert list(mlp.prepacked_nbytes) == [prepacked.path_for(1)]
     mlp(torch.randn(70, 300))
-    assert set(mlp.prepacked_nbytes) == {cpu.path_for(batch, facts) for batch in (1, 70)}
+    assert set(mlp.prepacked_nbytes) == {prepacked.path_for(batch) for batch in (1, 70)}
 
 
 @needs_engine

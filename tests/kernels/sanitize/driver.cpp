@@ -61,7 +61,7 @@ struct Case {
     for (int64_t row = 0; row < rows; ++row) {
       const std::vector<float> of_row(x.begin() + row * in_features, x.begin() + (row + 1) * in_features);
       float* out = &wanted[size_t(row * outputs)];
-      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, network.paths(precision)[0]};
+      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, prepacked.paths()[0]};
       CHECK(call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "%s", name);
       if (precision == PRECISION_S8) continue;
       const std::vector<float> plain = reference(network, of_row, precision == PRECISION_BF16);
@@ -136,7 +136,7 @@ void for_all(Use use) {
         CHECK(is_blocks ? (parts > 0) == (shape.parts > 0) : parts == shape.parts, "%s: %lld", shape.name,
               (long long)parts);
         for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa)
-          for (int64_t path : network.paths(precision))
+          for (int64_t path : some.prepacked.paths())
             for (int64_t batch : batches()) use(some, *isa, path, batch), ++calls;
       }
     }
@@ -194,7 +194,7 @@ void run_threads() {
     for (const Isa* const* isa = lt4rec_supported_isas(); *isa; ++isa) {
       const bool is_first = isa == lt4rec_supported_isas();
       if (is_quick && isa[1] && !is_first) continue;  // the slowest and the fastest
-      for (int64_t path : network.paths(precision)) {
+      for (int64_t path : some.prepacked.paths()) {
         std::vector<std::thread> callers;
         for (int64_t threads : {1, 3, 4}) {
           ++calls;
@@ -204,7 +204,7 @@ void run_threads() {
                                       out.data(),    some.outputs, threads,   path};
             CHECK(call(*isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "threads");
             some.check((*isa)->name, path, some.rows, out.data(), some.outputs);
-            if (is_first && path == network.paths(precision)[0] && threads > 1) prepack_again();
+            if (is_first && path == some.prepacked.paths()[0] && threads > 1) prepack_again();
           });
         }
         for (std::thread& caller : callers) caller.join();
@@ -307,10 +307,7 @@ void run_fuzz() {
       for (int64_t path : {PATH_AUTO, PATH_TABLES, PATH_SLICES, PATH_FILLED}) {
         std::vector<float> out(size_t(batch * outputs));
         const Arguments arguments{x.data(), false, batch, width, out.data(), outputs, 1, path};
-        const int64_t layout = path == PATH_TABLES ? LAYOUT_TABLES : path == PATH_SLICES ? LAYOUT_SLICES : LAYOUT_FILLED;
-        const bool has_layout =
-            path == PATH_AUTO ||
-            (precision == PRECISION_S8 ? path != PATH_FILLED : prepacked.header().layouts & uint64_t(layout));
+        const bool has_layout = prepacked.has(path);
         const int status = call(*isa, prepacked.blob, prepacked.bytes, arguments);
         CHECK(status == (has_layout ? STATUS_OK : STATUS_NO_LAYOUT), "round %lld: status %d", (long long)round, status);
         if (!has_layout) continue;
@@ -349,7 +346,7 @@ void run_without_memory() {
     auto& header = *reinterpret_cast<BlobHeader*>(prepacked.blob);
     header.hidden_features = UINT32_MAX / GROUP * GROUP;
     header.multiply_adds = 1'000'000'000;  // enough work for several threads
-    for (int64_t path : network.paths(precision))
+    for (int64_t path : prepacked.paths())
       for (int64_t threads : {1, 4}) {
         ++calls;
         const Arguments arguments{x.data(), false, 64, 20, out.data(), 2, threads, path};

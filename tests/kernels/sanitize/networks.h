@@ -90,12 +90,6 @@ struct Network {
 
   const Weight& weight(const Layer& layer) const { return weights[layer.weight]; }
   int64_t layouts() const { return is_blocks ? LAYOUT_BLOCKS : LAYOUT_TABLES | LAYOUT_SLICES | LAYOUT_FILLED; }
-  // The paths that it can take.
-  std::vector<int64_t> paths(int64_t precision) const {
-    if (is_blocks) return {PATH_BLOCKS};
-    if (precision == PRECISION_S8) return {PATH_TABLES};
-    return {PATH_TABLES, PATH_SLICES, PATH_FILLED};
-  }
 };
 
 // A copy whose memory ends with its last value, where a vector often has room to spare: a sanitizer finds the byte
@@ -137,6 +131,17 @@ struct Prepacked {
   Prepacked& operator=(const Prepacked&) = delete;
 
   const BlobHeader& header() const { return *reinterpret_cast<const BlobHeader*>(blob); }
+
+  bool has(int64_t path) const {
+    const uint32_t layouts[] = {~0u, LAYOUT_TABLES, LAYOUT_SLICES, LAYOUT_BLOCKS, LAYOUT_FILLED};
+    return header().layouts & layouts[path];
+  }
+  std::vector<int64_t> paths() const {
+    std::vector<int64_t> found;
+    for (int64_t path = PATH_TABLES; path <= PATH_FILLED; ++path)
+      if (has(path)) found.push_back(path);
+    return found;
+  }
 
   // How many parts of a shared layer one task adds; 0 where nothing is shared.
   int64_t most_parts() const {
