@@ -229,6 +229,7 @@ typedef struct {
   // S8.
   uint64_t scale;          // float[padded(out_features)]: of the product; not in SHARED
   uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
+  uint64_t signed_start;   // the same for codes that count from -128 on: (128 - zero_point) * that sum
 } LayerRecord;
 
 // One task's layer in canonical form, which is that of formats.py and of artefacts. Tasks whose layers have the same
@@ -354,6 +355,7 @@ extern const Isa lt4rec_isa_avx512_bf16;  // and BF16: Sapphire Rapids, Zen 4
 #endif
 #if defined(__aarch64__)
 extern const Isa lt4rec_isa_neon;
+const Isa* lt4rec_isa_neon_dot(void);     // and dot products; to be called only there
 #endif
 
 // The ISAs of this build that this machine runs, slowest first, ended by null.

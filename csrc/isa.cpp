@@ -1,7 +1,24 @@
 // Which instruction sets this machine runs. Kept out of the ISA files: this must run on every machine.
 #include "engine.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace {
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__APPLE__)
+  return true;  // all of Apple's 64-bit desktop processors
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct SupportedIsas {
   const Isa* isas[7] = {};  // the last stays null
@@ -24,6 +41,7 @@ struct SupportedIsas {
     if (has) isas[count++] = &lt4rec_isa_avx512_bf16;
 #elif defined(__aarch64__)
     isas[count++] = &lt4rec_isa_neon;  // every AArch64 has it
+    if (has_dot_products()) isas[count++] = lt4rec_isa_neon_dot();
 #endif
   }
 };

@@ -1,5 +1,5 @@
 // Four floats a register, thirty-two registers. Windows are looked up by byte shuffles, which read four registers at
-// once. Baseline ARMv8-A: neither the dot products nor the bfloat16 of later processors.
+// once. Baseline ARMv8-A; the dot products of later processors stand in kernels_neon_dot.cpp.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

@@ -252,27 +252,34 @@ uint64_t largest_row(const Matrix& weight, size_t features) {
   return sums.empty() ? 0 : *std::max_element(sums.begin(), sums.end());
 }
 
-std::vector<int32_t> zero_point_sums(const Layer& layer) {
+// The sum of each row's weights.
+std::vector<int32_t> sums_of(const Layer& layer) {
   std::vector<int32_t> sums;
   for (int64_t row = 0; row < layer.weight.rows(); ++row) {
     int32_t sum = 0;
     for (int64_t i = layer.weight.starts[size_t(row)]; i < layer.weight.starts[size_t(row) + 1]; ++i)
-      sum -= layer.zero_point * int32_t(layer.weight.value[size_t(i)]);
+      sum += int32_t(layer.weight.value[size_t(i)]);
     sums.push_back(sum);
   }
   return sums;
 }
 
-std::vector<int32_t> zero_point_sums(const PackedBlocks<int8_t>& packed, const Layer& layer) {
+std::vector<int32_t> sums_of(const PackedBlocks<int8_t>& packed, const Layer& layer) {
   const size_t groups = size_t(layer.blocks.groups()), panels = size_t(panel_count(layer.in_features));
   std::vector<int32_t> sums(groups * GROUP);
   for (size_t i = 0; i < groups * panels; ++i) {
     const size_t at = i + i / groups;  // a panel has one begin more
     int32_t* of_group = &sums[packed.groups[i] * GROUP];
     for (size_t w = size_t{packed.begins[at]} * GROUP * QUAD; w < size_t{packed.begins[at + 1]} * GROUP * QUAD; ++w)
-      of_group[w / QUAD % GROUP] -= layer.zero_point * packed.weights[w];
+      of_group[w / QUAD % GROUP] += packed.weights[w];
   }
   return sums;
+}
+
+std::vector<int32_t> times(const std::vector<int32_t>& sums, int32_t factor) {
+  std::vector<int32_t> products(sums);
+  for (int32_t& product : products) product *= factor;
+  return products;
 }
 
 // --- The blob -----------------------------------------------------------------------------------------------------
@@ -434,19 +441,22 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
       std::vector<float> scale = shared_scale;
       if (layer.kind != LAYER_COMBINED) {
         scale = scales[i];
+        std::vector<int32_t> sums;
         if (has_blocks) {
           const PackedBlocks<int8_t> packed = pack_blocks<BlocksS8>(layer, scale);
-          record.start = writer.append(zero_point_sums(packed, layer));
+          sums = sums_of(packed, layer);
           append_blocks(packed, writer, record, header);
         } else {
-          const std::vector<int32_t> starts = zero_point_sums(layer);
-          record.start = writer.append(padded_copy(starts, layer.out_features));
+          sums = sums_of(layer);
           if (layouts & LAYOUT_TABLES) append_table<TableS8>(layer, writer, record, header);
           if (layouts & LAYOUT_SLICES) {
+            const std::vector<int32_t> starts = times(sums, -layer.zero_point);
             layer.bias.assign(starts.begin(), starts.end());
             append_slices<StepF32>(layer, writer, record, header);
           }
         }
+        record.start = writer.append(padded_copy(times(sums, -layer.zero_point), layer.out_features));
+        record.signed_start = writer.append(padded_copy(times(sums, 128 - layer.zero_point), layer.out_features));
         for (float& step : scale) step = float(double(step) * layer.input_scale);
       }
       if (layer.kind == LAYER_SHARED) shared_scale = scale;

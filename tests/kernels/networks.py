@@ -16,7 +16,7 @@ from lt4rec_sparse.kernels import cpu
 
 # What a machine of this kind may have.
 ISAS = (
-    ("scalar", "neon")
+    ("scalar", "neon", "neon_dot")
     if platform.machine() in ("aarch64", "arm64")
     else ("scalar", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16")
 )

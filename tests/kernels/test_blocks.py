@@ -445,9 +445,10 @@ def test_the_blob_holds_each_block_once_and_in_order(name: str, precision: str) 
             dense, of_record = read_blocks(blob, record, precision)
             stored += of_record
             if precision == "int8":
-                start = blob.section(record.start, "<i4", padded(record.out_features))
                 zero_point = tasks[0][0].input_zero_point if record.kind == SHARED else record.zero_point
-                assert np.array_equal(start, -zero_point * dense.astype("i4").sum(1))
+                for at, zero in ((record.start, 0), (record.signed_start, 128)):
+                    start = blob.section(at, "<i4", padded(record.out_features))
+                    assert np.array_equal(start, (zero - zero_point) * dense.astype("i4").sum(1))
             if record.kind == SHARED:
                 parts = np.split(dense, len(dense) // record.part_features)
                 at_parts = len(parts)

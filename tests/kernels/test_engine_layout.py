@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 Array = NDArray[Any]
 
 HEADER = struct.Struct("<2I11Q8I")
-RECORD = struct.Struct("<7IfiI16Q")
+RECORD = struct.Struct("<7IfiI17Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
@@ -94,6 +94,7 @@ class Record(NamedTuple):
     block_weights: int
     scale: int
     start: int
+    signed_start: int
 
 
 class Table(NamedTuple):
@@ -532,13 +533,15 @@ def test_biases_scales_and_starts_are_padded_with_zeros(name: str, precision: st
             bias[: record.out_features] = expected.bias
         assert np.array_equal(blob.section(record.bias, "<f4", whole), bias.numpy())
         if precision != "int8":
-            assert (record.scale, record.start) == (0, 0)
+            assert (record.scale, record.start, record.signed_start) == (0, 0, 0)
             continue
         if expected.kind != COMBINED:
             weight = quantized(expected)
-            start = torch.zeros(whole, dtype=torch.int32)
-            start[: len(weight)] = -expected.layer.input_zero_point * weight.sum(dim=1, dtype=torch.int32)
-            assert np.array_equal(blob.section(record.start, "<i4", whole), start.numpy())
+            sums = torch.zeros(whole, dtype=torch.int32)
+            sums[: len(weight)] = weight.sum(dim=1, dtype=torch.int32)
+            for at, zero in ((record.start, 0), (record.signed_start, 128)):
+                start = (zero - expected.layer.input_zero_point) * sums
+                assert np.array_equal(blob.section(at, "<i4", whole), start.numpy())
         if expected.kind == SHARED:
             assert record.scale == 0
             continue
@@ -586,6 +589,7 @@ def test_sections_are_aligned_and_fill_the_blob(name: str, precision: str, layou
             blob.section(record.scale, "<f4", padded(record.out_features))
         if precision == "int8" and record.kind != COMBINED:
             blob.section(record.start, "<i4", padded(record.out_features))
+            blob.section(record.signed_start, "<i4", padded(record.out_features))
         of_slices = (record.block_slices, record.slices, record.steps, record.slice_bias)
         of_tables = (record.bundle_steps, record.windows, record.indices, record.weights)
         of_blocks = (record.block_groups, record.group_blocks, record.block_quads, record.block_weights)
