@@ -88,7 +88,7 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
         for threads in sorted({1, threads_before}):
             torch.set_num_threads(threads)
             for batch, sparsity in cases.grid:
-                names = [n for n in NAMES if is_short or batch in SPARSE_PEERS_AT or not _is_sparse(n)]
+                names = [n for n in NAMES if is_short or batch in SPARSE_PEERS_AT or not is_sparse_peer(n)]
                 case = _case(_masks(sparsity, seed), batch, threads, names, seed, cases.settings)
                 result["absent"] |= case.pop("absent")
                 result["cases"].append({"threads": threads, "sparsity": sparsity, "batch": batch, **case})
@@ -119,7 +119,7 @@ def run_without_amx(seed: int = 0, is_short: bool = False) -> None:
     if os.environ.get(ONEDNN_ISA) != WITHOUT_AMX:
         raise RuntimeError(f"{ONEDNN_ISA}: got {os.environ.get(ONEDNN_ISA)!r}, wanted {WITHOUT_AMX!r} before the start")
     torch.set_num_threads(1)
-    names = [n for n in NAMES if not _is_sparse(n) and n != "onnxruntime int8"]
+    names = [n for n in NAMES if not is_sparse_peer(n) and n != "onnxruntime int8"]
     cases = []
     grid, *_, settings = SHORT if is_short else WHOLE
     for batch, sparsity in grid:
@@ -146,10 +146,11 @@ def block_mask(sparsity: float, seed: int) -> Mask:
     shapes = MaskedMLP(IN_FEATURES, HIDDEN).mask().shapes
     grids = {name: (rows // BLOCK[0], columns // BLOCK[1]) for name, (rows, columns) in shapes.items()}
     nnz = {name: round(rows * columns * (1 - sparsity)) for name, (rows, columns) in grids.items()}
-    return _spread(Mask.random(grids, nnz, torch.Generator().manual_seed(seed)))
+    return spread(Mask.random(grids, nnz, torch.Generator().manual_seed(seed)))
 
 
-def _spread(grids: Mask) -> Mask:
+def spread(grids: Mask) -> Mask:
+    """Return the mask of weights of a mask of blocks."""
     return Mask({n: grid.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1) for n, grid in grids.items()})
 
 
@@ -191,10 +192,13 @@ def _case(
 
 
 def _ours(mlp: MaskedMLP, x: Tensor, kind: str = "ours") -> list[Peer]:
-    """Return the engine in each precision, checked."""
-    layers = _layers(mlp)
     frozen = freeze(mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
+    return engines(frozen, _layers(mlp), x, kind)
+
+
+def engines(frozen: SparseMLP, layers: Sequence[Layer], x: Tensor, kind: str) -> list[Peer]:
+    """Return the engine in each precision, checked."""
     frozen = frozen.calibrated(torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))]))
     ours = []
     for precision in PRECISIONS:
@@ -223,7 +227,7 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
     for task_folder in sorted((run_folder / "seed_0" / "tickets").iterdir()):
         levels = sorted(task_folder.glob("level_*.mask.safetensors"), key=lambda p: int(p.name.split(".")[0][6:]))
         mask = Mask.load(levels[-1])
-        dense = [n for n in NAMES if not _is_sparse(n)]
+        dense = [n for n in NAMES if not is_sparse_peer(n)]
         torch.set_num_threads(1)
         for batch in (1, 8, 64, 256, 1024):
             case = _case({"ours": mask}, batch, 1, dense, seed, {})
@@ -239,7 +243,7 @@ def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> d
     mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in _masks(sparsity, seed).items()}
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
-    with peers(_layers(mlps["ours"]), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
+    with peers(_layers(mlps["ours"]), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
         calls = [*(peer for kind, mlp in mlps.items() for peer in _ours(mlp, x, kind)), *present]
         hot = timings(calls, **settings)
         cold = timings(calls, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
@@ -271,7 +275,7 @@ def _break_even(
         for kind, mask in _masks(sparsity, seed).items():
             mlp = masked_mlp({"task": mask}, seed)
             calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, x, kind)]
-    with peers(_layers(mlp), x, 1, [n for n in NAMES if not _is_sparse(n)]) as (present, _):
+    with peers(_layers(mlp), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
         measured = timings([*calls, *present], **settings)
     return {kind: _crossings(kind, sparsities, present, measured) for kind in ("ours", "blocks")}
 
@@ -305,7 +309,7 @@ def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any])
     for kind, one in _masks(sparsity, seed).items():
         if kind == "blocks":
             grids = Mask({name: mask[:: BLOCK[0], :: BLOCK[1]] for name, mask in one.items()})
-            two = _spread(_overlapping(grids, OVERLAP, seed + 1))
+            two = spread(_overlapping(grids, OVERLAP, seed + 1))
         else:
             two = _overlapping(one, OVERLAP, seed + 1)
         for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):
@@ -341,7 +345,8 @@ def _overlapping(mask: Mask, overlap: float, seed: int) -> Mask:
     return Mask(kept)
 
 
-def _is_sparse(name: str) -> bool:
+def is_sparse_peer(name: str) -> bool:
+    """Whether an opponent takes the weights' zeros."""
     return any(word in name for word in ("csr", "sparseprop", "deepsparse"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import experiments, gpu, record
+from bench import experiments, gpu, record, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
@@ -224,6 +224,13 @@ def _speed() -> str:
                 opponents = sorted({best(case, "dense", [precision])[0] for case in cases})
                 parts.append(f"{words} against dense {precision} (the fastest of {', '.join(opponents)}):")
                 parts.append(speed_table(cpu, precision, kind))
+    return "\n\n".join(parts)
+
+
+def _wide() -> str:
+    parts = []
+    for measured in record.read("wide").values():
+        parts += [f"{_where(measured['machine'])}, engine {measured['engine']}, one thread:", wide.table_of(measured)]
     return "\n\n".join(parts)
 
 
@@ -469,6 +476,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "training": _training,
     "simulated": _simulated,
     "speed": _speed,
+    "wide": _wide,
     "no_amx": _no_amx,
     "microseconds": _microseconds,
     "engine": _engine,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.networks import Kernel, exact_reference, prepack, random_layer, random_mask
+from kernels.networks import PATHS, Kernel, exact_reference, prepack, random_layer, random_mask
 from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
 
 from bench.cpu import PRECISIONS, ratio, speed_table
@@ -34,7 +34,7 @@ needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native eng
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 @pytest.mark.parametrize(
     ("precision", "path"),
-    [("fp32", "tables"), ("fp32", "slices"), ("bf16", "tables"), ("bf16", "slices"), ("int8", "tables")],
+    PATHS,
 )
 def test_one_sparse_layer(benchmark: Any, precision: str, path: Any, batch: int, density: float) -> None:
     """One layer of the engine, one thread."""
@@ -106,6 +106,12 @@ def test_the_cpu_suites_run_in_their_short_form() -> None:
     assert "### Blocks of 16 x 4, against dense int8" in printed and "blocks bf16" in printed
     assert "raised" not in printed  # a reason for an absence that we would not know of
     assert "ours bf16" in bench("no-amx", "--short", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+
+
+@needs_engine
+@pytest.mark.bench_short
+def test_the_suite_of_wide_layers_runs_in_its_short_form() -> None:
+    assert "| 64 x 32 | 2 | 90% |" in bench("wide", "--short")
 
 
 @pytest.mark.bench_short

@@ -34,7 +34,9 @@ def test_the_readme_is_read_in_a_minute():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
 
 
-@pytest.mark.parametrize("name", ["cpu", "frozen", "kuairand_pure", "kuairand_pure_blocks", "simulated", "commands"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "wide", "frozen", "kuairand_pure", "kuairand_pure_blocks", "simulated", "commands"]
+)
 def test_a_result_says_where_it_was_measured(name):
     result = record.read(name)
     for measured in [result] if "machine" in result else result.values():

@@ -4,7 +4,7 @@ The extension is optional at build time. Without it this module still imports, `
 `absence_reason()` says why; everything else then raises.
 
 The environment variable `LT4REC_SPARSE_ISA` forces an instruction set for the process: `scalar`, `avx2`, `avx512`,
-`avx512_vnni` (with VBMI), `avx512_bf16` (with both).
+`avx512_vnni` (with VBMI), `avx512_bf16` (with both); `avx2_vnni`; on ARM `neon` and `neon_dot`.
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = 
     """Write all tasks' heads for `x` into `out`.
 
     A row's result depends on that row alone: it is equal to the bit for every batch size, thread count, path and
-    instruction set. Pruned weights never meet an activation, so they cannot turn its Inf into NaN. In int8 a row with
-    a NaN yields NaN, and an Inf counts as the largest activation there is.
+    instruction set, but for the sign of a zero. Pruned weights never meet an activation, so they cannot turn its Inf
+    into NaN. In int8 a row with a NaN yields NaN, and an Inf counts as the largest activation there is.
 
     Args:
         x: `[batch, in_features]`, float32 or bfloat16, CPU; rows may be strided, elements of a row not.

@@ -1,0 +1,135 @@
+"""One wide layer: the engine against dense engines, and against DeepSparse, and how long it takes to get it ready.
+
+The widths are those of transformers' feed-forward layers. As in `bench/cpu.py` all calls of a case run in interleaved
+rounds, after each passed the gate of its precision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import record
+from bench.cpu import BLOCK, KINDS, PRECISIONS, best, engines, has, is_sparse_peer, spread
+from bench.peers import NAMES, peers, timings
+from lt4rec_sparse import Mask, SparseMLP, freeze
+from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.nn import MaskedLinear
+from lt4rec_sparse.recsys.tables import table
+from tests.oracle import Layer
+
+SHAPES = ((768, 3072), (4096, 4096), (4096, 11008))  # in_features, out_features
+BATCHES = (1, 16, 128)
+SPARSITIES = (0.8, 0.9)
+WITH_DEEPSPARSE = (768, 3072)
+SETTINGS: dict[str, Any] = {"rounds": 9}
+
+
+def run(is_short: bool = False) -> None:
+    """Measure all cases and write `results/wide.json`, beside the records of other processors."""
+    if is_short:
+        print(table_of({"cases": [measured((64, 32), 2, 0.9, {"rounds": 1, "round_us": 1.0})]}))
+        return
+    machine = record.machine()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cases = []
+    try:
+        for shape, batch, sparsity in product(SHAPES, BATCHES, SPARSITIES):
+            cases.append(measured(shape, batch, sparsity, SETTINGS))
+            Console().print(table_of({"cases": cases[-1:]}))
+    finally:
+        torch.set_num_threads(threads)
+    records = record.read("wide") if (record.RESULTS / "wide.json").exists() else {}
+    records[machine["processor"]] = {"machine": machine, "engine": cpu.isa(), "cases": cases}
+    record.write("wide", records)
+
+
+def measured(shape: tuple[int, int], batch: int, sparsity: float, settings: dict[str, Any]) -> dict[str, Any]:
+    """Time one layer of `shape`, in_features and out_features, on one thread."""
+    x = torch.randn(batch, shape[0], generator=torch.Generator().manual_seed(0))
+    linears = {kind: _linear(shape, mask) for kind, mask in _masks(shape, sparsity).items()}
+    layers = {
+        kind: [Layer(linear.weight.detach() * linear.mask(), linear.bias.detach(), "none")]
+        for kind, linear in linears.items()
+    }
+    ours, ready = [], {}
+    for kind, linear in linears.items():
+        frozen = freeze(linear)
+        assert isinstance(frozen, SparseMLP)
+        ours += engines(frozen, layers[kind], x, kind)
+        ready[kind] = {
+            "compress_s": _seconds(lambda linear=linear: freeze(linear)),  # type: ignore[misc]
+            "prepack_s": _seconds(lambda frozen=frozen: cpu.prepack(frozen.network, "fp32", batch=batch)),  # type: ignore[misc]
+        }
+    names = [n for n in NAMES if not is_sparse_peer(n) or ("deepsparse" in n and shape == WITH_DEEPSPARSE)]
+    with peers(layers["ours"], x, 1, names) as (present, absent):
+        found = timings([*ours, *present], **settings)
+    return {
+        "shape": list(shape),
+        "batch": batch,
+        "sparsity": sparsity,
+        "contestants": {
+            peer.name: {"precision": peer.precision, "kind": peer.kind, **found[peer.name]._asdict()}
+            for peer in (*ours, *present)
+        },
+        "absent": dict(absent),
+        "ready": ready,
+    }
+
+
+def table_of(wide: dict[str, Any]) -> str:
+    """Return the ratios of a record as Markdown: best dense of a precision over the engine in it or a finer one."""
+    rows = []
+    for case in wide["cases"]:
+        us = {name: call["median_us"] for name, call in case["contestants"].items()}
+        row = [" x ".join(map(str, case["shape"])), str(case["batch"]), f"{case['sparsity']:.0%}"]
+        for precision, kind in product(("fp32", "int8"), KINDS):
+            finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
+            if has(case, "dense", precision):
+                ratio = best(case, "dense", [precision])[1] / best(case, kind, finer)[1]
+                row.append(f"{ratio:.1f}")
+            else:
+                row.append("")
+        row += [f"{us['deepsparse int8'] / us[f'{k} int8']:.2f}" if "deepsparse int8" in us else "" for k in KINDS]
+        row += [f"{case['ready'][k]['compress_s']:.2f} + {case['ready'][k]['prepack_s']:.2f}" for k in KINDS]
+        rows.append(row)
+    header = ["in x out", "rows", "sparsity"]
+    header += [f"{words}, {precision}" for precision, words in product(("fp32", "int8"), ("single", "blocks"))]
+    header += [f"{words} over DeepSparse, int8" for words in ("single", "blocks")]
+    header += [f"{words}: compress + prepack, s" for words in ("single", "blocks")]
+    return table(header, rows)
+
+
+def _masks(shape: tuple[int, int], sparsity: float) -> dict[str, torch.Tensor]:
+    """Return uniform random masks `[out_features, in_features]` of exactly this sparsity, of weights and of blocks."""
+    columns, rows = shape
+    masks = {}
+    for kind, (high, wide) in {"ours": (1, 1), "blocks": BLOCK}.items():
+        grid = {"layer": (rows // high, columns // wide)}
+        nnz = {"layer": round(rows // high * (columns // wide) * (1 - sparsity))}
+        mask = Mask.random(grid, nnz, torch.Generator().manual_seed(0))
+        masks[kind] = (spread(mask) if kind == "blocks" else mask)["layer"]
+    return masks
+
+
+def _linear(shape: tuple[int, int], mask: torch.Tensor) -> MaskedLinear:
+    torch.manual_seed(0)
+    linear = MaskedLinear(*shape)
+    linear.set_mask(mask)
+    return linear
+
+
+def _seconds(call: Callable[[], object], times: int = 3) -> float:
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return median(took)
