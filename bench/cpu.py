@@ -33,6 +33,7 @@ from lt4rec_sparse.stopwatch import Timing, interleaved
 from tests.oracle import Layer
 
 IN_FEATURES, HIDDEN = 1024, (512, 256, 128)
+WIDTHS = (IN_FEATURES, *HIDDEN)
 BLOCK = BlockWeight.BLOCK
 
 
@@ -89,7 +90,7 @@ def run(run_folder: Path | None = None, seed: int = 0, is_short: bool = False) -
             torch.set_num_threads(threads)
             for batch, sparsity in cases.grid:
                 names = [n for n in NAMES if is_short or batch in SPARSE_PEERS_AT or not is_sparse_peer(n)]
-                case = _case(_masks(sparsity, seed), batch, threads, names, seed, cases.settings)
+                case = _case(both_masks(sparsity, seed), batch, threads, names, seed, cases.settings)
                 result["absent"] |= case.pop("absent")
                 result["cases"].append({"threads": threads, "sparsity": sparsity, "batch": batch, **case})
                 Console().print(_line(result["cases"][-1]))
@@ -134,28 +135,29 @@ def run_without_amx(seed: int = 0, is_short: bool = False) -> None:
     Console().print(record.write("cpu_no_amx", {**where, "cases": cases}))
 
 
-def uniform_mask(sparsity: float, seed: int) -> Mask:
-    """Return a uniform random mask of exactly this sparsity in every hidden layer."""
-    shapes = MaskedMLP(IN_FEATURES, HIDDEN).mask().shapes
+def uniform_mask(sparsity: float, seed: int, widths: Sequence[int] = WIDTHS) -> Mask:
+    """Return a uniform random mask of exactly this sparsity in every hidden layer; `widths` begin with the input's."""
+    shapes = MaskedMLP(widths[0], widths[1:]).mask().shapes
     nnz = {name: round(rows * columns * (1 - sparsity)) for name, (rows, columns) in shapes.items()}
     return Mask.random(shapes, nnz, torch.Generator().manual_seed(seed))
 
 
-def block_mask(sparsity: float, seed: int) -> Mask:
+def block_mask(sparsity: float, seed: int, widths: Sequence[int] = WIDTHS) -> Mask:
     """Return a mask of blocks of 16 x 4, of exactly this sparsity in every hidden layer."""
-    shapes = MaskedMLP(IN_FEATURES, HIDDEN).mask().shapes
+    shapes = MaskedMLP(widths[0], widths[1:]).mask().shapes
     grids = {name: (rows // BLOCK[0], columns // BLOCK[1]) for name, (rows, columns) in shapes.items()}
     nnz = {name: round(rows * columns * (1 - sparsity)) for name, (rows, columns) in grids.items()}
-    return spread(Mask.random(grids, nnz, torch.Generator().manual_seed(seed)))
+    return _spread(Mask.random(grids, nnz, torch.Generator().manual_seed(seed)))
 
 
-def spread(grids: Mask) -> Mask:
+def _spread(grids: Mask) -> Mask:
     """Return the mask of weights of a mask of blocks."""
     return Mask({n: grid.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1) for n, grid in grids.items()})
 
 
-def _masks(sparsity: float, seed: int) -> dict[str, Mask]:
-    return {"ours": uniform_mask(sparsity, seed), "blocks": block_mask(sparsity, seed)}
+def both_masks(sparsity: float, seed: int, widths: Sequence[int] = WIDTHS) -> dict[str, Mask]:
+    """Return a mask of each kind, by the names of `KINDS`."""
+    return {"ours": uniform_mask(sparsity, seed, widths), "blocks": block_mask(sparsity, seed, widths)}
 
 
 def masked_mlp(masks: dict[str, Mask], seed: int) -> MaskedMLP:
@@ -176,10 +178,10 @@ def _case(
     The opponents have the first mask: of dense ones the time is the same for all.
     """
     mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in masks.items()}
-    layers = _layers(next(iter(mlps.values())))
+    layers = layers_of(next(iter(mlps.values())))
     x = torch.randn(batch, layers[0].weight.shape[1], generator=torch.Generator().manual_seed(seed))
     with peers(layers, x, threads, names) as (present, absent):
-        ours = [peer for kind, mlp in mlps.items() for peer in _ours(mlp, x, kind)]
+        ours = [peer for kind, mlp in mlps.items() for peer in engines(mlp, x, kind)]
         measured = timings([*ours, *present], **settings)
     return {
         "nnz": sum(int((layer.weight != 0).sum()) for layer in layers),
@@ -191,14 +193,11 @@ def _case(
     }
 
 
-def _ours(mlp: MaskedMLP, x: Tensor, kind: str = "ours") -> list[Peer]:
+def engines(mlp: MaskedMLP, x: Tensor, kind: str = "ours") -> list[Peer]:
+    """Return the engine in each precision, checked."""
+    layers = layers_of(mlp)
     frozen = freeze(mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
-    return engines(frozen, _layers(mlp), x, kind)
-
-
-def engines(frozen: SparseMLP, layers: Sequence[Layer], x: Tensor, kind: str) -> list[Peer]:
-    """Return the engine in each precision, checked."""
     frozen = frozen.calibrated(torch.cat([x, *(x.roll(shift, 1) for shift in range(1, 1 + 64 // len(x)))]))
     ours = []
     for precision in PRECISIONS:
@@ -214,7 +213,8 @@ def _scored(sparse: SparseMLP, x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _layers(mlp: MaskedMLP) -> list[Layer]:
+def layers_of(mlp: MaskedMLP) -> list[Layer]:
+    """Return the layers of an MLP of one task, masks multiplied in."""
     hidden = ((layer.weight.detach() * layer.mask(), layer.bias.detach()) for layer in mlp.masked_layers())
     layers = [Layer(weight, bias, "relu") for weight, bias in hidden]
     head = mlp.heads["task"]
@@ -240,11 +240,11 @@ def _tickets(run_folder: Path, seed: int) -> list[dict[str, Any]]:
 
 def _cold(batch: int, sparsity: float, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Time single calls between which every cache is overwritten, and the same calls hot."""
-    mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in _masks(sparsity, seed).items()}
+    mlps = {kind: masked_mlp({"task": mask}, seed) for kind, mask in both_masks(sparsity, seed).items()}
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     sweep = np.zeros(COLD_SWEEP_BYTES, np.uint8)
-    with peers(_layers(mlps["ours"]), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
-        calls = [*(peer for kind, mlp in mlps.items() for peer in _ours(mlp, x, kind)), *present]
+    with peers(layers_of(mlps["ours"]), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
+        calls = [*(peer for kind, mlp in mlps.items() for peer in engines(mlp, x, kind)), *present]
         hot = timings(calls, **settings)
         cold = timings(calls, **{"rounds": 9, **settings}, before=lambda: sweep.fill(1))
     return {
@@ -272,10 +272,10 @@ def _break_even(
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     calls = []
     for sparsity in sparsities:
-        for kind, mask in _masks(sparsity, seed).items():
+        for kind, mask in both_masks(sparsity, seed).items():
             mlp = masked_mlp({"task": mask}, seed)
-            calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in _ours(mlp, x, kind)]
-    with peers(_layers(mlp), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
+            calls += [peer._replace(name=f"{peer.name} {sparsity}") for peer in engines(mlp, x, kind)]
+    with peers(layers_of(mlp), x, 1, [n for n in NAMES if not is_sparse_peer(n)]) as (present, _):
         measured = timings([*calls, *present], **settings)
     return {kind: _crossings(kind, sparsities, present, measured) for kind in ("ours", "blocks")}
 
@@ -306,10 +306,10 @@ def _two_tasks(batch: int, sparsity: float, seed: int, settings: dict[str, Any])
     """Time two tasks whose masks overlap by OVERLAP, and the first of them alone."""
     x = torch.randn(batch, IN_FEATURES, generator=torch.Generator().manual_seed(seed))
     calls: dict[str, Callable[[], object]] = {}
-    for kind, one in _masks(sparsity, seed).items():
+    for kind, one in both_masks(sparsity, seed).items():
         if kind == "blocks":
             grids = Mask({name: mask[:: BLOCK[0], :: BLOCK[1]] for name, mask in one.items()})
-            two = spread(_overlapping(grids, OVERLAP, seed + 1))
+            two = _spread(_overlapping(grids, OVERLAP, seed + 1))
         else:
             two = _overlapping(one, OVERLAP, seed + 1)
         for name, masks in (("one task", {"a": one}), ("two tasks", {"a": one, "b": two})):

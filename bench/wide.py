@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -16,13 +17,11 @@ import torch
 from rich.console import Console
 
 from bench import record
-from bench.cpu import BLOCK, KINDS, PRECISIONS, best, engines, has, is_sparse_peer, spread
+from bench.cpu import KINDS, PRECISIONS, best, both_masks, engines, has, is_sparse_peer, layers_of, masked_mlp
 from bench.peers import NAMES, peers, timings
-from lt4rec_sparse import Mask, SparseMLP, freeze
+from lt4rec_sparse import MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.kernels import cpu
-from lt4rec_sparse.nn import MaskedLinear
 from lt4rec_sparse.recsys.tables import table
-from tests.oracle import Layer
 
 SHAPES = ((768, 3072), (4096, 4096), (4096, 11008))  # in_features, out_features
 BATCHES = (1, 16, 128)
@@ -52,24 +51,13 @@ def run(is_short: bool = False) -> None:
 
 
 def measured(shape: tuple[int, int], batch: int, sparsity: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """Time one layer of `shape`, in_features and out_features, on one thread."""
+    """Time one layer of `shape`, in_features and out_features, with a ReLU and a head of one output, on one thread."""
     x = torch.randn(batch, shape[0], generator=torch.Generator().manual_seed(0))
-    linears = {kind: _linear(shape, mask) for kind, mask in _masks(shape, sparsity).items()}
-    layers = {
-        kind: [Layer(linear.weight.detach() * linear.mask(), linear.bias.detach(), "none")]
-        for kind, linear in linears.items()
-    }
-    ours, ready = [], {}
-    for kind, linear in linears.items():
-        frozen = freeze(linear)
-        assert isinstance(frozen, SparseMLP)
-        ours += engines(frozen, layers[kind], x, kind)
-        ready[kind] = {
-            "compress_s": _seconds(lambda linear=linear: freeze(linear)),  # type: ignore[misc]
-            "prepack_s": _seconds(lambda frozen=frozen: cpu.prepack(frozen.network, "fp32", batch=batch)),  # type: ignore[misc]
-        }
+    mlps = {kind: masked_mlp({"task": mask}, 0) for kind, mask in both_masks(sparsity, 0, shape).items()}
+    ours = [peer for kind, mlp in mlps.items() for peer in engines(mlp, x, kind)]
+    ready = {kind: _ready(mlp, batch) for kind, mlp in mlps.items()}
     names = [n for n in NAMES if not is_sparse_peer(n) or ("deepsparse" in n and shape == WITH_DEEPSPARSE)]
-    with peers(layers["ours"], x, 1, names) as (present, absent):
+    with peers(layers_of(mlps["ours"]), x, 1, names) as (present, absent):
         found = timings([*ours, *present], **settings)
     return {
         "shape": list(shape),
@@ -107,23 +95,14 @@ def table_of(wide: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def _masks(shape: tuple[int, int], sparsity: float) -> dict[str, torch.Tensor]:
-    """Return uniform random masks `[out_features, in_features]` of exactly this sparsity, of weights and of blocks."""
-    columns, rows = shape
-    masks = {}
-    for kind, (high, wide) in {"ours": (1, 1), "blocks": BLOCK}.items():
-        grid = {"layer": (rows // high, columns // wide)}
-        nnz = {"layer": round(rows // high * (columns // wide) * (1 - sparsity))}
-        mask = Mask.random(grid, nnz, torch.Generator().manual_seed(0))
-        masks[kind] = (spread(mask) if kind == "blocks" else mask)["layer"]
-    return masks
-
-
-def _linear(shape: tuple[int, int], mask: torch.Tensor) -> MaskedLinear:
-    torch.manual_seed(0)
-    linear = MaskedLinear(*shape)
-    linear.set_mask(mask)
-    return linear
+def _ready(mlp: MaskedMLP, batch: int) -> dict[str, float]:
+    """Return the seconds from masked weights to compressed ones, and from these to what the engine reads."""
+    frozen = freeze(mlp)
+    assert isinstance(frozen, SparseMLP)
+    return {
+        "compress_s": _seconds(partial(freeze, mlp)),
+        "prepack_s": _seconds(partial(cpu.prepack, frozen.network, "fp32", batch=batch)),
+    }
 
 
 def _seconds(call: Callable[[], object], times: int = 3) -> float:
