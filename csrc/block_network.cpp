@@ -124,17 +124,18 @@ std::vector<float> largest_pairs(const BlockMatrix& blocks, int64_t features) {
 
 }  // namespace
 
-int64_t filled_weights(const Matrix& weight) {
-  int64_t blocks = 0;
-  each_group_of_quads(weight, [&](int64_t, const std::vector<int64_t>& quads) { blocks += int64_t(quads.size()); });
-  return blocks * kBlock;
+void count_filled(Layer& layer) {
+  layer.filled = 0;
+  each_group_of_quads(layer.weight, [&](int64_t, const std::vector<int64_t>& quads) {
+    layer.filled += int64_t(quads.size()) * kBlock;
+  });
 }
 
 void fill_blocks(Layer& layer, float (*round)(float)) {
   const Matrix& weight = layer.weight;
   std::vector<int64_t> block_of(size_t(quad_count(weight.columns)));
   layer.blocks = {};
-  layer.cut.assign(size_t(filled_weights(weight)), FILLER);
+  layer.cut.assign(size_t(layer.filled), FILLER);
   float* block = layer.cut.data();
   each_group_of_quads(weight, [&](int64_t group, const std::vector<int64_t>& quads) {
     for (size_t i = 0; i < quads.size(); ++i) {

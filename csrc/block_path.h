@@ -194,14 +194,8 @@ class BlockPath {
   }
 
   bool load(const SparseMlpCall& call, int64_t row, Activation* line) {
-    const int64_t count = call.in_features;
-    const float* x = static_cast<const float*>(call.x) + row * call.x_stride;
-    if (call.is_bf16) {
-      net_.isa->widen_bf16(static_cast<const uint16_t*>(call.x) + row * call.x_stride, count, real_);
-      x = real_;
-    }
-    clear_edge(count, line);
-    return Rows::load(net_, net_.layers[0], x, count, line);
+    clear_edge(call.in_features, line);
+    return Rows::load(net_, net_.layers[0], float_row(net_, call, row, real_), call.in_features, line);
   }
 
   void pass_on(const LayerRecord& layer, const LayerRecord& following, Value* y, Activation* line) {

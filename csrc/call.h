@@ -89,5 +89,12 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
+// A row of x as float32: where it stands, or widened to `widened`.
+const float* float_row(const Network& net, const SparseMlpCall& call, int64_t row, float* widened) {
+  if (!call.is_bf16) return static_cast<const float*>(call.x) + row * call.x_stride;
+  net.isa->widen_bf16(static_cast<const uint16_t*>(call.x) + row * call.x_stride, call.in_features, widened);
+  return widened;
+}
+
 // Where exp overflows the quotient is 0, as it should be.
 float sigmoid(float v) { return 1 / (1 + std::exp(-v)); }

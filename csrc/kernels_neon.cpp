@@ -100,22 +100,10 @@ struct TableBf16 {
   }
 };
 
-// One lookup fetches the codes of four features. A product of 8 bits each fits 16 signed ones: 255 * 127 < 2^15.
-struct TableS8 {
-  using Activation = uint8_t;
-  using Value = int32_t;
-  using Sum = int32x4x4_t;
-  static constexpr int kSums = 4;
-  struct Operands {
-    uint8x16x4_t index;
-    int8x16x4_t weight;
-  };
-  static constexpr int64_t kIndexBytes = 4 * GROUP, kWeightBytes = 4 * GROUP;
-  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
-  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
-  static Operands load(const uint8_t* indices, const uint8_t* weights) {
-    return {vld1q_u8_x4(indices), vld1q_s8_x4(reinterpret_cast<const int8_t*>(weights))};
-  }
+#include "bytes_neon.h"
+
+// A product of 8 bits each fits 16 signed ones: 255 * 127 < 2^15.
+struct TableS8 : OperandsOfTableS8 {
   // The sums of two products each.
   static int32x4_t pairs(uint8x8_t codes, int8x8_t weight) {
     return vpaddlq_s16(vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(codes)), vmovl_s8(weight)));
@@ -171,21 +159,10 @@ struct BlocksBf16 : BlocksF32 {
 };
 
 // Neither a product of 8 bits each nor the sum of a pair leaves 16 signed bits.
-struct BlocksS8 {
-  using Activation = uint8_t;
-  using Value = int32_t;
-  using Sum = int32x4x4_t;
-  using Operand = int8x16x4_t;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 4;
-  static constexpr bool kHasRelu = false;
-  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
-  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
-  static constexpr int input(int) { return 0; }
-  static Operand load(const uint8_t* block, int) { return vld1q_s8_x4(reinterpret_cast<const int8_t*>(block)); }
+struct BlocksS8 : OperandsOfBlocksS8 {
+  static constexpr int kRows = 4;
   static Sum add(Sum sum, const uint8_t* x, const Operand& weight) {
-    uint32_t quad;
-    __builtin_memcpy(&quad, x, sizeof(quad));
-    const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(quad));
+    const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(quad_of(x)));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int32x4_t low = TableS8::pairs(codes, vget_low_s8(weight.val[i]));

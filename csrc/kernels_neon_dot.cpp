@@ -13,23 +13,11 @@
 
 namespace {
 
+#include "bytes_neon.h"
+
 int8x16_t signed_codes(uint8x16_t codes) { return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(0x80))); }
 
-struct TableS8 {
-  using Activation = uint8_t;
-  using Value = int32_t;
-  using Sum = int32x4x4_t;
-  static constexpr int kSums = 4;
-  struct Operands {
-    uint8x16x4_t index;
-    int8x16x4_t weight;
-  };
-  static constexpr int64_t kIndexBytes = 4 * GROUP, kWeightBytes = 4 * GROUP;
-  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
-  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
-  static Operands load(const uint8_t* indices, const uint8_t* weights) {
-    return {vld1q_u8_x4(indices), vld1q_s8_x4(reinterpret_cast<const int8_t*>(weights))};
-  }
+struct TableS8 : OperandsOfTableS8 {
   static Sum add(Sum sum, const uint8_t* window, const Operands& o) {
     const uint8x16x4_t bytes = vld1q_u8_x4(window);
 #pragma GCC unroll 4
@@ -40,21 +28,10 @@ struct TableS8 {
 };
 
 // Twenty-four registers of sums, four of weights, one of codes.
-struct BlocksS8 {
-  using Activation = uint8_t;
-  using Value = int32_t;
-  using Sum = int32x4x4_t;
-  using Operand = int8x16x4_t;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 6;
-  static constexpr bool kHasRelu = false;
-  static Sum load_sum(const int32_t* p) { return vld1q_s32_x4(p); }
-  static void store_sum(int32_t* p, const Sum& v) { vst1q_s32_x4(p, v); }
-  static constexpr int input(int) { return 0; }
-  static Operand load(const uint8_t* block, int) { return vld1q_s8_x4(reinterpret_cast<const int8_t*>(block)); }
+struct BlocksS8 : OperandsOfBlocksS8 {
+  static constexpr int kRows = 6;
   static Sum add(Sum sum, const uint8_t* x, const Operand& weight) {
-    uint32_t quad;
-    __builtin_memcpy(&quad, x, sizeof(quad));
-    const int8x16_t codes = signed_codes(vreinterpretq_u8_u32(vdupq_n_u32(quad)));
+    const int8x16_t codes = signed_codes(vreinterpretq_u8_u32(vdupq_n_u32(quad_of(x))));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) sum.val[i] = vdotq_s32(sum.val[i], weight.val[i], codes);
     return sum;

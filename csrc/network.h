@@ -57,6 +57,7 @@ struct Layer {
   BlockMatrix blocks;       // for LAYOUT_BLOCKS and LAYOUT_FILLED, in its place
   std::vector<float> cut;   // blocks that were cut out of a weight
   int64_t multiply_adds = 0;
+  int64_t filled = 0;       // weights of the blocks that `fill_blocks` makes
   std::vector<float> bias;  // out_features, or none
   int64_t in_features = 0, out_features = 0;
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
@@ -82,12 +83,12 @@ int64_t kept_weights(const CanonicalLayer& layer);
 int64_t kept_in_blocks(const CanonicalLayer& layer);
 bool has_zeros_beyond_edges(const CanonicalLayer& layer, const View& grid);
 
-// Blocks in place of a layer's weights: all that hold one, filled as engine.h has it. `round` is what the precision makes
-// of a weight.
-void fill_blocks(Layer& layer, float (*round)(float));
+// Counts `layer.filled`.
+void count_filled(Layer& layer);
 
-// Weights of all these blocks.
-int64_t filled_weights(const Matrix& weight);
+// Blocks in place of a layer's weights, after they were counted: all that hold one, filled as engine.h has it. `round` is
+// what the precision makes of a weight.
+void fill_blocks(Layer& layer, float (*round)(float));
 
 // Layers in the order of the blob's records (see Ordering and Sharing in engine.h).
 std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t precision);

@@ -398,7 +398,9 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
   for (size_t i = 0; i < layers.size(); ++i) {
     Layer& layer = layers[i];
     if (precision != PRECISION_S8) {
-      if (!has_blocks) header.filled_multiply_adds += uint64_t(lt4rec::filled_weights(layer.weight));
+      if (has_blocks) continue;
+      lt4rec::count_filled(layer);
+      header.filled_multiply_adds += uint64_t(layer.filled);
     } else if (layer.kind != LAYER_COMBINED) {
       scales[i] = steps_of(layer, has_blocks);
       if (has_blocks) continue;

@@ -48,11 +48,12 @@ int choose_lanes(int64_t batch, int64_t threads, const Width* narrowest) {
   return batch < best ? narrowest_for(batch, narrowest).lanes : best;
 }
 
-// How many threads to take of those offered. Half a million multiply-adds of float32 take some 20 us, as long as waking
-// a team may; int8 is four times as fast. More threads than processors only wait for each other, and libgomp ends the
+// Multiply-adds that take some 20 us, as long as waking a team may.
+constexpr int64_t kWorthATeam = 500'000, kWorthATeamS8 = 4 * kWorthATeam;
+
+// How many threads to take of those offered. More threads than processors only wait for each other, and libgomp ends the
 // process where it cannot start one.
-int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call) {
-  const int64_t enough = header.precision == PRECISION_S8 ? 2'000'000 : 500'000;
+int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call, int64_t enough) {
   if (call.threads == 1 || int64_t(header.multiply_adds) * call.batch < enough) return 1;
   const int64_t processors = omp_get_num_procs();
   return call.threads < processors ? call.threads : processors;
@@ -87,7 +88,8 @@ int for_each_piece(int64_t pieces, int64_t threads, int64_t scratch_bytes, bool 
 
 template <class Lines>
 int run_tables(const Network& net, const SparseMlpCall& call, bool flushes) {
-  const int64_t threads = choose_threads(*net.header, call);
+  const bool is_s8 = net.header->precision == PRECISION_S8;
+  const int64_t threads = choose_threads(*net.header, call, is_s8 ? kWorthATeamS8 : kWorthATeam);
   // As many rows at a time as there are, in equal parts for the threads.
   int64_t rows = (call.batch + threads - 1) / threads;
   if (rows > MAX_ROWS) rows = MAX_ROWS;
@@ -102,7 +104,7 @@ int run_tables(const Network& net, const SparseMlpCall& call, bool flushes) {
 
 template <class Tiles>
 int run_slices(const Network& net, const SparseMlpCall& call, bool flushes) {
-  const int64_t threads = choose_threads(*net.header, call);
+  const int64_t threads = choose_threads(*net.header, call, kWorthATeam);
   // A register of bfloat16 holds 32 lanes.
   const Width* narrowest = sizeof(typename Tiles::Activation) == sizeof(float) ? kWidths : kWidths + 3;
   const int lanes = choose_lanes(call.batch, threads, narrowest);
@@ -117,7 +119,8 @@ int run_slices(const Network& net, const SparseMlpCall& call, bool flushes) {
 
 template <class Rows>
 int run_blocks(const Network& net, const SparseMlpCall& call, bool flushes) {
-  const int64_t threads = choose_threads(*net.header, call);
+  const bool is_s8 = net.header->precision == PRECISION_S8;
+  const int64_t threads = choose_threads(*net.header, call, is_s8 ? kWorthATeamS8 : kWorthATeam);
   // Equal parts for the threads.
   const int64_t most = BlockPath<Rows>::kMostRows * threads;
   const int64_t parts = (call.batch + most - 1) / most * threads, rows = (call.batch + parts - 1) / parts;

@@ -146,13 +146,7 @@ class TablePath {
 
  private:
   bool load(const SparseMlpCall& call, int64_t row, Activation* line) {
-    const int64_t count = call.in_features;
-    const float* x = static_cast<const float*>(call.x) + row * call.x_stride;
-    if (call.is_bf16) {
-      net_.isa->widen_bf16(static_cast<const uint16_t*>(call.x) + row * call.x_stride, count, real_);
-      x = real_;
-    }
-    return Lines::load(net_, net_.layers[0], x, count, line);
+    return Lines::load(net_, net_.layers[0], float_row(net_, call, row, real_), call.in_features, line);
   }
 
   // The parts of one row as a sum of two, or one.
