@@ -10,11 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training, wide
+from bench import cpu, default, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training, wide
 
 USAGE = (
-    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | frozen [--short]"
-    " | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER [--short]"
+    "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
+    " | frozen [--short] | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER [--short]"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
@@ -36,6 +36,10 @@ def main(arguments: list[str]) -> int:
             wide.run()
         case ["wide", "--short"]:
             wide.run(is_short=True)
+        case ["default"]:
+            default.run()
+        case ["default", "--short"]:
+            default.run(is_short=True)
         case ["frozen"]:
             print(frozen.run())
         case ["frozen", "--short"]:

@@ -19,7 +19,7 @@ from bench.cpu import IN_FEATURES, masked_mlp, uniform_mask
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
-from lt4rec_sparse.stopwatch import interleaved
+from lt4rec_sparse.stopwatch import interleaved, one_thread
 
 TASKS = (1, 2)
 SPARSITIES = (0.8, 0.9)
@@ -38,13 +38,9 @@ def run() -> Path:
 
 def measured(**settings: Any) -> dict[str, Any]:
     """Return all figures; `settings` are the stopwatch's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         ready = [_ready(*case, **settings) for case in product(TASKS, SPARSITIES, PRECISIONS, BATCHES)]
         return {"ready": ready, "call": _call(**settings)}
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _ready(tasks: int, sparsity: float, precision: str, batch: int, **settings: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS
 
 EXPERIMENT, ROW = "kuairand_pure_granularity", "weight_last"
-LAYOUTS = {precision: ("tables",) if precision == "int8" else cpu.UNSTRUCTURED for precision in PRECISIONS}
+LAYOUTS = dict.fromkeys(PRECISIONS, cpu.UNSTRUCTURED) | {"int8": ("tables", "slices")}
 IN_FEATURES = 1258  # 37 fields of 16, and their 666 dot products
 
 

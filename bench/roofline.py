@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lt4rec_sparse.stopwatch import one_thread
+
 DOT = 2048  # floats of a vector in one call: two of 8 KB fit a third of L1, and BLAS needs more to start threads
 READ_BYTES = 400_000_000  # in one timed call, about 2 ms in L1
 SIZES = (256, 512, 1024, 2048)  # of the square matrices
@@ -44,14 +46,10 @@ def roofline() -> Roofline:
     sets = {name: size // 3 for name, size in caches.items()}
     *_, before, last = caches
     sets |= {last: min(sets[last], 4 * caches[before]), "DRAM": 4 * caches[last]}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return Roofline(
             {name: read_gbps(size) for name, size in sets.items()}, sets, gflops(torch.float32), gflops(torch.bfloat16)
         )
-    finally:
-        torch.set_num_threads(threads)
 
 
 def cache_bytes() -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import experiments, gpu, record, wide
+from bench import default, experiments, gpu, record, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
@@ -227,11 +227,19 @@ def _speed() -> str:
     return "\n\n".join(parts)
 
 
-def _wide() -> str:
+def _per_machine(name: str, table_of: Callable[[dict[str, Any]], str]) -> str:
     parts = []
-    for measured in record.read("wide").values():
-        parts += [f"{_where(measured['machine'])}, engine {measured['engine']}, one thread:", wide.table_of(measured)]
+    for measured in record.read(name).values():
+        parts += [f"{_where(measured['machine'])}, engine {measured['engine']}, one thread:", table_of(measured)]
     return "\n\n".join(parts)
+
+
+def _wide() -> str:
+    return _per_machine("wide", wide.table_of)
+
+
+def _default() -> str:
+    return _per_machine("default", default.table_of)
 
 
 def _no_amx() -> str:
@@ -477,6 +485,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "simulated": _simulated,
     "speed": _speed,
     "wide": _wide,
+    "default": _default,
     "no_amx": _no_amx,
     "microseconds": _microseconds,
     "engine": _engine,

@@ -6,22 +6,20 @@ rounds, after each passed the gate of its precision.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from bench import record
-from bench.cpu import KINDS, PRECISIONS, best, both_masks, engines, has, is_sparse_peer, layers_of, masked_mlp
+from bench.cpu import KINDS, both_masks, engines, has, is_sparse_peer, layers_of, masked_mlp, ratio
 from bench.peers import NAMES, peers, timings
 from lt4rec_sparse import MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.recsys.tables import table
+from lt4rec_sparse.stopwatch import interleaved, one_thread
 
 SHAPES = ((768, 3072), (4096, 4096), (4096, 11008))  # in_features, out_features
 BATCHES = (1, 16, 128)
@@ -36,15 +34,11 @@ def run(is_short: bool = False) -> None:
         print(table_of({"cases": [measured((64, 32), 2, 0.9, {"rounds": 1, "round_us": 1.0})]}))
         return
     machine = record.machine()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     cases = []
-    try:
+    with one_thread():
         for shape, batch, sparsity in product(SHAPES, BATCHES, SPARSITIES):
             cases.append(measured(shape, batch, sparsity, SETTINGS))
             Console().print(table_of({"cases": cases[-1:]}))
-    finally:
-        torch.set_num_threads(threads)
     records = record.read("wide") if (record.RESULTS / "wide.json").exists() else {}
     records[machine["processor"]] = {"machine": machine, "engine": cpu.isa(), "cases": cases}
     record.write("wide", records)
@@ -79,12 +73,7 @@ def table_of(wide: dict[str, Any]) -> str:
         us = {name: call["median_us"] for name, call in case["contestants"].items()}
         row = [" x ".join(map(str, case["shape"])), str(case["batch"]), f"{case['sparsity']:.0%}"]
         for precision, kind in product(("fp32", "int8"), KINDS):
-            finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
-            if has(case, "dense", precision):
-                ratio = best(case, "dense", [precision])[1] / best(case, kind, finer)[1]
-                row.append(f"{ratio:.1f}")
-            else:
-                row.append("")
+            row.append(f"{ratio(case, precision, kind):.1f}" if has(case, "dense", precision) else "")
         row += [f"{us['deepsparse int8'] / us[f'{k} int8']:.2f}" if "deepsparse int8" in us else "" for k in KINDS]
         row += [f"{case['ready'][k]['compress_s']:.2f} + {case['ready'][k]['prepack_s']:.2f}" for k in KINDS]
         rows.append(row)
@@ -99,16 +88,5 @@ def _ready(mlp: MaskedMLP, batch: int) -> dict[str, float]:
     """Return the seconds from masked weights to compressed ones, and from these to what the engine reads."""
     frozen = freeze(mlp)
     assert isinstance(frozen, SparseMLP)
-    return {
-        "compress_s": _seconds(partial(freeze, mlp)),
-        "prepack_s": _seconds(partial(cpu.prepack, frozen.network, "fp32", batch=batch)),
-    }
-
-
-def _seconds(call: Callable[[], object], times: int = 3) -> float:
-    took = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - start)
-    return median(took)
+    calls = {"compress_s": partial(freeze, mlp), "prepack_s": partial(cpu.prepack, frozen.network, "fp32", batch=batch)}
+    return {name: timing.median_us / 1e6 for name, timing in interleaved(calls, rounds=3, round_us=1.0).items()}

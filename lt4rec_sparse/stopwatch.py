@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 Name = TypeVar("Name")
 
@@ -17,6 +19,17 @@ class Timing(NamedTuple):
     median_us: float
     p20_us: float
     p80_us: float
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Give torch and the engine a single thread meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def interleaved(

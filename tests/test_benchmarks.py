@@ -110,8 +110,10 @@ def test_the_cpu_suites_run_in_their_short_form() -> None:
 
 @needs_engine
 @pytest.mark.bench_short
-def test_the_suite_of_wide_layers_runs_in_its_short_form() -> None:
+def test_the_suites_of_wide_layers_and_of_the_default_run_in_their_short_forms() -> None:
     assert "| 64 x 32 | 2 | 90% |" in bench("wide", "--short")
+    printed = bench("default", "--short")
+    assert "| 2 | 20% |" in printed and "The chosen layout takes at most" in printed
 
 
 @pytest.mark.bench_short

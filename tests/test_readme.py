@@ -35,7 +35,7 @@ def test_the_readme_is_read_in_a_minute():
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "wide", "frozen", "kuairand_pure", "kuairand_pure_blocks", "simulated", "commands"]
+    "name", ["cpu", "default", "wide", "frozen", "kuairand_pure", "kuairand_pure_blocks", "simulated", "commands"]
 )
 def test_a_result_says_where_it_was_measured(name):
     result = record.read(name)

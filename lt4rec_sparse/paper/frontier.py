@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -11,11 +10,10 @@ import torch
 from torch import nn
 
 from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
-from lt4rec_sparse.nn.dense import dense_kernels, packed_product
 from lt4rec_sparse.paper import figures, pages
 from lt4rec_sparse.paper.pages import Findings
 from lt4rec_sparse.ranker.features import EncodedFeatures
-from lt4rec_sparse.recsys.frozen import CALIBRATION_ROWS, dense_pass, score_mlp
+from lt4rec_sparse.recsys.frozen import CALIBRATION_ROWS, score_mlp
 from lt4rec_sparse.recsys.harness.jobs import laboratory
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS
@@ -25,7 +23,7 @@ from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.tables import table as markdown
 from lt4rec_sparse.recsys.tables import values_of
 from lt4rec_sparse.recsys.training import evaluate
-from lt4rec_sparse.stopwatch import interleaved
+from lt4rec_sparse.stopwatch import interleaved, one_thread
 
 CANDIDATES = 256
 PRECISIONS = ("fp32", "int8")
@@ -91,16 +89,12 @@ def serving_times(findings: Findings, lab: Laboratory, training_rows: EncodedFea
                     for mlp in _of(SparseMLP, model)
                 ]
             )
-        makers = {"torch": None} | ({"onednn": packed_product} if "onednn" in dense_kernels("fp32") else {})
-        for way, make in makers.items():
-            calls["fp32", row, way] = _after_each_other(
-                [
-                    partial(dense_pass(mlp, make), x)
-                    for model, x in zip(models, xs, strict=True)
-                    for mlp in _of(MaskedMLP, model)
-                ]
-            )
-    with _one_thread():
+        dense = [
+            (x, pages.dense_ways([mlp])) for model, x in zip(models, xs, strict=True) for mlp in _of(MaskedMLP, model)
+        ]
+        for way in dense[0][1]:
+            calls["fp32", row, way] = _after_each_other([partial(ways[way], x) for x, ways in dense])
+    with one_thread():
         medians = {name: timing.median_us for name, timing in interleaved(calls).items()}
     times: Times = {precision: {} for precision in PRECISIONS}
     for (precision, row, _), us in medians.items():
@@ -164,13 +158,3 @@ def _of(kind: type[Kind], model: nn.Module) -> list[Kind]:
 
 def _after_each_other(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: [call() for call in calls]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

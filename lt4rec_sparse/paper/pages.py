@@ -258,7 +258,7 @@ def serving_times(folder: Path, trials: Mapping[str, Trial]) -> dict[str, Any]:
 
 def _ways(model: nn.Module) -> dict[str, Product]:
     if isinstance(model, HardSharing):
-        return _dense([cast(MaskedMLP, model.mlps[task]) for task in model.tasks])
+        return dense_ways([cast(MaskedMLP, model.mlps[task]) for task in model.tasks])
     assert isinstance(model, SparseSharing)
     frozen = freeze(model.mlp, sigmoid=True)
     assert isinstance(frozen, SparseMLP)
@@ -266,11 +266,11 @@ def _ways(model: nn.Module) -> dict[str, Product]:
     return {
         "sparse": partial(score_mlp, frozen),
         "compacted": torch.inference_mode()(compacted.__call__),
-        **_dense([model.mlp]),
+        **dense_ways([model.mlp]),
     }
 
 
-def _dense(mlps: Sequence[MaskedMLP]) -> dict[str, Product]:
+def dense_ways(mlps: Sequence[MaskedMLP]) -> dict[str, Product]:
     """Return the ways that need no sparse kernel: torch's `F.linear`, and weights that oneDNN packed."""
     makers = {"dense": None, **({"packed dense": packed_product} if "onednn" in dense_kernels("fp32") else {})}
     return {way: partial(_side_by_side, [dense_pass(mlp, make) for mlp in mlps]) for way, make in makers.items()}

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from lt4rec_sparse.stopwatch import interleaved
+from lt4rec_sparse.stopwatch import interleaved, one_thread
 
 SHAPE = (64, 512, 512)  # rows, in_features, out_features: a layer of the default MLP
 
@@ -21,11 +21,7 @@ def fastest_dtype() -> str:
     rows, k, n = SHAPE
     x, weight = torch.ones(rows, k), torch.ones(n, k)
     low = x.bfloat16(), weight.bfloat16()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         calls = {"float32": partial(F.linear, x, weight), "bfloat16": partial(F.linear, *low)}
         times = interleaved(calls, rounds=3, round_us=1.0)
-    finally:
-        torch.set_num_threads(threads)
     return "bfloat16" if times["bfloat16"].p20_us < times["float32"].p20_us else "float32"
