@@ -113,7 +113,7 @@ class BlockPath {
  public:
   // So many rows' activations fit the second cache beside a piece of the weights.
   static constexpr int64_t kMostRows = 48;
-  static constexpr int64_t kCachedBytes = 4 << 20;  // of x: most processors' last cache has as many per core
+  static constexpr int64_t kCachedBytes = 2 << 20;  // of x: what of a last cache is left beside the weights
 
   static int64_t scratch_bytes(const BlobHeader& header, int64_t rows) {
     const int64_t lines = line_length(header.in_features) + line_length(header.hidden_features);

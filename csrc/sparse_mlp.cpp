@@ -165,7 +165,10 @@ extern "C" int64_t lt4rec_path(const Isa* isa, const BlobHeader* header, int64_t
   // An instruction for bfloat16 takes two products at a time; filled blocks are of float32.
   const auto kept = float(header->multiply_adds), filled = float(header->filled_multiply_adds);
   const bool can_fill = filled > 0 && (precision == PRECISION_F32 || isa->slices_bf16 == nullptr);
-  const float filled_from = batch <= FEW_ROWS ? isa->filled_from_few : isa->filled_from_many;
+  const bool is_cached = filled * sizeof(float) <= CACHED_BYTES;
+  const float filled_from = batch > FEW_ROWS ? isa->filled_from_many
+                            : is_cached      ? isa->filled_from_few_cached
+                                             : isa->filled_from_few;
   if (can_fill && kept >= filled_from * filled) return PATH_FILLED;
   const int from = precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16;
   return batch >= from ? PATH_SLICES : PATH_TABLES;

@@ -222,6 +222,14 @@ def test_the_layout_follows_from_the_batch_the_density_and_the_instruction_set(p
         assert one.layouts == (paths[min(batch, 199)],)
 
 
+def test_few_rows_take_filled_blocks_sooner_where_these_fit_the_cache() -> None:
+    paths = []
+    for rows in (64, 2048):  # filled 256 KB, and 8 MB
+        layer = MaskedLayer(torch.randn(rows, 1024), random_mask(rows, 1024, 0.3, seed=1), None, "none")
+        paths.append(cpu.describe(prepack_tasks([[layer]], "fp32", None, batch=1)).layouts[0])
+    assert paths == (["filled", "slices"] if cpu.isa().startswith("avx2") else paths[:1] * 2)
+
+
 def test_what_is_pruned_away_in_whole_blocks_is_not_filled() -> None:
     mask = torch.zeros(40, 30, dtype=torch.bool)
     mask[17, 5] = mask[39, 29] = True  # blocks of 16 x 4, the second one over both edges
