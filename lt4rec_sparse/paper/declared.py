@@ -177,6 +177,7 @@ def tickets(rows: Rows) -> list[Row]:
 
 DENSITIES = (0.4, 0.2, 0.1, 0.05, 0.025)
 WIDTHS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.06)  # each takes some 0.6 to 0.7 times the one before
+ROUNDS = (2, 4, 6, 8, 9)  # 45, 20, 8.9, 4 and 2.7 % are left
 
 
 def frontier(rows: Rows) -> list[Row]:
@@ -188,18 +189,39 @@ def frontier(rows: Rows) -> list[Row]:
             key = f"{row.key}_{width:g}"
             dense.append(replace(row, key=key, rate_of=key))
 
-    def random(key: str, title: str, granularity: str, density: Any) -> Row:
-        search = rows.search(granularity=granularity, density=density)
-        return rows.sparse(key, title, Masks("random", search, rescale=True), key)
+    def masked(key: str, title: str, masks: Masks) -> Row:
+        return rows.sparse(key, f"{title} at {shares(masks.search.density)}", masks, key)
 
-    blocks = [random(f"blocks_{d:g}", f"random blocks at {d * 100:g} %", "16x4", d) for d in DENSITIES]
-    weights = [random(f"weights_{d:g}", f"random weights at {d * 100:g} %", "weight", d) for d in DENSITIES]
+    def shares(density: Any) -> str:
+        return (
+            f"{density * 100:g} %"
+            if isinstance(density, float)
+            else ", ".join(f"{t} {d * 100:g} %" for t, d in density)
+        )
+
+    def random(granularity: str, density: Any) -> Masks:
+        return Masks("random", rows.search(granularity=granularity, density=density), rescale=True)
+
+    def found(method: str, density: float) -> Masks:
+        search = rows.search(method=method, granularity="16x4", density=density)
+        return Masks(search=search, level="last")
+
+    blocks = [masked(f"blocks_{d:g}", "random blocks", random("16x4", d)) for d in DENSITIES]
+    weights = [masked(f"weights_{d:g}", "random weights", random("weight", d)) for d in DENSITIES]
     mixed = []
-    for a, b in ((0.05, 0.2), (0.025, 0.1), (0.05, 0.1), (0.2, 0.05)):
-        title = f"random blocks, {first} at {a * 100:g} %, {' and '.join(rest)} at {b * 100:g} %"
+    for a, b in ((0.025, 0.1), (0.05, 0.2), (0.1, 0.4), (0.1, 0.025), (0.2, 0.05), (0.4, 0.1)):
         density = ((first, a), *((task, b) for task in rest))
-        mixed.append(random(f"mixed_{a:g}_{b:g}", title, "16x4", density))
-    return [rows.base(), rows.hard(), *dense, *blocks, *mixed, *weights]
+        mixed.append(masked(f"mixed_{a:g}_{b:g}", "random blocks", random("16x4", density)))
+    cheap = []
+    for method, title in (("gradual", "blocks pruned while training"), ("one_shot", "blocks of the trained base")):
+        cheap += [masked(f"{method}_{d:g}", title, found(method, d)) for d in DENSITIES]
+    # One chain of rounds that keep a share alike, of which each row takes the first few.
+    chain = []
+    for rounds in ROUNDS:
+        search = rows.search(granularity="16x4", rounds=rounds, density=rows.density ** (rounds / rows.rounds))
+        title = f"tickets of blocks at {search.density * 100:.2g} %"
+        chain.append(rows.sparse(f"tickets_{rounds}", title, Masks(search=search, level="last"), f"tickets_{rounds}"))
+    return [rows.base(), rows.hard(), *dense, *blocks, *mixed, *weights, *cheap, *chain]
 
 
 def many_tasks(rows: Rows) -> list[Row]:

@@ -35,6 +35,9 @@ CURVES = {  # how keys of rows begin -> the title of their curve
     "blocks": "random blocks of 16x4",
     "mixed": "random blocks, a density per task",
     "weights": "random weights",
+    "gradual": "blocks pruned while training",
+    "one_shot": "blocks of the trained base",
+    "tickets": "tickets of 16x4",
 }
 
 Kind = TypeVar("Kind", bound=nn.Module)
