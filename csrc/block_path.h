@@ -61,7 +61,7 @@ inline bool is_filler(float weight) { return weight == 0 && std::signbit(weight)
 
 // What Isa::blocks_f32 computes for one row, without the fillers.
 inline void add_without_fillers(const Network& net, const LayerRecord& layer, const float* x, float* y) {
-  const int64_t groups = padded(layer.out_features) / GROUP, panels = panel_count(layer.in_features);
+  const int64_t groups = padded(layer.out_features) / GROUP, panels = panel_count(layer.in_features, false);
   const auto* order = reinterpret_cast<const uint32_t*>(net.blob + layer.block_groups);
   const auto* begins = reinterpret_cast<const uint32_t*>(net.blob + layer.group_blocks);
   const auto* quads = reinterpret_cast<const uint32_t*>(net.blob + layer.block_quads);

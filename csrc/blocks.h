@@ -1,8 +1,8 @@
 // The loops over blocks of 16 outputs and 4 inputs that the vector ISAs share; included as slices.h is.
 //
 // `Blocks` gives: Activation, Sum (sixteen of them), Value (of y), Operand, kBytes (of a block), kSteps (that it is
-// taken in), kRows (of the batch, whose sums fill the registers), load_sum, store_sum, kHasRelu and relu, input (the
-// first of a step), load (a step's weights), add (their products with one row's activations).
+// taken in), kRows (of the batch at a time), kSums (as many as registers hold), load_sum, store_sum, kHasRelu and relu,
+// input (the first of a step), load (a step's weights), add (their products with one row's activations).
 
 // Where sums begin: with the bias, the same for every row, or with what earlier panels left in y.
 template <class Value>
@@ -33,15 +33,27 @@ __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
       sum[g][r] = Blocks::load_sum(start.values + r * start.stride + int64_t{panel.groups[at + g]} * GROUP);
+  // An address is one of few registers, plus the stride once or twice. A compiler that sees through the sums keeps one
+  // per row and step, more than there are.
   const auto add = [&](int g, uint32_t block) __attribute__((always_inline)) {
-    const typename Blocks::Activation* quad = x + QUAD * int64_t{panel.quads[block]};
+    int64_t stride = x_stride * int64_t{sizeof(typename Blocks::Activation)};
+    asm("" : "+r"(stride));
+    const char* of_rows[(kRows + 2) / 3];
+    of_rows[0] = reinterpret_cast<const char*>(x + QUAD * int64_t{panel.quads[block]});
+#pragma GCC unroll 8
+    for (int i = 1; i < (kRows + 2) / 3; ++i) {
+      of_rows[i] = of_rows[i - 1] + 3 * stride;
+      asm("" : "+r"(of_rows[i]));
+    }
     const uint8_t* of_block = panel.weights + int64_t{block} * Blocks::kBytes;
 #pragma GCC unroll 4
     for (int step = 0; step < Blocks::kSteps; ++step) {
       const typename Blocks::Operand operand = Blocks::load(of_block, step);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r)
-        sum[g][r] = Blocks::add(sum[g][r], quad + r * x_stride + Blocks::input(step), operand);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const auto* of_row = reinterpret_cast<const typename Blocks::Activation*>(of_rows[r / 3] + r % 3 * stride);
+        sum[g][r] = Blocks::add(sum[g][r], of_row + Blocks::input(step), operand);
+      }
     }
   };
   const uint32_t* begins = panel.begins + at;
@@ -73,7 +85,7 @@ void add_groups(const Panel& panel, int64_t at, int64_t end, const Start<typenam
 
 constexpr int groups_in_turn(int rows, int sums) {
   int groups = 1;
-  while (2 * groups * rows <= sums) groups *= 2;
+  while (groups < 8 && 2 * groups * rows <= sums) groups *= 2;
   return groups;
 }
 
@@ -84,7 +96,7 @@ void add_rows(int64_t rows, const Panel& panel, int64_t at, int64_t end, const S
   if constexpr (kRows > 1)
     if (rows < kRows)
       return add_rows<Blocks, kRows - 1>(rows, panel, at, end, start, x, x_stride, y, y_stride);
-  add_groups<Blocks, kRows, groups_in_turn(kRows, Blocks::kRows)>(panel, at, end, start, x, x_stride, y, y_stride);
+  add_groups<Blocks, kRows, groups_in_turn(kRows, Blocks::kSums)>(panel, at, end, start, x, x_stride, y, y_stride);
 }
 
 // Panels outside, so that each one's activations stay in the first cache; then groups, as many as have their weights in
@@ -94,7 +106,8 @@ void run_blocks(const uint8_t* blob, const LayerRecord* layer, uint64_t bias_sec
                 const typename Blocks::Activation* x, int64_t x_stride, int64_t rows, typename Blocks::Value* y,
                 int64_t y_stride) {
   constexpr uint32_t kPiece = (128 << 10) / Blocks::kBytes;
-  const int64_t groups = padded(layer->out_features) / GROUP, panels = panel_count(layer->in_features);
+  constexpr bool kIsS8 = sizeof(typename Blocks::Activation) == 1;
+  const int64_t groups = padded(layer->out_features) / GROUP, panels = panel_count(layer->in_features, kIsS8);
   const int64_t tiles = (rows + Blocks::kRows - 1) / Blocks::kRows;
   for (int64_t p = 0; p < panels; ++p) {
     const Panel panel{reinterpret_cast<const uint32_t*>(blob + layer->block_groups) + p * groups,

@@ -146,11 +146,14 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 // features that tables and slices have. Where a weight is pruned stands FILLER, -0, whose products change no sum but for
 // the sign of a zero. No kept weight is -0 there: rows whose activations are not all finite are added again without the
 // fillers, for 0 * Inf would make a NaN out of an activation that meets no weight.
-enum { QUAD = 4, PANEL_QUADS = 256 };
+enum { QUAD = 4, PANEL_QUADS = 128, PANEL_QUADS_S8 = 512 };  // 2,048 bytes of a row
 #define FILLER (-0.0f)
 
 static inline int64_t quad_count(int64_t features) { return (features + QUAD - 1) / QUAD; }
-static inline int64_t panel_count(int64_t features) { return (quad_count(features) + PANEL_QUADS - 1) / PANEL_QUADS; }
+static inline int64_t panel_quads(int is_s8) { return is_s8 ? PANEL_QUADS_S8 : PANEL_QUADS; }
+static inline int64_t panel_count(int64_t features, int is_s8) {
+  return (quad_count(features) + panel_quads(is_s8) - 1) / panel_quads(is_s8);
+}
 
 // --- The blob -----------------------------------------------------------------------------------------------------
 //
@@ -261,9 +264,9 @@ enum { MESSAGE_BYTES = 256, MAX_IN_FEATURES = 1 << 24, MAX_OUT_FEATURES = 1 << 2
 // suffice.
 // Callers guarantee array lengths, positive sizes, and that layers chain: in_features equals the previous layer's
 // out_features, or the network's after a head.
-// `layouts` are those that the blob shall hold; of S8 it holds tables in the place of those that cannot be. LAYOUT_BLOCKS
-// wants layers in blocks or dense ones, and no other layout beside it. 0 stands for what calls of `batch` rows take on `isa`, or of any number of
-// rows where `batch` is -1.
+// `layouts` are those that the blob shall hold; of S8 it holds tables in the place of those that cannot be.
+// LAYOUT_BLOCKS wants layers in blocks or dense ones, and no other layout beside it. 0 stands for what calls of `batch`
+// rows take on `isa`, or of any number of rows where `batch` is -1.
 struct Isa;
 int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, int64_t precision, int64_t layouts,
                        const struct Isa* isa, int64_t batch, uint8_t** blob, char* message);

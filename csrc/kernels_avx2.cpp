@@ -138,7 +138,7 @@ struct BlocksF32 {
   using Value = float;
   using Sum = Floats;
   using Operand = Floats;
-  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6, kSums = 6;
   static constexpr bool kHasRelu = true;
   static Sum load_sum(const float* p) { return load_floats(p); }
   static void store_sum(float* p, const Sum& v) { store_floats(p, v); }
@@ -159,7 +159,7 @@ struct BlocksBf16 : BlocksF32 {
   struct Operand {
     Floats first, second;
   };
-  static constexpr int kBytes = 128, kSteps = 2, kRows = 5;
+  static constexpr int kBytes = 128, kSteps = 2, kRows = 5, kSums = 5;
   static constexpr int input(int step) { return 2 * step; }
   static Operand load(const uint8_t* block, int step) {
     const auto* pairs = reinterpret_cast<const __m256i*>(block + 64 * step);
@@ -176,7 +176,7 @@ struct BlocksS8 {
   using Value = int32_t;
   using Sum = Words;
   using Operand = Words;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 5;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 5, kSums = 5;
   static constexpr bool kHasRelu = false;
   static Sum load_sum(const int32_t* p) { return TableS8::load_sum(p); }
   static void store_sum(int32_t* p, const Sum& v) { TableS8::store_sum(p, v); }

@@ -22,7 +22,7 @@ struct BlocksS8 {
   using Value = int32_t;
   using Sum = Words;
   using Operand = Words;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 6;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 6, kSums = 6;
   static constexpr bool kHasRelu = false;
   static Sum load_sum(const int32_t* p) {
     const auto* v = reinterpret_cast<const __m256i*>(p);

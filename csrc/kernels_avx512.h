@@ -122,7 +122,7 @@ struct BlocksF32 {
   using Value = float;
   using Sum = __m512;
   using Operand = __m512;
-  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 12;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 12, kSums = 24;
   static constexpr bool kHasRelu = true;
   static Sum load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Sum v) { _mm512_storeu_ps(p, v); }
@@ -166,7 +166,7 @@ struct BlocksS8 {
   using Value = int32_t;
   using Sum = __m512i;
   using Operand = __m512i;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 12;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 12, kSums = 12;
   static constexpr bool kHasRelu = false;
   static Sum load_sum(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_sum(int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
@@ -336,6 +336,7 @@ void slices_bf16(const uint8_t* blob, const LayerRecord* layer, const uint16_t* 
   restore_lanes(y, tile_rows(layer->out_features) * lanes);
 }
 constexpr decltype(Isa::slices_widened_bf16) slices_widened_bf16 = nullptr;
+constexpr int kSlicesFromBf16 = 25;
 #else
 void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
   switch (lanes) {
@@ -347,6 +348,7 @@ void slices_widened_bf16(const uint8_t* blob, const LayerRecord* layer, const fl
   }
 }
 constexpr decltype(Isa::slices_bf16) slices_bf16 = nullptr;
+constexpr int kSlicesFromBf16 = 9;
 #endif
 
 #ifdef LT4REC_HAS_VNNI
@@ -371,7 +373,7 @@ extern "C" const Isa LT4REC_ISA = {
     add_f32,        line_f32,           line_bf16,           dequantize_s32,
     line_u8,        requantize_s32,     codes_f32,           recode_f32,
     dequantize_f32, codes_u8,           recode_s32,
-    /*slices_from_f32=*/13, /*slices_from_bf16=*/25, /*slices_from_s8=*/kSlicesFromS8,
+    /*slices_from_f32=*/9, /*slices_from_bf16=*/kSlicesFromBf16, /*slices_from_s8=*/kSlicesFromS8,
     /*filled_from_many=*/0.6f, /*filled_from_few_cached=*/0.9f, /*filled_from_few=*/0.9f};
 
 #ifdef __clang__

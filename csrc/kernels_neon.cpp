@@ -126,7 +126,7 @@ struct BlocksF32 {
   using Value = float;
   using Sum = float32x4x4_t;
   using Operand = float32x4x4_t;
-  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6;
+  static constexpr int kBytes = 256, kSteps = QUAD, kRows = 6, kSums = 6;
   static constexpr bool kHasRelu = true;
   static Sum load_sum(const float* p) { return vld1q_f32_x4(p); }
   static void store_sum(float* p, const Sum& v) { vst1q_f32_x4(p, v); }
@@ -160,7 +160,7 @@ struct BlocksBf16 : BlocksF32 {
 
 // Neither a product of 8 bits each nor the sum of a pair leaves 16 signed bits.
 struct BlocksS8 : OperandsOfBlocksS8 {
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 4, kSums = 4;
   static Sum add(Sum sum, const uint8_t* x, const Operand& weight) {
     const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(quad_of(x)));
 #pragma GCC unroll 4

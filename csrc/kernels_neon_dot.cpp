@@ -29,7 +29,7 @@ struct TableS8 : OperandsOfTableS8 {
 
 // Twenty-four registers of sums, four of weights, one of codes.
 struct BlocksS8 : OperandsOfBlocksS8 {
-  static constexpr int kRows = 6;
+  static constexpr int kRows = 6, kSums = 6;
   static Sum add(Sum sum, const uint8_t* x, const Operand& weight) {
     const int8x16_t codes = signed_codes(vreinterpretq_u8_u32(vdupq_n_u32(quad_of(x))));
 #pragma GCC unroll 4

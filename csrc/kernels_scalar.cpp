@@ -130,7 +130,7 @@ void add_blocks(const uint8_t* blob, const LayerRecord* layer, const Value* bias
   const auto* weights = reinterpret_cast<const Weight*>(blob + layer->block_weights);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t feature = 0; feature < groups * GROUP; ++feature) y[row * y_stride + feature] = bias[feature];
-  for (int64_t panel = 0; panel < panel_count(layer->in_features); ++panel) {
+  for (int64_t panel = 0; panel < panel_count(layer->in_features, sizeof(Weight) == 1); ++panel) {
     const auto* order = reinterpret_cast<const uint32_t*>(blob + layer->block_groups) + panel * groups;
     const auto* begins = reinterpret_cast<const uint32_t*>(blob + layer->group_blocks) + panel * (groups + 1);
     for (int64_t i = 0; i < groups; ++i) {

@@ -38,11 +38,12 @@ PackedBlocks<typename Blocks::Weight> pack_blocks(const lt4rec::Layer& layer, co
   std::vector<int64_t> begin(blocks.starts.begin(), blocks.starts.end() - 1), end(begin);  // in the panel at hand
   std::vector<uint32_t> order(static_cast<size_t>(groups));
   const auto count = [&](uint32_t group) { return end[group] - begin[group]; };
+  constexpr bool kIsS8 = sizeof(typename Blocks::Weight) == 1;
   auto* to = packed.weights.data();
-  for (int64_t panel = 0; panel < panel_count(layer.in_features); ++panel) {
+  for (int64_t panel = 0; panel < panel_count(layer.in_features, kIsS8); ++panel) {
+    const int64_t end_quad = (panel + 1) * panel_quads(kIsS8);
     for (size_t group = 0; group < size_t(groups); ++group)
-      while (end[group] < blocks.starts[group + 1] && blocks.quad[size_t(end[group])] < (panel + 1) * PANEL_QUADS)
-        ++end[group];
+      while (end[group] < blocks.starts[group + 1] && blocks.quad[size_t(end[group])] < end_quad) ++end[group];
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return count(a) > count(b); });
     for (uint32_t group : order) {

@@ -265,7 +265,7 @@ std::vector<int32_t> sums_of(const Layer& layer) {
 }
 
 std::vector<int32_t> sums_of(const PackedBlocks<int8_t>& packed, const Layer& layer) {
-  const size_t groups = size_t(layer.blocks.groups()), panels = size_t(panel_count(layer.in_features));
+  const size_t groups = size_t(layer.blocks.groups()), panels = size_t(panel_count(layer.in_features, true));
   std::vector<int32_t> sums(groups * GROUP);
   for (size_t i = 0; i < groups * panels; ++i) {
     const size_t at = i + i / groups;  // a panel has one begin more
@@ -370,9 +370,9 @@ std::vector<float> steps_of(const Layer& layer, bool has_blocks) {
 // What these layers take on an ISA, a layout for a number of rows, or for any number where it is -1.
 int64_t chosen_layouts(const Isa* isa, const BlobHeader& header, int64_t batch) {
   int64_t layouts = 0;
-  const int64_t from[] = {1, FEW_ROWS + 1, isa->slices_from_f32, isa->slices_from_bf16, isa->slices_from_s8, NEVER - 1};
+  const int64_t from[] = {1, FEW_ROWS + 1, isa->slices_from_f32, isa->slices_from_bf16, isa->slices_from_s8, NEVER};
   for (int64_t rows : from)
-    switch (lt4rec_path(isa, &header, batch < 0 ? rows : batch)) {
+    switch (lt4rec_path(isa, &header, batch < 0 ? std::min<int64_t>(rows, NEVER - 1) : batch)) {
       case PATH_TABLES: layouts |= LAYOUT_TABLES; break;
       case PATH_SLICES: layouts |= LAYOUT_SLICES; break;
       case PATH_FILLED: layouts |= LAYOUT_FILLED; break;

@@ -38,7 +38,7 @@ from lt4rec_sparse.kernels import cpu
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
 OPERANDS = {"fp32": None, "bf16": torch.bfloat16}
-PANEL = 1024  # inputs
+PANELS = (512, 2048)  # inputs of float32 and bfloat16, of int8
 # Of rows of the batch: the kernels' 4, 5, 6 and 12, and the 48 that one thread takes at a time.
 BATCH_EDGES = (0, *range(1, 27), 35, 36, 37, 47, 48, 49, 95, 96, 97, 145)
 SMALL = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 31, 32, 33, 48, 49, 65)
@@ -83,7 +83,7 @@ def case_of_panels(precision: str, in_features: int) -> Case:
 
 
 @of_every_kernel
-@pytest.mark.parametrize("in_features", (PANEL - 1, PANEL, PANEL + 1, 2 * PANEL, 3 * PANEL + 6))
+@pytest.mark.parametrize("in_features", [n for p in PANELS for n in (p - 1, p, p + 1, 2 * p, 3 * p + 6)])
 def test_sizes_around_panels_are_exact(kernel: Kernel, in_features: int) -> None:
     for rows in (1, 3, 6, 31):
         assert_case(kernel, case_of_panels(kernel.precision, in_features), rows=rows)
@@ -412,10 +412,10 @@ def networks() -> dict[str, list[Task]]:
     return {
         "one weight": [[random_layer(torch.ones(1, 1, dtype=torch.bool), "none", seed=1)]],
         "deep": [block_task((300, 140, 66, 17, 1), 0.25, seed=1, head="sigmoid", integers=False)],
-        "panels": [block_task((2 * PANEL + 7, 70, 3), 0.1, seed=1, integers=False)],
+        "panels": [block_task((2 * PANELS[-1] + 7, 70, 3), 0.1, seed=1, integers=False)],
         "dead": [[random_layer(torch.zeros(5, 260, dtype=torch.bool), "relu", seed=1)]],
         "full": [block_task((129, 130, 2), 1.0, seed=1, integers=False)],
-        "shared": tasks_that_share(3, 0.3, (PANEL + 30, 40, 20, 3), integers=False),
+        "shared": tasks_that_share(3, 0.3, (PANELS[-1] + 30, 40, 20, 3), integers=False),
     }
 
 

@@ -274,7 +274,8 @@ def read_blocks(blob: Blob, record, precision: str) -> tuple[np.ndarray, int]:
     dtype = {"fp32": "<f4", "bf16": "<u2", "int8": "i1"}[precision]
     shape = {"fp32": (4, 16), "bf16": (2, 16, 2), "int8": (16, 4)}[precision]
     groups, quads = padded(record.out_features) // 16, -(-record.in_features // 4)
-    panels = -(-quads // 256)
+    panel_quads = 512 if precision == "int8" else 128
+    panels = -(-quads // panel_quads)
     order = blob.section(record.block_groups, "<u4", panels * groups, "block").reshape(panels, groups)
     begins = blob.section(record.group_blocks, "<u4", panels * (groups + 1), "block").reshape(panels, groups + 1)
     blocks = int(begins[-1, -1])
@@ -291,7 +292,7 @@ def read_blocks(blob: Blob, record, precision: str) -> tuple[np.ndarray, int]:
         for group, first, past in zip(order[panel].tolist(), begins[panel], begins[panel, 1:], strict=False):
             assert (np.diff(of_block[first:past].astype(int)) > 0).all()
             for quad, block in zip(of_block[first:past].tolist(), weights[first:past], strict=True):
-                assert quad // 256 == panel
+                assert quad // panel_quads == panel
                 dense[16 * group : 16 * group + 16, 4 * quad : 4 * quad + 4] = inputs[precision](block).T
         previous = begins[panel, -1]
     assert not dense[:, record.in_features :].any()
