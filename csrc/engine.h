@@ -341,10 +341,10 @@ typedef struct Isa {
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
-  // of what filled blocks form is kept, these are faster: for more than FEW_ROWS rows, and for few rows, whose time is
-  // that of reading weights, from CACHED_BYTES or from more.
+  // of what filled blocks form is kept, these are faster: than slices, than tables for more than FEW_ROWS rows, and for
+  // few rows, whose time is that of reading weights, from CACHED_BYTES or from more.
   int slices_from_f32, slices_from_bf16, slices_from_s8;
-  float filled_from_many, filled_from_few_cached, filled_from_few;
+  float filled_from_many, filled_from_some, filled_from_few_cached, filled_from_few;
 } Isa;
 
 enum { FEW_ROWS = 4, CACHED_BYTES = 4 << 20, NEVER = 1 << 30, LARGEST_EXACT_FLOAT = 1 << 24 };

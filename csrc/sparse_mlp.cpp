@@ -166,12 +166,12 @@ extern "C" int64_t lt4rec_path(const Isa* isa, const BlobHeader* header, int64_t
   const auto kept = float(header->multiply_adds), filled = float(header->filled_multiply_adds);
   const bool can_fill = filled > 0 && (precision == PRECISION_F32 || isa->slices_bf16 == nullptr);
   const bool is_cached = filled * sizeof(float) <= CACHED_BYTES;
-  const float filled_from = batch > FEW_ROWS ? isa->filled_from_many
-                            : is_cached      ? isa->filled_from_few_cached
-                                             : isa->filled_from_few;
+  const bool has_slices = batch >= (precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16);
+  const float filled_from = batch <= FEW_ROWS ? (is_cached ? isa->filled_from_few_cached : isa->filled_from_few)
+                            : has_slices      ? isa->filled_from_many
+                                              : isa->filled_from_some;
   if (can_fill && kept >= filled_from * filled) return PATH_FILLED;
-  const int from = precision == PRECISION_F32 ? isa->slices_from_f32 : isa->slices_from_bf16;
-  return batch >= from ? PATH_SLICES : PATH_TABLES;
+  return has_slices ? PATH_SLICES : PATH_TABLES;
 }
 
 extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t bytes, const SparseMlpCall* call) {
