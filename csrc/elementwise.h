@@ -11,6 +11,7 @@ void widen_bf16(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = float_of(uint32_t{from[i]} << 16);
 }
 
+#ifndef LT4REC_OWN_ROUNDING  // by instructions that compilers do not choose
 void round_bf16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_of(from[i]);
 }
@@ -18,6 +19,7 @@ void round_bf16(const float* from, int64_t count, uint16_t* to) {
 void round_widened_bf16(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = float_of(bits_of_rounded(from[i]));
 }
+#endif
 
 // The four cases are four loops: a test inside would keep the compiler from vectorising.
 template <class Store>

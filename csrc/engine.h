@@ -144,8 +144,8 @@ static inline int64_t padded(int64_t features) { return (features + GROUP - 1) /
 //
 // Filled blocks are those of float32, in both precisions: every block that holds a kept weight, in the order of
 // features that tables and slices have. Where a weight is pruned stands FILLER, -0, whose products change no sum but for
-// the sign of a zero. No kept weight is -0 there: rows whose activations are not all finite are added again without the
-// fillers, for 0 * Inf would make a NaN out of an activation that meets no weight.
+// the sign of a zero. No kept weight is -0 there: a row whose sums are not all numbers is added again without the
+// fillers, for 0 * Inf makes a NaN out of an activation that meets no weight.
 enum { QUAD = 4, PANEL_QUADS = 128, PANEL_QUADS_S8 = 512 };  // 2,048 bytes of a row
 #define FILLER (-0.0f)
 

@@ -185,12 +185,46 @@ struct BlocksS8 {
   }
 };
 
+#define LT4REC_OWN_ROUNDING
 #include "blocks.h"
 #include "elementwise.h"
 #include "slices.h"
 #include "table.h"
 #include "entries.h"
 #include "transpose_avx.h"
+
+// bits_of_rounded of sixteen values, at half the instructions that compilers make of it. The lower half stays.
+inline __m512i rounded(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), even = _mm512_set1_epi32(1);
+  const __m512i is_odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), even);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+  const __mmask16 is_small = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+  const __m512i normal = _mm512_mask_and_epi32(sum, is_small, bits, _mm512_set1_epi32(int(0x80000000)));
+  return _mm512_mask_or_epi32(normal, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x00400000));
+}
+
+// Calls `store(first, lanes, rounded)` for sixteen values at a time.
+template <class Store>
+__attribute__((always_inline)) inline void round_all(const float* from, int64_t count, Store store) {
+  for (int64_t first = 0; first < count; first += 16) {
+    const int64_t left = count - first;
+    const __mmask16 lanes = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+    store(first, lanes, rounded(_mm512_maskz_loadu_ps(lanes, from + first)));
+  }
+}
+
+void round_bf16(const float* from, int64_t count, uint16_t* to) {
+  round_all(from, count, [to](int64_t first, __mmask16 lanes, __m512i bits) {
+    _mm512_mask_cvtepi32_storeu_epi16(to + first, lanes, _mm512_maskz_srli_epi32(0xffff, bits, 16));
+  });
+}
+
+void round_widened_bf16(const float* from, int64_t count, float* to) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  round_all(from, count, [=](int64_t first, __mmask16 lanes, __m512i bits) {
+    _mm512_mask_storeu_epi32(to + first, lanes, _mm512_and_si512(bits, upper));
+  });
+}
 
 // Codes from values, not yet clamped. Above a million the conversion might overflow to the other end; a NaN passes the
 // minimum, which returns its second operand then, and converts to the least integer there is.
