@@ -142,10 +142,14 @@ inline void* lt4rec_store(void* p, const Vector& v) {
 
 #define _mm512_maskz_loadu_ps(mask, p) ::emulated::load_some<__m512, float>(mask, p)
 #define _mm512_maskz_loadu_epi32(mask, p) ::emulated::load_some<__m512i, int32_t>(mask, p)
-#define _mm_mask_storeu_epi8(p, mask, v) lt4rec_store_some(p, mask, v)
-inline void lt4rec_store_some(void* p, __mmask16 mask, __m128i v) {
+#define _mm_mask_storeu_epi8(p, mask, v) lt4rec_store_some<uint8_t>(p, mask, ::emulated::lanes_of<uint8_t>(v))
+#define _mm512_mask_storeu_epi32(p, mask, v) lt4rec_store_some<uint32_t>(p, mask, ::emulated::lanes_of<uint32_t>(v))
+#define _mm512_mask_cvtepi32_storeu_epi16(p, mask, v) \
+  lt4rec_store_some<uint16_t>(p, mask, ::emulated::lanes_of<uint32_t>(v))
+template <class T, class Lanes>
+inline void lt4rec_store_some(void* p, __mmask16 mask, const Lanes& lanes) {
   for (int i = 0; i < 16; ++i)
-    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = LT4REC_LANES(uint8_t, v)[i];
+    if (mask >> i & 1) static_cast<T*>(p)[i] = T(lanes.lane[i]);
 }
 
 #define _mm512_set1_ps(v) lt4rec_set<__m512, float>(v)
@@ -161,6 +165,7 @@ inline Vector lt4rec_set(T v) {
 #define _mm512_setr_epi32(...) ::emulated::vector_of<__m512i>(::emulated::Lanes<int32_t, 16>{{__VA_ARGS__}})
 
 #define _mm512_castsi512_ps(v) ::emulated::load<__m512>(&(const __m512i&)(v))
+#define _mm512_castps_si512(v) ::emulated::load<__m512i>(&(const __m512&)(v))
 
 #define _mm512_fmadd_ps(a, b, c) ::emulated::fma(a, b, c)
 #define _mm512_dpbf16_ps(sum, a, b) ::emulated::dot_bf16(sum, a, b)
@@ -204,9 +209,27 @@ inline __m512i bits_and(__m512i a, __m512i b) {
   const auto x = lanes_of<uint32_t>(a), y = lanes_of<uint32_t>(b);
   return LT4REC_EACH(__m512i, uint32_t, x.lane[i] & y.lane[i]);
 }
+inline __m512i select(__mmask16 mask, __m512i a, __m512i b) {
+  const auto x = lanes_of<uint32_t>(a), y = lanes_of<uint32_t>(b);
+  return LT4REC_EACH(__m512i, uint32_t, (mask >> i & 1 ? x.lane[i] : y.lane[i]));
+}
+inline __m512i bits_or(__m512i a, __m512i b) {
+  const auto x = lanes_of<uint32_t>(a), y = lanes_of<uint32_t>(b);
+  return LT4REC_EACH(__m512i, uint32_t, x.lane[i] | y.lane[i]);
+}
+inline __mmask16 zeros(__m512i v) {
+  const auto x = lanes_of<uint32_t>(v);
+  int mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= (x.lane[i] == 0) << i;
+  return __mmask16(mask);
+}
 inline __m512i shift_left(__m512i a, int count) {
   const auto x = lanes_of<uint32_t>(a);
   return LT4REC_EACH(__m512i, uint32_t, x.lane[i] << count);
+}
+inline __m512i shift_right(__m512i a, int count) {
+  const auto x = lanes_of<uint32_t>(a);
+  return LT4REC_EACH(__m512i, uint32_t, x.lane[i] >> count);
 }
 inline __m512i multiply_bytes(__m512i bytes, __m512i weights) {
   const auto u = lanes_of<uint8_t>(bytes);
@@ -249,6 +272,10 @@ inline __m256i half(__m512i v, int which) { return load<__m256i>(reinterpret_cas
 #define _mm512_add_epi32(a, b) ::emulated::add(a, b)
 #define _mm512_and_si512(a, b) ::emulated::bits_and(a, b)
 #define _mm512_maskz_slli_epi32(mask, v, count) ::emulated::shift_left(v, count)
+#define _mm512_maskz_srli_epi32(mask, v, count) ::emulated::shift_right(v, count)
+#define _mm512_testn_epi32_mask(a, b) ::emulated::zeros(::emulated::bits_and(a, b))
+#define _mm512_mask_and_epi32(from, mask, a, b) ::emulated::select(mask, ::emulated::bits_and(a, b), from)
+#define _mm512_mask_or_epi32(from, mask, a, b) ::emulated::select(mask, ::emulated::bits_or(a, b), from)
 #define _mm512_maddubs_epi16(bytes, weights) ::emulated::multiply_bytes(bytes, weights)
 #define _mm512_madd_epi16(a, b) ::emulated::multiply_halves(a, b)
 #define _mm512_cvtepu8_epi16(v) (::emulated::widened<uint8_t, uint16_t, __m512i>(v))
