@@ -30,19 +30,20 @@ __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_
   typename Blocks::Sum sum[kGroups][kRows];
 #pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r)
       sum[g][r] = Blocks::load_sum(start.values + r * start.stride + int64_t{panel.groups[at + g]} * GROUP);
-  // An address is one of few registers, plus the stride once or twice. A compiler that sees through the sums keeps one
-  // per row and step, more than there are.
+  // An address is one of few registers, plus a multiple of the stride that x86 adds by itself. A compiler that sees
+  // through the sums keeps one per row and step, more than there are.
+  constexpr int kNear = 5;  // rows from one register
   const auto add = [&](int g, uint32_t block) __attribute__((always_inline)) {
-    int64_t stride = x_stride * int64_t{sizeof(typename Blocks::Activation)};
-    asm("" : "+r"(stride));
-    const char* of_rows[(kRows + 2) / 3];
+    int64_t stride = x_stride * int64_t{sizeof(typename Blocks::Activation)}, three = 3 * stride;
+    asm("" : "+r"(stride), "+r"(three));
+    const char* of_rows[(kRows + kNear - 1) / kNear];
     of_rows[0] = reinterpret_cast<const char*>(x + QUAD * int64_t{panel.quads[block]});
 #pragma GCC unroll 8
-    for (int i = 1; i < (kRows + 2) / 3; ++i) {
-      of_rows[i] = of_rows[i - 1] + 3 * stride;
+    for (int i = 1; i < (kRows + kNear - 1) / kNear; ++i) {
+      of_rows[i] = of_rows[i - 1] + kNear * stride;
       asm("" : "+r"(of_rows[i]));
     }
     const uint8_t* of_block = panel.weights + int64_t{block} * Blocks::kBytes;
@@ -51,7 +52,8 @@ __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_
       const typename Blocks::Operand operand = Blocks::load(of_block, step);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
-        const auto* of_row = reinterpret_cast<const typename Blocks::Activation*>(of_rows[r / 3] + r % 3 * stride);
+        const char* row = of_rows[r / kNear] + (r % kNear == 3 ? three : r % kNear * stride);
+        const auto* of_row = reinterpret_cast<const typename Blocks::Activation*>(row);
         sum[g][r] = Blocks::add(sum[g][r], of_row + Blocks::input(step), operand);
       }
     }
@@ -65,7 +67,7 @@ __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_
 #pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) {
     for (uint32_t block = begins[g] + common; block < begins[g + 1]; ++block) add(g, block);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
       if constexpr (Blocks::kHasRelu)
         if (panel.has_relu) sum[g][r] = Blocks::relu(sum[g][r]);

@@ -166,7 +166,7 @@ struct BlocksS8 {
   using Value = int32_t;
   using Sum = __m512i;
   using Operand = __m512i;
-  static constexpr int kBytes = 64, kSteps = 1, kRows = 12, kSums = 12;
+  static constexpr int kBytes = 64, kSteps = 1, kRows = 24, kSums = 24;
   static constexpr bool kHasRelu = false;
   static Sum load_sum(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_sum(int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
@@ -233,22 +233,27 @@ inline __m512i codes_of(__m512 v, __m512 inverse_scale, __m512i zero_point) {
   return _mm512_add_epi32(_mm512_maskz_cvtps_epi32(0xffff, scaled), zero_point);
 }
 
-// Calls `codes(first, lanes)` for sixteen features at a time, clamps the codes of sixty-four, and writes each half of
-// them twice (see HALF_S8).
+// Calls `codes(first, lanes)` for sixteen features at a time and returns the codes of sixty-four, clamped.
 template <class Codes>
-__attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* line, Codes codes) {
+__attribute__((always_inline)) inline __m512i sixty_four(int64_t first, int64_t count, Codes codes) {
   // Packing works within 128 bits and leaves the sixteens interleaved by fours.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (int64_t first = 0; first < count; first += WINDOW_S8) {
-    __m512i sixteen[4];
+  __m512i sixteen[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const int64_t left = count - first - 16 * i;
-      sixteen[i] = codes(first + 16 * i, left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1u << left) - 1 : 0));
-    }
-    const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(sixteen[0], sixteen[1]),
-                                               _mm512_packs_epi32(sixteen[2], sixteen[3]));
-    const __m512i all = _mm512_maskz_permutexvar_epi32(0xffff, order, packed);
+  for (int i = 0; i < 4; ++i) {
+    const int64_t left = count - first - 16 * i;
+    sixteen[i] = codes(first + 16 * i, left >= 16 ? __mmask16(0xffff) : __mmask16(left > 0 ? (1u << left) - 1 : 0));
+  }
+  const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(sixteen[0], sixteen[1]),
+                                             _mm512_packs_epi32(sixteen[2], sixteen[3]));
+  return _mm512_maskz_permutexvar_epi32(0xffff, order, packed);
+}
+
+// Each half of sixty-four codes twice (see HALF_S8).
+template <class Codes>
+__attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* line, Codes codes) {
+  for (int64_t first = 0; first < count; first += WINDOW_S8) {
+    const __m512i all = sixty_four(first, count, codes);
     uint8_t* to = line + 2 * first;
     _mm512_storeu_si512(to, all);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + WINDOW_S8), _mm512_maskz_extracti64x4_epi64(0xff, all, 1));
@@ -260,7 +265,9 @@ __attribute__((always_inline)) inline void write_line(int64_t count, uint8_t* li
 // The same, each code once.
 template <class Codes>
 __attribute__((always_inline)) inline void write_codes(int64_t count, uint8_t* to, Codes codes) {
-  for (int64_t first = 0; first < count; first += 16) {
+  int64_t first = 0;
+  for (; first + 64 <= count; first += 64) _mm512_storeu_si512(to + first, sixty_four(first, first + 64, codes));
+  for (; first < count; first += 16) {
     const int64_t left = count - first;
     const __mmask16 lanes = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
     const __m512i above = _mm512_maskz_max_epi32(0xffff, codes(first, lanes), _mm512_setzero_si512());
@@ -268,54 +275,52 @@ __attribute__((always_inline)) inline void write_codes(int64_t count, uint8_t* t
   }
 }
 
-// Calls `write(codes)`; returns whether there was a NaN.
-template <class Write>
-__attribute__((always_inline)) inline int write_quantized(const float* from, float inverse_scale, int32_t zero_point,
-                                                          Write write) {
-  const __m512 inverse = _mm512_set1_ps(inverse_scale);
-  const __m512i zero = _mm512_set1_epi32(zero_point);
+// Two vectors by one comparison.
+inline int is_nan_among(const float* values, int64_t count) {
   __mmask16 nans = 0;
-  write([&](int64_t first, __mmask16 lanes) {
-    const __m512 v = _mm512_maskz_loadu_ps(lanes, from + first);
-    nans |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return codes_of(v, inverse, zero);
-  });
-  return nans != 0;
+  int64_t first = 0;
+  for (; first + 32 <= count; first += 32)
+    nans |= _mm512_cmp_ps_mask(_mm512_loadu_ps(values + first), _mm512_loadu_ps(values + first + 16), _CMP_UNORD_Q);
+  return nans != 0 || has_nan(values + first, count - first);
+}
+
+inline auto quantizer(const float* from, float inverse_scale, int32_t zero_point) {
+  return [=](int64_t first, __mmask16 lanes) {
+    return codes_of(_mm512_maskz_loadu_ps(lanes, from + first), _mm512_set1_ps(inverse_scale),
+                    _mm512_set1_epi32(zero_point));
+  };
 }
 
 int line_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* line) {
-  return write_quantized(from, inverse_scale, zero_point, [=](auto codes) { write_line(count, line, codes); });
+  write_line(count, line, quantizer(from, inverse_scale, zero_point));
+  return is_nan_among(from, count);
 }
 
 int codes_u8(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* to) {
-  return write_quantized(from, inverse_scale, zero_point, [=](auto codes) { write_codes(count, to, codes); });
+  write_codes(count, to, quantizer(from, inverse_scale, zero_point));
+  return is_nan_among(from, count);
 }
 
-template <class Write>
-__attribute__((always_inline)) inline void write_requantized(const int32_t* a, const int32_t* b, const float* scale,
-                                                             const float* bias, int has_relu, float inverse_scale,
-                                                             int32_t zero_point, Write write) {
-  const __m512 inverse = _mm512_set1_ps(inverse_scale);
-  const __m512i zero = _mm512_set1_epi32(zero_point);
-  write([=](int64_t first, __mmask16 lanes) {
+inline auto requantizer(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int has_relu,
+                        float inverse_scale, int32_t zero_point) {
+  const bool needs_relu = has_relu && zero_point != 0;  // what is below a zero point of 0 is clamped to it
+  return [=](int64_t first, __mmask16 lanes) {
     __m512i sum = _mm512_maskz_loadu_epi32(lanes, a + first);
     if (b) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(lanes, b + first));
     const __m512 v = _mm512_fmadd_ps(_mm512_maskz_cvtepi32_ps(0xffff, sum), _mm512_maskz_loadu_ps(lanes, scale + first),
                                      _mm512_maskz_loadu_ps(lanes, bias + first));
-    return codes_of(has_relu ? Zmm::relu(v) : v, inverse, zero);
-  });
+    return codes_of(needs_relu ? Zmm::relu(v) : v, _mm512_set1_ps(inverse_scale), _mm512_set1_epi32(zero_point));
+  };
 }
 
 void requantize_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                     int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line) {
-  write_requantized(a, b, scale, bias, has_relu, inverse_scale, zero_point,
-                    [=](auto codes) { write_line(count, line, codes); });
+  write_line(count, line, requantizer(a, b, scale, bias, has_relu, inverse_scale, zero_point));
 }
 
 void recode_s32(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count, int has_relu,
                 float inverse_scale, int32_t zero_point, uint8_t* to) {
-  write_requantized(a, b, scale, bias, has_relu, inverse_scale, zero_point,
-                    [=](auto codes) { write_codes(count, to, codes); });
+  write_codes(count, to, requantizer(a, b, scale, bias, has_relu, inverse_scale, zero_point));
 }
 
 void slices_f32(const uint8_t* blob, const LayerRecord* layer, const float* x, float* y, int lanes) {
