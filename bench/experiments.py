@@ -14,7 +14,19 @@ from lt4rec_sparse.recsys.tables import comparison_table
 
 FOLDER = "experiments"
 # What is kept of a record; what was declared is in the code, under the row's name.
-KEPT = ("row", "seed", "key", "test", "seconds", "parameters", "multiply_adds", "best_level", "serving")
+KEPT = (
+    "row",
+    "seed",
+    "key",
+    "test",
+    "seconds",
+    "parameters",
+    "multiply_adds",
+    "best_level",
+    "serving",
+    "served",
+    "microseconds",
+)
 
 
 def keep(folder: Path, name: str) -> Path:
@@ -51,9 +63,7 @@ def main_table(name: str, base: str = "base", part: str = "all", rows: Sequence[
     """Return an experiment's table of main metrics, of some rows or of all."""
     results = read(name)
     # Titles in older records use "a" for "per".
-    titles = {
-        key: re.sub(r" a (task|layer|round)\b", r" per \1", results["rows"][key]) for key in rows or results["rows"]
-    }
+    titles = {key: re.sub(r" a (task|layer)\b", r" per \1", results["rows"][key]) for key in rows or results["rows"]}
     return comparison_table(results["records"], titles, base, results["tasks"], part)
 
 

@@ -39,6 +39,7 @@ TICKETS = (
 ENGINES = {
     "avx2": "a core with AVX2 alone",
     "avx512_bf16": "a Sapphire Rapids, whose AMX units multiply dense bf16 and int8",
+    "avx512_vnni": "an Emerald Rapids without AMX",
 }
 KUAIRAND_RUNS = ("kuairand_pure", "kuairand_pure_blocks")
 RUNS = (*KUAIRAND_RUNS, "simulated")  # that were kept

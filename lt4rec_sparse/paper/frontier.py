@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.harness.jobs import laboratory
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS
 from lt4rec_sparse.recsys.harness.statistics import paired_difference, summary
-from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
+from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, LOSS, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing
 from lt4rec_sparse.recsys.tables import table as markdown
 from lt4rec_sparse.recsys.tables import values_of
@@ -67,7 +67,9 @@ def frontier(findings: Findings) -> str:
         draw = partial(figures.plot_frontier, findings.records, curves, findings.tasks, precision, (SINGLE, HARD))
         caption = f"Test metric of each task against microseconds for {CANDIDATES} candidates, {precision}"
         parts.append(findings.plot(f"frontier_{precision}", caption, draw))
+        parts.append(_chosen(findings, curves, times[precision], precision))
         parts.append(_at_equal_time(findings, curves, times[precision], precision))
+    parts.insert(0, _densities(findings))
     return pages.page(findings, "Sparse against small and dense", parts)
 
 
@@ -105,6 +107,72 @@ def serving_times(findings: Findings, lab: Laboratory, training_rows: EncodedFea
     return times
 
 
+def _densities(findings: Findings) -> str:
+    """Return which density each task takes on the validation days: alone, and all together."""
+    losses = _losses(findings)
+    alone = {row: losses[row] for row in findings.rows if row.startswith("blocks")}
+    best = {task: min(alone, key=lambda row: alone[row][task]) for task in findings.tasks}
+    jointly = _best_row({row: losses[row] for row in findings.rows if row.startswith(("blocks", "mixed"))})
+    each = ", ".join(f"{task} {findings.rows[row].rpartition(' at ')[2]}" for task, row in best.items())
+    return (
+        "A density per task, chosen on the validation days among random blocks. Alone, each from the models with one "
+        f"density for all tasks: {each}. All tasks together: {findings.rows[jointly]}."
+    )
+
+
+def _chosen(findings: Findings, curves: Mapping[str, str], times: Mapping[str, float], precision: str) -> str:
+    """Return a table of what the validation days choose in the time of each dense single-task model."""
+    losses = _losses(findings)
+    header = ["µs at most", "dense", "masked", *(f"{task}: masked against dense" for task in findings.tasks)]
+    lines = []
+    for budget in sorted((times[row] for row, title in curves.items() if title == SINGLE), reverse=True):
+        best = []
+        for is_dense in (True, False):
+            known = {
+                row: losses[row]
+                for row, title in curves.items()
+                if (title in (SINGLE, HARD)) == is_dense and times[row] <= AS_FAST * budget
+            }
+            best.append(_best_row(known) if known else None)
+        dense, masked = best
+        line = [f"{budget:,.0f}", *(findings.rows[row] if row else "none" for row in best)]
+        for task, kind in findings.tasks.items():
+            line.append(_difference(findings, masked, dense, task, kind, precision) if dense and masked else "")
+        lines.append(line)
+    text = (
+        f"## Chosen on the validation days, {precision}\n\nThe dense and the masked network with the least sum over "
+        "tasks of the loss over the least loss, of all that take no longer than a dense single-task model; and how "
+        "they differ on the test days. Bold is better by more than two standard errors."
+    )
+    return f"{text}\n\n{markdown(header, lines)}"
+
+
+def _losses(findings: Findings) -> dict[str, dict[str, float]]:
+    """Return row -> task -> the mean over seeds of its loss on the validation days."""
+    validated = [{**record, "test": record["validation"]} for record in findings.records]
+    return {
+        row: {
+            task: summary(list(values_of(validated, row, task, LOSS[kind]).values())).mean
+            for task, kind in findings.tasks.items()
+        }
+        for row in findings.rows
+    }
+
+
+def _best_row(losses: Mapping[str, Mapping[str, float]]) -> str:
+    least = {task: min(of_row[task] for of_row in losses.values()) for task in next(iter(losses.values()))}
+    return min(losses, key=lambda row: sum(losses[row][task] / least[task] for task in least))
+
+
+def _difference(findings: Findings, row: str, other: str, task: str, kind: str, precision: str) -> str:
+    """Return how a row's main metric differs from another's on the test days; bold if clearly better."""
+    metric = MAIN_METRIC[kind]
+    mine, of_other = (_values(findings, key, task, metric, precision) for key in (row, other))
+    difference = paired_difference(mine, of_other, metric == "mse")
+    is_clear = (1 if HIGHER_IS_BETTER[metric] else -1) * difference.mean > 2 * difference.error
+    return f"**{difference}**" if is_clear else str(difference)
+
+
 def _at_equal_time(findings: Findings, curves: Mapping[str, str], times: Mapping[str, float], precision: str) -> str:
     """Return a table of all rows by time, the masked ones against the best dense network that is as fast."""
     dense = [row for row, title in curves.items() if title in (SINGLE, HARD)]
@@ -124,9 +192,7 @@ def _at_equal_time(findings: Findings, curves: Mapping[str, str], times: Mapping
                 continue
             sign = 1 if HIGHER_IS_BETTER[metric] else -1
             best = max(as_fast, key=lambda other: sign * summary(list(of_rows[other].values())).mean)
-            difference = paired_difference(of_rows[row], of_rows[best], metric == "mse")
-            is_clear = sign * difference.mean > 2 * difference.error
-            line.append(f"**{difference}**" if is_clear else str(difference))
+            line.append(_difference(findings, row, best, task, kind, precision))
         lines.append(line)
     text = (
         f"## At equal time, {precision}\n\nMicroseconds for {CANDIDATES} candidates, the MLPs of all tasks on one "
