@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 OPERANDS = {"fp32": None, "bf16": torch.bfloat16}
 PANELS = (512, 2048)  # inputs of float32 and bfloat16, of int8
-# Of rows of the batch: the kernels' 4, 5, 6 and 12, and the 48 that one thread takes at a time.
+# Of rows of the batch: the kernels' 4, 5, 6, 12 and 24, and the 48 that one thread takes at a time.
 BATCH_EDGES = (0, *range(1, 27), 35, 36, 37, 47, 48, 49, 95, 96, 97, 145)
 SMALL = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 31, 32, 33, 48, 49, 65)
 
