@@ -302,32 +302,36 @@ class Executor:
     Args:
         network: The network.
         precision: "fp32", "bf16" or "int8".
+        layout: One for every number of rows; None for what is fastest for each.
 
     Raises:
-        ValueError: If there is no such precision, or int8 is wanted and the network is not calibrated.
+        ValueError: If there is no such precision, or int8 is wanted and the network is not calibrated. A layout that
+            the network cannot have is refused by the first call.
     """
 
-    def __init__(self, network: FrozenNetwork, precision: str = "fp32") -> None:
+    def __init__(self, network: FrozenNetwork, precision: str = "fp32", layout: str | None = None) -> None:
         _precision_code(precision)
         if precision == "int8" and network.quantization is None:
             raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
-        self.network, self.precision = network, precision
+        self.network, self.precision, self.layout = network, precision, layout
+        self._path = _FASTEST if layout is None else _PATH_CODES["auto"]  # with one layout there is one way
         self._prepacked: dict[str, Prepacked] = {}
         self._recent: Prepacked | None = None
 
-    def __reduce__(self) -> tuple[type[Executor], tuple[FrozenNetwork, str]]:
+    def __reduce__(self) -> tuple[type[Executor], tuple[FrozenNetwork, str, str | None]]:
         """Copy the network alone: a copy prepacks for itself, where it first runs."""
-        return type(self), (self.network, self.precision)
+        return type(self), (self.network, self.precision, self.layout)
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
-        if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), _FASTEST):
+        if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), self._path):
             return
         prepacked = None
         if self._recent is not None:
-            prepacked = self._prepacked.get(self._recent.path_for(len(x)))
+            prepacked = self._prepacked.get(self.layout or self._recent.path_for(len(x)))
         if prepacked is None:
-            prepacked = Prepacked(prepack(self.network, self.precision, batch=len(x)))
+            layouts = None if self.layout is None else (self.layout,)
+            prepacked = Prepacked(prepack(self.network, self.precision, layouts, len(x)))
             (path,) = prepacked.facts.layouts
             prepacked = self._prepacked.setdefault(path, prepacked)
         prepacked.run(x, out)
@@ -335,7 +339,7 @@ class Executor:
 
     def run_new(self, x: Tensor) -> Tensor | None:
         """Return the outputs where the engine reads `x` as it is and the layout is there; None: `run` decides."""
-        return None if self._recent is None else self._recent.run_new(x, torch.get_num_threads(), _FASTEST)
+        return None if self._recent is None else self._recent.run_new(x, torch.get_num_threads(), self._path)
 
     @property
     def prepacked_nbytes(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from lt4rec_sparse.ops.sparse_mlp import (
     executor,
     layer_inputs,
     layout_nbytes,
+    layouts,
     prepack,
     sparse_mlp,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "executor",
     "layer_inputs",
     "layout_nbytes",
+    "layouts",
     "masked_linear",
     "prepack",
     "sparse_mlp",

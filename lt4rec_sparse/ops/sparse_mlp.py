@@ -44,8 +44,12 @@ class Executor(Protocol):
         """Layout -> bytes of what is held in memory beside the network."""
 
 
-def executor(network: FrozenNetwork, precision: str = "fp32", device: torch.device | str = "cpu") -> Executor:
+def executor(
+    network: FrozenNetwork, precision: str = "fp32", device: torch.device | str = "cpu", layout: str | None = None
+) -> Executor:
     """Return the default executor of a device: the engine on the CPU; dense torch without it or on another device.
+
+    `layout` holds the engine to one of `layouts`.
 
     Raises:
         ValueError: If there is no such precision, or int8 is wanted of a network that is not calibrated.
@@ -57,7 +61,7 @@ def executor(network: FrozenNetwork, precision: str = "fp32", device: torch.devi
     if torch.device(device).type != "cpu":
         return reference.Executor(network, precision, device)
     if cpu.is_available():
-        return cpu.Executor(network, precision)
+        return cpu.Executor(network, precision, layout)
     warnings.warn(
         f"the native CPU engine is absent ({cpu.absence_reason()}): sparse MLPs run dense in torch. To get it, install "
         "a C++ compiler with OpenMP and then `pip install --force-reinstall --no-cache-dir --no-deps lt4rec-sparse`",
@@ -75,6 +79,15 @@ def prepack(network: FrozenNetwork, precision: str = "fp32") -> Tensor:
         ValueError: As `executor`.
     """
     return cpu.prepack(network, precision)
+
+
+def layouts(network: FrozenNetwork, precision: str = "fp32") -> tuple[str, ...]:
+    """Return every layout that the engine can prepack a network in, fast here or not; nothing without the engine."""
+    if not cpu.is_available():
+        return ()
+    if network.is_in_blocks:
+        return ("blocks",)
+    return cpu.describe(cpu.prepack(network, precision, cpu.UNSTRUCTURED)).layouts
 
 
 def layout_nbytes(network: FrozenNetwork, precision: str = "fp32") -> dict[str, int]:

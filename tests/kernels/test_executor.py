@@ -144,6 +144,18 @@ def test_an_executor_prepacks_the_layouts_that_it_needs(precision: str) -> None:
 
 
 @precisions
+def test_an_executor_keeps_to_the_layout_that_it_is_given(precision: str) -> None:
+    network = frozen_network()
+    for layout in cpu.describe(cpu.prepack(network, precision, cpu.UNSTRUCTURED)).layouts:
+        whole, executor = cpu.Executor(network, precision), cpu.Executor(network, precision, layout)
+        for held in (executor, copy.deepcopy(executor), pickle.loads(pickle.dumps(executor))):
+            for batch in (1, LARGE, 5):
+                x = normal(batch, WIDTHS[0], seed=batch)
+                assert_exact(run(held, x), run(whole, x))
+                assert list(held.prepacked_nbytes) == [layout]
+
+
+@precisions
 def test_an_executor_yields_what_both_layouts_do(precision: str) -> None:
     network = frozen_network()
     executor, prepacked = cpu.Executor(network, precision), cpu.Prepacked(cpu.prepack(network, precision))

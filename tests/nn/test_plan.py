@@ -11,9 +11,10 @@ from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_in
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, Ranker, SparseMLP, freeze, save
 from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.network import PRECISIONS, QuantizationParameters
 from lt4rec_sparse.nn.plan import Plan, measure
-from lt4rec_sparse.nn.plan.plan import BatchPlan, Segment, TimedChain
+from lt4rec_sparse.nn.plan.plan import DENSE_KERNELS, BatchPlan, Segment, TimedChain
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.stopwatch import Timing
 
@@ -166,6 +167,33 @@ def test_the_fastest_measured_wins(stopwatch, fastest):
 
 
 @needs_engine
+def test_every_layout_is_measured_and_the_fastest_served(stopwatch):
+    """The engine's own choice follows from thresholds; a plan knows better."""
+    _, frozen = integer_mlp(2)
+    x = small_integers(7, 20, generator=torch.Generator().manual_seed(0))
+    for precision, layouts in {
+        "fp32": cpu.UNSTRUCTURED,
+        "bf16": cpu.UNSTRUCTURED,
+        "int8": ("tables", "slices"),
+    }.items():
+        for layout in layouts:
+            stopwatch.us = {f"{layout} {precision}": 1.0}
+            plan = measure(frozen.network, (7,), precision)
+            assert plan.batches[0].chains[0].name == f"{layout} {precision}"
+            planned = frozen.planned(plan)
+            assert_exact(planned(x), frozen.to_precision(precision)(x))
+
+
+@needs_engine
+def test_a_network_in_blocks_has_one_layout(stopwatch):
+    masked = MaskedMLP(64, (32, 16), tasks=("t",))
+    shapes = masked.mask("t").shapes
+    masked.set_mask(random_masks(shapes, 0.5, ("t",), torch.Generator().manual_seed(0), "16x4")["t"], "t")
+    segments = measure(freeze(masked).network, (1,)).batches[0].segments
+    assert not {segment.kernel for segment, _ in segments} & {"blocks", *cpu.UNSTRUCTURED}
+
+
+@needs_engine
 @pytest.mark.parametrize("dense_us, winner", [(1.0, "sparse fp32"), (0.99, "sparse fp32"), (0.95, "dense fp32")])
 def test_a_tie_goes_to_the_engine(stopwatch, dense_us, winner):
     stopwatch.us = {"sparse fp32": 1.0, "dense fp32": dense_us}
@@ -179,7 +207,7 @@ def test_only_the_precisions_allowed_are_candidates(stopwatch):
     for i, precision in enumerate(PRECISIONS):
         segments = measure(frozen.network, (1,), precision).batches[0].segments
         assert {segment.precision for segment, _ in segments} == set(PRECISIONS[: i + 1])
-        assert not any(s.kernel != "sparse" and s.precision == "bf16" and s.last == 2 for s, _ in segments)
+        assert not any(s.kernel in DENSE_KERNELS and s.precision == "bf16" and s.last == 2 for s, _ in segments)
 
 
 def test_the_real_stopwatch_plans_and_the_plan_reads_well():

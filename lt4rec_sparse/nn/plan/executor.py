@@ -13,7 +13,7 @@ from torch import Tensor
 from lt4rec_sparse import ops
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.dense import DenseRun
-from lt4rec_sparse.nn.plan.plan import Plan, Segment, check_fits, this_machine
+from lt4rec_sparse.nn.plan.plan import DENSE_KERNELS, Plan, Segment, check_fits, this_machine
 
 
 class PlannedExecutor:
@@ -82,7 +82,8 @@ class EngineRun:
         first, last, tasks = segment.first, segment.last, network.tasks
         groups = [tasks] if first == 0 else [(task,) for task in tasks]
         spans = [network.span(first, last, group) for group in groups]
-        self._executors = [ops.executor(span, segment.precision) for span in spans]
+        layout = None if segment.kernel == "sparse" else segment.kernel
+        self._executors = [ops.executor(span, segment.precision, layout=layout) for span in spans]
 
     def __call__(self, hs: Sequence[Tensor]) -> list[Tensor]:
         """Run all tasks: from one x, or from each task's own activations."""
@@ -109,9 +110,9 @@ Run = EngineRun | DenseRun
 
 def make_run(network: FrozenNetwork, segment: Segment) -> Run:
     """Prepare one segment."""
-    if segment.kernel == "sparse":
-        return EngineRun(network, segment)
-    return DenseRun(network, segment.first, segment.kernel, segment.precision)
+    if segment.kernel in DENSE_KERNELS:
+        return DenseRun(network, segment.first, segment.kernel, segment.precision)
+    return EngineRun(network, segment)
 
 
 def follow(runs: Sequence[Run], tasks: int, x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse import ops
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn.dense import dense_kernels
 from lt4rec_sparse.nn.plan.executor import Run, follow, make_run
 from lt4rec_sparse.nn.plan.plan import (
+    DENSE_KERNELS,
     BatchPlan,
     Chain,
     NetworkFacts,
@@ -33,8 +35,9 @@ BATCH_SIZES = (1, 8, 64, 256, 1024)
 def measure(network: FrozenNetwork, batch_sizes: Sequence[int] = BATCH_SIZES, precision: str = "fp32") -> Plan:
     """Measure a frozen network on this machine, with torch's current thread count, weights warm in the cache.
 
-    Every run of neighbouring layers is timed in the engine and every layer dense; from these comes the best mixture,
-    and then all chains through the network are timed end to end in one interleaved run.
+    Every run of neighbouring layers is timed in the engine, the whole network in each layout of the engine, and every
+    layer dense; from these comes the best mixture, and then all chains through the network are timed end to end in one
+    interleaved run.
 
     Example:
         >>> from lt4rec_sparse.nn import MaskedMLP, freeze
@@ -54,17 +57,21 @@ def measure(network: FrozenNetwork, batch_sizes: Sequence[int] = BATCH_SIZES, pr
     check_asked(precision, PRECISIONS, batch_sizes)
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
-    runs = {segment: make_run(network, segment) for segment in _candidates(network.depth, precision)}
+    runs = {segment: make_run(network, segment) for segment in _candidates(network, precision)}
     batches = tuple(_measure_batch(network, runs, batch, precision) for batch in batch_sizes)
     return Plan(this_machine(), NetworkFacts.of(network), precision, batches)
 
 
-def _candidates(layers: int, precision: str) -> Iterator[Segment]:
-    """Yield what is timed alone: every run of layers in the engine, every layer dense.
+def _candidates(network: FrozenNetwork, precision: str) -> Iterator[Segment]:
+    """Yield what is timed alone: every run of layers in the engine, all layers in each layout, every layer dense.
 
     Neighbours in the engine are one call, and save the transposes between them; dense neighbours save nothing.
     """
+    layers = network.depth
     for allowed in PRECISIONS[: PRECISIONS.index(precision) + 1]:
+        layouts = ops.layouts(network, allowed)
+        for layout in layouts if len(layouts) > 1 else ():  # of one layout there is nothing to choose
+            yield Segment(layout, allowed, 0, layers - 1)
         if ops.cpu_engine() != "reference":
             for first in range(layers):
                 for last in range(first, layers):
@@ -102,7 +109,10 @@ def _chains(us: Mapping[Segment, float], precision: str) -> dict[str, Chain]:
     for i, allowed in enumerate(PRECISIONS[: PRECISIONS.index(precision) + 1]):
         subsets[f"sparse {allowed}"] = [s for s in us if s[:2] == ("sparse", allowed)]
         if dense_kernels(allowed):
-            subsets[f"dense {allowed}"] = [s for s in us if s.kernel != "sparse" and s.precision in PRECISIONS[: i + 1]]
+            is_allowed = PRECISIONS[: i + 1]
+            subsets[f"dense {allowed}"] = [s for s in us if s.kernel in DENSE_KERNELS and s.precision in is_allowed]
+        for layout in cpu.UNSTRUCTURED:
+            subsets[f"{layout} {allowed}"] = [s for s in us if s[:2] == (layout, allowed)]
     subsets["mixed"] = list(us)
     chains: dict[str, Chain] = {}
     for name, subset in subsets.items():

@@ -16,11 +16,13 @@ import torch
 from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.stopwatch import Timing
 
 VERSION = 1
-KERNELS = ("sparse", "dense", "onednn")  # of a CPU
+DENSE_KERNELS = ("dense", "onednn")
+KERNELS = ("sparse", *cpu.UNSTRUCTURED, *DENSE_KERNELS)  # of a CPU
 GPU_KERNELS = (  # `nn.ways` tells what they are
     *("dense", "block16", "block32", "block64", "2:4", "compact"),
     *("tail premasked", "tail dense", "tail branches"),
@@ -33,8 +35,8 @@ DENSITY_DRIFT = 0.1  # of a layer's kept weights: its time changes about as much
 class Segment(NamedTuple):
     """Neighbouring layers that run in one kernel, for all tasks alike.
 
-    `kernel` is "sparse", the engine, for all its layers in one call; or for a single layer one of `dense_kernels`; or
-    on a GPU one of `GPU_KERNELS`.
+    `kernel` is "sparse", the engine, for all its layers in one call; "tables", "slices" or "filled", the engine held to
+    that layout, for the whole network; or for a single layer one of `dense_kernels`; or on a GPU one of `GPU_KERNELS`.
     """
 
     kernel: str
@@ -53,7 +55,7 @@ Chain = tuple[Segment, ...]
 class TimedChain(NamedTuple):
     """One chain of kernels through the whole network, measured end to end."""
 
-    name: str  # "sparse <precision>", "dense <precision>" or "mixed"; on a GPU the kernel that it is named after
+    name: str  # "mixed", or kernel and precision; on a GPU the kernel that it is named after
     chain: Chain
     timing: Timing
 
@@ -102,10 +104,10 @@ class NetworkFacts(NamedTuple):
 class Plan:
     """Which kernel runs which layers at each batch size, with the measurement behind the choice.
 
-    For each batch size the winner is the fastest of these, end to end: the engine alone and dense layers alone, in each
-    precision allowed, and the best mixture of all. So it is slower than dense by noise at most. Within 2 % is a tie,
-    which goes to the higher precision, then to the engine (less memory; its bits do not depend on the batch), and to a
-    mixture last.
+    For each batch size the winner is the fastest of these, end to end: the engine alone, with the layout that it
+    chooses and with each that it can have, and dense layers alone, in each precision allowed, and the best mixture of
+    all. So it is slower than dense by noise at most. Within 2 % is a tie, which goes to the higher precision, then to
+    the engine (less memory; its bits do not depend on the batch), and to a mixture last.
 
     In bf16 a dense layer rounds its sums to bfloat16 too, where the engine does not; so no head is dense in bf16, whose
     scores would be full of ties. "dense bf16" is the fastest of both precisions, layer by layer.
@@ -273,8 +275,11 @@ def _check_chain(chain: Chain, layers: int, is_gpu: bool) -> None:
     kernels, precisions = (GPU_KERNELS, GPU_PRECISIONS) if is_gpu else (KERNELS, PRECISIONS)
     following = 0
     for kernel, precision, first, last in chain:
-        spans = kernel in ("sparse", "compact") or kernel.startswith("tail ")
-        is_known = kernel in kernels and precision in precisions and (spans or first == last)
+        if kernel in cpu.UNSTRUCTURED:
+            fits = (first, last) == (0, layers - 1)
+        else:
+            fits = first == last or kernel in ("sparse", "compact") or kernel.startswith("tail ")
+        is_known = kernel in kernels and precision in precisions and fits
         if not is_known or first != following or not first <= last < layers:
             got = (kernel, precision, first, last)
             raise ValueError(f"chain: got {got}, wanted a known kernel for layer {following} of {layers}")
