@@ -35,7 +35,7 @@ __attribute__((always_inline)) inline void add_blocks(const Panel& panel, int64_
       sum[g][r] = Blocks::load_sum(start.values + r * start.stride + int64_t{panel.groups[at + g]} * GROUP);
   // An address is one of few registers, plus a multiple of the stride that x86 adds by itself. A compiler that sees
   // through the sums keeps one per row and step, more than there are.
-  constexpr int kNear = 5;  // rows from one register
+  constexpr int kNear = kRows > 12 ? 5 : 3;  // rows from one register; 5 need a register for 3 strides
   const auto add = [&](int g, uint32_t block) __attribute__((always_inline)) {
     int64_t stride = x_stride * int64_t{sizeof(typename Blocks::Activation)}, three = 3 * stride;
     asm("" : "+r"(stride), "+r"(three));
