@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,3 +458,12 @@ def test_without_the_extension_the_module_imports_and_says_why(monkeypatch: pyte
     monkeypatch.setenv("LT4REC_SPARSE_ISA", "scalar")
     with pytest.raises(ValueError, match="LT4REC_SPARSE_ISA: the native engine is absent"):
         spec.loader.exec_module(bare)
+
+
+@pytest.mark.skipif(
+    not cpu.is_available() or "avx512_bf16" not in cpu.supported_isas(), reason="no AVX-512 with BF16 here"
+)
+def test_intel_takes_bfloat16_as_floats() -> None:
+    """Its instruction for pairs takes twice as long as two products of floats; AMD's does not."""
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert cpu.supported_isas()[-1] == ("avx512_vnni" if is_intel else "avx512_bf16")
