@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,11 @@ from lt4rec_sparse.stopwatch import interleaved, one_thread
 CANDIDATES = 256
 PRECISIONS = ("fp32", "int8")
 AS_FAST = 1.03  # closer times of one interleaved run are equal
+CHOSEN = (
+    "The dense and the masked network with the least sum over tasks of the loss over the least loss, of all that take no "
+    "longer than a dense single-task model; and how they differ on the test days. Bold is better by more than two "
+    "standard errors."
+)
 SINGLE, HARD = "dense, single-task", "dense, hard sharing"
 CURVES = {  # how keys of rows begin -> the title of their curve
     "base": SINGLE,
@@ -62,12 +67,14 @@ def frontier(findings: Findings) -> str:
         record["served"] = {"fp32": record["test"]["all"], "int8": judged["all"]}
         record["microseconds"] = {precision: times[precision][record["row"]] for precision in PRECISIONS}
     curves = {key: next(title for start, title in CURVES.items() if key.startswith(start)) for key in findings.rows}
-    parts = []
+    parts, chosen = [], findings.further.setdefault("chosen", {})
     for precision in PRECISIONS:
         draw = partial(figures.plot_frontier, findings.records, curves, findings.tasks, precision, (SINGLE, HARD))
         caption = f"Test metric of each task against microseconds for {CANDIDATES} candidates, {precision}"
         parts.append(findings.plot(f"frontier_{precision}", caption, draw))
-        parts.append(_chosen(findings, curves, times[precision], precision))
+        chosen[precision] = _chosen(findings, curves, times[precision], precision)
+        best = chosen_table(chosen[precision], findings.rows, list(findings.tasks))
+        parts.append(f"## Chosen on the validation days, {precision}\n\n{CHOSEN}\n\n{best}")
         parts.append(_at_equal_time(findings, curves, times[precision], precision))
     parts.insert(0, _densities(findings))
     return pages.page(findings, "Sparse against small and dense", parts)
@@ -120,31 +127,42 @@ def _densities(findings: Findings) -> str:
     )
 
 
-def _chosen(findings: Findings, curves: Mapping[str, str], times: Mapping[str, float], precision: str) -> str:
-    """Return a table of what the validation days choose in the time of each dense single-task model."""
+def _chosen(
+    findings: Findings, curves: Mapping[str, str], times: Mapping[str, float], precision: str
+) -> list[dict[str, Any]]:
+    """Return what the validation days choose in the time of each dense single-task model, the slowest first."""
     losses = _losses(findings)
-    header = ["µs at most", "dense", "masked", *(f"{task}: masked against dense" for task in findings.tasks)]
-    lines = []
+    choices = []
     for budget in sorted((times[row] for row, title in curves.items() if title == SINGLE), reverse=True):
-        best = []
-        for is_dense in (True, False):
+        choice: dict[str, Any] = {"microseconds": budget}
+        for name, is_dense in (("dense", True), ("masked", False)):
             known = {
                 row: losses[row]
                 for row, title in curves.items()
                 if (title in (SINGLE, HARD)) == is_dense and times[row] <= AS_FAST * budget
             }
-            best.append(_best_row(known) if known else None)
-        dense, masked = best
-        line = [f"{budget:,.0f}", *(findings.rows[row] if row else "none" for row in best)]
-        for task, kind in findings.tasks.items():
-            line.append(_difference(findings, masked, dense, task, kind, precision) if dense and masked else "")
-        lines.append(line)
-    text = (
-        f"## Chosen on the validation days, {precision}\n\nThe dense and the masked network with the least sum over "
-        "tasks of the loss over the least loss, of all that take no longer than a dense single-task model; and how "
-        "they differ on the test days. Bold is better by more than two standard errors."
-    )
-    return f"{text}\n\n{markdown(header, lines)}"
+            choice[name] = _best_row(known) if known else None
+        if choice["dense"] and choice["masked"]:
+            choice["differences"] = {
+                task: _difference(findings, choice["masked"], choice["dense"], task, kind, precision)
+                for task, kind in findings.tasks.items()
+            }
+        choices.append(choice)
+    return choices
+
+
+def chosen_table(choices: Sequence[Mapping[str, Any]], titles: Mapping[str, str], tasks: Sequence[str]) -> str:
+    """Return what was chosen as a table: `choices` as in `further["chosen"][precision]`, `titles` of the rows."""
+    header = ["µs at most", "dense", "masked", *(f"{task}: masked against dense" for task in tasks)]
+    lines = [
+        [
+            f"{choice['microseconds']:,.0f}",
+            *(titles[choice[name]] if choice[name] else "none is as fast" for name in ("dense", "masked")),
+            *(choice.get("differences", {}).get(task, "") for task in tasks),
+        ]
+        for choice in choices
+    ]
+    return markdown(header, lines)
 
 
 def _losses(findings: Findings) -> dict[str, dict[str, float]]:

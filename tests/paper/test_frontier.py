@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from lt4rec_sparse.paper.frontier import CURVES, _at_equal_time, _chosen, _densities
+from lt4rec_sparse.paper.frontier import CURVES, _at_equal_time, _chosen, _densities, chosen_table
 
 TASKS = {"ctr": "binary", "cvr": "ratio"}
 # row -> microseconds, AUC, MSE at seed 0; seed 1 is a little better
@@ -54,7 +54,8 @@ def test_a_masked_network_is_compared_with_the_best_dense_one_that_takes_no_long
 def test_of_what_is_as_fast_the_validation_days_choose():
     """Not the test days: there the dense network that is a quarter as wide is no better than the others."""
     losses = {"base_small_0.25": (0.5, 0.9), "blocks_0.2": (0.4, 0.4), "blocks_0.05": (0.6, 0.7)}
-    slow, fast = cells_of(_chosen(findings_of(losses), CURVE_OF, TIMES, "int8"))
+    findings = findings_of(losses)
+    slow, fast = cells_of(chosen_table(_chosen(findings, CURVE_OF, TIMES, "int8"), findings.rows, list(TASKS)))
     assert slow[:3] == ["400", "base_small_0.25 at 0.25 %", "blocks_0.2 at 0.2 %"]
     assert fast[:3] == ["100", "base_small_0.25 at 0.25 %", "blocks_0.05 at 0.05 %"]
     assert fast[3:] == ["**+0.0100 ± 0.0000**", "**-1.03 ± 0.00 %**"]
