@@ -29,8 +29,8 @@ CANDIDATES = 256
 PRECISIONS = ("fp32", "int8")
 AS_FAST = 1.03  # closer times of one interleaved run are equal
 CHOSEN = (
-    "The dense and the masked network with the least sum over tasks of the loss over the least loss, of all that take no "
-    "longer than a dense single-task model; and how they differ on the test days. Bold is better by more than two "
+    "The dense and the masked network with the least sum over tasks of the loss over the least loss, of all that take "
+    "no longer than a dense single-task model; and how they differ on the test days. Bold is better by more than two "
     "standard errors."
 )
 SINGLE, HARD = "dense, single-task", "dense, hard sharing"
