@@ -91,7 +91,8 @@ def plot_frontier(
 ) -> Figure:
     """Draw each task's test metric against the time of a request in a precision: one line per title in `curves`.
 
-    `curves` is row -> title of its line; `hollow` are titles with hollow marks.
+    `curves` is row -> title of its line; `hollow` are titles with hollow marks. What lies far outside of most points,
+    as trainings that collapsed do, is outside of the axes.
     """
     titles = dict.fromkeys(curves.values())
     points: dict[str, dict[str, list[Point]]] = {task: {title: [] for title in titles} for task in tasks}
@@ -102,10 +103,20 @@ def plot_frontier(
             points[task][title].append(([record["microseconds"][precision] for record in found], ys))
     note = f"{precision}; filled: masked; hollow: dense; dots: seeds; bars: standard error"
     figure, axes = _seeds_and_means(points, {title: title for title in titles}, tasks, "test", note, hollow)
-    for axis in axes:
+    for axis, task in zip(axes, tasks, strict=True):
         log_axis(axis, f"microseconds per request of {candidates} candidates")
+        axis.set_ylim(*_fences([y for line in points[task].values() for _, ys in line for y in ys]))
     figure.savefig(path)
     return figure
+
+
+def _fences(values: Sequence[float]) -> tuple[float, float]:
+    """Return the range of the values, but at most two interquartile ranges beyond the middle half of them."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    margin = 2 * (high - low)
+    inside = [value for value in values if low - margin <= value <= high + margin]
+    space = 0.05 * (max(inside) - min(inside)) or 0.01
+    return min(inside) - space, max(inside) + space
 
 
 def _microseconds(records: Sequence[Record], row: str, precision: str) -> float:

@@ -44,6 +44,7 @@ CURVES = {  # how keys of rows begin -> the title of their curve
     "one_shot": "blocks of the trained base",
     "tickets": "tickets of 16x4",
 }
+DRAWN = (SINGLE, HARD, *(CURVES[key] for key in ("blocks", "weights", "tickets")))  # more hide each other
 
 Kind = TypeVar("Kind", bound=nn.Module)
 Times = dict[str, dict[str, float]]  # precision -> row -> microseconds
@@ -67,9 +68,10 @@ def frontier(findings: Findings) -> str:
         record["served"] = {"fp32": record["test"]["all"], "int8": judged["all"]}
         record["microseconds"] = {precision: times[precision][record["row"]] for precision in PRECISIONS}
     curves = {key: next(title for start, title in CURVES.items() if key.startswith(start)) for key in findings.rows}
+    drawn = {row: title for row, title in curves.items() if title in DRAWN}
     parts, chosen = [], findings.further.setdefault("chosen", {})
     for precision in PRECISIONS:
-        draw = partial(figures.plot_frontier, findings.records, curves, findings.tasks, precision, (SINGLE, HARD))
+        draw = partial(figures.plot_frontier, findings.records, drawn, findings.tasks, precision, (SINGLE, HARD))
         caption = f"Test metric of each task against microseconds for {CANDIDATES} candidates, {precision}"
         parts.append(findings.plot(f"frontier_{precision}", caption, draw))
         chosen[precision] = _chosen(findings, curves, times[precision], precision)

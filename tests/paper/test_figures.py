@@ -220,6 +220,19 @@ def test_the_frontier_has_a_line_a_curve_in_order_of_time(tmp_path, seeds, tasks
             assert (container[0].get_markerfacecolor() == "white") == (container.get_label() == "dense")
 
 
+def test_a_training_that_collapsed_is_outside_of_the_frontier(tmp_path):
+    """The others are told apart all the same."""
+    records = [
+        {"row": row, "seed": seed, "served": {"int8": {"ctr": {"auc": auc + 0.001 * seed}}}, "microseconds": {"int8": us}}
+        for row, us, auc in (("a", 100.0, 0.728), ("b", 200.0, 0.727), ("c", 50.0, 0.73), ("collapsed", 25.0, 0.5))
+        for seed in range(3)
+    ]
+    curves = {"a": "dense", "b": "dense", "c": "sparse", "collapsed": "sparse"}
+    (axis,) = figures.plot_frontier(records, curves, {"ctr": "binary"}, "int8", ("dense",), tmp_path / "f.png").axes
+    low, high = axis.get_ylim()
+    assert 0.72 < low < 0.727 and 0.732 < high < 0.74
+
+
 @seeds_and_tasks
 def test_overlap_has_a_bar_a_layer_and_row_of_100_percent(tmp_path, seeds, tasks):
     records = records_of(seeds, tasks)
