@@ -63,7 +63,10 @@ def main_table(name: str, base: str = "base", part: str = "all", rows: Sequence[
     """Return an experiment's table of main metrics, of some rows or of all."""
     results = read(name)
     # Titles in older records use "a" for "per".
-    titles = {key: re.sub(r" a (task|layer|round)\b(?! further)", r" per \1", results["rows"][key]) for key in rows or results["rows"]}
+    titles = {
+        key: re.sub(r" a (task|layer|round)\b(?! further)", r" per \1", results["rows"][key])
+        for key in rows or results["rows"]
+    }
     return comparison_table(results["records"], titles, base, results["tasks"], part)
 
 
