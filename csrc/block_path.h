@@ -93,8 +93,11 @@ struct RowsS8 {
     net.isa->recode_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features,
                         layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point, line);
   }
-  static void add(const Network&, const LayerRecord& layer, const int32_t* a, const int32_t* b, bool, int32_t* to) {
-    for (uint32_t i = 0; i < layer.part_features; ++i) to[i] = b ? a[i] + b[i] : a[i];
+  static void add(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, bool, int32_t* to) {
+    if (b)
+      net.isa->add_s32(a, b, layer.part_features, to);
+    else
+      std::memcpy(to, a, layer.part_features * sizeof(int32_t));
   }
   static void real(const Network& net, const LayerRecord& layer, const int32_t* y, float* to) {
     net.isa->dequantize_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);

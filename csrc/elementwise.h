@@ -39,6 +39,10 @@ void add_f32(const float* a, const float* b, const float* bias, int64_t count, i
   add(a, b, bias, count, has_relu, [to](int64_t i, float v) { to[i] = v; });
 }
 
+void add_s32(const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = a[i] + b[i];
+}
+
 // The features between two gaps at a time, each time with the zero in front of them; and the zero after the last.
 template <int64_t kGap, class T, class Convert>
 inline void add_line(const float* a, const float* b, const float* bias, int64_t count, bool has_relu, T* line,

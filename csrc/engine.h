@@ -317,6 +317,7 @@ typedef struct Isa {
   // to = relu(a + b + bias), or without relu; `b` and `bias` may be null, and `to` of add_f32 may be `a`. A line gets
   // its zeros too.
   void (*add_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to);
+  void (*add_s32)(const int32_t* a, const int32_t* b, int64_t count, int32_t* to);  // `to` may be `a`
   void (*line_f32)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* line);
   void (*line_bf16)(const float* a, const float* b, const float* bias, int64_t count, int has_relu, uint16_t* line);
   // to = (a + b) * scale + bias, as one fused multiply-add; `b` may be null.

@@ -72,8 +72,8 @@ struct LinesS8 {
     net.isa->dequantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
     if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(to, nullptr, nullptr, layer.out_features, true, to);
   }
-  static void add(const Network&, const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = a[i] + b[i];
+  static void add(const Network& net, const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
+    net.isa->add_s32(a, b, count, to);
   }
 };
 

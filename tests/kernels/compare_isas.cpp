@@ -122,6 +122,9 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "add_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.add_f32(a.data(), more, bias, count, has_relu, to);
   });
+  compare_function(isa, "add_s32", seed, kRoom, int32_t{7}, [&](const Isa& on, int32_t* to) {
+    on.add_s32(sums.data(), others.data(), count, to);
+  });
   compare_function(isa, "line_f32", seed, line_f32, 7.0f, [&](const Isa& on, float* to) {
     on.line_f32(a.data(), more, bias, count, has_relu, to);
   });

@@ -243,6 +243,11 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     state().isa->add_f32(copied(2, a, count), copied(3, b, count), copied(4, bias, count), count, has_relu, target);
     std::memcpy(to, target, size_t(count) * sizeof(float));
   };
+  wrapped.add_s32 = [](const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
+    int32_t* target = fresh<int32_t>(5, count);
+    state().isa->add_s32(copied(2, a, count), copied(3, b, count), count, target);
+    std::memcpy(to, target, size_t(count) * sizeof(int32_t));
+  };
   wrapped.line_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     line<LineF32>(state().isa->line_f32, a, b, bias, count, has_relu, to);
   };
