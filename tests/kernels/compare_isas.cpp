@@ -37,6 +37,7 @@ class Draw {
 
 // A NaN's sign and payload are the processor's choice.
 bool is_same(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
+bool is_same(int32_t a, int32_t b) { return a == b; }
 bool is_same(uint8_t a, uint8_t b) { return a == b; }
 bool is_same(uint16_t a, uint16_t b) {
   constexpr uint16_t kMagnitude = 0x7fff, kInfinity = 0x7f80;
