@@ -223,7 +223,7 @@ def test_the_frontier_has_a_line_a_curve_in_order_of_time(tmp_path, seeds, tasks
 def test_a_training_that_collapsed_is_outside_of_the_frontier(tmp_path):
     """The others are told apart all the same."""
     records = [
-        {"row": row, "seed": seed, "served": {"int8": {"ctr": {"auc": auc + 0.001 * seed}}}, "microseconds": {"int8": us}}
+        {"row": row, "served": {"int8": {"ctr": {"auc": auc + 0.001 * seed}}}, "microseconds": {"int8": us}}
         for row, us, auc in (("a", 100.0, 0.728), ("b", 200.0, 0.727), ("c", 50.0, 0.73), ("collapsed", 25.0, 0.5))
         for seed in range(3)
     ]
