@@ -47,7 +47,6 @@ using RowsBf16 = RowsRounded<uint16_t, &Isa::blocks_bf16, &Isa::round_bf16>;
 using RowsWidenedBf16 = RowsRounded<float, &Isa::blocks_widened_bf16, &Isa::round_widened_bf16>;
 using RowsFilledBf16 = RowsRounded<float, &Isa::blocks_f32, &Isa::round_widened_bf16>;
 
-// Built for every x86: a comparison of floats, as each of these has it.
 inline bool has_nan(const float* values, int64_t count) {
   int nans = 0;
   for (int64_t i = 0; i < count; ++i) nans |= values[i] != values[i];
