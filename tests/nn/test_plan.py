@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, Ranker, SparseMLP, freeze, save
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.network import PRECISIONS, QuantizationParameters
@@ -189,8 +190,11 @@ def test_a_network_in_blocks_has_one_layout(stopwatch):
     masked = MaskedMLP(64, (32, 16), tasks=("t",))
     shapes = masked.mask("t").shapes
     masked.set_mask(random_masks(shapes, 0.5, ("t",), torch.Generator().manual_seed(0), "16x4")["t"], "t")
-    segments = measure(freeze(masked).network, (1,)).batches[0].segments
-    assert not {segment.kernel for segment, _ in segments} & {"blocks", *cpu.UNSTRUCTURED}
+    frozen = freeze(masked)
+    plan = measure(frozen.network, (1,))
+    assert not {segment.kernel for segment, _ in plan.batches[0].segments} & {"blocks", *cpu.UNSTRUCTURED}
+    with pytest.raises(InputError, match="plan: got slices in fp32, wanted what the network has: blocks"):
+        frozen.planned(with_chain(plan, Segment("slices", "fp32", 0, 2)))
 
 
 @needs_engine

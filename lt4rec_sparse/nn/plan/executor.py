@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lt4rec_sparse import ops
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn.dense import DenseRun
 from lt4rec_sparse.nn.plan.plan import DENSE_KERNELS, Plan, Segment, check_fits, this_machine
@@ -84,6 +85,10 @@ class EngineRun:
         spans = [network.span(first, last, group) for group in groups]
         layout = None if segment.kernel == "sparse" else segment.kernel
         self._executors = [ops.executor(span, segment.precision, layout=layout) for span in spans]
+        if layout is not None and layout not in (known := ops.layouts(network, segment.precision)):
+            raise InputError(
+                f"plan: got {layout} in {segment.precision}, wanted what the network has: {', '.join(known)}"
+            )
 
     def __call__(self, hs: Sequence[Tensor]) -> list[Tensor]:
         """Run all tasks: from one x, or from each task's own activations."""
