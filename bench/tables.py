@@ -37,10 +37,12 @@ TICKETS = (
     "hard_sharing",
 )
 # What a reader of the headline knows a machine by.
-ENGINES = {
-    "avx2": "a core with AVX2 alone",
-    "avx512_bf16": "a Sapphire Rapids, whose AMX units multiply dense bf16 and int8",
-    "avx512_vnni": "an Emerald Rapids without AMX",
+MACHINES = {
+    "AMD EPYC (family 23, model 1, stepping 2)": "a core with AVX2 alone",
+    "Intel(R) Xeon(R) Processor (family 6, model 167, stepping 8)": (
+        "a Sapphire Rapids, whose AMX units multiply dense bf16 and int8"
+    ),
+    "Intel(R) Xeon(R) Processor (family 6, model 207, stepping 2)": "an Emerald Rapids without AMX",
 }
 KUAIRAND_RUNS = ("kuairand_pure", "kuairand_pure_blocks")
 RUNS = (*KUAIRAND_RUNS, "simulated")  # that were kept
@@ -91,7 +93,7 @@ def _headline() -> str:
             if has(at[0.8], kind, p) and _serves(at[0.8], p)
         ]
         if ratios:
-            where = ENGINES.get(cpu["engine"], cpu["machine"]["processor"])
+            where = MACHINES.get(cpu["machine"]["processor"], cpu["machine"]["processor"])
             speeds.append(f"  - {words}, {where}: {', '.join(ratios)}.")
     mlp = next(iter(record.read("cpu").values()))["mlp"]
     sizes = record.read("memory")
