@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import default, experiments, gpu, record, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
-from lt4rec_sparse.paper.frontier import chosen_table
+from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.tables import comparison_table, table

@@ -218,7 +218,14 @@ def experiment(
     executor: Annotated[
         str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
     ] = "processes",
-    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs of every training, or the most.")] = 1,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="End a training after so many epochs without a gain on the validation days, with the weights of the "
+            "best; 0 for all epochs."
+        ),
+    ] = 0,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
     embedding_dim: Annotated[int, typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
@@ -253,7 +260,10 @@ def experiment(
         float,
         typer.Option(callback=_within(0, 16), help="Row S-Weight-biggernet: factor of the hidden layers' widths."),
     ] = 1.375,
-    impressions: Annotated[int, typer.Option(help="Only for regimes: impressions of each simulated log.")] = 2_000_000,
+    impressions: Annotated[
+        int | None,
+        typer.Option(help="Only for regimes: impressions of the simulated log in the middle. [250000]"),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Carry out one of the paper's experiments.
@@ -262,7 +272,7 @@ def experiment(
     """
     from lt4rec_sparse.paper.declared import Variants
     from lt4rec_sparse.paper.experiment import run_experiment
-    from lt4rec_sparse.paper.regimes import TRAINING, Regimes, run_regimes
+    from lt4rec_sparse.paper.regimes import TRAINING, Regime, around, run_regimes
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
@@ -270,23 +280,28 @@ def experiment(
         raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
     if name != "regimes" and data is None:
         raise InputError("--data: got none, wanted a folder with a log")
+    if data is not None and impressions is not None:
+        raise InputError(f"--impressions: got {impressions} with --data, wanted none: only regimes simulates its logs")
     out = out or Path("runs") / "experiments" / (data.resolve().name if data else "regimes")
     resources, dtype = Resources(workers, executor), _dtype(precision)
+    training = Training(
+        hidden=_widths(hidden),
+        embedding_dim=embedding_dim,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        cross=cross,
+        losses=_losses(loss or []),
+        dtype=dtype,
+    )
+    variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
+    if data is None and (training, variants) != (Training(dtype=dtype), Variants()):
+        raise InputError("regimes: got options of networks or training, wanted none: its rows train in one way")
     with shown_progress(quiet) as progress:
         if data is None:
-            regimes = Regimes(impressions, training=replace(TRAINING, dtype=dtype))
-            report = run_regimes(out, seeds, regimes, resources, progress)
+            regimes = around(Regime() if impressions is None else Regime(impressions))
+            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
         else:
-            training = Training(
-                hidden=_widths(hidden),
-                embedding_dim=embedding_dim,
-                epochs=epochs,
-                batch_size=batch_size,
-                cross=cross,
-                losses=_losses(loss or []),
-                dtype=dtype,
-            )
-            variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
             report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
     typer.echo(f"{report}, report.html, records.json")
 

@@ -375,6 +375,12 @@ def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, argumen
     [
         (["experiment", "table2"], "--data: got none, wanted a folder with a log"),
         (["experiment", "regimes", "--data", "{tmp}"], "--data: got .* for regimes, wanted none"),
+        (["experiment", "regimes", "--epochs", "3"], "regimes: got options of networks or training, wanted none"),
+        (
+            ["experiment", "table2", "--data", "{tmp}", "--impressions", "9"],
+            "--impressions: got 9 with --data, wanted none",
+        ),
+        (["experiment", "table2", "--data", "{tmp}", "--patience", "-1"], "patience: got -1, wanted 0 or more epochs"),
         (["simulate"], "Missing argument"),
         (
             ["simulate", "{tmp}/log", "--impressions", "10"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,45 +184,74 @@ ROUNDS = (2, 4, 6, 8, 9)  # 45, 20, 8.9, 4 and 2.7 % are left
 def frontier(rows: Rows) -> list[Row]:
     """Sparse networks beside narrow dense ones, from two fifths of the weights to a fortieth; rates of their own."""
     first, *rest = rows.tasks
-    dense = []
-    for width in WIDTHS:
-        for row in replace(rows, narrow=width).small():
-            key = f"{row.key}_{width:g}"
-            dense.append(replace(row, key=key, rate_of=key))
-
-    def masked(key: str, title: str, masks: Masks) -> Row:
-        return rows.sparse(key, f"{title} at {shares(masks.search.density)}", masks, key)
-
-    def shares(density: Any) -> str:
-        return (
-            f"{density * 100:g} %"
-            if isinstance(density, float)
-            else ", ".join(f"{t} {d * 100:g} %" for t, d in density)
-        )
-
-    def random(granularity: str, density: Any) -> Masks:
-        return Masks("random", rows.search(granularity=granularity, density=density), rescale=True)
 
     def found(method: str, density: float) -> Masks:
         search = rows.search(method=method, granularity="16x4", density=density)
         return Masks(search=search, level="last")
 
-    blocks = [masked(f"blocks_{d:g}", "random blocks", random("16x4", d)) for d in DENSITIES]
-    weights = [masked(f"weights_{d:g}", "random weights", random("weight", d)) for d in DENSITIES]
+    blocks = [_masked(rows, f"blocks_{d:g}", "random blocks", _random(rows, "16x4", d)) for d in DENSITIES]
+    weights = [_masked(rows, f"weights_{d:g}", "random weights", _random(rows, "weight", d)) for d in DENSITIES]
     mixed = []
     for a, b in ((0.025, 0.1), (0.05, 0.2), (0.1, 0.4), (0.1, 0.025), (0.2, 0.05), (0.4, 0.1)):
         density = ((first, a), *((task, b) for task in rest))
-        mixed.append(masked(f"mixed_{a:g}_{b:g}", "random blocks", random("16x4", density)))
+        mixed.append(_masked(rows, f"mixed_{a:g}_{b:g}", "random blocks", _random(rows, "16x4", density)))
     cheap = []
     for method, title in (("gradual", "blocks pruned while training"), ("one_shot", "blocks of the trained base")):
-        cheap += [masked(f"{method}_{d:g}", title, found(method, d)) for d in DENSITIES]
+        cheap += [_masked(rows, f"{method}_{d:g}", title, found(method, d)) for d in DENSITIES]
     # One chain of rounds that keep a share alike, of which each row takes the first few.
-    chain = []
-    for rounds in ROUNDS:
-        search = rows.search(granularity="16x4", rounds=rounds, density=rows.density ** (rounds / rows.rounds))
-        title = f"tickets of blocks at {search.density * 100:.2g} %"
-        chain.append(rows.sparse(f"tickets_{rounds}", title, Masks(search=search, level="last"), f"tickets_{rounds}"))
-    return [rows.base(), rows.hard(), *dense, *blocks, *mixed, *weights, *cheap, *chain]
+    chain = [_block_tickets(rows, rounds) for rounds in ROUNDS]
+    return [rows.base(), rows.hard(), *_narrow(rows, WIDTHS), *blocks, *mixed, *weights, *cheap, *chain]
+
+
+def regimes(rows: Rows) -> list[Row]:
+    """A shorter frontier for many logs, and single-task networks of random blocks: sparsity without sharing."""
+    blocks = [_masked(rows, f"blocks_{d:g}", "random blocks", _random(rows, "16x4", d)) for d in DENSITIES[:-1]]
+    alone = []
+    for density in (0.2, 0.05):
+        key, masks = f"alone_{density:g}", _random(rows, "16x4", density)
+        trials = tuple(replace(rows, tasks=(task,)).sparse(key, "", masks).trials[0] for task in rows.tasks)
+        alone.append(Row(key, f"random blocks, single-task at {_shares(density)}", trials, key))
+    weights = _masked(rows, "weights_0.2", "random weights", _random(rows, "weight", 0.2))
+    single_weights = rows.tickets()[1]
+    return [
+        rows.base(),
+        rows.hard(),
+        *_narrow(rows, (0.5, 0.25, 0.12)),
+        *blocks,
+        *alone,
+        _block_tickets(rows, rows.rounds),
+        weights,
+        replace(single_weights, rate_of=single_weights.key),
+    ]
+
+
+def _narrow(rows: Rows, widths: Sequence[float]) -> list[Row]:
+    """Return dense networks, single-task and hard sharing, at narrow widths."""
+    dense = []
+    for width in widths:
+        for row in replace(rows, narrow=width).small():
+            key = f"{row.key}_{width:g}"
+            dense.append(replace(row, key=key, rate_of=key))
+    return dense
+
+
+def _masked(rows: Rows, key: str, title: str, masks: Masks) -> Row:
+    return rows.sparse(key, f"{title} at {_shares(masks.search.density)}", masks, key)
+
+
+def _shares(density: Any) -> str:
+    return f"{density * 100:g} %" if isinstance(density, float) else ", ".join(f"{t} {_shares(d)}" for t, d in density)
+
+
+def _random(rows: Rows, granularity: str, density: Any) -> Masks:
+    return Masks("random", rows.search(granularity=granularity, density=density), rescale=True)
+
+
+def _block_tickets(rows: Rows, rounds: int) -> Row:
+    """Return the tickets of 16x4 after some rounds, each of which keeps as much as one of the paper's."""
+    search = rows.search(granularity="16x4", rounds=rounds, density=rows.density ** (rounds / rows.rounds))
+    title = f"tickets of blocks at {search.density * 100:.2g} %"
+    return rows.sparse(f"tickets_{rounds}", title, Masks(search=search, level="last"), f"tickets_{rounds}")
 
 
 def many_tasks(rows: Rows) -> list[Row]:

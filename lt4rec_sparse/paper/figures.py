@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lt4rec_sparse.recsys.metrics import MAIN_METRIC
+from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.plots import (
     DEAD,
     TASK_COLOURS,
@@ -30,7 +30,6 @@ from lt4rec_sparse.recsys.tables import Record
 # Five colours and seven markers have no common divisor: 35 rows differ before a pair comes again.
 ROW_COLOURS = (*TASK_COLOURS, "#56b4e9", "#7f3c8d", "#555555")
 ROW_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REGIME_OPPONENTS = {"hard_sharing": "hard sharing", "single_task": "single-task", "random": "random masks, scaled up"}
 # A single seed, in its row's colour; the black edge keeps it visible on top of the mean's mark.
 SEED_MARKS: dict[str, Any] = {
     "linestyle": "",
@@ -158,39 +157,46 @@ def _seeds_and_means(
     return figure, axes
 
 
-def plot_regimes(cells: Sequence[Mapping[str, Any]], path: Path) -> Figure:
-    """Draw where sparse sharing pays: its CVR MSE against other models over click rate and conflict.
+def plot_regimes(
+    cells: Sequence[Mapping[str, Any]],
+    budgets: Mapping[str, str],
+    tasks: Mapping[str, str],
+    precision: str,
+    path: Path,
+) -> Figure:
+    """Draw how the chosen masked network differs from the chosen dense one: a line per regime, a mark per budget.
 
-    A cell has `click_rate`, `conflict` and `differences`: for each of `REGIME_OPPONENTS` S-Weight's relative
-    differences in %, one per seed, below 0 if S-Weight is better.
+    `budgets` is row -> title of the dense networks whose time is a budget. A cell has a `title` and `chosen`,
+    precision -> choices with `budget` and, where two networks were chosen, `numbers`: task -> the difference of its
+    main metric on the test days (of an MSE in %) and its standard error.
     """
-    rates, conflicts = (sorted({cell[name] for cell in cells}) for name in ("click_rate", "conflict"))
-    where = [(conflicts.index(cell["conflict"]), rates.index(cell["click_rate"])) for cell in cells]
-    panels = {}
-    for other in cells[0]["differences"]:
-        panels[other] = np.full((len(conflicts), len(rates)), np.nan)
-        for place, cell in zip(where, cells, strict=True):
-            panels[other][place] = np.mean(cell["differences"][other])
-    limit = max(float(np.nanmax(np.abs(means))) for means in panels.values()) or 1.0
-    figure = Figure(figsize=(3.2 * len(panels) + 0.6, 0.62 * len(conflicts) + 1.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
-    for axis, (other, means) in zip(axes, panels.items(), strict=True):
-        axis.set_facecolor(DEAD)  # shows where there is no cell
-        image = axis.imshow(means, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
-        for (y, x), cell in zip(where, cells, strict=True):
-            ink = "white" if abs(means[y, x]) > 0.7 * limit else "black"
-            error = standard_error(cell["differences"][other])
-            text = f"{means[y, x]:+.1f} %" if np.isnan(error) else f"{means[y, x]:+.1f}\n± {error:.1f} %"
-            axis.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.1, color=ink)
-        axis.set_xticks(range(len(rates)), [f"{100 * rate:g}" for rate in rates])
-        axis.set_yticks(range(len(conflicts)), [f"{conflict:g}" for conflict in conflicts])
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-        axis.set(xlabel="click rate, %", title=f"against {REGIME_OPPONENTS[other]}")
-    axes[0].set(ylabel="conflict of the tasks")
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("S-Weight's CVR MSE, difference in %\n(below 0: S-Weight is better)")
-    bar.outline.set_visible(False)
+    styles, titles = _styles(budgets), [cell["title"] for cell in cells]
+    figure = Figure(figsize=(4.6 * len(tasks) + 1.4, 0.42 * len(cells) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False).ravel()
+    for axis, (task, kind) in zip(axes, tasks.items(), strict=True):
+        axis.axvline(0, color=DEAD, zorder=0)
+        for place, (budget, title) in enumerate(budgets.items()):
+            offset = 0.6 * ((place + 0.5) / len(budgets) - 0.5)
+            known = [
+                (y + offset, choice["numbers"][task])
+                for y, cell in enumerate(cells)
+                for choice in cell["chosen"][precision]
+                if choice["budget"] == budget and "numbers" in choice
+            ]
+            if known:
+                ys, (means, errors) = [y for y, _ in known], zip(*(numbers for _, numbers in known), strict=True)
+                bars = None if np.isnan(errors).any() else 2 * np.array(errors)
+                axis.errorbar(means, ys, xerr=bars, linestyle="", markersize=5, label=title, **styles[budget])
+        metric = MAIN_METRIC[kind]
+        side = "right" if HIGHER_IS_BETTER[metric] else "left"
+        unit = ", %" if metric == "mse" else ""
+        axis.set(xlabel=f"{task} {metric.upper()}: masked against dense{unit}\n(to the {side}: masked is better)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(cells)), titles)
+    axes[0].set_ylim(len(cells) - 0.5, -0.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    note = f"{precision}; in the time of a single-task network, bars: two standard errors"
+    figure.legend(handles, labels, title=note, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path)
     return figure
 

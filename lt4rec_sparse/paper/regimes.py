@@ -1,124 +1,127 @@
-"""When sparse sharing pays: the same models over simulated logs, whose truth and conflict are known."""
+"""Where sparse networks beat narrow dense ones: the same rows over simulated logs, each trained until it gains no more.
+
+One regime is the middle; each other one differs from it in one thing.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
-from lt4rec_sparse.paper import figures
+from lt4rec_sparse.paper import declared, figures
+from lt4rec_sparse.paper.equal_time import CHOSEN, PRECISIONS, choices, chosen_table, curves_of, difference, measure
+from lt4rec_sparse.paper.pages import Findings
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.simulator import TRUTH
 from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import recovery
-from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, Rows
+from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
-from lt4rec_sparse.recsys.harness.statistics import paired_difference
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out, train_all
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.harness.trials import Training
 from lt4rec_sparse.recsys.report import write_page
-from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, table, values_of
+from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, count, table
 
 LOG = "log"
-MIDDLE = (0.1, 0.5)  # where learning rates are searched, for all cells
-TRAINING = Training(hidden=(128, 64, 32), embedding_dim=8, batch_size=2048)
-TASKS = ("ctr", "cvr")
-OPPONENTS = {"hard_sharing": HARD, "single_task": BASE, "random": RANDOM_RESCALED}
+TRAINING = Training(hidden=(256, 128, 64), embedding_dim=8, epochs=12, patience=1, batch_size=1024)
+TASKS = {"ctr": "binary", "cvr": "ratio"}
+WEIGHTS = ("weights", "s_weight")  # rows of single weights, which no budget chooses: the question is of blocks
+FOUND = {"tickets of weights": S_WEIGHT_LAST, "tickets of 16x4": "tickets_4", "random weights": "weights_0.2"}
 
 
 @dataclass(frozen=True)
-class Regimes:
-    """Size of the map of regimes: rows of each log, and how every row trains, except for its learning rates.
+class Regime:
+    """A simulated log and the hidden widths of the networks on it.
 
-    Cells differ in their share of clicks (fewer leave less to learn watching from) and in how much the tasks oppose
-    each other on what both depend on.
+    `planted_fields` are those of each kind, on each side: more of them share the same truth, so that each column says
+    less. For the others see `SimulatorConfig`.
     """
 
-    impressions: int = 2_000_000
-    # Four out of ten clicked, as in the paper's log; and fewer, down to its conversions.
-    click_rates: tuple[float, ...] = (0.02, 0.1, 0.41)
-    conflicts: tuple[float, ...] = (0.0, 0.5, 1.0)
-    training: Training = TRAINING
+    impressions: int = 250_000
+    click_rate: float = 0.1
+    conflict: float = 0.5
+    planted_fields: int = 2
+    hidden: tuple[int, ...] = TRAINING.hidden
 
-    def config(self, click_rate: float, conflict: float) -> SimulatorConfig:
-        """Return a cell's log: two planted fields of each kind on each side; half of the truth is shared."""
+    def config(self) -> SimulatorConfig:
+        """Return the log: half of the truth is shared by the tasks, and four out of ten clicks are viewed long."""
         return SimulatorConfig(
             users=max(100, self.impressions // 20),
             videos=max(100, self.impressions // 100),
             impressions=self.impressions,
-            click_rate=click_rate,
+            click_rate=self.click_rate,
             watch_rate=0.4,
-            conflict=conflict,
-            planted_fields=2,
+            conflict=self.conflict,
+            planted_fields=self.planted_fields,
         )
+
+
+def around(middle: Regime) -> dict[str, Regime]:
+    """Return title -> regime: the middle, and those that differ from it in one thing."""
+    narrow, wide = (tuple(max(1, int(factor * width)) for width in middle.hidden) for factor in (0.25, 4))
+    changes: dict[str, dict[str, Any]] = {
+        "middle": {},
+        "a quarter of the rows": {"impressions": middle.impressions // 4},
+        "four times the rows": {"impressions": 4 * middle.impressions},
+        "2 % clicks": {"click_rate": 0.02},
+        "41 % clicks": {"click_rate": 0.41},
+        "no conflict": {"conflict": 0.0},
+        "full conflict": {"conflict": 1.0},
+        "one strong column of each kind": {"planted_fields": 1},
+        "six weak columns of each kind": {"planted_fields": 6},
+        "a quarter of the width": {"hidden": narrow},
+        "four times the width": {"hidden": wide},
+    }
+    return {title: replace(middle, **change) for title, change in changes.items()}
 
 
 def run_regimes(
     out: Path,
     seeds: int,
-    regimes: Regimes | None = None,
+    regimes: Mapping[str, Regime] | None = None,
+    training: Training = TRAINING,
     resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
-    """Simulate a log per cell, train every row on each, and write the map and how much of the truth the masks found.
+    """Simulate a log per regime, train every row on each, time and judge what is served, and write the map.
 
-    Learning rates are searched in the middle cell, for each row alike, and used in all cells. `out` then holds a folder
-    per cell, `tuning.json`, and `report.md`, whose path is returned, with its plots and `records.json`. All seeds of a
-    cell train on the same log. For the other arguments see `run_experiment`.
+    Each regime searches its learning rates itself. `out` then holds a folder per regime and `report.md`, whose path is
+    returned, with its plots and `records.json`. All seeds of a regime train on the same log. For the other arguments
+    see `run_experiment`; the hidden widths are the regime's own.
     """
-    regimes, resources = regimes or Regimes(), resources or Resources()
-    cells = {
-        cell: out / f"click_{cell[0]}-conflict_{cell[1]}" for cell in product(regimes.click_rates, regimes.conflicts)
-    }
-    middle = cells.get(MIDDLE, next(iter(cells.values())))
+    regimes, resources = regimes or around(Regime()), resources or Resources()
+    folders = {title: out / title.replace(" ", "_").replace("%", "percent") for title in regimes}
     with locked(out):
-        logs = {folder: Job(prepare_cell, (folder, regimes.config(*cell))) for cell, folder in cells.items()}
+        logs = {folders[title]: Job(prepare_regime, (folders[title], r.config())) for title, r in regimes.items()}
         run_jobs(logs, resources.workers, resources.executor, partial(progress, "regimes: simulate"))
-        study = carry_out(
-            lambda rows: [rows.base(), rows.hard(), *rows.tickets(), rows.random()[1]],
-            Rows(TASKS, regimes.training),
-            seeds,
-            laboratory(middle).prepared.schema,
-            out,
-            carrier(middle, resources, progress, "regimes"),
-        )
-        results = []
-        for (click_rate, conflict), folder in cells.items():
-            name = f"regimes, clicks {click_rate:.0%}, conflict {conflict:g}"
-            records = train_all(study.trials, carrier(folder, resources, progress, name))
-            truth = json.loads((folder / LOG / TRUTH).read_text(encoding="utf-8"))
-            lab = laboratory(folder)
-            recovered = [
-                {"seed": seed, "way": way, **recovery(lab, study.trials[key, seed][0], truth["fields"])}
-                for seed in range(seeds)
-                for way, key in (("tickets", S_WEIGHT_LAST), ("random", RANDOM_RESCALED))
-            ]
-            results.append(
-                {
-                    "click_rate": click_rate,
-                    "conflict": conflict,
-                    "counts": lab.prepared.counts,
-                    "truth": {name: value for name, value in truth.items() if name != "fields"},
-                    "differences": _differences(records),
-                    "recovery": recovered,
-                    "records": records,
-                }
-            )
         (out / "plots").mkdir(exist_ok=True)
-        facts = {"rows": study.rows, "seeds": seeds, "learning_rates": study.rates}
-        write_whole(out / "records.json", json.dumps({**facts, "cells": results}, indent=1) + "\n")
-        return write_page(_page(results, study.rows, out), "regimes: simulated logs", out)
+        results = []
+        for title, regime in regimes.items():
+            folder = folders[title]
+            study = carry_out(
+                declared.regimes,
+                Rows(tuple(TASKS), replace(training, hidden=regime.hidden)),
+                seeds,
+                laboratory(folder).prepared.schema,
+                folder,
+                carrier(folder, resources, progress, f"regimes, {title}"),
+            )
+            facts = {"experiment": "regimes", "tasks": TASKS, "seeds": seeds}
+            results.append({"title": title, "regime": asdict(regime), **_found(Findings(facts, study, folder))})
+        named = {"rows": results[0]["rows"], "tasks": TASKS, "seeds": seeds, "training": asdict(training)}
+        write_whole(out / "records.json", json.dumps({**named, "cells": results}, indent=1) + "\n")
+        return write_page(_page(results, out), "regimes: simulated logs", out)
 
 
-def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
-    """Simulate and prepare a cell's log, unless that is done already; a folder with trials on another is refused."""
+def prepare_regime(folder: Path, config: SimulatorConfig) -> None:
+    """Simulate and prepare a regime's log, unless that is done; a folder with trials on another log is refused."""
     truth = folder / LOG / TRUTH
     if has_trained(folder) and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
         raise InputError(
@@ -128,46 +131,90 @@ def prepare_cell(folder: Path, config: SimulatorConfig) -> None:
     prepare(folder / LOG, folder / DATA)
 
 
-def _differences(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return how S-Weight's CVR MSE differs from the other rows', in percent, one number per seed."""
-    mse = {name: values_of(records, row, "cvr", "mse") for name, row in {"mine": S_WEIGHT, **OPPONENTS}.items()}
+def _found(findings: Findings) -> dict[str, Any]:
+    """Return what was measured in a regime."""
+    times, study = measure(findings), findings.study
+    blocks = {row: title for row, title in curves_of(findings.rows).items() if not row.startswith(WEIGHTS)}
+    chosen = {precision: choices(findings, blocks, times[precision], precision) for precision in PRECISIONS}
+    for precision, of_precision in chosen.items():
+        for choice in of_precision:
+            if "differences" in choice:
+                pair = choice["masked"], choice["dense"]
+                found = {task: difference(findings, *pair, task, precision) for task in TASKS}
+                choice["numbers"] = {task: [d.mean, d.error] for task, d in found.items()}
+    lab = laboratory(findings.out)
+    truth = json.loads((findings.out / LOG / TRUTH).read_text(encoding="utf-8"))
     return {
-        name: [paired_difference({s: mine}, {s: mse[name][s]}, relative=True).mean for s, mine in mse["mine"].items()]
-        for name in OPPONENTS
+        "counts": lab.prepared.counts,
+        "truth": {name: value for name, value in truth.items() if name != "fields"},
+        "rows": study.rows,
+        "learning_rates": study.rates,
+        "microseconds": times,
+        "chosen": chosen,
+        "recovery": [
+            {"seed": seed, "way": way, **recovery(lab, study.trials[row, seed][0], truth["fields"])}
+            for seed in range(findings.facts["seeds"])
+            for way, row in FOUND.items()
+        ],
+        "records": findings.records,
     }
 
 
-def _page(cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str], folder: Path) -> str:
-    figures.plot_regimes(cells, folder / "plots" / "regimes.png")
+def _page(cells: Sequence[Mapping[str, Any]], folder: Path) -> str:
     parts = [
-        "# When does sparse sharing pay?",
-        "Simulated logs whose truth is known, one per cell. Cells differ in how many impressions are clicked (fewer "
-        "clicks leave less to learn watching from) and in how much the two tasks oppose each other on what both "
-        "depend on.",
-        "![CVR MSE of S-Weight against hard sharing, single-task and random masks](plots/regimes.png)",
-        _recovery_table(cells),
-        LEGEND,
+        "# Where do sparse networks beat narrow dense ones?",
+        "Simulated logs whose truth is known, one per regime. Each regime differs from the middle in one thing. Every "
+        "row of each searches its learning rates, and trains until the validation days gain no more.",
     ]
+    budgets = {row: budget_title(row) for row in (choice["budget"] for choice in cells[0]["chosen"][PRECISIONS[0]])}
+    for precision in PRECISIONS:
+        figures.plot_regimes(cells, budgets, TASKS, precision, folder / "plots" / f"regimes_{precision}.png")
+        caption = f"The chosen masked network against the chosen dense one in every regime, {precision}"
+        parts.append(f"![{caption}](plots/regimes_{precision}.png)")
+    parts += [CHOSEN, _regimes_table(cells, budgets), _recovery_table(cells), LEGEND]
     for cell in cells:
         truth = cell["truth"]
         parts.append(
-            f"## Clicks {cell['click_rate']:.0%}, conflict {cell['conflict']:g}\n\n"
-            f"The truth itself scores ctr AUC {truth['ctr_auc']:.4f}, cvr MSE {truth['cvr_mse']:.5f}; a constant "
-            f"cvr MSE {truth['constant']['cvr_mse']:.5f}.\n\n"
-            + comparison_table(cell["records"], titles, BASE, {"ctr": "binary", "cvr": "ratio"})
+            f"## {cell['title'].capitalize()}\n\n"
+            f"{count(cell['counts']['train']['rows'], 'row')} to train on. The truth itself scores ctr AUC "
+            f"{truth['ctr_auc']:.4f}, cvr MSE {truth['cvr_mse']:.5f}; a constant cvr MSE "
+            f"{truth['constant']['cvr_mse']:.5f}."
         )
+        for precision in PRECISIONS:
+            text = chosen_table(cell["chosen"][precision], cell["rows"], list(TASKS))
+            parts.append(f"Chosen on the validation days, {precision}:\n\n{text}")
+        parts.append(comparison_table(cell["records"], cell["rows"], BASE, TASKS))
     return "\n\n".join(parts) + "\n"
 
 
+def _regimes_table(cells: Sequence[Mapping[str, Any]], budgets: Mapping[str, str]) -> str:
+    """Return, per precision and task, how the masked networks differ from the dense ones in every budget."""
+    parts = []
+    for precision in PRECISIONS:
+        header = ["regime", *(f"time of {title}" for title in budgets.values())]
+        for task in TASKS:
+            lines = []
+            for cell in cells:
+                of_budget = {choice["budget"]: choice for choice in cell["chosen"][precision]}
+                differences = (of_budget[budget].get("differences", {}).get(task, NOT_KNOWN) for budget in budgets)
+                lines.append([cell["title"], *differences])
+            parts.append(f"## {task}, {precision}: masked against dense\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def budget_title(row: str) -> str:
+    """Return the words for the dense single-task row whose time is a budget."""
+    return f"dense {row.rpartition('_')[2]}x" if row != BASE else "dense"
+
+
 def _recovery_table(cells: Sequence[Mapping[str, Any]]) -> str:
-    header = ["clicks", "conflict", "masks", *(f"{task}: AUC of columns" for task in TASKS)]
+    header = ["regime", "masks", *(f"{task}: AUC of columns" for task in TASKS)]
     header += ["co-owned: both need", "one needs", "none needs"]
     lines = []
     for cell in cells:
-        for way in ("tickets", "random"):
+        for way in FOUND:
             found = [record for record in cell["recovery"] if record["way"] == way]
-            line = [f"{cell['click_rate']:.0%}", f"{cell['conflict']:g}", way]
-            line += [f"{fmean(record['auc'][task] for record in found):.3f}" for task in TASKS]
+            line = [cell["title"], way, *(f"{fmean(record['auc'][task] for record in found):.3f}" for task in TASKS)]
             for part in ("shared", "private", "neither"):
                 known = [record["sharing"][part] for record in found if record["sharing"][part] is not None]
                 line.append(f"{fmean(known):.3f}" if known else NOT_KNOWN)

@@ -2,16 +2,16 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.paper import experiment, frontier, pages
+from lt4rec_sparse.paper import equal_time, experiment, pages, regimes
 from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
-from lt4rec_sparse.paper.regimes import Regimes, run_regimes
+from lt4rec_sparse.paper.regimes import Regime, around, run_regimes
 from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
 from lt4rec_sparse.recsys.harness import starts, study
 from lt4rec_sparse.recsys.harness.study import Resources
@@ -28,12 +28,13 @@ def short():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pages, frontier):
+        for module in (pages, equal_time):
             patch.setattr(module, "interleaved", lambda calls: interleaved(calls, rounds=1, round_us=1.0))
         patch.setattr(study, "FURTHER", 0)
         patch.setattr(study, "SEEDS", (1000,))
         carry_out = partial(study.carry_out, grid=(1e-3, 2e-3))
-        patch.setattr(experiment, "carry_out", carry_out)
+        for module in (experiment, regimes):
+            patch.setattr(module, "carry_out", carry_out)
         yield
     torch.set_num_threads(threads)
 
@@ -79,18 +80,35 @@ def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
 @pytest.mark.end_to_end
 def test_regimes_are_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
-    regimes = Regimes(3_000, (0.2, 0.5), (0.5,), TRAINING)
-    report = run_regimes(tmp_path / "map", 1, regimes, HERE)
+    middle = Regime(3_000, 0.2, planted_fields=1, hidden=(32, 16))
+    around_it = {"middle": middle, "50 % clicks": replace(middle, click_rate=0.5)}
+    report = run_regimes(tmp_path / "map", 1, around_it, TRAINING, HERE)
     records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
-    assert [(cell["click_rate"], cell["conflict"]) for cell in records["cells"]] == [(0.2, 0.5), (0.5, 0.5)]
-    for cell in records["cells"]:
+    assert [cell["title"] for cell in records["cells"]] == list(around_it)
+    for cell, regime in zip(records["cells"], around_it.values(), strict=True):
+        assert cell["regime"] == json.loads(json.dumps(asdict(regime)))
+        assert {record["trial"]["training"]["hidden"][0] for record in cell["records"]} >= {32, 16, 8, 4}
         found = cell["recovery"][0]
-        assert found["way"] == "tickets"
+        assert found["way"] == "tickets of weights"
         assert set(found["density"]["ctr"]) == {"shared", "click", "watch", "noise"}
-        assert len(cell["differences"]["hard_sharing"]) == 1
-    assert (report.parent / "plots" / "regimes.png").stat().st_size > 0
+        for precision, choices in cell["chosen"].items():
+            assert [choice["microseconds"] for choice in choices] == sorted(
+                (us for row, us in cell["microseconds"][precision].items() if row.startswith("base")), reverse=True
+            )
+            assert not {choice["masked"] for choice in choices} & {"weights_0.2", "s_weight_last"}
+    text = report.read_text(encoding="utf-8")
+    for picture in ("regimes_fp32", "regimes_int8"):
+        assert f"(plots/{picture}.png)" in text
+        assert (report.parent / "plots" / f"{picture}.png").stat().st_size > 0
     with pytest.raises(InputError, match="got trials on another simulated log"):
-        run_regimes(tmp_path / "map", 1, replace(regimes, impressions=2_000), HERE)
+        run_regimes(tmp_path / "map", 1, {"middle": replace(middle, impressions=2_000)}, TRAINING, HERE)
+
+
+def test_a_regime_differs_from_the_middle_in_one_thing():
+    middle = Regime(1_000)
+    for title, regime in around(middle).items():
+        changed = [name for name, value in asdict(regime).items() if value != asdict(middle)[name]]
+        assert len(changed) == (title != "middle")
 
 
 def test_what_is_no_experiment_is_refused(small_folder, tmp_path):

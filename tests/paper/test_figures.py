@@ -81,20 +81,24 @@ def masked_titles():
     return {row: title for row, title in TITLES.items() if row not in DENSE}
 
 
-def cells_of(seeds, rates=(0.02, 0.1, 0.35), conflicts=(0.0, 0.5, 0.9)):
+BUDGETS = {"base": "dense", "base_small_0.25": "dense 0.25x"}
+
+
+def cells_of(seeds: int, regimes: int = 11) -> list[dict]:
+    """Return regimes; in the last one no masked network is as fast as the narrow dense one."""
     rng = np.random.default_rng(0)
+
+    def choice(budget, is_known):
+        error = 0.001 if seeds > 1 else float("nan")
+        numbers = {"ctr": [0.002 * rng.normal(), error], "cvr": [2 * rng.normal(), 1000 * error]}
+        return {"budget": budget, **({"numbers": numbers} if is_known else {})}
+
     return [
         {
-            "click_rate": rate,
-            "conflict": conflict,
-            "differences": {
-                "hard_sharing": (2 - 8 * conflict + 10 * rate + rng.normal(size=seeds)).tolist(),
-                "single_task": (-10 + 30 * rate + 5 * conflict + rng.normal(size=seeds)).tolist(),
-                "random": (rate - 5 * conflict + rng.normal(size=seeds)).tolist(),
-            },
+            "title": f"regime {place} with a long name",
+            "chosen": {"int8": [choice(budget, place < regimes - 1 or budget == "base") for budget in BUDGETS]},
         }
-        for rate in rates
-        for conflict in conflicts
+        for place in range(regimes)
     ]
 
 
@@ -262,26 +266,31 @@ def test_overlap_has_a_bar_a_layer_and_row_of_100_percent(tmp_path, seeds, tasks
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
-def test_regimes_say_mean_and_error_of_each_cell(tmp_path, seeds):
-    cells = cells_of(seeds)
-    figure = figures.plot_regimes(cells[:-1], tmp_path / "f.png")  # one cell is missing
+def test_regimes_have_a_line_each_and_a_mark_per_budget(tmp_path, seeds):
+    cells, tasks = cells_of(seeds), {"ctr": "binary", "cvr": "ratio"}
+    figure = figures.plot_regimes(cells, BUDGETS, tasks, "int8", tmp_path / "f.png")
     assert is_picture(tmp_path / "f.png")
     assert no_text_overlaps(figure)
-    for axis, other in zip(figure.axes, ("hard_sharing", "single_task", "random"), strict=False):
-        (image,) = axis.get_images()
-        low, high = image.get_clim()
-        assert low == -high
-        shown = image.get_array()
-        assert shown.mask[2, 2]
-        assert shown.count() == len(cells) - 1
-        for cell, text in zip(cells, axis.texts, strict=False):
-            x, y = text.get_position()
-            assert [label.get_text() for label in axis.get_xticklabels()][x] == f"{100 * cell['click_rate']:g}"
-            assert [label.get_text() for label in figure.axes[0].get_yticklabels()][y] == f"{cell['conflict']:g}"
-            values = cell["differences"][other]
-            assert shown[y, x] == np.mean(values)
-            error = f" ± {np.std(values, ddof=1) / seeds**0.5:.1f}" if seeds > 1 else ""
-            assert text.get_text().replace("\n", " ") == f"{np.mean(values):+.1f}{error} %"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [cell["title"] for cell in cells]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(BUDGETS.values())
+    for axis, task, better in zip(figure.axes, tasks, ("right", "left"), strict=True):
+        assert f"to the {better}: masked is better" in axis.get_xlabel()
+        for marks, budget in zip(axis.containers, BUDGETS, strict=True):
+            known = [
+                (y, choice["numbers"][task])
+                for y, cell in enumerate(cells)
+                for choice in cell["chosen"]["int8"]
+                if choice["budget"] == budget and "numbers" in choice
+            ]
+            line, _, bars = marks.lines
+            assert list(line.get_xdata()) == [mean for _, (mean, _) in known]
+            assert [round(y) for y in line.get_ydata()] == [y for y, _ in known]
+            if seeds == 1:
+                assert not bars
+                continue
+            for (left, right), (_, (mean, error)) in zip(bars[0].get_segments(), known, strict=True):
+                assert (left[0], right[0]) == pytest.approx((mean - 2 * error, mean + 2 * error))
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1], "the first regime is at the top"
 
 
 def test_35_rows_differ():

@@ -2,7 +2,8 @@
 
 from types import SimpleNamespace
 
-from lt4rec_sparse.paper.frontier import CURVES, _at_equal_time, _chosen, _densities, chosen_table
+from lt4rec_sparse.paper.equal_time import choices, chosen_table, curves_of
+from lt4rec_sparse.paper.frontier import _at_equal_time, _densities
 
 TASKS = {"ctr": "binary", "cvr": "ratio"}
 # row -> microseconds, AUC, MSE at seed 0; seed 1 is a little better
@@ -14,7 +15,7 @@ ROWS = {
     "blocks_0.2": (399.0, 0.74, 0.096),
     "blocks_0.025": (50.0, 0.74, 0.096),
 }
-CURVE_OF = {row: next(title for start, title in CURVES.items() if row.startswith(start)) for row in ROWS}
+CURVE_OF = curves_of(ROWS)
 TIMES = {row: us for row, (us, _, _) in ROWS.items()}
 
 
@@ -55,7 +56,7 @@ def test_of_what_is_as_fast_the_validation_days_choose():
     """Not the test days: there the dense network that is a quarter as wide is no better than the others."""
     losses = {"base_small_0.25": (0.5, 0.9), "blocks_0.2": (0.4, 0.4), "blocks_0.05": (0.6, 0.7)}
     findings = findings_of(losses)
-    slow, fast = cells_of(chosen_table(_chosen(findings, CURVE_OF, TIMES, "int8"), findings.rows, list(TASKS)))
+    slow, fast = cells_of(chosen_table(choices(findings, CURVE_OF, TIMES, "int8"), findings.rows, list(TASKS)))
     assert slow[:3] == ["400", "base_small_0.25 at 0.25 %", "blocks_0.2 at 0.2 %"]
     assert fast[:3] == ["100", "base_small_0.25 at 0.25 %", "blocks_0.05 at 0.05 %"]
     assert fast[3:] == ["**+0.0100 ± 0.0000**", "**-1.03 ± 0.00 %**"]

@@ -17,8 +17,9 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
+from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
-from lt4rec_sparse.recsys.training import Objective, TaskAdam, evaluate, train
+from lt4rec_sparse.recsys.training import EarlyStopping, Objective, TaskAdam, evaluate, train
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging
@@ -138,6 +139,12 @@ class Starts:
         something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
         are left out at the start; `how` is for `training.train`.
         """
+
+        def losses(model: nn.Module) -> dict[str, float]:
+            judged = self.judge(path, model, "validation", objective.names)["all"]
+            return {task: judged[task][LOSS[self.kinds[task]]] for task in objective.names}
+
+        stops = training.patience and not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
         return train(
@@ -149,6 +156,7 @@ class Starts:
             skip=skip,
             checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
+            stopping=EarlyStopping(losses, training.patience) if stops else None,
             **how,
         )
 

@@ -49,7 +49,10 @@ class Training:
         cross: "dlrm", "wide_deep" or "deepfm".
         learning_rate: Adam's, for every task that `rates` does not name.
         rates: Task -> learning rate of that task's steps (`TaskAdam`).
-        epochs: Epochs of every training.
+        epochs: Epochs of every training, or the most.
+        patience: A training ends after so many epochs in a row that were no better on the validation days, with the
+            weights of its best one (`EarlyStopping`); 0 for all epochs. Warm-ups, and searches that prune while they
+            train, take all.
         batch_size: Impressions per batch.
         warm_up: Epochs of dense training of all tasks before anything else; searches and trials start from there.
         losses: Task -> name of its loss, where it is not the default of the task's kind.
@@ -64,6 +67,7 @@ class Training:
     learning_rate: float = 1e-3
     rates: tuple[tuple[str, float], ...] = ()
     epochs: int = 1
+    patience: int = 0
     batch_size: int = 1024
     warm_up: float = 0.0
     losses: tuple[tuple[str, str], ...] = ()
@@ -75,6 +79,8 @@ class Training:
         for _, loss in self.losses:
             _check(loss, tuple(LOSSES), "loss")
         check_counts(embedding_dim=self.embedding_dim, epochs=self.epochs, batch_size=self.batch_size)
+        if self.patience < 0:
+            raise InputError(f"patience: got {self.patience}, wanted 0 or more epochs")
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, wanted at least one width, each at least 1")
         for rate in (self.learning_rate, *(rate for _, rate in self.rates)):

@@ -5,9 +5,11 @@ from lt4rec_sparse.recsys.training.loop import train
 from lt4rec_sparse.recsys.training.objectives import Alternating, Factors, Joint, Objective, Projected, TaskLosses
 from lt4rec_sparse.recsys.training.precision import fastest_dtype
 from lt4rec_sparse.recsys.training.rates import TaskAdam
+from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
 __all__ = [
     "Alternating",
+    "EarlyStopping",
     "Factors",
     "Joint",
     "Objective",

@@ -15,6 +15,7 @@ from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.training.objectives import Objective
+from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
 AfterBatch = Callable[[Batch, int, int], None]
 
@@ -31,6 +32,7 @@ def train(
     checkpoint_every: int = 200,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     after_batch: AfterBatch = lambda batch, done, total: None,
+    stopping: EarlyStopping | None = None,
 ) -> float:
     """Train a model in place, batch by batch, as the objective says.
 
@@ -39,9 +41,10 @@ def train(
     one does. An objective with a state of its own (a generator, learned weights) must not be given a checkpoint.
 
     Training stops after `epochs` in all, or after `batches`, if this comes first; `skip` batches count as done before
-    the first. `log` is called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, a mean;
-    `after_batch` after each batch with the batch, batches done and batches in all. It may prune while the model trains;
-    checkpoints do not hold its state.
+    the first. `stopping` may end it at the end of an earlier epoch, and leaves the weights of the best one. `log` is
+    called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, a mean; `after_batch` after each
+    batch with the batch, batches done and batches in all. It may prune while the model trains; checkpoints do not hold
+    its state.
 
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
@@ -57,6 +60,8 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         (first_epoch, first_batch), sums, before = state["cursor"], state["sums"], state["seconds"]
+        if stopping is not None:
+            stopping.load_state_dict(state["stopping"])
     started = process_time()
 
     def save(path: Path, following: tuple[int, int]) -> None:
@@ -66,12 +71,13 @@ def train(
             "cursor": following,
             "sums": sums,
             "seconds": before + process_time() - started,
+            "stopping": None if stopping is None else stopping.state_dict(),
         }
         with whole_file(path) as temporary:
             torch.save(state, temporary)
 
-    model.train()
     for epoch in range(first_epoch, epochs):
+        model.train()
         first = first_batch if epoch == first_epoch else 0
         done = epoch * len(stream) + first
         if done >= total:
@@ -92,8 +98,12 @@ def train(
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
         sums = dict(nothing)
+        if stopping is not None and stopping.is_over(model):
+            break
         if checkpoint is not None and done < total:
             save(checkpoint, (epoch + 1, 0))
+    if stopping is not None:
+        stopping.restore(model)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return before + process_time() - started

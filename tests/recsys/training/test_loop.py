@@ -8,7 +8,7 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.metrics import AUC, MSE
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing, loss_of
-from lt4rec_sparse.recsys.training import Alternating, TaskLosses, evaluate, train
+from lt4rec_sparse.recsys.training import Alternating, EarlyStopping, TaskLosses, evaluate, train
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 LOSSES = {task: loss_of(kind) for task, kind in KINDS.items()}
@@ -49,8 +49,9 @@ class MachineGoneError(Exception):
     """Stands for a machine that goes away."""
 
 
+@pytest.mark.parametrize("patience", [0, 1])
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
-def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_log, tmp_path, stop_after):
+def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_log, tmp_path, stop_after, patience):
     def go(model, checkpoint, stop=None):
         def after_batch(batch, done, total):
             if done == stop:
@@ -69,8 +70,16 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
             checkpoint_every=2,
             log=records.append,
             after_batch=after_batch,
+            stopping=EarlyStopping(distance, patience) if patience else None,
         )
         return records
+
+    start = [p.detach().clone() for p in new_model(small_log).parameters()]
+
+    def distance(model):  # grows, so that the first epoch is the best
+        return {
+            "ctr": sum(float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), start, strict=True))
+        }
 
     whole, cut, resumed = new_model(small_log), new_model(small_log), new_model(small_log)
     records = go(whole, None)
