@@ -129,7 +129,7 @@ def run(
         int | None,
         typer.Option(help="Rounds of pruning per task, for tickets. By default 4, or 2 on the simulated log."),
     ] = None,
-    density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.2,
+    density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.1,
     batch_size: Annotated[
         int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
     ] = None,
@@ -153,10 +153,11 @@ def run(
     granularity: Annotated[
         str,
         typer.Option(
-            help="What is pruned or kept together: single weights (weight), two of four (2:4), blocks of 16 outputs "
-            "and 4 inputs (16x4), square blocks (block4, block16, block32, block64) or whole neurons (neuron)."
+            help="What is pruned or kept together: blocks of 16 outputs and 4 inputs (16x4), the fastest; single "
+            "weights (weight), two of four (2:4), square blocks (block4, block16, block32, block64) or whole neurons "
+            "(neuron)."
         ),
-    ] = "weight",
+    ] = "16x4",
     tasks: Annotated[
         str,
         typer.Option(help="Names of tasks, such as ctr,cvr,like. By default all that the schema does not call extra."),

@@ -644,7 +644,7 @@ def _layout(path):
 def test_out_of_other_settings_is_refused_and_kept(finished):
     before = contents(finished)
     line = refusal("run", "--out", finished, *TINY, "--density", "0.5")
-    assert line == f"{finished}/config.json: got density = 0.2, wanted 0.5; choose another --out"
+    assert line == f"{finished}/config.json: got density = 0.1, wanted 0.5; choose another --out"
     line = refusal("run", "--data", finished / "simulated", "--out", finished, *TINY, "--rounds", "2")
     assert "got rounds = 1, wanted 2" in line
     assert contents(finished) == before

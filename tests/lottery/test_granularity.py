@@ -32,7 +32,7 @@ def test_a_granularity_that_there_is_none_of_is_one_line(small_folder, tmp_path)
 def test_a_run_of_another_granularity_is_refused(tmp_path):
     pin_settings(tmp_path, "log", RunSettings(granularity="block32"))
     assert check_settings(tmp_path, "log", RunSettings(granularity="block32"))
-    with pytest.raises(InputError, match="got granularity = block32, wanted weight; choose another --out"):
+    with pytest.raises(InputError, match="got granularity = block32, wanted 16x4; choose another --out"):
         check_settings(tmp_path, "log", RunSettings())
 
 

@@ -26,7 +26,17 @@ from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import MODEL, MODEL_LAST, run
 from lt4rec_sparse.recsys.training import train
 
-SETTINGS = RunSettings(hidden=(16, 8), embedding_dim=4, masks="tickets", rounds=2, epochs=1, batch_size=512)
+# A few blocks are all that so small a network has.
+SETTINGS = RunSettings(
+    hidden=(16, 8),
+    embedding_dim=4,
+    masks="tickets",
+    rounds=2,
+    density=0.2,
+    granularity="weight",
+    epochs=1,
+    batch_size=512,
+)
 TASKS = ("ctr", "cvr")
 ROWS = [BASE, HARD, HARD + SMALL, S_WEIGHT, S_WEIGHT_LAST]
 HERE = Resources(executor="here")
