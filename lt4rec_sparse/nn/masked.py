@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.masks import Mask, pack_words
+from lt4rec_sparse.nn import plain
 
 
 class MaskedLinear(nn.Linear):
@@ -74,6 +75,27 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask_words", pack_words(planes), persistent=False)
         self._packed = _identity(planes)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Module, *, tasks: Sequence[str] = ("task",)) -> MaskedLinear:
+        """Return a masked copy of an `nn.Linear`: its mask keeps what `torch.nn.utils.prune` kept, or what is not zero.
+
+        Raises:
+            ValueError: If it is no plain `nn.Linear`, has hooks, or the tasks are not different names.
+        """
+        return cls._of(plain.of_linear(linear), linear.weight.device, tasks)
+
+    @classmethod
+    def _of(cls, layer: plain.PlainLayer, device: Any, tasks: Sequence[str]) -> MaskedLinear:
+        (n, k), dtype = layer.weight.shape, layer.weight.dtype
+        made = cls(k, n, layer.bias is not None, device, dtype, tasks=tasks)
+        with torch.no_grad():
+            made.weight.copy_(layer.weight)
+            if layer.bias is not None:
+                made.bias.copy_(layer.bias)
+        for task in made.tasks:
+            made.set_mask(layer.mask, task)
+        return made
+
     def mask(self, task: str | None = None) -> Tensor:
         """Return one task's mask: bool `[out_features, in_features]`, True = kept.
 
@@ -106,7 +128,7 @@ class MaskedLinear(nn.Linear):
         They are the attributes of these names but where `torch.nn.utils.prune` is at work: it computes the attributes
         before each forward pass, so that after a step of an optimiser they are those of the step before.
         """
-        weight, bias = (self._pruned(name) for name in ("weight", "bias"))
+        weight, bias = (plain.pruned(self, name) for name in ("weight", "bias"))
         assert weight is not None
         return weight, bias
 
@@ -131,13 +153,6 @@ class MaskedLinear(nn.Linear):
     def mask_tasks(self) -> Tensor:
         """The tasks' names, as a state holds them: uint8, the bytes of a JSON list."""
         return torch.frombuffer(bytearray(json.dumps(self.tasks).encode()), dtype=torch.uint8)
-
-    def _pruned(self, name: str) -> Tensor | None:
-        original: Tensor | None = self._parameters.get(f"{name}_orig")
-        if original is None:
-            value: Tensor | None = getattr(self, name)
-            return value
-        return original * self.get_buffer(f"{name}_mask").to(original)
 
     def _planes(self) -> Tensor:
         """Return the masks as the kernels of the device read them."""
@@ -255,6 +270,36 @@ class MaskedMLP(nn.Module):
             MaskedLinear(k, n, tasks=self.tasks) for k, n in zip(widths[:-1], widths[1:], strict=True)
         )
         self.heads = nn.ModuleDict({task: nn.Linear(hidden[-1], out_features) for task in self.tasks})
+
+    @classmethod
+    def from_sequential(cls, sequential: nn.Module, *, tasks: Sequence[str] = ("task",)) -> MaskedMLP:
+        """Return a masked copy of an `nn.Sequential` of linear layers with a ReLU between: the last one is the head.
+
+        Every task gets the masks that the layers have (`MaskedLinear.from_linear`) and a head of its own, all alike.
+        Otherwise as `SparseMLP.from_sequential`: BatchNorm1d is folded as in `eval()`, Dropout is dropped. A head is
+        dense: it keeps its zeros as weights that can be trained.
+
+        Raises:
+            ValueError: If it contains something else, there are fewer than two linear layers, one of the hidden ones
+                has no ReLU, or the last one an activation.
+        """
+        *hidden, last = plain.chain(sequential)
+        device = next(sequential.parameters()).device
+        if not hidden:
+            raise ValueError("sequential: got one linear layer, wanted at least two: hidden ones and the head")
+        for i, layer in enumerate((*hidden, last)):
+            wanted = "none" if layer is last else "relu"
+            if layer.activation != wanted:
+                raise ValueError(f"linear layer {i}: got activation {layer.activation}, wanted {wanted}")
+        made = cls(hidden[0].weight.shape[1], [len(layer.weight) for layer in hidden], len(last.weight), tasks=tasks)
+        made.layers = nn.ModuleList(MaskedLinear._of(layer, device, made.tasks) for layer in hidden)
+        for head in made.heads.values():
+            assert isinstance(head, nn.Linear)
+            with torch.no_grad():
+                head.weight.copy_(last.weight)
+                head.bias.copy_(torch.zeros(()) if last.bias is None else last.bias)
+        made.heads.to(device, last.weight.dtype)
+        return made
 
     def masked_layers(self) -> list[MaskedLinear]:
         """Return the hidden layers, input first."""

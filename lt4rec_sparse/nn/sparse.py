@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lt4rec_sparse import network_state, ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import FrozenNetwork
+from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.masked import task_index
 from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
 from lt4rec_sparse.nn.quantization import calibrate
@@ -58,6 +59,23 @@ class SparseMLP(nn.Module):
         self._run_new: Callable[[Tensor], Tensor | None] | None = getattr(self._on_cpu, "run_new", None)
         self._elsewhere: dict[torch.device, Executor] = {}
         self._identity = uuid.uuid4().hex  # tells a compiler that a graph of another network is not this one's
+
+    @staticmethod
+    def from_sequential(sequential: nn.Module) -> SparseMLP:
+        """Compress an `nn.Sequential` that is pruned already: all its linear layers, in one call of the engine.
+
+        It computes what `sequential.eval()` does, within rounding. Linear layers keep what `torch.nn.utils.prune` kept,
+        or what is not zero; ReLU and Sigmoid are fused, BatchNorm1d is folded, Dropout and Identity are dropped.
+
+        Example:
+            >>> layers = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)
+            >>> SparseMLP.from_sequential(nn.Sequential(*layers))(torch.ones(3, 8)).shape
+            torch.Size([3, 2])
+
+        Raises:
+            ValueError: If it is no `nn.Sequential`, or contains something else; the message names it.
+        """
+        return SparseMLP(plain.network_of(plain.chain(sequential))).eval()
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.
@@ -253,6 +271,58 @@ class SparseLinear(SparseMLP):
 
     Its network has one hidden layer and no heads: the outputs of all its tasks stand side by side.
     """
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, activation: str = "none"
+    ) -> SparseLinear:
+        """Compress a dense weight: `activation(x @ (weight * mask).T + bias)`.
+
+        Example:
+            >>> layer = SparseLinear.from_dense(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+            >>> layer(torch.tensor([[torch.inf, 3.0]])), layer.network.densities
+            (tensor([[6., 0.]]), (0.25,))
+
+        Args:
+            weight: `[out_features, in_features]`, float32, float16 or bfloat16.
+            bias: `[out_features]`, or None.
+            mask: Bool, of the weight's shape, True = kept. None keeps what is not zero.
+            activation: "none", "relu" or "sigmoid", in the same call.
+
+        Raises:
+            TypeError: If something is not a tensor.
+            ValueError: If a shape, a dtype or the activation is not one of these.
+        """
+        return cls._of(plain.of_tensors(weight, bias, mask), activation)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, activation: str = "none") -> SparseLinear:
+        """Compress an `nn.Linear`: what `torch.nn.utils.prune` kept of it, or what is not zero.
+
+        Raises:
+            ValueError: If it is no plain `nn.Linear`, or has hooks.
+        """
+        return cls._of(plain.of_linear(linear), activation)
+
+    @classmethod
+    def from_csr(cls, matrix: Any, bias: Tensor | None = None, activation: str = "none") -> SparseLinear:
+        """Compress a sparse matrix `[out_features, in_features]`, whose stored entries are kept, zeros among them.
+
+        Args:
+            matrix: A torch CSR, BSR, CSC, BSC or COO tensor, or a sparse matrix of scipy.
+            bias: `[out_features]`, or None.
+            activation: As for `from_dense`.
+
+        Raises:
+            TypeError: If it is no sparse matrix.
+            ValueError: If a shape, a dtype or the activation is wrong.
+        """
+        return cls._of(plain.of_matrix(matrix, bias), activation)
+
+    @classmethod
+    def _of(cls, layer: plain.PlainLayer, activation: str) -> SparseLinear:
+        made: SparseLinear = cls(plain.network_of([layer._replace(activation=activation)])).eval()
+        return made
 
 
 def _check_gpu(device: torch.device | str) -> None:

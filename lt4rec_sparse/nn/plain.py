@@ -1,0 +1,256 @@
+"""Plain torch layers and matrices that somebody else pruned: the weight and bias they compute with, what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
+
+from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight, SharedWeight
+from lt4rec_sparse.network import FrozenNetwork, SparseLayer
+
+FUSED = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid"}  # what the engine computes in the call of the layer before it
+DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at inference
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+class PlainLayer(NamedTuple):
+    """`activation(x @ weight.T + bias)`, and what of the weight is kept; all on the CPU, without a graph."""
+
+    weight: Tensor  # [out_features, in_features], zeros where the mask prunes
+    mask: Tensor  # bool, of the same shape
+    bias: Tensor | None  # [out_features]
+    activation: str = "none"
+
+
+def of_tensors(weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> PlainLayer:
+    """Return a layer of a dense weight; without a mask what is zero is pruned.
+
+    Raises:
+        TypeError: If something is not a tensor.
+        ValueError: If a shape, a dtype or a device is not what a layer can have.
+    """
+    for name, part in (("weight", weight), ("bias", bias), ("mask", mask)):
+        if part is not None:
+            _check_tensor(name, part)
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [out_features, in_features]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, wanted ({weight.shape[0]},)")
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and part.dtype not in VALUE_DTYPES:
+            raise ValueError(f"{name}: got {part.dtype}, wanted float32, float16 or bfloat16")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
+        got = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"mask: got {got}, wanted torch.bool {tuple(weight.shape)}, True = kept")
+    values, kept = weight.detach().cpu(), None if mask is None else mask.detach().cpu()
+    if kept is None:
+        kept = values != 0
+    own = None if bias is None else bias.detach().cpu().clone()
+    return PlainLayer(torch.where(kept, values, torch.zeros((), dtype=values.dtype)), kept, own)
+
+
+def of_matrix(matrix: Any, bias: Tensor | None = None) -> PlainLayer:
+    """Return a layer of a sparse matrix: every entry that it stores is kept, zeros among them.
+
+    Args:
+        matrix: `[out_features, in_features]`: a torch CSR, CSC, BSR, BSC or COO tensor, or scipy's (anything with
+            `tocoo()`). Entries that stand twice are added, as both libraries read them.
+        bias: `[out_features]`, or None.
+
+    Raises:
+        TypeError: If it is no sparse matrix.
+        ValueError: If a shape or a dtype is not what a layer can have.
+    """
+    if isinstance(matrix, Tensor) and matrix.layout in (torch.sparse_coo, *COMPRESSED):
+        kept = torch.zeros(matrix.shape, dtype=torch.bool)
+        if matrix.layout == torch.sparse_coo:
+            coo = matrix.detach().cpu().coalesce()
+            kept[tuple(coo.indices())] = True
+            return of_tensors(coo.to_dense(), bias, kept)
+        stored = matrix.detach().cpu()
+        ones = torch.ones_like(stored.values(), dtype=torch.float32)
+        made = torch.sparse_compressed_tensor(
+            *_indices(stored), ones, stored.shape, layout=stored.layout, check_invariants=True
+        )
+        kept = made.to_dense() != 0
+        return of_tensors(stored.to_dense(), bias, kept)
+    if hasattr(matrix, "tocoo") and len(getattr(matrix, "shape", ())) == 2:
+        coo = matrix.tocoo()
+        places = torch.stack([torch.as_tensor(part).long() for part in (coo.row, coo.col)])
+        return of_matrix(
+            torch.sparse_coo_tensor(places, torch.as_tensor(coo.data), coo.shape, check_invariants=True), bias
+        )
+    kind = matrix.layout if isinstance(matrix, Tensor) else type(matrix).__name__
+    raise TypeError(f"matrix: got {kind}, wanted a sparse tensor of torch or a sparse matrix of scipy")
+
+
+def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
+    """Return what an `nn.Linear` computes with.
+
+    What `torch.nn.utils.prune` pruned is pruned, and all else is kept; without it, what is zero is pruned.
+    Parametrisations are computed.
+
+    Raises:
+        ValueError: If it is no `nn.Linear` with the forward of one, has hooks, which nothing would call, or its weight
+            is not there yet, or on no device.
+    """
+    if type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"{name}: got a {type(linear).__name__}, wanted an nn.Linear without a forward of its own")
+    if isinstance(linear.weight, UninitializedParameter):
+        raise ValueError(f"{name}: got a {type(linear).__name__} that has no weight yet, wanted one that has run")
+    check_hooks(linear, name)
+    mask = linear._buffers.get("weight_mask")  # of torch.nn.utils.prune
+    weight, bias = (pruned(linear, part) for part in ("weight", "bias"))
+    assert weight is not None
+    try:
+        return of_tensors(weight, bias, None if mask is None else mask != 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def pruned(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter as the next forward pass reads it.
+
+    It is the attribute of that name but where `torch.nn.utils.prune` is at work: it computes the attribute before each
+    forward pass, so that after a step of an optimiser it is that of the step before.
+    """
+    original = module._parameters.get(f"{name}_orig")
+    if original is None:
+        value: Tensor | None = getattr(module, name)
+        return value
+    return original * module.get_buffer(f"{name}_mask").to(original)
+
+
+def chain(sequential: nn.Module) -> list[PlainLayer]:
+    """Return the layers of an `nn.Sequential` as it computes in `eval()`.
+
+    Activations in `FUSED` belong to the linear layer before them. BatchNorm1d is folded into the linear layer before
+    it, or the one after it; the products are formed in float64. `DROPPED` are dropped. An `nn.Sequential` within is
+    read as if it were not there.
+
+    Raises:
+        ValueError: If it contains something else, or one of these where it cannot be fused; the message names it.
+    """
+    layers: list[PlainLayer] = []
+    waiting: tuple[Tensor, Tensor] | None = None  # scale and shift that the next linear layer takes in
+    last = ""
+    for name, module in _flat(sequential, ""):
+        if isinstance(module, nn.Linear):
+            layer = of_linear(module, name)
+            layers.append(layer if waiting is None else _after(layer, *waiting, name))
+            waiting, last = None, name
+            continue
+        check_hooks(module, name)
+        if isinstance(module, nn.BatchNorm1d):
+            scale, shift = _affine(module, name)
+            is_linear = layers and layers[-1].activation == "none" and waiting is None
+            if is_linear:
+                layers[-1] = _before(layers[-1], scale, shift, name)
+            elif waiting is None:
+                waiting = scale, shift
+            else:
+                waiting = waiting[0] * scale, waiting[1] * scale + shift
+        elif type(module) in FUSED:
+            if not layers or layers[-1].activation != "none" or waiting is not None:
+                raise ValueError(f"{name}: got a {type(module).__name__}, wanted it right after a linear layer")
+            layers[-1] = layers[-1]._replace(activation=FUSED[type(module)])
+        elif not isinstance(module, DROPPED):
+            raise ValueError(
+                f"{name}: got a {type(module).__name__}, wanted Linear, "
+                f"{', '.join(kind.__name__ for kind in (*FUSED, nn.BatchNorm1d, *DROPPED))}"
+            )
+    if not layers:
+        raise ValueError("sequential: got one without a linear layer, wanted at least one")
+    if waiting is not None:
+        raise ValueError(
+            f"sequential: got a BatchNorm1d after the activation of {last}, wanted a linear layer after it"
+        )
+    return layers
+
+
+def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwork:
+    """Return layers one after the other as a frozen network of one task; in blocks if all keep whole ones."""
+    in_blocks = all(BlockWeight.keeps_blocks(layer.mask) for layer in layers)
+    kind: type[CompressedWeight] = BlockWeight if in_blocks else SharedWeight
+    return FrozenNetwork(
+        tuple(
+            SparseLayer(kind.from_dense(layer.weight, {task: layer.mask}), layer.bias, layer.activation)
+            for layer in layers
+        )
+    )
+
+
+def check_hooks(module: nn.Module, name: str) -> None:
+    """Refuse a module with forward hooks but those of `torch.nn.utils.prune`: nothing would call them."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    others = [hook for hook in hooks if not isinstance(hook, BasePruningMethod)]
+    if others:
+        raise ValueError(f"{name}: got a hook, {type(others[0]).__name__}, wanted none: nothing would call it")
+
+
+def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    if type(module).forward is not nn.Sequential.forward:
+        where = prefix or "sequential"
+        raise ValueError(
+            f"{where}: got a {type(module).__name__}, wanted an nn.Sequential without a forward of its own"
+        )
+    check_hooks(module, prefix or "sequential")
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential):
+            yield from _flat(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+def _affine(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
+    """Return scale and shift, float64 `[features]`, with which a BatchNorm1d computes at inference."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{name}: got a BatchNorm1d without running statistics, wanted them: it needs the batch's own")
+    mean, variance = norm.running_mean.detach().cpu().double(), norm.running_var.detach().cpu().double()
+    scale = (variance + norm.eps).rsqrt()
+    shift = -mean * scale
+    if norm.weight is not None:
+        weight, bias = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
+        scale, shift = scale * weight, shift * weight + bias
+    return scale, shift
+
+
+def _before(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainLayer:
+    """Fold `scale * y + shift` into the layer whose result y is."""
+    _check_width(name, len(scale), layer.weight.shape[0])
+    bias = shift if layer.bias is None else layer.bias.double() * scale + shift
+    return _folded(layer, layer.weight.double() * scale[:, None], bias)
+
+
+def _after(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainLayer:
+    """Fold `scale * x + shift` into the layer that reads x."""
+    _check_width(name, layer.weight.shape[1], len(scale))
+    bias = layer.weight.double() @ shift
+    return _folded(layer, layer.weight.double() * scale, bias if layer.bias is None else layer.bias.double() + bias)
+
+
+def _folded(layer: PlainLayer, weight: Tensor, bias: Tensor) -> PlainLayer:
+    return PlainLayer(weight.to(layer.weight.dtype), layer.mask, bias.float(), layer.activation)
+
+
+def _check_width(name: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"{name}: got {got} features, wanted {wanted}")
+
+
+def _check_tensor(name: str, part: Any) -> None:
+    if not isinstance(part, Tensor):
+        raise TypeError(f"{name}: got a {type(part).__name__}, wanted a tensor")
+    if part.layout != torch.strided or part.is_quantized or part.is_meta:
+        got = "on the meta device" if part.is_meta else f"quantised {part.dtype}" if part.is_quantized else part.layout
+        raise ValueError(f"{name}: got a tensor that is {got}, wanted a dense one with values")
+
+
+def _indices(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    by_rows = matrix.layout in (torch.sparse_csr, torch.sparse_bsr)
+    return (matrix.crow_indices(), matrix.col_indices()) if by_rows else (matrix.ccol_indices(), matrix.row_indices())
