@@ -161,7 +161,7 @@ class BlockPath {
         if (layer.is_head) {
           float* to = call.out + (begin + r) * call.out_stride + column;
           Rows::real(net_, layer, of_row, to);
-          if (layer.activation == ACTIVATION_SIGMOID) apply_sigmoid(layer, to);
+          if (is_left(layer)) activate(net_, layer, to, layer.out_features);
           if (has_nan[r])  // int8 codes have none
             for (uint32_t j = 0; j < layer.out_features; ++j) to[j] = std::numeric_limits<float>::quiet_NaN();
         } else {
@@ -198,9 +198,9 @@ class BlockPath {
   }
 
   void pass_on(const LayerRecord& layer, const LayerRecord& following, Value* y, Activation* line) {
-    if (layer.activation == ACTIVATION_SIGMOID) {
+    if (is_left(layer)) {
       Rows::real(net_, layer, y, real_);
-      apply_sigmoid(layer, real_);
+      activate(net_, layer, real_, layer.out_features);
       if constexpr (Rows::kReadsValues)
         std::memcpy(y, real_, layer.out_features * sizeof(float));
       else
@@ -217,10 +217,6 @@ class BlockPath {
   // Activations beyond the last feature of a quad meet weights of 0, and must not be Inf or NaN.
   static void clear_edge(int64_t features, Activation* line) {
     for (int64_t i = features; i < quad_count(features) * QUAD; ++i) line[i] = 0;
-  }
-
-  static void apply_sigmoid(const LayerRecord& layer, float* values) {
-    for (uint32_t j = 0; j < layer.out_features; ++j) values[j] = sigmoid(values[j]);
   }
 
   void combine(const LayerRecord& layer, const Value* shared, Value* to) const {

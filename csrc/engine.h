@@ -168,7 +168,7 @@ static inline int64_t panel_count(int64_t features, int is_s8) {
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 6, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 7, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -198,7 +198,19 @@ typedef struct {
 // A network is prepacked for the paths that it will take: a layout for each. Blocks stand alone.
 enum { LAYOUT_TABLES = 1, LAYOUT_SLICES = 2, LAYOUT_BLOCKS = 4, LAYOUT_FILLED = 8 };
 
-enum { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_SIGMOID = 2 };
+// Kernels compute the first two; paths apply the others to what a kernel leaves.
+enum {
+  ACTIVATION_NONE = 0,
+  ACTIVATION_RELU = 1,
+  ACTIVATION_SIGMOID = 2,
+  ACTIVATION_TANH = 3,
+  ACTIVATION_SILU = 4,
+  ACTIVATION_GELU = 5,
+  ACTIVATION_GELU_TANH = 6,
+  ACTIVATION_HARDSWISH = 7,
+  ACTIVATION_LEAKY_RELU = 8,
+  ACTIVATION_ELU = 9,
+};
 enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
 
 typedef struct {
@@ -211,7 +223,7 @@ typedef struct {
   uint32_t part_features;  // SHARED and COMBINED; a multiple of GROUP
   float inverse_scale;     // S8, of the activations that enter: code = round(x * inverse_scale) + zero_point
   int32_t zero_point;      // S8: 0 to 255
-  uint32_t reserved;
+  float slope;             // of LEAKY_RELU and ELU
   uint64_t bias;           // float[padded(out_features)]; zeros where there is none
   uint64_t parts;          // COMBINED: uint32_t[part_count], at least one
   // Slices (F32, BF16; none in COMBINED).
@@ -254,6 +266,7 @@ typedef struct {
   int64_t is_head;
   double input_scale;    // S8: what one step of the quantised input is worth; above 0
   int64_t input_zero_point;
+  double slope;          // of LEAKY_RELU and ELU
 } CanonicalLayer;
 
 // Sums of int8 products must fit 32 bits; above 16 million features a tile would not fit most memories.
@@ -278,7 +291,7 @@ void lt4rec_free(uint8_t* blob);
 typedef struct Isa {
   const char* name;
 
-  // y = activation(x @ W^T + bias) for one tile, rows of zeros included; sigmoid is left to the caller.
+  // y = activation(x @ W^T + bias) for one tile, rows of zeros included; all but ReLU is left to the caller.
   // x and y stand at 64-byte boundaries; x has lane_stride(lanes) values per row, y as many floats.
   // Of the two for bfloat16 an ISA has one, the other is null: the second reads bfloat16 values that were widened to
   // float. The first takes tiles of 32 and 64 lanes alone.
@@ -340,6 +353,9 @@ typedef struct Isa {
   int (*codes_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes);
   void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
+
+  // In place; one of ACTIVATION_TANH and those after it.
+  void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
   // of what filled blocks form is kept, these are faster: than slices, than tables for more than FEW_ROWS rows, and for

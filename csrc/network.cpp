@@ -154,6 +154,7 @@ Layer without_weights(const CanonicalLayer& from) {
   layer.in_features = from.in_features;
   layer.out_features = from.out_features;
   layer.activation = uint32_t(from.activation);
+  layer.slope = float(from.slope);
   layer.is_head = uint32_t(from.is_head);
   layer.input_scale = from.input_scale;
   layer.zero_point = int32_t(from.input_zero_point);

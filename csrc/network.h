@@ -61,6 +61,7 @@ struct Layer {
   std::vector<float> bias;  // out_features, or none
   int64_t in_features = 0, out_features = 0;
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
+  float slope = 0;
   std::vector<uint32_t> parts;  // COMBINED
   uint32_t part_features = 0;   // as in LayerRecord
   // S8: of each row the largest weight, or in blocks half of the largest sum of two neighbours (no overflow), by

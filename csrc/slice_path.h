@@ -99,13 +99,13 @@ class SlicePath {
       else
         combine(layer, y, lanes);
       if constexpr (Tiles::kIsQuantized) {
-        if (!layer.is_head && layer.activation != ACTIVATION_SIGMOID) {
+        if (!layer.is_head && !is_left(layer)) {
           x = recoded(layer, net_.layers[i + 1], y, lanes);
           continue;
         }
         dequantize(layer, y, lanes);
       }
-      if (layer.activation == ACTIVATION_SIGMOID) apply_sigmoid(layer, rows, lanes, y);
+      if (is_left(layer)) activate_tile(layer, rows, lanes, y);
       if (layer.is_head) {
         store(call, begin, rows, lanes, layer, column, y);
         column += layer.out_features;
@@ -188,11 +188,9 @@ class SlicePath {
   }
 
   // In place, features only: the rows of zeros must stay zeros.
-  static void apply_sigmoid(const LayerRecord& layer, int64_t rows, int lanes, float* tile) {
-    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
-      float* row = tile + tile_row(feature) * lane_stride(lanes);
-      for (int64_t lane = 0; lane < rows; ++lane) row[lane] = sigmoid(row[lane]);
-    }
+  void activate_tile(const LayerRecord& layer, int64_t rows, int lanes, float* tile) const {
+    for (int64_t feature = 0; feature < layer.out_features; ++feature)
+      activate(net_, layer, tile + tile_row(feature) * lane_stride(lanes), rows);
   }
 
   // The sum of the parts, lane by lane; the bias is the same for all of them. (Quantised values get theirs later.)

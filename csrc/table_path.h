@@ -123,19 +123,18 @@ class TablePath {
         const Value *a = values_ + r * int64_t{net_.header->hidden_features}, *b = nullptr;
         if (layer.kind == LAYER_COMBINED) combine(layer, r, a, b);
         Activation* line = hidden_[i % 2] + r * hidden_stride_;
-        if (!layer.is_head && layer.activation == ACTIVATION_SIGMOID) {
+        if (!layer.is_head && is_left(layer)) {
           Lines::head(net_, layer, a, b, real_);
-          for (uint32_t j = 0; j < layer.out_features; ++j) real_[j] = sigmoid(real_[j]);
+          activate(net_, layer, real_, layer.out_features);
           Lines::load(net_, net_.layers[i + 1], real_, layer.out_features, line);
         } else if (!layer.is_head) {
           Lines::next(net_, layer, a, b, net_.layers[i + 1], line);
         } else {
           float* to = call.out + (begin + r) * call.out_stride + column;
           Lines::head(net_, layer, a, b, to);
-          for (uint32_t j = 0; j < layer.out_features; ++j) {
-            if (layer.activation == ACTIVATION_SIGMOID) to[j] = sigmoid(to[j]);
-            if (has_nan[r]) to[j] = std::numeric_limits<float>::quiet_NaN();  // int8 codes have none
-          }
+          if (is_left(layer)) activate(net_, layer, to, layer.out_features);
+          for (uint32_t j = 0; has_nan[r] && j < layer.out_features; ++j)
+            to[j] = std::numeric_limits<float>::quiet_NaN();  // int8 codes have none
         }
       }
       x = layer.is_head ? input_ : hidden_[i % 2];

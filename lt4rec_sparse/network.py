@@ -8,18 +8,28 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lt4rec_sparse.formats import BlockWeight, CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
-# The one table of activations: the position of a name is its code in csrc/engine.h. Each may overwrite its argument.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": torch.relu_,
-    "sigmoid": torch.sigmoid_,
+# The one table of activations: the position of a name is its code in csrc/engine.h. Each takes z, which it may
+# overwrite, and the layer's slope, which those in `SLOPED` use.
+ACTIVATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda z, slope: z,
+    "relu": lambda z, slope: torch.relu_(z),
+    "sigmoid": lambda z, slope: torch.sigmoid_(z),
+    "tanh": lambda z, slope: torch.tanh_(z),
+    "silu": lambda z, slope: F.silu(z, inplace=True),
+    "gelu": lambda z, slope: F.gelu(z),
+    "gelu_tanh": lambda z, slope: F.gelu(z, approximate="tanh"),
+    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
+    "leaky_relu": lambda z, slope: F.leaky_relu_(z, slope),
+    "elu": lambda z, slope: F.elu_(z, slope),
 }
+SLOPED = ("leaky_relu", "elu")  # below 0: z * slope, and slope * (exp(z) - 1)
 
 
 class QuantizationParameters(NamedTuple):
@@ -35,6 +45,7 @@ class SparseLayer(NamedTuple):
     weight: CompressedWeight
     bias: Tensor | None  # [out_features], float
     activation: str
+    slope: float = 0.0  # of activations in SLOPED
 
 
 class DenseLayer(NamedTuple):
@@ -43,6 +54,11 @@ class DenseLayer(NamedTuple):
     weight: Tensor  # [out_features, in_features], float
     bias: Tensor | None
     activation: str
+    slope: float = 0.0
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Apply the activation; `z` may be overwritten."""
+        return ACTIVATIONS[self.activation](z, self.slope)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +93,13 @@ class FrozenNetwork:
                 raise ValueError(f"layer {i}: got in_features {layer.weight.shape[1]}, wanted {width}")
             if layer.weight.tasks != self.tasks:
                 raise ValueError(f"layer {i}: got tasks {layer.weight.tasks}, wanted {self.tasks}")
-            _check_layer(f"layer {i}", layer.weight.shape[0], layer.bias, layer.activation)
+            _check_layer(f"layer {i}", layer.weight.shape[0], layer)
             width = layer.weight.shape[0]
         for task, head in self.heads.items():
             if head.weight.dim() != 2 or head.weight.shape[1] != width:
                 got = tuple(head.weight.shape)
                 raise ValueError(f"head of {task}: got a weight of shape {got}, wanted [out_features, {width}]")
-            _check_layer(f"head of {task}", head.weight.shape[0], head.bias, head.activation)
+            _check_layer(f"head of {task}", head.weight.shape[0], head)
         widths = sorted({head.weight.shape[0] for head in self.heads.values()})
         if len(widths) > 1:
             raise ValueError(f"heads: got out_features {widths}, wanted the same for every task")
@@ -129,9 +145,10 @@ class FrozenNetwork:
         """
         if index == len(self.hidden) and self.heads:
             head = self.heads[self._known(task)]
-            return DenseLayer(head.weight.detach().float(), _float(head.bias), head.activation)
+            return head._replace(weight=head.weight.detach().float(), bias=_float(head.bias))
         layer = self.hidden[index]
-        return DenseLayer(layer.weight.to_dense(self._known(task)).float(), _float(layer.bias), layer.activation)
+        weight = layer.weight.to_dense(self._known(task)).float()
+        return DenseLayer(weight, _float(layer.bias), layer.activation, layer.slope)
 
     def mask(self, index: int, task: str) -> Tensor:
         """Return what layer `index` keeps for `task`: bool `[out_features, in_features]`; a head keeps everything."""
@@ -201,11 +218,14 @@ def check_quantization(
         raise ValueError(f"quantization: got {got} for x, wanted the same for all tasks")
 
 
-def _check_layer(name: str, out_features: int, bias: Tensor | None, activation: str) -> None:
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"{name}: got a bias of shape {tuple(bias.shape)}, wanted ({out_features},)")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: got activation {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+def _check_layer(name: str, out_features: int, layer: SparseLayer | DenseLayer) -> None:
+    if layer.bias is not None and layer.bias.shape != (out_features,):
+        raise ValueError(f"{name}: got a bias of shape {tuple(layer.bias.shape)}, wanted ({out_features},)")
+    if layer.activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: got activation {layer.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if not math.isfinite(layer.slope) or (layer.slope and layer.activation not in SLOPED):
+        wanted = "a finite one" if layer.activation in SLOPED else f"none for {layer.activation}"
+        raise ValueError(f"{name}: got slope {layer.slope}, wanted {wanted}")
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -2,9 +2,9 @@
 
 Tensors (names and bit order of compressed-tensors where it has them): `layers.<i>.compressed`, `.bitmask`,
 `.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`. Data, as JSON holds it: `tasks`;
-`layers` with the shape and activation of each, and `block`, [16, 4], if weights are kept in such blocks; `heads`,
-task -> activation; where the network is calibrated `codes`, task -> [scale, zero point] of the input of each layer. A
-layer without a bias has no such tensor.
+`layers` with the shape and activation of each, its `slope` if it has one, and `block`, [16, 4], if weights are kept in
+such blocks; `heads`, task -> activation, or [activation, slope]; where the network is calibrated `codes`, task ->
+[scale, zero point] of the input of each layer. A layer without a bias has no such tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any
     data: dict[str, Any] = {
         "tasks": list(network.tasks),
         "layers": [_described(layer) for layer in network.hidden],
-        "heads": {task: head.activation for task, head in network.heads.items()},
+        "heads": {
+            task: [head.activation, head.slope] if head.slope else head.activation
+            for task, head in network.heads.items()
+        },
     }
     if network.quantization is not None:
         data["codes"] = {task: [list(q) for q in network.quantization[task]] for task in network.tasks}
@@ -53,21 +56,24 @@ def from_tensors(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Froz
     tasks = _tasks(data)
     hidden = []
     for i, entry in enumerate(_list(data, "layers")):
-        kind, shape, activation = _layer(entry, f"layers[{i}]")
+        kind, shape, activation, slope = _layer(entry, f"layers[{i}]")
         part = f"layers.{i}."
         parts = (tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
         weight = kind(shape, tasks, *parts)
         weight.validate()
-        hidden.append(SparseLayer(weight, _bias(tensors, part), activation))
+        hidden.append(SparseLayer(weight, _bias(tensors, part), activation, slope))
     activations = data.get("heads")
     if not isinstance(activations, dict) or (activations and set(activations) != set(tasks)):
         raise ValueError(f"heads: got {shown(activations)}, wanted an activation for each of {', '.join(tasks)}")
     heads = {}
     for task in tasks if activations else ():
-        part, activation = f"heads.{task}.", activations[task]
-        if not isinstance(activation, str):
-            raise ValueError(f"head of {task}: got activation {shown(activation)}, wanted a name")
-        heads[task] = DenseLayer(tensor(tensors, part + "weight", VALUE_DTYPES), _bias(tensors, part), activation)
+        part, stored = f"heads.{task}.", activations[task]
+        activation, slope = stored if isinstance(stored, list) and len(stored) == 2 else (stored, 0.0)
+        if not isinstance(activation, str) or type(slope) is not float:
+            raise ValueError(f"head of {task}: got activation {shown(stored)}, wanted a name, or a name and a slope")
+        heads[task] = DenseLayer(
+            tensor(tensors, part + "weight", VALUE_DTYPES), _bias(tensors, part), activation, slope
+        )
     return FrozenNetwork(tuple(hidden), heads, _quantization(data, tasks))
 
 
@@ -107,11 +113,13 @@ def _tasks(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _described(layer: SparseLayer) -> dict[str, Any]:
-    described = {"shape": list(layer.weight.shape), "activation": layer.activation}
+    described: dict[str, Any] = {"shape": list(layer.weight.shape), "activation": layer.activation}
+    if layer.slope:
+        described["slope"] = layer.slope
     return described if isinstance(layer.weight, SharedWeight) else {**described, "block": list(layer.weight.BLOCK)}
 
 
-def _layer(entry: Any, where: str) -> tuple[type[CompressedWeight], tuple[int, int], str]:
+def _layer(entry: Any, where: str) -> tuple[type[CompressedWeight], tuple[int, int], str, float]:
     shape, activation = (entry.get("shape"), entry.get("activation")) if isinstance(entry, dict) else (None, None)
     if not isinstance(shape, list) or len(shape) != 2 or not isinstance(activation, str):
         raise ValueError(f"{where}: got {shown(entry)}, wanted a shape and an activation")
@@ -121,7 +129,10 @@ def _layer(entry: Any, where: str) -> tuple[type[CompressedWeight], tuple[int, i
     block = entry.get("block", list(SharedWeight.BLOCK))
     if not isinstance(block, list) or any(type(side) is not int for side in block) or tuple(block) not in kinds:
         raise ValueError(f"{where}: got block {shown(block)}, wanted [16, 4] or none")
-    return kinds[tuple(block)], (width(shape[0], where), width(shape[1], where)), activation
+    slope = entry.get("slope", 0.0)
+    if type(slope) is not float:
+        raise ValueError(f"{where}: got slope {shown(slope)}, wanted a number")
+    return kinds[tuple(block)], (width(shape[0], where), width(shape[1], where)), activation, slope
 
 
 def _quantization(

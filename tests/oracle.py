@@ -5,17 +5,19 @@
    (Ipsen & Zhou, arXiv:1906.10465). A wrong index breaks it, where a mean, an RMS or a cosine sees nothing.
 
 `mlp_reference` carries the second bound through the layers of an MLP: an error `e` that enters a layer leaves it
-as at most `e @ |W|.T`, ReLU is 1-Lipschitz, the sigmoid is 1/4-Lipschitz. Where operands are rounded before they are
+as at most `e @ |W|.T`, and an activation as at most its Lipschitz constant times it; an activation's own operations
+round, each within an ulp (`2 u`) of what bounds it. Where operands are rounded before they are
 multiplied, `x` and the weights are known, and the reference rounds them too; what a hidden layer yields is known to
 its bound only, and rounding it adds `u_operand |h|`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -33,7 +35,38 @@ class Layer(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    activation: str  # "relu", "sigmoid" or "none"
+    activation: str  # a name of `ACTIVATIONS`
+    slope: float = 0.0
+
+
+class Activation(NamedTuple):
+    """An activation in float64, and how its result may round."""
+
+    function: Callable[[Tensor, float], Tensor]  # of z and the slope
+    lipschitz: Callable[[float], float]  # of the slope
+    operations: int = 0  # each rounds within an ulp of `scale`
+    scale: Callable[[Tensor, Tensor], Tensor] = lambda z, value: value.abs()
+
+
+def _of_z(z: Tensor, value: Tensor) -> Tensor:
+    return z.abs()
+
+
+ACTIVATIONS = {
+    "none": Activation(lambda z, slope: z, lambda slope: 1),
+    "relu": Activation(lambda z, slope: z.relu(), lambda slope: 1),
+    # exp, the sum and the quotient.
+    "sigmoid": Activation(lambda z, slope: z.sigmoid(), lambda slope: 1 / 4, 3, lambda z, value: torch.ones_like(z)),
+    "tanh": Activation(lambda z, slope: z.tanh(), lambda slope: 1, 3),
+    "silu": Activation(lambda z, slope: F.silu(z), lambda slope: 1.1, 3, _of_z),
+    # z times a probability, which takes a square, a difference, exp, a product or two, and a sum.
+    "gelu": Activation(lambda z, slope: F.gelu(z), lambda slope: 1.13, 6, _of_z),
+    "gelu_tanh": Activation(lambda z, slope: F.gelu(z, approximate="tanh"), lambda slope: 1.13, 6, _of_z),
+    "hardswish": Activation(lambda z, slope: F.hardswish(z), lambda slope: 1.5, 3, _of_z),
+    "leaky_relu": Activation(lambda z, slope: F.leaky_relu(z, slope), lambda slope: max(1, abs(slope)), 1),
+    # The slope's own rounding, exp - 1 and the product.
+    "elu": Activation(lambda z, slope: F.elu(z, slope), lambda slope: max(1, abs(slope)), 3),
+}
 
 
 def small_integers(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,12 +107,15 @@ def mlp_reference(
         if operands is not None and i > 0:
             h = Bounded(h.value, h.bound + UNIT_ROUNDOFF[operands] * (h.value.abs() + h.bound))
         h = _linear(h, _rounded(layer.weight, operands), layer.bias, accumulate)
-        if layer.activation == "relu":
-            h = Bounded(h.value.relu(), h.bound)
-        elif layer.activation == "sigmoid":
-            # 1 / (1 + exp(-z)) rounds in exp, the sum and the quotient: three operations, each within an ulp (2u).
-            h = Bounded(h.value.sigmoid(), h.bound / 4 + 3 * 2 * u)
+        h = activated(h, layer.activation, layer.slope, u)
     return h
+
+
+def activated(z: Bounded, activation: str, slope: float, u: float) -> Bounded:
+    """Apply an activation to a bounded value, in arithmetic of unit roundoff `u`."""
+    function, lipschitz, operations, scale = ACTIVATIONS[activation]
+    value = function(z.value, slope)
+    return Bounded(value, lipschitz(slope) * z.bound + operations * 2 * u * scale(z.value, value))
 
 
 def assert_rounding(y: Tensor, reference: Bounded) -> None:

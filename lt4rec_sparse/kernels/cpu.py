@@ -64,6 +64,7 @@ class PackLayer(NamedTuple):
     # Of the input, in int8 only: q = round(x / input_scale) + input_zero_point, within 0 to 255.
     input_scale: float = 0.0
     input_zero_point: int = 0
+    slope: float = 0.0  # of the activations in network.SLOPED
 
 
 def is_available() -> bool:
@@ -131,14 +132,16 @@ def prepack(
                 layer.weight.shape[1],
                 layer.weight.shape[0],
                 layer.activation,
+                slope=layer.slope,
             )
             for layer, values, planes in shared
         ]
         if network.heads:
-            weight, bias, activation = network.heads[task]
-            rows, columns = weight.shape
-            bias = None if bias is None else _as_float(bias)
-            layers.append(PackLayer(_as_float(weight).flatten(), None, 0, bias, columns, rows, activation))
+            head = network.heads[task]
+            rows, columns = head.weight.shape
+            bias = None if head.bias is None else _as_float(head.bias)
+            weight = _as_float(head.weight).flatten()
+            layers.append(PackLayer(weight, None, 0, bias, columns, rows, head.activation, slope=head.slope))
         if network.quantization is not None:
             parameters = network.quantization[task]
             layers = [
@@ -435,6 +438,7 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         is_head,
         *struct.unpack("<q", struct.pack("<d", layer.input_scale)),
         layer.input_zero_point,
+        *struct.unpack("<q", struct.pack("<d", layer.slope)),
     )
 
 

@@ -27,7 +27,7 @@ def masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None,
     bias = None if bias is None else bias.to(x.dtype)
     x = x.expand(len(masks), -1, -1)
     sums = [F.linear(rows, _masked(weight, mask, x.dtype), bias) for rows, mask in zip(x, masks, strict=True)]
-    return _stacked([ACTIVATIONS[activation](z) for z in sums])
+    return _stacked([ACTIVATIONS[activation](z, 0.0) for z in sums])
 
 
 def masked_linear_dgrad(dy: Tensor, weight: Tensor, masks: Tensor, is_shared: bool) -> Tensor:
@@ -132,12 +132,11 @@ class Executor:
             z = linear_int8(h, layer, self.network.quantization[task][index], scales)
         else:
             z = linear_bf16(h, layer) if self.precision == "bf16" else F.linear(h, layer.weight, layer.bias)
-        return ACTIVATIONS[layer.activation](z)
+        return layer.activate(z)
 
 
 def _moved(layer: DenseLayer, device: torch.device | str) -> DenseLayer:
-    weight, bias, activation = layer
-    return DenseLayer(weight.to(device), None if bias is None else bias.to(device), activation)
+    return layer._replace(weight=layer.weight.to(device), bias=None if layer.bias is None else layer.bias.to(device))
 
 
 def row_scales(weights: Sequence[Tensor], in_blocks: bool = False) -> Tensor:

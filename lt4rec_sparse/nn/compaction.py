@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork
+from lt4rec_sparse.network import DenseLayer, FrozenNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Compacted:
         for layers in self.tasks:
             h = x[:, self.columns]
             for layer in layers:
-                h = ACTIVATIONS[layer.activation](F.linear(h, layer.weight, layer.bias))
+                h = layer.activate(F.linear(h, layer.weight, layer.bias))
             outputs.append(h)
         return torch.cat(outputs, dim=-1)
 
@@ -118,7 +118,7 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     # Up: each constant goes into the biases above it, after which nothing reads it.
     for i in range(len(path) - 1):
         is_constant = ~masks[i].any(1)
-        value = ACTIVATIONS[path[i].activation](biases[i].clone())
+        value = path[i].activate(biases[i].clone())
         folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
         biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
         masks[i + 1] = masks[i + 1] & ~is_constant
@@ -135,5 +135,5 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     layers = []
     for layer, weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
         left = weight.masked_fill(~mask, 0)[rows][:, read]
-        layers.append(DenseLayer(left, bias[rows].float(), layer.activation))
+        layers.append(layer._replace(weight=left, bias=bias[rows].float()))
     return masks[0][kept[0]].any(0), layers

@@ -53,11 +53,13 @@ class DenseRun:
             torch.zeros(len(layer.weight), dtype=dtype) if layer.bias is None else layer.bias.to(dtype)
             for layer in layers
         ]
-        activations = [layer.activation for layer in layers]
+        activations = [(layer.activation, layer.slope) for layer in layers]
         if index == 0 and len(set(activations)) == 1:
             weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], activations[:1]
         self.nbytes = sum(part.nbytes for part in (*weights, *biases))
-        self._products = [make(*parts) for parts in zip(weights, biases, activations, strict=True)]
+        self._products = [
+            make(w, b, *activation) for w, b, activation in zip(weights, biases, activations, strict=True)
+        ]
         self._dtype = dtype
 
     def __call__(self, hs: Sequence[Tensor]) -> list[Tensor]:
@@ -72,12 +74,12 @@ class DenseRun:
         return [product(h) for product, h in zip(self._products, hs, strict=True)]
 
 
-def _product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+def _product(weight: Tensor, bias: Tensor, activation: str, slope: float = 0.0) -> Product:
     activate = ACTIVATIONS[activation]
-    return lambda h: activate(F.linear(h, weight, bias))
+    return lambda h: activate(F.linear(h, weight, bias), slope)
 
 
-def packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
+def packed_product(weight: Tensor, bias: Tensor, activation: str, slope: float = 0.0) -> Product:
     """Return `activation(h @ weight.T + bias)` with the weight packed by oneDNN; "onednn" of `dense_kernels`."""
     # What torch.compile makes of a frozen Linear on the CPU (torch/_inductor/fx_passes/mkldnn_fusion.py).
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_BATCH)
@@ -85,4 +87,4 @@ def packed_product(weight: Tensor, bias: Tensor, activation: str) -> Product:
     if activation == "relu":  # in oneDNN's epilogue; its sigmoid is another approximation than torch's
         return lambda h: linear(h, packed, bias, "relu", [], "")
     activate = ACTIVATIONS[activation]
-    return lambda h: activate(linear(h, packed, bias, "none", [], ""))
+    return lambda h: activate(linear(h, packed, bias, "none", [], ""), slope)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,20 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
 from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight, SharedWeight
-from lt4rec_sparse.network import FrozenNetwork, SparseLayer
+from lt4rec_sparse.network import SLOPED, FrozenNetwork, SparseLayer
 
-FUSED = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid"}  # what the engine computes in the call of the layer before it
+# What the engine computes in the call of the layer before it.
+FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, float]]] = {
+    nn.ReLU: lambda module: ("relu", 0.0),
+    nn.Sigmoid: lambda module: ("sigmoid", 0.0),
+    nn.Tanh: lambda module: ("tanh", 0.0),
+    nn.SiLU: lambda module: ("silu", 0.0),
+    nn.GELU: lambda module: ("gelu" if module.approximate == "none" else "gelu_tanh", 0.0),
+    nn.Hardswish: lambda module: ("hardswish", 0.0),
+    nn.LeakyReLU: lambda module: ("leaky_relu", float(module.negative_slope)),
+    nn.ELU: lambda module: ("elu", float(module.alpha)),
+    nn.PReLU: lambda module: ("leaky_relu", float(module.weight.detach())),
+}
 DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at inference
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -25,6 +36,7 @@ class PlainLayer(NamedTuple):
     mask: Tensor  # bool, of the same shape
     bias: Tensor | None  # [out_features]
     activation: str = "none"
+    slope: float = 0.0
 
 
 def of_tensors(weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> PlainLayer:
@@ -59,7 +71,7 @@ def of_matrix(matrix: Any, bias: Tensor | None = None) -> PlainLayer:
 
     Args:
         matrix: `[out_features, in_features]`: a torch CSR, CSC, BSR, BSC or COO tensor, or scipy's (anything with
-            `tocoo()`). Entries that stand twice are added, as both libraries read them.
+            `tocoo()`). Entries of one place are added, as both libraries read them.
         bias: `[out_features]`, or None.
 
     Raises:
@@ -158,7 +170,7 @@ def chain(sequential: nn.Module) -> list[PlainLayer]:
         elif type(module) in FUSED:
             if not layers or layers[-1].activation != "none" or waiting is not None:
                 raise ValueError(f"{name}: got a {type(module).__name__}, wanted it right after a linear layer")
-            layers[-1] = layers[-1]._replace(activation=FUSED[type(module)])
+            layers[-1] = with_activation(layers[-1], module, name)
         elif not isinstance(module, DROPPED):
             raise ValueError(
                 f"{name}: got a {type(module).__name__}, wanted Linear, "
@@ -173,13 +185,33 @@ def chain(sequential: nn.Module) -> list[PlainLayer]:
     return layers
 
 
+def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = "activation") -> PlainLayer:
+    """Return the layer with an activation: one of `network.ACTIVATIONS` without a slope, or a module of `FUSED`.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if isinstance(activation, str):
+        if activation in SLOPED:
+            wanted = "nn.LeakyReLU or nn.ELU, which have one"
+            raise ValueError(f"{name}: got {activation!r} without a slope, wanted {wanted}")
+        return layer._replace(activation=activation)
+    if type(activation) not in FUSED:
+        wanted = ", ".join(kind.__name__ for kind in FUSED)
+        raise ValueError(f"{name}: got a {type(activation).__name__}, wanted one of {wanted}")
+    if isinstance(activation, nn.PReLU) and activation.num_parameters > 1:
+        raise ValueError(f"{name}: got a PReLU with {activation.num_parameters} slopes, wanted one")
+    kind, slope = FUSED[type(activation)](activation)
+    return layer._replace(activation=kind, slope=slope)
+
+
 def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwork:
     """Return layers one after the other as a frozen network of one task; in blocks if all keep whole ones."""
     in_blocks = all(BlockWeight.keeps_blocks(layer.mask) for layer in layers)
     kind: type[CompressedWeight] = BlockWeight if in_blocks else SharedWeight
     return FrozenNetwork(
         tuple(
-            SparseLayer(kind.from_dense(layer.weight, {task: layer.mask}), layer.bias, layer.activation)
+            SparseLayer(kind.from_dense(layer.weight, {task: layer.mask}), layer.bias, layer.activation, layer.slope)
             for layer in layers
         )
     )
@@ -200,7 +232,9 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             f"{where}: got a {type(module).__name__}, wanted an nn.Sequential without a forward of its own"
         )
     check_hooks(module, prefix or "sequential")
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # `named_children` leaves out a module that is there twice
+        if child is None:
+            continue
         if isinstance(child, nn.Sequential):
             yield from _flat(child, f"{prefix}{name}.")
         else:
@@ -235,7 +269,7 @@ def _after(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainL
 
 
 def _folded(layer: PlainLayer, weight: Tensor, bias: Tensor) -> PlainLayer:
-    return PlainLayer(weight.to(layer.weight.dtype), layer.mask, bias.float(), layer.activation)
+    return layer._replace(weight=weight.to(layer.weight.dtype), bias=bias.float())
 
 
 def _check_width(name: str, got: int, wanted: int) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lt4rec_sparse import network_state, ops
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.network import FrozenNetwork
+from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.masked import task_index
 from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
@@ -65,7 +65,8 @@ class SparseMLP(nn.Module):
         """Compress an `nn.Sequential` that is pruned already: all its linear layers, in one call of the engine.
 
         It computes what `sequential.eval()` does, within rounding. Linear layers keep what `torch.nn.utils.prune` kept,
-        or what is not zero; ReLU and Sigmoid are fused, BatchNorm1d is folded, Dropout and Identity are dropped.
+        or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU with one slope, ELU, GELU, SiLU, Hardswish,
+        Sigmoid, Tanh), BatchNorm1d is folded, Dropout and Identity are dropped.
 
         Example:
             >>> layers = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)
@@ -274,7 +275,11 @@ class SparseLinear(SparseMLP):
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, activation: str = "none"
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | nn.Module = "none",
     ) -> SparseLinear:
         """Compress a dense weight: `activation(x @ (weight * mask).T + bias)`.
 
@@ -287,7 +292,8 @@ class SparseLinear(SparseMLP):
             weight: `[out_features, in_features]`, float32, float16 or bfloat16.
             bias: `[out_features]`, or None.
             mask: Bool, of the weight's shape, True = kept. None keeps what is not zero.
-            activation: "none", "relu" or "sigmoid", in the same call.
+            activation: In the same call: a module such as `nn.GELU()` or `nn.LeakyReLU(0.1)`, or a name of
+                `network.ACTIVATIONS`.
 
         Raises:
             TypeError: If something is not a tensor.
@@ -296,7 +302,7 @@ class SparseLinear(SparseMLP):
         return cls._of(plain.of_tensors(weight, bias, mask), activation)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, activation: str = "none") -> SparseLinear:
+    def from_linear(cls, linear: nn.Module, activation: str | nn.Module = "none") -> SparseLinear:
         """Compress an `nn.Linear`: what `torch.nn.utils.prune` kept of it, or what is not zero.
 
         Raises:
@@ -305,7 +311,7 @@ class SparseLinear(SparseMLP):
         return cls._of(plain.of_linear(linear), activation)
 
     @classmethod
-    def from_csr(cls, matrix: Any, bias: Tensor | None = None, activation: str = "none") -> SparseLinear:
+    def from_csr(cls, matrix: Any, bias: Tensor | None = None, activation: str | nn.Module = "none") -> SparseLinear:
         """Compress a sparse matrix `[out_features, in_features]`, whose stored entries are kept, zeros among them.
 
         Args:
@@ -320,8 +326,8 @@ class SparseLinear(SparseMLP):
         return cls._of(plain.of_matrix(matrix, bias), activation)
 
     @classmethod
-    def _of(cls, layer: plain.PlainLayer, activation: str) -> SparseLinear:
-        made: SparseLinear = cls(plain.network_of([layer._replace(activation=activation)])).eval()
+    def _of(cls, layer: plain.PlainLayer, activation: str | nn.Module) -> SparseLinear:
+        made: SparseLinear = cls(plain.network_of([plain.with_activation(layer, activation)])).eval()
         return made
 
 
@@ -349,6 +355,6 @@ _get_tracing_state, _len_torch_dispatch_stack = torch._C._get_tracing_state, tor
 def _form(network: FrozenNetwork) -> str:
     """Describe what two networks must have in common for one to take the other's state."""
     widths = "-".join(str(width) for width in (network.in_features, *network.widths))
-    activations = [layer.activation for layer in network.hidden]
-    activations += [head.activation for head in network.heads.values()]
+    layers: list[SparseLayer | DenseLayer] = [*network.hidden, *network.heads.values()]
+    activations = [f"{layer.activation} {layer.slope:g}" if layer.slope else layer.activation for layer in layers]
     return f"widths {widths}, tasks {', '.join(network.tasks)}, activations {', '.join(activations)}"

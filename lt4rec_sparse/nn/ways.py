@@ -45,6 +45,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Rows that do not start at 16 bytes are loaded element by element, and are slow in cuBLAS too. So widths are padded,
 # those of x so that the tiles' steps divide it, with columns of zeros and with neurons whose bias and weights are zero.
 X_ALIGNMENT, ALIGNMENT, HEAD_ALIGNMENT = 64, 16, 8
+ACTIVATIONS = ("none", "relu", "sigmoid")  # of the kernels
 MAX_BLOCK_DENSITY = 0.6  # of kept blocks; above it, walking them cannot beat a dense product
 WORTH_COMPACTING = 0.95  # of the multiply-adds left; what drops less than a twentieth is the dense network again
 
@@ -282,6 +283,9 @@ def _layers(network: FrozenNetwork) -> list[Layer]:
         activations = {layer.activation for layer in of_tasks}
         if len(activations) > 1:
             raise ValueError(f"heads: got activations {', '.join(sorted(activations))}, wanted one for all tasks")
+        if not activations <= set(ACTIVATIONS):
+            got = ", ".join(sorted(activations))
+            raise ValueError(f"layer {i}: got activation {got}, wanted one of {', '.join(ACTIVATIONS)} on a GPU")
         n, k = of_tasks[0].weight.shape
         rows = 0 if i == network.depth - 1 else -n % ALIGNMENT
         ragged = (0, -k % columns, 0, rows)

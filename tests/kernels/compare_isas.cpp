@@ -146,6 +146,11 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "dequantize_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.dequantize_f32(a.data(), count, b[0], c[0], has_relu, to);
   });
+  const auto activation = uint32_t(draw.between(ACTIVATION_TANH, ACTIVATION_ELU));
+  compare_function(isa, "activate", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 30 * c[i];
+    on.activate(activation, b[0], to, count);
+  });
   compare_function(isa, "codes_u8", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
     to[kRoom - 1] = uint8_t(on.codes_u8(a.data(), count, inverse_scale, zero_point, to));
   });
@@ -220,7 +225,8 @@ struct Network {
         layer.task = is_of_union ? task : 0;
         layer.in_features = in;
         layer.out_features = out;
-        layer.activation = draw.below(3);
+        layer.activation = draw.below(2) ? draw.below(2) : draw.below(ACTIVATION_ELU + 1);
+        layer.slope = double(draw.below(100)) / 50 - 0.5;
         layer.is_head = is_head;
         layer.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
         layer.input_zero_point = is_first ? 128 : draw.below(256);

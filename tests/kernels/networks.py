@@ -57,6 +57,7 @@ class MaskedLayer(NamedTuple):
     activation: str
     input_scale: float = INPUT_QUANTIZATION[0]
     input_zero_point: int = INPUT_QUANTIZATION[1]
+    slope: float = 0.0
 
     def pack(self) -> cpu.PackLayer:
         """Compress to values and one bit plane, which no other layer shares."""
@@ -64,7 +65,7 @@ class MaskedLayer(NamedTuple):
 
     def dense(self) -> Layer:
         """Drop the mask, for the oracle."""
-        return Layer(self.weight, self.bias, self.activation)
+        return Layer(self.weight, self.bias, self.activation, self.slope)
 
 
 Task = Sequence[MaskedLayer]
@@ -106,6 +107,29 @@ def random_task(
             layer = layer._replace(input_scale=0.02 * 2.0 ** ((seed + i) % 4), input_zero_point=(seed + i) % 3 * 20)
         task.append(layer)
     return task
+
+
+# Those that kernels leave to their paths, with a slope where they have one.
+LEFT_ACTIVATIONS = (
+    ("sigmoid", 0.0),
+    ("tanh", 0.0),
+    ("silu", 0.0),
+    ("gelu", 0.0),
+    ("gelu_tanh", 0.0),
+    ("hardswish", 0.0),
+    ("leaky_relu", 0.1),
+    ("leaky_relu", -1.5),
+    ("elu", 0.7),
+)
+
+
+def with_every_activation(make: Callable[[Sequence[int]], Sequence[MaskedLayer]], in_features: int) -> Task:
+    """Return a task with a layer for each of `LEFT_ACTIVATIONS`; `make` makes it from its widths."""
+    widths = (in_features, *range(20 + len(LEFT_ACTIVATIONS), 20, -1))
+    return [
+        layer._replace(activation=name, slope=slope)
+        for layer, (name, slope) in zip(make(widths), LEFT_ACTIVATIONS, strict=True)
+    ]
 
 
 def pack_bits(mask: Tensor) -> Tensor:

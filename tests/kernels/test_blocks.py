@@ -27,6 +27,7 @@ from kernels.networks import (
     rounded_to_bf16,
     steps_of,
     tiles,
+    with_every_activation,
 )
 from kernels.test_cpu import Case, assert_case, assert_exact_with_nan, assert_same_bits, integers_like, normal_like
 from kernels.test_engine_layout import ALIGNMENT, COMBINED, SHARED, Blob, padded, read_blocks
@@ -232,9 +233,7 @@ def random_networks() -> dict[str, list[Task]]:
     return {
         "deep": [block_task((301, 140, 60, 1), 0.3, seed=13, head="sigmoid", integers=False)],
         "shared": tasks_that_share(3, 0.3, (300, 70, 20, 2), integers=False),
-        "sigmoid between": [
-            [layer._replace(activation="sigmoid") for layer in block_task((1100, 33, 18, 2), 0.3, 5, integers=False)]
-        ],
+        "activations": [with_every_activation(lambda widths: block_task(widths, 0.5, 5, integers=False), 1100)],
     }
 
 

@@ -30,6 +30,7 @@ from kernels.networks import (
     random_mask,
     random_task,
     rounded_to_bf16,
+    with_every_activation,
 )
 from oracle import UNIT_ROUNDOFF, Bounded, assert_exact, assert_rounding, mlp_reference, small_integers
 from torch import Tensor
@@ -760,6 +761,7 @@ def random_networks() -> dict[str, list[Task]]:
         "shared": tasks_that_share(3, 0.3, (300, 70, 20, 2), integers=False, seed=13, heads=(1,)),
         "pairs": tasks_of_sets((300, 70, 2), PAIRS, integers=False),
         "many": tasks_of_sets((300, 20, 1), MANY, integers=False),
+        "activations": [with_every_activation(lambda widths: random_task(widths, 0.4, 13, integers=False), 300)],
     }
 
 

@@ -35,10 +35,21 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 Array = NDArray[Any]
 
 HEADER = struct.Struct("<2I11Q8I")
-RECORD = struct.Struct("<7IfiI17Q")
+RECORD = struct.Struct("<7Ifif17Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
-ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2}
+ACTIVATIONS = {
+    "none": 0,
+    "relu": 1,
+    "sigmoid": 2,
+    "tanh": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+    "hardswish": 7,
+    "leaky_relu": 8,
+    "elu": 9,
+}
 PRECISIONS = ("fp32", "bf16", "int8")
 LAYOUTS = {"tables": 1, "slices": 2, "filled": 8}
 
@@ -77,7 +88,7 @@ class Record(NamedTuple):
     part_features: int
     inverse_scale: float
     zero_point: int
-    reserved: int
+    slope: float
     bias: int
     parts: int
     block_slices: int
@@ -439,7 +450,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 6)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 7)
     assert header.layouts == sum(LAYOUTS.values()) - (LAYOUTS["filled"] if precision == "int8" else 0)
     largest = 0
     for layer in layers if precision == "int8" else ():
@@ -491,7 +502,7 @@ def test_the_records_say_what_was_packed(name: str, precision: str) -> None:
         # Quantisation parameters mean something in int8 alone, and travel in every precision.
         assert record.inverse_scale == torch.tensor(1 / expected.layer.input_scale, dtype=torch.float32).item()
         assert record.zero_point == expected.layer.input_zero_point
-        assert record.reserved == 0
+        assert record.slope == torch.tensor(expected.layer.slope).item()
 
 
 @of_every_network

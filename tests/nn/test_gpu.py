@@ -271,6 +271,9 @@ def test_heads_of_several_outputs_are_served_and_different_activations_refused()
     heads = {**network.heads, "cvr": DenseLayer(*network.heads["cvr"][:2], "sigmoid")}
     with pytest.raises(ValueError, match="heads: got activations none, sigmoid, wanted one for all tasks"):
         GraphExecutor(FrozenNetwork(network.hidden, heads), device=DEVICE)
+    hidden = tuple(layer._replace(activation="gelu") for layer in network.hidden)
+    with pytest.raises(ValueError, match="layer 0: got activation gelu, wanted one of none, relu, sigmoid on a GPU"):
+        GraphExecutor(FrozenNetwork(hidden, network.heads), device=DEVICE)
 
 
 @pytest.fixture

@@ -215,6 +215,52 @@ def test_any_sequential_is_computed_as_the_oracle_does(widths, amount, batch, se
     assert_rounding(SparseMLP.from_sequential(sequential)(x), reference(layers, x))
 
 
+ACTIVATIONS = (
+    nn.ReLU(),
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.Hardswish(),
+    nn.LeakyReLU(0.2),
+    nn.PReLU(init=-0.3),
+    nn.ELU(1.5),
+)
+
+
+def test_a_module_that_is_there_twice_computes_twice():
+    linear, activation = pruned_linear(8, 8, 0.5), nn.Tanh()
+    sequential = nn.Sequential(linear, activation, linear, activation)
+    sparse, x = SparseMLP.from_sequential(sequential), torch.randn(3, 8)
+    assert len(sparse.network.hidden) == 2
+    torch.testing.assert_close(sparse(x), sequential(x).detach())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_an_activation_is_fused_and_saved(activation):
+    sequential = nn.Sequential(pruned_linear(9, 16), activation, pruned_linear(16, 6), activation, nn.Linear(6, 2))
+    sparse = SparseMLP.from_sequential(sequential)
+    x = 3 * torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sparse(x), sequential(x).detach(), rtol=1e-5, atol=1e-5)
+    other = SparseMLP.from_sequential(sequential.apply(lambda m: isinstance(m, nn.Linear) and m.bias.data.zero_()))
+    assert not torch.equal(other(x), sparse(x))
+    other.load_state_dict(sparse.state_dict())
+    assert_exact(other(x), sparse(x))
+    int8 = sparse.calibrated(x).to_precision("int8")
+    torch.testing.assert_close(int8(x), sparse(x), rtol=0.1, atol=0.1)
+    plan = sparse.measure_plan(batch_sizes=(1, 7))
+    torch.testing.assert_close(sparse.planned(plan)(x), sparse(x), rtol=1e-5, atol=1e-5)
+    layer = SparseLinear.from_linear(sequential[0], activation)
+    torch.testing.assert_close(layer(x), activation(sequential[0](x)).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_of_another_slope_is_refused():
+    mild, steep = (SparseLinear.from_dense(torch.eye(3), activation=nn.LeakyReLU(slope)) for slope in (0.1, 0.2))
+    with pytest.raises(ValueError, match=r"leaky_relu 0\.1, wanted .* leaky_relu 0\.2"):
+        steep.load_state_dict(mild.state_dict())
+
+
 def test_a_sequential_is_trained_on_through_masks():
     torch.manual_seed(0)
     sequential = nn.Sequential(pruned_linear(9, 6), nn.ReLU(), nn.Dropout(0.2), pruned_linear(6, 4, 0.5), nn.ReLU())
@@ -284,7 +330,11 @@ def test_a_linear_layer_that_is_more_than_that_is_refused(name):
         ([nn.ReLU()], "0: got a ReLU, wanted it right after a linear layer"),
         ([nn.Linear(2, 2), nn.ReLU(), nn.Sigmoid()], "2: got a Sigmoid, wanted it right after a linear layer"),
         ([nn.Linear(2, 2), nn.ReLU(), normed(2, 0), nn.ReLU()], "3: got a ReLU, wanted it right after a linear layer"),
-        ([nn.Linear(2, 2), nn.Sequential(nn.Softmax(1))], "1.0: got a Softmax, wanted Linear, ReLU, Sigmoid, BatchN"),
+        (
+            [nn.Linear(2, 2), nn.Sequential(nn.Softmax(1))],
+            "1.0: got a Softmax, wanted Linear, ReLU, Sigmoid, Tanh, SiLU",
+        ),
+        ([nn.Linear(2, 2), nn.PReLU(2)], "1: got a PReLU with 2 slopes, wanted one"),
         ([nn.Linear(2, 2), nn.LayerNorm(2)], "1: got a LayerNorm, wanted Linear"),
         ([nn.Linear(2, 2), nn.ReLU(), normed(2, 0)], "got a BatchNorm1d after the activation of 0, wanted a linear"),
         ([nn.Linear(2, 2), normed(3, 0)], "1: got 3 features, wanted 2"),
@@ -323,7 +373,17 @@ def test_what_a_masked_mlp_cannot_be_is_refused():
         ((torch.ones(2, 3), None, torch.ones(2, 3)), ValueError, "mask: got torch.float32"),
         ((torch.ones(2, 3), None, torch.ones(3, 2) > 0), ValueError, r"mask: got torch.bool \(3, 2\), wanted"),
         ((torch.ones(2, 3).to_sparse(),), ValueError, "weight: got a tensor that is torch.sparse_coo, wanted a dense"),
-        ((torch.ones(2, 3), None, None, "gelu"), ValueError, "got activation 'gelu', wanted one of none, relu"),
+        ((torch.ones(2, 3), None, None, "cos"), ValueError, "got activation 'cos', wanted one of none, relu"),
+        (
+            (torch.ones(2, 3), None, None, "elu"),
+            ValueError,
+            "activation: got 'elu' without a slope, wanted nn.LeakyReLU",
+        ),
+        (
+            (torch.ones(2, 3), None, None, nn.Softmax()),
+            ValueError,
+            "activation: got a Softmax, wanted one of ReLU, Sig",
+        ),
     ],
 )
 def test_a_dense_weight_that_cannot_be_one_is_refused(arguments, error, message):

@@ -39,8 +39,8 @@ class DenseRun(NamedTuple):
             return y.view(h.shape[1], tasks, n).transpose(0, 1)
         weight, bias, activate = self.weight.transpose(1, 2), self.bias[:, None], ACTIVATIONS[self.activation]
         if self.is_last:  # not rounded to 16 bits, which would give many scores ties
-            return activate(matmul(h, weight, torch.float32).add_(bias))
-        return activate(torch.baddbmm(bias, h, weight))
+            return activate(matmul(h, weight, torch.float32).add_(bias), 0.0)
+        return activate(torch.baddbmm(bias, h, weight), 0.0)
 
 
 class BlockRun(NamedTuple):
@@ -69,7 +69,7 @@ class SemiStructuredRun(NamedTuple):
     def __call__(self, h: Tensor) -> Tensor:
         """Apply it."""
         parts = zip(h.expand(len(self.weights), -1, -1), self.weights, self.bias, strict=True)
-        return ACTIVATIONS[self.activation](torch.stack([F.linear(x.contiguous(), *part) for x, *part in parts]))
+        return ACTIVATIONS[self.activation](torch.stack([F.linear(x.contiguous(), *part) for x, *part in parts]), 0.0)
 
 
 class TailRun(NamedTuple):
@@ -153,7 +153,7 @@ def engine(device: torch.device, dtype: torch.dtype) -> str:
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str, is_last: bool) -> Tensor:
     """`activation(x @ weight.T + bias)`; for the last layer in float32."""
     if is_last:
-        return ACTIVATIONS[activation](matmul(x, weight.T, torch.float32).add_(bias))
+        return ACTIVATIONS[activation](matmul(x, weight.T, torch.float32).add_(bias), 0.0)
     if activation == "relu":
         return torch._addmm_activation(bias, x, weight.T)  # cuBLASLt's epilogue: bias and ReLU
-    return ACTIVATIONS[activation](torch.addmm(bias, x, weight.T))
+    return ACTIVATIONS[activation](torch.addmm(bias, x, weight.T), 0.0)

@@ -1,0 +1,90 @@
+// Activations but ReLU and sigmoid, in place: plain loops, included by the ISA files after elementwise.h and as it is, so
+// that every ISA computes the same bits. Polynomials were fitted for the least largest error over their range.
+
+// Near v: v itself within the range, NaN as it is.
+inline float within(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+// exp(v) as 2^n (1 + r + r^2 q(r)), |r| at most log(2) / 2: the error is below 2^-23 of the result. At the ends of the
+// range it is practically 0 or infinite.
+struct Exponential {
+  float power, rest, tail;  // 2^n, r, r^2 q(r)
+};
+inline Exponential exponential(float v) {
+  const float inside = within(v, -87, 88);
+  // Above 2^23 a float is a whole number, which stands in its low bits.
+  const float shifted = __builtin_fmaf(inside, 0x1.715476p+0f, 0x1.8p+23f), n = shifted - 0x1.8p+23f;
+  const float r = __builtin_fmaf(n, -0x1.7f7d1cp-20f, __builtin_fmaf(n, -0x1.62e4p-1f, inside));
+  float q = 0x1.a17e36p-13f;
+  q = __builtin_fmaf(q, r, 0x1.6d4352p-10f);
+  q = __builtin_fmaf(q, r, 0x1.1110acp-7f);
+  q = __builtin_fmaf(q, r, 0x1.5554e8p-5f);
+  q = __builtin_fmaf(q, r, 0x1.555556p-3f);
+  q = __builtin_fmaf(q, r, 0x1p-1f);
+  return {float_of((bits_of(shifted) << 23) + (127u << 23)), r, r * r * q};
+}
+inline float exp_of(float v) {
+  const Exponential e = exponential(v);
+  return e.power * (1 + (e.rest + e.tail));
+}
+inline float expm1_of(float v) {
+  const Exponential e = exponential(v);
+  return __builtin_fmaf(e.power, e.rest + e.tail, e.power - 1);
+}
+
+inline float with_sign_of(float magnitude, float v) {
+  return float_of((bits_of(magnitude) & 0x7fffffff) | (bits_of(v) & 0x80000000));
+}
+inline float magnitude_of(float v) { return float_of(bits_of(v) & 0x7fffffff); }
+
+inline float tanh_of(float v) {
+  const float twice = expm1_of(2 * magnitude_of(v));
+  return with_sign_of(twice / (twice + 2), v);
+}
+
+inline float silu_of(float v) { return v / (1 + exp_of(-v)); }
+
+// erfc(a) = t exp(p(t) - a^2) with t = 1 / (1 + a / 2), a from 0 to 10.
+inline float erfc_of(float a) {
+  const float t = 1 / __builtin_fmaf(a, 0.5f, 1);
+  float p = 0x1.233708p-3f;
+  p = __builtin_fmaf(p, t, -0x1.55069cp-1f);
+  p = __builtin_fmaf(p, t, 0x1.1f562p+0f);
+  p = __builtin_fmaf(p, t, -0x1.4d71ap-1f);
+  p = __builtin_fmaf(p, t, -0x1.de54eep-4f);
+  p = __builtin_fmaf(p, t, 0x1.4ad45p-6f);
+  p = __builtin_fmaf(p, t, 0x1.d09f7ep-6f);
+  p = __builtin_fmaf(p, t, 0x1.8d3586p-2f);
+  p = __builtin_fmaf(p, t, 0x1.ff3a6ap-1f);
+  p = __builtin_fmaf(p, t, -0x1.43f3f8p+0f);
+  return t * exp_of(__builtin_fmaf(-a, a, p));
+}
+
+inline float gelu_of(float v) {
+  const float half = 0.5f * erfc_of(within(magnitude_of(v) * 0x1.6a09e6p-1f, 0, 10));  // over the root of 2
+  return v * (v > 0 ? 1 - half : half);
+}
+
+inline float gelu_tanh_of(float v) {
+  const float cubed = __builtin_fmaf(v * v, 0.044715f * v, v);
+  return 0.5f * v * (1 + tanh_of(0x1.988454p-1f * cubed));  // times the root of 2 / pi
+}
+
+inline float hardswish_of(float v) { return v * within(v + 3, 0, 6) / 6; }
+
+template <class Function>
+inline void map(float* values, int64_t count, Function function) {
+  for (int64_t i = 0; i < count; ++i) values[i] = function(values[i]);
+}
+
+void activate(uint32_t activation, float slope, float* values, int64_t count) {
+  switch (activation) {
+    case ACTIVATION_TANH: return map(values, count, tanh_of);
+    case ACTIVATION_SILU: return map(values, count, silu_of);
+    case ACTIVATION_GELU: return map(values, count, gelu_of);
+    case ACTIVATION_GELU_TANH: return map(values, count, gelu_tanh_of);
+    case ACTIVATION_HARDSWISH: return map(values, count, hardswish_of);
+    case ACTIVATION_LEAKY_RELU: return map(values, count, [slope](float v) { return v > 0 ? v : v * slope; });
+    case ACTIVATION_ELU: return map(values, count, [slope](float v) { return v > 0 ? v : slope * expm1_of(v); });
+    default: return;
+  }
+}
