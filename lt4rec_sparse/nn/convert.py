@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.formats import BlockWeight, CompressedWeight, SharedWeight
 from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
+from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 
+LEAST_SPARSITY = 0.5  # of a plain layer: less is left to dense products
+MOST_DENSE = 0.25  # of the kept weights: a dense layer of more is not run by kernels for single weights
+
 
 def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
-    """Return a copy of `model` for serving, every masked layer in it replaced by its compressed form.
+    """Return a copy of `model` for serving, every masked or pruned linear layer in it replaced by its compressed form.
 
-    `freeze(mlp)(x)` equals `mlp(x)` within rounding, for every task; the copy cannot be trained. Where all masks of an
-    MLP keep whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which kernels
-    run fastest.
+    `freeze(model)(x)` equals `model.eval()(x)` within rounding; the copy cannot be trained. Compressed are:
+
+    - each `MaskedMLP` and `MaskedLinear`;
+    - each plain `nn.Linear` of which at least half is zero, or pruned by `torch.nn.utils.prune`;
+    - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
+      (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
+      modules is replaced by the call, the others by `nn.Identity`.
+
+    Everything else is copied: linear layers with a forward or hooks of their own too. Where all masks of a call keep
+    whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which kernels run
+    fastest.
 
     Example:
         >>> import torch
@@ -28,11 +43,11 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
         True
 
     Args:
-        model: A `MaskedMLP`, a `MaskedLinear`, or any module that contains them.
-        sigmoid: Whether the heads of the MLPs end in a sigmoid: probabilities instead of logits.
+        model: Any module.
+        sigmoid: Whether the heads of `MaskedMLP`s end in a sigmoid: probabilities instead of logits.
 
     Raises:
-        ValueError: If the model contains no masked layer.
+        ValueError: If nothing in the model is masked or pruned.
     """
     frozen: dict[int, nn.Module] = {}
     inner: set[int] = set()
@@ -41,19 +56,105 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
         if sparse is not None:
             frozen[id(module)] = sparse
             inner |= {id(part) for part in module.modules()}
-    if not frozen:
-        raise ValueError(
-            f"model: got a {type(model).__name__} without masked layers, wanted a MaskedMLP or MaskedLinear"
-        )
-    # As the memo of the copy, the frozen layers take the masked ones' place wherever they are referred to. Tensors that
-    # are computed, such as the `weight` that torch.nn.utils.prune leaves beside its parts, do not copy themselves.
-    memo: dict[int, object] = dict(frozen)
+    calls = {id(m): list(_calls(m)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
+    taken = Counter(
+        id(child)
+        for module in model.modules()
+        for first, last, _ in calls.get(id(module), ())
+        for child in list(module._modules.values())[first:last]
+    )
+    places = Counter([id(model), *(id(child) for module in model.modules() for child in module._modules.values())])
+    for module in model.modules():
+        is_elsewhere = places[id(module)] > taken[id(module)]
+        if is_elsewhere and id(module) not in inner and isinstance(module, nn.Linear) and _is_pruned(module):
+            frozen[id(module)] = SparseLinear(plain.network_of([plain.of_linear(module)]))
+            inner.add(id(module))
+    if not frozen and not any(calls.values()):
+        wanted = f"a MaskedMLP, a MaskedLinear, or an nn.Linear of which {LEAST_SPARSITY:.0%} is zero"
+        raise ValueError(f"model: got a {type(model).__name__} without masked or pruned layers, wanted {wanted}")
+    # As the memo of the copy, the frozen layers take the others' place wherever they are referred to. Tensors that are
+    # computed, such as the `weight` that torch.nn.utils.prune leaves beside its parts, do not copy themselves.
+    memo: dict[int, Any] = dict(frozen)
     for module in model.modules():
         for value in () if id(module) in inner else vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     result: nn.Module = copy.deepcopy(model, memo)
+    for module in model.modules():
+        for first, last, call in calls.get(id(module), ()):
+            copied = memo[id(module)]
+            for name in list(module._modules)[first:last]:
+                copied._modules[name] = nn.Identity()
+            copied._modules[list(module._modules)[first]] = call
     return result.eval().requires_grad_(False)
+
+
+def _calls(sequential: nn.Module) -> Iterator[tuple[int, int, SparseMLP]]:
+    """Yield what becomes calls of an `nn.Sequential`: the first child of each, the one after the last, the call."""
+    children = [child or nn.Identity() for child in sequential._modules.values()]
+    for segment in plain.segments(children, _is_readable):
+        is_sparse = [any(_is_compressed(child) for child in children[first:last]) for first, last in segment]
+        if not any(is_sparse):
+            continue
+        layers = plain.chain(nn.Sequential(*children[segment[0][0] : segment[-1][1]]), _read)
+        layers = [
+            layer if sparse else layer._replace(mask=torch.ones_like(layer.mask))
+            for layer, sparse in zip(layers, is_sparse, strict=True)
+        ]
+        for first, last in _worthwhile(layers, is_sparse):
+            network = plain.network_of(layers[first:last])
+            call = (SparseLinear if last - first == 1 else SparseMLP)(network)
+            yield segment[first][0], segment[last - 1][1], call
+
+
+def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Yield the layers to run in one call: all of those in blocks, or those between large dense ones."""
+    sparse = [layer for layer, is_one in zip(layers, is_sparse, strict=True) if is_one]
+    if all(BlockWeight.keeps_blocks(layer.mask) for layer in sparse):
+        yield 0, len(layers)
+        return
+    most = MOST_DENSE * sum(int(layer.mask.sum()) for layer in sparse)
+    begin = 0
+    for i, layer in enumerate(layers):
+        if not is_sparse[i] and layer.weight.numel() > most:
+            if any(is_sparse[begin:i]):
+                yield begin, i
+            begin = i + 1
+    if any(is_sparse[begin:]):
+        yield begin, len(layers)
+
+
+def _is_readable(module: nn.Module) -> bool:
+    if isinstance(module, MaskedLinear):
+        return len(module.tasks) == 1 and plain.hook_of(module) is None
+    return isinstance(module, nn.Linear) and _obstacle(module) is None
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    return isinstance(module, MaskedLinear) or (isinstance(module, nn.Linear) and _is_pruned(module))
+
+
+def _is_pruned(linear: nn.Linear) -> bool:
+    """Tell whether a plain layer is pruned so far that it is compressed."""
+    if _obstacle(linear) is not None:
+        return False
+    mask = plain.of_linear(linear).mask
+    return 1 - mask.sum().item() / mask.numel() >= LEAST_SPARSITY
+
+
+def _obstacle(linear: nn.Linear) -> str | None:
+    """Return why a layer that is no masked one is left as it is, or None."""
+    if reason := plain.obstacle(linear):
+        return reason
+    dtype = linear.weight.dtype
+    return None if dtype == torch.float32 else f"got {dtype}, wanted torch.float32, in which scores are"
+
+
+def _read(linear: nn.Module, name: str) -> plain.PlainLayer:
+    if not isinstance(linear, MaskedLinear):
+        return plain.of_linear(linear, name)
+    weight, bias = linear.weight_and_bias()
+    return plain.of_tensors(weight, bias, linear.mask())
 
 
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:

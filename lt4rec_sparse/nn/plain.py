@@ -101,6 +101,21 @@ def of_matrix(matrix: Any, bias: Tensor | None = None) -> PlainLayer:
     raise TypeError(f"matrix: got {kind}, wanted a sparse tensor of torch or a sparse matrix of scipy")
 
 
+def obstacle(linear: nn.Module) -> str | None:
+    """Return why a layer cannot be compressed, or None if it is a plain `nn.Linear` that can."""
+    if type(linear).forward is not nn.Linear.forward:
+        return f"got a {type(linear).__name__}, wanted an nn.Linear without a forward of its own"
+    if isinstance(linear.weight, UninitializedParameter):
+        return f"got a {type(linear).__name__} that has no weight yet, wanted one that has run"
+    if reason := hook_of(linear):
+        return reason
+    weight, bias = (pruned(linear, part) for part in ("weight", "bias"))
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and (part.is_meta or part.is_quantized or part.dtype not in VALUE_DTYPES):
+            return f"got a {name} of {part.dtype} on {part.device}, wanted float32, float16 or bfloat16 with values"
+    return None
+
+
 def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
     """Return what an `nn.Linear` computes with.
 
@@ -111,11 +126,8 @@ def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
         ValueError: If it is no `nn.Linear` with the forward of one, has hooks, which nothing would call, or its weight
             is not there yet, or on no device.
     """
-    if type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{name}: got a {type(linear).__name__}, wanted an nn.Linear without a forward of its own")
-    if isinstance(linear.weight, UninitializedParameter):
-        raise ValueError(f"{name}: got a {type(linear).__name__} that has no weight yet, wanted one that has run")
-    check_hooks(linear, name)
+    if reason := obstacle(linear):
+        raise ValueError(f"{name}: {reason}")
     mask = linear._buffers.get("weight_mask")  # of torch.nn.utils.prune
     weight, bias = (pruned(linear, part) for part in ("weight", "bias"))
     assert weight is not None
@@ -138,8 +150,49 @@ def pruned(module: nn.Module, name: str) -> Tensor | None:
     return original * module.get_buffer(f"{name}_mask").to(original)
 
 
-def chain(sequential: nn.Module) -> list[PlainLayer]:
-    """Return the layers of an `nn.Sequential` as it computes in `eval()`.
+def segments(children: Sequence[nn.Module], takes: Callable[[nn.Module], bool]) -> list[list[tuple[int, int]]]:
+    """Return what `chain` can read of an `nn.Sequential` with these children: segments, the longest there are.
+
+    A segment has for each of its linear layers, of which `takes` tells, the first of the children that belong to it
+    and the one after the last.
+    """
+    found: list[list[tuple[int, int]]] = []
+    segment: list[tuple[int, int]] = []
+    begin = end = 0  # of the children that belong to the next linear layer, and to the last one
+    can_activate = False  # whether an activation would belong to the last layer
+    for i, child in enumerate(children):
+        if takes(child):
+            segment.append((begin, i + 1))
+            begin = end = i + 1
+            can_activate = True
+        elif can_activate and _is_fused(child):
+            begin = end = i + 1
+            can_activate = False
+        elif _is_folded(child) and (not segment or not can_activate):
+            pass  # it waits for the next linear layer
+        elif _is_folded(child) or (isinstance(child, DROPPED) and not hook_of(child)):
+            if segment and begin == i:
+                begin = end = i + 1
+        else:
+            found += [segment] * bool(segment)
+            segment, begin, can_activate = [], i + 1, False
+            continue
+        if segment:
+            segment[-1] = (segment[-1][0], end)
+    return found + [segment] * bool(segment)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    has_slopes = isinstance(module, nn.PReLU) and module.num_parameters > 1
+    return type(module) in FUSED and not has_slopes and not hook_of(module)
+
+
+def _is_folded(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm1d) and module.running_mean is not None and not hook_of(module)
+
+
+def chain(sequential: nn.Module, read: Callable[[nn.Module, str], PlainLayer] | None = None) -> list[PlainLayer]:
+    """Return the layers of an `nn.Sequential` as it computes in `eval()`; `read` reads a linear layer, as `of_linear`.
 
     Activations in `FUSED` belong to the linear layer before them. BatchNorm1d is folded into the linear layer before
     it, or the one after it; the products are formed in float64. `DROPPED` are dropped. An `nn.Sequential` within is
@@ -153,7 +206,7 @@ def chain(sequential: nn.Module) -> list[PlainLayer]:
     last = ""
     for name, module in _flat(sequential, ""):
         if isinstance(module, nn.Linear):
-            layer = of_linear(module, name)
+            layer = (read or of_linear)(module, name)
             layers.append(layer if waiting is None else _after(layer, *waiting, name))
             waiting, last = None, name
             continue
@@ -218,11 +271,20 @@ def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwor
 
 
 def check_hooks(module: nn.Module, name: str) -> None:
-    """Refuse a module with forward hooks but those of `torch.nn.utils.prune`: nothing would call them."""
+    """Refuse a module with a hook.
+
+    Raises:
+        ValueError: If it has one; the message begins with `name`.
+    """
+    if reason := hook_of(module):
+        raise ValueError(f"{name}: {reason}")
+
+
+def hook_of(module: nn.Module) -> str | None:
+    """Return what is said of a forward hook that nothing would call: any but those of `torch.nn.utils.prune`."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     others = [hook for hook in hooks if not isinstance(hook, BasePruningMethod)]
-    if others:
-        raise ValueError(f"{name}: got a hook, {type(others[0]).__name__}, wanted none: nothing would call it")
+    return f"got a hook, {type(others[0]).__name__}, wanted none: nothing would call it" if others else None
 
 
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -39,7 +39,7 @@ def compact(mlp: SparseMLP) -> Compacted:
 def frozen_again(compacted, t):
     """Make one task of what was compacted a frozen MLP of its own; its masks are the weights that are not zero."""
     *hidden, head = compacted.tasks[t]
-    layers = [SparseLayer(SharedWeight.from_dense(w, {"task": w != 0}), bias, act) for w, bias, act in hidden]
+    layers = [SparseLayer(SharedWeight.from_dense(w, {"task": w != 0}), *rest) for w, *rest in hidden]
     return SparseMLP(FrozenNetwork(tuple(layers), {"task": DenseLayer(*head)}))
 
 
@@ -117,7 +117,7 @@ def test_single_weights_at_half_density_leave_nothing_dead():
     compacted = compact(freeze(mlp))
     assert compacted.widths == [compacted.widths_before] * 2 == [(64, 48, 32, 1)] * 2
     for task, layers in zip(mlp.tasks, compacted.tasks, strict=True):
-        for layer, (weight, bias, _) in zip(layers, oracle_layers(mlp, task), strict=True):
+        for layer, (weight, bias, *_) in zip(layers, oracle_layers(mlp, task), strict=True):
             assert_exact(layer.weight, weight)
             assert_exact(layer.bias, bias)
 

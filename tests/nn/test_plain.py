@@ -307,8 +307,8 @@ REFUSED = {
     "hook": (lambda: hooked("hook"), "0: got a hook, function, wanted none: nothing would call it"),
     "pre-hook": (lambda: hooked("pre_hook"), "0: got a hook, function, wanted none"),
     "old weight norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "0: got a hook, SpectralNorm, wanted none"),
-    "double": (lambda: nn.Linear(4, 4).double(), "0: weight: got torch.float64, wanted float32, float16 or bfloat16"),
-    "meta": (lambda: nn.Linear(4, 4, device="meta"), "0: weight: got a tensor that is on the meta device"),
+    "double": (lambda: nn.Linear(4, 4).double(), "0: got a weight of torch.float64 on cpu, wanted float32, float16"),
+    "meta": (lambda: nn.Linear(4, 4, device="meta"), "0: got a weight of torch.float32 on meta, wanted"),
 }
 
 

@@ -108,16 +108,27 @@ def test_every_reference_to_a_layer_is_replaced_and_the_source_stays_trainable()
     assert_exact(frozen(x), model(x).detach())
 
 
-def test_modules_that_torch_pruned_are_copied_beside_masked_ones():
+class TwoLayers(torch.nn.Module):
+    """Not an `nn.Sequential`: nothing tells what is between its layers."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.second(self.first(x)).relu()
+
+
+def test_modules_that_torch_pruned_a_little_are_copied_beside_masked_ones():
     dense = torch.nn.Linear(5, 3)
-    torch.nn.utils.prune.l1_unstructured(dense, "weight", 0.6)
-    model = torch.nn.Sequential(MaskedLinear(4, 5), dense, torch.nn.ReLU())
+    torch.nn.utils.prune.l1_unstructured(dense, "weight", 0.4)
+    model = TwoLayers(MaskedLinear(4, 5), dense)
     for parameter in model.parameters():
         parameter.data = small_integers(*parameter.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     frozen, x = freeze(model), small_integers(7, 4, generator=torch.Generator().manual_seed(1))
     wanted = model(x).detach()
     assert_exact(frozen(x), wanted)
-    assert (frozen[1].weight_mask == dense.weight_mask).all()
+    assert (frozen.second.weight_mask == dense.weight_mask).all()
     dense.weight_orig.data.zero_()
     assert_exact(frozen(x), wanted)
 
@@ -361,7 +372,7 @@ def test_a_backward_pass_is_refused():
 
 
 def test_a_model_without_masked_layers_is_refused():
-    with pytest.raises(ValueError, match="model: got a Linear without masked layers"):
+    with pytest.raises(ValueError, match="model: got a Linear without masked or pruned layers"):
         freeze(torch.nn.Linear(2, 2))
 
 

@@ -1,0 +1,187 @@
+"""`freeze` of any module: what is pruned is compressed, what is between is fused, all else is as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze
+
+
+def pruned(k: int, n: int, amount: float = 0.8, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    linear = nn.Linear(k, n)
+    prune.random_unstructured(linear, "weight", amount)
+    prune.remove(linear, "weight")
+    return linear
+
+
+def in_blocks(k: int, n: int) -> nn.Linear:
+    linear = pruned(k, n, 0.0)
+    with torch.no_grad():
+        kept = torch.rand(n // 16, k // 4, generator=torch.Generator().manual_seed(1)) < 0.3
+        linear.weight *= kept.repeat_interleave(16, 0).repeat_interleave(4, 1)
+    return linear
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [type(child).__name__ for child in model.children()]
+
+
+def assert_serves(model: nn.Module, frozen: nn.Module, x: torch.Tensor) -> None:
+    """Fail unless the frozen model computes what the model does in `eval()`, in a copy that has no gradient."""
+    wanted = copy.deepcopy(model).eval()(x).detach()
+    y = frozen(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.training
+
+
+class Residual(nn.Module):
+    """A block as vision and language models have them: two layers, an activation, a norm, and a sum."""
+
+    def __init__(self, width: int, amount: float = 0.8):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide, self.narrow = pruned(width, 2 * width, amount, 1), pruned(2 * width, width, amount, 2)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
+
+
+def test_layers_anywhere_are_compressed():
+    model = nn.ModuleList([Residual(16), Residual(16)])
+    model = nn.Sequential(*model, nn.Linear(16, 2))
+    frozen = freeze(model)
+    for block in list(frozen)[:2]:
+        assert (type(block.wide), type(block.narrow)) == (SparseLinear, SparseLinear)
+        assert isinstance(block.attention, nn.MultiheadAttention)
+    assert type(frozen[2]) is nn.Linear
+    assert_serves(model, frozen, torch.randn(3, 5, 16))
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept"),
+    [
+        ([pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Tanh()], ["SparseMLP", *["Identity"] * 3]),
+        # A small layer joins; one alone does not.
+        ([pruned(90, 60), nn.SiLU(), nn.Linear(60, 2)], ["SparseMLP", "Identity", "Identity"]),
+        ([pruned(9, 6), nn.ReLU(), nn.Linear(6, 60)], ["SparseLinear", "Identity", "Linear"]),
+        ([nn.Linear(9, 60), nn.ReLU(), pruned(60, 4)], ["Linear", "ReLU", "SparseLinear"]),
+        (
+            [pruned(9, 6), nn.ReLU(), nn.Linear(6, 60), nn.ReLU(), pruned(60, 6)],
+            ["SparseLinear", "Identity", "Linear", "ReLU", "SparseLinear"],
+        ),
+        ([nn.Flatten(), pruned(9, 6), nn.Softmax(1)], ["Flatten", "SparseLinear", "Softmax"]),
+        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6)], ["SparseLinear", "Identity", "BatchNorm1d"]),
+        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU()], ["SparseLinear", "Identity", "BatchNorm1d", "ReLU"]),
+        ([nn.BatchNorm1d(9), pruned(9, 6), nn.BatchNorm1d(6), nn.ELU()], ["SparseLinear", *["Identity"] * 3]),
+        ([nn.Dropout(), pruned(9, 6), nn.ReLU(), nn.ReLU()], ["SparseLinear", "Identity", "Identity", "ReLU"]),
+        ([nn.ReLU(), pruned(9, 6), nn.Sequential(nn.ReLU(), pruned(6, 3))], ["ReLU", "SparseLinear", "Sequential"]),
+        ([pruned(9, 6), nn.PReLU(6), pruned(6, 3)], ["SparseLinear", "PReLU", "SparseLinear"]),
+        ([MaskedLinear(9, 6), nn.ReLU(), pruned(6, 3)], ["SparseMLP", "Identity", "Identity"]),
+        ([nn.BatchNorm1d(9, track_running_stats=False), pruned(9, 6)], ["BatchNorm1d", "SparseLinear"]),
+    ],
+)
+def test_what_is_between_layers_is_fused(parts, kept):
+    model = nn.Sequential(*parts)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d) and module.running_var is not None:
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_()
+    frozen = freeze(model)
+    assert kinds(frozen) == kept
+    first = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    assert_serves(model, frozen, torch.randn(7, first.in_features))
+
+
+def test_blocks_are_run_with_the_dense_layers_between():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), in_blocks(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    frozen = freeze(model)
+    assert kinds(frozen) == ["SparseMLP", *["Identity"] * 4]
+    assert all(isinstance(layer.weight, BlockWeight) for layer in frozen[0].network.hidden)
+    assert_serves(model, frozen, torch.randn(5, 64))
+
+
+def test_zeros_of_a_layer_that_is_not_pruned_are_kept():
+    model = nn.Sequential(in_blocks(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    with torch.no_grad():
+        model[2].weight[3, 5] = 0
+    assert freeze(model)[0].network.is_in_blocks
+
+
+def test_a_layer_that_is_referred_to_from_several_places():
+    shared, alone = pruned(8, 8), pruned(8, 8, seed=3)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(nn.Softmax(1), shared, nn.ReLU()), alone)
+    model.also = nn.ModuleDict({"shared": shared})
+    frozen = freeze(model)
+    assert_serves(nn.Sequential(*list(model)[:4]), nn.Sequential(*list(frozen)[:4]).eval(), torch.randn(3, 8))
+    assert isinstance(frozen.also["shared"], SparseLinear)
+    activation = nn.Tanh()
+    model = nn.Sequential(pruned(8, 8), activation, nn.Softmax(1), activation)
+    assert kinds(freeze(model)) == ["SparseLinear", "Identity", "Softmax", "Tanh"]
+    assert_serves(model, freeze(model), torch.randn(3, 8))
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def hooked() -> nn.Linear:
+    linear = pruned(8, 8)
+    linear.register_forward_hook(lambda module, args, y: y + 1)
+    return linear
+
+
+def own() -> nn.Linear:
+    linear = Own(8, 8)
+    with torch.no_grad():
+        linear.weight[:, :6] = 0
+    return linear
+
+
+@pytest.mark.parametrize("make", [hooked, own, lambda: pruned(8, 8, 0.4)], ids=["hook", "own forward", "barely pruned"])
+def test_what_cannot_be_compressed_is_left_as_it_is(make):
+    model = nn.Sequential(pruned(8, 8), nn.Softmax(1), make(), nn.Softmax(1))
+    frozen = freeze(model)
+    assert kinds(frozen) == ["SparseLinear", "Softmax", type(model[2]).__name__, "Softmax"]
+    assert_serves(model, frozen, torch.randn(3, 8))
+    with pytest.raises(
+        ValueError, match=r"model: got a \w+ without masked or pruned layers, wanted .* of which 50% is"
+    ):
+        freeze(make())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_of_other_dtypes_are_left(dtype):
+    model = nn.Sequential(pruned(8, 8), nn.Softmax(1))
+    with pytest.raises(ValueError, match="without masked or pruned layers"):
+        freeze(model.to(dtype))
+
+
+def test_the_model_is_as_it_was():
+    model = nn.Sequential(pruned(8, 8), nn.ReLU(), nn.BatchNorm1d(8), pruned(8, 2)).train()
+    before = copy.deepcopy(model.state_dict())
+    frozen = freeze(model)
+    assert model.training
+    assert kinds(model) == ["Linear", "ReLU", "BatchNorm1d", "Linear"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    x = torch.randn(3, 8)
+    wanted = frozen(x)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert torch.equal(frozen(x), wanted)
+
+
+def test_a_module_alone_is_compressed():
+    linear = pruned(8, 8)
+    frozen = freeze(linear)
+    assert type(frozen) is SparseLinear
+    assert_serves(linear, frozen, torch.randn(3, 8))
+    sequential = nn.Sequential(linear, nn.GELU(), pruned(8, 2))
+    assert type(freeze(sequential)[0]) is SparseMLP
