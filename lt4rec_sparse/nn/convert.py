@@ -86,6 +86,10 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
             for name in list(module._modules)[first:last]:
                 copied._modules[name] = nn.Identity()
             copied._modules[list(module._modules)[first]] = call
+    for module in result.modules():
+        is_layer = isinstance(module, nn.TransformerEncoderLayer)
+        if is_layer and SparseLinear in (type(module.linear1), type(module.linear2)):
+            module.activation_relu_or_gelu = 0  # off its fast path, which reads the weights instead of calling layers
     return result.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -105,6 +106,8 @@ def obstacle(linear: nn.Module) -> str | None:
     """Return why a layer cannot be compressed, or None if it is a plain `nn.Linear` that can."""
     if type(linear).forward is not nn.Linear.forward:
         return f"got a {type(linear).__name__}, wanted an nn.Linear without a forward of its own"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return "got the output of an nn.MultiheadAttention, which reads its weight, wanted a layer that is called"
     if isinstance(linear.weight, UninitializedParameter):
         return f"got a {type(linear).__name__} that has no weight yet, wanted one that has run"
     if reason := hook_of(linear):

@@ -325,6 +325,23 @@ class SparseLinear(SparseMLP):
         """
         return cls._of(plain.of_matrix(matrix, bias), activation)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dense: float32 `[out_features, in_features]`, zeros where it is pruned; of one task alone."""
+        return self._dense().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, float32 `[out_features]`, if there is one; of a layer with one task alone."""
+        return self._dense().bias
+
+    def _dense(self) -> DenseLayer:
+        if len(self.tasks) > 1:  # nn.Module calls any other error one of its own
+            raise AttributeError(
+                f"weight and bias: got tasks {', '.join(self.tasks)}, wanted one: network.layer(0, task)"
+            )
+        return self.network.layer(0, self.tasks[0])
+
     @classmethod
     def _of(cls, layer: plain.PlainLayer, activation: str | nn.Module) -> SparseLinear:
         made: SparseLinear = cls(plain.network_of([plain.with_activation(layer, activation)])).eval()

@@ -185,3 +185,43 @@ def test_a_module_alone_is_compressed():
     assert_serves(linear, frozen, torch.randn(3, 8))
     sequential = nn.Sequential(linear, nn.GELU(), pruned(8, 2))
     assert type(freeze(sequential)[0]) is SparseMLP
+
+
+def transformer(depth: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
+    for linear in (layer.linear1, layer.linear2, layer.self_attn.out_proj):
+        prune.random_unstructured(linear, "weight", 0.8)
+        prune.remove(linear, "weight")
+    return layer if depth == 0 else nn.TransformerEncoder(layer, depth)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_transformer_of_torch_computes_through_its_sparse_layers(depth, monkeypatch):
+    """In eval it has a fast path that reads the weights, and an attention that reads the weight of its output."""
+    model = transformer(depth)
+    frozen = freeze(model)
+    layers = frozen.layers if depth else [frozen]
+    for layer in layers:
+        assert (type(layer.linear1), type(layer.linear2)) == (SparseLinear, SparseLinear)
+        assert not isinstance(layer.self_attn.out_proj, SparseLinear)
+    x = torch.randn(3, 5, 16)
+    with torch.inference_mode():
+        assert_serves(model, frozen, x)
+    calls = []
+    forward = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    with torch.inference_mode():
+        frozen(x)
+    assert len(set(map(id, calls))) == 2 * len(layers)
+
+
+def test_weight_and_bias_can_be_read():
+    linear = pruned(8, 4)
+    frozen = freeze(linear)
+    assert torch.equal(frozen.weight, linear.weight)
+    assert torch.equal(frozen.bias, linear.bias)
+    assert SparseLinear.from_dense(torch.eye(3)).bias is None
+    several = freeze(MaskedLinear(3, 2, tasks=("a", "b")))
+    with pytest.raises(AttributeError, match="weight"):
+        several.weight  # noqa: B018
