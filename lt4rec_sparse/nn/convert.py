@@ -87,9 +87,9 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
                 copied._modules[name] = nn.Identity()
             copied._modules[list(module._modules)[first]] = call
     for module in result.modules():
-        is_layer = isinstance(module, nn.TransformerEncoderLayer)
-        if is_layer and SparseLinear in (type(module.linear1), type(module.linear2)):
-            module.activation_relu_or_gelu = 0  # off its fast path, which reads the weights instead of calling layers
+        if isinstance(module, nn.TransformerEncoderLayer) and SparseLinear in map(type, module.children()):
+            # Off its fast path, which reads the weights instead of calling layers.
+            vars(module)["activation_relu_or_gelu"] = 0
     return result.eval().requires_grad_(False)
 
 
