@@ -1,4 +1,4 @@
-// Activations but ReLU and sigmoid, in place: plain loops, included by the ISA files after elementwise.h and as it is, so
+// Activations but ReLU, in place: plain loops, included by the ISA files after elementwise.h and as it is, so
 // that every ISA computes the same bits. Polynomials were fitted for the least largest error over their range.
 
 // Near v: v itself within the range, NaN as it is.
@@ -10,7 +10,7 @@ struct Exponential {
   float power, rest, tail;  // 2^n, r, r^2 q(r)
 };
 inline Exponential exponential(float v) {
-  const float inside = within(v, -87, 88);
+  const float inside = within(v, -80, 88);  // products of the least one are no denormals, which are slow
   // Above 2^23 a float is a whole number, which stands in its low bits.
   const float shifted = __builtin_fmaf(inside, 0x1.715476p+0f, 0x1.8p+23f), n = shifted - 0x1.8p+23f;
   const float r = __builtin_fmaf(n, -0x1.7f7d1cp-20f, __builtin_fmaf(n, -0x1.62e4p-1f, inside));
@@ -41,9 +41,10 @@ inline float tanh_of(float v) {
   return with_sign_of(twice / (twice + 2), v);
 }
 
+inline float sigmoid_of(float v) { return 1 / (1 + exp_of(-v)); }
 inline float silu_of(float v) { return v / (1 + exp_of(-v)); }
 
-// erfc(a) = t exp(p(t) - a^2) with t = 1 / (1 + a / 2), a from 0 to 10.
+// erfc(a) = t exp(p(t) - a^2) with t = 1 / (1 + a / 2) for a from 0 to 10; practically 0 above.
 inline float erfc_of(float a) {
   const float t = 1 / __builtin_fmaf(a, 0.5f, 1);
   float p = 0x1.233708p-3f;
@@ -60,8 +61,8 @@ inline float erfc_of(float a) {
 }
 
 inline float gelu_of(float v) {
-  const float half = 0.5f * erfc_of(within(magnitude_of(v) * 0x1.6a09e6p-1f, 0, 10));  // over the root of 2
-  return v * (v > 0 ? 1 - half : half);
+  const float beyond = 0.5f * erfc_of(magnitude_of(v) * 0x1.6a09e6p-1f);  // over the root of 2
+  return v * (0.5f + with_sign_of(0.5f - beyond, v));  // a choice of two would not be vectorised
 }
 
 inline float gelu_tanh_of(float v) {
@@ -71,6 +72,7 @@ inline float gelu_tanh_of(float v) {
 
 inline float hardswish_of(float v) { return v * within(v + 3, 0, 6) / 6; }
 
+// The function is part of the type: through a pointer it would be called for each value.
 template <class Function>
 inline void map(float* values, int64_t count, Function function) {
   for (int64_t i = 0; i < count; ++i) values[i] = function(values[i]);
@@ -78,11 +80,12 @@ inline void map(float* values, int64_t count, Function function) {
 
 void activate(uint32_t activation, float slope, float* values, int64_t count) {
   switch (activation) {
-    case ACTIVATION_TANH: return map(values, count, tanh_of);
-    case ACTIVATION_SILU: return map(values, count, silu_of);
-    case ACTIVATION_GELU: return map(values, count, gelu_of);
-    case ACTIVATION_GELU_TANH: return map(values, count, gelu_tanh_of);
-    case ACTIVATION_HARDSWISH: return map(values, count, hardswish_of);
+    case ACTIVATION_SIGMOID: return map(values, count, [](float v) { return sigmoid_of(v); });
+    case ACTIVATION_TANH: return map(values, count, [](float v) { return tanh_of(v); });
+    case ACTIVATION_SILU: return map(values, count, [](float v) { return silu_of(v); });
+    case ACTIVATION_GELU: return map(values, count, [](float v) { return gelu_of(v); });
+    case ACTIVATION_GELU_TANH: return map(values, count, [](float v) { return gelu_tanh_of(v); });
+    case ACTIVATION_HARDSWISH: return map(values, count, [](float v) { return hardswish_of(v); });
     case ACTIVATION_LEAKY_RELU: return map(values, count, [slope](float v) { return v > 0 ? v : v * slope; });
     case ACTIVATION_ELU: return map(values, count, [slope](float v) { return v > 0 ? v : slope * expm1_of(v); });
     default: return;

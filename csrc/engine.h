@@ -354,7 +354,7 @@ typedef struct Isa {
   void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
 
-  // In place; one of ACTIVATION_TANH and those after it.
+  // In place; one of ACTIVATION_SIGMOID and those after it.
   void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share

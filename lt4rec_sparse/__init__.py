@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lt4rec_sparse.formats import BlockWeight, SharedWeight
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
-    from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze
+    from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze, report
     from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ _HOMES = {
     "SparseMLP": "nn",
     "freeze": "nn",
     "load": "ranker",
+    "report": "nn",
     "save": "ranker",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "load",
+    "report",
     "save",
 ]
 

@@ -1,6 +1,7 @@
 """Modules: masked ones are trained, sparse ones are served, `freeze` makes the latter from the former."""
 
 from lt4rec_sparse.nn.convert import freeze
+from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.nn.plan import Plan
@@ -11,7 +12,9 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "Plan",
+    "Report",
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "report",
 ]

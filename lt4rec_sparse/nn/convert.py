@@ -131,7 +131,7 @@ def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -
 def _is_readable(module: nn.Module) -> bool:
     if isinstance(module, MaskedLinear):
         return len(module.tasks) == 1 and plain.hook_of(module) is None
-    return isinstance(module, nn.Linear) and _obstacle(module) is None
+    return isinstance(module, nn.Linear) and obstacle(module) is None
 
 
 def _is_compressed(module: nn.Module) -> bool:
@@ -140,13 +140,13 @@ def _is_compressed(module: nn.Module) -> bool:
 
 def _is_pruned(linear: nn.Linear) -> bool:
     """Tell whether a plain layer is pruned so far that it is compressed."""
-    if _obstacle(linear) is not None:
+    if obstacle(linear) is not None:
         return False
     mask = plain.of_linear(linear).mask
     return 1 - mask.sum().item() / mask.numel() >= LEAST_SPARSITY
 
 
-def _obstacle(linear: nn.Linear) -> str | None:
+def obstacle(linear: nn.Linear) -> str | None:
     """Return why a layer that is no masked one is left as it is, or None."""
     if reason := plain.obstacle(linear):
         return reason

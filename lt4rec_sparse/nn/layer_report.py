@@ -1,0 +1,160 @@
+"""What `freeze` made of a model, layer by layer: format, bytes, time against dense torch; and why the rest is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse.formats import BlockWeight
+from lt4rec_sparse.network import FrozenNetwork
+from lt4rec_sparse.nn import plain
+from lt4rec_sparse.nn.convert import LEAST_SPARSITY, obstacle
+from lt4rec_sparse.nn.dense import dense_kernels
+from lt4rec_sparse.nn.plan.executor import follow, make_run
+from lt4rec_sparse.nn.plan.plan import Segment
+from lt4rec_sparse.nn.sparse import SparseMLP
+from lt4rec_sparse.stopwatch import interleaved
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call of the engine, or a linear layer that is dense.
+
+    Attributes:
+        name: Of the module in the model.
+        widths: Inputs, and the outputs of each layer.
+        format: "blocks", "weights" or "dense".
+        density: Kept weights over all weights.
+        nbytes: Of weights and biases as they are held canonically.
+        dense_nbytes: Of the same layers dense, a copy per task, in float32.
+        why_dense: The reason, where it is dense.
+        rows: Of the example, where it was measured.
+        microseconds, dense_microseconds: Of a call, and of dense products with the masks multiplied in beforehand.
+    """
+
+    name: str
+    widths: tuple[int, ...]
+    format: str
+    density: float
+    nbytes: int
+    dense_nbytes: int
+    why_dense: str = ""
+    rows: int | None = None
+    microseconds: float | None = None
+    dense_microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The linear layers of a model; printed as a table."""
+
+    entries: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<28} {'widths':<22} {'format':<8} {'density':>8} {'KB':>9} {'of dense':>9}  against dense"]
+        for entry in self.entries:
+            widths = "-".join(map(str, entry.widths))
+            share = entry.nbytes / entry.dense_nbytes
+            line = f"{entry.name or '(the model)':<28} {widths:<22} {entry.format:<8} {entry.density:>8.1%}"
+            line += f" {entry.nbytes / 1000:>9,.1f} {share:>9.0%}  {_comparison(entry)}"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, example: Any = None) -> Report:
+    """Tell what of a model is compressed, and why the rest is dense; with an example also how fast it is.
+
+    Example:
+        >>> from lt4rec_sparse import SparseLinear
+        >>> model = nn.Sequential(SparseLinear.from_dense(torch.eye(64)), nn.Linear(64, 2))
+        >>> [(entry.name, entry.format) for entry in report(model).entries]
+        [('0', 'weights'), ('1', 'dense')]
+
+    Args:
+        model: Any module, frozen or not.
+        example: An input that the model is called with, or a tuple of them. Each call of the engine is then timed on
+            what enters it, beside the faster of torch and oneDNN in float32, with torch's current thread count, in one
+            interleaved run.
+    """
+    calls = {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}
+    inputs = {} if example is None else _inputs(model, calls, example)
+    times = _times({name: (calls[name], x) for name, x in inputs.items()})
+    entries = []
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMLP):
+            entry = _of_call(name, module.network)
+            if name in inputs:
+                rows = inputs[name].shape[:-1].numel()
+                dense = min(times[name, kernel] for kernel in dense_kernels("fp32"))
+                entry = replace(entry, rows=rows, microseconds=times[name, "ours"], dense_microseconds=dense)
+            entries.append(entry)
+        elif isinstance(module, nn.Linear):
+            entries.append(_of_linear(name, module))
+    return Report(tuple(entries))
+
+
+def _of_call(name: str, network: FrozenNetwork) -> Entry:
+    kept = total = dense = 0
+    for i in range(network.depth):
+        for task in network.tasks:
+            mask = network.mask(i, task)
+            kept, total = kept + int(mask.sum()), total + mask.numel()
+            dense += 4 * (mask.numel() + len(mask) * (network.layer(i, task).bias is not None))
+    is_blocks = all(isinstance(layer.weight, BlockWeight) for layer in network.hidden)
+    widths = (network.in_features, *network.widths)
+    return Entry(name, widths, "blocks" if is_blocks else "weights", kept / total, network.nbytes, dense)
+
+
+def _of_linear(name: str, linear: nn.Linear) -> Entry:
+    why, density = obstacle(linear), 1.0
+    if why is None:
+        mask = plain.of_linear(linear).mask
+        density = mask.sum().item() / mask.numel()
+        why = (
+            f"{1 - density:.0%} is zero, wanted {LEAST_SPARSITY:.0%}" if 1 - density < LEAST_SPARSITY else "not frozen"
+        )
+    numbers = linear.in_features * linear.out_features + (linear.out_features if linear.bias is not None else 0)
+    widths = (linear.in_features, linear.out_features)
+    return Entry(name, widths, "dense", density, 4 * numbers, 4 * numbers, why)
+
+
+def _inputs(model: nn.Module, calls: dict[str, SparseMLP], example: Any) -> dict[str, Tensor]:
+    """Return what enters each call when the model is called with the example."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found[name] = arguments[0].detach()
+
+    hooks = [module.register_forward_pre_hook(partial(keep, name)) for name, module in calls.items()]
+    try:
+        with torch.inference_mode():
+            model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _times(calls: dict[str, tuple[SparseMLP, Tensor]]) -> dict[tuple[str, str], float]:
+    timed: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, (module, x) in calls.items():
+        network = module.network
+        rows = x.reshape(-1, x.shape[-1])
+        timed[name, "ours"] = partial(module, x)
+        for kernel in dense_kernels("fp32"):
+            runs = [make_run(network, Segment(kernel, "fp32", i, i)) for i in range(network.depth)]
+            timed[name, kernel] = partial(follow, runs, len(network.tasks), rows)
+    with torch.inference_mode():
+        return {name: timing.median_us for name, timing in interleaved(timed, rounds=7).items()}
+
+
+def _comparison(entry: Entry) -> str:
+    if entry.microseconds is None or entry.dense_microseconds is None:
+        return entry.why_dense
+    ratio = entry.dense_microseconds / entry.microseconds
+    return f"{ratio:.1f}x ({entry.microseconds:,.0f} of {entry.dense_microseconds:,.0f} µs, rows: {entry.rows:,})"
