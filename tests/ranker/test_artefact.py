@@ -193,7 +193,7 @@ def set_number(name, value):
         (set_entry("layers", 0, "shape", value=[2**31 - 1, 152]), "bitmask: got torch.uint8"),
         (set_entry("layers", 0, "shape", value=[2**62, 152]), r"layers\[0\]: got width 46116"),
         (set_entry("layers", 0, "shape", value=[12, 0]), r"layers\[0\]: got width 0, wanted a number from 1"),
-        (set_entry("layers", 0, "activation", value="gelu"), r"layers\[0\]: got activation 'gelu', wanted one of none"),
+        (set_entry("layers", 0, "activation", value="cos"), r"layers\[0\]: got activation 'cos', wanted one of none"),
         (set_entry("layers", 0, value=None), r"layers\[0\]: got None, wanted a shape and an activation"),
         (set_entry("layers", value={}), "layers: got {}, wanted a list"),
         (set_entry("tasks", value=[]), r"tasks: got \[\], wanted at least one name, each once"),
