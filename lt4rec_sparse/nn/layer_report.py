@@ -26,14 +26,14 @@ class Entry:
     """One call of the engine, or a linear layer that is dense.
 
     Attributes:
-        name: Of the module in the model.
+        name: The module's name in the model.
         widths: Inputs, and the outputs of each layer.
         format: "blocks", "weights" or "dense".
         density: Kept weights over all weights.
-        nbytes: Of weights and biases as they are held canonically.
-        dense_nbytes: Of the same layers dense, a copy per task, in float32.
+        nbytes: Bytes of weights and biases in canonical form.
+        dense_nbytes: Bytes of the same layers dense, a copy per task, in float32.
         why_dense: The reason, where it is dense.
-        rows: Of the example, where it was measured.
+        rows: Rows of the example, where it was measured.
         microseconds, dense_microseconds: Of a call, and of dense products with the masks multiplied in beforehand.
     """
 
@@ -67,7 +67,7 @@ class Report:
 
 
 def report(model: nn.Module, example: Any = None) -> Report:
-    """Tell what of a model is compressed, and why the rest is dense; with an example also how fast it is.
+    """Tell which layers of a model are compressed, and why the rest is dense; with an example also how fast it is.
 
     Example:
         >>> from lt4rec_sparse import SparseLinear
