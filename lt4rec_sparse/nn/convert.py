@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,26 +49,9 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     Raises:
         ValueError: If nothing in the model is masked or pruned.
     """
-    frozen: dict[int, nn.Module] = {}
-    inner: set[int] = set()
-    for module in model.modules():
-        sparse = None if id(module) in inner else _freeze_masked(module, sigmoid)
-        if sparse is not None:
-            frozen[id(module)] = sparse
-            inner |= {id(part) for part in module.modules()}
-    calls = {id(m): list(_calls(m)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
-    taken = Counter(
-        id(child)
-        for module in model.modules()
-        for first, last, _ in calls.get(id(module), ())
-        for child in list(module._modules.values())[first:last]
-    )
-    places = Counter([id(model), *(id(child) for module in model.modules() for child in module._modules.values())])
-    for module in model.modules():
-        is_elsewhere = places[id(module)] > taken[id(module)]
-        if is_elsewhere and id(module) not in inner and isinstance(module, nn.Linear) and _is_pruned(module):
-            frozen[id(module)] = SparseLinear(plain.network_of([plain.of_linear(module)]))
-            inner.add(id(module))
+    reader = _Reader()
+    calls = {id(m): list(_calls(m, reader)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
+    frozen, inner = _frozen_alone(model, calls, reader, sigmoid)
     if not frozen and not any(calls.values()):
         wanted = f"a MaskedMLP, a MaskedLinear, or an nn.Linear of which {LEAST_SPARSITY:.0%} is zero"
         raise ValueError(f"model: got a {type(model).__name__} without masked or pruned layers, wanted {wanted}")
@@ -82,10 +65,9 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     result: nn.Module = copy.deepcopy(model, memo)
     for module in model.modules():
         for first, last, call in calls.get(id(module), ()):
-            copied = memo[id(module)]
-            for name in list(module._modules)[first:last]:
-                copied._modules[name] = nn.Identity()
-            copied._modules[list(module._modules)[first]] = call
+            children = memo[id(module)]._modules  # of the copy
+            children.update({name: nn.Identity() for name in list(children)[first:last]})
+            children[list(children)[first]] = call
     for module in result.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and SparseLinear in map(type, module.children()):
             # Off its fast path, which reads the weights instead of calling layers.
@@ -93,22 +75,77 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     return result.eval().requires_grad_(False)
 
 
-def _calls(sequential: nn.Module) -> Iterator[tuple[int, int, SparseMLP]]:
+Calls = Mapping[
+    int, Sequence[tuple[int, int, SparseMLP]]
+]  # id of an nn.Sequential -> its calls, as `_calls` yields them
+
+
+class _Reader:
+    """Reads each linear layer once."""
+
+    def __init__(self) -> None:
+        self._read: dict[nn.Module, plain.PlainLayer] = {}
+
+    def __call__(self, linear: nn.Module, name: str = "linear") -> plain.PlainLayer:
+        """Return a layer that can be read."""
+        if linear not in self._read:
+            if isinstance(linear, MaskedLinear):
+                weight, bias = linear.weight_and_bias()
+                self._read[linear] = plain.of_tensors(weight, bias, linear.mask())
+            else:
+                self._read[linear] = plain.of_linear(linear, name)
+        return self._read[linear]
+
+    def can_read(self, module: nn.Module) -> bool:
+        """Tell whether a module is a linear layer that can be part of a call."""
+        if isinstance(module, MaskedLinear):
+            return len(module.tasks) == 1 and plain.hook_of(module) is None
+        return isinstance(module, nn.Linear) and obstacle(module) is None
+
+    def is_compressed(self, module: nn.Module) -> bool:
+        """Tell whether a layer is masked, or pruned so far that it is compressed."""
+        if isinstance(module, MaskedLinear) or not self.can_read(module):
+            return isinstance(module, MaskedLinear)
+        mask = self(module).mask
+        return 1 - mask.sum().item() / mask.numel() >= LEAST_SPARSITY
+
+
+def _frozen_alone(
+    model: nn.Module, calls: Calls, reader: _Reader, sigmoid: bool
+) -> tuple[dict[int, nn.Module], set[int]]:
+    """Return id -> what takes the place of a module that is not part of a call everywhere; and ids of all its parts."""
+    parts = [(m, list(m._modules.values())) for m in model.modules()]
+    places = Counter([id(model), *(id(child) for _, children in parts for child in children)])
+    places.subtract(id(child) for m, children in parts for a, b, _ in calls.get(id(m), ()) for child in children[a:b])
+    frozen: dict[int, nn.Module] = {}
+    inner: set[int] = set()
+    for module in model.modules():
+        if id(module) in inner or not places[id(module)]:
+            continue
+        sparse = _freeze_masked(module, sigmoid)
+        if sparse is None and isinstance(module, nn.Linear) and reader.is_compressed(module):
+            sparse = SparseLinear(plain.network_of([reader(module)]))
+        if sparse is not None:
+            frozen[id(module)] = sparse
+            inner |= {id(part) for part in module.modules()}
+    return frozen, inner
+
+
+def _calls(sequential: nn.Module, reader: _Reader) -> Iterator[tuple[int, int, SparseMLP]]:
     """Yield what becomes calls of an `nn.Sequential`: the first child of each, the one after the last, the call."""
     children = [child or nn.Identity() for child in sequential._modules.values()]
-    for segment in plain.segments(children, _is_readable):
-        is_sparse = [any(_is_compressed(child) for child in children[first:last]) for first, last in segment]
+    for segment in plain.segments(children, reader.can_read):
+        is_sparse = [any(reader.is_compressed(child) for child in children[first:last]) for first, last in segment]
         if not any(is_sparse):
             continue
-        layers = plain.chain(nn.Sequential(*children[segment[0][0] : segment[-1][1]]), _read)
+        layers = plain.chain(nn.Sequential(*children[segment[0][0] : segment[-1][1]]), reader)
         layers = [
             layer if sparse else layer._replace(mask=torch.ones_like(layer.mask))
             for layer, sparse in zip(layers, is_sparse, strict=True)
         ]
         for first, last in _worthwhile(layers, is_sparse):
             network = plain.network_of(layers[first:last])
-            call = (SparseLinear if last - first == 1 else SparseMLP)(network)
-            yield segment[first][0], segment[last - 1][1], call
+            yield segment[first][0], segment[last - 1][1], (SparseLinear if last - first == 1 else SparseMLP)(network)
 
 
 def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -> Iterator[tuple[int, int]]:
@@ -128,37 +165,12 @@ def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -
         yield begin, len(layers)
 
 
-def _is_readable(module: nn.Module) -> bool:
-    if isinstance(module, MaskedLinear):
-        return len(module.tasks) == 1 and plain.hook_of(module) is None
-    return isinstance(module, nn.Linear) and obstacle(module) is None
-
-
-def _is_compressed(module: nn.Module) -> bool:
-    return isinstance(module, MaskedLinear) or (isinstance(module, nn.Linear) and _is_pruned(module))
-
-
-def _is_pruned(linear: nn.Linear) -> bool:
-    """Tell whether a plain layer is pruned so far that it is compressed."""
-    if obstacle(linear) is not None:
-        return False
-    mask = plain.of_linear(linear).mask
-    return 1 - mask.sum().item() / mask.numel() >= LEAST_SPARSITY
-
-
 def obstacle(linear: nn.Linear) -> str | None:
     """Return why a layer that is no masked one is left as it is, or None."""
     if reason := plain.obstacle(linear):
         return reason
     dtype = linear.weight.dtype
     return None if dtype == torch.float32 else f"got {dtype}, wanted torch.float32, in which scores are"
-
-
-def _read(linear: nn.Module, name: str) -> plain.PlainLayer:
-    if not isinstance(linear, MaskedLinear):
-        return plain.of_linear(linear, name)
-    weight, bias = linear.weight_and_bias()
-    return plain.of_tensors(weight, bias, linear.mask())
 
 
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
