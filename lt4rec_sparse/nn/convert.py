@@ -169,8 +169,10 @@ def obstacle(linear: nn.Linear) -> str | None:
     """Return why a layer that is no masked one is left as it is, or None."""
     if reason := plain.obstacle(linear):
         return reason
-    dtype = linear.weight.dtype
-    return None if dtype == torch.float32 else f"got {dtype}, wanted torch.float32, in which scores are"
+    dtype, device = linear.weight.dtype, linear.weight.device.type
+    if dtype != torch.float32 or device != "cpu":
+        return f"got a weight of {dtype} on {device}, wanted torch.float32 on the CPU, as the engine computes"
+    return None
 
 
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:

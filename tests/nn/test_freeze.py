@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze
+from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze, report
 
 
 def pruned(k: int, n: int, amount: float = 0.8, seed: int = 0) -> nn.Linear:
@@ -157,11 +157,14 @@ def test_what_cannot_be_compressed_is_left_as_it_is(make):
         freeze(make())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_layers_of_other_dtypes_are_left(dtype):
-    model = nn.Sequential(pruned(8, 8), nn.Softmax(1))
+@pytest.mark.parametrize("to", [torch.float64, torch.float16, torch.bfloat16, torch.device("meta")])
+def test_layers_of_other_dtypes_and_devices_are_left(to):
+    model = nn.Sequential(pruned(8, 8), nn.Softmax(1)).to(to)
     with pytest.raises(ValueError, match="without masked or pruned layers"):
-        freeze(model.to(dtype))
+        freeze(model)
+    (entry,) = report(model).entries
+    assert "wanted" in entry.why_dense
+    assert str(to).removeprefix("device(type=") in entry.why_dense
 
 
 def test_the_model_is_as_it_was():
