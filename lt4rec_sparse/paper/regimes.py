@@ -44,7 +44,7 @@ class Regime:
     less. For the others see `SimulatorConfig`.
     """
 
-    impressions: int = 250_000
+    impressions: int = 120_000
     click_rate: float = 0.1
     conflict: float = 0.5
     planted_fields: int = 2
