@@ -30,7 +30,7 @@ from lt4rec_sparse.recsys.report import write_page
 from lt4rec_sparse.recsys.tables import LEGEND, NOT_KNOWN, comparison_table, count, table
 
 LOG = "log"
-TRAINING = Training(hidden=(256, 128, 64), embedding_dim=8, epochs=12, patience=1, batch_size=1024)
+TRAINING = Training(hidden=(256, 128, 64), embedding_dim=8, epochs=20, patience=1, batch_size=512)
 TASKS = {"ctr": "binary", "cvr": "ratio"}
 WEIGHTS = ("weights", "s_weight")  # rows of single weights, which no budget chooses: the question is of blocks
 FOUND = {"tickets of weights": S_WEIGHT_LAST, "tickets of 16x4": "tickets_4", "random weights": "weights_0.2"}
