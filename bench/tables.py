@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -142,8 +143,8 @@ def _models() -> str:
     return table(header, rows)
 
 
-def _frontier() -> str:
-    results = experiments.read("kuairand_pure_frontier")
+def _frontier(name: str) -> str:
+    results = experiments.read(name)
     return chosen_table(results["further"]["chosen"]["int8"], results["rows"], list(results["tasks"]))
 
 
@@ -490,7 +491,7 @@ def _where(machine: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "models": _models,
-    "frontier": _frontier,
+    "frontier": partial(_frontier, "kuairand_pure_frontier"),
     "plot": _plot,
     "table2": _table2,
     "tickets": _tickets,
