@@ -492,6 +492,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "models": _models,
     "frontier": partial(_frontier, "kuairand_pure_frontier"),
+    "frontier_census": partial(_frontier, "census_income_frontier"),
     "plot": _plot,
     "table2": _table2,
     "tickets": _tickets,
