@@ -13,7 +13,7 @@ from typing import Any
 from bench import default, experiments, gpu, record, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
-from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST
+from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 from lt4rec_sparse.recsys.tables import comparison_table, table
 
@@ -149,7 +149,7 @@ def _frontier(name: str) -> str:
 
 
 def _plot() -> str:
-    frozen = record.read("kuairand_pure")["results"]["frozen"][S_WEIGHT_LAST]
+    frozen = record.read("kuairand_pure_blocks")["results"]["frozen"][S_WEIGHT]
     us = {(x["path"], x["candidates"]): x["median_us"] for x in frozen["latency"]}
     paths = {
         "dense fp32": "dense, MLP alone",
