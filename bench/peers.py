@@ -235,7 +235,7 @@ def _torch(case: Case, dtype: torch.dtype) -> Made:
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise UnavailableError("this processor has no bfloat16 arithmetic: torch would run plain loops")
     x = case.x.to(dtype)
-    layers = [(w.to(dtype), None if b is None else b.to(dtype), _ACTIVATIONS[a]) for w, b, a in case.layers]
+    layers = [(w.to(dtype), None if b is None else b.to(dtype), _ACTIVATIONS[a]) for w, b, a, *_ in case.layers]
 
     def run() -> Tensor:
         h = x
@@ -254,7 +254,7 @@ def _onednn(case: Case, dtype: torch.dtype) -> Made:
         raise UnavailableError("this processor has no bfloat16 arithmetic that oneDNN uses")
     x, batch = case.x.to(dtype), len(case.x)
     pack, linear = torch.ops.mkldnn._reorder_linear_weight.default, torch.ops.mkldnn._linear_pointwise.default
-    layers = [(pack(w.to(dtype), batch), None if b is None else b.to(dtype), a) for w, b, a in case.layers]
+    layers = [(pack(w.to(dtype), batch), None if b is None else b.to(dtype), a) for w, b, a, *_ in case.layers]
 
     def run() -> Tensor:
         h = x
@@ -271,7 +271,7 @@ def _mkl(case: Case) -> Made:
         raise UnavailableError("this torch is built without MKL")
     x, batch = case.x, len(case.x)
     pack, linear = torch.ops.mkl._mkl_reorder_linear_weight.default, torch.ops.mkl._mkl_linear.default
-    layers = [(pack(w, batch), w, b, _ACTIVATIONS[a]) for w, b, a in case.layers]
+    layers = [(pack(w, batch), w, b, _ACTIVATIONS[a]) for w, b, a, *_ in case.layers]
 
     def run() -> Tensor:
         h = x

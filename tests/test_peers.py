@@ -75,7 +75,7 @@ def test_the_gate_of_fp32_finds_a_single_lost_weight():
 def test_the_gate_lets_the_rounding_of_a_precision_pass():
     layers, x = mlp(256, 128, 64, 1), rows(16, 256)
     h = x.bfloat16()
-    for weight, bias, activation in layers:
+    for weight, bias, activation, *_ in layers:
         h = peers._ACTIVATIONS[activation](torch.nn.functional.linear(h, weight.bfloat16(), bias.bfloat16()))
     peers.check(peer(h.float()), peers.reference(layers, x, "bf16"))
     with pytest.raises(peers.WrongError):

@@ -62,7 +62,7 @@ def packed_by_hand(network: FrozenNetwork) -> list[list[cpu.PackLayer]]:
     for t, task in enumerate(network.tasks):
         layers = []
         for i, parameters in enumerate(network.quantization[task]):
-            weight, bias, activation = network.layer(i, task)
+            weight, bias, activation, _ = network.layer(i, task)
             values, planes = shared[i] if i < len(shared) else (weight.flatten(), None)
             plane = t if planes is not None else 0
             layers.append(

@@ -118,7 +118,7 @@ def test_bf16_is_within_the_rounding_bound_of_rounded_operands(shape, density, s
     network, oracle = sparse_problem([k, n], density=density, seed=seed)
     x = torch.randn(batch, k, generator=torch.Generator().manual_seed(seed))
     for y in engine_and_reference(x, network, "bf16"):
-        for i, ((weight, bias, _),) in enumerate(oracle):
+        for i, ((weight, bias, *_),) in enumerate(oracle):
             wanted = linear_reference(x.bfloat16().float(), weight.bfloat16(), bias, torch.float32)
             assert_rounding(y[:, n * i : n * (i + 1)], wanted)
 
