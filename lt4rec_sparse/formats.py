@@ -7,7 +7,7 @@ offsets) is prepacked from these when it first runs and is private to the kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -248,6 +248,11 @@ class BlockWeight(CompressedWeight):
         starts = F.pad(grid.sum(1).cumsum(0), (1, 0))
         values = self.values[grid[self._union()]]
         return torch.sparse_bsr_tensor(starts, grid.nonzero()[:, 1], values, self.shape, check_invariants=True)
+
+
+def format_for(masks: Iterable[Tensor]) -> type[CompressedWeight]:
+    """Return the format of weights with these masks: in blocks if every mask keeps whole ones, else single weights."""
+    return BlockWeight if all(BlockWeight.keeps_blocks(mask) for mask in masks) else SharedWeight
 
 
 def _whole(block: Sequence[int]) -> str:

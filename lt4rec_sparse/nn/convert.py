@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.formats import BlockWeight, CompressedWeight, SharedWeight
+from lt4rec_sparse.formats import BlockWeight, format_for
 from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
+from lt4rec_sparse.nn.chain import chains_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 
@@ -29,7 +30,8 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     - each plain `nn.Linear` of which at least half is zero, or pruned by `torch.nn.utils.prune`;
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
-      modules is replaced by the call, the others by `nn.Identity`.
+      modules is replaced by the call, the others by `nn.Identity`. Where BatchNorm1d is among them, `x` of the call is
+      `[batch, features]`.
 
     Everything else is copied: linear layers with a forward or hooks of their own too. Where all masks of a call keep
     whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which kernels run
@@ -75,9 +77,7 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     return result.eval().requires_grad_(False)
 
 
-Calls = Mapping[
-    int, Sequence[tuple[int, int, SparseMLP]]
-]  # id of an nn.Sequential -> its calls, as `_calls` yields them
+Call = tuple[int, int, SparseMLP]  # of an nn.Sequential: the first child, the one after the last, what computes them
 
 
 class _Reader:
@@ -87,31 +87,32 @@ class _Reader:
         self._read: dict[nn.Module, plain.PlainLayer] = {}
 
     def __call__(self, linear: nn.Module, name: str = "linear") -> plain.PlainLayer:
-        """Return a layer that can be read."""
+        """Return a layer that can be part of a call, or raise a ValueError."""
         if linear not in self._read:
-            if isinstance(linear, MaskedLinear):
-                weight, bias = linear.weight_and_bias()
-                self._read[linear] = plain.of_tensors(weight, bias, linear.mask())
-            else:
-                self._read[linear] = plain.of_linear(linear, name)
+            self._read[linear] = self._of(linear, name)
         return self._read[linear]
 
-    def can_read(self, module: nn.Module) -> bool:
-        """Tell whether a module is a linear layer that can be part of a call."""
-        if isinstance(module, MaskedLinear):
-            return len(module.tasks) == 1 and plain.hook_of(module) is None
-        return isinstance(module, nn.Linear) and obstacle(module) is None
+    def _of(self, linear: nn.Module, name: str) -> plain.PlainLayer:
+        if not isinstance(linear, MaskedLinear):
+            if reason := obstacle(linear):
+                raise ValueError(f"{name}: {reason}")
+            return plain.of_linear(linear, name)
+        if len(linear.tasks) > 1 or plain.hook_of(linear):
+            raise ValueError(f"{name}: {plain.hook_of(linear) or f'got tasks {linear.tasks}, wanted one'}")
+        return plain.of_tensors(*linear.weight_and_bias(), linear.mask())
 
     def is_compressed(self, module: nn.Module) -> bool:
         """Tell whether a layer is masked, or pruned so far that it is compressed."""
-        if isinstance(module, MaskedLinear) or not self.can_read(module):
-            return isinstance(module, MaskedLinear)
+        if isinstance(module, MaskedLinear):
+            return True
+        if not isinstance(module, nn.Linear) or obstacle(module) is not None:
+            return False
         mask = self(module).mask
         return 1 - mask.sum().item() / mask.numel() >= LEAST_SPARSITY
 
 
 def _frozen_alone(
-    model: nn.Module, calls: Calls, reader: _Reader, sigmoid: bool
+    model: nn.Module, calls: Mapping[int, Sequence[Call]], reader: _Reader, sigmoid: bool
 ) -> tuple[dict[int, nn.Module], set[int]]:
     """Return id -> what takes the place of a module that is not part of a call everywhere; and ids of all its parts."""
     parts = [(m, list(m._modules.values())) for m in model.modules()]
@@ -131,27 +132,27 @@ def _frozen_alone(
     return frozen, inner
 
 
-def _calls(sequential: nn.Module, reader: _Reader) -> Iterator[tuple[int, int, SparseMLP]]:
-    """Yield what becomes calls of an `nn.Sequential`: the first child of each, the one after the last, the call."""
+def _calls(sequential: nn.Module, reader: _Reader) -> Iterator[Call]:
+    """Yield what becomes calls of an `nn.Sequential`."""
     children = [child or nn.Identity() for child in sequential._modules.values()]
-    for segment in plain.segments(children, reader.can_read):
-        is_sparse = [any(reader.is_compressed(child) for child in children[first:last]) for first, last in segment]
+    for chain in chains_of(sequential, reader):
+        is_sparse = [any(map(reader.is_compressed, children[first:last])) for first, last in chain.places]
         if not any(is_sparse):
             continue
-        layers = plain.chain(nn.Sequential(*children[segment[0][0] : segment[-1][1]]), reader)
         layers = [
             layer if sparse else layer._replace(mask=torch.ones_like(layer.mask))
-            for layer, sparse in zip(layers, is_sparse, strict=True)
+            for layer, sparse in zip(chain.layers, is_sparse, strict=True)
         ]
         for first, last in _worthwhile(layers, is_sparse):
             network = plain.network_of(layers[first:last])
-            yield segment[first][0], segment[last - 1][1], (SparseLinear if last - first == 1 else SparseMLP)(network)
+            call = (SparseLinear if last - first == 1 else SparseMLP)(network)
+            yield chain.places[first][0], chain.places[last - 1][1], call
 
 
 def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -> Iterator[tuple[int, int]]:
     """Yield the layers to run in one call: all of those in blocks, or those between large dense ones."""
     sparse = [layer for layer, is_one in zip(layers, is_sparse, strict=True) if is_one]
-    if all(BlockWeight.keeps_blocks(layer.mask) for layer in sparse):
+    if format_for(layer.mask for layer in sparse) is BlockWeight:
         yield 0, len(layers)
         return
     most = MOST_DENSE * sum(int(layer.mask.sum()) for layer in sparse)
@@ -165,11 +166,13 @@ def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -
         yield begin, len(layers)
 
 
-def obstacle(linear: nn.Linear) -> str | None:
+def obstacle(linear: nn.Module) -> str | None:
     """Return why a layer that is no masked one is left as it is, or None."""
     if reason := plain.obstacle(linear):
         return reason
-    dtype, device = linear.weight.dtype, linear.weight.device.type
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    dtype, device = weight.dtype, weight.device.type
     if dtype != torch.float32 or device != "cpu":
         return f"got a weight of {dtype} on {device}, wanted torch.float32 on the CPU, as the engine computes"
     return None
@@ -191,8 +194,7 @@ def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
 def _sparse(layers: Iterable[MaskedLinear], activation: str) -> tuple[SparseLayer, ...]:
     layers = list(layers)
     masks = [{task: layer.mask(task).cpu() for task in layer.tasks} for layer in layers]
-    in_blocks = all(BlockWeight.keeps_blocks(mask) for of_layer in masks for mask in of_layer.values())
-    kind: type[CompressedWeight] = BlockWeight if in_blocks else SharedWeight
+    kind = format_for(mask for of_layer in masks for mask in of_layer.values())
     sparse = []
     for layer, of_layer in zip(layers, masks, strict=True):
         weight, bias = layer.weight_and_bias()  # as pruning and parametrisations make them now

@@ -15,6 +15,7 @@ from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.convert import LEAST_SPARSITY, obstacle
 from lt4rec_sparse.nn.dense import dense_kernels
+from lt4rec_sparse.nn.masked import MaskedLinear
 from lt4rec_sparse.nn.plan.executor import follow, make_run
 from lt4rec_sparse.nn.plan.plan import Segment
 from lt4rec_sparse.nn.sparse import SparseMLP
@@ -112,12 +113,12 @@ def _of_call(name: str, network: FrozenNetwork) -> Entry:
 
 def _of_linear(name: str, linear: nn.Linear) -> Entry:
     why, density = obstacle(linear), 1.0
-    if why is None:
-        mask = plain.of_linear(linear).mask
-        density = mask.sum().item() / mask.numel()
-        why = (
-            f"{1 - density:.0%} is zero, wanted {LEAST_SPARSITY:.0%}" if 1 - density < LEAST_SPARSITY else "not frozen"
-        )
+    if isinstance(linear, MaskedLinear):
+        why, density = "not frozen", linear.masks.float().mean().item()
+    elif why is None:
+        density = plain.of_linear(linear).mask.float().mean().item()
+        is_pruned = 1 - density >= LEAST_SPARSITY
+        why = "not frozen" if is_pruned else f"{1 - density:.0%} is zero, wanted {LEAST_SPARSITY:.0%}"
     numbers = linear.in_features * linear.out_features + (linear.out_features if linear.bias is not None else 0)
     widths = (linear.in_features, linear.out_features)
     return Entry(name, widths, "dense", density, 4 * numbers, 4 * numbers, why)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lt4rec_sparse import ops
 from lt4rec_sparse.masks import Mask, pack_words
 from lt4rec_sparse.nn import plain
+from lt4rec_sparse.nn.chain import layers_of
 
 
 class MaskedLinear(nn.Linear):
@@ -283,7 +284,7 @@ class MaskedMLP(nn.Module):
             ValueError: If it contains something else, there are fewer than two linear layers, one of the hidden ones
                 has no ReLU, or the last one an activation.
         """
-        *hidden, last = plain.chain(sequential)
+        *hidden, last = layers_of(sequential)
         device = next(sequential.parameters()).device
         if not hidden:
             raise ValueError("sequential: got one linear layer, wanted at least two: hidden ones and the head")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
-from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight, SharedWeight
+from lt4rec_sparse.formats import VALUE_DTYPES, format_for
 from lt4rec_sparse.network import SLOPED, FrozenNetwork, SparseLayer
 
 # What the engine computes in the call of the layer before it.
@@ -26,7 +26,6 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, float]]] = {
     nn.ELU: lambda module: ("elu", float(module.alpha)),
     nn.PReLU: lambda module: ("leaky_relu", float(module.weight.detach())),
 }
-DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at inference
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -153,94 +152,6 @@ def pruned(module: nn.Module, name: str) -> Tensor | None:
     return original * module.get_buffer(f"{name}_mask").to(original)
 
 
-def segments(children: Sequence[nn.Module], takes: Callable[[nn.Module], bool]) -> list[list[tuple[int, int]]]:
-    """Return what `chain` can read of an `nn.Sequential` with these children: segments, the longest there are.
-
-    A segment has for each of its linear layers, of which `takes` tells, the first of the children that belong to it
-    and the one after the last.
-    """
-    found: list[list[tuple[int, int]]] = []
-    segment: list[tuple[int, int]] = []
-    begin = end = 0  # of the children that belong to the next linear layer, and to the last one
-    can_activate = False  # whether an activation would belong to the last layer
-    for i, child in enumerate(children):
-        if takes(child):
-            segment.append((begin, i + 1))
-            begin = end = i + 1
-            can_activate = True
-        elif can_activate and _is_fused(child):
-            begin = end = i + 1
-            can_activate = False
-        elif _is_folded(child) and (not segment or not can_activate):
-            pass  # it waits for the next linear layer
-        elif _is_folded(child) or (isinstance(child, DROPPED) and not hook_of(child)):
-            if segment and begin == i:
-                begin = end = i + 1
-        else:
-            found += [segment] * bool(segment)
-            segment, begin, can_activate = [], i + 1, False
-            continue
-        if segment:
-            segment[-1] = (segment[-1][0], end)
-    return found + [segment] * bool(segment)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    has_slopes = isinstance(module, nn.PReLU) and module.num_parameters > 1
-    return type(module) in FUSED and not has_slopes and not hook_of(module)
-
-
-def _is_folded(module: nn.Module) -> bool:
-    return isinstance(module, nn.BatchNorm1d) and module.running_mean is not None and not hook_of(module)
-
-
-def chain(sequential: nn.Module, read: Callable[[nn.Module, str], PlainLayer] | None = None) -> list[PlainLayer]:
-    """Return the layers of an `nn.Sequential` as it computes in `eval()`; `read` reads a linear layer, as `of_linear`.
-
-    Activations in `FUSED` belong to the linear layer before them. BatchNorm1d is folded into the linear layer before
-    it, or the one after it; the products are formed in float64. `DROPPED` are dropped. An `nn.Sequential` within is
-    read as if it were not there.
-
-    Raises:
-        ValueError: If it contains something else, or one of these where it cannot be fused; the message names it.
-    """
-    layers: list[PlainLayer] = []
-    waiting: tuple[Tensor, Tensor] | None = None  # scale and shift that the next linear layer takes in
-    last = ""
-    for name, module in _flat(sequential, ""):
-        if isinstance(module, nn.Linear):
-            layer = (read or of_linear)(module, name)
-            layers.append(layer if waiting is None else _after(layer, *waiting, name))
-            waiting, last = None, name
-            continue
-        check_hooks(module, name)
-        if isinstance(module, nn.BatchNorm1d):
-            scale, shift = _affine(module, name)
-            is_linear = layers and layers[-1].activation == "none" and waiting is None
-            if is_linear:
-                layers[-1] = _before(layers[-1], scale, shift, name)
-            elif waiting is None:
-                waiting = scale, shift
-            else:
-                waiting = waiting[0] * scale, waiting[1] * scale + shift
-        elif type(module) in FUSED:
-            if not layers or layers[-1].activation != "none" or waiting is not None:
-                raise ValueError(f"{name}: got a {type(module).__name__}, wanted it right after a linear layer")
-            layers[-1] = with_activation(layers[-1], module, name)
-        elif not isinstance(module, DROPPED):
-            raise ValueError(
-                f"{name}: got a {type(module).__name__}, wanted Linear, "
-                f"{', '.join(kind.__name__ for kind in (*FUSED, nn.BatchNorm1d, *DROPPED))}"
-            )
-    if not layers:
-        raise ValueError("sequential: got one without a linear layer, wanted at least one")
-    if waiting is not None:
-        raise ValueError(
-            f"sequential: got a BatchNorm1d after the activation of {last}, wanted a linear layer after it"
-        )
-    return layers
-
-
 def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = "activation") -> PlainLayer:
     """Return the layer with an activation: one of `network.ACTIVATIONS` without a slope, or a module of `FUSED`.
 
@@ -262,9 +173,8 @@ def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = 
 
 
 def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwork:
-    """Return layers one after the other as a frozen network of one task; in blocks if all keep whole ones."""
-    in_blocks = all(BlockWeight.keeps_blocks(layer.mask) for layer in layers)
-    kind: type[CompressedWeight] = BlockWeight if in_blocks else SharedWeight
+    """Return layers one after the other as a frozen network of one task, in the format that all masks allow."""
+    kind = format_for(layer.mask for layer in layers)
     return FrozenNetwork(
         tuple(
             SparseLayer(kind.from_dense(layer.weight, {task: layer.mask}), layer.bias, layer.activation, layer.slope)
@@ -273,73 +183,11 @@ def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwor
     )
 
 
-def check_hooks(module: nn.Module, name: str) -> None:
-    """Refuse a module with a hook.
-
-    Raises:
-        ValueError: If it has one; the message begins with `name`.
-    """
-    if reason := hook_of(module):
-        raise ValueError(f"{name}: {reason}")
-
-
 def hook_of(module: nn.Module) -> str | None:
     """Return what is said of a forward hook that nothing would call: any but those of `torch.nn.utils.prune`."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     others = [hook for hook in hooks if not isinstance(hook, BasePruningMethod)]
     return f"got a hook, {type(others[0]).__name__}, wanted none: nothing would call it" if others else None
-
-
-def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if type(module).forward is not nn.Sequential.forward:
-        where = prefix or "sequential"
-        raise ValueError(
-            f"{where}: got a {type(module).__name__}, wanted an nn.Sequential without a forward of its own"
-        )
-    check_hooks(module, prefix or "sequential")
-    for name, child in module._modules.items():  # `named_children` leaves out a module that is there twice
-        if child is None:
-            continue
-        if isinstance(child, nn.Sequential):
-            yield from _flat(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child
-
-
-def _affine(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, float64 `[features]`, with which a BatchNorm1d computes at inference."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{name}: got a BatchNorm1d without running statistics, wanted them: it needs the batch's own")
-    mean, variance = norm.running_mean.detach().cpu().double(), norm.running_var.detach().cpu().double()
-    scale = (variance + norm.eps).rsqrt()
-    shift = -mean * scale
-    if norm.weight is not None:
-        weight, bias = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
-        scale, shift = scale * weight, shift * weight + bias
-    return scale, shift
-
-
-def _before(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainLayer:
-    """Fold `scale * y + shift` into the layer whose result y is."""
-    _check_width(name, len(scale), layer.weight.shape[0])
-    bias = shift if layer.bias is None else layer.bias.double() * scale + shift
-    return _folded(layer, layer.weight.double() * scale[:, None], bias)
-
-
-def _after(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainLayer:
-    """Fold `scale * x + shift` into the layer that reads x."""
-    _check_width(name, layer.weight.shape[1], len(scale))
-    bias = layer.weight.double() @ shift
-    return _folded(layer, layer.weight.double() * scale, bias if layer.bias is None else layer.bias.double() + bias)
-
-
-def _folded(layer: PlainLayer, weight: Tensor, bias: Tensor) -> PlainLayer:
-    return layer._replace(weight=weight.to(layer.weight.dtype), bias=bias.float())
-
-
-def _check_width(name: str, got: int, wanted: int) -> None:
-    if got != wanted:
-        raise ValueError(f"{name}: got {got} features, wanted {wanted}")
 
 
 def _check_tensor(name: str, part: Any) -> None:

@@ -17,6 +17,7 @@ from lt4rec_sparse import network_state, ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
+from lt4rec_sparse.nn.chain import layers_of
 from lt4rec_sparse.nn.masked import task_index
 from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
 from lt4rec_sparse.nn.quantization import calibrate
@@ -66,7 +67,8 @@ class SparseMLP(nn.Module):
 
         It computes what `sequential.eval()` does, within rounding. Linear layers keep what `torch.nn.utils.prune` kept,
         or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU with one slope, ELU, GELU, SiLU, Hardswish,
-        Sigmoid, Tanh), BatchNorm1d is folded, Dropout and Identity are dropped.
+        Sigmoid, Tanh), BatchNorm1d is folded (of an `x` of `[batch, features]`), Dropout and Identity are
+        dropped.
 
         Example:
             >>> layers = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)
@@ -76,7 +78,7 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: If it is no `nn.Sequential`, or contains something else; the message names it.
         """
-        return SparseMLP(plain.network_of(plain.chain(sequential))).eval()
+        return SparseMLP(plain.network_of(layers_of(sequential))).eval()
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Score every task, or return one task's part of it.

@@ -132,6 +132,31 @@ class Own(nn.Linear):
         return super().forward(x) + 1
 
 
+class OwnNorm(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("module", [OwnNorm(8), OwnDropout(), OwnReLU()], ids=lambda module: type(module).__name__)
+def test_a_module_with_a_forward_of_its_own_is_neither_folded_nor_dropped(module):
+    model = nn.Sequential(pruned(8, 8), module, pruned(8, 2))
+    frozen = freeze(model)
+    assert kinds(frozen) == ["SparseLinear", type(module).__name__, "SparseLinear"]
+    assert_serves(model, frozen, torch.randn(3, 8))
+    with pytest.raises(ValueError, match=f"1: got a {type(module).__name__}, wanted Linear"):
+        SparseMLP.from_sequential(model)
+
+
 def hooked() -> nn.Linear:
     linear = pruned(8, 8)
     linear.register_forward_hook(lambda module, args, y: y + 1)
@@ -198,7 +223,7 @@ def transformer(depth: int) -> nn.Module:
     return layer if depth == 0 else nn.TransformerEncoder(layer, depth)
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")  # torch's word about its own layer
 @pytest.mark.parametrize("depth", [0, 2])
 def test_a_transformer_of_torch_computes_through_its_sparse_layers(depth, monkeypatch):
     """In eval it has a fast path that reads the weights, and an attention that reads the weight of its output."""
@@ -227,4 +252,4 @@ def test_weight_and_bias_can_be_read():
     assert SparseLinear.from_dense(torch.eye(3)).bias is None
     several = freeze(MaskedLinear(3, 2, tasks=("a", "b")))
     with pytest.raises(AttributeError, match="weight"):
-        several.weight  # noqa: B018
+        several.weight  # noqa: B018  (to read it is the test)

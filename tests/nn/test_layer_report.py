@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lt4rec_sparse import MaskedMLP, freeze, report
+from lt4rec_sparse import MaskedLinear, MaskedMLP, freeze, report
 from lt4rec_sparse.lottery import random_masks
 
 
@@ -39,6 +39,13 @@ def test_a_model_that_is_not_frozen_is_told_what_would_be():
     found = report(model()).entries
     assert [entry.why_dense for entry in found[:2]] == ["not frozen", "not frozen"]
     assert [entry.density for entry in found[:2]] == pytest.approx([0.1, 0.2], abs=1e-3)
+
+
+def test_a_masked_layer_that_is_not_frozen_is_told_of():
+    layer = MaskedLinear(4, 2)
+    layer.set_mask(torch.tensor([[True, False, False, False]] * 2))
+    (entry,) = report(layer).entries
+    assert (entry.why_dense, entry.density) == ("not frozen", 0.25)
 
 
 def test_an_example_is_timed_on_what_enters_each_call():

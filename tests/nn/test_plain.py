@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lt4rec_sparse import BlockWeight, MaskedLinear, MaskedMLP, SharedWeight, SparseLinear, SparseMLP, freeze
 
+# torch says so of each of its compressed layouts.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
 
 
@@ -312,6 +313,7 @@ REFUSED = {
 }
 
 
+# Of features that torch calls new, or old.
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning", "ignore:.*spectral_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_linear_layer_that_is_more_than_that_is_refused(name):
@@ -391,7 +393,7 @@ def test_a_dense_weight_that_cannot_be_one_is_refused(arguments, error, message)
         SparseLinear.from_dense(*arguments)
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, and still there
 def test_a_quantised_weight_is_refused():
     weight = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
     with pytest.raises(ValueError, match=r"weight: got a tensor that is quantised torch\.qint8, wanted a dense one"):
