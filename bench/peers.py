@@ -93,13 +93,17 @@ class Made(NamedTuple):
     calls: int = 1
 
 
+TORCHS_OWN = ("torch", "mkl", "onednn")
+
+
 @contextmanager
 def peers(
     layers: Sequence[Layer], x: Tensor, threads: int, names: Collection[str] | None = None
 ) -> Iterator[tuple[list[Peer], list[Absent]]]:
     """Make the opponents for one MLP and one batch, check each, and leave nothing running afterwards.
 
-    An opponent that raises, or whose scores are not the MLP's, is absent too, with its reason.
+    An opponent that raises, or whose scores are not the MLP's, is absent too, with its reason. Those that come with
+    torch raise what they raise.
 
     Args:
         layers: The MLP; pruned weights are zeros in place, `[out_features, in_features]`, float32.
@@ -123,6 +127,8 @@ def peers(
             except (ImportError, UnavailableError, WrongError) as error:
                 absent.append(Absent(name, str(error)))
             except Exception as error:  # code of others: ONNX Runtime's errors derive from nothing narrower
+                if name.partition(" ")[0] in TORCHS_OWN:
+                    raise  # it comes with torch: without it the opponents would be weaker, and nothing would say so
                 first_line = str(error).strip().partition("\n")[0]
                 absent.append(Absent(name, f"raised {type(error).__name__}: {first_line}"))
             else:

@@ -1,7 +1,7 @@
-// Activations but ReLU, in place: plain loops, included by the ISA files after elementwise.h and as it is, so
-// that every ISA computes the same bits. Polynomials were fitted for the least largest error over their range.
+// Activations but ReLU, in place: plain loops, included by the ISA files after elementwise.h and as it is, so that every
+// ISA computes the same bits. Polynomials were fitted for the least largest error over their range.
 
-// Near v: v itself within the range, NaN as it is.
+// v held within a range; NaN stays.
 inline float within(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
 // exp(v) as 2^n (1 + r + r^2 q(r)), |r| at most log(2) / 2: the error is below 2^-23 of the result. At the ends of the

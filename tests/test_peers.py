@@ -127,6 +127,18 @@ def test_a_peer_that_raises_is_absent_and_the_others_are_not(monkeypatch, error,
         assert absent == [("broken fp32", f"raised {error.__name__}: no such instruction")]
 
 
+@pytest.mark.parametrize("name", ["torch fp32", "mkl fp32", "onednn bf16"])
+def test_an_engine_of_torch_that_raises_is_no_absent_one(monkeypatch, name):
+    """Its absence would leave weaker opponents, and better ratios."""
+
+    def broken(case):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setitem(peers._MAKERS, name, (name[-4:], "dense", broken))
+    with pytest.raises(ValueError, match="too many values"), peers.peers(mlp(8, 4, 1), rows(2, 8), 1, [name]):
+        pass
+
+
 def test_a_wrong_peer_is_absent(monkeypatch):
     monkeypatch.setattr(peers, "reference", lambda layers, x, precision: Bounded(torch.ones(2, 1), torch.zeros(2, 1)))
     with peers.peers(mlp(8, 4, 1), rows(2, 8), 1, ["torch fp32"]) as (present, absent):

@@ -248,6 +248,11 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     state().isa->add_s32(copied(2, a, count), copied(3, b, count), count, target);
     std::memcpy(to, target, size_t(count) * sizeof(int32_t));
   };
+  wrapped.activate = [](uint32_t activation, float slope, float* values, int64_t count) {
+    float* target = const_cast<float*>(copied(5, values, count));
+    state().isa->activate(activation, slope, target, count);
+    std::memcpy(values, target, size_t(count) * sizeof(float));
+  };
   wrapped.line_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     line<LineF32>(state().isa->line_f32, a, b, bias, count, has_relu, to);
   };
