@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.formats import BlockWeight, CompressedWeight
+from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -166,6 +166,34 @@ class FrozenNetwork:
         quantization = self.quantization and {task: self.quantization[task][first : last + 1] for task in names}
         return FrozenNetwork(layers, heads, quantization)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are kept in."""
+        return self.hidden[0].weight.values.dtype if self.hidden else next(iter(self.heads.values())).weight.dtype
+
+    def to(self, dtype: torch.dtype) -> FrozenNetwork:
+        """Return the network with weights and biases rounded to a dtype, float32, float16 or bfloat16.
+
+        Raises:
+            ValueError: If it is none of these, or a weight is larger than the dtype has numbers for.
+        """
+        if dtype not in VALUE_DTYPES:
+            raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, VALUE_DTYPES))}")
+        hidden = (
+            layer._replace(
+                weight=replace(layer.weight, values=_rounded(layer.weight.values, dtype)),
+                bias=None if layer.bias is None else _rounded(layer.bias, dtype),
+            )
+            for layer in self.hidden
+        )
+        heads = {
+            task: head._replace(
+                weight=_rounded(head.weight, dtype), bias=None if head.bias is None else _rounded(head.bias, dtype)
+            )
+            for task, head in self.heads.items()
+        }
+        return replace(self, hidden=tuple(hidden), heads=heads)
+
     def with_quantization(self, quantization: Mapping[str, Sequence[QuantizationParameters]] | None) -> FrozenNetwork:
         """Return the same layers with other quantisation parameters."""
         copied = None if quantization is None else {task: tuple(q) for task, q in quantization.items()}
@@ -226,6 +254,14 @@ def _check_layer(name: str, out_features: int, layer: SparseLayer | DenseLayer) 
     if not math.isfinite(layer.slope) or (layer.slope and layer.activation not in SLOPED):
         wanted = "a finite one" if layer.activation in SLOPED else f"none for {layer.activation}"
         raise ValueError(f"{name}: got slope {layer.slope}, wanted {wanted}")
+
+
+def _rounded(part: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = part.detach().to(dtype)
+    if (rounded.isinf() & ~part.isinf()).any():
+        wanted = f"at most {torch.finfo(dtype).max:g}, the largest number of {dtype}"
+        raise ValueError(f"dtype: got a weight of {part.abs().max().item():g}, wanted {wanted}")
+    return rounded
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

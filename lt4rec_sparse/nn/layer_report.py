@@ -145,7 +145,7 @@ def _times(calls: dict[str, tuple[SparseMLP, Tensor]]) -> dict[tuple[str, str], 
     timed: dict[tuple[str, str], Callable[[], object]] = {}
     for name, (module, x) in calls.items():
         network = module.network
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).float()
         timed[name, "ours"] = partial(module, x)
         for kernel in dense_kernels("fp32"):
             runs = [make_run(network, Segment(kernel, "fp32", i, i)) for i in range(network.depth)]

@@ -23,6 +23,8 @@ from lt4rec_sparse.nn.plan import BATCH_SIZES, Plan, PlannedExecutor, measure
 from lt4rec_sparse.nn.quantization import calibrate
 from lt4rec_sparse.ops import Executor
 
+X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class SparseMLP(nn.Module):
     """All tasks' sparse MLPs in one call, from compressed weights.
@@ -32,6 +34,10 @@ class SparseMLP(nn.Module):
 
     `state_dict` carries the whole network as extra state. `load_state_dict` takes a network of the same widths, tasks
     and activations, or raises.
+
+    `.to(dtype)`, `.half()` and `.bfloat16()` round the weights and biases, and keep them in that dtype: half the bytes.
+    How they compute is `precision`, and what comes out has the dtype of `x`. A device makes no difference: the weights
+    stay on the CPU, and go to where `x` is when it comes.
 
     Args:
         network: The frozen network: layers, heads, quantisation parameters.
@@ -84,12 +90,13 @@ class SparseMLP(nn.Module):
         """Score every task, or return one task's part of it.
 
         Args:
-            x: `[..., in_features]`, float32 or bfloat16; what else the executor reads.
+            x: `[..., in_features]`, float32, bfloat16 or float16.
             task: The task's name; None returns every task. All are computed in any case, in one call.
 
         Returns:
-            `[..., tasks * out_features]`, float32: the tasks side by side, as `MaskedMLP.forward` without a task; or
-            `[..., out_features]` of the task.
+            `[..., tasks * out_features]`: the tasks side by side, as `MaskedMLP.forward` without a task; or
+            `[..., out_features]` of the task. Its dtype is that of `x`, or autocast's where that is on, rounded once
+            from float32.
 
         Raises:
             ValueError: If the width differs, the executor does not read the dtype, or there is no such task.
@@ -97,6 +104,8 @@ class SparseMLP(nn.Module):
         y = None if _is_traced(x) or self._run_new is None else self._run_new(x)
         if y is None:
             y = self._any(x)
+        if x.dtype != torch.float32 or _is_autocast_enabled(x.device.type):
+            y = y.to(_result_dtype(x))
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
     def score_into(self, x: Tensor, out: Tensor) -> None:
@@ -226,12 +235,15 @@ class SparseMLP(nn.Module):
 
     def _any(self, x: Tensor) -> Tensor:
         """Score every task, also where something traces, `x` has another shape, or a layout is needed first."""
+        if x.dtype not in X_DTYPES:
+            raise ValueError(f"x: got {x.dtype}, wanted {', '.join(map(str, X_DTYPES))}")
+        if x.dtype == torch.float16:
+            return self._any(x.float())
         shape = x.shape
         if len(shape) != 2:
             if not shape or shape[-1] != self.in_features:
                 raise ValueError(f"x: got shape {tuple(shape)}, wanted [..., {self.in_features}]")
-            y: Tensor = self(x.reshape(-1, self.in_features))
-            return y.reshape(*shape[:-1], self.out_features)
+            return self._any(x.reshape(-1, self.in_features)).reshape(*shape[:-1], self.out_features)
         return self._traced(x) if _is_traced(x) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -240,6 +252,15 @@ class SparseMLP(nn.Module):
         out = torch.empty(x.shape[0], self.out_features, dtype=torch.float32, device=x.device)
         self._executor(x).run(x, out)
         return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
+        """Take what `.to`, `.half` and their like do to a tensor; of the weights only the dtype can change."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = fn(torch.empty(0, dtype=self.network.dtype)).dtype
+        if dtype != self.network.dtype:
+            self._wants_default(f"to({dtype})")
+            self._set(self.network.to(dtype), self.precision, None)
+        return self
 
     def _executor(self, x: Tensor) -> Executor:
         if x.is_cpu or self._given is not None:
@@ -367,8 +388,13 @@ def _is_traced(x: Tensor) -> bool:
 
 
 # Looked up once: with the lookups a call takes half a microsecond more.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
 _get_tracing_state, _len_torch_dispatch_stack = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if _is_autocast_enabled(device) else x.dtype
 
 
 def _form(network: FrozenNetwork) -> str:

@@ -182,7 +182,19 @@ def test_what_cannot_be_compressed_is_left_as_it_is(make):
         freeze(make())
 
 
-@pytest.mark.parametrize("to", [torch.float64, torch.float16, torch.bfloat16, torch.device("meta")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_16_bits_are_compressed(dtype):
+    model = nn.Sequential(pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Softmax(-1)).to(dtype)
+    frozen, x = freeze(model), torch.randn(3, 9).to(dtype)
+    assert kinds(frozen) == ["SparseMLP", "Identity", "Identity", "Softmax"]
+    assert frozen[0].network.dtype == frozen(x).dtype == dtype
+    exact = freeze(copy.deepcopy(model).float())[0](x.float())
+    torch.testing.assert_close(frozen[0](x), exact.to(dtype), rtol=0, atol=0)
+    (entry,) = report(frozen, x).entries
+    assert entry.microseconds > 0
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.device("meta")])
 def test_layers_of_other_dtypes_and_devices_are_left(to):
     model = nn.Sequential(pruned(8, 8), nn.Softmax(1)).to(to)
     with pytest.raises(ValueError, match="without masked or pruned layers"):

@@ -188,7 +188,8 @@ def test_scoring_into_memory_is_scoring(batch, precision, x_dtype):
     x = torch.randn(batch, 300, generator=torch.Generator().manual_seed(0)).to(x_dtype)
     out = torch.full((batch, 4), float("nan"))
     mlp.score_into(x, out[:, 1:3])
-    assert_exact(out[:, 1:3], mlp(x))
+    assert_exact(out[:, 1:3], mlp(x.float()))
+    assert_exact(out[:, 1:3].to(x_dtype), mlp(x))
     assert out[:, [0, 3]].isnan().all()
 
 
@@ -361,6 +362,66 @@ def test_scores_are_float32_whatever_the_default_dtype(dtype):
         assert_exact(mlp(x), wanted)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_result_has_the_dtype_of_x_and_is_rounded_once(precision, x_dtype):
+    mlp = wide_mlp().to_precision(precision)
+    x = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    wanted = mlp(x.float()).to(x_dtype)
+    torch.compiler.reset()  # forgets what other tests compiled, of which it keeps eight at most
+    compiled = torch.compile(mlp, fullgraph=True, backend="eager")
+    for y in (mlp(x), compiled(x), mlp(x.mT.contiguous().mT), torch.stack([mlp(part) for part in x])):
+        assert_exact(y, wanted)
+    assert_exact(mlp(x, "cvr"), wanted[..., 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_decides_the_dtype_of_the_result(dtype):
+    mlp, x = wide_mlp(), torch.randn(5, 300)
+    wanted = mlp(x).to(dtype)
+    torch.compiler.reset()
+    with torch.autocast("cpu", dtype):
+        assert_exact(mlp(x), wanted)
+        assert_exact(torch.compile(mlp, fullgraph=True, backend="eager")(x), wanted)
+    assert mlp(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_to_a_dtype_and_kept_in_it(dtype):
+    masked, x = masked_mlp((300, 24, 17), ("ctr", "cvr"), 0.6, 0), torch.randn(5, 300)
+    rounded = copy.deepcopy(masked)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    mlp = torch.nn.Sequential(freeze(masked))
+    nbytes, values = mlp[0].nbytes, mlp[0].network.hidden[0].weight.values.nbytes
+    mlp(x)
+    mlp.to(dtype)
+    assert mlp[0].network.hidden[0].weight.values.nbytes == values // 2
+    assert mlp[0].nbytes < 0.6 * nbytes
+    assert_exact(mlp(x), freeze(rounded)(x))
+    assert_exact(copy.deepcopy(mlp).float()(x), mlp(x))
+    other = freeze(masked_mlp((300, 24, 17), ("ctr", "cvr"), 0.1, 7))
+    other.load_state_dict(mlp[0].state_dict())
+    assert other.network.dtype == dtype
+    assert_exact(other(x), mlp(x))
+
+
+def test_dtypes_that_cannot_be_are_refused_and_change_nothing():
+    mlp, x = freeze(masked_mlp((300, 24, 17), ("ctr", "cvr"), 0.6, 0)), torch.randn(2, 300)
+    wanted = mlp(x)
+    with pytest.raises(ValueError, match=r"dtype: got torch.float64, wanted one of torch.float32, "):
+        mlp.double()
+    large = SparseLinear.from_dense(torch.full((2, 2), 1e6))
+    with pytest.raises(ValueError, match=r"dtype: got a weight of 1e\+06, wanted at most 65504, .* torch.float16"):
+        large.half()
+    assert_exact(large(torch.ones(1, 2)), torch.full((1, 2), 2e6))
+    for bad in (x.double(), x.long(), x.bool()):
+        with pytest.raises(ValueError, match=r"x: got torch.\w+, wanted torch.float32, torch.bfloat16, torch.float16"):
+            mlp(bad)
+    assert_exact(mlp(x), wanted)
+    assert mlp.cpu().network.dtype == mlp.float().network.dtype == torch.float32
 
 
 def test_a_backward_pass_is_refused():
