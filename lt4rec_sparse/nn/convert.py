@@ -11,17 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.formats import BlockWeight, format_for
-from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
+from lt4rec_sparse.network import PRECISIONS, DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import chains_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
+from lt4rec_sparse.nn.plan.plan import check_asked
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 
 LEAST_SPARSITY = 0.5  # of a plain layer: less is left to dense products
 MOST_DENSE = 0.25  # of the kept weights: a dense layer of more is not run by kernels for single weights
 
 
-def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
+def freeze(
+    model: nn.Module,
+    sigmoid: bool = False,
+    *,
+    precision: str = "fp32",
+    example: Any = None,
+    batch_sizes: Sequence[int] | None = None,
+) -> nn.Module:
     """Return a copy of `model` for serving, every masked or pruned linear layer in it replaced by its compressed form.
 
     `freeze(model)(x)` equals `model.eval()(x)` within rounding; the copy cannot be trained. Compressed are:
@@ -47,10 +56,20 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
     Args:
         model: Any module.
         sigmoid: Whether the heads of `MaskedMLP`s end in a sigmoid: probabilities instead of logits.
+        precision: How the engine computes: "fp32", "bf16" or "int8".
+        example: What the model is called with: an input, a tuple of them, or a mapping of them by name. Int8 is
+            calibrated on what enters each call then, so it should be representative: some thousand rows.
+        batch_sizes: Batch sizes of the model, ascending, that will be served. Each call is then measured on this
+            machine for the rows that reach it, which are in proportion to those of the example, and served by the
+            fastest plan, dense products among its choices (`SparseMLP.measure_plan`).
 
     Raises:
-        ValueError: If nothing in the model is masked or pruned.
+        ValueError: If nothing in the model is masked or pruned, there is no such precision, batch sizes do not ascend
+            from 1, int8 or batch sizes come without an example, or the example does not reach a call.
     """
+    check_asked(precision, PRECISIONS, (1,) if batch_sizes is None else batch_sizes)
+    if example is None and (precision == "int8" or batch_sizes is not None):
+        raise ValueError("example: got None, wanted an input of the model: int8 and batch_sizes are measured on it")
     reader = _Reader()
     calls = {id(m): list(_calls(m, reader)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
     frozen, inner = _frozen_alone(model, calls, reader, sigmoid)
@@ -74,7 +93,27 @@ def freeze(model: nn.Module, sigmoid: bool = False) -> nn.Module:
         if isinstance(module, nn.TransformerEncoderLayer) and SparseLinear in map(type, module.children()):
             # Off its fast path, which reads the weights instead of calling layers.
             vars(module)["activation_relu_or_gelu"] = 0
-    return result.eval().requires_grad_(False)
+    result.eval().requires_grad_(False)
+    _prepare(result, precision, example, batch_sizes)
+    return result
+
+
+def _prepare(frozen: nn.Module, precision: str, example: Any, batch_sizes: Sequence[int] | None) -> None:
+    """Let the calls of a frozen model compute in a precision, and by plans for batch sizes."""
+    inputs = {} if example is None else inputs_of(frozen, example)
+    for name, call in calls_of(frozen).items():
+        if name not in inputs:
+            if precision == "int8" or batch_sizes is not None:
+                raise ValueError(f"example: got one that does not reach {name}, wanted one that runs every layer")
+            call.become(call.to_precision(precision))
+            continue
+        x = torch.cat([rows_of(part) for part in inputs[name]])
+        prepared = (call.calibrated(x) if precision == "int8" else call).to_precision(precision)
+        if batch_sizes is not None:
+            rows = len(rows_of(inputs[name][-1])) / batch_of(example)
+            served = sorted({max(1, round(rows * batch)) for batch in batch_sizes})
+            prepared = prepared.planned(prepared.measure_plan(served))
+        call.become(prepared)
 
 
 Call = tuple[int, int, SparseMLP]  # of an nn.Sequential: the first child, the one after the last, what computes them

@@ -16,6 +16,7 @@ from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.convert import LEAST_SPARSITY, obstacle
 from lt4rec_sparse.nn.dense import dense_kernels
 from lt4rec_sparse.nn.masked import MaskedLinear
+from lt4rec_sparse.nn.observe import calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.executor import follow, make_run
 from lt4rec_sparse.nn.plan.plan import Segment
 from lt4rec_sparse.nn.sparse import SparseMLP
@@ -78,19 +79,19 @@ def report(model: nn.Module, example: Any = None) -> Report:
 
     Args:
         model: Any module, frozen or not.
-        example: An input that the model is called with, or a tuple of them. Each call of the engine is then timed on
-            what enters it, beside the faster of torch and oneDNN in float32, with torch's current thread count, in one
-            interleaved run.
+        example: An input that the model is called with, a tuple of them, or a mapping of them by name. Each call of
+            the engine is then timed on what enters it, beside the faster of torch and oneDNN in float32, with torch's
+            current thread count, in one interleaved run.
     """
-    calls = {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}
-    inputs = {} if example is None else _inputs(model, calls, example)
-    times = _times({name: (calls[name], x) for name, x in inputs.items()})
+    inputs = {} if example is None else inputs_of(model, example)
+    calls = calls_of(model)
+    times = _times({name: (calls[name], of_call[-1]) for name, of_call in inputs.items()})
     entries = []
     for name, module in model.named_modules():
         if isinstance(module, SparseMLP):
             entry = _of_call(name, module.network)
             if name in inputs:
-                rows = inputs[name].shape[:-1].numel()
+                rows = len(rows_of(inputs[name][-1]))
                 dense = min(times[name, kernel] for kernel in dense_kernels("fp32"))
                 entry = replace(entry, rows=rows, microseconds=times[name, "ours"], dense_microseconds=dense)
             entries.append(entry)
@@ -124,28 +125,11 @@ def _of_linear(name: str, linear: nn.Linear) -> Entry:
     return Entry(name, widths, "dense", density, 4 * numbers, 4 * numbers, why)
 
 
-def _inputs(model: nn.Module, calls: dict[str, SparseMLP], example: Any) -> dict[str, Tensor]:
-    """Return what enters each call when the model is called with the example."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found[name] = arguments[0].detach()
-
-    hooks = [module.register_forward_pre_hook(partial(keep, name)) for name, module in calls.items()]
-    try:
-        with torch.inference_mode():
-            model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
 def _times(calls: dict[str, tuple[SparseMLP, Tensor]]) -> dict[tuple[str, str], float]:
     timed: dict[tuple[str, str], Callable[[], object]] = {}
     for name, (module, x) in calls.items():
         network = module.network
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = rows_of(x)
         timed[name, "ours"] = partial(module, x)
         for kernel in dense_kernels("fp32"):
             runs = [make_run(network, Segment(kernel, "fp32", i, i)) for i in range(network.depth)]

@@ -221,11 +221,23 @@ class SparseMLP(nn.Module):
             ValueError: If its widths, tasks or activations differ, or its parts do not fit together.
         """
         network = network_state.from_tensors(state["tensors"], state["data"])
-        if (got := _form(network)) != (wanted := _form(self.network)):
-            raise ValueError(f"state: got a network of {got}, wanted {wanted}")
+        self._check_form("state", network)
         if self._given is not None:
             raise ValueError(f"state: got one for an MLP served by a {type(self._given).__name__}, wanted the default")
         self._set(network, state["precision"], None)
+
+    def become(self, other: SparseMLP) -> None:
+        """Serve what another MLP of the same form serves, and as it does: whoever refers to this one sees it.
+
+        Raises:
+            ValueError: If its widths, tasks or activations differ.
+        """
+        self._check_form("other", other.network)
+        self._set(other.network, other.precision, other._given)
+
+    def _check_form(self, name: str, network: FrozenNetwork) -> None:
+        if (got := _form(network)) != (wanted := _form(self.network)):
+            raise ValueError(f"{name}: got a network of {got}, wanted {wanted}")
 
     def extra_repr(self) -> str:
         """Show widths, tasks and densities."""
