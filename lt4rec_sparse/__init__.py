@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from lt4rec_sparse.formats import BlockWeight, SharedWeight
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
-    from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze, report
+    from lt4rec_sparse.nn import (
+        MaskedAdam,
+        MaskedLinear,
+        MaskedMLP,
+        Plan,
+        SparseLinear,
+        SparseMLP,
+        freeze,
+        report,
+        unfreeze,
+    )
     from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -34,6 +44,7 @@ _HOMES = {
     "load": "ranker",
     "report": "nn",
     "save": "ranker",
+    "unfreeze": "nn",
 }
 
 __all__ = [
@@ -52,6 +63,7 @@ __all__ = [
     "load",
     "report",
     "save",
+    "unfreeze",
 ]
 
 

@@ -1,6 +1,6 @@
 """Modules: masked ones are trained, sparse ones are served, `freeze` makes the latter from the former."""
 
-from lt4rec_sparse.nn.convert import freeze
+from lt4rec_sparse.nn.convert import freeze, unfreeze
 from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.optim import MaskedAdam
@@ -17,4 +17,5 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "report",
+    "unfreeze",
 ]

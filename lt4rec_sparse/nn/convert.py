@@ -1,4 +1,4 @@
-"""`freeze`: where the type changes once, from what is trained to what is served."""
+"""`freeze` and `unfreeze`: where the type changes, from what is trained to what is served, and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lt4rec_sparse.formats import BlockWeight, format_for
 from lt4rec_sparse.network import PRECISIONS, DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import chains_of
+from lt4rec_sparse.nn.fast_path import leave_fast_path, restore_fast_path
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.plan import check_asked
@@ -89,13 +90,30 @@ def freeze(
             children = memo[id(module)]._modules  # of the copy
             children.update({name: nn.Identity() for name in list(children)[first:last]})
             children[list(children)[first]] = call
-    for module in result.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and SparseLinear in map(type, module.children()):
-            # Off its fast path, which reads the weights instead of calling layers.
-            vars(module)["activation_relu_or_gelu"] = 0
+    leave_fast_path(result)
     result.eval().requires_grad_(False)
     _prepare(result, precision, example, batch_sizes)
     return result
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` without a sparse layer: each is a plain one with exactly its weights (`to_dense`).
+
+    The copy is in `eval()`, and all its parameters can be trained. What one call of the engine computed is an
+    `nn.Sequential` in its place. To train on through masks, give such a one to `MaskedMLP.from_sequential`, or a layer
+    to `MaskedLinear.from_linear`.
+
+    Example:
+        >>> import torch
+        >>> from lt4rec_sparse import SparseLinear
+        >>> layer = unfreeze(nn.Sequential(SparseLinear.from_dense(torch.eye(2)), nn.Softmax(-1)))[0]
+        >>> layer, layer.weight.tolist()
+        (Linear(in_features=2, out_features=2, bias=False), [[1.0, 0.0], [0.0, 1.0]])
+    """
+    memo: dict[int, Any] = {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseMLP)}
+    result: nn.Module = copy.deepcopy(model, memo)
+    restore_fast_path(result)
+    return result.eval().requires_grad_(True)
 
 
 def _prepare(frozen: nn.Module, precision: str, example: Any, batch_sizes: Sequence[int] | None) -> None:

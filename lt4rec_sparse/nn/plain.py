@@ -26,6 +26,18 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, float]]] = {
     nn.ELU: lambda module: ("elu", float(module.alpha)),
     nn.PReLU: lambda module: ("leaky_relu", float(module.weight.detach())),
 }
+# And back: a module that computes the same.
+MODULES: dict[str, Callable[[float], nn.Module]] = {
+    "relu": lambda slope: nn.ReLU(),
+    "sigmoid": lambda slope: nn.Sigmoid(),
+    "tanh": lambda slope: nn.Tanh(),
+    "silu": lambda slope: nn.SiLU(),
+    "gelu": lambda slope: nn.GELU(),
+    "gelu_tanh": lambda slope: nn.GELU(approximate="tanh"),
+    "hardswish": lambda slope: nn.Hardswish(),
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+}
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -181,6 +193,28 @@ def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwor
             for layer in layers
         )
     )
+
+
+def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
+    """Return the plain modules of one task, one after the other: linear layers with exactly its weights, activations.
+
+    Parameters are copies, in the dtype that the network keeps its weights in.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    modules: list[nn.Module] = []
+    for i in range(network.depth):
+        layer = network.layer(i, task)
+        n, k = layer.weight.shape
+        linear = nn.Linear(k, n, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.weight.to(network.dtype, copy=True))
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.to(network.dtype, copy=True))
+        modules.append(linear)
+        if layer.activation != "none":
+            modules.append(MODULES[layer.activation](layer.slope))
+    return modules
 
 
 def hook_of(module: nn.Module) -> str | None:

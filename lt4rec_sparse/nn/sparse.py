@@ -195,6 +195,24 @@ class SparseMLP(nn.Module):
         executor = gpu.GraphExecutor(self.network, plan, precision, batch_sizes or gpu.BUCKETS, device)
         return type(self)(self.network, executor.precision, executor).eval()
 
+    def to_dense(self, task: str | None = None) -> nn.Module:
+        """Return plain torch modules with exactly these weights, zeros where they are pruned.
+
+        They compute in float32, whatever the precision of this MLP, or in the dtype of the weights, and can be trained.
+
+        Returns:
+            For one task an `nn.Linear`, or an `nn.Sequential` of linear layers and activations; for several that are
+            not chosen from `DenseTasks`.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if task is None and len(self.tasks) > 1:
+            return DenseTasks({name: self.to_dense(name) for name in self.tasks})
+        task_index(self.tasks, task)
+        modules = plain.modules_of(self.network, self.tasks[0] if task is None else task)
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the canonical weights and biases."""
@@ -300,6 +318,21 @@ class SparseMLP(nn.Module):
         if self._given is not None:
             got = type(self._given).__name__
             raise ValueError(f"{name}: got an MLP that is served by a {got}, wanted the one that it was made from")
+
+
+class DenseTasks(nn.ModuleDict):
+    """Plain modules, one per task, that read the same `x`; their outputs stand side by side."""
+
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Run every task, or one; as `SparseMLP.forward`.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if task is None:
+            return torch.cat([module(x) for module in self.values()], dim=-1)
+        y: Tensor = list(self.values())[task_index(tuple(self), task)](x)
+        return y
 
 
 class SparseLinear(SparseMLP):

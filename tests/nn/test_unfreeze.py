@@ -1,0 +1,100 @@
+"""`unfreeze` and `to_dense`: plain modules with exactly the weights that were served."""
+
+import copy
+
+import pytest
+import torch
+from oracle import assert_exact, small_integers
+from pruned_models import Residual, in_blocks, pruned
+from torch import nn
+
+from lt4rec_sparse import MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
+from lt4rec_sparse.lottery import random_masks
+from lt4rec_sparse.network import ACTIVATIONS, SLOPED
+from lt4rec_sparse.nn.plain import MODULES
+
+
+def integers(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model small integers where its weights are not zero, so that results are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter != 0) * small_integers(*parameter.shape, generator=generator).clamp(-1, 1))
+    return model
+
+
+def test_every_activation_leads_back():
+    assert MODULES.keys() == ACTIVATIONS.keys() - {"none"}
+    for name, make in MODULES.items():
+        z = torch.linspace(-4, 4, 33)
+        slope = 0.25 if name in SLOPED else 0.0
+        assert_exact(make(slope)(z), ACTIVATIONS[name](z.clone(), slope))
+        layer = SparseLinear.from_dense(torch.eye(33), activation=make(slope))
+        again = SparseMLP.from_sequential(layer.to_dense()).network.hidden[0]
+        assert (again.activation, again.slope) == (name, slope)
+
+
+@pytest.mark.parametrize("layer", [pruned(9, 6), in_blocks(40, 32), nn.Linear(3, 2, bias=False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_has_the_same_weight(layer, dtype):
+    layer = copy.deepcopy(layer).to(dtype)
+    dense = SparseLinear.from_linear(layer).to_dense()
+    assert type(dense) is nn.Linear
+    assert dense.state_dict().keys() == layer.state_dict().keys()
+    for name, value in layer.state_dict().items():
+        assert_exact(dense.state_dict()[name], value)
+
+
+def test_a_model_is_plain_again():
+    model = integers(nn.Sequential(nn.Sequential(pruned(16, 16), nn.ReLU(), pruned(16, 8)), nn.Flatten(), pruned(8, 8)))
+    frozen = freeze(model)
+    dense, x = unfreeze(frozen), small_integers(5, 16, generator=torch.Generator().manual_seed(1))
+    assert not any(isinstance(module, SparseMLP) for module in dense.modules())
+    assert {type(module) for module in dense.modules()} <= {nn.Sequential, nn.Linear, nn.ReLU, nn.Identity, nn.Flatten}
+    assert_exact(dense(x).detach(), model(x).detach())
+    assert_exact(freeze(dense)(x), frozen(x))
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    dense[0][0][0].weight.data.zero_()
+    assert_exact(frozen(x), model(x).detach())  # copies
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_tasks_stand_side_by_side(precision):
+    mlp = MaskedMLP(8, (6, 4), tasks=("a", "b"))
+    for task, mask in random_masks(mlp.mask("a").shapes, 0.5, mlp.tasks, torch.Generator().manual_seed(0)).items():
+        mlp.set_mask(mask, task)
+    frozen = freeze(mlp).calibrated(torch.randn(50, 8)).to_precision(precision)
+    dense, x = unfreeze(frozen), torch.randn(2, 5, 8)
+    torch.testing.assert_close(dense(x), mlp(x))
+    for task in mlp.tasks:
+        torch.testing.assert_close(dense(x, task), mlp(x, task))
+        assert_exact(frozen.to_dense(task)(x), dense(x, task))
+    with pytest.raises(ValueError, match="task: got 'c', wanted one of a, b"):
+        dense(x, "c")
+    with pytest.raises(ValueError, match="task: got 'c', wanted one of a, b"):
+        frozen.to_dense("c")
+    assert torch.export.export(dense, (x,)).module()(x).shape == (2, 5, 2)
+
+
+def test_one_task_of_a_layer():
+    layer = MaskedLinear(4, 3, tasks=("a", "b"))
+    layer.set_mask(torch.eye(3, 4) > 0, "b")
+    assert_exact(freeze(layer).to_dense("b").weight, layer.weight * torch.eye(3, 4))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()])
+def test_torchs_transformer_takes_its_fast_path_again(activation):
+    model = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True)
+    with torch.no_grad():
+        for linear in (model.linear1, model.linear2):
+            linear.weight *= torch.rand(linear.weight.shape) < 0.2
+    dense, x = unfreeze(freeze(model)), torch.randn(2, 3, 16)
+    assert vars(dense)["activation_relu_or_gelu"] == vars(model)["activation_relu_or_gelu"]
+    torch.testing.assert_close(dense(x), model.eval()(x))
+
+
+def test_what_is_not_sparse_is_copied():
+    model = Residual(16)
+    dense = unfreeze(model)
+    assert dense is not model
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
