@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         SparseLinear,
         SparseMLP,
         freeze,
+        load_module,
         report,
+        save_module,
         unfreeze,
     )
     from lt4rec_sparse.ranker import Ranker, load, save
@@ -42,8 +44,10 @@ _HOMES = {
     "SparseMLP": "nn",
     "freeze": "nn",
     "load": "ranker",
+    "load_module": "nn",
     "report": "nn",
     "save": "ranker",
+    "save_module": "nn",
     "unfreeze": "nn",
 }
 
@@ -61,8 +65,10 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "load",
+    "load_module",
     "report",
     "save",
+    "save_module",
     "unfreeze",
 ]
 

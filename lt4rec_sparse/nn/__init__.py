@@ -3,6 +3,7 @@
 from lt4rec_sparse.nn.convert import freeze, unfreeze
 from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.module_file import load_module, save_module
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.nn.plan import Plan
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
@@ -16,6 +17,8 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "load_module",
     "report",
+    "save_module",
     "unfreeze",
 ]

@@ -1,0 +1,170 @@
+"""A frozen module as one safetensors file: the sparse calls whole, of all else the state.
+
+Metadata `lt4rec_sparse_module` (see `checked_file`): `calls`, one entry per call of the engine, with its `places` in
+the module, `kind`, `precision` and the data of `network_state`; `identities`, the places of `nn.Identity`s.
+Tensors: `calls.<i>.<name>` of `network_state`, and `state.<name>`, what `state_dict` holds of everything else.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lt4rec_sparse import checked_file, network_state
+from lt4rec_sparse.checked_file import ArtefactError
+from lt4rec_sparse.errors import shown
+from lt4rec_sparse.network import PRECISIONS
+from lt4rec_sparse.nn.fast_path import leave_fast_path
+from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
+
+KEY = "lt4rec_sparse_module"
+VERSION = 1
+KINDS: dict[str, type[SparseMLP]] = {"SparseLinear": SparseLinear, "SparseMLP": SparseMLP}
+_WANTED = "what save_module wrote"
+
+
+def save_module(module: nn.Module, path: str | Path) -> None:
+    """Write a frozen module as one file, completely or not at all; `load_module` reads it.
+
+    A plan or a GPU's graphs are not stored: they are of a machine, and made where the module is served.
+
+    Raises:
+        ValueError: If no layer is sparse, or a state holds something else than tensors.
+        InputError: If a sparse weight is NaN or infinite.
+    """
+    places: dict[SparseMLP, list[str]] = {}
+    identities = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, SparseMLP):
+            places.setdefault(part, []).append(name)
+        elif type(part) is nn.Identity:
+            identities.append(name)
+    if not places:
+        raise ValueError(f"module: got a {type(module).__name__} without a sparse layer, wanted one that freeze made")
+    calls, tensors = [], {}
+    for i, (call, of_call) in enumerate(places.items()):
+        stored, data = network_state.to_tensors(call.network)
+        calls.append({"places": of_call, "kind": type(call).__name__, "precision": call.precision, **data})
+        for name, tensor in stored.items():
+            checked_file.check_finite(f"{of_call[0]}.{name}".lstrip("."), tensor)
+            tensors[f"calls.{i}.{name}"] = tensor
+    own = {_extra(place) for of_call in places.values() for place in of_call}
+    for name, value in module.state_dict().items():
+        if name not in own:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name}: got a {type(value).__name__} in the state, wanted tensors alone")
+            tensors[f"state.{name}"] = value
+    checked_file.write(path, KEY, {"version": VERSION, "calls": calls, "identities": identities}, tensors)
+
+
+def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a module that `save_module` wrote, check it in full, and return it ready to serve.
+
+    Example:
+        `load_module("mlp.safetensors")`, or `load_module("net.safetensors", Net())`, whose weights are not used.
+
+    Args:
+        path: The file. It is memory-mapped while the module lives.
+        model: A module built as the one that was frozen, dense or frozen, also on the meta device; it is copied. None
+            where the file holds one `SparseMLP` or `SparseLinear` alone.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ArtefactError: If the file is truncated, altered, of another kind or version, or does not fit the model.
+    """
+    meta, tensors = checked_file.read(path, KEY, _WANTED, (VERSION,))
+    try:
+        calls = _calls(meta, tensors)
+        state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
+        if model is None:
+            if [of_call for _, of_call in calls] != [[""]]:
+                held = ", ".join(of_call[0] for _, of_call in calls)
+                raise ValueError(f"model: got None for a file of sparse layers {held}, wanted a model to put them into")
+            return calls[0][0]
+        return _filled(model, calls, _strings(meta, "identities"), state)
+    except ValueError as error:
+        raise ArtefactError(f"{path}: got contents that do not fit: {error}") from error
+
+
+def _calls(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[SparseMLP, list[str]]]:
+    """Return the sparse modules, each with its places."""
+    entries, calls = meta.get("calls"), []
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"calls: got {shown(entries)}, wanted a list of tables")
+    for i, entry in enumerate(entries):
+        kind, precision = entry.get("kind"), entry.get("precision")
+        if kind not in KINDS or precision not in PRECISIONS:
+            raise ValueError(f"calls[{i}]: got {shown((kind, precision))}, wanted one of {list(KINDS)}, {PRECISIONS}")
+        prefix = f"calls.{i}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        for name, tensor in own.items():
+            checked_file.check_finite(f"{prefix}{name}", tensor)
+        network = network_state.from_tensors(own, entry)
+        if kind == "SparseLinear" and (len(network.hidden) > 1 or network.heads):
+            raise ValueError(f"calls[{i}]: got {network.depth} layers for a SparseLinear, wanted one")
+        places = _strings(entry, "places")
+        if not places:
+            raise ValueError(f"calls[{i}]: got no place, wanted at least one")
+        calls.append((KINDS[kind](network, precision).eval(), places))
+    return calls
+
+
+def _filled(
+    model: nn.Module, calls: list[tuple[SparseMLP, list[str]]], identities: list[str], state: dict[str, Tensor]
+) -> nn.Module:
+    """Return a copy of the model with the calls in their places, and the state."""
+    result: nn.Module = copy.deepcopy(model)
+    for call, places in calls:
+        for place in places:
+            was = result if not place else _child(result, place)
+            wanted = getattr(was, "in_features", call.in_features)
+            if call.in_features != wanted:
+                raise ValueError(f"{place}: got {call.in_features} in_features, wanted the model's, {wanted}")
+            result = call if not place else _with_child(result, place, call)
+    for place in identities:
+        _child(result, place)
+        result = _with_child(result, place, nn.Identity())
+    wanted_state = {name for name in result.state_dict() if name not in {_extra(p) for _, of in calls for p in of}}
+    if absent := sorted(wanted_state - state.keys()):
+        raise ValueError(
+            f"state: got none for {', '.join(absent[:3])}, wanted the model's, {len(wanted_state)} tensors"
+        )
+    if stray := sorted(state.keys() - wanted_state):
+        raise ValueError(f"state: got {', '.join(stray[:3])}, wanted the {len(wanted_state)} of the model")
+    try:
+        result.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"state: {' '.join(str(error).split())}") from error
+    for name, tensor in (*result.named_parameters(), *result.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name}: got a buffer on the meta device, wanted values: its module does not store it")
+    leave_fast_path(result)
+    return result.eval().requires_grad_(False)
+
+
+def _child(module: nn.Module, place: str) -> nn.Module:
+    try:
+        return module.get_submodule(place)
+    except AttributeError as error:
+        raise ValueError(f"{place}: got a place that the model lacks, wanted a model like the one saved") from error
+
+
+def _with_child(module: nn.Module, place: str, child: nn.Module) -> nn.Module:
+    parent, _, name = place.rpartition(".")
+    module.get_submodule(parent)._modules[name] = child
+    return module
+
+
+def _extra(place: str) -> str:
+    """Return the name of a call's part of a `state_dict`."""
+    return f"{place}._extra_state".lstrip(".")
+
+
+def _strings(table: dict[str, Any], name: str) -> list[str]:
+    values = table.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name}: got {shown(values)}, wanted a list of names")
+    return values
