@@ -162,9 +162,9 @@ def test_what_cannot_be_saved_leaves_no_file(module, error, message, tmp_path):
         ),
         (
             nn.Sequential(*network(), nn.Linear(2, 2)),
-            "state: got none for 4.bias, 4.weight, wanted the 2. of the model",
+            r"state: got none for 4.bias, 4.weight, wanted the \d+ of",
         ),
-        (network()[:3], "state: got 3.bias, 3.weight, wanted the 2. of the model"),
+        (network()[:3], r"state: got 3.bias, 3.weight, wanted the \d+ of the model"),
         (nn.Sequential(*network()[:3], nn.Linear(8, 3)), r"state: Error.* size mismatch for 3.weight"),
     ],
 )
