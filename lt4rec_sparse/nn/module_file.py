@@ -129,9 +129,7 @@ def _filled(
         result = _with_child(result, place, nn.Identity())
     wanted_state = {name for name in result.state_dict() if name not in {_extra(p) for _, of in calls for p in of}}
     if absent := sorted(wanted_state - state.keys()):
-        raise ValueError(
-            f"state: got none for {', '.join(absent[:3])}, wanted the model's, {len(wanted_state)} tensors"
-        )
+        raise ValueError(f"state: got none for {', '.join(absent[:3])}, wanted the {len(wanted_state)} of the model")
     if stray := sorted(state.keys() - wanted_state):
         raise ValueError(f"state: got {', '.join(stray[:3])}, wanted the {len(wanted_state)} of the model")
     try:
