@@ -19,6 +19,7 @@ from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.plan import check_asked
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
+from lt4rec_sparse.nn.traced import with_sequentials
 
 LEAST_SPARSITY = 0.5  # of a plain layer: less is left to dense products
 MOST_DENSE = 0.25  # of the kept weights: a dense layer of more is not run by kernels for single weights
@@ -31,6 +32,7 @@ def freeze(
     precision: str = "fp32",
     example: Any = None,
     batch_sizes: Sequence[int] | None = None,
+    trace: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` for serving, every masked or pruned linear layer in it replaced by its compressed form.
 
@@ -63,6 +65,8 @@ def freeze(
         batch_sizes: Batch sizes of the model, ascending, that will be served. Each call is then measured on this
             machine for the rows that reach it, which are in proportion to those of the example, and served by the
             fastest plan, dense products among its choices (`SparseMLP.measure_plan`).
+        trace: Whether to fuse too what modules' own forwards show, as torch.fx traces them (`traced.with_sequentials`):
+            `self.b(F.gelu(self.a(x)))` in one call. Such a module becomes a `torch.fx.GraphModule`.
 
     Raises:
         ValueError: If nothing in the model is masked or pruned, there is no such precision, batch sizes do not ascend
@@ -72,18 +76,16 @@ def freeze(
     if example is None and (precision == "int8" or batch_sizes is not None):
         raise ValueError("example: got None, wanted an input of the model: int8 and batch_sizes are measured on it")
     reader = _Reader()
+    if trace:
+        model = with_sequentials(model, reader.is_compressed)
     calls = {id(m): list(_calls(m, reader)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
     frozen, inner = _frozen_alone(model, calls, reader, sigmoid)
     if not frozen and not any(calls.values()):
         wanted = f"a MaskedMLP, a MaskedLinear, or an nn.Linear of which {LEAST_SPARSITY:.0%} is zero"
         raise ValueError(f"model: got a {type(model).__name__} without masked or pruned layers, wanted {wanted}")
-    # As the memo of the copy, the frozen layers take the others' place wherever they are referred to. Tensors that are
-    # computed, such as the `weight` that torch.nn.utils.prune leaves beside its parts, do not copy themselves.
-    memo: dict[int, Any] = dict(frozen)
-    for module in model.modules():
-        for value in () if id(module) in inner else vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    # As the memo of the copy, the frozen layers take the others' place wherever they are referred to.
+    outer = (module for module in model.modules() if id(module) not in inner)
+    memo: dict[int, Any] = {**frozen, **plain.memo_of_computed(outer)}
     result: nn.Module = copy.deepcopy(model, memo)
     for module in model.modules():
         for first, last, call in calls.get(id(module), ()):

@@ -1,7 +1,8 @@
 """A frozen module as one safetensors file: the sparse calls whole, of all else the state.
 
 Metadata `lt4rec_sparse_module` (see `checked_file`): `calls`, one entry per call of the engine, with its `places` in
-the module, `kind`, `precision` and the data of `network_state`; `identities`, the places of `nn.Identity`s.
+the module, `kind`, `precision` and the data of `network_state`; `identities`, the places of `nn.Identity`s; `traced`,
+those of modules that torch.fx traced, which compute otherwise than the model does.
 Tensors: `calls.<i>.<name>` of `network_state`, and `state.<name>`, what `state_dict` holds of everything else.
 """
 
@@ -11,14 +12,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lt4rec_sparse import checked_file, network_state
 from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.nn.fast_path import leave_fast_path
+from lt4rec_sparse.nn.plain import memo_of_computed
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
+from lt4rec_sparse.nn.traced import traced
 
 KEY = "lt4rec_sparse_module"
 VERSION = 1
@@ -36,12 +39,14 @@ def save_module(module: nn.Module, path: str | Path) -> None:
         InputError: If a sparse weight is NaN or infinite.
     """
     places: dict[SparseMLP, list[str]] = {}
-    identities = []
+    identities, graphs = [], []
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, SparseMLP):
             places.setdefault(part, []).append(name)
         elif type(part) is nn.Identity:
             identities.append(name)
+        elif isinstance(part, fx.GraphModule):
+            graphs.append(name)
     if not places:
         raise ValueError(f"module: got a {type(module).__name__} without a sparse layer, wanted one that freeze made")
     calls, tensors = [], {}
@@ -57,7 +62,8 @@ def save_module(module: nn.Module, path: str | Path) -> None:
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got a {type(value).__name__} in the state, wanted tensors alone")
             tensors[f"state.{name}"] = value
-    checked_file.write(path, KEY, {"version": VERSION, "calls": calls, "identities": identities}, tensors)
+    meta = {"version": VERSION, "calls": calls, "identities": identities, "traced": graphs}
+    checked_file.write(path, KEY, meta, tensors)
 
 
 def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -84,7 +90,7 @@ def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 held = ", ".join(of_call[0] for _, of_call in calls)
                 raise ValueError(f"model: got None for a file of sparse layers {held}, wanted a model to put them into")
             return calls[0][0]
-        return _filled(model, calls, _strings(meta, "identities"), state)
+        return _filled(_alike(model, _strings(meta, "traced")), calls, _strings(meta, "identities"), state)
     except ValueError as error:
         raise ArtefactError(f"{path}: got contents that do not fit: {error}") from error
 
@@ -115,8 +121,8 @@ def _calls(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[Spars
 def _filled(
     model: nn.Module, calls: list[tuple[SparseMLP, list[str]]], identities: list[str], state: dict[str, Tensor]
 ) -> nn.Module:
-    """Return a copy of the model with the calls in their places, and the state."""
-    result: nn.Module = copy.deepcopy(model)
+    """Put the calls into their places in a model, and the state."""
+    result = model
     for call, places in calls:
         for place in places:
             was = result if not place else _child(result, place)
@@ -141,6 +147,18 @@ def _filled(
             raise ValueError(f"{name}: got a buffer on the meta device, wanted values: its module does not store it")
     leave_fast_path(result)
     return result.eval().requires_grad_(False)
+
+
+def _alike(model: nn.Module, places: list[str]) -> nn.Module:
+    """Return a copy of the model that is traced where the one saved was."""
+    result: nn.Module = copy.deepcopy(model, memo_of_computed(model.modules())).eval()
+    for place in places:
+        module = _child(result, place)
+        made = module if isinstance(module, fx.GraphModule) else traced(module)
+        if made is None:
+            raise ValueError(f"{place}: got a model that torch.fx does not trace there, wanted one like the one saved")
+        result = _with_child(result, place, made) if place else made
+    return result
 
 
 def _child(module: nn.Module, place: str) -> nn.Module:
