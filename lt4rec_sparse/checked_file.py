@@ -33,7 +33,7 @@ def write(path: str | Path, key: str, meta: Mapping[str, Any], tensors: Mapping[
         path: The file.
         key: Its kind.
         meta: What JSON can hold, with `version`, without `sha256`.
-        tensors: Of any device; two that share memory are stored twice.
+        tensors: They may be on any device; two that share memory are stored twice.
     """
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
