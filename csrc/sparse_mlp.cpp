@@ -1,5 +1,6 @@
 // The call: cuts the batch into pieces, spreads them over threads, and takes each through every task's layers.
 #include <omp.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <cmath>
@@ -51,10 +52,14 @@ int choose_lanes(int64_t batch, int64_t threads, const Width* narrowest) {
 // Multiply-adds that take some 20 us, as long as waking a team may.
 constexpr int64_t kWorthATeam = 500'000, kWorthATeamS8 = 4 * kWorthATeam;
 
+// A forked child has none of its parent's threads, which libgomp would wait for without end.
+bool is_forked = false;
+const int kWatchingForks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
 // How many threads to take of those offered. More threads than processors only wait for each other, and libgomp ends the
 // process where it cannot start one.
 int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call, int64_t enough) {
-  if (call.threads == 1 || int64_t(header.multiply_adds) * call.batch < enough) return 1;
+  if (call.threads == 1 || is_forked || int64_t(header.multiply_adds) * call.batch < enough) return 1;
   const int64_t processors = omp_get_num_procs();
   return call.threads < processors ? call.threads : processors;
 }

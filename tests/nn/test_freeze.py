@@ -227,3 +227,49 @@ def test_weight_and_bias_can_be_read():
     several = freeze(MaskedLinear(3, 2, tasks=("a", "b")))
     with pytest.raises(AttributeError, match="weight"):
         several.weight  # noqa: B018  (to read it is the test)
+
+
+def test_a_weight_that_a_layer_shares_stays_the_others():
+    """As an output layer that shares the weight of an embedding: the layer is compressed, the table is as it was."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(20, 8), pruned(8, 20)
+            self.table.weight = self.out.weight
+
+        def forward(self, ids):
+            return self.out(self.table(ids).tanh())
+
+    model, ids = Tied(), torch.tensor([[3, 1], [19, 0]])
+    frozen = freeze(model)
+    assert type(frozen.out) is SparseLinear
+    assert torch.equal(frozen.table.weight, model.table.weight)
+    assert_serves(model, frozen, ids)
+
+
+def test_weights_in_any_order_in_memory():
+    model = nn.Sequential(pruned(24, 16), nn.ReLU(), pruned(16, 8))
+    for linear in (model[0], model[2]):
+        linear.weight = nn.Parameter(linear.weight.T.contiguous().T)
+        linear.bias = nn.Parameter(linear.bias.repeat_interleave(2)[::2])
+    assert not model[0].weight.is_contiguous()
+    assert_serves(model, freeze(model), torch.randn(24, 3).T)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_kept(value):
+    """A kept weight that is not finite counts; a pruned one does not meet an activation that is not."""
+    model = nn.Sequential(pruned(8, 6), nn.Identity())
+    with torch.no_grad():
+        row, column = model[0].weight.nonzero()[0]
+        model[0].weight[row, column] = value
+        model[0].bias[5] = value
+    frozen, x = freeze(model), torch.rand(3, 8) + 0.5
+    torch.testing.assert_close(frozen(x), model(x).detach(), equal_nan=True)
+    x[0, 0] = value
+    reads = model[0].weight[:, 0] != 0
+    assert torch.equal(frozen(x)[0][:5].isfinite(), ~(reads | (torch.arange(6) == row))[:5])
+    int8 = freeze(model, precision="int8", example=torch.rand(9, 8))
+    with pytest.raises(ValueError, match="finite"):
+        int8(x)
