@@ -25,6 +25,7 @@ class Chain:
 
     def __init__(self, begin: int = 0, read: Callable[[nn.Module, str], PlainLayer] = of_linear) -> None:
         self.layers: list[PlainLayer] = []
+        self.linear: list[nn.Module] = []  # what each was read from
         self.places: list[tuple[int, int]] = []  # of each layer: its first module, and the one after its last
         self.waiting: tuple[Tensor, Tensor] | None = None  # scale and shift that the next linear layer takes in
         self._next, self._read = begin, read  # where the next layer's modules begin
@@ -38,6 +39,7 @@ class Chain:
         if isinstance(module, nn.Linear):
             layer = self._read(module, name)
             self.layers.append(layer if self.waiting is None else _after(layer, *self.waiting, name))
+            self.linear.append(module)
             self.waiting = None
             self.places.append((self._next, place + 1))
             self._next = place + 1

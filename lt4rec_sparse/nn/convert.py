@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 from lt4rec_sparse.formats import BlockWeight, format_for
 from lt4rec_sparse.network import PRECISIONS, DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
-from lt4rec_sparse.nn.chain import chains_of
-from lt4rec_sparse.nn.fast_path import leave_fast_path, restore_fast_path
+from lt4rec_sparse.nn.chain import Chain, chains_of
+from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.plan import check_asked
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 from lt4rec_sparse.nn.traced import with_sequentials
+from lt4rec_sparse.nn.transformer import call_sparse_parts, feed_forward, restore_fast_path
 
 LEAST_SPARSITY = 0.5  # of a plain layer: less is left to dense products
 MOST_DENSE = 0.25  # of the kept weights: a dense layer of more is not run by kernels for single weights
@@ -43,7 +43,7 @@ def freeze(
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
       modules is replaced by the call, the others by `nn.Identity`. Where BatchNorm1d is among them, `x` of the call is
-      `[batch, features]`.
+      `[batch, features]`. So is the feed-forward part of torch's own transformer layers.
 
     Everything else is copied: linear layers with a forward or hooks of their own too. Where all masks of a call keep
     whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which kernels run
@@ -78,21 +78,19 @@ def freeze(
     reader = _Reader()
     if trace:
         model = with_sequentials(model, reader.is_compressed)
-    calls = {id(m): list(_calls(m, reader)) for m in model.modules() if type(m).forward is nn.Sequential.forward}
+    calls = {id(m): [*_calls(m, reader), *_feed_forward_calls(m, reader)] for m in model.modules()}
     frozen, inner = _frozen_alone(model, calls, reader, sigmoid)
     if not frozen and not any(calls.values()):
         wanted = f"a MaskedMLP, a MaskedLinear, or an nn.Linear of which {LEAST_SPARSITY:.0%} is zero"
         raise ValueError(f"model: got a {type(model).__name__} without masked or pruned layers, wanted {wanted}")
-    # As the memo of the copy, the frozen layers take the others' place wherever they are referred to.
-    outer = (module for module in model.modules() if id(module) not in inner)
-    memo: dict[int, Any] = {**frozen, **plain.memo_of_computed(outer)}
-    result: nn.Module = copy.deepcopy(model, memo)
+    memo: dict[int, Any] = dict(frozen)
+    result = copy_of(model, memo, inner)
     for module in model.modules():
         for first, last, call in calls.get(id(module), ()):
             children = memo[id(module)]._modules  # of the copy
             children.update({name: nn.Identity() for name in list(children)[first:last]})
             children[list(children)[first]] = call
-    leave_fast_path(result)
+    call_sparse_parts(result)
     result.eval().requires_grad_(False)
     _prepare(result, precision, example, batch_sizes)
     return result
@@ -112,8 +110,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         >>> layer, layer.weight.tolist()
         (Linear(in_features=2, out_features=2, bias=False), [[1.0, 0.0], [0.0, 1.0]])
     """
-    memo: dict[int, Any] = {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseMLP)}
-    result: nn.Module = copy.deepcopy(model, memo)
+    result = copy_of(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseMLP)})
     restore_fast_path(result)
     return result.eval().requires_grad_(True)
 
@@ -136,7 +133,7 @@ def _prepare(frozen: nn.Module, precision: str, example: Any, batch_sizes: Seque
         call.become(prepared)
 
 
-Call = tuple[int, int, SparseMLP]  # of an nn.Sequential: the first child, the one after the last, what computes them
+Call = tuple[int, int, SparseMLP]  # of a module: the first child, the one after the last, what computes them
 
 
 class _Reader:
@@ -191,21 +188,37 @@ def _frozen_alone(
     return frozen, inner
 
 
-def _calls(sequential: nn.Module, reader: _Reader) -> Iterator[Call]:
-    """Yield what becomes calls of an `nn.Sequential`."""
-    children = [child or nn.Identity() for child in sequential._modules.values()]
-    for chain in chains_of(sequential, reader):
-        is_sparse = [any(map(reader.is_compressed, children[first:last])) for first, last in chain.places]
-        if not any(is_sparse):
-            continue
-        layers = [
-            layer if sparse else layer._replace(mask=torch.ones_like(layer.mask))
-            for layer, sparse in zip(chain.layers, is_sparse, strict=True)
-        ]
-        for first, last in _worthwhile(layers, is_sparse):
-            network = plain.network_of(layers[first:last])
-            call = (SparseLinear if last - first == 1 else SparseMLP)(network)
+def _calls(module: nn.Module, reader: _Reader) -> Iterator[Call]:
+    """Yield what becomes calls of an `nn.Sequential`; nothing of another module."""
+    if type(module).forward is not nn.Sequential.forward:
+        return
+    for chain in chains_of(module, reader):
+        for first, last, call in _calls_of_chain(chain, reader):
             yield chain.places[first][0], chain.places[last - 1][1], call
+
+
+def _feed_forward_calls(module: nn.Module, reader: _Reader) -> Iterator[Call]:
+    """Yield the call that computes the whole feed-forward part of a transformer layer of torch, if there is one."""
+    parts, children = feed_forward(module), list(module._modules)
+    chain = Chain(read=reader)
+    if parts and all(chain.try_take(place, part, name) for place, (name, part) in enumerate(parts.items())):
+        for first, last, call in _calls_of_chain(chain, reader):
+            if last - first == len(chain.layers):
+                yield children.index("linear1"), children.index("linear2") + 1, call
+
+
+def _calls_of_chain(chain: Chain, reader: _Reader) -> Iterator[Call]:
+    """Yield the calls of a chain; places are those of its layers."""
+    is_sparse = [reader.is_compressed(linear) for linear in chain.linear]
+    if not any(is_sparse):
+        return
+    layers = [
+        layer if sparse else layer._replace(mask=torch.ones_like(layer.mask))
+        for layer, sparse in zip(chain.layers, is_sparse, strict=True)
+    ]
+    for first, last in _worthwhile(layers, is_sparse):
+        network = plain.network_of(layers[first:last])
+        yield first, last, (SparseLinear if last - first == 1 else SparseMLP)(network)
 
 
 def _worthwhile(layers: Sequence[plain.PlainLayer], is_sparse: Sequence[bool]) -> Iterator[tuple[int, int]]:

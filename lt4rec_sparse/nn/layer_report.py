@@ -58,11 +58,14 @@ class Report:
     entries: tuple[Entry, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<28} {'widths':<22} {'format':<8} {'density':>8} {'KB':>9} {'of dense':>9}  against dense"]
-        for entry in self.entries:
-            widths = "-".join(map(str, entry.widths))
+        names = [entry.name or "(the model)" for entry in self.entries]
+        widths = ["-".join(map(str, entry.widths)) for entry in self.entries]
+        name_width, widths_width = (max(map(len, ["layer ", *texts])) for texts in (names, widths))
+        head = f"{'layer':<{name_width}} {'widths':<{widths_width}} {'format':<8} {'density':>8}"
+        lines = [f"{head} {'KB':>9} {'of dense':>9}  against dense"]
+        for name, width, entry in zip(names, widths, self.entries, strict=True):
             share = entry.nbytes / entry.dense_nbytes
-            line = f"{entry.name or '(the model)':<28} {widths:<22} {entry.format:<8} {entry.density:>8.1%}"
+            line = f"{name:<{name_width}} {width:<{widths_width}} {entry.format:<8} {entry.density:>8.1%}"
             line += f" {entry.nbytes / 1000:>9,.1f} {share:>9.0%}  {_comparison(entry)}"
             lines.append(line.rstrip())
         return "\n".join(lines)

@@ -8,7 +8,6 @@ Tensors: `calls.<i>.<name>` of `network_state`, and `state.<name>`, what `state_
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from lt4rec_sparse import checked_file, network_state
 from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.network import PRECISIONS
-from lt4rec_sparse.nn.fast_path import leave_fast_path
-from lt4rec_sparse.nn.plain import memo_of_computed
+from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 from lt4rec_sparse.nn.traced import traced
+from lt4rec_sparse.nn.transformer import call_sparse_parts
 
 KEY = "lt4rec_sparse_module"
 VERSION = 1
@@ -145,13 +144,13 @@ def _filled(
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name}: got a buffer on the meta device, wanted values: its module does not store it")
-    leave_fast_path(result)
+    call_sparse_parts(result)
     return result.eval().requires_grad_(False)
 
 
 def _alike(model: nn.Module, places: list[str]) -> nn.Module:
     """Return a copy of the model that is traced where the one saved was."""
-    result: nn.Module = copy.deepcopy(model, memo_of_computed(model.modules())).eval()
+    result = copy_of(model).eval()
     for place in places:
         module = _child(result, place)
         made = module if isinstance(module, fx.GraphModule) else traced(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -215,15 +215,6 @@ def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
         if layer.activation != "none":
             modules.append(MODULES[layer.activation](layer.slope))
     return modules
-
-
-def memo_of_computed(modules: Iterable[nn.Module]) -> dict[int, Any]:
-    """Return what `copy.deepcopy` needs to know of tensors that are computed, which do not copy themselves.
-
-    Such is the `weight` that `torch.nn.utils.prune` leaves beside its parts.
-    """
-    values = [value for module in modules for value in vars(module).values()]
-    return {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def hook_of(module: nn.Module) -> str | None:

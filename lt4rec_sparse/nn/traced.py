@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lt4rec_sparse.nn.chain import DROPPED
+from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
-from lt4rec_sparse.nn.plain import FUSED, hook_of, memo_of_computed
+from lt4rec_sparse.nn.plain import FUSED, hook_of
 from lt4rec_sparse.nn.sparse import SparseMLP
 
 # Functions of a tensor and numbers, and methods by name -> the module that computes the same.
@@ -51,8 +51,7 @@ def with_sequentials(model: nn.Module, is_wanted: Callable[[nn.Module], bool] = 
         >>> [type(part).__name__ for part in with_sequentials(Net()).a]
         ['Linear', 'GELU', 'Linear']
     """
-    result: nn.Module = copy.deepcopy(model, memo_of_computed(model.modules()))
-    return _with_sequentials(result.eval(), is_wanted)
+    return _with_sequentials(copy_of(model).eval(), is_wanted)
 
 
 def traced(module: nn.Module, is_wanted: Callable[[nn.Module], bool] = lambda linear: True) -> nn.Module | None:

@@ -8,7 +8,8 @@ from pruned_models import Residual, assert_serves, in_blocks, pruned
 from torch import nn
 from torch.nn.utils import prune
 
-from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze, report
+from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze, report, unfreeze
+from lt4rec_sparse.nn.copying import copy_of
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -205,17 +206,68 @@ def test_a_transformer_of_torch_computes_through_its_sparse_layers(depth, monkey
     frozen = freeze(model)
     layers = frozen.layers if depth else [frozen]
     for layer in layers:
-        assert (type(layer.linear1), type(layer.linear2)) == (SparseLinear, SparseLinear)
+        assert (type(layer.linear1), type(layer.linear2)) == (SparseMLP, nn.Identity)
         assert not isinstance(layer.self_attn.out_proj, SparseLinear)
     x = torch.randn(3, 5, 16)
     with torch.inference_mode():
         assert_serves(model, frozen, x)
     calls = []
-    forward = SparseLinear.forward
-    monkeypatch.setattr(SparseLinear, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    forward = SparseMLP.forward
+    monkeypatch.setattr(SparseMLP, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
     with torch.inference_mode():
         frozen(x)
-    assert len(set(map(id, calls))) == 2 * len(layers)
+    assert len(set(map(id, calls))) == len(layers)
+
+
+def squared(z):
+    return z.relu() ** 2
+
+
+def doubled(module, arguments, y):
+    return 2 * y
+
+
+class OwnFeedForward(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return super()._ff_block(x) + 1
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, OwnFeedForward])
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU(), torch.tanh, squared, nn.Softmax(-1)])
+@pytest.mark.parametrize("dense", ["none", "linear2", "hook"])
+def test_the_feed_forward_part_of_torchs_layers(kind, activation, dense):
+    torch.manual_seed(0)
+    layer = kind(16, 2, 48, activation=activation, batch_first=True, norm_first=True)
+    for name in {"linear1", "linear2"} - {dense}:
+        prune.random_unstructured(getattr(layer, name), "weight", 0.8)
+        prune.remove(getattr(layer, name), "weight")
+    if dense == "hook":
+        layer.dropout.register_forward_hook(doubled)
+    frozen, x = freeze(layer), torch.randn(3, 5, 16)
+    is_one_call = kind is not OwnFeedForward and not callable_of_ours(activation) and dense == "none"
+    assert isinstance(frozen.linear1, SparseLinear) != is_one_call
+    assert_serves(Memory(layer), Memory(frozen).eval(), x)
+    if kind is not OwnFeedForward:  # torch's fast path does not call what a subclass has of its own
+        assert_serves(Memory(layer), Memory(unfreeze(frozen).requires_grad_(False)).eval(), x)
+    assert layer.activation is not frozen.activation or not is_one_call
+
+
+def callable_of_ours(activation):
+    return activation is squared or isinstance(activation, nn.Softmax)
+
+
+class Memory(nn.Module):
+    """A layer with the memory that a decoder reads."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __deepcopy__(self, memo):
+        return Memory(copy_of(self.layer))
+
+    def forward(self, x):
+        return self.layer(x, x.flip(1)) if isinstance(self.layer, nn.TransformerDecoderLayer) else self.layer(x)
 
 
 def test_weight_and_bias_can_be_read():

@@ -103,11 +103,15 @@ def test_a_layer_in_two_places_is_one(tmp_path):
     assert_same(loaded, saved, torch.randn(3, 8))
 
 
-def test_torchs_transformer_calls_its_sparse_layers(tmp_path):
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+@pytest.mark.parametrize("activation", ["gelu", nn.GELU()])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_torchs_transformer_calls_its_sparse_parts(is_whole, activation, tmp_path):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True), 2)
     with torch.no_grad():
         for layer in model.layers:
             layer.linear1.weight *= torch.rand(32, 16) < 0.2
+            if is_whole:
+                layer.linear2.weight *= torch.rand(16, 32) < 0.2
     saved, x = freeze(model), torch.randn(2, 3, 16)
     save_module(saved, tmp_path / "net.safetensors")
     assert_same(load_module(tmp_path / "net.safetensors", model), saved, x)
