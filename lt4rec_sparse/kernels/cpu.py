@@ -329,16 +329,25 @@ class Executor:
         """Write every task's outputs for `x [rows, in_features]`, side by side, into `out [rows, outputs]`."""
         if self._recent is not None and not self._recent.run_plain(x, out, torch.get_num_threads(), self._path):
             return
-        prepacked = None
-        if self._recent is not None:
-            prepacked = self._prepacked.get(self.layout or self._recent.path_for(len(x)))
-        if prepacked is None:
-            layouts = None if self.layout is None else (self.layout,)
-            prepacked = Prepacked(prepack(self.network, self.precision, layouts, len(x)))
-            (path,) = prepacked.facts.layouts
-            prepacked = self._prepacked.setdefault(path, prepacked)
+        prepacked = self._for(len(x))
         prepacked.run(x, out)
         self._recent = prepacked
+
+    def kernel_for(self, rows: int) -> str:
+        """Name the layout that a batch of so many rows takes."""
+        (layout,) = self._for(rows).facts.layouts
+        return layout
+
+    def _for(self, rows: int) -> Prepacked:
+        prepacked = None
+        if self._recent is not None:
+            prepacked = self._prepacked.get(self.layout or self._recent.path_for(rows))
+        if prepacked is None:
+            layouts = None if self.layout is None else (self.layout,)
+            prepacked = Prepacked(prepack(self.network, self.precision, layouts, rows))
+            (path,) = prepacked.facts.layouts
+            prepacked = self._prepacked.setdefault(path, prepacked)
+        return prepacked
 
     def run_new(self, x: Tensor) -> Tensor | None:
         """Return the outputs where the engine reads `x` as it is and the layout is there; None: `run` decides."""

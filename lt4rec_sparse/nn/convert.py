@@ -45,9 +45,9 @@ def freeze(
       modules is replaced by the call, the others by `nn.Identity`. Where BatchNorm1d is among them, `x` of the call is
       `[batch, features]`. So is the feed-forward part of torch's own transformer layers.
 
-    Everything else is copied: linear layers with a forward or hooks of their own too. Where all masks of a call keep
-    whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which kernels run
-    fastest.
+    Everything else is copied: layers with a forward or hooks of their own too, masked ones among them. Where all masks
+    of a call keep whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which
+    kernels run fastest.
 
     Example:
         >>> import torch
@@ -160,7 +160,7 @@ class _Reader:
     def is_compressed(self, module: nn.Module) -> bool:
         """Tell whether a layer is masked, or pruned so far that it is compressed."""
         if isinstance(module, MaskedLinear):
-            return True
+            return plain.hook_of(module) is None
         if not isinstance(module, nn.Linear) or obstacle(module) is not None:
             return False
         mask = self(module).mask
@@ -176,8 +176,12 @@ def _frozen_alone(
     places.subtract(id(child) for m, children in parts for a, b, _ in calls.get(id(m), ()) for child in children[a:b])
     frozen: dict[int, nn.Module] = {}
     inner: set[int] = set()
+    kept: set[int] = set()  # parts of what stays masked, as nothing would call its hooks
     for module in model.modules():
-        if id(module) in inner or not places[id(module)]:
+        if id(module) in inner | kept or not places[id(module)]:
+            continue
+        if isinstance(module, MaskedLinear | MaskedMLP) and any(plain.hook_of(part) for part in module.modules()):
+            kept |= {id(part) for part in module.modules()}
             continue
         sparse = _freeze_masked(module, sigmoid)
         if sparse is None and isinstance(module, nn.Linear) and reader.is_compressed(module):

@@ -35,6 +35,7 @@ class Entry:
         nbytes: Bytes of weights and biases in canonical form.
         dense_nbytes: Bytes of the same layers dense, a copy per task, in float32.
         why_dense: The reason, where it is dense.
+        kernel: What runs it, where it was measured: a layout of the engine, or a plan's segments.
         rows: Rows of the example, where it was measured.
         microseconds, dense_microseconds: Of a call, and of dense products with the masks multiplied in beforehand.
     """
@@ -46,6 +47,7 @@ class Entry:
     nbytes: int
     dense_nbytes: int
     why_dense: str = ""
+    kernel: str = ""
     rows: int | None = None
     microseconds: float | None = None
     dense_microseconds: float | None = None
@@ -96,7 +98,10 @@ def report(model: nn.Module, example: Any = None) -> Report:
             if name in inputs:
                 rows = len(rows_of(inputs[name][-1]))
                 dense = min(times[name, kernel] for kernel in dense_kernels("fp32"))
-                entry = replace(entry, rows=rows, microseconds=times[name, "ours"], dense_microseconds=dense)
+                kernel = module.kernel_for(rows)
+                entry = replace(
+                    entry, kernel=kernel, rows=rows, microseconds=times[name, "ours"], dense_microseconds=dense
+                )
             entries.append(entry)
         elif isinstance(module, nn.Linear):
             entries.append(_of_linear(name, module))
@@ -118,7 +123,7 @@ def _of_call(name: str, network: FrozenNetwork) -> Entry:
 def _of_linear(name: str, linear: nn.Linear) -> Entry:
     why, density = obstacle(linear), 1.0
     if isinstance(linear, MaskedLinear):
-        why, density = "not frozen", linear.masks.float().mean().item()
+        why, density = plain.hook_of(linear) or "not frozen", linear.masks.float().mean().item()
     elif why is None:
         density = plain.of_linear(linear).mask.float().mean().item()
         is_pruned = 1 - density >= LEAST_SPARSITY
@@ -145,4 +150,5 @@ def _comparison(entry: Entry) -> str:
     if entry.microseconds is None or entry.dense_microseconds is None:
         return entry.why_dense
     ratio = entry.dense_microseconds / entry.microseconds
-    return f"{ratio:.1f}x ({entry.microseconds:,.0f} of {entry.dense_microseconds:,.0f} µs, rows: {entry.rows:,})"
+    times = f"{entry.microseconds:,.0f} of {entry.dense_microseconds:,.0f} µs"
+    return f"{ratio:.1f}x ({times}, rows: {entry.rows:,}, {entry.kernel})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,22 +105,26 @@ class MaskedLinear(nn.Linear):
         """
         return self.masks[task_index(self.tasks, task)]
 
-    def set_mask(self, mask: Tensor, task: str | None = None) -> None:
-        """Set one task's mask: bool `[out_features, in_features]`, True = kept; copied.
+    def set_mask(self, mask: Tensor | Mapping[str, Tensor], task: str | None = None) -> None:
+        """Set one task's mask: bool `[out_features, in_features]`, True = kept; copied. Or those of several by name.
 
-        While `torch.nn.utils.prune` prunes the weight, what it prunes stays pruned.
+        While `torch.nn.utils.prune` prunes the weight, what it prunes stays pruned. If one mask cannot be, none is set.
 
         Raises:
-            TypeError: If the mask is not a tensor.
-            ValueError: If the shape or dtype is wrong, or the task is unknown.
+            TypeError: If a mask is not a tensor.
+            ValueError: If a shape or dtype is wrong, or a task is unknown.
         """
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: got a {type(mask).__name__}, wanted a bool tensor {tuple(self.weight.shape)}")
-        if mask.shape != self.weight.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask: got {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(self.weight.shape)}, True = kept"
-            )
-        self.masks[task_index(self.tasks, task)] = mask.to(self.masks.device)
+        masks = _by_task(mask, task, isinstance(mask, Mapping))
+        places = [task_index(self.tasks, name) for name in masks]
+        for of_task in masks.values():
+            if not isinstance(of_task, Tensor):
+                got, wanted = type(of_task).__name__, tuple(self.weight.shape)
+                raise TypeError(f"mask: got a {got}, wanted a bool tensor {wanted}")
+            if of_task.shape != self.weight.shape or of_task.dtype != torch.bool:
+                got, wanted = f"{of_task.dtype} {tuple(of_task.shape)}", tuple(self.weight.shape)
+                raise ValueError(f"mask: got {got}, wanted torch.bool {wanted}, True = kept")
+        for place, of_task in zip(places, masks.values(), strict=True):
+            self.masks[place] = of_task.to(self.masks.device)
         self._pack()
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
@@ -314,20 +318,33 @@ class MaskedMLP(nn.Module):
         """Return one task's mask over all hidden layers; the task may be left out where there is one."""
         return Mask({f"layers.{i}": layer.mask(task) for i, layer in enumerate(self.masked_layers())})
 
-    def set_mask(self, mask: Mask, task: str | None = None) -> None:
-        """Set one task's mask over all hidden layers.
+    def set_mask(self, mask: Mapping[str, Any], task: str | None = None) -> None:
+        """Set one task's mask over all hidden layers, or those of several tasks by name.
+
+        Args:
+            mask: A `Mask`, or a mapping like it: layer name -> bool tensor. Or task name -> such a mask, as
+                `lottery.random_masks` returns them. If one cannot be, none is set.
+            task: The task of a single mask; may be left out where there is one.
 
         Raises:
-            TypeError: If it is not a `Mask`.
-            ValueError: If the mask names other layers or shapes than `masked_weights`, or the task is unknown.
+            TypeError: If a mask is no mapping, or of other things than bool tensors.
+            ValueError: If a mask names other layers or shapes than `masked_weights`, or a task is unknown.
         """
+        is_by_task = isinstance(mask, Mapping) and all(isinstance(of_task, Mapping) for of_task in mask.values())
+        masks = _by_task(mask, task, is_by_task)
         wanted = {name: (w.shape[0], w.shape[1]) for name, w in self.masked_weights().items()}
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask: got a {type(mask).__name__}, wanted a Mask of layers {', '.join(wanted)}")
-        if mask.shapes != wanted:
-            raise ValueError(f"mask: got layers {mask.shapes}, wanted {wanted}")
-        for name, layer in zip(wanted, self.masked_layers(), strict=True):
-            layer.set_mask(mask[name], task)
+        found = []
+        for name, of_task in masks.items():
+            if not isinstance(of_task, Mapping) or not all(isinstance(kept, Tensor) for kept in of_task.values()):
+                raise TypeError(f"mask: got a {type(of_task).__name__}, wanted a Mask of layers {', '.join(wanted)}")
+            made = of_task if isinstance(of_task, Mask) else Mask(of_task)
+            if made.shapes != wanted:
+                raise ValueError(f"mask: got layers {made.shapes}, wanted {wanted}")
+            task_index(self.tasks, name)
+            found.append((name, made))
+        for name, made in found:
+            for of_layer, layer in zip(wanted, self.masked_layers(), strict=True):
+                layer.set_mask(made[of_layer], name)
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Run one task's subnetwork, or all of them at once.
@@ -353,6 +370,15 @@ class MaskedMLP(nn.Module):
         scores = [self.heads[name](of_task) for name, of_task in zip(self.tasks, h.unbind(), strict=True)]
         y = torch.cat(scores, dim=-1)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _by_task(mask: Any, task: str | None, is_by_task: bool) -> dict[str | None, Any]:
+    """Return task -> mask, of a mapping of them or of one alone."""
+    if not is_by_task:
+        return {task: mask}
+    if task is not None:
+        raise ValueError(f"task: got {task!r} beside masks of {', '.join(mask)}, wanted masks by their names alone")
+    return dict(mask)
 
 
 def _identity(t: Tensor) -> tuple[int, int]:

@@ -227,6 +227,10 @@ class SparseMLP(nn.Module):
                 result[layout] = result.get(layout, 0) + nbytes
         return result
 
+    def kernel_for(self, rows: int) -> str:
+        """Name what runs so many rows on the CPU: a layout of the engine, a plan's segments, or what was given."""
+        return self._on_cpu.kernel_for(rows)
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the network and the precision for `state_dict`."""
         tensors, data = network_state.to_tensors(self.network)

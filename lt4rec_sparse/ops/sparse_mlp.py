@@ -39,6 +39,9 @@ class Executor(Protocol):
             ValueError: If a shape, dtype, device or stride is wrong.
         """
 
+    def kernel_for(self, rows: int) -> str:
+        """Name what runs a batch of so many rows: the engine's layout, or a plan's segments."""
+
     @property
     def prepacked_nbytes(self) -> dict[str, int]:
         """Layout -> bytes of what is held in memory beside the network."""

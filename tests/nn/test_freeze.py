@@ -8,7 +8,7 @@ from pruned_models import Residual, assert_serves, in_blocks, pruned
 from torch import nn
 from torch.nn.utils import prune
 
-from lt4rec_sparse import BlockWeight, MaskedLinear, SparseLinear, SparseMLP, freeze, report, unfreeze
+from lt4rec_sparse import BlockWeight, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, report, unfreeze
 from lt4rec_sparse.nn.copying import copy_of
 
 
@@ -325,3 +325,17 @@ def test_values_that_are_not_finite_are_kept(value):
     int8 = freeze(model, precision="int8", example=torch.rand(9, 8))
     with pytest.raises(ValueError, match="finite"):
         int8(x)
+
+
+@pytest.mark.parametrize("where", ["layer", "mlp", "inner", "head"])
+def test_masked_modules_with_hooks_stay_masked(where):
+    layer, mlp = MaskedLinear(8, 8), MaskedMLP(8, (6, 4), tasks=("a", "b"))
+    layer.set_mask(torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.3)
+    hooked = {"layer": layer, "mlp": mlp, "inner": mlp.layers[1], "head": mlp.heads["b"]}[where]
+    hooked.register_forward_hook(doubled)
+    model = nn.Sequential(pruned(8, 8), nn.Softmax(-1), layer, nn.ReLU(), mlp)
+    frozen = freeze(model)
+    assert [isinstance(frozen[i], SparseMLP) for i in (0, 2, 4)] == [True, where != "layer", where == "layer"]
+    assert_serves(model, frozen, torch.randn(3, 8))
+    if where == "layer":
+        assert "got a hook" in report(frozen).entries[1].why_dense

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lt4rec_sparse import MaskedLinear, MaskedMLP, freeze, report
+from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.lottery import random_masks
 
 
@@ -52,6 +53,8 @@ def test_an_example_is_timed_on_what_enters_each_call():
     frozen = freeze(model())
     found = report(frozen, torch.randn(3, 64))
     assert found.entries[0].rows == 3
+    assert found.entries[0].kernel in (*cpu.LAYOUTS, "dense torch")
+    assert found.entries[0].kernel in str(found)
     assert found.entries[0].microseconds > 0 < found.entries[0].dense_microseconds
     assert found.entries[1].microseconds is None
     lines = str(found).splitlines()
@@ -73,3 +76,11 @@ def test_tasks_and_blocks():
     kept = sum(mask[name].sum().item() for mask in masks.values() for name in mask.shapes)
     assert entry.density == (kept + 2 * 16) / (2 * (64 * 32 + 32 * 16 + 16))
     assert "(the model)" in str(report(freeze(mlp)))
+
+
+def test_a_plan_names_its_segments():
+    x = torch.randn(3, 64)
+    frozen = freeze(model(), example=x, batch_sizes=(3,))
+    assert report(frozen, x).entries[0].kernel == str(frozen[0]._given.plan.batches[0].chains[0].chain[0]) or (
+        "," in report(frozen, x).entries[0].kernel
+    )

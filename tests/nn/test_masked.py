@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lt4rec_sparse import Mask, MaskedAdam, MaskedLinear, MaskedMLP, freeze
+from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.masks import pack_words
 from lt4rec_sparse.nn import masked
 
@@ -63,10 +64,42 @@ def test_bad_tasks(tasks):
 def test_a_bad_mask_is_refused():
     with pytest.raises(ValueError, match=r"mask: got torch.float32 \(2, 3\), wanted torch.bool \(2, 3\)"):
         MaskedLinear(3, 2).set_mask(torch.ones(2, 3))
-    with pytest.raises(TypeError, match=r"mask: got a Mask, wanted a bool tensor \(2, 3\)"):
+    with pytest.raises(TypeError, match=r"mask: got a list, wanted a bool tensor \(2, 3\)"):
+        MaskedLinear(3, 2).set_mask([True])
+    with pytest.raises(ValueError, match=r"task: got 'layers.0', wanted one of task"):
         MaskedLinear(3, 2).set_mask(Mask.full({"layers.0": (2, 3)}))
     with pytest.raises(TypeError, match=r"mask: got a Tensor, wanted a Mask of layers layers\.0, layers\.1"):
         MaskedMLP(7, hidden=(6, 5)).set_mask(torch.ones(6, 7, dtype=torch.bool))
+
+
+def test_masks_of_several_tasks_are_set_by_name_or_none_is():
+    layer, kept = MaskedLinear(3, 2, tasks=("a", "b")), torch.tensor([[True, False, False], [False, False, True]])
+    layer.set_mask({"b": kept, "a": ~kept})
+    assert torch.equal(layer.masks, torch.stack([~kept, kept]))
+    for bad, error in (({"a": kept, "c": kept}, ValueError), ({"a": kept, "b": kept.float()}, ValueError)):
+        with pytest.raises(error, match=r"task: got 'c'|mask: got torch.float32"):
+            layer.set_mask(bad)
+        assert torch.equal(layer.mask("a"), ~kept)
+    with pytest.raises(ValueError, match="task: got 'a' beside masks of b, wanted masks by their names alone"):
+        layer.set_mask({"b": kept}, "a")
+
+
+def test_masks_of_an_mlp_are_set_by_name_or_none_is():
+    mlp = MaskedMLP(7, hidden=(6, 5), tasks=("a", "b"))
+    masks = random_masks(mlp.mask("a").shapes, 0.4, mlp.tasks, torch.Generator().manual_seed(0))
+    mlp.set_mask(masks)
+    assert {task: mlp.mask(task) for task in mlp.tasks} == masks
+    mlp.set_mask({name: kept.clone() for name, kept in masks["a"].items()}, "b")  # as a mapping of tensors too
+    assert mlp.mask("b") == masks["a"]
+    for bad, message in (
+        ({"a": masks["b"], "c": masks["b"]}, "task: got 'c', wanted one of a, b"),
+        ({"a": masks["b"], "b": Mask.full({"layers.0": (6, 7)})}, "mask: got layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mlp.set_mask(bad)
+        assert mlp.mask("a") == masks["a"]
+    with pytest.raises(ValueError, match="task: got 'a' beside masks of b"):
+        mlp.set_mask({"b": masks["b"]}, "a")
 
 
 def test_tasks_are_named_by_keyword():

@@ -57,7 +57,7 @@ class PlannedExecutor:
         Raises:
             ValueError: If a shape, dtype or device is not what the network reads.
         """
-        runs = self._chains[bisect_left(self._borders, len(x))]
+        runs = self._chains[self._place(len(x))]
         if len(runs) == 1 and isinstance(runs[0], EngineRun):
             runs[0].write(x, out)
             return
@@ -69,6 +69,13 @@ class PlannedExecutor:
         if out.shape != y.shape or out.dtype != torch.float32:
             raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {tuple(y.shape)}")
         out.copy_(y)
+
+    def kernel_for(self, rows: int) -> str:
+        """Name the segments that a batch of so many rows takes."""
+        return ", ".join(str(segment) for segment in self.plan.batches[self._place(rows)].chains[0].chain)
+
+    def _place(self, rows: int) -> int:
+        return bisect_left(self._borders, rows)
 
     @property
     def prepacked_nbytes(self) -> dict[str, int]:
