@@ -78,6 +78,12 @@ inline void map(float* values, int64_t count, Function function) {
   for (int64_t i = 0; i < count; ++i) values[i] = function(values[i]);
 }
 
+inline float leaky_relu_of(float v, float slope) { return v > 0 ? v : v * slope; }
+
+void leaky_relu(const float* slopes, float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = leaky_relu_of(values[i], slopes[i]);
+}
+
 void activate(uint32_t activation, float slope, float* values, int64_t count) {
   switch (activation) {
     case ACTIVATION_SIGMOID: return map(values, count, [](float v) { return sigmoid_of(v); });
@@ -86,7 +92,7 @@ void activate(uint32_t activation, float slope, float* values, int64_t count) {
     case ACTIVATION_GELU: return map(values, count, [](float v) { return gelu_of(v); });
     case ACTIVATION_GELU_TANH: return map(values, count, [](float v) { return gelu_tanh_of(v); });
     case ACTIVATION_HARDSWISH: return map(values, count, [](float v) { return hardswish_of(v); });
-    case ACTIVATION_LEAKY_RELU: return map(values, count, [slope](float v) { return v > 0 ? v : v * slope; });
+    case ACTIVATION_LEAKY_RELU: return map(values, count, [slope](float v) { return leaky_relu_of(v, slope); });
     case ACTIVATION_ELU: return map(values, count, [slope](float v) { return v > 0 ? v : slope * expm1_of(v); });
     default: return;
   }

@@ -69,6 +69,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   Layer layer = without_weights(first);
   layer.kind = LAYER_SHARED;
   layer.bias.clear();
+  layer.slopes.clear();
   layer.activation = ACTIVATION_NONE;
   layer.is_head = 0;
   layer.out_features = int64_t(parts.sets.size()) * part_features;

@@ -168,7 +168,7 @@ static inline int64_t panel_count(int64_t features, int is_s8) {
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 7, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 8, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -245,6 +245,7 @@ typedef struct {
   uint64_t scale;          // float[padded(out_features)]: of the product; not in SHARED
   uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
   uint64_t signed_start;   // the same for codes that count from -128 on: (128 - zero_point) * that sum
+  uint64_t slopes;         // float[out_features] of a LEAKY_RELU that has one per output, in place of `slope`; or 0
 } LayerRecord;
 
 // One task's layer in canonical form, which is that of formats.py and of artefacts. Tasks whose layers have the same
@@ -267,6 +268,7 @@ typedef struct {
   double input_scale;    // S8: what one step of the quantised input is worth; above 0
   int64_t input_zero_point;
   double slope;          // of LEAKY_RELU and ELU
+  int64_t slopes;        // float[out_features] of a LEAKY_RELU with one per output, or 0
 } CanonicalLayer;
 
 // Sums of int8 products must fit 32 bits; above 16 million features a tile would not fit most memories.
@@ -356,6 +358,7 @@ typedef struct Isa {
 
   // In place; one of ACTIVATION_SIGMOID and those after it.
   void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
+  void (*leaky_relu)(const float* slopes, float* values, int64_t count);  // a slope per value
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
   // of what filled blocks form is kept, these are faster: than slices, than tables for more than FEW_ROWS rows, and for

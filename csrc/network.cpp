@@ -74,6 +74,7 @@ std::vector<float> in_order(const std::vector<float>& values, const Positions& p
 Layer linear(const CanonicalLayer& from, const View& view, const Positions& columns, const Positions& rows) {
   Layer layer = without_weights(from);
   layer.bias = in_order(layer.bias, rows);
+  layer.slopes = in_order(layer.slopes, rows);
   layer.weight.columns = from.in_features;
   layer.weight.expect(kept_weights(from));
   RowBuilder builder(from.in_features);
@@ -159,6 +160,8 @@ Layer without_weights(const CanonicalLayer& from) {
   layer.input_scale = from.input_scale;
   layer.zero_point = int32_t(from.input_zero_point);
   if (const auto* bias = reinterpret_cast<const float*>(from.bias)) layer.bias.assign(bias, bias + from.out_features);
+  if (const auto* slopes = reinterpret_cast<const float*>(from.slopes))
+    layer.slopes.assign(slopes, slopes + from.out_features);
   return layer;
 }
 
@@ -264,6 +267,7 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t 
     if (is_first && is_shared) {
       Layer layer = without_weights(from);
       layer.bias = in_order(layer.bias, shared_positions);
+      layer.slopes = in_order(layer.slopes, shared_positions);
       layer.kind = LAYER_COMBINED;
       layer.parts = parts_of_task[task++];
       layer.part_features = part_features;

@@ -62,6 +62,7 @@ struct Layer {
   int64_t in_features = 0, out_features = 0;
   uint32_t activation = ACTIVATION_NONE, is_head = 0;
   float slope = 0;
+  std::vector<float> slopes;  // out_features, or none
   std::vector<uint32_t> parts;  // COMBINED
   uint32_t part_features = 0;   // as in LayerRecord
   // S8: of each row the largest weight, or in blocks half of the largest sum of two neighbours (no overflow), by

@@ -428,6 +428,7 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
     record.out_features = uint32_t(layer.out_features);
     record.activation = layer.activation;
     record.slope = layer.slope;
+    if (!layer.slopes.empty()) record.slopes = writer.append(layer.slopes);
     record.is_head = layer.is_head;
     record.part_count = uint32_t(layer.parts.size());
     if (!layer.parts.empty()) record.parts = writer.append(layer.parts);

@@ -189,8 +189,13 @@ class SlicePath {
 
   // In place, features only: the rows of zeros must stay zeros.
   void activate_tile(const LayerRecord& layer, int64_t rows, int lanes, float* tile) const {
-    for (int64_t feature = 0; feature < layer.out_features; ++feature)
-      activate(net_, layer, tile + tile_row(feature) * lane_stride(lanes), rows);
+    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+      float* row = tile + tile_row(feature) * lane_stride(lanes);
+      if (layer.slopes)
+        net_.isa->activate(layer.activation, net_.floats(layer.slopes)[feature], row, rows);
+      else
+        activate(net_, layer, row, rows);
+    }
   }
 
   // The sum of the parts, lane by lane; the bias is the same for all of them. (Quantised values get theirs later.)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
+Slope = float | Tensor  # a tensor: one per output
+
 # The one table of activations: the position of a name is its code in csrc/engine.h. Each takes z, which it may
 # overwrite, and the layer's slope, which those in `SLOPED` use.
-ACTIVATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor, Any], Tensor]] = {
     "none": lambda z, slope: z,
     "relu": lambda z, slope: torch.relu_(z),
     "sigmoid": lambda z, slope: torch.sigmoid_(z),
@@ -26,7 +28,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "gelu": lambda z, slope: F.gelu(z),
     "gelu_tanh": lambda z, slope: F.gelu(z, approximate="tanh"),
     "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
-    "leaky_relu": lambda z, slope: F.leaky_relu_(z, slope),
+    "leaky_relu": lambda z, slope: (
+        F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu_(z, slope)
+    ),
     "elu": lambda z, slope: F.elu_(z, slope),
 }
 SLOPED = ("leaky_relu", "elu")  # below 0: z * slope, and slope * (exp(z) - 1)
@@ -45,7 +49,7 @@ class SparseLayer(NamedTuple):
     weight: CompressedWeight
     bias: Tensor | None  # [out_features], float
     activation: str
-    slope: float = 0.0  # of activations in SLOPED
+    slope: Slope = 0.0  # of activations in SLOPED; of leaky_relu it can be a tensor, float32 [out_features]
 
 
 class DenseLayer(NamedTuple):
@@ -54,7 +58,7 @@ class DenseLayer(NamedTuple):
     weight: Tensor  # [out_features, in_features], float
     bias: Tensor | None
     activation: str
-    slope: float = 0.0
+    slope: Slope = 0.0
 
     def activate(self, z: Tensor) -> Tensor:
         """Apply the activation; `z` may be overwritten."""
@@ -204,8 +208,9 @@ class FrozenNetwork:
         """Bytes of all compressed weights, dense heads and biases."""
         weights: list[CompressedWeight | Tensor] = [layer.weight for layer in self.hidden]
         weights += [head.weight for head in self.heads.values()]
-        biases = [*(layer.bias for layer in self.hidden), *(head.bias for head in self.heads.values())]
-        return sum(weight.nbytes for weight in weights) + sum(bias.nbytes for bias in biases if bias is not None)
+        layers: list[SparseLayer | DenseLayer] = [*self.hidden, *self.heads.values()]
+        others = [part for layer in layers for part in (layer.bias, layer.slope)]
+        return sum(part.nbytes for part in weights) + sum(part.nbytes for part in others if isinstance(part, Tensor))
 
     @property
     def densities(self) -> tuple[float, ...]:
@@ -251,9 +256,19 @@ def _check_layer(name: str, out_features: int, layer: SparseLayer | DenseLayer) 
         raise ValueError(f"{name}: got a bias of shape {tuple(layer.bias.shape)}, wanted ({out_features},)")
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{name}: got activation {layer.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-    if not math.isfinite(layer.slope) or (layer.slope and layer.activation not in SLOPED):
+    if isinstance(layer.slope, Tensor):
+        _check_slopes(name, out_features, layer.activation, layer.slope)
+    elif not math.isfinite(layer.slope) or (layer.slope and layer.activation not in SLOPED):
         wanted = "a finite one" if layer.activation in SLOPED else f"none for {layer.activation}"
         raise ValueError(f"{name}: got slope {layer.slope}, wanted {wanted}")
+
+
+def _check_slopes(name: str, out_features: int, activation: str, slopes: Tensor) -> None:
+    if activation != "leaky_relu":
+        raise ValueError(f"{name}: got a slope per output of {activation}, wanted one of leaky_relu alone")
+    if slopes.dtype != torch.float32 or slopes.shape != (out_features,) or not slopes.isfinite().all():
+        got = f"{slopes.dtype} {tuple(slopes.shape)}"
+        raise ValueError(f"{name}: got slopes {got}, wanted finite torch.float32 ({out_features},)")
 
 
 def _rounded(part: Tensor, dtype: torch.dtype) -> Tensor:

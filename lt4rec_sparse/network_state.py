@@ -1,10 +1,11 @@
 """A frozen network as named tensors and plain data: what artefacts and `state_dict` carry, and are not trusted with.
 
 Tensors (names and bit order of compressed-tensors where it has them): `layers.<i>.compressed`, `.bitmask`,
-`.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`. Data, as JSON holds it: `tasks`;
-`layers` with the shape and activation of each, its `slope` if it has one, and `block`, [16, 4], if weights are kept in
-such blocks; `heads`, task -> activation, or [activation, slope]; where the network is calibrated `codes`, task ->
-[scale, zero point] of the input of each layer. A layer without a bias has no such tensor.
+`.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`; `.slope` of a layer with a slope per
+output. Data, as JSON holds it: `tasks`; `layers` with the shape and activation of each, its `slope` if it is a number,
+and `block`, [16, 4], if weights are kept in such blocks; `heads`, task -> activation, or [activation, slope]; where the
+network is calibrated `codes`, task -> [scale, zero point] of the input of each layer. A layer without a bias has no
+such tensor.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any
             f"layers.{i}.bitmask": layer.weight.bitmask,
             f"layers.{i}.row_offsets": layer.weight.row_offsets,
             f"layers.{i}.bias": layer.bias,
+            f"layers.{i}.slope": _slopes(layer),
         }
     for task, head in network.heads.items():
         tensors |= {f"heads.{task}.weight": head.weight, f"heads.{task}.bias": head.bias}
+        tensors[f"heads.{task}.slope"] = _slopes(head)
     data: dict[str, Any] = {
         "tasks": list(network.tasks),
         "layers": [_described(layer) for layer in network.hidden],
         "heads": {
-            task: [head.activation, head.slope] if head.slope else head.activation
+            task: [head.activation, slope] if (slope := _number(head)) else head.activation
             for task, head in network.heads.items()
         },
     }
@@ -61,7 +64,7 @@ def from_tensors(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Froz
         parts = (tensor(tensors, part + name) for name in ("bitmask", "row_offsets", "compressed"))
         weight = kind(shape, tasks, *parts)
         weight.validate()
-        hidden.append(SparseLayer(weight, _bias(tensors, part), activation, slope))
+        hidden.append(SparseLayer(weight, _bias(tensors, part), activation, tensors.get(part + "slope", slope)))
     activations = data.get("heads")
     if not isinstance(activations, dict) or (activations and set(activations) != set(tasks)):
         raise ValueError(f"heads: got {shown(activations)}, wanted an activation for each of {', '.join(tasks)}")
@@ -72,7 +75,10 @@ def from_tensors(tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Froz
         if not isinstance(activation, str) or type(slope) is not float:
             raise ValueError(f"head of {task}: got activation {shown(stored)}, wanted a name, or a name and a slope")
         heads[task] = DenseLayer(
-            tensor(tensors, part + "weight", VALUE_DTYPES), _bias(tensors, part), activation, slope
+            tensor(tensors, part + "weight", VALUE_DTYPES),
+            _bias(tensors, part),
+            activation,
+            tensors.get(part + "slope", slope),
         )
     return FrozenNetwork(tuple(hidden), heads, _quantization(data, tasks))
 
@@ -105,6 +111,14 @@ def _bias(tensors: Mapping[str, Tensor], part: str) -> Tensor | None:
     return tensor(tensors, part + "bias", VALUE_DTYPES) if part + "bias" in tensors else None
 
 
+def _slopes(layer: SparseLayer | DenseLayer) -> Tensor | None:
+    return layer.slope if isinstance(layer.slope, Tensor) else None
+
+
+def _number(layer: SparseLayer | DenseLayer) -> float:
+    return 0.0 if isinstance(layer.slope, Tensor) else layer.slope
+
+
 def _tasks(data: Mapping[str, Any]) -> tuple[str, ...]:
     tasks = _list(data, "tasks")
     if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) < len(tasks):
@@ -114,8 +128,8 @@ def _tasks(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _described(layer: SparseLayer) -> dict[str, Any]:
     described: dict[str, Any] = {"shape": list(layer.weight.shape), "activation": layer.activation}
-    if layer.slope:
-        described["slope"] = layer.slope
+    if slope := _number(layer):
+        described["slope"] = slope
     return described if isinstance(layer.weight, SharedWeight) else {**described, "block": list(layer.weight.BLOCK)}
 
 

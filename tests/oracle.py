@@ -36,14 +36,14 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     activation: str  # a name of `ACTIVATIONS`
-    slope: float = 0.0
+    slope: float | Tensor = 0.0
 
 
 class Activation(NamedTuple):
     """An activation in float64, and how its result may round."""
 
-    function: Callable[[Tensor, float], Tensor]  # of z and the slope
-    lipschitz: Callable[[float], float]  # of the slope
+    function: Callable[[Tensor, float | Tensor], Tensor]  # of z and the slope, or one per output
+    lipschitz: Callable[[float | Tensor], float | Tensor]  # of the slope
     operations: int = 0  # each rounds within an ulp of `scale`
     scale: Callable[[Tensor, Tensor], Tensor] = lambda z, value: value.abs()
 
@@ -63,7 +63,9 @@ ACTIVATIONS = {
     "gelu": Activation(lambda z, slope: F.gelu(z), lambda slope: 1.13, 6, _of_z),
     "gelu_tanh": Activation(lambda z, slope: F.gelu(z, approximate="tanh"), lambda slope: 1.13, 6, _of_z),
     "hardswish": Activation(lambda z, slope: F.hardswish(z), lambda slope: 1.5, 3, _of_z),
-    "leaky_relu": Activation(lambda z, slope: F.leaky_relu(z, slope), lambda slope: max(1, abs(slope)), 1),
+    "leaky_relu": Activation(
+        lambda z, slope: torch.where(z > 0, z, z * slope), lambda slope: torch.as_tensor(slope).abs().clamp(min=1), 1
+    ),
     # The slope's own rounding, exp - 1 and the product.
     "elu": Activation(lambda z, slope: F.elu(z, slope), lambda slope: max(1, abs(slope)), 3),
 }
@@ -111,7 +113,7 @@ def mlp_reference(
     return h
 
 
-def activated(z: Bounded, activation: str, slope: float, u: float) -> Bounded:
+def activated(z: Bounded, activation: str, slope: float | Tensor, u: float) -> Bounded:
     """Apply an activation to a bounded value, in arithmetic of unit roundoff `u`."""
     function, lipschitz, operations, scale = ACTIVATIONS[activation]
     value = function(z.value, slope)

@@ -15,10 +15,10 @@ def pruned(k: int, n: int, amount: float = 0.8, seed: int = 0) -> nn.Linear:
     return linear
 
 
-def in_blocks(k: int, n: int) -> nn.Linear:
-    linear = pruned(k, n, 0.0)
+def in_blocks(k: int, n: int, seed: int = 0) -> nn.Linear:
+    linear = pruned(k, n, 0.0, seed)
     with torch.no_grad():
-        kept = torch.rand(n // 16, k // 4, generator=torch.Generator().manual_seed(1)) < 0.3
+        kept = torch.rand(n // 16, k // 4, generator=torch.Generator().manual_seed(1 + seed)) < 0.3
         linear.weight *= kept.repeat_interleave(16, 0).repeat_interleave(4, 1)
     return linear
 

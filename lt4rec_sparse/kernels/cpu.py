@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.formats import BlockWeight
-from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
+from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork, Slope
 
 _engine: Any
 _absence_reason = ""
@@ -64,7 +64,7 @@ class PackLayer(NamedTuple):
     # Of the input, in int8 only: q = round(x / input_scale) + input_zero_point, within 0 to 255.
     input_scale: float = 0.0
     input_zero_point: int = 0
-    slope: float = 0.0  # of the activations in network.SLOPED
+    slope: Slope = 0.0  # of the activations in network.SLOPED; of leaky_relu it can be a tensor, float32 [out_features]
 
 
 def is_available() -> bool:
@@ -132,7 +132,7 @@ def prepack(
                 layer.weight.shape[1],
                 layer.weight.shape[0],
                 layer.activation,
-                slope=layer.slope,
+                slope=_contiguous(layer.slope),
             )
             for layer, values, planes in shared
         ]
@@ -141,7 +141,9 @@ def prepack(
             rows, columns = head.weight.shape
             bias = None if head.bias is None else _as_float(head.bias)
             weight = _as_float(head.weight).flatten()
-            layers.append(PackLayer(weight, None, 0, bias, columns, rows, head.activation, slope=head.slope))
+            layers.append(
+                PackLayer(weight, None, 0, bias, columns, rows, head.activation, slope=_contiguous(head.slope))
+            )
         if network.quantization is not None:
             parameters = network.quantization[task]
             layers = [
@@ -433,6 +435,11 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         _check_part(f"{where}.planes", layer.planes, torch.uint8, (tasks, grid[0], (grid[1] + 7) // 8))
     if layer.bias is not None:
         _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))
+    slopes = layer.slope if isinstance(layer.slope, Tensor) else None
+    if slopes is not None:
+        _check_part(f"{where}.slope", slopes, torch.float32, (rows,))
+        if layer.activation != "leaky_relu":
+            raise ValueError(f"{where}.slope: got a tensor for {layer.activation}, wanted one for leaky_relu alone")
     return (
         is_blocks,
         layer.values.data_ptr(),
@@ -447,8 +454,13 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         is_head,
         *struct.unpack("<q", struct.pack("<d", layer.input_scale)),
         layer.input_zero_point,
-        *struct.unpack("<q", struct.pack("<d", layer.slope)),
+        *struct.unpack("<q", struct.pack("<d", 0.0 if slopes is not None else layer.slope)),
+        0 if slopes is None else slopes.data_ptr(),
     )
+
+
+def _contiguous(slope: Slope) -> Slope:
+    return _as_float(slope) if isinstance(slope, Tensor) else slope
 
 
 def _as_float(tensor: Tensor) -> Tensor:

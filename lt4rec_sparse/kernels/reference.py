@@ -140,7 +140,9 @@ class Executor:
 
 
 def _moved(layer: DenseLayer, device: torch.device | str) -> DenseLayer:
-    return layer._replace(weight=layer.weight.to(device), bias=None if layer.bias is None else layer.bias.to(device))
+    weight, bias, _, slope = layer
+    slope = slope.to(device) if isinstance(slope, Tensor) else slope
+    return layer._replace(weight=weight.to(device), bias=None if bias is None else bias.to(device), slope=slope)
 
 
 def row_scales(weights: Sequence[Tensor], in_blocks: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork
+from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork, Slope
 
 Product = Callable[[Tensor], Tensor]
 
@@ -55,7 +55,9 @@ class DenseRun:
         ]
         activations = [(layer.activation, layer.slope) for layer in layers]
         if index == 0 and len(set(activations)) == 1:
-            weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], activations[:1]
+            activation, slope = activations[0]
+            slope = slope.repeat(len(layers)) if isinstance(slope, Tensor) else slope
+            weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], [(activation, slope)]
         self.nbytes = sum(part.nbytes for part in (*weights, *biases))
         self._products = [
             make(w, b, *activation) for w, b, activation in zip(weights, biases, activations, strict=True)
@@ -74,12 +76,12 @@ class DenseRun:
         return [product(h) for product, h in zip(self._products, hs, strict=True)]
 
 
-def _product(weight: Tensor, bias: Tensor, activation: str, slope: float = 0.0) -> Product:
+def _product(weight: Tensor, bias: Tensor, activation: str, slope: Slope = 0.0) -> Product:
     activate = ACTIVATIONS[activation]
     return lambda h: activate(F.linear(h, weight, bias), slope)
 
 
-def packed_product(weight: Tensor, bias: Tensor, activation: str, slope: float = 0.0) -> Product:
+def packed_product(weight: Tensor, bias: Tensor, activation: str, slope: Slope = 0.0) -> Product:
     """Return `activation(h @ weight.T + bias)` with the weight packed by oneDNN; "onednn" of `dense_kernels`."""
     # What torch.compile makes of a frozen Linear on the CPU (torch/_inductor/fx_passes/mkldnn_fusion.py).
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_BATCH)

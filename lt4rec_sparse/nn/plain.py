@@ -12,10 +12,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
 from lt4rec_sparse.formats import VALUE_DTYPES, format_for
-from lt4rec_sparse.network import SLOPED, FrozenNetwork, SparseLayer
+from lt4rec_sparse.network import SLOPED, FrozenNetwork, Slope, SparseLayer
 
 # What the engine computes in the call of the layer before it.
-FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, float]]] = {
+FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, Slope]]] = {
     nn.ReLU: lambda module: ("relu", 0.0),
     nn.Sigmoid: lambda module: ("sigmoid", 0.0),
     nn.Tanh: lambda module: ("tanh", 0.0),
@@ -24,10 +24,10 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, float]]] = {
     nn.Hardswish: lambda module: ("hardswish", 0.0),
     nn.LeakyReLU: lambda module: ("leaky_relu", float(module.negative_slope)),
     nn.ELU: lambda module: ("elu", float(module.alpha)),
-    nn.PReLU: lambda module: ("leaky_relu", float(module.weight.detach())),
+    nn.PReLU: lambda module: ("leaky_relu", _slopes_of(module.weight.detach().cpu())),
 }
 # And back: a module that computes the same.
-MODULES: dict[str, Callable[[float], nn.Module]] = {
+MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "relu": lambda slope: nn.ReLU(),
     "sigmoid": lambda slope: nn.Sigmoid(),
     "tanh": lambda slope: nn.Tanh(),
@@ -35,7 +35,7 @@ MODULES: dict[str, Callable[[float], nn.Module]] = {
     "gelu": lambda slope: nn.GELU(),
     "gelu_tanh": lambda slope: nn.GELU(approximate="tanh"),
     "hardswish": lambda slope: nn.Hardswish(),
-    "leaky_relu": nn.LeakyReLU,
+    "leaky_relu": lambda slope: _prelu(slope) if isinstance(slope, Tensor) else nn.LeakyReLU(slope),
     "elu": nn.ELU,
 }
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -48,7 +48,7 @@ class PlainLayer(NamedTuple):
     mask: Tensor  # bool, of the same shape
     bias: Tensor | None  # [out_features]
     activation: str = "none"
-    slope: float = 0.0
+    slope: Slope = 0.0  # one per output: float32 [out_features]
 
 
 def of_tensors(weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> PlainLayer:
@@ -178,9 +178,9 @@ def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = 
     if type(activation) not in FUSED:
         wanted = ", ".join(kind.__name__ for kind in FUSED)
         raise ValueError(f"{name}: got a {type(activation).__name__}, wanted one of {wanted}")
-    if isinstance(activation, nn.PReLU) and activation.num_parameters > 1:
-        raise ValueError(f"{name}: got a PReLU with {activation.num_parameters} slopes, wanted one")
     kind, slope = FUSED[type(activation)](activation)
+    if isinstance(slope, Tensor) and len(slope) != len(layer.weight):
+        raise ValueError(f"{name}: got a PReLU with {len(slope)} slopes, wanted 1 or {len(layer.weight)}")
     return layer._replace(activation=kind, slope=slope)
 
 
@@ -215,6 +215,16 @@ def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
         if layer.activation != "none":
             modules.append(MODULES[layer.activation](layer.slope))
     return modules
+
+
+def _slopes_of(weight: Tensor) -> Slope:
+    return float(weight) if weight.numel() == 1 else weight.float().clone()
+
+
+def _prelu(slopes: Tensor) -> nn.PReLU:
+    module = nn.PReLU(len(slopes))
+    module.weight = nn.Parameter(slopes.clone())
+    return module
 
 
 def hook_of(module: nn.Module) -> str | None:

@@ -72,7 +72,7 @@ class SparseMLP(nn.Module):
         """Compress an `nn.Sequential` that is pruned already: all its linear layers, in one call of the engine.
 
         It computes what `sequential.eval()` does, within rounding. Linear layers keep what `torch.nn.utils.prune` kept,
-        or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU with one slope, ELU, GELU, SiLU, Hardswish,
+        or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Hardswish,
         Sigmoid, Tanh), BatchNorm1d is folded (of an `x` of `[batch, features]`), Dropout and Identity are
         dropped.
 
@@ -446,9 +446,13 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if _is_autocast_enabled(device) else x.dtype
 
 
+def _slope(layer: SparseLayer | DenseLayer) -> str:
+    return "per output" if isinstance(layer.slope, Tensor) else f"{layer.slope:g}" if layer.slope else ""
+
+
 def _form(network: FrozenNetwork) -> str:
     """Describe what two networks must have in common for one to take the other's state."""
     widths = "-".join(str(width) for width in (network.in_features, *network.widths))
     layers: list[SparseLayer | DenseLayer] = [*network.hidden, *network.heads.values()]
-    activations = [f"{layer.activation} {layer.slope:g}" if layer.slope else layer.activation for layer in layers]
+    activations = [f"{layer.activation} {_slope(layer)}".rstrip() for layer in layers]
     return f"widths {widths}, tasks {', '.join(network.tasks)}, activations {', '.join(activations)}"

@@ -151,6 +151,10 @@ void compare_functions(const Isa& isa, uint32_t seed) {
     for (int64_t i = 0; i < count; ++i) to[i] = 30 * c[i];
     on.activate(activation, b[0], to, count);
   });
+  compare_function(isa, "leaky_relu", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    std::copy_n(c.data(), count, to);
+    on.leaky_relu(a.data(), to, count);
+  });
   compare_function(isa, "codes_u8", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
     to[kRoom - 1] = uint8_t(on.codes_u8(a.data(), count, inverse_scale, zero_point, to));
   });

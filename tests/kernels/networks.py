@@ -57,7 +57,7 @@ class MaskedLayer(NamedTuple):
     activation: str
     input_scale: float = INPUT_QUANTIZATION[0]
     input_zero_point: int = INPUT_QUANTIZATION[1]
-    slope: float = 0.0
+    slope: float | Tensor = 0.0
 
     def pack(self) -> cpu.PackLayer:
         """Compress to values and one bit plane, which no other layer shares."""

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 Array = NDArray[Any]
 
 HEADER = struct.Struct("<2I11Q8I")
-RECORD = struct.Struct("<7Ifif17Q")
+RECORD = struct.Struct("<7Ifif18Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {
@@ -106,6 +106,7 @@ class Record(NamedTuple):
     scale: int
     start: int
     signed_start: int
+    slopes: int
 
 
 class Table(NamedTuple):
@@ -450,7 +451,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 7)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 8)
     assert header.layouts == sum(LAYOUTS.values()) - (LAYOUTS["filled"] if precision == "int8" else 0)
     largest = 0
     for layer in layers if precision == "int8" else ():
@@ -503,6 +504,7 @@ def test_the_records_say_what_was_packed(name: str, precision: str) -> None:
         assert record.inverse_scale == torch.tensor(1 / expected.layer.input_scale, dtype=torch.float32).item()
         assert record.zero_point == expected.layer.input_zero_point
         assert record.slope == torch.tensor(expected.layer.slope).item()
+        assert record.slopes == 0
 
 
 @of_every_network

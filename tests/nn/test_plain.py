@@ -336,7 +336,7 @@ def test_a_linear_layer_that_is_more_than_that_is_refused(name):
             [nn.Linear(2, 2), nn.Sequential(nn.Softmax(1))],
             "1.0: got a Softmax, wanted Linear, ReLU, Sigmoid, Tanh, SiLU",
         ),
-        ([nn.Linear(2, 2), nn.PReLU(2)], "1: got a PReLU with 2 slopes, wanted one"),
+        ([nn.Linear(2, 2), nn.PReLU(3)], "1: got a PReLU with 3 slopes, wanted 1 or 2"),
         ([nn.Linear(2, 2), nn.LayerNorm(2)], "1: got a LayerNorm, wanted Linear"),
         ([nn.Linear(2, 2), nn.ReLU(), normed(2, 0)], "got a BatchNorm1d after the activation of 0, wanted a linear"),
         ([nn.Linear(2, 2), normed(3, 0)], "1: got 3 features, wanted 2"),

@@ -253,6 +253,11 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     state().isa->activate(activation, slope, target, count);
     std::memcpy(values, target, size_t(count) * sizeof(float));
   };
+  wrapped.leaky_relu = [](const float* slopes, float* values, int64_t count) {
+    float* target = const_cast<float*>(copied(5, values, count));
+    state().isa->leaky_relu(copied(2, slopes, count), target, count);
+    std::memcpy(values, target, size_t(count) * sizeof(float));
+  };
   wrapped.line_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     line<LineF32>(state().isa->line_f32, a, b, bias, count, has_relu, to);
   };
