@@ -459,7 +459,10 @@ def inspect(model: Artefact) -> None:
         layouts = [f"{nbytes:,} as {layout}" for layout, nbytes in ops.layout_nbytes(network, kind).items()]
         typer.echo(f"  {kind}: {', '.join(layouts) or 'no engine'}")
     typer.echo(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
-    typer.echo(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
+    kind = "" if ranker.inputs.kind == "fp32" else f" in {ranker.inputs.kind}"
+    typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
+    if ranker.inputs.absent:
+        typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
 
 
 def _is_gpu(device: str) -> bool:

@@ -1,0 +1,98 @@
+"""Rows of embedding tables, rounded for serving, and what they are when they are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lt4rec_sparse.errors import InputError
+
+EMBEDDINGS = ("fp32", "fp16", "int8")
+MAX_CODE = 127
+
+
+class RoundedRows(nn.Module):
+    """Rows rounded to halves, `row = codes`, or to int8 with a scale per row, `row = scale * codes`.
+
+    They stay rounded in memory: a lookup makes float32 of the rows that it reads, and of no others. In int8 the scale
+    of a row is `max |row| / 127`, so that a number is off by half a scale at most; a row of zeros has scale 0. There is
+    no zero point: rows lie about zero, where it would save an eighth of the error and cost a byte per row and an
+    addition per number.
+
+    Args:
+        codes: `[rows, dim]`, float16, or int8 from -127 to 127.
+        scales: `[rows]`, float32, finite and not negative, with int8 codes; None with float16.
+
+    Raises:
+        ValueError: If a shape or dtype is another, a code or a scale is out of its range, or a row is not finite.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+
+    def __init__(self, codes: Tensor, scales: Tensor | None = None) -> None:
+        super().__init__()
+        wanted = torch.float16 if scales is None else torch.int8
+        if codes.dim() != 2 or codes.dtype != wanted:
+            raise ValueError(f"codes: got {codes.dtype} {tuple(codes.shape)}, wanted {wanted} [rows, dim]")
+        if scales is not None:
+            if scales.shape != codes.shape[:1] or scales.dtype != torch.float32:
+                got = f"{scales.dtype} {tuple(scales.shape)}"
+                raise ValueError(f"scales: got {got}, wanted torch.float32 {tuple(codes.shape[:1])}")
+            if codes.numel() and int(codes.amin()) < -MAX_CODE:
+                raise ValueError(f"codes: got {int(codes.amin())}, wanted {-MAX_CODE} to {MAX_CODE}")
+            most = torch.finfo(torch.float32).max / MAX_CODE
+            if not bool(((scales >= 0) & (scales <= most)).all()):
+                raise ValueError(f"scales: got {scales.aminmax()}, wanted 0 to {most:g}")
+        elif not bool(codes.isfinite().all()):
+            raise ValueError("codes: got NaN or Inf, wanted finite halves")
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def from_dense(cls, rows: Tensor, kind: str) -> RoundedRows:
+        """Round `rows [rows, dim]`, float32 and finite, to "fp16" or "int8".
+
+        Raises:
+            InputError: If a number is beyond what a half can be, or NaN.
+        """
+        if kind == "fp16":
+            codes = rows.half()
+            if not bool(codes.isfinite().all()):
+                most = torch.finfo(torch.float16).max
+                raise InputError(f"embeddings: got numbers that no half can be, wanted at most {most:g}, or int8")
+            return cls(codes)
+        largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+        # The quotient first: a scale may be too small for a float, a number over the largest of its row is at most 1.
+        codes = (rows / largest.where(largest > 0, 1.0)).mul_(MAX_CODE).round_().to(torch.int8)
+        return cls(codes, (largest / MAX_CODE).squeeze(1))
+
+    def parts(self, spans: Sequence[slice]) -> RoundedRows:
+        """Return the rows of some spans, one span after another, in memory of their own."""
+        codes = torch.cat([self.codes[:0], *(self.codes[span] for span in spans)])
+        if self.scales is None:
+            return RoundedRows(codes)
+        return RoundedRows(codes, torch.cat([self.scales[:0], *(self.scales[span] for span in spans)]))
+
+    def to_dense(self) -> Tensor:
+        """Return all rows as a lookup makes them: `[rows, dim]`, float32."""
+        rows = self.codes.float()
+        return rows if self.scales is None else rows.mul_(self.scales.unsqueeze(1))
+
+    @property
+    def kind(self) -> str:
+        """Return "fp16" or "int8"."""
+        return "fp16" if self.scales is None else "int8"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of codes and scales."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up rows: `ids` int64 of any shape to float32 `[*ids.shape, dim]`."""
+        rows = F.embedding(ids, self.codes).float()
+        return rows if self.scales is None else rows.mul_(self.scales[ids].unsqueeze(-1))
