@@ -195,9 +195,7 @@ class MaskedAdam:
         assert parameter.grad is not None
         gradient = parameter.grad.coalesce()  # entries of one row are summed
         if gradient.sparse_dim() != 1:
-            raise ValueError(
-                f"gradient: got one that is sparse in {gradient.sparse_dim()} dimensions, wanted whole rows"
-            )
+            raise ValueError(f"gradient: got sparse_dim {gradient.sparse_dim()}, wanted 1, which names whole rows")
         places, state = gradient.indices()[0], self._adam.state[parameter]
         if not state:  # as torch makes it with the first step
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

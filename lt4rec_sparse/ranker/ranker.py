@@ -119,13 +119,12 @@ class Ranker:
 
 def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:
     """Return what stands in for a column as a tensor of rows; `CrossedEmbeddings` checks the rest."""
-    is_array = isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f"
+    is_array = isinstance(vectors, np.ndarray) and vectors.dtype in (np.float32, np.float16)
     if not (is_array or isinstance(vectors, Tensor)) or vectors.ndim != 2:
         shape = getattr(vectors, "shape", None)
         got = type(vectors).__name__ if shape is None else f"{vectors.dtype} {list(shape)}"
-        raise InputError(
-            f"embeddings of {column!r}: got {got}, wanted a tensor or an array of floats, [candidates, dim]"
-        )
+        wanted = "a tensor, or an array of float32 or float16, [candidates, dim]"
+        raise InputError(f"embeddings of {column!r}: got {got}, wanted {wanted}")
     if isinstance(vectors, Tensor):
         return vectors
     # torch warns of an array that it could write to but must not; such a one is copied.
