@@ -46,7 +46,8 @@ class RoundedRows(nn.Module):
                 raise ValueError(f"codes: got {int(codes.amin())}, wanted {-MAX_CODE} to {MAX_CODE}")
             most = torch.finfo(torch.float32).max / MAX_CODE
             if not bool(((scales >= 0) & (scales <= most)).all()):
-                raise ValueError(f"scales: got {scales.aminmax()}, wanted 0 to {most:g}")
+                low, high = scales.aminmax()
+                raise ValueError(f"scales: got numbers from {low:g} to {high:g}, wanted 0 to {most:g}")
         elif not bool(codes.isfinite().all()):
             raise ValueError("codes: got NaN or Inf, wanted finite halves")
         self.register_buffer("codes", codes)

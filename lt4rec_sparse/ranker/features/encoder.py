@@ -211,13 +211,14 @@ class FeatureEncoder:
         for column in (*self._single, *self._multi):
             if column.name not in columns and column.name not in given:
                 raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
-            got = given.get(column.name)
-            got = raw_columns.rows_of(column, columns[column.name]) if got is None else got
+            name = column.name
+            got = given[name] if name in given else raw_columns.rows_of(column, columns[name])
             if got == 1:
                 continue
-            if first and got != wanted:
-                raise InputError(f"column {column.name!r}: got {got} rows, wanted {wanted} as in {first!r}, or 1")
-            first, wanted = column.name, got
+            if not first:
+                first, wanted = name, got
+            elif got != wanted:
+                raise InputError(f"column {name!r}: got {got} rows, wanted {wanted} as in {first!r}, or 1")
         return wanted
 
 
