@@ -466,6 +466,43 @@ def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_p
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_sparse_gradients_and_rounded_embeddings_of_a_run(small_folder, tmp_path):
+    settings = replace(SETTINGS, masks="random", sparse_gradients=True, embeddings="int8")
+    report = go(small_folder, tmp_path / "run", settings).report.read_text()
+    assert "A step moves only the embeddings that its batch looks up." in report
+    assert "The artefact holds embeddings in int8." in report
+    ranker, results = load(tmp_path / "run" / MODEL), results_of(tmp_path / "run")
+    assert ranker.inputs.kind == "int8"
+    (found,) = results["frozen"].values()
+    assert found["bytes"]["embeddings"] == ranker.inputs.nbytes
+    assert max(found["largest_difference"].values()) > 0
+    lab = Laboratory(Prepared.load(tmp_path / "run" / "data"), tmp_path / "run")
+    (trial,) = (
+        trial
+        for row in Rows(TASKS, settings.training, density=0.2).product("random")
+        for trial in row.trials
+        if trial.masks
+    )
+    model = lab.model(trial)
+    assert model.inputs.sparse_gradients
+    assert model.inputs.rounded("int8").nbytes == ranker.inputs.nbytes
+
+
+def test_a_run_begun_before_later_settings_goes_on_with_their_defaults_alone(tmp_path):
+    config = pin_settings(tmp_path, "log", SETTINGS)
+    assert not {"sparse_gradients", "embeddings"} & config.keys()
+    assert check_settings(tmp_path, "log", SETTINGS) == SETTINGS
+    for change, message in (
+        ({"sparse_gradients": True}, "got sparse_gradients = False, wanted True"),
+        ({"embeddings": "int8"}, "got embeddings = fp32, wanted int8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_settings(tmp_path, "log", replace(SETTINGS, **change))
+    pin_settings(tmp_path, "log", replace(SETTINGS, embeddings="int8"))
+    with pytest.raises(InputError, match="got embeddings = int8, wanted fp32"):
+        check_settings(tmp_path, "log", SETTINGS)
+
+
 def test_fewer_seeds_than_before_drop_none(tmp_path):
     pin_settings(tmp_path, "log", RunSettings(seeds=3))
     assert check_settings(tmp_path, "log", RunSettings(seeds=1)).seeds == 3
