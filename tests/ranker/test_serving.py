@@ -156,7 +156,7 @@ def test_embeddings_that_are_given_stand_in_for_columns(artefact, small_log, for
     names = [fields[0].column, fields[-1].column]
     vectors = {field.column: embedded[:, i].clone() for i, field in enumerate(fields) if field.column in names}
     if form != "tensor":
-        vectors = {name: np.array(of_name) for name, of_name in vectors.items()}
+        vectors = {name: of_name.numpy().copy() for name, of_name in vectors.items()}
         for of_name in vectors.values():
             of_name.flags.writeable = form == "array"
     rest = {name: values for name, values in batch.items() if name not in names}
