@@ -6,8 +6,8 @@ Tensors (names and bit order of compressed-tensors where it has them):
   `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
 - `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
 - `inputs.embedding`: all embedding tables in one matrix, `[rows, dim]`, in the order of the encoder's tables but for
-  those that the file is `without`: float32; float16; or int8 codes from -127 to 127, then with `inputs.scales`,
-  float32 `[rows]`, finite and not negative: row i is `scales[i] * codes[i]`.
+  those that the file is `without`: float32; float16; or int8, from -127 to 127, then with `inputs.scales`, float32
+  `[rows]`, finite and not negative: row i is `scales[i] * embedding[i]`.
 - `encoder.<name>`: vocabularies and bucket borders.
 
 Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
@@ -53,7 +53,7 @@ from lt4rec_sparse.ranker.rows import RoundedRows
 
 KEY = "lt4rec_sparse"
 VERSIONS = (1, 2, 3)
-# The dtypes of weights, bit planes, codes, offsets and the encoder's arrays, as safetensors spells them.
+# The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
 
 
@@ -78,7 +78,7 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     """
     inputs = ranker.inputs.without(without) if without else ranker.inputs
     held = inputs.rounded(embeddings or inputs.kind).embedding
-    rows = {"inputs.embedding": held.codes if isinstance(held, RoundedRows) else held.detach()}
+    rows = {"inputs.embedding": held.values if isinstance(held, RoundedRows) else held.detach()}
     if isinstance(held, RoundedRows) and held.scales is not None:
         rows["inputs.scales"] = held.scales
     network, of_network = network_to_tensors(ranker.mlp.network)

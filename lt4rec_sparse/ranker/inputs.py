@@ -80,7 +80,7 @@ class CrossedEmbeddings(nn.Module):
         # Sizes may come from a file, so they are compared with the embedding before anything of that size is made.
         if embedding is None:
             embedding = torch.empty(total, dim).normal_(std=std)
-        numbers = embedding.codes if isinstance(embedding, RoundedRows) else embedding
+        numbers = embedding.values if isinstance(embedding, RoundedRows) else embedding
         dtype = numbers.dtype if isinstance(embedding, RoundedRows) else torch.float32
         if numbers.shape != (total, dim) or numbers.dtype != dtype:
             got = f"{numbers.dtype} {tuple(numbers.shape)}"

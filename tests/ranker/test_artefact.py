@@ -166,12 +166,12 @@ def test_embeddings_stay_as_they_were_written(tmp_path, kind, version):
     save(loaded, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
     spans = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "first.safetens" in line]
-    held = loaded.inputs.embedding if kind == "fp32" else loaded.inputs.embedding.codes
+    held = loaded.inputs.embedding if kind == "fp32" else loaded.inputs.embedding.values
     ends = [[int(end, 16) for end in span.split("-")] for span in spans]
     assert any(first <= held.data_ptr() < last for first, last in ends), "read from the mapped file"
 
 
-def test_in_halves_and_codes_the_file_is_as_small_as_it_says(tmp_path):
+def test_in_halves_and_int8_the_file_is_as_small_as_it_says(tmp_path):
     original = load(VERSION_1)
     rows, dim = original.inputs.embedding.shape
     sizes = {kind: rows * (dim + 4) if kind == "int8" else rows * dim * 2 for kind in ("fp16", "int8")}
@@ -226,8 +226,8 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path):
 
 def in_int8(change):
     def of_rounded(meta, tensors):
-        codes = load(VERSION_1).inputs.rounded("int8").embedding
-        tensors |= {"inputs.embedding": codes.codes, "inputs.scales": codes.scales}
+        rounded = load(VERSION_1).inputs.rounded("int8").embedding
+        tensors |= {"inputs.embedding": rounded.values, "inputs.scales": rounded.scales}
         meta["version"] = 3
         change(meta, tensors)
 
@@ -300,7 +300,7 @@ def set_number(name, value):
         (in_int8(set_number("inputs.scales", math.nan)), "inputs.scales: got NaN or Inf among"),
         (in_int8(set_number("inputs.scales", -1.0)), "scales: got numbers from -1 to"),
         (in_int8(set_number("inputs.scales", 3e38)), r"scales: got numbers from .* to 3e\+38, wanted 0 to 2.6"),
-        (in_int8(set_number("inputs.embedding", -128)), "codes: got -128, wanted -127 to 127"),
+        (in_int8(set_number("inputs.embedding", -128)), "values: got -128, wanted -127 to 127"),
         (in_int8(lambda meta, tensors: tensors.pop("inputs.scales")), "inputs.scales: is absent"),
         (in_int8(lambda meta, tensors: tensors.update({"inputs.scales": torch.zeros(2)})), "scales: got torch.float32"),
         (set_entry("without", value=["shoe"]), r"without: got \['shoe'\], wanted some of"),

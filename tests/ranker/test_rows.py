@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import assert_exact, small_integers
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker.rows import MAX_CODE, RoundedRows
+from lt4rec_sparse.ranker.rows import MAX_VALUE, RoundedRows
 
 KINDS = ("fp16", "int8")
 numbers = st.floats(-(2.0**127), 2.0**127, width=32)
@@ -21,9 +21,9 @@ def test_in_int8_a_number_is_off_by_half_a_scale_at_most(rows):
     rounded = RoundedRows.from_dense(dense, "int8")
     scales, exact = rounded.scales.double().unsqueeze(1), dense.double()
     # Half a code; the roundings of the quotient and of its product with 127; of the scale, and of what is below normal.
-    bound = scales * (0.5 + MAX_CODE * 2 * 2.0**-24) + exact.abs() * 2 * 2.0**-24 + MAX_CODE * 2.0**-149
+    bound = scales * (0.5 + MAX_VALUE * 2 * 2.0**-24) + exact.abs() * 2 * 2.0**-24 + MAX_VALUE * 2.0**-149
     assert ((rounded.to_dense().double() - exact).abs() <= bound).all()
-    assert rounded.codes.dtype == torch.int8
+    assert rounded.values.dtype == torch.int8
 
 
 @given(st.lists(st.lists(st.floats(-65504, 65504, width=16), min_size=2, max_size=2), max_size=5))
@@ -32,9 +32,9 @@ def test_halves_are_kept_as_they_are(rows):
     assert_exact(RoundedRows.from_dense(dense, "fp16").to_dense(), dense)
 
 
-def test_codes_are_kept_as_they_are():
+def test_values_are_kept_as_they_are():
     dense = small_integers(9, 4, generator=torch.Generator().manual_seed(0))
-    dense[:, 0], dense[3] = MAX_CODE, 0.0  # scales of 1; a row of zeros
+    dense[:, 0], dense[3] = MAX_VALUE, 0.0  # scales of 1; a row of zeros
     rounded = RoundedRows.from_dense(dense, "int8")
     assert_exact(rounded.to_dense(), dense)
     assert rounded.scales.tolist() == [0.0 if row == 3 else 1.0 for row in range(9)]
@@ -56,23 +56,23 @@ def test_bytes():
 
 
 @pytest.mark.parametrize(
-    ("codes", "scales", "message"),
+    ("values", "scales", "message"),
     [
-        (torch.zeros(3, dtype=torch.int8), torch.zeros(3), r"codes: got torch.int8 \(3,\), wanted torch.int8 \[rows"),
-        (torch.zeros(3, 2), torch.zeros(3), r"codes: got torch.float32 \(3, 2\), wanted torch.int8"),
-        (torch.zeros(3, 2, dtype=torch.int8), None, r"codes: got torch.int8 \(3, 2\), wanted torch.float16"),
+        (torch.zeros(3, dtype=torch.int8), torch.zeros(3), r"values: got torch.int8 \(3,\), wanted torch.int8 \[rows"),
+        (torch.zeros(3, 2), torch.zeros(3), r"values: got torch.float32 \(3, 2\), wanted torch.int8"),
+        (torch.zeros(3, 2, dtype=torch.int8), None, r"values: got torch.int8 \(3, 2\), wanted torch.float16"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.zeros(2), r"scales: got torch.float32 \(2,\), wanted .* \(3,\)"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.zeros(3).half(), "scales: got torch.float16"),
-        (torch.full((3, 2), -128, dtype=torch.int8), torch.zeros(3), "codes: got -128, wanted -127 to 127"),
+        (torch.full((3, 2), -128, dtype=torch.int8), torch.zeros(3), "values: got -128, wanted -127 to 127"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, 0, math.nan]), "scales: got numbers from nan to nan"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, -1.0, 0]), "scales: got numbers from -1 to 0, wanted 0"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, 0, 3e38]), r"scales: got .* to 3e\+38, wanted 0 to 2.6"),
-        (torch.full((1, 2), math.inf).half(), None, "codes: got NaN or Inf, wanted finite halves"),
+        (torch.full((1, 2), math.inf).half(), None, "values: got NaN or Inf, wanted finite halves"),
     ],
 )
-def test_what_is_no_rounded_row_is_refused(codes, scales, message):
+def test_what_is_no_rounded_row_is_refused(values, scales, message):
     with pytest.raises(ValueError, match=message):
-        RoundedRows(codes, scales)
+        RoundedRows(values, scales)
 
 
 @pytest.mark.parametrize("number", [65520.0, -1e9, math.nan])
