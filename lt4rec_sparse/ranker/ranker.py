@@ -118,7 +118,7 @@ class Ranker:
 
 
 def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:
-    """Return what stands in for a column as a tensor of rows; `CrossedEmbeddings` checks the rest."""
+    """Return a column's given vectors as a tensor of rows; `CrossedEmbeddings` checks the rest."""
     is_array = isinstance(vectors, np.ndarray) and vectors.dtype in (np.float32, np.float16)
     if not (is_array or isinstance(vectors, Tensor)) or vectors.ndim != 2:
         shape = getattr(vectors, "shape", None)

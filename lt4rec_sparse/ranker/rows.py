@@ -26,7 +26,7 @@ class RoundedRows(nn.Module):
         scales: `[rows]`, float32, finite and not negative, with int8 values; None with float16.
 
     Raises:
-        ValueError: If a shape or dtype is another, a code or a scale is out of its range, or a row is not finite.
+        ValueError: If a shape or dtype differs, a value or a scale is out of its range, or a row is not finite.
     """
 
     values: Tensor
@@ -54,16 +54,18 @@ class RoundedRows(nn.Module):
 
     @classmethod
     def from_dense(cls, rows: Tensor, kind: str) -> RoundedRows:
-        """Round `rows [rows, dim]`, float32 and finite, to "fp16" or "int8".
+        """Round `rows [rows, dim]`, float32, to "fp16" or "int8".
 
         Raises:
-            InputError: If a number is beyond what a half can be, or NaN.
+            InputError: If a number is NaN or infinite, or beyond what a half can be.
         """
+        if not bool(rows.isfinite().all()):
+            raise InputError(f"embeddings: got NaN or Inf among {rows.numel()} numbers, wanted finite ones")
         if kind == "fp16":
             values = rows.half()
             if not bool(values.isfinite().all()):
-                most = torch.finfo(torch.float16).max
-                raise InputError(f"embeddings: got numbers that no half can be, wanted at most {most:g}, or int8")
+                largest, most = rows.abs().max(), torch.finfo(torch.float16).max
+                raise InputError(f"embeddings: got a number of {largest:g}, wanted at most {most:g} in fp16")
             return cls(values)
         largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
         # The quotient first: a scale may be too small for a float, a number over the largest of its row is at most 1.

@@ -75,7 +75,14 @@ def test_what_is_no_rounded_row_is_refused(values, scales, message):
         RoundedRows(values, scales)
 
 
-@pytest.mark.parametrize("number", [65520.0, -1e9, math.nan])
-def test_what_no_half_can_be_is_refused(number):
-    with pytest.raises(InputError, match="embeddings: got numbers that no half can be, wanted at most 65504, or int8"):
-        RoundedRows.from_dense(torch.tensor([[1.0, number]]), "fp16")
+@pytest.mark.parametrize(
+    ("kind", "number", "message"),
+    [
+        ("fp16", -65520.0, "embeddings: got a number of 65520, wanted at most 65504 in fp16"),
+        *((kind, math.nan, "embeddings: got NaN or Inf among 2 numbers, wanted finite ones") for kind in KINDS),
+        *((kind, -math.inf, "embeddings: got NaN or Inf among 2 numbers, wanted finite ones") for kind in KINDS),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(kind, number, message):
+    with pytest.raises(InputError, match=message):
+        RoundedRows.from_dense(torch.tensor([[1.0, number]]), kind)
