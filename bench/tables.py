@@ -248,8 +248,8 @@ def _embeddings() -> str:
     header += [f"µs, {size}" for size in timings["request"]]
     header += [f"µs, {size}: lookups in {found['rows']:,} rows" for size in timings["lookup"]]
     load = found["load_average"]
-    busy = f" Other work ran beside it (load {load:.1f}): compare columns' ratios only." if load > 0.5 else ""
-    where = f"{found['data']}, test days; {_where(found['machine'])}, {found['threads']} threads.{busy}"
+    busy = f" Other work ran beside it (load {load:.1f}): compare within a column." if load > 0.5 else ""
+    where = f"{found['data']}, test days; {_where(found['machine'])}, threads: {found['threads']}.{busy}"
     return f"{where}\n\n{table(header, rows)}"
 
 

@@ -154,7 +154,7 @@ class FeatureEncoder:
         Args:
             columns: Every feature column by name, all with the same number of rows, or with one row, which then holds
                 for all and is encoded once; other columns are ignored.
-            given: Column -> rows of the vectors that replace it: it is not read, and its ids are those of missing values.
+            given: Column -> rows of the vectors that replace it: it is not read, its ids are those of missing values.
 
         Returns:
             Int64 ids on the CPU.
