@@ -77,7 +77,7 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
             kind, or no such table in the ranker.
     """
     inputs = ranker.inputs.without(without) if without else ranker.inputs
-    held = inputs.rounded(embeddings or inputs.kind).embedding
+    held = inputs.rounded(inputs.kind if embeddings is None else embeddings).embedding
     rows = {"inputs.embedding": held.values if isinstance(held, RoundedRows) else held.detach()}
     if isinstance(held, RoundedRows) and held.scales is not None:
         rows["inputs.scales"] = held.scales

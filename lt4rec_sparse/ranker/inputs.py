@@ -145,7 +145,8 @@ class CrossedEmbeddings(nn.Module):
         Raises:
             InputError: If there is no such table here.
         """
-        self._parts(tables)
+        for table in tables:
+            self._span(table)
         absent = self.absent | set(tables)
         return self._with(self._parts([table for table in self.table_sizes if table not in absent]), absent)
 
@@ -192,16 +193,15 @@ class CrossedEmbeddings(nn.Module):
     def _with(self, embedding: Tensor | RoundedRows, absent: Collection[str]) -> CrossedEmbeddings:
         return CrossedEmbeddings(self.fields, self.table_sizes, self.dim, embedding=embedding, absent=absent).eval()
 
+    def _span(self, table: str) -> slice:
+        here = [name for name in self.table_sizes if name not in self.absent]
+        if table not in here:
+            raise InputError(f"table: got {shown(table)}, wanted one of {', '.join(here) or 'none'}")
+        return slice(self._starts[table], self._starts[table] + self.table_sizes[table])
+
     def _parts(self, tables: Collection[str]) -> Tensor | RoundedRows:
         """Return a copy of the embeddings of some tables, one table after another."""
-        here = [table for table in self.table_sizes if table not in self.absent]
-        spans = []
-        for table in tables:
-            if table not in here:
-                raise InputError(
-                    f"table: got {shown(table)}, wanted one of {', '.join(here) or 'none: all are absent'}"
-                )
-            spans.append(slice(self._starts[table], self._starts[table] + self.table_sizes[table]))
+        spans = [self._span(table) for table in tables]
         if isinstance(self.embedding, RoundedRows):
             return self.embedding.parts(spans)
         dense = self.embedding.detach()
