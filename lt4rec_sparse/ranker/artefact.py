@@ -2,8 +2,8 @@
 
 Tensors (names and bit order of compressed-tensors where it has them):
 
-- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or in version 2 its
-  `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
+- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or from version 2 on
+  its `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
 - `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
 - `inputs.embedding`: all embedding tables in one matrix, `[rows, dim]`, in the order of the encoder's tables but for
   those that the file is `without`: float32; float16; or int8, from -127 to 127, then with `inputs.scales`, float32
@@ -13,10 +13,10 @@ Tensors (names and bit order of compressed-tensors where it has them):
 Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
 `encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale, zero point] of the
 input of each layer, the head's last), for tables whose embeddings are elsewhere `without` (their names, in order, each
-once), and `sha256` over everything else: the metadata without it and each tensor's
-name, dtype, shape and bytes. Weights are stored in full precision; how they compute is chosen when the artefact is
-loaded. All weights and embeddings are finite. `codes` were added without a new version: old files lack them, and old
-readers ignore them. Readers ignore unknown keys.
+once), and `sha256` over everything else: the metadata without it and each tensor's name, dtype, shape and bytes.
+Weights are stored in full precision; how they compute is chosen when the artefact is loaded. All weights and embeddings
+are finite. `codes` were added without a new version: old files lack them, and old readers ignore them. Readers ignore
+unknown keys.
 
 Versions: 1 has `SharedWeight` alone; 2 has a `BlockWeight`; 3 has int8 embeddings, or is `without` a table. A file has
 the least version that it needs, so that older readers read what they can: they refuse higher ones. Embeddings of
