@@ -13,7 +13,7 @@ import torch
 from oracle import Layer, assert_rounding, mlp_reference
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker import load
+from lt4rec_sparse.ranker import Ranker, load
 from lt4rec_sparse.ranker.features import SchemaError
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
@@ -217,12 +217,27 @@ def test_precisions_are_accepted_on_validation(finished, lab, monkeypatch):
 
     monkeypatch.setattr(frozen, "_served", judge)
     rankers = {name: load(finished / MODEL, name) for name in served}
-    judged = frozen._precisions(lab, lab.kinds, rankers)
+    judged = frozen._precisions(lab, lab.kinds, rankers, rankers["fp32"])
     assert {precision: found["accepted"] for precision, found in judged.items()} == {
         "fp32": True,
         "bf16": True,
         "int8": False,
     }
+
+
+def test_rounded_embeddings_are_accepted_against_those_that_were_trained(finished, lab, monkeypatch):
+    served = {"fp32": (0.7, 0.1), "bf16": (0.6996, 0.1), "int8": (0.7002, 0.1)}
+
+    def judge(lab, kinds, rankers, split):
+        of = {"fp32": (0.7003, 0.1)} if set(rankers) == {"fp32"} else served
+        found = {name: {"ctr": {"auc": auc}, "cvr": {"mse": mse}} for name, (auc, mse) in of.items()}
+        return found, {name: {} for name in of}
+
+    monkeypatch.setattr(frozen, "_served", judge)
+    trained = load(finished / MODEL)
+    rounded = Ranker(trained.encoder, trained.inputs.rounded("int8"), trained.mlp)
+    judged = frozen._precisions(lab, lab.kinds, dict.fromkeys(served, rounded), trained)
+    assert [found["accepted"] for found in judged.values()] == [True, False, True]
 
 
 @pytest.mark.parametrize(("row", "file"), [(S_WEIGHT, MODEL), (S_WEIGHT_LAST, MODEL_LAST)])
