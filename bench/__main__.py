@@ -10,11 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, default, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training, wide
+from bench import cpu, default, embeddings, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training, wide
 
 USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
     " | frozen [--short] | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER [--short]"
+    " | embeddings RUN_FOLDER [--short]"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
@@ -52,6 +53,10 @@ def main(arguments: list[str]) -> int:
             print(training.run(Path(prepared)))
         case ["training", prepared, "--short"]:
             print(json.dumps(training.measured(Path(prepared), steps=2, rounds=1), indent=1))
+        case ["embeddings", run_folder]:
+            print(embeddings.run(Path(run_folder)))
+        case ["embeddings", run_folder, "--short"]:
+            print(json.dumps(embeddings.measured(Path(run_folder), rows=100, rounds=1, round_us=1.0), indent=1))
         case ["keep-experiment", folder, name]:
             print(experiments.keep(Path(folder), name))
         case ["keep", folder, name]:

@@ -212,6 +212,8 @@ def _training() -> str:
     rows = [[name, f"{rate:,.0f}"] for name, rate in steps["rows_per_second"].items()]
     of = steps["rows_per_second"]
     ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
+    # Records from before there were sparse gradients lack the last part.
+    large = [_large_tables(found["embeddings"])] if "embeddings" in found else []
     return "\n\n".join(
         [
             table(["MMoE, the same rows, features, widths and batch", "rows per second"], rows),
@@ -219,8 +221,36 @@ def _training() -> str:
             "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
             f"{search['ours_s']:.0f} s (two processes, bf16, the baseline as first round), where the plain loop takes "
             f"{search['plain_s']:.0f} s (fp32, two threads, baselines apart).",
+            *large,
         ]
     )
+
+
+def _large_tables(found: dict[str, Any]) -> str:
+    us = {name: timing["median_us"] for name, timing in found["timings_us"].items()}
+    rows = [
+        [name, f"{median / 1e3:.2f}", f"{median / us['torch.optim.SparseAdam']:.2f}"] for name, median in us.items()
+    ]
+    what = f"{found['batch']:,} rows of a table of {found['rows']:,} x {found['dim']}: lookup, gradient and step"
+    return table([what, "ms", "against SparseAdam"], rows)
+
+
+def _embeddings() -> str:
+    found = record.read("embeddings")
+    judged, timings = found["judged"], found["timings_us"]
+    metrics = [(task, metric) for task, of_task in judged["fp32"]["metrics"].items() for metric in of_task]
+    rows = []
+    for kind, of_kind in judged.items():
+        line = [kind, *(f"{of_kind['metrics'][task][metric]:.5f}" for task, metric in metrics)]
+        line += [f"{of_kind[part] / 1e6:.2f}" for part in ("embedding_bytes", "artefact_bytes")]
+        rows.append([*line, *(f"{x[kind]['median_us']:,.0f}" for part in timings.values() for x in part.values())])
+    header = ["embeddings", *(f"{task} {metric.upper()}" for task, metric in metrics), "MB", "artefact, MB"]
+    header += [f"µs, {size}" for size in timings["request"]]
+    header += [f"µs, {size}: lookups in {found['rows']:,} rows" for size in timings["lookup"]]
+    load = found["load_average"]
+    busy = f" Other work ran beside it (load {load:.1f}): compare within a column." if load > 0.5 else ""
+    where = f"{found['data']}, test days; {_where(found['machine'])}, threads: {found['threads']}.{busy}"
+    return f"{where}\n\n{table(header, rows)}"
 
 
 def _simulated() -> str:
@@ -499,6 +529,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "granularity": _granularity,
     "tasks": _tasks,
     "training": _training,
+    "embeddings": _embeddings,
     "simulated": _simulated,
     "speed": _speed,
     "wide": _wide,

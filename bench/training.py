@@ -1,4 +1,4 @@
-"""How fast training is: steps compared with another library on the same rows, and the mask search with a plain loop.
+"""How fast training is: steps compared with another library on the same rows, the mask search, and large tables.
 
 The opponent is torch-rechub's MMoE (`pip install torch-rechub`), with the same rows, fields, embedding and expert
 widths, optimiser and batch. Its layers are its own: batch normalisation in every MLP, one lookup per field. It is timed
@@ -8,6 +8,9 @@ favours it. Ours runs its whole loop, including the making of batches and labels
 The plain loop is Algorithm 1 as in every public implementation: each round reads the files again, multiplies by dense
 `weight * mask` in float32 with torch's Adam over every weight, one task after another, and trains the single-task
 baselines separately.
+
+A step of embeddings alone, in a large table: `MaskedAdam` with dense gradients and with sparse ones, beside
+`torch.optim.SparseAdam`. Lookup, gradient and step are timed together.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ BATCH, STEPS = 1024, 20  # one call of the stopwatch trains this many batches
 EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)  # those of our MMoE at 512-256-128
 TASKS = ("ctr", "cvr")
 LOSSES = {"ctr": loss_of("binary"), "cvr": loss_of("ratio")}
+TABLE = (1_000_000, 16)  # rows and width of the large embedding table
 
 
 def run(data: Path) -> Path:
@@ -60,7 +64,7 @@ def measured(data: Path, steps: int, rounds: int) -> dict[str, Any]:
     prepared = Prepared.load(data)
     found = _steps(prepared, steps, rounds)
     where = {"machine": record.machine(), "threads": torch.get_num_threads()}
-    return {**where, "steps": found, "search": _search(prepared)}
+    return {**where, "steps": found, "search": _search(prepared), "embeddings": embedding_steps(TABLE, rounds)}
 
 
 def _steps(prepared: Prepared, steps: int, rounds: int) -> dict[str, Any]:
@@ -159,6 +163,27 @@ def _as_dict(prepared: Prepared, batch: Batch) -> tuple[dict[str, Tensor], Tenso
             padded[row, : min(len(bag), 12)] = bag[:12]
         x[field[0]] = padded
     return x, torch.stack([batch.labels[task] for task in TASKS], 1)
+
+
+def embedding_steps(table: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Time steps that look up `BATCH` rows of a table, drawn anew each time."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name, is_sparse, optimizer_of in (
+        ("MaskedAdam", False, MaskedAdam),
+        ("MaskedAdam, sparse gradients", True, MaskedAdam),
+        ("torch.optim.SparseAdam", True, lambda embedding: torch.optim.SparseAdam(embedding.parameters())),
+    ):
+        embedding = nn.Embedding(*table, sparse=is_sparse)
+        calls[name] = partial(_embedding_step, embedding, optimizer_of(embedding), torch.Generator().manual_seed(0))
+    timed = interleaved(calls, rounds=rounds, round_us=100_000.0 if rounds > 1 else 1.0)
+    return {"rows": table[0], "dim": table[1], "batch": BATCH, "timings_us": {n: t._asdict() for n, t in timed.items()}}
+
+
+def _embedding_step(embedding: nn.Embedding, optimizer: Any, generator: torch.Generator) -> None:
+    optimizer.zero_grad()
+    ids = torch.randint(embedding.num_embeddings, (BATCH,), generator=generator)
+    torch.autograd.backward(embedding(ids).square().sum())
+    optimizer.step()
 
 
 def _search(prepared: Prepared) -> dict[str, Any]:

@@ -95,6 +95,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, on
 TrainingPrecision = Annotated[
     str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
 ]
+SparseGradients = Annotated[
+    bool,
+    typer.Option(
+        "--sparse-gradients",
+        help="Let a step move only the embeddings that its batch looks up: faster with large tables.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),
@@ -162,6 +169,13 @@ def run(
         str,
         typer.Option(help="Names of tasks, such as ctr,cvr,like. By default all that the schema does not call extra."),
     ] = "",
+    sparse_gradients: SparseGradients = False,
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            help="How model.safetensors holds embeddings: fp32, fp16 or int8, a half or a third of the bytes."
+        ),
+    ] = "fp32",
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -189,6 +203,8 @@ def run(
         granularity=granularity,
         tasks=_names(tasks),
         dtype=_dtype(precision),
+        sparse_gradients=sparse_gradients,
+        embeddings=embeddings,
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
@@ -234,6 +250,7 @@ def experiment(
         str, typer.Option(help="How fields are crossed: dlrm (dot products into the MLP), wide_deep or deepfm.")
     ] = "dlrm",
     precision: TrainingPrecision = "auto",
+    sparse_gradients: SparseGradients = False,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -294,6 +311,7 @@ def experiment(
         cross=cross,
         losses=_losses(loss or []),
         dtype=dtype,
+        sparse_gradients=sparse_gradients,
     )
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
     if data is None and (training, variants) != (Training(dtype=dtype), Variants()):
@@ -459,7 +477,10 @@ def inspect(model: Artefact) -> None:
         layouts = [f"{nbytes:,} as {layout}" for layout, nbytes in ops.layout_nbytes(network, kind).items()]
         typer.echo(f"  {kind}: {', '.join(layouts) or 'no engine'}")
     typer.echo(f"calibrated for int8: {'yes' if is_calibrated else 'no'}")
-    typer.echo(f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes")
+    kind = "" if ranker.inputs.kind == "fp32" else f" in {ranker.inputs.kind}"
+    typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
+    if ranker.inputs.absent:
+        typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
 
 
 def _is_gpu(device: str) -> bool:

@@ -18,9 +18,12 @@ import torch
 from kernels.networks import PATHS, Kernel, exact_reference, prepack, random_layer, random_mask
 from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
 
+from bench import record, tables
 from bench.cpu import PRECISIONS, ratio, speed_table
-from lt4rec_sparse import ops
+from bench.training import embedding_steps
+from lt4rec_sparse import MaskedMLP, Ranker, freeze, ops, save
 from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
 ROOT = Path(__file__).parents[1]
 IN_FEATURES, OUT_FEATURES = 1024, 512
@@ -121,3 +124,30 @@ def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     measured = json.loads(bench("training", str(small_log.folder), "--short"))
     assert set(measured["steps"]["rows_per_second"]) >= {"lt4rec_sparse, fp32", "lt4rec_sparse, bf16"}
     assert measured["search"]["ours_s"] > 0 and measured["search"]["plain_s"] > 0
+    assert len(measured["embeddings"]["timings_us"]) == 3
+
+
+def test_a_record_of_training_may_lack_large_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = record.read("training")
+    older.pop("embeddings", None)
+    newer = older | {"embeddings": embedding_steps((50, 4), rounds=1)}
+    pages = []
+    for found in (older, newer):
+        monkeypatch.setattr(record, "read", lambda name, found=found: found)
+        pages.append(tables.SECTIONS["training"]())
+    assert pages[1].startswith(pages[0])
+    assert "1,024 rows of a table of 50 x 4" in pages[1] and "SparseAdam" in pages[1]
+    assert "SparseAdam" not in pages[0]
+
+
+@pytest.mark.bench_short
+def test_the_suite_of_embeddings_runs_in_its_short_form(small_log: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4)
+    mlp = MaskedMLP(inputs.out_features, (8,), tasks=("ctr", "cvr"))
+    save(Ranker(small_log.encoder, inputs, freeze(mlp, sigmoid=True)), tmp_path / "model.safetensors")
+    (tmp_path / "data").symlink_to(small_log.folder)
+    measured = json.loads(bench("embeddings", str(tmp_path), "--short"))
+    assert list(measured["judged"]) == ["fp32", "fp16", "int8"]
+    fp32, fp16, int8 = (of_kind["embedding_bytes"] for of_kind in measured["judged"].values())
+    assert (fp16 * 2, int8 * 2) == (fp32, fp32), "four numbers and a scale per row"

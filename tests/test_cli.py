@@ -225,6 +225,16 @@ def test_inspect_shows_what_an_artefact_holds(finished):
     assert len(lines) == 10
 
 
+def test_inspect_says_how_embeddings_are_held_and_which_are_elsewhere(finished, tmp_path):
+    ranker = load(finished / "model.safetensors")
+    table = next(iter(ranker.encoder.table_sizes))
+    save(ranker, tmp_path / "model", "int8", without=[table])
+    rows, dim = ranker.inputs.embedding.shape
+    lines = invoke("inspect", tmp_path / "model").stdout.splitlines()
+    assert lines[9] == f"embeddings: {(rows - ranker.encoder.table_sizes[table]) * (dim + 4):,} bytes in int8"
+    assert lines[10:] == [f"embeddings that must be given: {table}"]
+
+
 @pytest.fixture
 def uncalibrated(finished, tmp_path):
     ranker = load(finished / "model.safetensors")
@@ -325,6 +335,7 @@ def test_help_imports_nothing_that_computes():
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),
         (["--embedding-dim", "0"], "Invalid value for '--embedding-dim': got 0, wanted 1 to 4,096"),
+        (["--embeddings", "int4"], "embeddings: got 'int4', wanted one of fp32, fp16, int8"),
         (["--depth", "3"], "No such option: --depth"),
         (["surplus"], "unexpected extra argument.*surplus"),
     ],

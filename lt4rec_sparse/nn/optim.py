@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.nn.masked import MaskedLinear
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names them
+
 
 class _Part(NamedTuple):
     """Weights of one layer that the same tasks own and that took the same number of steps."""
@@ -17,6 +19,13 @@ class _Part(NamedTuple):
     owners: frozenset[str]
     places: Tensor  # int64 [n], into the flattened weight
     values: nn.Parameter  # [n], what Adam steps; the weight itself between two steps
+
+
+class _Rows(NamedTuple):
+    """Rows of one parameter that its sparse gradient names."""
+
+    places: Tensor  # int64 [n]
+    rows: nn.Parameter  # [n, dim], what Adam steps
 
 
 class _Moments(NamedTuple):
@@ -35,6 +44,11 @@ class MaskedAdam:
     it change it, its momentum, its decay and its bias correction. Parameters that are not masked (embeddings, biases,
     heads) take the plain step; parameters without gradient take none.
 
+    A parameter `[rows, dim]` with a sparse gradient, as of `torch.nn.Embedding(sparse=True)`, takes a lazy step: each
+    row that the gradient names takes Adam's step, with the sum of its entries and the parameter's count of steps, and
+    no other row changes a bit. Where every row is named that is the plain step. A row that is not named keeps its
+    momentum as it is, and has no decay, then or later. A parameter may take steps of both kinds.
+
     Weights that the same tasks own and that took the same number of steps are gathered into one vector, stepped by
     torch's Adam, and put back; momentum is stored for kept weights only. If a layer has one task and all its weights
     took the same number of steps, the plain step does the same in a third of the time: without gradient, momentum and
@@ -47,12 +61,13 @@ class MaskedAdam:
     Args:
         model: The model; its `MaskedLinear` layers' weights are stepped through their present masks.
         learning_rate, betas, eps: As in `torch.optim.Adam`.
-        weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient.
+        weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient; of a lazy step, in that of the named rows.
 
     Raises:
         ValueError: If a masked weight is not a parameter but computed, by a parametrisation or `torch.nn.utils.prune`.
 
-    Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980).
+    Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980); the lazy step is that of
+    `torch.optim.SparseAdam`, but for `eps`, which is added to the corrected root as in Adam.
     """
 
     def __init__(
@@ -81,7 +96,7 @@ class MaskedAdam:
         """Move what any of `tasks` owns, by the gradients of their losses; with no name, what any task owns.
 
         Raises:
-            ValueError: If no masked layer knows a task.
+            ValueError: If no masked layer knows a task, or a sparse gradient does not name whole rows.
             RuntimeError: If a mask changed since the optimiser last looked at them.
         """
         for task in tasks:
@@ -89,13 +104,24 @@ class MaskedAdam:
                 known = sorted({name for layer in self._masked for name in layer.tasks})
                 raise ValueError(f"task: got {task!r}, wanted one of {', '.join(known)}, the masked layers' tasks")
         self._check_masks()
+        (group,) = self._adam.param_groups
         parts = [part for part in self._parts if not tasks or not part.owners.isdisjoint(tasks)]
         moved = [part for part in parts if part.layer.weight.grad is not None]
         for layer, _, places, values in moved:
             assert layer.weight.grad is not None
             torch.index_select(layer.weight.view(-1), 0, places, out=values.data)
             values.grad = layer.weight.grad.reshape(-1).index_select(0, places)
+        lazy = {p: self._named_rows(p) for p in self._free if p.grad is not None and p.grad.is_sparse}
+        parameters = group["params"]
+        if lazy:
+            group["params"] = [p for p in parameters if p not in lazy] + [named.rows for named in lazy.values()]
         self._adam.step()
+        group["params"] = parameters
+        for parameter, named in lazy.items():
+            moments = self._adam.state.pop(named.rows)
+            parameter.index_copy_(0, named.places, named.rows)
+            for name in MOMENTS:
+                self._adam.state[parameter][name].index_copy_(0, named.places, moments[name])
         for layer, _, places, values in moved:
             layer.weight.view(-1).index_copy_(0, places, values)
             values.grad = None
@@ -163,6 +189,23 @@ class MaskedAdam:
                     moments.exp_avg_sq[places] = state["exp_avg_sq"].flatten()[inside]
             result.append(moments)
         return result
+
+    def _named_rows(self, parameter: nn.Parameter) -> _Rows:
+        """Return the rows that a parameter's sparse gradient names, with their moments in the optimiser's state."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.coalesce()  # entries of one row are summed
+        if gradient.sparse_dim() != 1:
+            raise ValueError(f"gradient: got sparse_dim {gradient.sparse_dim()}, wanted 1, which names whole rows")
+        places, state = gradient.indices()[0], self._adam.state[parameter]
+        if not state:  # as torch makes it with the first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state.update({name: torch.zeros_like(parameter) for name in MOMENTS})
+        rows = nn.Parameter(parameter.detach().index_select(0, places))
+        rows.grad = gradient.values()
+        # The count of steps is the parameter's own tensor, which the step then advances.
+        moments = {name: state[name].index_select(0, places) for name in MOMENTS}
+        self._adam.state[rows] = {"step": state["step"], **moments}
+        return _Rows(places, rows)
 
     def _gather(self, moments: list[_Moments]) -> None:
         """Form the parts again, from the present masks and each weight's count of steps."""

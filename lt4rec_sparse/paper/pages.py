@@ -153,9 +153,10 @@ def _head(findings: Findings, title: str) -> str:
     rates = sorted({rate for of_row in facts["learning_rates"].values() for rate in of_row.values()})
     shown = ", ".join(f"{rate:g}" for rate in rates)
     epochs, seeds = count(training["epochs"], "epoch"), count(facts["seeds"], "seed")
+    dtype = f"{training['dtype']}{', sparse gradients of embeddings' if training.get('sparse_gradients') else ''}"
     return (
         f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
-        f"{epochs} of batches of {training['batch_size']}, matrix products in {training['dtype']}, {seeds}. Every task "
+        f"{epochs} of batches of {training['batch_size']}, matrix products in {dtype}, {seeds}. Every task "
         f"has its own learning rate ({shown}), chosen on the validation days with seeds that are not among these; "
         "`records.json` lists the chosen rates, `tuning.json` everything that was tried."
     )

@@ -2,18 +2,25 @@
 
 Tensors (names and bit order of compressed-tensors where it has them):
 
-- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or in version 2 its
-  `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
+- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or from version 2 on
+  its `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
 - `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
-- `inputs.embedding`: all embedding tables in one matrix, in the order of the encoder's tables.
+- `inputs.embedding`: all embedding tables in one matrix, `[rows, dim]`, in the order of the encoder's tables but for
+  those that the file is `without`: float32; float16; or int8, from -127 to 127, then with `inputs.scales`, float32
+  `[rows]`, finite and not negative: row i is `scales[i] * embedding[i]`.
 - `encoder.<name>`: vocabularies and bucket borders.
 
 Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
 `encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale, zero point] of the
-input of each layer, the head's last), and `sha256` over everything else: the metadata without it and each tensor's
-name, dtype, shape and bytes. Weights are stored in full precision; how they compute is chosen when the artefact is
-loaded. All weights and embeddings are finite. `codes` were added without a new version: old files lack them, and old
-readers ignore them. Readers ignore unknown keys.
+input of each layer, the head's last), for tables whose embeddings are elsewhere `without` (their names, in order, each
+once), and `sha256` over everything else: the metadata without it and each tensor's name, dtype, shape and bytes.
+Weights are stored in full precision; how they compute is chosen when the artefact is loaded. All weights and embeddings
+are finite. `codes` were added without a new version: old files lack them, and old readers ignore them. Readers ignore
+unknown keys.
+
+Versions: 1 has `SharedWeight` alone; 2 has a `BlockWeight`; 3 has int8 embeddings, or is `without` a table. A file has
+the least version that it needs, so that older readers read what they can: they refuse higher ones. Embeddings of
+float16 need none: readers of version 1 make float32 of them.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
@@ -24,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +49,48 @@ from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.ranker import Ranker
+from lt4rec_sparse.ranker.rows import RoundedRows
 
 KEY = "lt4rec_sparse"
-VERSIONS = (1, 2)  # the second is written only where a layer is kept in blocks, so that older readers read the rest
-# The dtypes of weights, bit planes, offsets and the encoder's arrays, as safetensors spells them.
-DTYPES = ("F32", "F16", "BF16", "U8", "I32", "I64", "F64")
+VERSIONS = (1, 2, 3)
+# The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
+DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
 
 
 class ArtefactError(InputError):
     """An artefact that is incomplete, of another kind, or inconsistent."""
 
 
-def save(ranker: Ranker, path: str | Path) -> None:
+def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, without: Collection[str] = ()) -> None:
     """Write a ranker as one file, usually `model.safetensors`, completely or not at all.
 
+    Args:
+        ranker: The ranker; it stays as it is.
+        path: The file.
+        embeddings: How embeddings are held, in the file and after `load` in memory: "fp32", "fp16" (half of the bytes)
+            or "int8" (`dim + 4` bytes per row); None for how the ranker holds them.
+        without: Tables whose embeddings stay out of the file: `Ranker.score` must then be given the vectors of their
+            fields. What turns raw values into ids is in it all the same: ids are the keys to ask a server by.
+
     Raises:
-        InputError: If a weight or an embedding is NaN or infinite.
+        InputError: If a weight or an embedding is NaN or infinite, or beyond what "fp16" holds; if there is no such
+            kind, or no such table in the ranker.
     """
+    inputs = ranker.inputs.without(without) if without else ranker.inputs
+    held = inputs.rounded(inputs.kind if embeddings is None else embeddings).embedding
+    rows = {"inputs.embedding": held.values if isinstance(held, RoundedRows) else held.detach()}
+    if isinstance(held, RoundedRows) and held.scales is not None:
+        rows["inputs.scales"] = held.scales
     network, of_network = network_to_tensors(ranker.mlp.network)
     arrays, description = ranker.encoder.to_arrays()
-    tensors = network | {"inputs.embedding": ranker.inputs.embedding.detach()}
+    tensors = network | rows
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     _check_finite(tensors)
-    version = VERSIONS[any("block" in layer for layer in of_network["layers"])]
-    meta = {"version": version, "dim": ranker.inputs.dim, "encoder": description, **of_network}
+    absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
+    is_third = "inputs.scales" in rows or bool(absent)
+    version = 3 if is_third else 2 if any("block" in layer for layer in of_network["layers"]) else 1
+    meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
     meta["sha256"] = _digest(meta, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})
@@ -167,9 +191,19 @@ def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: s
     width = len(fields) * dim + len(fields) * (len(fields) - 1) // 2
     if width != network.in_features:
         raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
-    embedding = network_state.tensor(tensors, "inputs.embedding", VALUE_DTYPES).float()
-    inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=embedding)
+    absent = meta.get("without", [])
+    in_order = [table for table in encoder.table_sizes if isinstance(absent, list) and table in absent]
+    if absent != in_order:
+        raise ValueError(f"without: got {shown(absent)}, wanted some of {', '.join(encoder.table_sizes)}, in order")
+    inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=_embedding(tensors), absent=absent)
     return Ranker(encoder, inputs, SparseMLP(network, precision).eval())
+
+
+def _embedding(tensors: Mapping[str, Tensor]) -> Tensor | RoundedRows:
+    stored = network_state.tensor(tensors, "inputs.embedding", (*VALUE_DTYPES, torch.int8))
+    if stored.dtype == torch.int8:
+        return RoundedRows(stored, network_state.tensor(tensors, "inputs.scales"))
+    return RoundedRows(stored) if stored.dtype == torch.float16 else stored.float()
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lt4rec_sparse import ops
+from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.ranker.features import EncodedFeatures, Field
+from lt4rec_sparse.ranker.rows import EMBEDDINGS, RoundedRows
 
 
 class CrossedEmbeddings(nn.Module):
@@ -20,16 +23,23 @@ class CrossedEmbeddings(nn.Module):
     A multi-valued field is the mean of its values' embeddings, and zero if it has none. One matrix holds all tables, so
     that a batch takes one lookup for its single-valued fields and one pooled lookup for the others.
 
+    Fields' vectors may also be given to a call (`embed`), from a feature store or a parameter server; tables of which
+    all are need not be here (`without`).
+
     Args:
         fields: The fields, in the order of the encoder.
         table_sizes: Table name -> number of rows.
         dim: Width of an embedding.
         std: Standard deviation of the initial embeddings.
-        embedding: `[sum of the table sizes, dim]`, float32: embeddings to use as they are, without a copy, instead of
-            drawing new ones.
+        embedding: `[sum of the sizes of the tables that are here, dim]`, float32, or as many `RoundedRows`: embeddings
+            to use as they are, without a copy, instead of drawing new ones.
+        absent: Names of tables that are not here: each call must be given the vectors of their fields.
+        sparse_gradients: Whether the gradient of the embeddings is a sparse tensor that names the rows that a batch
+            looks up, as `torch.nn.Embedding(sparse=True)` has it: `MaskedAdam` then steps these rows alone.
 
     Raises:
-        ValueError: If there is no field, a field's table has no size, or `embedding` has another shape or dtype.
+        ValueError: If there is no field, a field's table has no size, there is no such table to be absent, or
+            `embedding` has another shape or dtype.
 
     Source: LT4REC (arXiv 2008.09872), Figure 1; the cross of DLRM (arXiv 1906.00091), one triangle without diagonal.
     """
@@ -37,6 +47,7 @@ class CrossedEmbeddings(nn.Module):
     table_starts: Tensor
     pairs: Tensor
     pair_of: Tensor
+    embedding: nn.Parameter | RoundedRows
 
     def __init__(
         self,
@@ -44,7 +55,9 @@ class CrossedEmbeddings(nn.Module):
         table_sizes: Mapping[str, int],
         dim: int = 16,
         std: float = 0.05,
-        embedding: Tensor | None = None,
+        embedding: Tensor | RoundedRows | None = None,
+        absent: Collection[str] = (),
+        sparse_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.fields = tuple(Field(*field) for field in fields)
@@ -53,19 +66,28 @@ class CrossedEmbeddings(nn.Module):
         missing = [field.table for field in self.fields if field.table not in table_sizes]
         if not self.fields or missing:
             raise ValueError(f"fields: got {self.fields} without sizes for tables {missing}, wanted a size for each")
-        starts, total = {}, 0
+        unknown = next((table for table in absent if table not in self.table_sizes), None)
+        if unknown is not None:
+            raise InputError(f"table: got {shown(unknown)}, wanted one of {', '.join(self.table_sizes)}")
+        self.absent, self.sparse_gradients = frozenset(absent), sparse_gradients
+        self._starts, total = {}, 0
         for table, size in self.table_sizes.items():
-            starts[table], total = total, total + size
-        ordered = sorted(self.fields, key=lambda field: field.multi)  # single-valued fields first, order kept
+            self._starts[table] = total  # of an absent table, nothing is looked up there
+            total += 0 if table in self.absent else size
+        # Single-valued fields first, order kept.
+        self._ordered = tuple(sorted(self.fields, key=lambda field: field.multi))
         self.n_single = sum(not field.multi for field in self.fields)
         # Sizes may come from a file, so they are compared with the embedding before anything of that size is made.
         if embedding is None:
             embedding = torch.empty(total, dim).normal_(std=std)
-        elif embedding.shape != (total, dim) or embedding.dtype != torch.float32:
-            got = f"{embedding.dtype} {tuple(embedding.shape)}"
-            raise ValueError(f"embedding: got {got}, wanted torch.float32 {(total, dim)}")
-        self.embedding = nn.Parameter(embedding)
-        self.register_buffer("table_starts", torch.tensor([starts[f.table] for f in ordered]), persistent=False)
+        numbers = embedding.values if isinstance(embedding, RoundedRows) else embedding
+        dtype = numbers.dtype if isinstance(embedding, RoundedRows) else torch.float32
+        if numbers.shape != (total, dim) or numbers.dtype != dtype:
+            got = f"{numbers.dtype} {tuple(numbers.shape)}"
+            raise ValueError(f"embedding: got {got}, wanted {dtype} {(total, dim)}")
+        self.embedding = embedding if isinstance(embedding, RoundedRows) else nn.Parameter(embedding)
+        starts = torch.tensor([self._starts[field.table] for field in self._ordered])
+        self.register_buffer("table_starts", starts, persistent=False)
         n = len(self.fields)
         rows, columns = torch.triu_indices(n, n, offset=1)
         self.register_buffer("pairs", rows * n + columns, persistent=False)
@@ -79,36 +101,158 @@ class CrossedEmbeddings(nn.Module):
         """Width of the result: `n dim + n (n - 1) / 2`."""
         return len(self.fields) * self.dim + self.pairs.numel()
 
-    def forward(self, features: EncodedFeatures) -> Tensor:
-        """Embed and cross a batch of the encoder's ids: `[batch, out_features]`, dtype of the embeddings."""
-        embedded = self.embed(features)
+    @property
+    def kind(self) -> str:
+        """How the embeddings are held, one of `EMBEDDINGS`."""
+        return self.embedding.kind if isinstance(self.embedding, RoundedRows) else "fp32"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the embeddings."""
+        return self.embedding.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return self.table_starts.device
+
+    def table(self, name: str) -> Tensor:
+        """Return a copy of one table's embeddings, row by id: `[rows, dim]`, float32; to serve them from elsewhere.
+
+        Raises:
+            InputError: If there is no such table here.
+        """
+        rows = self._parts([name])
+        return rows.to_dense() if isinstance(rows, RoundedRows) else rows
+
+    def rounded(self, kind: str) -> CrossedEmbeddings:
+        """Return the same inputs, for serving alone, with their embeddings held as "fp32", "fp16" or "int8".
+
+        Raises:
+            InputError: If there is no such kind, or the embeddings do not fit into it.
+        """
+        if kind not in EMBEDDINGS:
+            raise InputError(f"embeddings: got {shown(kind)}, wanted one of {', '.join(EMBEDDINGS)}")
+        if kind == self.kind:
+            return self
+        held = self.embedding
+        dense = held.to_dense() if isinstance(held, RoundedRows) else held.detach()
+        return self._with(dense if kind == "fp32" else RoundedRows.from_dense(dense, kind), self.absent)
+
+    def without(self, tables: Collection[str]) -> CrossedEmbeddings:
+        """Return the same inputs, for serving alone, without some tables; they share no memory.
+
+        Raises:
+            InputError: If there is no such table here.
+        """
+        for table in tables:
+            self._span(table)
+        absent = self.absent | set(tables)
+        return self._with(self._parts([table for table in self.table_sizes if table not in absent]), absent)
+
+    def forward(self, features: EncodedFeatures, given: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Embed and cross a batch of the encoder's ids: `[batch, out_features]`, dtype of the embeddings.
+
+        `given` and errors are those of `embed`.
+        """
+        embedded = self.embed(features, given)
         if self.pairs.numel() and torch.is_grad_enabled() and embedded.requires_grad:
             crossed: Tensor = _Cross.apply(embedded, self.pairs, self.pair_of)  # type: ignore[no-untyped-call]
             return crossed
         return _cross(embedded, self.pairs)
 
-    def embed(self, features: EncodedFeatures) -> Tensor:
-        """Return each field's vector, uncrossed: `[batch, n, dim]`, single-valued fields first."""
-        batch, n = features.single.shape[0], len(self.fields)
+    def embed(self, features: EncodedFeatures, given: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return each field's vector, uncrossed: `[batch, n, dim]`, single-valued fields first.
+
+        Args:
+            features: A batch.
+            given: Column -> the vectors of its field, `[batch, dim]`, or `[1, dim]` for all rows; float32, float16 or
+                bfloat16, finite. They stand in for the field's ids, which are not read; for a multi-valued field they
+                are what pooling would yield.
+
+        Raises:
+            InputError: If no field has such a column, vectors have another shape or dtype or are not finite, or a
+                table is absent and vectors of its field are not given.
+        """
+        self._check(given or {}, features.batch)
+        if not given:
+            return self._look_up(features, self.table_starts)
+        places = [i for i, field in enumerate(self._ordered) if field.column not in given]
+        embedded = torch.empty(features.batch, len(self.fields), self.dim, dtype=self._dtype, device=self.device)
+        if places:
+            embedded[:, places] = self._look_up(features.of_fields(places), self.table_starts[places])
+        for i, field in enumerate(self._ordered):
+            if field.column in given:
+                embedded[:, i] = given[field.column].to(embedded)
+        return embedded
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if isinstance(self.embedding, RoundedRows) else self.embedding.dtype
+
+    def _with(self, embedding: Tensor | RoundedRows, absent: Collection[str]) -> CrossedEmbeddings:
+        return CrossedEmbeddings(self.fields, self.table_sizes, self.dim, embedding=embedding, absent=absent).eval()
+
+    def _span(self, table: str) -> slice:
+        here = [name for name in self.table_sizes if name not in self.absent]
+        if table not in here:
+            raise InputError(f"table: got {shown(table)}, wanted one of {', '.join(here) or 'none'}")
+        return slice(self._starts[table], self._starts[table] + self.table_sizes[table])
+
+    def _parts(self, tables: Collection[str]) -> Tensor | RoundedRows:
+        """Return a copy of the embeddings of some tables, one table after another."""
+        spans = [self._span(table) for table in tables]
+        if isinstance(self.embedding, RoundedRows):
+            return self.embedding.parts(spans)
+        dense = self.embedding.detach()
+        return torch.cat([dense[:0], *(dense[span] for span in spans)])
+
+    def _check(self, given: Mapping[str, Tensor], batch: int) -> None:
+        columns = [field.column for field in self.fields]
+        for column, vectors in given.items():
+            if column not in columns:
+                raise InputError(f"embeddings: got column {shown(column)}, wanted one of {', '.join(columns)}")
+            if vectors.dim() != 2 or vectors.shape[0] not in (1, batch) or vectors.shape[1] != self.dim:
+                wanted = f"{[batch, self.dim]} or {[1, self.dim]}"
+                raise InputError(f"embeddings of {column!r}: got shape {list(vectors.shape)}, wanted {wanted}")
+            if vectors.dtype not in VALUE_DTYPES:
+                names = ", ".join(map(str, VALUE_DTYPES))
+                raise InputError(f"embeddings of {column!r}: got {vectors.dtype}, wanted one of {names}")
+            if not bool(vectors.isfinite().all()):
+                raise InputError(f"embeddings of {column!r}: got NaN or Inf, wanted finite numbers")
+        for column, table, _ in self.fields if self.absent else ():
+            if table in self.absent and column not in given:
+                wanted = f"{[batch, self.dim]}, since table {table!r} is absent here"
+                raise InputError(f"embeddings of {column!r}: got none, wanted {wanted}")
+
+    def _look_up(self, features: EncodedFeatures, starts: Tensor) -> Tensor:
+        """Return the vectors of all fields of `features`, whose tables start at `starts`."""
+        batch, n, n_single = features.batch, len(starts), features.single.shape[1]
         parts = []
-        if self.n_single:
-            parts.append(F.embedding(features.single + self.table_starts[: self.n_single], self.embedding))
-        if n > self.n_single:
+        if n_single:
+            parts.append(self._rows(features.single + starts[:n_single]))
+        if n > n_single:
             # Bags are field-major: field f's values are contiguous, and bag f * batch + b is row b's.
-            ends = (
-                features.multi_offsets[batch::batch] if batch else features.multi_offsets.new_zeros(n - self.n_single)
-            )
+            ends = features.multi_offsets[batch::batch] if batch else features.multi_offsets.new_zeros(n - n_single)
             counts = torch.diff(ends, prepend=ends.new_zeros(1))
-            starts = torch.repeat_interleave(self.table_starts[self.n_single :], counts)
-            pooled = F.embedding_bag(
-                features.multi_values + starts,
-                self.embedding,
-                features.multi_offsets,
-                mode="mean",
-                include_last_offset=True,
-            )
-            parts.append(pooled.view(n - self.n_single, batch, self.dim).transpose(0, 1))
+            ids = features.multi_values + torch.repeat_interleave(starts[n_single:], counts)
+            pooled = self._pooled_rows(ids, features.multi_offsets)
+            parts.append(pooled.view(n - n_single, batch, self.dim).transpose(0, 1))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if isinstance(self.embedding, RoundedRows):
+            rows: Tensor = self.embedding(ids)
+            return rows
+        return F.embedding(ids, self.embedding, sparse=self.sparse_gradients)
+
+    def _pooled_rows(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Return the mean of the rows of each bag, zero for an empty one."""
+        if isinstance(self.embedding, RoundedRows):  # torch pools no rounded rows: theirs are looked up before
+            ids, rows, sparse = torch.arange(len(ids), device=ids.device), self.embedding(ids), False
+        else:
+            rows, sparse = self.embedding, self.sparse_gradients
+        return F.embedding_bag(ids, rows, offsets, mode="mean", include_last_offset=True, sparse=sparse)
 
 
 def _cross(embedded: Tensor, pairs: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -76,28 +77,55 @@ class Ranker:
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
 
-    def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    def score(
+        self, batch: Mapping[str, Any], embeddings: Mapping[str, Tensor | NDArray[Any]] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.
 
         Args:
             batch: Column name -> one value per candidate (list or array; None or NaN is missing; in a multi-valued
-                column each is a list of values, or one separated string). Columns that are not features are ignored.
+                column each is a list of values, or one separated string), or a single one that holds for all, as of the
+                user of a request. Columns that are not features are ignored.
+            embeddings: Column name -> vectors that were computed elsewhere, `[candidates, dim]`, or `[1, dim]` for all;
+                float32, float16 or bfloat16. They stand in for the column, which `batch` need not have then; of a
+                multi-valued one they are the mean of its values' vectors.
 
         Returns:
-            Task name -> probability (or expected ratio) of each candidate, float32 `[batch]`.
+            Task name -> probability (or expected ratio) of each candidate, float32 `[candidates]`.
 
         Raises:
-            ValueError: If a feature column is missing, or its length differs from the others'.
+            ValueError: If a feature column is missing, or has neither one row nor as many as the others; if embeddings
+                are of no feature, of another shape or dtype, or not finite, or if none are given for a table that the
+                ranker was saved without.
         """
-        scores = self.score_encoded(self.encoder.encode(batch)).cpu().numpy()
+        given = {column: _vectors(column, vectors) for column, vectors in (embeddings or {}).items()}
+        features = self.encoder.encode(batch, {column: len(vectors) for column, vectors in given.items()})
+        scores = self.score_encoded(features, given).cpu().numpy()
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
 
     @torch.inference_mode()
-    def score_encoded(self, features: EncodedFeatures) -> Tensor:
-        """Score encoded candidates: `[batch, tasks]`, float32, on the device of the ranker's embeddings."""
-        if self.inputs.embedding.device.type != "cpu":
-            features = features.to(self.inputs.embedding.device)
-        x: Tensor = self.inputs(features)
+    def score_encoded(self, features: EncodedFeatures, embeddings: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Score encoded candidates: `[batch, tasks]`, float32, on the device of the ranker's embeddings.
+
+        `embeddings` and errors are those of `CrossedEmbeddings.embed`.
+        """
+        if self.inputs.device.type != "cpu":
+            features = features.to(self.inputs.device)
+        x: Tensor = self.inputs(features, embeddings)
         scores = x.new_empty(len(x), self.mlp.out_features)
         self.mlp.score_into(x, scores)
         return scores
+
+
+def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:
+    """Return a column's given vectors as a tensor of rows; `CrossedEmbeddings` checks the rest."""
+    is_array = isinstance(vectors, np.ndarray) and vectors.dtype in (np.float32, np.float16)
+    if not (is_array or isinstance(vectors, Tensor)) or vectors.ndim != 2:
+        shape = getattr(vectors, "shape", None)
+        got = type(vectors).__name__ if shape is None else f"{vectors.dtype} {list(shape)}"
+        wanted = "a tensor, or an array of float32 or float16, [candidates, dim]"
+        raise InputError(f"embeddings of {column!r}: got {got}, wanted {wanted}")
+    if isinstance(vectors, Tensor):
+        return vectors
+    # torch warns of an array that it could write to but must not; such a one is copied.
+    return torch.from_numpy(np.require(vectors, requirements="W"))

@@ -32,10 +32,11 @@ CALIBRATION_ROWS = 16_384  # of the training days; 4,096 of another split gave e
 Product = Callable[[Tensor], Tensor]
 
 
-def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path) -> dict[str, Any]:
+def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path, embeddings: str = "fp32") -> dict[str, Any]:
     """Freeze a trained trial of sparse sharing to `path`, load it back, and compare it with the trained model.
 
-    The artefact is calibrated on training rows, and its precisions are accepted by their metrics on validation rows.
+    `embeddings` is how the artefact holds them (`ranker.save`), whatever the precision. The artefact is calibrated on
+    training rows, and its precisions are accepted by their metrics on validation rows.
 
     Returns:
         Overlap of the masks per layer, bytes, the largest difference of scores over the test split, what each precision
@@ -47,14 +48,15 @@ def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path) -> dict[str, A
     with torch.inference_mode():
         rows = lab.prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True).epoch(0)
         frozen = frozen.calibrated(model.inputs(next(rows).features))
-    save(Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), frozen), path)
+    save(Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), frozen), path, embeddings)
     rankers = {precision: load(path, precision) for precision in PRECISIONS}
+    trained = Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), rankers["fp32"].mlp)
     masks = {task: model.mlp.mask(task) for task in model.tasks}
     first, *others = masks
     return {
         "overlap": {f"{first} & {other}": overlap(masks[first], masks[other]) for other in others},
         "largest_difference": _largest_difference(lab, model, rankers["fp32"]),
-        "precisions": _precisions(lab, {task: lab.kinds[task] for task in model.tasks}, rankers),
+        "precisions": _precisions(lab, {task: lab.kinds[task] for task in model.tasks}, rankers, trained),
         "bytes": _bytes(model, rankers["fp32"], path),
         "latency": _latency(lab, model, rankers),
         "engine": ops.cpu_engine(),
@@ -71,15 +73,19 @@ def _largest_difference(lab: Laboratory, model: SparseSharing, ranker: Ranker) -
     return dict(zip(model.tasks, largest.tolist(), strict=True))
 
 
-def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str, Ranker]) -> dict[str, dict[str, Any]]:
-    """Judge each precision by the scores that it serves.
+def _precisions(
+    lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str, Ranker], trained: Ranker
+) -> dict[str, dict[str, Any]]:
+    """Judge each precision by the scores that it serves; `trained` has the embeddings as trained, and fp32.
 
     Returns:
         Precision -> the tasks' main metrics on validation and test, the largest difference of a test score from fp32's,
-        the bytes of its prepacked MLP, and whether it is accepted: on validation no metric is worse than fp32's by more
-        than `is_tolerable` allows.
+        the bytes of its prepacked MLP, and whether it is accepted: on validation no metric is worse than that of
+        `trained` by more than `is_tolerable` allows.
     """
     validation, _ = _served(lab, kinds, rankers, "validation")
+    is_rounded = rankers["fp32"].inputs.kind != "fp32"
+    wanted = (_served(lab, kinds, {"fp32": trained}, "validation")[0] if is_rounded else validation)["fp32"]
     test, largest = _served(lab, kinds, rankers, "test")
     return {
         precision: {
@@ -88,7 +94,7 @@ def _precisions(lab: Laboratory, kinds: Mapping[str, str], rankers: Mapping[str,
             "largest_difference": largest[precision],
             "prepacked_bytes": sum(ranker.mlp.prepacked_nbytes.values()),
             "accepted": all(
-                is_tolerable(metric, value, validation["fp32"][task][metric])
+                is_tolerable(metric, value, wanted[task][metric])
                 for task, metrics in validation[precision].items()
                 for metric, value in metrics.items()
             ),
@@ -129,7 +135,7 @@ def _bytes(model: SparseSharing, ranker: Ranker, path: Path) -> dict[str, int]:
     return {
         "dense, one model per task: embeddings": tasks * embedding,
         "dense, one model per task: MLPs": tasks * mlp + head,
-        "embeddings": embedding,
+        "embeddings": ranker.inputs.nbytes,
         "sparse sharing: MLP, canonical": ranker.mlp.nbytes,
         "sparse sharing: MLP, prepacked in memory": sum(ranker.mlp.prepacked_nbytes.values()),
         "artefact on disk": path.stat().st_size,

@@ -250,6 +250,10 @@ def _made(run: _Run) -> str:
         f"{', '.join(f'{rate:g}' for rate in rates)}; matrix products in {config['dtype']} while training; {masks} "
         f"{config['density']:.0%} of the hidden weights{pruned}; {count(config['seeds'], 'seed')}."
     )
+    if config.get("sparse_gradients"):
+        text += " A step moves only the embeddings that its batch looks up."
+    if "embeddings" in config:
+        text += f" The artefact holds embeddings in {config['embeddings']}."
     where = (
         f"`{run.results['command']}`, {run.results['seconds']:.0f} s on {count(machine['cores'], 'core')} "
         f"({machine['architecture']}, {machine['torch_capability']}, engine: {machine['engine']}); lt4rec-sparse "

@@ -153,7 +153,10 @@ def _measured(
         files[S_WEIGHT_LAST] = MODEL_LAST
     progress("freeze and measure", 0, 1)
     lab = laboratory(out)
-    frozen = {row: freeze_and_compare(lab, study.trials[row, 0][0], out / file) for row, file in files.items()}
+    frozen = {
+        row: freeze_and_compare(lab, study.trials[row, 0][0], out / file, settings.embeddings)
+        for row, file in files.items()
+    }
     planted = facts["truth"]["fields"] if "truth" in facts and facts["tasks"].keys() >= PLANTED.keys() else {}
     masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)

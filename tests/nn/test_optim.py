@@ -317,3 +317,108 @@ def test_a_whole_layer_that_was_nobodys_begins_anew():
         for of_layer in optimizer.state_dict()["masked"]:
             assert not of_layer["steps"].any()
             assert not of_layer["exp_avg"].any()
+
+
+# Lazy steps, for sparse gradients
+
+
+class Table(torch.nn.Module):
+    """An embedding table in float64, looked up with a sparse gradient or a dense one, beside a masked MLP."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = torch.nn.Parameter(torch.randn(5, 3, generator=generator, dtype=torch.float64))
+        self.mlp = MaskedMLP(3, hidden=(2,)).double()
+
+    def forward(self, ids: list[int], sparse: bool) -> torch.Tensor:
+        return torch.nn.functional.embedding(torch.tensor(ids, dtype=torch.int64), self.rows, sparse=sparse)
+
+
+lookups = st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=7), st.booleans()), min_size=1, max_size=10)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**31), steps=lookups, decay=st.sampled_from([0.0, 0.1]), reload=st.booleans())
+def test_a_lazy_step_moves_the_rows_that_are_looked_up_as_adam_and_no_other_by_a_bit(seed, steps, decay, reload):
+    """Against a naive scalar Adam per number, whose count of steps is the table's, lazy and dense steps mixed."""
+    model, rate = Table(seed), 0.01
+    model.rows.data[0] = -0.0  # that `w -= 0` would change
+    optimizer = MaskedAdam(model, learning_rate=rate, weight_decay=decay)
+    naive = [[NaiveAdam(value, rate, decay) for value in row] for row in model.rows.tolist()]
+    generator = torch.Generator().manual_seed(seed)
+    for count, (ids, sparse) in enumerate(steps):
+        slopes = torch.randn(len(ids), 3, generator=generator, dtype=torch.float64)
+        before = model.rows.detach().clone().view(torch.int64)
+        optimizer.zero_grad()
+        (model(ids, sparse) * slopes).sum().backward()
+        assert model.rows.grad.is_sparse == sparse
+        optimizer.step()
+        for row, scalars in enumerate(naive):
+            if sparse and row not in ids:
+                assert torch.equal(model.rows.detach().view(torch.int64)[row], before[row])
+                continue
+            mine = [slopes[i].tolist() for i, looked_up in enumerate(ids) if looked_up == row]
+            for scalar, *gradients in zip(scalars, *mine, strict=True):
+                scalar.t = count
+                scalar.step(sum(gradients))
+        if reload:
+            file = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+            model = Table(seed + 1)
+            optimizer = MaskedAdam(model)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+    wanted = torch.tensor([[scalar.value for scalar in row] for row in naive], dtype=torch.float64)
+    # At most 10 steps of about 20 roundings each and of 6 sums, on values near 1, in the dtype of the state (float64).
+    assert ((model.rows - wanted).abs() <= 10 * 26 * 2.0**-53 * (1 + wanted.abs())).all()
+
+
+@given(rows=st.integers(1, 40), dim=st.integers(1, 19), decay=st.sampled_from([0.0, 0.1]))
+def test_a_lazy_step_of_all_rows_is_the_plain_step_to_the_bit(rows, dim, decay):
+    found = []
+    for sparse in (True, False):
+        generator = torch.Generator().manual_seed(rows)
+        table = torch.nn.Embedding(rows, dim, sparse=sparse)
+        torch.nn.init.normal_(table.weight, generator=generator)
+        optimizer = MaskedAdam(table, 0.01, weight_decay=decay)
+        for _ in range(3):
+            ids = torch.randperm(rows, generator=generator)
+            optimizer.zero_grad()
+            (table(ids) * torch.randn(rows, dim, generator=generator)).sum().backward()
+            optimizer.step()
+        found.append((table.weight, optimizer.state_dict()["free"][0]))
+    (weight, state), (plain_weight, plain_state) = found
+    assert torch.equal(weight, plain_weight)
+    assert all(torch.equal(state[name], plain_state[name]) for name in plain_state)
+
+
+def test_a_resumed_lazy_training_ends_bit_for_bit_where_an_uninterrupted_does():
+    def steps(table, optimizer, seeds):
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            optimizer.zero_grad()
+            ids = torch.randint(1000, (64,), generator=generator)
+            table(ids).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    whole = torch.nn.Embedding(1000, 16, sparse=True)
+    cut = copy.deepcopy(whole)
+    steps(whole, MaskedAdam(whole), range(6))
+    first = MaskedAdam(cut)
+    steps(cut, first, range(3))
+    resumed = copy.deepcopy(cut)
+    second = MaskedAdam(resumed)
+    second.load_state_dict(first.state_dict())
+    steps(resumed, second, range(3, 6))
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_a_sparse_gradient_that_names_single_numbers_is_refused():
+    table = torch.nn.Embedding(4, 3)
+    table.weight.grad = torch.eye(4, 3).to_sparse()
+    with pytest.raises(ValueError, match="gradient: got sparse_dim 2, wanted 1, which names whole rows"):
+        MaskedAdam(table).step()

@@ -141,7 +141,97 @@ def test_a_table_that_nothing_was_fitted_to_is_saved_loaded_and_scores(tmp_path,
         assert np.array_equal(loaded.score(batch)["ctr"], ranker.score(batch)["ctr"])
 
 
+# How embeddings are held
+
+
+def needed(tables):
+    """Vectors of some rows for the columns of some tables, as a store of the trained embeddings would answer."""
+    ranker = load(VERSION_1)
+    features, inputs = ranker.encoder.encode(EXPECTED["candidates"]), ranker.inputs
+    vectors = inputs.embed(features)
+    return {field.column: vectors[:, i] for i, field in enumerate(inputs._ordered) if field.table in tables}
+
+
+@pytest.mark.parametrize(("kind", "version"), [("fp32", 1), ("fp16", 1), ("int8", 3)])
+def test_embeddings_stay_as_they_were_written(tmp_path, kind, version):
+    original = load(VERSION_1)
+    save(original, tmp_path / "first.safetensors", embeddings=kind)
+    meta, tensors = contents(tmp_path / "first.safetensors")
+    loaded = load(tmp_path / "first.safetensors")
+    assert (meta["version"], loaded.inputs.kind) == (version, kind)
+    assert loaded.inputs.nbytes == sum(t.nbytes for name, t in tensors.items() if name.startswith("inputs."))
+    dense = Ranker(original.encoder, original.inputs.rounded(kind).rounded("fp32"), original.mlp)
+    for task, scores in loaded.score(EXPECTED["candidates"]).items():
+        assert np.array_equal(scores, dense.score(EXPECTED["candidates"])[task])
+    save(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
+    spans = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "first.safetens" in line]
+    held = loaded.inputs.embedding if kind == "fp32" else loaded.inputs.embedding.values
+    ends = [[int(end, 16) for end in span.split("-")] for span in spans]
+    assert any(first <= held.data_ptr() < last for first, last in ends), "read from the mapped file"
+
+
+def test_in_halves_and_int8_the_file_is_as_small_as_it_says(tmp_path):
+    original = load(VERSION_1)
+    rows, dim = original.inputs.embedding.shape
+    sizes = {kind: rows * (dim + 4) if kind == "int8" else rows * dim * 2 for kind in ("fp16", "int8")}
+    for kind, size in sizes.items():
+        save(original, tmp_path / kind, embeddings=kind)
+        assert load(tmp_path / kind).inputs.nbytes == size
+
+
+def test_the_file_is_specified_to_the_byte(tmp_path):
+    ranker = ranker_of({"colour": ["a", "b"]})
+    ranker.inputs.embedding.data = torch.tensor([[0.0, 0.0], [127.0, -3.0], [0.5, -0.5], [-254.0, 4.0]])
+    save(ranker, tmp_path / "m.safetensors", embeddings="int8")
+    _, tensors = contents(tmp_path / "m.safetensors")
+    assert tensors["inputs.embedding"].tolist() == [[0, 0], [127, -3], [127, -127], [-127, 2]]
+    assert tensors["inputs.embedding"].dtype == torch.int8
+    assert torch.equal(tensors["inputs.scales"], torch.tensor([0.0, 1.0, 0.5 / 127, 2.0]))
+
+
+def test_tables_that_are_elsewhere_are_not_in_the_file(tmp_path):
+    original = load(VERSION_1)
+    tables = list(original.encoder.table_sizes)[:2]
+    save(original, tmp_path / "m.safetensors", without=tables)
+    meta, tensors = contents(tmp_path / "m.safetensors")
+    rows = sum(size for table, size in original.encoder.table_sizes.items() if table not in tables)
+    assert (meta["version"], meta["without"], len(tensors["inputs.embedding"])) == (3, tables, rows)
+    loaded, vectors = load(tmp_path / "m.safetensors"), needed(tables)
+    wanted = original.score(EXPECTED["candidates"])
+    rest = {name: values for name, values in EXPECTED["candidates"].items() if name not in vectors}
+    for task, scores in loaded.score(rest, embeddings=vectors).items():
+        assert np.array_equal(scores, wanted[task])
+    with pytest.raises(
+        InputError, match=rf"embeddings of '\w+': got none, .* since table '{tables[0]}' is absent here"
+    ):
+        loaded.score(EXPECTED["candidates"])
+    save(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    save(original, tmp_path / "none.safetensors", "int8", without=list(original.encoder.table_sizes))
+    assert not load(tmp_path / "none.safetensors").inputs.nbytes
+
+
+def test_what_cannot_be_written_leaves_no_file(tmp_path):
+    ranker = load(VERSION_1)
+    with pytest.raises(InputError, match="embeddings: got 'int4', wanted one of fp32, fp16, int8"):
+        save(ranker, tmp_path / "m.safetensors", embeddings="int4")
+    with pytest.raises(InputError, match="table: got 'shoe', wanted one of"):
+        save(ranker, tmp_path / "m.safetensors", without=["shoe"])
+    assert not any(tmp_path.iterdir())
+
+
 # What a file may not hold
+
+
+def in_int8(change):
+    def of_rounded(meta, tensors):
+        rounded = load(VERSION_1).inputs.rounded("int8").embedding
+        tensors |= {"inputs.embedding": rounded.values, "inputs.scales": rounded.scales}
+        meta["version"] = 3
+        change(meta, tensors)
+
+    return of_rounded
 
 
 def changed(tmp_path, change):
@@ -207,6 +297,16 @@ def set_number(name, value):
         (set_number("layers.0.compressed", math.nan), "layers.0.compressed: got NaN or Inf among"),
         (set_number("heads.cvr.bias", math.inf), "heads.cvr.bias: got NaN or Inf among 1 numbers, wanted finite ones"),
         (set_number("inputs.embedding", -math.inf), "inputs.embedding: got NaN or Inf among"),
+        (in_int8(set_number("inputs.scales", math.nan)), "inputs.scales: got NaN or Inf among"),
+        (in_int8(set_number("inputs.scales", -1.0)), "scales: got numbers from -1 to"),
+        (in_int8(set_number("inputs.scales", 3e38)), r"scales: got numbers from .* to 3e\+38, wanted 0 to 2.6"),
+        (in_int8(set_number("inputs.embedding", -128)), "values: got -128, wanted -127 to 127"),
+        (in_int8(lambda meta, tensors: tensors.pop("inputs.scales")), "inputs.scales: is absent"),
+        (in_int8(lambda meta, tensors: tensors.update({"inputs.scales": torch.zeros(2)})), "scales: got torch.float32"),
+        (set_entry("without", value=["shoe"]), r"without: got \['shoe'\], wanted some of"),
+        (set_entry("without", value="video_id"), "without: got 'video_id', wanted some of"),
+        (set_entry("without", value=["video_id", "video_id"]), "without: got .*, wanted some of .*, in order"),
+        (set_entry("without", value=["video_id"]), r"embedding: got torch.float32 \(\d+, 2\), wanted torch.float32"),
     ],
 )
 def test_contents_that_cannot_be_served_are_refused(tmp_path, change, message):
@@ -269,6 +369,7 @@ DTYPES = (
     torch.float16,
     torch.bfloat16,
     torch.uint8,
+    torch.int8,
     torch.int32,
     torch.int64,
     torch.float64,
@@ -326,9 +427,13 @@ def mutate_tensor(data, tensors):
         tensors[name] = tensor
 
 
-@pytest.fixture(scope="module")
-def original():
-    return contents(VERSION_1)
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
+def original(request, tmp_path_factory):
+    if request.param == "fp32":
+        return contents(VERSION_1)
+    path = tmp_path_factory.mktemp("rounded") / "model.safetensors"
+    save(load(VERSION_1), path, request.param, without=["video_id"] if request.param == "int8" else ())
+    return contents(path)
 
 
 @settings(max_examples=8 * settings.default.max_examples)  # 120, or 400 in the check
@@ -349,6 +454,7 @@ def test_whatever_an_artefact_holds_it_is_served_or_refused(original, tmp_path_f
         assert len(str(error)) < 1_000
         return
     batch = {column.name: [None] * 3 for column in ranker.encoder.schema.features}
-    scores = ranker.score(batch)
+    absent = [field.column for field in ranker.inputs.fields if field.table in ranker.inputs.absent]
+    scores = ranker.score(batch, dict.fromkeys(absent, torch.zeros(1, ranker.inputs.dim)))
     assert scores.keys() == set(meta["tasks"])
     assert all(values.shape == (3,) for values in scores.values())

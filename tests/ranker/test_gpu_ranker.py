@@ -45,6 +45,24 @@ def test_a_gpu_scores_as_the_cpu_does(ranker, features):
     assert gpu.precision == "fp32" and gpu.tasks == ranker.tasks
 
 
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_rounded_embeddings_and_given_vectors_move_to_the_gpu(ranker, features, kind):
+    first, *_ = ranker.encoder.fields
+    rounded = Ranker(ranker.encoder, ranker.inputs.rounded(kind), ranker.mlp)
+    dense = Ranker(ranker.encoder, rounded.inputs.rounded("fp32"), ranker.mlp)
+    without = Ranker(ranker.encoder, rounded.inputs.without([first.table]), ranker.mlp)
+    given = {
+        field.column: dense.inputs.embed(features)[:, i]
+        for i, field in enumerate(ranker.encoder.fields)
+        if field.table == first.table
+    }
+    wanted = dense.on_gpu("fp32", device=DEVICE, batch_sizes=(8,)).score_encoded(features)
+    for held, vectors in ((rounded, None), (without, given)):
+        gpu = held.on_gpu("fp32", device=DEVICE, batch_sizes=(8,))
+        assert gpu.inputs.device.type == DEVICE
+        assert_exact(gpu.score_encoded(features, vectors), wanted)
+
+
 def test_it_is_saved_as_the_ranker_that_it_was_made_from(ranker, tmp_path, features):
     gpu = ranker.on_gpu("fp16", device=DEVICE, batch_sizes=(4,))
     save(ranker, tmp_path / "cpu.safetensors")

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_exact, small_integers
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
@@ -102,3 +103,108 @@ def test_width():
 def test_a_field_without_a_table_size_is_named():
     with pytest.raises(ValueError, match=r"without sizes for tables \['tag'\]"):
         CrossedEmbeddings(FIELDS, {"video": 5, "hour": 3})
+
+
+# Rounded embeddings
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+@given(rows)
+def test_rounded_embeddings_are_looked_up_pooled_and_crossed_as_the_floats_that_they_are(kind, batch):
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    rounded = inputs.rounded(kind)
+    dense = rounded.rounded("fp32")
+    assert (inputs.kind, rounded.kind, dense.kind) == ("fp32", kind, "fp32")
+    features = features_of(batch)
+    assert_exact(rounded(features), dense(features).detach())
+    if kind == "fp16":
+        assert_exact(dense.embedding.detach(), inputs.embedding.detach().half().float())
+
+
+def test_rounding_changes_nothing_where_nothing_is_to_round():
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    int8 = inputs.rounded("int8")
+    assert int8.rounded("int8") is int8
+    assert (inputs.nbytes, inputs.rounded("fp16").nbytes, int8.nbytes) == (12 * 3 * 4, 12 * 3 * 2, 12 * (3 + 4))
+    with pytest.raises(InputError, match="embeddings: got 'int4', wanted one of fp32, fp16, int8"):
+        inputs.rounded("int4")
+
+
+# Vectors from elsewhere, and tables that are not here
+
+
+COLUMNS = ("video", "hour", "tags", "past")  # as `embed` orders them
+TABLES = dict(zip(COLUMNS, ("video", "hour", "tag", "video"), strict=True))
+
+
+def features_of(batch) -> EncodedFeatures:
+    return encoded([single for single, _, _ in batch], [[row[1] for row in batch], [row[2] for row in batch]])
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@given(rows, st.sets(st.sampled_from(COLUMNS)), st.sets(st.sampled_from(COLUMNS)), st.booleans())
+def test_given_vectors_stand_in_for_the_ids_of_their_columns(kind, batch, columns, once, drop):
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3).rounded(kind)
+    features = features_of(batch)
+    whole = inputs.embed(features).detach()
+    given = {column: whole[:, COLUMNS.index(column)].clone() for column in columns}
+    for column in columns & once if len(batch) else ():
+        given[column] = given[column][:1]
+        whole[:, COLUMNS.index(column)] = given[column]
+    tables = (
+        {TABLES[c] for c in COLUMNS if all(o in columns for o in COLUMNS if TABLES[o] == TABLES[c])} if drop else ()
+    )
+    served = inputs.without(tables)
+    assert served.embedding.nbytes <= inputs.embedding.nbytes
+    assert_exact(served.embed(features, given).detach(), whole)
+    assert served(features, given).shape == (len(batch), inputs.out_features)
+
+
+def test_a_gradient_reaches_vectors_that_are_given():
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    vectors = torch.randn(1, 3, requires_grad=True)
+    features = encoded([[0, 0], [1, 2]], [[[1], []], [[0], [1]]])
+    inputs(features, {"hour": vectors}).sum().backward()
+    assert vectors.grad.abs().sum() > 0
+    assert inputs.embedding.grad[9:].abs().sum() == 0, "no hour was looked up"
+
+
+def test_a_table_is_what_was_trained_wherever_it_goes():
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    assert_exact(inputs.table("tag"), inputs.embedding.detach()[5:9])
+    kept = inputs.without(["video"])
+    assert_exact(kept.table("hour"), inputs.table("hour"))
+    assert_exact(kept.embedding.detach(), inputs.embedding.detach()[5:])
+    assert_exact(inputs.rounded("int8").table("hour"), inputs.rounded("int8").rounded("fp32").table("hour"))
+    assert not kept.without(["tag", "hour"]).nbytes
+    with pytest.raises(InputError, match="table: got 'video', wanted one of tag, hour"):
+        kept.table("video")
+    for make in (lambda: inputs.without(["user"]), lambda: inputs.table("user")):
+        with pytest.raises(InputError, match="table: got 'user', wanted one of video, tag, hour"):
+            make()
+    with pytest.raises(InputError, match="table: got 'user', wanted one of video, tag, hour"):
+        CrossedEmbeddings(FIELDS, SIZES, dim=3, absent=["user"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"user": torch.zeros(2, 3)}, "embeddings: got column 'user', wanted one of video, tags, past, hour"),
+        ({"hour": torch.zeros(3)}, r"embeddings of 'hour': got shape \[3\], wanted \[2, 3\] or \[1, 3\]"),
+        ({"hour": torch.zeros(2, 4)}, r"embeddings of 'hour': got shape \[2, 4\], wanted \[2, 3\]"),
+        ({"hour": torch.zeros(3, 3)}, r"embeddings of 'hour': got shape \[3, 3\], wanted \[2, 3\]"),
+        ({"hour": torch.zeros(2, 3).double()}, "embeddings of 'hour': got torch.float64, wanted one of torch.float32"),
+        ({"hour": torch.full((2, 3), torch.nan)}, "embeddings of 'hour': got NaN or Inf, wanted finite numbers"),
+        (
+            {"video": torch.zeros(2, 3)},
+            r"embeddings of 'past': got none, wanted \[2, 3\], since table 'video' is absent",
+        ),
+        ({}, r"embeddings of 'video': got none, wanted \[2, 3\], since table 'video' is absent here"),
+    ],
+)
+def test_vectors_that_cannot_be_are_refused(given, message):
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3, absent=["video"] if "video" in given or not given else [])
+    with pytest.raises(InputError, match=message):
+        inputs(encoded([[0, 0], [1, 2]], [[[1], []], [[0], [1]]]), given)

@@ -136,6 +136,58 @@ def test_a_candidates_score_does_not_depend_on_the_others(artefact, small_log):
             assert abs(float(alone[task][0]) - float(whole[task][row])) <= 2.0**-20
 
 
+def test_what_a_request_has_once_is_sent_once(artefact, small_log):
+    ranker, batch = load(artefact), candidates(small_log)
+    names = list(batch)[::2]
+    repeated = batch | {name: [batch[name][0]] * 5 for name in names}
+    once = batch | {name: batch[name][:1] for name in names}
+    for task, scores in ranker.score(once).items():
+        assert np.array_equal(scores, ranker.score(repeated)[task])
+    with pytest.raises(InputError, match=r"column '\w+': got 3 rows, wanted 5 as in '\w+', or 1"):
+        ranker.score(batch | {names[-1]: batch[names[-1]][:3]})
+    none = {name: values if name in names else values[:0] for name, values in once.items()}
+    assert all(scores.shape == (0,) for scores in ranker.score(none).values())
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "read only"])
+def test_embeddings_that_are_given_stand_in_for_columns(artefact, small_log, form):
+    ranker, batch = load(artefact), candidates(small_log)
+    embedded, fields = ranker.inputs.embed(ranker.encoder.encode(batch)), ranker.encoder.fields
+    names = [fields[0].column, fields[-1].column]
+    vectors = {field.column: embedded[:, i].clone() for i, field in enumerate(fields) if field.column in names}
+    if form != "tensor":
+        vectors = {name: of_name.numpy().copy() for name, of_name in vectors.items()}
+        for of_name in vectors.values():
+            of_name.flags.writeable = form == "array"
+    rest = {name: values for name, values in batch.items() if name not in names}
+    wanted = ranker.score(batch)
+    for task, scores in ranker.score(rest, vectors).items():
+        assert np.array_equal(scores, wanted[task])
+    everything = {field.column: embedded[:, i] for i, field in enumerate(fields)}
+    for task, scores in ranker.score({}, everything).items():
+        assert np.array_equal(scores, wanted[task])
+    first = {name: of_name[:1] for name, of_name in vectors.items()}
+    assert all(scores.shape == (5,) for scores in ranker.score(rest, first).values())
+
+
+def test_embeddings_that_are_none_are_refused(artefact, small_log):
+    ranker, batch = load(artefact), candidates(small_log)
+    name = ranker.encoder.fields[0].column
+    for vectors, got in (
+        ([[0.0] * 4] * 5, "list"),
+        (np.zeros((5, 4)), r"float64 \[5, 4\]"),
+        (np.zeros((5, 4), np.int32), r"int32 \[5, 4\]"),
+        (np.zeros(4, np.float32), r"float32 \[4\]"),
+        (torch.zeros(4), r"torch.float32 \[4\]"),
+    ):
+        with pytest.raises(InputError, match=rf"embeddings of '{name}': got {got}, wanted a tensor, or an array of"):
+            ranker.score(batch, {name: vectors})
+    with pytest.raises(InputError, match=r"column '\w+': got 5 rows, wanted 3 as in"):
+        ranker.score(batch, {name: torch.zeros(3, 4)})
+    with pytest.raises(InputError, match="embeddings: got column 'shoe', wanted one of"):
+        ranker.score(batch, {"shoe": torch.zeros(5, 4)})
+
+
 def test_a_missing_column_is_named(artefact, small_log):
     batch = candidates(small_log)
     name = next(iter(batch))

@@ -13,7 +13,7 @@ import torch
 from oracle import Layer, assert_rounding, mlp_reference
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker import load
+from lt4rec_sparse.ranker import Ranker, load
 from lt4rec_sparse.ranker.features import SchemaError
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
@@ -217,12 +217,27 @@ def test_precisions_are_accepted_on_validation(finished, lab, monkeypatch):
 
     monkeypatch.setattr(frozen, "_served", judge)
     rankers = {name: load(finished / MODEL, name) for name in served}
-    judged = frozen._precisions(lab, lab.kinds, rankers)
+    judged = frozen._precisions(lab, lab.kinds, rankers, rankers["fp32"])
     assert {precision: found["accepted"] for precision, found in judged.items()} == {
         "fp32": True,
         "bf16": True,
         "int8": False,
     }
+
+
+def test_rounded_embeddings_are_accepted_against_those_that_were_trained(finished, lab, monkeypatch):
+    served = {"fp32": (0.7, 0.1), "bf16": (0.6996, 0.1), "int8": (0.7002, 0.1)}
+
+    def judge(lab, kinds, rankers, split):
+        of = {"fp32": (0.7003, 0.1)} if set(rankers) == {"fp32"} else served
+        found = {name: {"ctr": {"auc": auc}, "cvr": {"mse": mse}} for name, (auc, mse) in of.items()}
+        return found, {name: {} for name in of}
+
+    monkeypatch.setattr(frozen, "_served", judge)
+    trained = load(finished / MODEL)
+    rounded = Ranker(trained.encoder, trained.inputs.rounded("int8"), trained.mlp)
+    judged = frozen._precisions(lab, lab.kinds, dict.fromkeys(served, rounded), trained)
+    assert [found["accepted"] for found in judged.values()] == [True, False, True]
 
 
 @pytest.mark.parametrize(("row", "file"), [(S_WEIGHT, MODEL), (S_WEIGHT_LAST, MODEL_LAST)])
@@ -464,6 +479,43 @@ def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_p
     with pytest.raises(DataError, match="split 'train': got only labels 1 of ctr, wanted 0 and 1"):
         go(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_sparse_gradients_and_rounded_embeddings_of_a_run(small_folder, tmp_path):
+    settings = replace(SETTINGS, masks="random", sparse_gradients=True, embeddings="int8")
+    report = go(small_folder, tmp_path / "run", settings).report.read_text()
+    assert "A step moves only the embeddings that its batch looks up." in report
+    assert "The artefact holds embeddings in int8." in report
+    ranker, results = load(tmp_path / "run" / MODEL), results_of(tmp_path / "run")
+    assert ranker.inputs.kind == "int8"
+    (found,) = results["frozen"].values()
+    assert found["bytes"]["embeddings"] == ranker.inputs.nbytes
+    assert max(found["largest_difference"].values()) > 0
+    lab = Laboratory(Prepared.load(tmp_path / "run" / "data"), tmp_path / "run")
+    (trial,) = (
+        trial
+        for row in Rows(TASKS, settings.training, density=0.2).product("random")
+        for trial in row.trials
+        if trial.masks
+    )
+    model = lab.model(trial)
+    assert model.inputs.sparse_gradients
+    assert model.inputs.rounded("int8").nbytes == ranker.inputs.nbytes
+
+
+def test_a_run_begun_before_later_settings_goes_on_with_their_defaults_alone(tmp_path):
+    config = pin_settings(tmp_path, "log", SETTINGS)
+    assert not {"sparse_gradients", "embeddings"} & config.keys()
+    assert check_settings(tmp_path, "log", SETTINGS) == SETTINGS
+    for change, message in (
+        ({"sparse_gradients": True}, "got sparse_gradients = False, wanted True"),
+        ({"embeddings": "int8"}, "got embeddings = fp32, wanted int8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_settings(tmp_path, "log", replace(SETTINGS, **change))
+    pin_settings(tmp_path, "log", replace(SETTINGS, embeddings="int8"))
+    with pytest.raises(InputError, match="got embeddings = int8, wanted fp32"):
+        check_settings(tmp_path, "log", SETTINGS)
 
 
 def test_fewer_seeds_than_before_drop_none(tmp_path):

@@ -65,6 +65,21 @@ class EncodedFeatures:
         values = self.multi_values.index_select(0, torch.arange(len(shift), device=device) + shift).long()
         return EncodedFeatures(single, values, offsets)
 
+    def of_fields(self, places: Sequence[int]) -> EncodedFeatures:
+        """Return the same rows with the fields at some places alone, in ascending order.
+
+        Places count the single-valued fields, then the multi-valued ones.
+        """
+        n_single, batch = self.single.shape[1], self.batch
+        bags = [place - n_single for place in places if place >= n_single]
+        ends = [(self.multi_offsets[f * batch], self.multi_offsets[(f + 1) * batch]) for f in bags]
+        lengths = [self.multi_offsets[f * batch : (f + 1) * batch + 1].diff() for f in bags]
+        return EncodedFeatures(
+            self.single[:, [place for place in places if place < n_single]],
+            torch.cat([self.multi_values[:0], *(self.multi_values[first:last] for first, last in ends)]),
+            torch.cat([self.multi_offsets[:1], *lengths]).cumsum(0),
+        )
+
     def to(self, device: torch.device | str) -> EncodedFeatures:
         """Return the same rows on `device`."""
         return EncodedFeatures(self.single.to(device), self.multi_values.to(device), self.multi_offsets.to(device))
@@ -133,28 +148,38 @@ class FeatureEncoder:
                 fits[column.table].add(part(column, chunk[column.name])[0])
         return cls(schema, {name: fit.table() for name, fit in fits.items()})
 
-    def encode(self, columns: Mapping[str, Any]) -> EncodedFeatures:
+    def encode(self, columns: Mapping[str, Any], given: Mapping[str, int] | None = None) -> EncodedFeatures:
         """Encode raw columns, in any of the forms that `features.raw` describes.
 
         Args:
-            columns: Every feature column by name, all with the same number of rows; other columns are ignored.
+            columns: Every feature column by name, all with the same number of rows, or with one row, which then holds
+                for all and is encoded once; other columns are ignored.
+            given: Column -> rows of the vectors that replace it: it is not read, its ids are those of missing values.
 
         Returns:
             Int64 ids on the CPU.
 
         Raises:
-            ValueError: If a column is absent, differs from the first in length, or has a value of a wrong type.
+            ValueError: If a column is absent, has another number of rows, or has a value of a wrong type.
         """
-        batch = self._rows(columns)
+        given = given or {}
+        batch = self._rows(columns, given)
         single = np.full((batch, len(self._single)), MISSING, np.int64)
         for place, column in enumerate(self._single):
+            if column.name in given:
+                continue
             values, present = raw_columns.single(column, columns[column.name])
-            single[present, place] = self._tables[column.table].lookup(values)
+            rows = present if len(present) == batch else slice(None) if present[0] else slice(0)
+            single[rows, place] = self._tables[column.table].lookup(values)
         ids, lengths = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
         for column in self._multi:
+            if column.name in given:
+                lengths.append(np.zeros(batch, np.int64))
+                continue
             values, offsets = raw_columns.bags(column, columns[column.name])
-            ids.append(self._tables[column.table].lookup(values))
-            lengths.append(np.diff(offsets))
+            repeats = batch if len(offsets) == 2 else 1
+            ids.append(np.tile(self._tables[column.table].lookup(values), repeats))
+            lengths.append(np.tile(np.diff(offsets), repeats))
         return EncodedFeatures(
             torch.from_numpy(single),
             torch.from_numpy(np.concatenate(ids)),
@@ -180,15 +205,20 @@ class FeatureEncoder:
         schema = Schema.from_dict(meta.get("schema", {}))
         return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
 
-    def _rows(self, columns: Mapping[str, Any]) -> int:
-        rows: dict[str, int] = {}
+    def _rows(self, columns: Mapping[str, Any], given: Mapping[str, int]) -> int:
+        """Return the rows of a batch: those of all columns but for columns of one row."""
+        first, wanted = "", 1
         for column in (*self._single, *self._multi):
-            if column.name not in columns:
+            if column.name not in columns and column.name not in given:
                 raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
-            got = rows[column.name] = raw_columns.rows_of(column, columns[column.name])
-            first, wanted = next(iter(rows.items()))
-            if got != wanted:
-                raise InputError(f"column {column.name!r}: got {got} rows, wanted {wanted} as in {first!r}")
+            name = column.name
+            got = given[name] if name in given else raw_columns.rows_of(column, columns[name])
+            if got == 1:
+                continue
+            if not first:
+                first, wanted = name, got
+            elif got != wanted:
+                raise InputError(f"column {name!r}: got {got} rows, wanted {wanted} as in {first!r}, or 1")
         return wanted
 
 

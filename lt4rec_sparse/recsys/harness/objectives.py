@@ -43,6 +43,8 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
         return f"conflict: got a log that does not carry {DURATION}, wanted it in the schema's carried"
     if trial.model == "esmm" and (len(trial.tasks) != 2 or kinds[trial.tasks[0]] != "binary"):
         return f"esmm: got tasks {', '.join(trial.tasks)}, wanted two, a click and what follows it"
+    if trial.objective == "pcgrad" and trial.training.sparse_gradients:
+        return "pcgrad: got sparse gradients, wanted dense ones, which it projects"
     masks = trial.masks
     if masks is not None and masks.shared is not None:
         owned = masks.search.density_of(trial.tasks[0]) * (masks.shared + len(trial.tasks) * (1 - masks.shared))

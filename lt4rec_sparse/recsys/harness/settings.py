@@ -12,7 +12,8 @@ from typing import Any
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
-from lt4rec_sparse.recsys.harness.trials import Search, Training, check_counts
+from lt4rec_sparse.ranker.rows import EMBEDDINGS
+from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
@@ -35,6 +36,7 @@ class RunSettings:
             which the validation days choose.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
         tasks: Names of the schema's tasks to train, in this order; empty for all but the extra ones.
+        embeddings: How the artefact holds embeddings: "fp32", "fp16" or "int8" (`ranker.save`).
     """
 
     seeds: int = 1
@@ -49,9 +51,13 @@ class RunSettings:
     granularity: str = "16x4"
     tasks: tuple[str, ...] = ()
     dtype: str = "float32"
+    sparse_gradients: bool = False
+    embeddings: str = "fp32"
 
     def __post_init__(self) -> None:
         check_counts(seeds=self.seeds)
+        if self.embeddings not in EMBEDDINGS:
+            raise InputError(f"embeddings: got {self.embeddings!r}, wanted one of {', '.join(EMBEDDINGS)}")
         if self.masks not in MASKS:
             raise InputError(f"masks: got {self.masks!r}, wanted one of {', '.join(MASKS)}")
         if not self.learning_rates:
@@ -70,6 +76,7 @@ class RunSettings:
             epochs=self.epochs,
             batch_size=self.batch_size,
             dtype=self.dtype,
+            sparse_gradients=self.sparse_gradients,
         )
 
 
@@ -108,7 +115,8 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSetting
         raise InputError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
     if got.get("layout") != LAYOUT:
         raise InputError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
-    for key, value in _config(data, settings).items():
+    got, wanted = {**LATER, **got}, {**LATER, **_config(data, settings)}
+    for key, value in wanted.items():
         if key != "seeds" and got.get(key) != value:
             raise InputError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
     return replace(settings, seeds=max(settings.seeds, got["seeds"]))
@@ -138,5 +146,5 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _config(data: str, settings: RunSettings) -> dict[str, Any]:
-    config: dict[str, Any] = {"layout": LAYOUT, "data": data, **json.loads(json.dumps(asdict(settings)))}
+    config: dict[str, Any] = {"layout": LAYOUT, "data": data, **json.loads(json.dumps(as_before(asdict(settings))))}
     return config

@@ -81,6 +81,7 @@ class Starts:
             training.embedding_dim,
             cross=training.cross,
             exclusive_dim=training.exclusive_dim,
+            sparse_gradients=training.sparse_gradients,
             **options,
         )
 

@@ -19,11 +19,24 @@ SCORED = ("separate", "unanimous")  # those that read the magnitudes of the sing
 KINDS_OF_MASKS = (*SEARCHED, *SCORED, "random", "one_random", "random_separate")
 OBJECTIVES = ("alternating", "joint", "uncertainty", "pcgrad")
 DTYPES = ("float32", "bfloat16")
+LATER: dict[str, Any] = {
+    "sparse_gradients": False,
+    "embeddings": "fp32",
+}  # settings that came later, as all were before
 
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return twelve hexadecimal digits that tell these settings from others."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(json.dumps(as_before(settings), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out later settings, nested ones too, that are as before: older folders are found again by the rest."""
+    return {
+        name: as_before(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in LATER or value != LATER[name]
+    }
 
 
 def _check(value: str, known: tuple[str, ...], name: str) -> None:
@@ -58,6 +71,8 @@ class Training:
         losses: Task -> name of its loss, where it is not the default of the task's kind.
         dtype: The dtype that matrix products compute in while training, "float32" or "bfloat16"; sums and weights are
             float32, and models are judged in float32.
+        sparse_gradients: Whether a step moves only the embeddings that its batch looks up (the lazy step of
+            `MaskedAdam`): its time then does not grow with the tables.
     """
 
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -72,6 +87,7 @@ class Training:
     warm_up: float = 0.0
     losses: tuple[tuple[str, str], ...] = ()
     dtype: str = "float32"
+    sparse_gradients: bool = False
 
     def __post_init__(self) -> None:
         _check(self.dtype, DTYPES, "dtype")

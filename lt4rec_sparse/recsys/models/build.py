@@ -27,6 +27,7 @@ def build(
     *,
     cross: str = "dlrm",
     exclusive_dim: int = 0,
+    sparse_gradients: bool = False,
 ) -> MultiTask:
     """Return a new model by its name, its start drawn from torch's global generator.
 
@@ -39,6 +40,7 @@ def build(
         embedding_dim: Width of an embedding that tasks share.
         cross: One of `inputs.CROSSES`.
         exclusive_dim: Width of a task's own embedding; 0 for none.
+        sparse_gradients: Whether gradients of embeddings are sparse tensors (`CrossedEmbeddings`).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -55,9 +57,9 @@ def build(
             raise ValueError(f"{width}: got {number}, wanted at least {least}")
     inputs: Inputs
     if cross == "dlrm" and not exclusive_dim:
-        inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim)
+        inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim, sparse_gradients=sparse_gradients)
     else:
-        inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim)
+        inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim, sparse_gradients)
     model: MultiTask = CLASSES[name](inputs, tasks, hidden)
     return model
 

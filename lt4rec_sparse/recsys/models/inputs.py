@@ -38,15 +38,16 @@ class TaskInputs(nn.Module):
         dim: int,
         cross: str,
         exclusive_dim: int,
+        sparse_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.cross = cross
         self.embeddings = (
-            MultiviewEmbeddings(fields, table_sizes, tasks, dim, exclusive_dim)
+            MultiviewEmbeddings(fields, table_sizes, tasks, dim, exclusive_dim, sparse_gradients)
             if exclusive_dim
-            else CrossedEmbeddings(fields, table_sizes, dim)
+            else CrossedEmbeddings(fields, table_sizes, dim, sparse_gradients=sparse_gradients)
         )
-        self.first_order = None if cross == "dlrm" else FirstOrder(fields, table_sizes, tasks)
+        self.first_order = None if cross == "dlrm" else FirstOrder(fields, table_sizes, tasks, sparse_gradients)
         self.fields = self.embeddings.fields
 
     @property
@@ -87,9 +88,12 @@ class FirstOrder(nn.Module):
     Source: Cheng et al., Wide & Deep (arXiv 1606.07792), section 3.1.
     """
 
-    def __init__(self, fields: Fields, table_sizes: Mapping[str, int], tasks: Sequence[str]) -> None:
+    def __init__(
+        self, fields: Fields, table_sizes: Mapping[str, int], tasks: Sequence[str], sparse_gradients: bool = False
+    ) -> None:
         super().__init__()
-        self.weights = nn.ModuleDict({task: CrossedEmbeddings(fields, table_sizes, dim=1, std=0.0) for task in tasks})
+        how: dict[str, Any] = {"dim": 1, "std": 0.0, "sparse_gradients": sparse_gradients}
+        self.weights = nn.ModuleDict({task: CrossedEmbeddings(fields, table_sizes, **how) for task in tasks})
 
     def forward(self, features: EncodedFeatures, task: str) -> Tensor:
         """Return one task's logits: `[batch, 1]`."""
@@ -109,11 +113,21 @@ class MultiviewEmbeddings(nn.Module):
     """
 
     def __init__(
-        self, fields: Fields, table_sizes: Mapping[str, int], tasks: Sequence[str], dim: int, exclusive_dim: int
+        self,
+        fields: Fields,
+        table_sizes: Mapping[str, int],
+        tasks: Sequence[str],
+        dim: int,
+        exclusive_dim: int,
+        sparse_gradients: bool = False,
     ) -> None:
         super().__init__()
-        self.shared = CrossedEmbeddings(fields, table_sizes, dim)
-        self.exclusive = nn.ModuleDict({task: CrossedEmbeddings(fields, table_sizes, exclusive_dim) for task in tasks})
+
+        def tables(width: int) -> CrossedEmbeddings:
+            return CrossedEmbeddings(fields, table_sizes, width, sparse_gradients=sparse_gradients)
+
+        self.shared = tables(dim)
+        self.exclusive = nn.ModuleDict({task: tables(exclusive_dim) for task in tasks})
         self.fields = self.shared.fields
         self.dim = dim + exclusive_dim
 

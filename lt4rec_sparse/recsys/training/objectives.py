@@ -114,6 +114,8 @@ class Projected:
         gradients = []
         for loss in losses.values():
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if any(g is not None and g.is_sparse for g in found):
+                raise ValueError("gradients: got a sparse one, wanted dense ones to project")
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
         optimizer.zero_grad()
         for parameter, gradient in zip(parameters, self.project(gradients), strict=True):

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.harness.objectives import obstacle
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.models import Conflict
 
@@ -28,6 +29,23 @@ def test_every_setting_is_in_the_key():
     keys = {TRIAL.key, *(other.key for other in OTHERS.values())}
     assert len(keys) == 1 + len(OTHERS)
     assert replace(TRIAL).key == TRIAL.key
+
+
+def test_settings_that_came_later_leave_older_names_as_they_were():
+    before = Trial("sparse_sharing", ("ctr", "cvr"), training=Training(warm_up=0.5), masks=Masks())
+    assert before.key == "sparse_sharing-beb538c47f03-seed_0", "as before there were sparse gradients"
+    assert before.masks.search.folder("ctr") == "rounds-6809e0223a1d"
+    later = replace(before, training=replace(before.training, sparse_gradients=True))
+    assert later.key != before.key
+    assert Search(Training(sparse_gradients=True)).folder("ctr") != Search().folder("ctr")
+
+
+def test_pcgrad_projects_no_sparse_gradients():
+    trial = Trial("shared_bottom", ("ctr", "cvr"), objective="pcgrad")
+    assert obstacle(trial, {"ctr": "binary", "cvr": "ratio"}, ()) is None
+    sparse = replace(trial, training=Training(sparse_gradients=True))
+    found = obstacle(sparse, {"ctr": "binary", "cvr": "ratio"}, ())
+    assert found == "pcgrad: got sparse gradients, wanted dense ones, which it projects"
 
 
 def test_another_seed_and_rate_change_nothing_else():

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from recsys.models.samples import FIELDS, SIZES, features
+from oracle import assert_exact
+from recsys.models.samples import FIELDS, SIZES, features, with_integers
 from torch import nn
 
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.recsys.models import MODELS, SparseSharing, build, mlp_multiply_adds
+from lt4rec_sparse.recsys.models import CROSSES, MODELS, SparseSharing, build, mlp_multiply_adds
+from lt4rec_sparse.recsys.models.inputs import TaskInputs
 
 TASKS = ("ctr", "cvr")
 K = 4 * 3 + 6  # out_features of the inputs
@@ -92,6 +94,28 @@ def test_counting_leaves_the_model_as_it_was():
     mlp_multiply_adds(model)
     assert torch.equal(model(features()), before)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("exclusive_dim", [0, 2])
+@pytest.mark.parametrize("cross", CROSSES)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "single_task"])
+def test_sparse_gradients_are_those_of_all_embeddings_and_are_the_dense_ones(name, cross, exclusive_dim):
+    torch.manual_seed(0)
+    model = new(name, cross=cross, exclusive_dim=exclusive_dim, sparse_gradients=True)
+    plain = new(name, cross=cross, exclusive_dim=exclusive_dim)
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        with_integers(each.inputs)
+        views = each.inputs(features(), TASKS) if isinstance(each.inputs, TaskInputs) else each.inputs(features())
+        parts = [*views[0].values(), *views[1].values()] if isinstance(views, tuple) else [views]
+        sum(part.sum() for part in parts).backward()
+    for parameter, dense in zip(model.inputs.parameters(), plain.inputs.parameters(), strict=True):
+        assert parameter.grad.is_sparse
+        assert not dense.grad.is_sparse
+        assert_exact(parameter.grad.to_dense(), dense.grad)
+    model.zero_grad()
+    model(features()).sum().backward()
+    assert all(p.grad is None or p.grad.is_sparse for p in model.inputs.parameters())
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ LOSSES = {task: loss_of(kind) for task, kind in KINDS.items()}
 ALTERNATING = Alternating(TaskLosses(LOSSES))
 
 
-def new_model(prepared: Prepared, kind=SparseSharing, tasks=("ctr", "cvr")):
+def new_model(prepared: Prepared, kind=SparseSharing, tasks=("ctr", "cvr"), sparse_gradients=False):
     torch.manual_seed(0)
-    model = kind(CrossedEmbeddings(prepared.encoder.fields, prepared.encoder.table_sizes, dim=4), tasks, (16, 8))
+    encoder = prepared.encoder
+    inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, dim=4, sparse_gradients=sparse_gradients)
+    model = kind(inputs, tasks, (16, 8))
     if kind is SparseSharing:
         generator = torch.Generator().manual_seed(1)
         for task in tasks:
@@ -49,9 +51,12 @@ class MachineGoneError(Exception):
     """Stands for a machine that goes away."""
 
 
+@pytest.mark.parametrize("sparse_gradients", [False, True])
 @pytest.mark.parametrize("patience", [0, 1])
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
-def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_log, tmp_path, stop_after, patience):
+def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(
+    small_log, tmp_path, stop_after, patience, sparse_gradients
+):
     def go(model, checkpoint, stop=None):
         def after_batch(batch, done, total):
             if done == stop:
@@ -81,7 +86,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
             "ctr": sum(float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), start, strict=True))
         }
 
-    whole, cut, resumed = new_model(small_log), new_model(small_log), new_model(small_log)
+    whole, cut, resumed = (new_model(small_log, sparse_gradients=sparse_gradients) for _ in range(3))
     records = go(whole, None)
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(MachineGoneError):
@@ -89,6 +94,27 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(small_l
     assert go(resumed, checkpoint)[-2:] == records[-2:]
     assert states_equal(whole, resumed)
     assert not checkpoint.exists()
+
+
+def test_with_sparse_gradients_training_learns_and_moves_what_it_looks_up_alone(small_log):
+    model, validation = new_model(small_log, sparse_gradients=True), small_log.stream("validation", 512, shuffle=False)
+    before, start = evaluate(model, validation, KINDS)["all"], model.inputs.embedding.detach().clone()
+    stream, seen = small_log.stream("train", 128, seed=0), torch.zeros(len(start), dtype=torch.bool)
+
+    def see(batch, done, total):
+        starts, n_single = model.inputs.table_starts, batch.features.single.shape[1]
+        seen[batch.features.single + starts[:n_single]] = True
+        ends = batch.features.multi_offsets[batch.batch :: batch.batch]
+        bags = torch.repeat_interleave(starts[n_single:], ends.diff(prepend=ends.new_zeros(1)))
+        seen[batch.features.multi_values + bags] = True
+
+    train(model, MaskedAdam(model, 3e-3), stream, ALTERNATING, epochs=1, after_batch=see)
+    moved = (model.inputs.embedding != start).any(1)
+    assert torch.equal(moved, seen), "every row looked up has a gradient, no other moves"
+    assert not seen.all()
+    after = evaluate(model, validation, KINDS)["all"]
+    assert after["ctr"]["auc"] > max(before["ctr"]["auc"], 0.55)
+    assert after["cvr"]["mse"] < before["cvr"]["mse"]
 
 
 def test_a_step_for_one_task_leaves_the_other_tasks_weights_alone(small_log):

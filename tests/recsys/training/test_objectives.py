@@ -105,6 +105,15 @@ def test_a_joint_step_is_the_sum_of_the_tasks_steps(model, batch):
     assert_same({n: g for n, g in projected.items() if g.any()}, {n: g for n, g in joint.items() if g.any()})
 
 
+def test_sparse_gradients_are_not_projected(batch, small_log):
+    encoder = small_log.encoder
+    inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, dim=4, sparse_gradients=True)
+    sparse = HardSharing(inputs, ("ctr", "cvr"), (8,))
+    projected = Projected(TaskLosses(LOSSES), ("ctr", "cvr"), lambda gradients: gradients[0])
+    with pytest.raises(ValueError, match="gradients: got a sparse one, wanted dense ones to project"):
+        projected.step(sparse, MaskedAdam(sparse), batch)
+
+
 def test_scales_multiply_losses(model, batch):
     plain = gradients(Alternating(TaskLosses(LOSSES)), model, batch)
     scaled = gradients(Alternating(TaskLosses(LOSSES, {"cvr": 4.0})), model, batch)  # a power of two rounds nothing
