@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write(path: str | Path, key: str, meta: Mapping[str, Any], tensors: Mapping[
 
 
 def read(
-    path: str | Path, key: str, wanted: str, versions: Container[Any], dtypes: Container[str] | None = None
+    path: str | Path, key: str, wanted: str, versions: Sequence[int], dtypes: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what `write` wrote: its JSON without the checksum, and its tensors, memory-mapped.
 
@@ -74,7 +74,7 @@ def read(
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 dtype = file.get_slice(name).get_dtype()
                 if dtypes is not None and dtype not in dtypes:
-                    raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {dtypes}")
+                    raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {', '.join(dtypes)}")
                 tensors[name] = _aligned(file.get_tensor(name))
         meta = parse_json(metadata[key], "metadata")
     except ArtefactError:
@@ -82,7 +82,8 @@ def read(
     except (SafetensorError, UnicodeDecodeError, InputError) as error:
         raise ArtefactError(f"{path}: got a damaged file ({error}), wanted {wanted}") from error
     if meta.get("version") not in versions:
-        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted one of {versions}")
+        known = " or ".join(map(str, versions))
+        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {known}")
     if meta.pop("sha256", None) != _digest(meta, tensors):
         raise ArtefactError(f"{path}: the contents do not match their checksum, wanted {wanted} as it was written")
     return meta, tensors

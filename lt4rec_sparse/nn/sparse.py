@@ -281,8 +281,8 @@ class SparseMLP(nn.Module):
         return self._traced(x) if _is_traced(x) else self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        if not x.is_contiguous() and x.stride(1) != 1:
-            x = x.contiguous()
+        if x.stride(1) != 1 and (not x.numel() or not x.is_contiguous()):
+            x = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
         out = torch.empty(x.shape[0], self.out_features, dtype=torch.float32, device=x.device)
         self._executor(x).run(x, out)
         return out

@@ -10,10 +10,10 @@ Tensors (names and bit order of compressed-tensors where it has them):
   `[rows]`, finite and not negative: row i is `scales[i] * embedding[i]`.
 - `encoder.<name>`: vocabularies and bucket borders.
 
-Metadata: one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and activations), `dim`,
-`encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale, zero point] of the
-input of each layer, the head's last), for tables whose embeddings are elsewhere `without` (their names, in order, each
-once), and `sha256` over everything else: the metadata without it and each tensor's name, dtype, shape and bytes.
+Metadata (`checked_file`): one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and
+activations), `dim`, `encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale,
+zero point] of the input of each layer, the head's last), for tables whose embeddings are elsewhere `without` (their
+names, in order, each once), and `sha256`.
 Weights are stored in full precision; how they compute is chosen when the artefact is loaded. All weights and embeddings
 are finite. `codes` were added without a new version: old files lack them, and old readers ignore them. Readers ignore
 unknown keys.
@@ -28,21 +28,16 @@ A loaded ranker reads its weights from the memory-mapped file. Replace the file 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse import network_state
+from lt4rec_sparse import checked_file, network_state
+from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import InputError, shown
-from lt4rec_sparse.files import parse_json, whole_file
 from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
@@ -55,10 +50,6 @@ KEY = "lt4rec_sparse"
 VERSIONS = (1, 2, 3)
 # The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
-
-
-class ArtefactError(InputError):
-    """An artefact that is incomplete, of another kind, or inconsistent."""
 
 
 def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, without: Collection[str] = ()) -> None:
@@ -85,15 +76,12 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     arrays, description = ranker.encoder.to_arrays()
     tensors = network | rows
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     _check_finite(tensors)
     absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
     is_third = "inputs.scales" in rows or bool(absent)
     version = 3 if is_third else 2 if any("block" in layer for layer in of_network["layers"]) else 1
     meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
-    meta["sha256"] = _digest(meta, tensors)
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(meta)})
+    checked_file.write(path, KEY, meta, tensors)
 
 
 def load(path: str | Path, precision: str = "fp32") -> Ranker:
@@ -114,14 +102,7 @@ def load(path: str | Path, precision: str = "fp32") -> Ranker:
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, wanted an artefact (model.safetensors)")
-    meta, tensors = _read(path)
-    if meta.get("version") not in VERSIONS:
-        wanted = " or ".join(map(str, VERSIONS))
-        raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {wanted}")
-    if meta.pop("sha256", None) != _digest(meta, tensors):
-        raise ArtefactError(f"{path}: the contents do not match their checksum, wanted an unaltered artefact")
+    meta, tensors = checked_file.read(path, KEY, "an artefact (model.safetensors)", VERSIONS, DTYPES)
     if precision == "int8" and meta.get("codes") is None:
         raise ArtefactError(f"{path}: got no quantisation parameters, wanted an artefact that is calibrated for int8")
     try:
@@ -156,25 +137,6 @@ def network_from_tensors(tensors: Mapping[str, Tensor], meta: Mapping[str, Any])
     return network
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise ArtefactError(f"{path}: got safetensors of another kind, wanted an artefact of {KEY}")
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in DTYPES:
-                    raise ArtefactError(f"{path}: {name}: got dtype {dtype}, wanted one of {', '.join(DTYPES)}")
-                tensors[name] = _aligned(file.get_tensor(name))
-        return parse_json(metadata[KEY], "metadata"), tensors
-    except ArtefactError:
-        raise
-    except (SafetensorError, UnicodeDecodeError, InputError) as error:
-        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted an artefact") from error
-
-
 def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: str) -> Ranker:
     _check_finite(tensors)
     network = network_from_tensors(tensors, meta)
@@ -207,30 +169,7 @@ def _embedding(tensors: Mapping[str, Tensor]) -> Tensor | RoundedRows:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights and embeddings that are NaN or infinite; the borders of buckets may be infinite."""
+    """Refuse weights and embeddings that are NaN or infinite; the borders of buckets, float64, may be infinite."""
     for name, tensor in tensors.items():
-        if tensor.dtype in VALUE_DTYPES and tensor.numel():
-            low, high = tensor.aminmax()
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise InputError(f"{name}: got NaN or Inf among {tensor.numel()} numbers, wanted finite ones")
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor aligned to its element's size, which safetensors files need not be."""
-    if tensor.data_ptr() % tensor.element_size() == 0:
-        return tensor
-    return _bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a contiguous tensor; torch does not view an empty one in another dtype."""
-    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor).numpy().data)
-    return digest.hexdigest()
+        if tensor.dtype in VALUE_DTYPES:
+            checked_file.check_finite(name, tensor)

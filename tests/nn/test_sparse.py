@@ -424,6 +424,12 @@ def test_dtypes_that_cannot_be_are_refused_and_change_nothing():
     assert mlp.cpu().network.dtype == mlp.float().network.dtype == torch.float32
 
 
+def test_no_rows_in_whatever_strides():
+    mlp = wide_mlp()
+    for x in (torch.empty_strided((0, 300), (0, 0)), torch.empty(300, 0).T, torch.empty(0, 300)[:, ::1]):
+        assert mlp(x).shape == (0, 2)
+
+
 def test_a_backward_pass_is_refused():
     mlp = wide_mlp()
     if ops.cpu_engine() == "reference":

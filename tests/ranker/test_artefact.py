@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
+from lt4rec_sparse import MaskedMLP, Ranker, checked_file, freeze, load, save
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.ranker import ArtefactError
-from lt4rec_sparse.ranker.artefact import KEY, _digest, network_from_tensors, network_to_tensors
+from lt4rec_sparse.ranker.artefact import KEY, network_from_tensors, network_to_tensors
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
@@ -39,8 +39,7 @@ def contents(path):
 def write(path, meta, tensors):
     """Write an artefact with a right checksum, whatever is in it."""
     meta.pop("sha256", None)
-    meta["sha256"] = _digest(meta, tensors)
-    save_file(tensors, path, metadata={KEY: json.dumps(meta)})
+    checked_file.write(path, KEY, meta, tensors)
     return path
 
 

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze, load, save
+from lt4rec_sparse.checked_file import _digest
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.ranker import ArtefactError
-from lt4rec_sparse.ranker.artefact import _digest
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.models import SparseSharing
 
