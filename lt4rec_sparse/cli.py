@@ -280,7 +280,7 @@ def experiment(
     ] = 1.375,
     impressions: Annotated[
         int | None,
-        typer.Option(help="Only for regimes: impressions of the simulated log in the middle. [120000]"),
+        typer.Option(help="Only for regimes: impressions of the simulated log in the middle. [60000]"),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -44,7 +44,7 @@ class Regime:
     less. For the others see `SimulatorConfig`.
     """
 
-    impressions: int = 120_000
+    impressions: int = 60_000
     click_rate: float = 0.1
     conflict: float = 0.5
     planted_fields: int = 2
@@ -69,7 +69,7 @@ def around(middle: Regime) -> dict[str, Regime]:
     changes: dict[str, dict[str, Any]] = {
         "middle": {},
         "a quarter of the rows": {"impressions": middle.impressions // 4},
-        "four times the rows": {"impressions": 4 * middle.impressions},
+        "twice the rows": {"impressions": 2 * middle.impressions},
         "2 % clicks": {"click_rate": 0.02},
         "41 % clicks": {"click_rate": 0.41},
         "no conflict": {"conflict": 0.0},
