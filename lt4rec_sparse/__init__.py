@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
     from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze, report
+    from lt4rec_sparse.onnx import from_onnx, to_onnx
     from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -31,9 +32,11 @@ _HOMES = {
     "SparseLinear": "nn",
     "SparseMLP": "nn",
     "freeze": "nn",
+    "from_onnx": "onnx",
     "load": "ranker",
     "report": "nn",
     "save": "ranker",
+    "to_onnx": "onnx",
 }
 
 __all__ = [
@@ -49,9 +52,11 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "from_onnx",
     "load",
     "report",
     "save",
+    "to_onnx",
 ]
 
 

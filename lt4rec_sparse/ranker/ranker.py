@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lt4rec_sparse.nn import Plan, SparseMLP
+from lt4rec_sparse.nn.dense_module import dense_module
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.ranker.module import RankerModule, SideBySide
 
 
 class Ranker:
@@ -75,6 +77,18 @@ class Ranker:
         """
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
+
+    def to_module(self) -> RankerModule:
+        """Return the ranker from ids on as a module, whose MLP is this one; `padded_ids` makes ids for it.
+
+        Encoding raw values stays with `encoder`. Under `torch.export` the MLP is one operator.
+        """
+        return RankerModule(self.inputs, self.mlp, self.tasks)
+
+    def to_dense(self) -> RankerModule:
+        """Return the ranker from ids on in float32, of plain modules of torch alone: zeros where masks prune."""
+        mlp = SideBySide(dense_module(self.mlp.network, task) for task in self.tasks)
+        return RankerModule(self.inputs, mlp, self.tasks)
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.
