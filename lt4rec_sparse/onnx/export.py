@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, TensorProto, helper
 from torch import nn
@@ -28,9 +29,8 @@ def write(module: nn.Module | Ranker, path: str | Path | None, sparse: bool) -> 
         wanted = "a SparseMLP, a SparseLinear or a Ranker"
         raise TypeError(f"module: got a {type(module).__name__}, wanted {wanted}: its sparse layers one by one")
     if mlp.precision != "fp32":
-        raise ValueError(
-            f"module: got precision {mlp.precision}, wanted fp32, which the file has: to_precision('fp32')"
-        )
+        raise ValueError(f"module: got precision {mlp.precision}, wanted fp32, as the file computes")
+
     try:
         model = _ranker(module, sparse) if isinstance(module, Ranker) else _mlp(mlp, sparse)
         data = b"" if path is None else model.SerializeToString()
@@ -70,7 +70,7 @@ def _ranker(ranker: Ranker, sparse: bool) -> ModelProto:
 def _crossed(writer: Writer, inputs: CrossedEmbeddings, fields: Sequence[Field]) -> str:
     """Add `CrossedEmbeddings` of ids, one input per field, and return the value that enters the MLP."""
     sizes, n = inputs.table_sizes, len(fields)
-    tables = dict(zip(sizes, inputs.embedding.split(list(sizes.values())), strict=True))
+    tables = dict(zip(sizes, torch.split(inputs.embedding, list(sizes.values())), strict=True))
     for name in dict.fromkeys(field.table for field in fields):
         writer.constant(f"tables/{name}", tables[name])
         writer.constant(f"tables/{name}/size", np.array(sizes[name]))

@@ -108,7 +108,8 @@ def _form(graph: Graph, node: NodeProto, forms: Mapping[str, Form]) -> Form | No
     if kind == "Mul":
         return _product(parts[0], parts[1])
     if kind in ("Add", "Sub"):
-        return _sum(parts[0], parts[1] if kind == "Add" else _product(parts[1], {Term(0): -1.0}))
+        sign = 1.0 if kind == "Add" else -1.0
+        return _sum(parts[0], {term: sign * value for term, value in parts[1].items()})
     if kind == "Div" and set(parts[1]) == {Term(0)} and parts[1][Term(0)]:
         return _product(parts[0], {Term(0): 1 / parts[1][Term(0)]})
     if kind == "Pow" and set(parts[1]) == {Term(0)} and parts[1][Term(0)] in (1.0, 2.0, 3.0):
@@ -125,7 +126,8 @@ def _atom(graph: Graph, node: NodeProto, forms: Mapping[str, Form]) -> Form | No
         return None
     if node.op_type == "HardSigmoid":
         alpha, beta = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
-        inner = _sum(_product(inner, {Term(0): alpha}) or {}, {Term(0): beta})
+        scaled = {term: alpha * value for term, value in inner.items()}
+        inner = _sum(scaled, {Term(0): beta})
     if node.op_type == "Clip" and _limits(graph, node) != (0.0, 6.0):
         return None
     return {Term(0, node.op_type, tuple(sorted((term.power, value) for term, value in inner.items()))): 1.0}

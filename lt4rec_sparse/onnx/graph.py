@@ -213,7 +213,7 @@ class Graph:
     def _unpacked(self, tensor: SparseTensorProto) -> tuple[Array, Array]:
         """Return a sparse tensor dense, and which entries it stores."""
         name, shape = tensor.values.name, tuple(tensor.dims)
-        values, indices = _array(tensor.values), numpy_helper.to_array(tensor.indices)
+        values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
         places: tuple[Array, ...] = (indices,)
         if indices.ndim == 2:
             places = tuple(indices.T)

@@ -12,7 +12,6 @@ from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor, nn
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, one_line
 from lt4rec_sparse.onnx.ports import Port
@@ -110,7 +109,7 @@ class OnnxModule(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_sessions"}  # which pickle refuses
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:

@@ -12,7 +12,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.graph import Graph
 
 # What ONNX, NumPy and torch have in common.
-DTYPES = {
+DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.DOUBLE: torch.float64,
     TensorProto.FLOAT16: torch.float16,

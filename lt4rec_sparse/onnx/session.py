@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import onnxruntime
 import torch
 from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor
@@ -15,7 +14,7 @@ def session_of(model: bytes) -> InferenceSession:
     options = quiet()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    return InferenceSession(model, options, ["CPUExecutionProvider"])
 
 
 def to_value(tensor: Tensor) -> OrtValue:

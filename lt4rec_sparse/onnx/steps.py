@@ -13,6 +13,8 @@ from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Graph, one_line
 from lt4rec_sparse.onnx.session import session_of
 
+ELEMENTS = TensorProto.DataType.keys()
+
 
 class Part(NamedTuple):
     """Nodes that ONNX Runtime computes in one run."""
@@ -45,12 +47,13 @@ def steps_of(graph: Graph, calls: Sequence[Call]) -> list[Part | Call]:
 def _placed(graph: Graph, calls: Sequence[Call]) -> tuple[dict[int, int], dict[str, int]]:
     """Return the part of each node that is left, and of each call, by its output, the part after which it runs."""
     inside = {i: call for call in calls for i in call.nodes}
+    needed = _needed(graph, calls)
     made: dict[str, tuple[int, bool]] = {}  # of a value: the part that it is made in or after, and whether by a call
     part_of: dict[int, int] = {}
     part_before: dict[str, int] = {}
     for i, node in enumerate(graph.nodes):
         call = inside.get(i)
-        if call is None and not all(graph.is_constant(name) for name in node.output if name):
+        if call is None and i in needed:
             found = [made[name] for name in graph.reads(i) if name in made]
             part_of[i] = max((part + is_call for part, is_call in found), default=0)
             made.update(dict.fromkeys(node.output, (part_of[i], False)))
@@ -59,6 +62,20 @@ def _placed(graph: Graph, calls: Sequence[Call]) -> tuple[dict[int, int], dict[s
             part_before[call.output] = part
             made[call.output] = (part, True)
     return part_of, part_before
+
+
+def _needed(graph: Graph, calls: Sequence[Call]) -> set[int]:
+    """Return the nodes that decide the outputs or enter a call, without constants."""
+    by_output = {call.output for call in calls}
+    needed: set[int] = set()
+    waiting = [*graph.outputs, *(call.input for call in calls)]
+    while waiting:
+        name = waiting.pop()
+        maker = graph.maker(name)
+        if maker is not None and maker not in needed and name not in by_output and not graph.is_constant(name):
+            needed.add(maker)
+            waiting += graph.reads(maker)
+    return needed
 
 
 def _read_elsewhere(
@@ -92,6 +109,6 @@ def _part(graph: Graph, members: Sequence[int], outputs: Sequence[str], known: d
 def _type_of(graph: Graph, name: str, said: str) -> onnx.TypeProto:
     """Return the type that ONNX Runtime says a value has, such as `tensor(float)`; its shape is not said."""
     element = said.removeprefix("tensor(").removesuffix(")").upper()
-    if element not in TensorProto.DataType.keys():
+    if element not in ELEMENTS:
         raise InputError(f"{graph.where}: value {name!r}: got a {said} between two parts, wanted a tensor")
     return helper.make_tensor_type_proto(TensorProto.DataType.Value(element), None)

@@ -34,8 +34,8 @@ class RankerModule(nn.Module):
         super().__init__()
         self.fields, self.tasks, self.mlp = ordered_fields(inputs), tuple(tasks), mlp
         places = {name: i for i, name in enumerate(inputs.table_sizes)}
-        parts = inputs.embedding.detach().split(list(inputs.table_sizes.values()))
-        self.tables = nn.ModuleList(nn.Embedding(*part.shape, _weight=part) for part in parts)
+        parts = torch.split(inputs.embedding.detach(), list(inputs.table_sizes.values()))
+        self.tables = nn.ModuleList(nn.Embedding(len(part), inputs.dim, _weight=part) for part in parts)
         self._table_of = tuple(places[field.table] for field in self.fields)
         self.register_buffer("pairs", inputs.pairs)
         self.eval().requires_grad_(False)
@@ -44,8 +44,8 @@ class RankerModule(nn.Module):
         """Score candidates.
 
         Args:
-            *ids: One int64 tensor per field, in the order of `fields`: `[batch]`, or `[batch, values]` of a multi-valued
-                field, filled up with -1.
+            *ids: One int64 tensor per field, in the order of `fields`: `[batch]`, or of a multi-valued field
+                `[batch, values]`, filled up with -1.
 
         Returns:
             Task name -> `[batch]`, float32.
