@@ -184,7 +184,7 @@ class Graph:
             [*(value for value in model.graph.input if value.name not in names), *large],
             model.graph.output,
             [tensor for name, tensor in self._dense.items() if name not in dense],
-            value_info=[value for value in model.graph.value_info if value.name not in names],
+            value_info=[v for v in model.graph.value_info if v.name not in names and _has_shape(v)],
         )
         try:
             checked = helper.make_model(skeleton, opset_imports=self._imports, ir_version=max(self.ir_version, 4))
@@ -192,13 +192,13 @@ class Graph:
             inferred = onnx.shape_inference.infer_shapes(checked)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, EncodeError) as error:
             raise self._damaged(error) from error
-        values = (inferred.graph.input, inferred.graph.value_info, inferred.graph.output)
+        values = (inferred.graph.output, inferred.graph.value_info, inferred.graph.input)
         return {value.name: value.type for of_kind in values for value in of_kind}
 
     def _evaluated(self, value: str) -> Array | None:
+        if value in self._sparse:
+            return self._unpacked(self._sparse[value])[0]
         try:
-            if value in self._sparse:
-                return self._unpacked(self._sparse[value])[0]
             if value in self._dense:
                 return _array(self._dense[value])
             maker = self.maker(value)
@@ -291,6 +291,10 @@ def _array(tensor: TensorProto) -> Array | None:
     """Return the values of a tensor, or None of a dtype that NumPy lacks; a view where it can be."""
     array = numpy_helper.to_array(tensor)
     return array if array.dtype.isbuiltin == 1 else None
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
 
 
 def _alive(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:

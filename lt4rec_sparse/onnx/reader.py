@@ -23,7 +23,7 @@ def read(source: str | Path | ModelProto, precision: str = "fp32") -> nn.Module:
     graph = Graph(source)
     inputs = inputs_of(graph)
     steps = steps_of(graph, calls_of(graph, precision))
-    only = steps[0]
-    if len(steps) == 1 and not isinstance(only, Part) and (only.input,) == graph.inputs:
-        return only.module
+    first = steps[0]
+    if len(steps) == len(graph.outputs) == 1 and not isinstance(first, Part) and (first.input,) == graph.inputs:
+        return first.module
     return OnnxModule(inputs, graph.outputs, steps)

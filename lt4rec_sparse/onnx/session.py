@@ -24,4 +24,5 @@ def to_value(tensor: Tensor) -> OrtValue:
 
 def to_tensor(value: OrtValue) -> Tensor:
     """Return ONNX Runtime's tensor as torch's; both share memory."""
-    return torch.from_numpy(value.numpy())
+    tensor = torch.from_numpy(value.numpy())
+    return tensor if tensor.numel() else tensor.clone(memory_format=torch.contiguous_format)  # its strides are 0
