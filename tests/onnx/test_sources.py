@@ -152,7 +152,7 @@ def test_another_dtype_is_left_and_named(dtype):
 
 
 def test_a_dense_graph_is_refused():
-    with pytest.raises(InputError, match="^model: got a graph without pruned linear layers, wanted a Gemm or MatMul"):
+    with pytest.raises(InputError, match=r"^model: got a graph without pruned linear layers, wanted a Gemm or MatMul"):
         from_onnx(of_constants(w=np.ones((12, 16), f32)))
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_model_is_refused_by_one_line(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"m\.onnx: got a file without a graph, wanted an ONNX model"):
         from_onnx(path)
-    with pytest.raises(TypeError, match="source: got a int, wanted a path or an onnx.ModelProto"):
+    with pytest.raises(TypeError, match=r"source: got a int, wanted a path or an onnx\.ModelProto"):
         from_onnx(3)
     old = of_constants(w=WEIGHT)
     old.opset_import[0].version = 6
@@ -200,7 +200,7 @@ def test_a_truncated_file_never_passes(tmp_path):
 
 def test_damage_within_a_graph_is_named():
     unknown = of_constants(node("Nonsense", "i", "w"), i=WEIGHT)
-    with pytest.raises(InputError, match="got a damaged model .*Nonsense"):
+    with pytest.raises(InputError, match=r"got a damaged model .*Nonsense"):
         from_onnx(unknown)
     short = of_constants(w=WEIGHT)
     short.graph.initializer[0].raw_data = short.graph.initializer[0].raw_data[:-4]
@@ -214,7 +214,7 @@ def test_damage_within_a_graph_is_named():
 def test_an_operator_that_onnx_runtime_lacks_is_named():
     nodes = [node("MatMul", "x w", "h"), helper.make_node("Nonsense", ["h"], ["y"], name="n", domain="own")]
     original = model(nodes, {"w": WEIGHT}, {"x": ["batch", 12]}, ["y"])
-    with pytest.raises(InputError, match="got a part that does not run, from Nonsense 'n' on: .*Nonsense"):
+    with pytest.raises(InputError, match=r"got a part that does not run, from Nonsense 'n' on: .*Nonsense"):
         from_onnx(original)
 
 
