@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto
 
 from lt4rec_sparse.network import QuantizationParameters
-from lt4rec_sparse.onnx.graph import Graph
+from lt4rec_sparse.onnx.graph import Graph, attribute
 
 LEAST = {np.dtype(np.uint8): 0, np.dtype(np.int8): -128}  # the value that ours, from 0 to 255, has as 0
 
@@ -37,7 +37,10 @@ def quantized(graph: Graph, value: str) -> Quantized | None:
 
 def _parameters(graph: Graph, node: NodeProto) -> QuantizationParameters | None:
     scale = graph.constant(node.input[1])
-    zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+    if len(node.input) > 2 and node.input[2]:
+        zero = graph.constant(node.input[2])
+    else:  # without a zero point and another dtype
+        zero = None if attribute(node, "output_dtype", 0) else np.zeros((), np.uint8)
     if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.dtype not in LEAST:
         return None
     return QuantizationParameters(float(scale.reshape(())), int(zero.reshape(())) - LEAST[zero.dtype])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import onnx
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper
 
 from lt4rec_sparse.errors import InputError
@@ -98,7 +99,7 @@ def _part(graph: Graph, members: Sequence[int], outputs: Sequence[str], known: d
     try:
         data = model.SerializeToString()
         session = session_of(data)
-    except (ValueError, *RUNTIME_ERRORS) as error:
+    except (ValueError, EncodeError, *RUNTIME_ERRORS) as error:
         raise InputError(f"{graph.where}: got a part that does not run, from {first} on: {one_line(error)}") from error
     for value in session.get_outputs():
         if value.name not in known:

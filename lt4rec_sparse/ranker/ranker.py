@@ -88,7 +88,7 @@ class Ranker:
     def to_dense(self) -> RankerModule:
         """Return the ranker from ids on in float32, of plain modules of torch alone: zeros where masks prune."""
         mlp = SideBySide(dense_module(self.mlp.network, task) for task in self.tasks)
-        return RankerModule(self.inputs, mlp, self.tasks)
+        return RankerModule(self.inputs, mlp.to(self.inputs.embedding.device), self.tasks)
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Score a batch of candidates from raw values.

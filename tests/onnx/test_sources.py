@@ -122,7 +122,7 @@ def test_quantised_weights_are_dequantised_exactly(opset, dtype, by_column):
     module = assert_reads(
         of_constants(node("DequantizeLinear", "q s z", "w", axis=1), opset=opset, q=values, s=scale, z=zero), weight
     )
-    assert module.network.densities[0] < 0.35, "what stands for zero is pruned"
+    assert module.network.densities[0] < 0.35, "what means zero is pruned"
 
 
 def test_a_weight_that_is_quantised_in_the_graph():
