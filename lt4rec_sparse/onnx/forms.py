@@ -14,7 +14,8 @@ from typing import NamedTuple
 from onnx import NodeProto
 from torch import nn
 
-from lt4rec_sparse.onnx.graph import Graph, attribute
+from lt4rec_sparse.onnx.graph import Graph
+from lt4rec_sparse.onnx.source import attribute
 
 # Each constant of a file was rounded to float32, and a coefficient is the product of a few of them.
 ROUNDING = 8 * 2.0**-24

@@ -1,32 +1,23 @@
-"""An ONNX model, read and checked: who makes a value, who reads it, what is constant, and how a part of it runs alone.
-
-What says the same in several ways is brought into one first: functions are inlined, Constant nodes become initializers,
-and a Gemm that transposes its input gets a Transpose before it.
-"""
+"""The values of an ONNX model: which nodes make and read them, which are constant; and nodes as a model of their own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnx.shape_inference
 import onnxruntime
-from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.onnx.source import DAMAGE, Source, damaged, reads_of
 
 Array = NDArray[Any]
 
-LEAST_OPSET = 7  # of ONNX Runtime too
-SMALL = 1024  # elements: initializers of fewer may be shapes, which shape inference reads
 # What ONNX Runtime raises when it reads or runs a graph; they share no base class but Exception.
 RUNTIME_ERRORS = tuple(
     getattr(runtime_errors, name)
@@ -35,43 +26,23 @@ RUNTIME_ERRORS = tuple(
 
 
 class Graph:
-    """The graph of a model, checked.
+    """The values of a model: which nodes make and read them, and which are constant.
 
     Attributes:
-        nodes: In topological order, without Constant nodes and those that decide no output.
-        inputs: The names of inputs that have no initializer; those that have one are constants here.
-        outputs: The names of the outputs.
+        where: What messages begin with.
+        nodes: In topological order; all else here counts them from 0.
+        inputs, outputs: The names of those of the graph.
+        types: Value -> its type, where shape inference knows it.
 
     Args:
-        source: A file, or a model with all its data.
-
-    Raises:
-        FileNotFoundError: If there is no such file, or one that it refers to is absent.
-        InputError: If it is damaged, no ONNX model, or of an operator set older than `LEAST_OPSET`.
+        source: The model.
     """
 
-    def __init__(self, source: str | Path | ModelProto) -> None:
-        model, self.where = _read(source)
-        self.opsets = {entry.domain or "": entry.version for entry in model.opset_import}
-        self.ir_version = model.ir_version
-        if (version := self.opsets.get("", self.opsets.get("ai.onnx", LEAST_OPSET))) < LEAST_OPSET:
-            raise InputError(f"{self.where}: got operator set {version}, wanted {LEAST_OPSET} or a later one")
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
-        self._imports = list(model.opset_import)
-        self._dense = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
-        for tensor in self._dense.values():
-            if tensor.data_location == TensorProto.EXTERNAL:
-                raise InputError(
-                    f"{self.where}: got initializer {tensor.name!r} in another file, wanted its values: give the path"
-                )
-        self.outputs = tuple(value.name for value in model.graph.output)
-        self.nodes = _alive(self._normalised(model.graph), self.outputs)
-        constants = self._dense.keys() | self._sparse.keys()
-        self.inputs = tuple(value.name for value in model.graph.input if value.name not in constants)
-        self.types = self._inferred(model)
-        self._reads = [_reads(node) for node in self.nodes]
+    def __init__(self, source: Source) -> None:
+        self.where, self.nodes, self.types = source.where, source.nodes, source.types
+        self.inputs, self.outputs = source.inputs, source.outputs
+        self._source, self._dense, self._sparse = source, source.dense, source.sparse
+        self._reads = [reads_of(node) for node in self.nodes]
         self._makers = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self._uses: dict[str, list[int]] = {}
         for i, names in enumerate(self._reads):
@@ -128,72 +99,12 @@ class Graph:
             [self._dense[name] for name in names if name in self._dense],
             sparse_initializer=[self._sparse[name] for name in names if name in self._sparse],
         )
-        return helper.make_model(graph, opset_imports=self._imports, ir_version=max(self.ir_version, 4))
+        return helper.make_model(graph, opset_imports=self._source.imports, ir_version=self._source.ir_version)
 
     def named(self, node: int) -> str:
         """Name a node in a message: its operator, and its name or its output."""
         proto = self.nodes[node]
         return f"{proto.op_type} {proto.name or next(iter(proto.output), '')!r}"
-
-    def _normalised(self, graph: GraphProto) -> list[NodeProto]:
-        nodes = []
-        for node in graph.node:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                self._take_constant(node)
-                continue
-            if node.op_type == "Gemm" and (flag := _attribute(node, "transA")) is not None and flag.i:
-                name = f"{node.output[0]}/transposed"
-                nodes.append(helper.make_node("Transpose", [node.input[0]], [name], perm=[1, 0]))
-                copied = NodeProto()
-                copied.CopyFrom(node)
-                copied.input[0] = name
-                next(a for a in copied.attribute if a.name == "transA").i = 0
-                node = copied
-            nodes.append(node)
-        return nodes
-
-    def _take_constant(self, node: NodeProto) -> None:
-        (attribute,), (name,) = node.attribute, node.output
-        if attribute.type == AttributeProto.SPARSE_TENSOR:
-            self._sparse[name] = SparseTensorProto()
-            self._sparse[name].CopyFrom(attribute.sparse_tensor)
-            self._sparse[name].values.name = name
-            return
-        tensor = TensorProto()
-        value = helper.get_attribute_value(attribute)
-        if attribute.type == AttributeProto.TENSOR:
-            tensor.CopyFrom(value)
-        elif attribute.type in (AttributeProto.STRING, AttributeProto.STRINGS):
-            tensor.CopyFrom(numpy_helper.from_array(np.array(value, object)))
-        else:
-            is_float = attribute.type in (AttributeProto.FLOAT, AttributeProto.FLOATS)
-            tensor.CopyFrom(numpy_helper.from_array(np.array(value, np.float32 if is_float else np.int64)))
-        tensor.name = name
-        self._dense[name] = tensor
-
-    def _inferred(self, model: ModelProto) -> dict[str, onnx.TypeProto]:
-        """Check the graph without its large data, which protobuf may not hold at once, and return what types it has."""
-        dense = {name: tensor for name, tensor in self._dense.items() if math.prod(tensor.dims) >= SMALL}
-        large = [helper.make_tensor_value_info(name, t.data_type, list(t.dims)) for name, t in dense.items()]
-        for name, sparse in self._sparse.items():
-            large.append(helper.make_tensor_value_info(name, sparse.values.data_type, list(sparse.dims)))
-        names = {value.name for value in large}
-        skeleton = helper.make_graph(
-            self.nodes,
-            model.graph.name or "graph",
-            [*(value for value in model.graph.input if value.name not in names), *large],
-            model.graph.output,
-            [tensor for name, tensor in self._dense.items() if name not in dense],
-            value_info=[v for v in model.graph.value_info if v.name not in names and _has_shape(v)],
-        )
-        try:
-            checked = helper.make_model(skeleton, opset_imports=self._imports, ir_version=max(self.ir_version, 4))
-            onnx.checker.check_model(checked)
-            inferred = onnx.shape_inference.infer_shapes(checked)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, EncodeError) as error:
-            raise self._damaged(error) from error
-        values = (inferred.graph.output, inferred.graph.value_info, inferred.graph.input)
-        return {value.name: value.type for of_kind in values for value in of_kind}
 
     def _evaluated(self, value: str) -> Array | None:
         if value in self._sparse:
@@ -206,14 +117,17 @@ class Graph:
             model = self.part([maker], [], [value])
             session = onnxruntime.InferenceSession(model.SerializeToString(), quiet(), ["CPUExecutionProvider"])
             result: Array = session.run([value], {})[0]
-        except (ValueError, TypeError, EncodeError, *RUNTIME_ERRORS) as error:
-            raise self._damaged(error, value) from error
+        except (*DAMAGE, *RUNTIME_ERRORS) as error:
+            raise damaged(f"{self.where}: {value}", error) from error
         return result
 
     def _unpacked(self, tensor: SparseTensorProto) -> tuple[Array, Array]:
         """Return a sparse tensor dense, and which entries it stores."""
         name, shape = tensor.values.name, tuple(tensor.dims)
-        values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+        try:
+            values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+        except DAMAGE as error:
+            raise damaged(f"{self.where}: {name}", error) from error
         places: tuple[Array, ...] = (indices,)
         if indices.ndim == 2:
             places = tuple(indices.T)
@@ -244,15 +158,6 @@ class Graph:
                 waiting += self._reads[maker]
         return sorted(nodes)
 
-    def _damaged(self, error: Exception, value: str | None = None) -> InputError:
-        return _damaged(self.where if value is None else f"{self.where}: {value}", error)
-
-
-def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """Return an attribute of a node, or its default."""
-    found = _attribute(node, name)
-    return default if found is None else helper.get_attribute_value(found)
-
 
 def quiet() -> onnxruntime.SessionOptions:
     """Return session options that report errors alone."""
@@ -261,50 +166,10 @@ def quiet() -> onnxruntime.SessionOptions:
     return options
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error of another library, as one line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _attribute(node: NodeProto, name: str) -> AttributeProto | None:
-    return next((a for a in node.attribute if a.name == name), None)
-
-
-def _read(source: str | Path | ModelProto) -> tuple[ModelProto, str]:
-    if isinstance(source, ModelProto):
-        return source, "model"
-    if not isinstance(source, str | Path):
-        raise TypeError(f"source: got a {type(source).__name__}, wanted a path or an onnx.ModelProto")
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such file, wanted an ONNX model")
-    try:
-        model = onnx.load(source)
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        raise _damaged(str(source), error) from error
-    if not model.HasField("graph"):
-        raise InputError(f"{source}: got a file without a graph, wanted an ONNX model")
-    return model, str(source)
-
-
 def _array(tensor: TensorProto) -> Array | None:
     """Return the values of a tensor, or None of a dtype that NumPy lacks; a view where it can be."""
     array = numpy_helper.to_array(tensor)
     return array if array.dtype.isbuiltin == 1 else None
-
-
-def _has_shape(value: onnx.ValueInfoProto) -> bool:
-    return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
-
-
-def _alive(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
-    """Return the nodes that decide the outputs."""
-    needed, alive = set(outputs), []
-    for node in reversed(nodes):
-        if not needed.isdisjoint(node.output):
-            alive.append(node)
-            needed.update(_reads(node))
-    return alive[::-1]
 
 
 def _may_fold(node: NodeProto) -> bool:
@@ -312,24 +177,3 @@ def _may_fold(node: NodeProto) -> bool:
     has_graph = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
     is_random = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial", "Dropout")
     return node.domain in ("", "ai.onnx") and any(node.input) and not has_graph and not is_random
-
-
-def _reads(node: NodeProto) -> tuple[str, ...]:
-    names = [name for name in node.input if name]
-    for a in node.attribute:
-        for graph in [a.g] if a.type == AttributeProto.GRAPH else a.graphs:
-            names += _captured(graph)
-    return tuple(dict.fromkeys(names))
-
-
-def _captured(graph: GraphProto) -> list[str]:
-    """Return what a subgraph reads of the graphs around it."""
-    own = {value.name for value in (*graph.input, *graph.initializer)}
-    own |= {tensor.values.name for tensor in graph.sparse_initializer}
-    own |= {name for node in graph.node for name in node.output}
-    read = [*(name for node in graph.node for name in _reads(node)), *(value.name for value in graph.output)]
-    return [name for name in read if name not in own]
-
-
-def _damaged(where: str, error: Exception) -> InputError:
-    return InputError(f"{where}: got a damaged model ({one_line(error)}), wanted one that ONNX's checker accepts")

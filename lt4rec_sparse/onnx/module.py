@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
-from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, one_line
+from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS
 from lt4rec_sparse.onnx.ports import Port
 from lt4rec_sparse.onnx.session import session_of, to_tensor, to_value
+from lt4rec_sparse.onnx.source import one_line
 from lt4rec_sparse.onnx.steps import Part
 
 

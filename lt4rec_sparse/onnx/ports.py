@@ -27,6 +27,8 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
 }
 
+KINDS = {number: name for name, number in TensorProto.DataType.items()}
+
 
 class Port(NamedTuple):
     """An input of a graph, as it declares it."""
@@ -53,7 +55,7 @@ def _dtype(graph: Graph, kind: str, name: str) -> torch.dtype:
     element = graph.types[name].tensor_type.elem_type
     if element not in DTYPES:
         is_tensor = graph.types[name].HasField("tensor_type")
-        got = f"elements of type {TensorProto.DataType.Name(element)}" if is_tensor else "no tensor"
+        got = f"elements of type {KINDS.get(element, element)}" if is_tensor else "no tensor"
         raise InputError(f"{graph.where}: {kind} {name!r}: got {got}, wanted a tensor of numbers that torch has")
     return DTYPES[element]
 

@@ -8,7 +8,8 @@ import numpy as np
 from onnx import NodeProto
 
 from lt4rec_sparse.network import QuantizationParameters
-from lt4rec_sparse.onnx.graph import Graph, attribute
+from lt4rec_sparse.onnx.graph import Graph
+from lt4rec_sparse.onnx.source import attribute
 
 LEAST = {np.dtype(np.uint8): 0, np.dtype(np.int8): -128}  # the value that ours, from 0 to 255, has as 0
 

@@ -13,6 +13,7 @@ from lt4rec_sparse.onnx.calls import calls_of
 from lt4rec_sparse.onnx.graph import Graph
 from lt4rec_sparse.onnx.module import OnnxModule
 from lt4rec_sparse.onnx.ports import inputs_of
+from lt4rec_sparse.onnx.source import Source
 from lt4rec_sparse.onnx.steps import Part, steps_of
 
 
@@ -20,7 +21,7 @@ def read(source: str | Path | ModelProto, precision: str = "fp32") -> nn.Module:
     """Return a model as `from_onnx` does."""
     if precision not in PRECISIONS:
         raise InputError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    graph = Graph(source)
+    graph = Graph(Source(source))
     inputs = inputs_of(graph)
     steps = steps_of(graph, calls_of(graph, precision))
     first = steps[0]

@@ -11,8 +11,9 @@ from onnx import TensorProto, helper
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
-from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Graph, one_line
+from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Graph
 from lt4rec_sparse.onnx.session import session_of
+from lt4rec_sparse.onnx.source import one_line
 
 ELEMENTS = TensorProto.DataType.keys()
 

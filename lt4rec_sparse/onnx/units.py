@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lt4rec_sparse.onnx.forms import activation_of
-from lt4rec_sparse.onnx.graph import Array, Graph, attribute
+from lt4rec_sparse.onnx.graph import Array, Graph
+from lt4rec_sparse.onnx.source import attribute
 
 
 class Unit(NamedTuple):
