@@ -1,4 +1,4 @@
-"""The values of an ONNX model: which nodes make and read them, which are constant; and nodes as a model of their own."""
+"""The values of an ONNX model: which nodes make and read them, which are constant; nodes as a model of their own."""
 
 from __future__ import annotations
 

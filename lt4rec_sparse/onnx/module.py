@@ -8,14 +8,14 @@ from typing import Any
 
 import onnx
 import torch
-from onnxruntime import InferenceSession, OrtValue
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS
 from lt4rec_sparse.onnx.ports import Port
-from lt4rec_sparse.onnx.session import session_of, to_tensor, to_value
+from lt4rec_sparse.onnx.session import session_of, to_array, to_tensor
 from lt4rec_sparse.onnx.source import one_line
 from lt4rec_sparse.onnx.steps import Part
 
@@ -69,7 +69,7 @@ class OnnxModule(nn.Module):
             ValueError: If one has another device, dtype or shape.
             InputError: If ONNX Runtime cannot compute a part.
         """
-        values: dict[str, Tensor | OrtValue] = dict(self._checked(inputs, named))
+        values: dict[str, Any] = dict(self._checked(inputs, named))
         sessions = iter(self._sessions)
         with torch.no_grad():
             for step, unneeded in zip(self._steps, self._unneeded, strict=True):
@@ -152,14 +152,16 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return len(shape) == len(wanted) and all(w is None or w == s for s, w in zip(shape, wanted, strict=True))
 
 
-def _tensor(value: Tensor | OrtValue) -> Tensor:
+def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else to_tensor(value)
 
 
-def _run(session: InferenceSession, part: Part, values: Mapping[str, Tensor | OrtValue]) -> dict[str, OrtValue]:
-    feed = {name: to_value(v) if isinstance(v := values[name], Tensor) else v for name in part.inputs}
+def _run(session: InferenceSession, part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a part: its outputs are arrays of NumPy, or lists of them, where a value is a sequence."""
+    feed = {name: to_array(v) if isinstance(v := values[name], Tensor) else v for name in part.inputs}
     try:
-        found = session.run_with_ort_values(list(part.outputs), feed)
+        # Not `run_with_ort_values`: with the vector that it returns a run of microseconds takes 0.15 ms.
+        found = session.run(part.outputs, feed)
     except RUNTIME_ERRORS as error:
         raise InputError(f"inputs: got some that the graph does not compute ({one_line(error)})") from error
     return dict(zip(part.outputs, found, strict=True))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from onnxruntime import InferenceSession, OrtValue
+from onnxruntime import InferenceSession
 from torch import Tensor
 
-from lt4rec_sparse.onnx.graph import quiet
+from lt4rec_sparse.onnx.graph import Array, quiet
 
 
 def session_of(model: bytes) -> InferenceSession:
@@ -17,12 +18,13 @@ def session_of(model: bytes) -> InferenceSession:
     return InferenceSession(model, options, ["CPUExecutionProvider"])
 
 
-def to_value(tensor: Tensor) -> OrtValue:
-    """Return a tensor as ONNX Runtime's; both share memory if it is contiguous."""
-    return OrtValue.ortvalue_from_numpy(tensor.detach().contiguous().numpy())
+def to_array(tensor: Tensor) -> Array:
+    """Return a tensor as ONNX Runtime reads it; both share memory if it is contiguous."""
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
 
 
-def to_tensor(value: OrtValue) -> Tensor:
-    """Return ONNX Runtime's tensor as torch's; both share memory."""
-    tensor = torch.from_numpy(value.numpy())
+def to_tensor(array: Array) -> Tensor:
+    """Return what ONNX Runtime computed as a tensor; both share memory."""
+    tensor = torch.from_numpy(np.asarray(array))
     return tensor if tensor.numel() else tensor.clone(memory_format=torch.contiguous_format)  # its strides are 0

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Graph
+from lt4rec_sparse.onnx.ports import DTYPES
 from lt4rec_sparse.onnx.session import session_of
 from lt4rec_sparse.onnx.source import one_line
 
@@ -32,7 +33,7 @@ def steps_of(graph: Graph, calls: Sequence[Call]) -> list[Part | Call]:
     A node is in part `p` if on the way to it parts and calls alternate `p` times; no order has fewer parts.
 
     Raises:
-        InputError: If ONNX Runtime refuses a part, or does not know the type of a value between two of them.
+        InputError: If ONNX Runtime refuses a part, or a value between two of them has a type that NumPy lacks.
     """
     part_of, part_before = _placed(graph, calls)
     steps: list[Part | Call] = [call for call in calls if part_before[call.output] < 0]
@@ -105,6 +106,10 @@ def _part(graph: Graph, members: Sequence[int], outputs: Sequence[str], known: d
     for value in session.get_outputs():
         if value.name not in known:
             known[value.name] = _type_of(graph, value.name, value.type)
+        element = known[value.name].tensor_type.elem_type
+        if element not in (*DTYPES, TensorProto.STRING, TensorProto.UNDEFINED):  # undefined: a sequence or a map
+            got = TensorProto.DataType.Name(element)
+            raise InputError(f"{graph.where}: value {value.name!r}: got {got} between two parts, wanted what NumPy has")
     return Part(data, tuple(inputs), tuple(outputs))
 
 

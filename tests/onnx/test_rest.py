@@ -126,6 +126,38 @@ def test_scalars_and_integers_go_through():
     assert_exact(module(i=i, x=X)[0], module(X, i)[0])
 
 
+def test_sequences_strings_and_scalars_go_from_part_to_part():
+    nodes = [
+        node("SplitToSequence", "x", "pieces", axis=1),
+        node("ReduceSum", "x", "total", keepdims=0),
+        node("Cast", "x", "text", to=TensorProto.STRING),
+        node("Abs", "x", "p"),
+        node("MatMul", "p w", "a"),
+        node("Abs", "a", "b"),
+        node("SequenceAt", "pieces one", "piece"),
+        node("Cast", "text", "numbers", to=FLOAT),
+        node("Add", "b piece", "c"),
+        node("Add", "c numbers", "d"),
+        node("Mul", "d total", "y"),
+    ]
+    module = assert_same(of(nodes, ["y", "total"], one=np.array(1)), X, parts=2, calls=1)
+    assert module(X)[1].shape == ()
+
+
+def test_a_value_that_numpy_lacks_does_not_go_from_part_to_part():
+    nodes = [
+        node("Cast", "x", "h", to=TensorProto.BFLOAT16),
+        node("Abs", "x", "p"),
+        node("MatMul", "p w", "a"),
+        node("Abs", "a", "b"),
+        node("Cast", "b", "c", to=TensorProto.BFLOAT16),
+        node("Concat", "c h", "both", axis=1),
+        node("Cast", "both", "y", to=FLOAT),
+    ]
+    with pytest.raises(InputError, match="value 'h': got BFLOAT16 between two parts, wanted what NumPy has"):
+        from_onnx(of(nodes))
+
+
 def branches(value: str) -> onnx.NodeProto:
     """Return an If whose branches read a value from outside, and a weight."""
     graphs = {}

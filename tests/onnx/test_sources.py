@@ -1,9 +1,14 @@
 """However a file stores a weight it is read exactly, and a file that cannot be read is refused by one line."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import FLOAT, model, node, runtime, sparse_floats, sparse_integers
 from oracle import assert_exact, small_integers
@@ -196,6 +201,27 @@ def test_a_truncated_file_never_passes(tmp_path):
         with pytest.raises(InputError, match=r"m\.onnx") as caught:
             from_onnx(path)
         assert "\n" not in str(caught.value)
+
+
+WHOLE = of_constants(
+    node("Constant", "", "three", value_float=3.0),
+    node("Mul", "q three", "w"),
+    q=WEIGHT,
+    sparse=[stored(np.array([3, 50]), np.ones(2, f32), "more")],
+).SerializeToString()
+
+
+@given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))
+@settings(max_examples=100)
+def test_a_changed_byte_is_one_error_or_another_model(place, byte):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        path.write_bytes(WHOLE[:place] + bytes([byte]) + WHOLE[place + 1 :])
+        try:
+            from_onnx(path)
+        except InputError as error:
+            assert str(error).startswith(str(path))
+            assert "\n" not in str(error)
 
 
 def test_damage_within_a_graph_is_named():
