@@ -79,6 +79,13 @@ def test_every_form_of_a_ranker_scores_alike(batch):
     assert_scores(RANKER, runtime(MODEL, *ids), features)
 
 
+def test_sparse_initializers_score_alike():
+    features = RANKER.encoder.encode(COLUMNS)
+    written = to_onnx(RANKER, sparse=True)
+    assert len(written.graph.sparse_initializer) == 4
+    assert_scores(RANKER, runtime(written, *padded_ids(features)), features)
+
+
 def test_only_single_valued_fields():
     ranker = ranker_of(multi=False)
     features = ranker.encoder.encode({"item": [1, 9], "hour": [None, 5]})
