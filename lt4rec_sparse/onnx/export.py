@@ -30,7 +30,6 @@ def write(module: nn.Module | Ranker, path: str | Path | None, sparse: bool) -> 
         raise TypeError(f"module: got a {type(module).__name__}, wanted {wanted}: its sparse layers one by one")
     if mlp.precision != "fp32":
         raise ValueError(f"module: got precision {mlp.precision}, wanted fp32, as the file computes")
-
     try:
         model = _ranker(module, sparse) if isinstance(module, Ranker) else _mlp(mlp, sparse)
         data = b"" if path is None else model.SerializeToString()
