@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         save_module,
         unfreeze,
     )
+    from lt4rec_sparse.onnx import from_onnx, to_onnx
     from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -43,11 +44,13 @@ _HOMES = {
     "SparseLinear": "nn",
     "SparseMLP": "nn",
     "freeze": "nn",
+    "from_onnx": "onnx",
     "load": "ranker",
     "load_module": "nn",
     "report": "nn",
     "save": "ranker",
     "save_module": "nn",
+    "to_onnx": "onnx",
     "unfreeze": "nn",
 }
 
@@ -64,11 +67,13 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "from_onnx",
     "load",
     "load_module",
     "report",
     "save",
     "save_module",
+    "to_onnx",
     "unfreeze",
 ]
 

@@ -125,6 +125,18 @@ class CrossedEmbeddings(nn.Module):
         rows = self._parts([name])
         return rows.to_dense() if isinstance(rows, RoundedRows) else rows
 
+    def tables(self) -> dict[str, Tensor]:
+        """Return all tables' embeddings, float32 `[rows, dim]` each; those held in float32 share their memory.
+
+        Raises:
+            InputError: If embeddings of a table are elsewhere.
+        """
+        if self.absent:
+            raise InputError(f"embeddings: got none of table {', '.join(sorted(self.absent))}, wanted those of all")
+        held = self.embedding
+        dense = held.to_dense() if isinstance(held, RoundedRows) else held.detach()
+        return dict(zip(self.table_sizes, torch.split(dense, list(self.table_sizes.values())), strict=True))
+
     def rounded(self, kind: str) -> CrossedEmbeddings:
         """Return the same inputs, for serving alone, with their embeddings held as "fp32", "fp16" or "int8".
 

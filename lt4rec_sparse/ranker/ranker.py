@@ -15,6 +15,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.ranker.module import RankerModule
 
 
 class Ranker:
@@ -76,6 +77,24 @@ class Ranker:
         """
         served = self.mlp.on_gpu(precision, plan, device, batch_sizes)
         return Ranker(self.encoder, copy.deepcopy(self.inputs).to(device), served)
+
+    def to_module(self) -> RankerModule:
+        """Return the ranker from ids on as a module, whose MLP is this one; `padded_ids` makes ids for it.
+
+        Encoding raw values stays with `encoder`. Under `torch.export` the MLP is one operator.
+
+        Raises:
+            InputError: If the ranker lacks a table.
+        """
+        return RankerModule(self.inputs, self.mlp, self.tasks)
+
+    def to_dense(self) -> RankerModule:
+        """Return the ranker from ids on in float32, of plain modules of torch alone: zeros where masks prune.
+
+        Raises:
+            InputError: If the ranker lacks a table.
+        """
+        return RankerModule(self.inputs, self.mlp.to_dense().float().to(self.inputs.device), self.tasks)
 
     def score(
         self, batch: Mapping[str, Any], embeddings: Mapping[str, Tensor | NDArray[Any]] | None = None

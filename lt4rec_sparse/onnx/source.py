@@ -1,0 +1,214 @@
+"""An ONNX model as it is read: checked, and what says the same in several ways brought into one.
+
+Functions are inlined, Constant nodes become initializers, nodes that decide no output are left out, and a Gemm that
+transposes its input gets a Transpose before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.shape_inference
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+
+from lt4rec_sparse.errors import InputError
+
+LEAST_OPSET = 7  # of ONNX Runtime too
+SMALL = 1024  # elements: initializers of fewer may be shapes, which shape inference reads
+# What onnx and protobuf raise of a damaged model: they look up dtypes, decode names and read arrays as they go.
+DAMAGE = (
+    DecodeError,
+    EncodeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+)
+
+
+class Source:
+    """A model that ONNX's checker accepts.
+
+    Attributes:
+        where: What messages begin with.
+        nodes: In topological order.
+        dense, sparse: Initializers by name.
+        inputs: The names of inputs that have no initializer; those that have one are constants here.
+        outputs: The names of the outputs.
+        types: Value -> its type, where shape inference knows it.
+        imports, ir_version: What a model of these nodes needs to say.
+
+    Args:
+        source: A file, or a model with all its data.
+
+    Raises:
+        TypeError: If it is neither.
+        FileNotFoundError: If there is no such file.
+        InputError: If it is damaged, no ONNX model, or of an operator set older than `LEAST_OPSET`.
+    """
+
+    def __init__(self, source: str | Path | ModelProto) -> None:
+        model, self.where = _read(source)
+        self.imports, self.ir_version = list(model.opset_import), max(model.ir_version, 4)
+        version = next((entry.version for entry in self.imports if entry.domain in ("", "ai.onnx")), LEAST_OPSET)
+        if version < LEAST_OPSET:
+            raise InputError(f"{self.where}: got operator set {version}, wanted {LEAST_OPSET} or a later one")
+        try:
+            self._take(model)
+        except InputError:
+            raise
+        except DAMAGE as error:
+            raise damaged(self.where, error) from error
+
+    def _take(self, model: ModelProto) -> None:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        for node in model.graph.node:
+            if not all(isinstance(name, str) for name in (node.name, *node.input, *node.output)):
+                raise InputError(f"{self.where}: got a damaged model (a name is no UTF-8), wanted an ONNX model")
+        self.dense = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
+        for tensor in self.dense.values():
+            if tensor.data_location == TensorProto.EXTERNAL:
+                raise InputError(
+                    f"{self.where}: got initializer {tensor.name!r} in another file, wanted its values: give the path"
+                )
+        self.outputs = tuple(value.name for value in model.graph.output)
+        self.nodes = _alive(self._normalised(model.graph), self.outputs)
+        constants = self.dense.keys() | self.sparse.keys()
+        self.inputs = tuple(value.name for value in model.graph.input if value.name not in constants)
+        self.types = self._inferred(model)
+
+    def _normalised(self, graph: GraphProto) -> list[NodeProto]:
+        nodes = []
+        for node in graph.node:
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                self._take_constant(node)
+                continue
+            if node.op_type == "Gemm" and (flag := _attribute(node, "transA")) is not None and flag.i:
+                name = f"{node.output[0]}/transposed"
+                nodes.append(helper.make_node("Transpose", [node.input[0]], [name], perm=[1, 0]))
+                copied = NodeProto()
+                copied.CopyFrom(node)
+                copied.input[0] = name
+                next(a for a in copied.attribute if a.name == "transA").i = 0
+                node = copied
+            nodes.append(node)
+        return nodes
+
+    def _take_constant(self, node: NodeProto) -> None:
+        (attribute,), (name,) = node.attribute, node.output
+        if attribute.type == AttributeProto.SPARSE_TENSOR:
+            self.sparse[name] = SparseTensorProto()
+            self.sparse[name].CopyFrom(attribute.sparse_tensor)
+            self.sparse[name].values.name = name
+            return
+        tensor = TensorProto()
+        value = helper.get_attribute_value(attribute)
+        if attribute.type == AttributeProto.TENSOR:
+            tensor.CopyFrom(value)
+        elif attribute.type in (AttributeProto.STRING, AttributeProto.STRINGS):
+            tensor.CopyFrom(numpy_helper.from_array(np.array(value, object)))
+        else:
+            is_float = attribute.type in (AttributeProto.FLOAT, AttributeProto.FLOATS)
+            tensor.CopyFrom(numpy_helper.from_array(np.array(value, np.float32 if is_float else np.int64)))
+        tensor.name = name
+        self.dense[name] = tensor
+
+    def _inferred(self, model: ModelProto) -> dict[str, onnx.TypeProto]:
+        """Check the graph without its large data, which protobuf may not hold at once, and return what types it has."""
+        dense = {name: tensor for name, tensor in self.dense.items() if math.prod(tensor.dims) >= SMALL}
+        large = [helper.make_tensor_value_info(name, t.data_type, list(t.dims)) for name, t in dense.items()]
+        for name, sparse in self.sparse.items():
+            large.append(helper.make_tensor_value_info(name, sparse.values.data_type, list(sparse.dims)))
+        names = {value.name for value in large}
+        skeleton = helper.make_graph(
+            self.nodes,
+            model.graph.name or "graph",
+            [*(value for value in model.graph.input if value.name not in names), *large],
+            model.graph.output,
+            [tensor for name, tensor in self.dense.items() if name not in dense],
+            value_info=[v for v in model.graph.value_info if v.name not in names and _has_shape(v)],
+        )
+        checked = helper.make_model(skeleton, opset_imports=self.imports, ir_version=self.ir_version)
+        onnx.checker.check_model(checked)
+        inferred = onnx.shape_inference.infer_shapes(checked)
+        values = (inferred.graph.output, inferred.graph.value_info, inferred.graph.input)
+        return {value.name: value.type for of_kind in values for value in of_kind}
+
+
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """Return an attribute of a node, or its default."""
+    found = _attribute(node, name)
+    return default if found is None else helper.get_attribute_value(found)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library, as one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def damaged(where: str, error: Exception) -> InputError:
+    """Return the error that a model is damaged, as another library says."""
+    return InputError(f"{where}: got a damaged model ({one_line(error)}), wanted one that ONNX's checker accepts")
+
+
+def reads_of(node: NodeProto) -> tuple[str, ...]:
+    """Return the values that a node reads, those that its subgraphs capture among them; each once."""
+    names = [name for name in node.input if name]
+    for a in node.attribute:
+        for graph in [a.g] if a.type == AttributeProto.GRAPH else a.graphs:
+            names += _captured(graph)
+    return tuple(dict.fromkeys(names))
+
+
+def _captured(graph: GraphProto) -> list[str]:
+    """Return what a subgraph reads of the graphs around it."""
+    own = {value.name for value in (*graph.input, *graph.initializer)}
+    own |= {tensor.values.name for tensor in graph.sparse_initializer}
+    own |= {name for node in graph.node for name in node.output}
+    read = [*(name for node in graph.node for name in reads_of(node)), *(value.name for value in graph.output)]
+    return [name for name in read if name not in own]
+
+
+def _attribute(node: NodeProto, name: str) -> AttributeProto | None:
+    return next((a for a in node.attribute if a.name == name), None)
+
+
+def _read(source: str | Path | ModelProto) -> tuple[ModelProto, str]:
+    if isinstance(source, ModelProto):
+        return source, "model"
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source: got a {type(source).__name__}, wanted a path or an onnx.ModelProto")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such file, wanted an ONNX model")
+    try:
+        model = onnx.load(source)
+    except DAMAGE as error:
+        raise damaged(str(source), error) from error
+    if not model.HasField("graph"):
+        raise InputError(f"{source}: got a file without a graph, wanted an ONNX model")
+    return model, str(source)
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
+
+
+def _alive(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """Return the nodes that decide the outputs."""
+    needed, alive = set(outputs), []
+    for node in reversed(nodes):
+        if not needed.isdisjoint(node.output):
+            alive.append(node)
+            needed.update(reads_of(node))
+    return alive[::-1]

@@ -1,0 +1,108 @@
+"""A ranker from ids on, as a module of torch: to export, to quantise, to serve elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lt4rec_sparse.ranker.features import EncodedFeatures, Field
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+
+PADDING = -1  # no value; 0 is a value that is missing, which has an embedding
+
+
+class RankerModule(nn.Module):
+    """Every field's ids to every task's scores: what `Ranker.to_module` and `Ranker.to_dense` return.
+
+    Servers put requests together along the first dimension of every tensor. A multi-valued field is therefore padded,
+    and not values with offsets; `padded_ids` makes such ids of what the encoder gives.
+
+    Args:
+        inputs: The embeddings and the cross. The memory of float32 embeddings is shared; rounded ones become float32.
+        mlp: `[batch, in_features]` to `[batch, tasks]`.
+        tasks: The names of the tasks.
+
+    Raises:
+        InputError: If embeddings of a table are elsewhere.
+
+    Attributes:
+        fields: In the order of the ids: single-valued ones first.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, inputs: CrossedEmbeddings, mlp: nn.Module, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.fields, self.tasks, self.mlp = ordered_fields(inputs), tuple(tasks), mlp
+        places = {name: i for i, name in enumerate(inputs.table_sizes)}
+        tables = inputs.tables().values()
+        self.tables = nn.ModuleList(nn.Embedding(len(table), inputs.dim, _weight=table) for table in tables)
+        self._table_of = tuple(places[field.table] for field in self.fields)
+        self.register_buffer("pairs", inputs.pairs)
+        self.eval().requires_grad_(False)
+
+    def forward(self, *ids: Tensor) -> dict[str, Tensor]:
+        """Score candidates.
+
+        Args:
+            *ids: One int64 tensor per field, in the order of `fields`: `[batch]`, or of a multi-valued field
+                `[batch, values]`, filled up with -1.
+
+        Returns:
+            Task name -> `[batch]`, float32.
+
+        Raises:
+            ValueError: If there are not as many tensors as fields, or one has another number of dimensions.
+            IndexError: If an id is not in its table.
+        """
+        if len(ids) != len(self.fields):
+            raise ValueError(f"ids: got {len(ids)} tensors, wanted {len(self.fields)}, one per field")
+        vectors = []
+        for field, table, of_field in zip(self.fields, self._table_of, ids, strict=True):
+            if of_field.dim() != 1 + field.multi:
+                wanted = "[batch, values]" if field.multi else "[batch]"
+                raise ValueError(f"{field.column}: got shape {tuple(of_field.shape)}, wanted {wanted}")
+            vectors.append(_pooled(self.tables[table], of_field) if field.multi else self.tables[table](of_field))
+        embedded = torch.stack(vectors, 1)  # [batch, fields, dim]
+        dots = torch.bmm(embedded, embedded.transpose(1, 2)).flatten(1)
+        x = torch.cat([embedded.flatten(1), dots.index_select(1, self.pairs)], 1)
+        return dict(zip(self.tasks, self.mlp(x).unbind(1), strict=True))
+
+
+def ordered_fields(inputs: CrossedEmbeddings) -> tuple[Field, ...]:
+    """Return the fields in the order in which `CrossedEmbeddings` embeds them: single-valued ones first."""
+    return tuple(sorted(inputs.fields, key=lambda field: field.multi))
+
+
+def padded_ids(features: EncodedFeatures) -> tuple[Tensor, ...]:
+    """Return encoded rows as a `RankerModule` or an exported ranker reads them, one tensor per field.
+
+    Example:
+        >>> features = EncodedFeatures(torch.tensor([[7], [8]]), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
+        >>> [ids.tolist() for ids in padded_ids(features)]
+        [[7, 8], [[1, -1], [2, 3]]]
+
+    Returns:
+        Int64 `[batch]` of each single-valued field; of each multi-valued one `[batch, most values of a row]`, filled up
+        with -1.
+    """
+    batch = features.batch
+    padded = []
+    for f in range((features.multi_offsets.numel() - 1) // batch if batch else 0):
+        offsets = features.multi_offsets[f * batch : (f + 1) * batch + 1]
+        lengths = offsets.diff()
+        places = torch.arange(int(lengths.max()))
+        of_field = torch.full((batch, len(places)), PADDING, dtype=torch.int64)
+        of_field[places < lengths[:, None]] = features.multi_values[int(offsets[0]) : int(offsets[-1])].long()
+        padded.append(of_field)
+    return (*features.single.long().unbind(1), *padded)
+
+
+def _pooled(table: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean embedding of the ids of a row that are no padding; zero if there is none."""
+    is_padding = ids == PADDING
+    rows = table(ids.masked_fill(is_padding, 0)).masked_fill(is_padding.unsqueeze(2), 0.0)
+    mean: Tensor = rows.sum(1) / (~is_padding).sum(1, keepdim=True).clamp(min=1)
+    return mean
