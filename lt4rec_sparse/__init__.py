@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
     from lt4rec_sparse.nn import MaskedAdam, MaskedLinear, MaskedMLP, Plan, SparseLinear, SparseMLP, freeze, report
+    from lt4rec_sparse.nn import mask_linears as mask_linears
     from lt4rec_sparse.ranker import Ranker, load, save
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOMES = {
     "SparseMLP": "nn",
     "freeze": "nn",
     "load": "ranker",
+    "mask_linears": "nn",
     "report": "nn",
     "save": "ranker",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "load",
+    "mask_linears",
     "report",
     "save",
 ]

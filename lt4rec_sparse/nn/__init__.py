@@ -3,6 +3,7 @@
 from lt4rec_sparse.nn.convert import freeze
 from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.masking import mask_linears
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.nn.plan import Plan
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
@@ -16,5 +17,6 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "freeze",
+    "mask_linears",
     "report",
 ]
