@@ -95,10 +95,7 @@ def openvino(model: Model, precision: str) -> Made:
 
 def deepsparse(model: Model) -> Made:
     """Run DeepSparse in its own Python; one command makes many calls, so that the pipe's time does not count."""
-    python = os.environ.get(DEEPSPARSE_PYTHON, "")
-    if shutil.which(python) is None:
-        raise UnavailableError(f"{DEEPSPARSE_PYTHON} names no Python that has DeepSparse: got {python!r}")
-    path = model.path
+    python, path = deepsparse_python(), model.path
     x, y, log = (path.with_suffix(suffix) for suffix in (".x.npz", ".y.npy", ".log"))
     np.savez(x, *(part.numpy() for part in model.inputs.values()))
     child = model.stack.enter_context(
@@ -126,6 +123,14 @@ def deepsparse(model: Model) -> Made:
     run(8)
     calls = max(1, round(DEEPSPARSE_RUN_S * 8 / (time.perf_counter() - start)))
     return Made(partial(run, calls), lambda: torch.from_numpy(np.load(y)), calls)
+
+
+def deepsparse_python() -> str:
+    """Return DeepSparse's Python, or raise an `UnavailableError`."""
+    python = os.environ.get(DEEPSPARSE_PYTHON, "")
+    if shutil.which(python) is None:
+        raise UnavailableError(f"{DEEPSPARSE_PYTHON} names no Python that has DeepSparse: got {python!r}")
+    return python
 
 
 # Ends when its stdin does. The engine prints a banner on stdout, so the answers go to a copy of it.
