@@ -110,9 +110,9 @@ def measured(architecture: Architecture, threads: Sequence[int], settings: dict[
                         found, missing = _opponents(case, s, expected["ours", s])
                         entries += found
                         absent |= missing
-                    contestants = _timed(entries, settings)
+                    calls = _timed(entries, settings)
                 where = {"network": architecture.name, "batch": batch, "threads": n}
-                yield {**where, "contestants": contestants, "absent": absent}
+                yield {**where, "contestants": calls, "absent": absent}
 
 
 def pruned(model: nn.Module, sparsity: float, granularity: str) -> nn.Module:
@@ -197,8 +197,8 @@ def _error(peer: Peer, value: Tensor) -> float:
 
 def at(case: dict[str, Any], sparsity: float) -> dict[str, Any]:
     """Return a case with what has this sparsity, and the dense opponents, which have none."""
-    contestants = case["contestants"]
-    return {**case, "contestants": {n: c for n, c in contestants.items() if c["sparsity"] in (None, sparsity)}}
+    calls = case["contestants"]
+    return {**case, "contestants": {n: c for n, c in calls.items() if c["sparsity"] in (None, sparsity)}}
 
 
 def tables_of(result: dict[str, Any]) -> str:
@@ -243,11 +243,11 @@ def _opponents_table(cases: Sequence[dict[str, Any]]) -> str:
     sparsity = max(SPARSITIES)
     rows = []
     for case in cases:
-        contestants = at(case, sparsity)["contestants"]
+        calls = at(case, sparsity)["contestants"]
         row = _place(case)
         for name, (precision, kind, _) in MAKERS.items():
-            call = contestants.get(name if kind == "dense" else f"{name} {sparsity:.0%}")
-            ours = [contestants[f"{k} {sparsity:.0%} {precision}"]["median_us"] for k in KINDS]
+            call = calls.get(name if kind == "dense" else f"{name} {sparsity:.0%}")
+            ours = [calls[f"{k} {sparsity:.0%} {precision}"]["median_us"] for k in KINDS]
             row.append(" / ".join(f"{call['median_us'] / us:.1f}" for us in ours) if call else "")
         rows.append(row)
     return table([*PLACE, *MAKERS], rows)

@@ -141,9 +141,7 @@ def test_a_name_of_no_network_is_named():
 
 def case(ours: float, dense: float, dense_int8: float) -> dict[str, Any]:
     calls = {"torch fp32": (dense, "fp32", "dense", None), "openvino static int8": (dense_int8, "int8", "dense", None)}
-    for kind, sparsity, precision in [
-        (k, s, p) for k in ("ours", "blocks") for s in (0.8, 0.9) for p in ("fp32", "int8")
-    ]:
+    for kind, sparsity, precision in product(("ours", "blocks"), (0.8, 0.9), ("fp32", "int8")):
         us = ours / (4 if precision == "int8" else 1) / (2 if sparsity == 0.9 else 1)
         calls[f"{kind} {sparsity:.0%} {precision}"] = (us, precision, kind, sparsity)
     return {
