@@ -24,6 +24,7 @@ class Architecture(NamedTuple):
     make: Callable[[], nn.Module]  # called with `inputs`, returns one tensor
     inputs: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # batch -> tensors whose first dimension it is
     batches: tuple[int, ...]
+    tokens: int = 1  # that a row consists of: rows of what enters a linear layer
 
 
 def made(architecture: Architecture, seed: int = 0) -> nn.Module:
@@ -207,8 +208,8 @@ def _numbers_and_ids(batch: int, generator: torch.Generator) -> tuple[Tensor, ..
 _EXPERTS: dict[str, Any] = {"expert_params": {"dims": [256, 128]}, "tower_params_list": [{"dims": [64]}] * 2}
 ROWS = (1, 16, 128)
 ARCHITECTURES = (
-    Architecture("DistilBERT", DistilBert, _ids(30522, TOKENS), (1, 4)),  # 16 sequences take seconds each
-    Architecture("ViT-B block", lambda: TransformerBlock(768, 12, 3072), _numbers(197, 768), (1, 4)),
+    Architecture("DistilBERT", DistilBert, _ids(30522, TOKENS), (1, 4), TOKENS),  # 16 sequences take seconds each
+    Architecture("ViT-B block", lambda: TransformerBlock(768, 12, 3072), _numbers(197, 768), (1, 4), 197),
     Architecture("DLRM", lambda: Dlrm(13, 64, (512, 256), (512, 256)), _numbers_and_ids, ROWS),
     Architecture(
         "DLRM top MLP", lambda: nn.Sequential(*mlp((415, 512, 256, 1)), nn.Sigmoid()), _numbers(415), (*ROWS, 512)
@@ -227,6 +228,7 @@ SMALL = (
         lambda: DistilBert(dim=32, n_heads=2, n_layers=1, hidden_dim=64, vocab_size=50),
         _ids(50, 8),
         (2,),
+        8,
     ),
     Architecture("DLRM", lambda: Dlrm(13, 16, (32,), (32, 16)), _numbers_and_ids, (2,)),
 )
