@@ -10,12 +10,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import cpu, default, embeddings, experiments, frozen, gpu, gpu_bytes, memory, record, tables, training, wide
+from bench import (
+    cpu,
+    default,
+    embeddings,
+    experiments,
+    frozen,
+    gpu,
+    gpu_bytes,
+    memory,
+    networks,
+    record,
+    tables,
+    training,
+    wide,
+)
 
 USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
-    " | frozen [--short] | gpu [--dry OUT] | gpu-bytes | training PREPARED_FOLDER [--short]"
-    " | embeddings RUN_FOLDER [--short]"
+    " | networks [NETWORK ... | --short] | frozen [--short] | gpu [--dry OUT] | gpu-bytes"
+    " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short]"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
@@ -41,6 +55,10 @@ def main(arguments: list[str]) -> int:
             default.run()
         case ["default", "--short"]:
             default.run(is_short=True)
+        case ["networks", "--short"]:
+            networks.run(is_short=True)
+        case ["networks", *names]:
+            networks.run(names)
         case ["frozen"]:
             print(frozen.run())
         case ["frozen", "--short"]:

@@ -22,31 +22,24 @@ the processor lacks what it needs, it raises, or its scores are wrong.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from bench import runtimes
+from bench.runtimes import DEEPSPARSE_PYTHON as DEEPSPARSE_PYTHON
+from bench.runtimes import Array, Made, Model, UnavailableError
 from lt4rec_sparse.stopwatch import Timing, interleaved
 from tests.oracle import UNIT_ROUNDOFF, Bounded, Layer, assert_rounding
-
-Array = NDArray[Any]
-
-DEEPSPARSE_PYTHON = "LT4REC_BENCH_DEEPSPARSE_PYTHON"
-DEEPSPARSE_RUN_S = 0.01  # duration of one command to the other process, whose pipe takes about 50 us
 
 
 class Peer(NamedTuple):
@@ -67,10 +60,6 @@ class Absent(NamedTuple):
     reason: str
 
 
-class UnavailableError(Exception):
-    """An opponent that is only partly installed, or that this processor or this MLP rules out."""
-
-
 class WrongError(Exception):
     """An opponent whose scores are not the MLP's."""
 
@@ -85,14 +74,8 @@ class Case(NamedTuple):
     stack: ExitStack  # for whatever must end with the opponents
 
 
-class Made(NamedTuple):
-    """The part of a `Peer` that only its maker knows."""
-
-    run: Callable[[], object]
-    scores: Callable[[], Tensor]
-    calls: int = 1
-
-
+Of = TypeVar("Of")
+Maker = tuple[str, str, Callable[[Of], Made]]  # precision and kind of a `Peer`, and what makes it of a case
 TORCHS_OWN = ("torch", "mkl", "onednn")
 
 
@@ -114,26 +97,35 @@ def peers(
     Yields:
         The opponents that run, and those that do not, each with its reason.
     """
-    present, absent = [], []
     with ExitStack() as stack:
         case = Case(layers, x, threads, Path(stack.enter_context(TemporaryDirectory())), stack)
         references = {precision: reference(layers, x, precision) for precision in ("fp32", "bf16", "int8")}
-        for name in NAMES if names is None else names:
-            precision, kind, make = _MAKERS[name]
-            try:
-                with torch.inference_mode():
-                    peer = Peer(name, precision, kind, *make(case))
-                check(peer, references[precision])
-            except (ImportError, UnavailableError, WrongError) as error:
-                absent.append(Absent(name, str(error)))
-            except Exception as error:  # code of others: ONNX Runtime's errors derive from nothing narrower
-                if name.partition(" ")[0] in TORCHS_OWN:
-                    raise  # it comes with torch: without it the opponents would be weaker, and nothing would say so
-                first_line = str(error).strip().partition("\n")[0]
-                absent.append(Absent(name, f"raised {type(error).__name__}: {first_line}"))
-            else:
-                present.append(peer)
-        yield present, absent
+        makers = {name: _MAKERS[name] for name in (NAMES if names is None else names)}
+        yield gathered(makers, case, references)
+
+
+def gathered(
+    makers: Mapping[str, Maker[Of]], case: Of, references: Mapping[str, Bounded]
+) -> tuple[list[Peer], list[Absent]]:
+    """Make each opponent of a case and check it; return those that run, and those that do not with their reasons."""
+    found = [_attempt(name, maker, case, references) for name, maker in makers.items()]
+    return [one for one in found if isinstance(one, Peer)], [one for one in found if isinstance(one, Absent)]
+
+
+def _attempt(name: str, maker: Maker[Of], case: Of, references: Mapping[str, Bounded]) -> Peer | Absent:
+    precision, kind, make = maker
+    try:
+        with torch.inference_mode():
+            peer = Peer(name, precision, kind, *make(case))
+        check(peer, references[precision])
+    except (ImportError, UnavailableError, WrongError) as error:
+        return Absent(name, str(error))
+    except Exception as error:  # code of others: ONNX Runtime's errors derive from nothing narrower
+        if name.partition(" ")[0] in TORCHS_OWN:
+            raise  # it comes with torch: without it the opponents would be weaker, and nothing would say so
+        first_line = str(error).strip().partition("\n")[0]
+        return Absent(name, f"raised {type(error).__name__}: {first_line}")
+    return peer
 
 
 def check(peer: Peer, expected: Bounded) -> None:
@@ -314,54 +306,16 @@ def _torch_csr(case: Case) -> Made:
 
 
 def _onnxruntime(case: Case, model: Callable[[Case], Path]) -> Made:
-    """Run a session with both ends bound, which leaves no tensor to make in a call."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = case.threads
-    # Its threads spin during a call, but not into the next opponent's time.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
-    y = _result(case)
-    ends = ort.OrtValue.ortvalue_from_numpy(case.x.numpy()), ort.OrtValue.ortvalue_from_numpy(y)
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("x", ends[0])
-    binding.bind_ortvalue_output("y", ends[1])
-    run = partial(session.run_with_iobinding, binding)
-    return Made(run, lambda: _after(run, ends[1].numpy()))
+    return runtimes.onnxruntime(_model(case, model))
 
 
 def _openvino(case: Case, model: Callable[[Case], Path], precision: str) -> Made:
-    """Reuse one request, on memory that it shares with us."""
-    import openvino as ov
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": case.threads,
-        "NUM_STREAMS": 1,
-    }
-    compiled = ov.Core().compile_model(model(case), "CPU", settings)
-    runs_in = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if runs_in != precision:
-        raise UnavailableError(f"OpenVINO runs in {runs_in} on this processor, not in {precision}")
-    request = compiled.create_infer_request()
-    y = _result(case)
-    # The request does not keep what it is given alive: `ends` does.
-    ends = ov.Tensor(case.x.numpy(), shared_memory=True), ov.Tensor(y, shared_memory=True)
-    request.set_input_tensor(ends[0])
-    request.set_output_tensor(ends[1])
-    run = partial(request.infer, share_outputs=True)
-    return Made(run, lambda: _after(run, ends[1].data))
+    return runtimes.openvino(_model(case, model), precision)
 
 
-def _after(run: Callable[[], object], y: Array) -> Tensor:
-    run()
-    return torch.from_numpy(y.copy())
-
-
-def _result(case: Case) -> Array:
-    return np.full((len(case.x), len(case.layers[-1].weight)), np.nan, dtype=np.float32)
+def _model(case: Case, model: Callable[[Case], Path]) -> Model:
+    shape = len(case.x), len(case.layers[-1].weight)
+    return Model(model(case), {"x": case.x}, shape, case.threads, case.stack)
 
 
 def _gemm_model(case: Case) -> Path:
@@ -526,58 +480,10 @@ def _transposed(case: Case, multiply: Callable[[int, Array], Array]) -> Made:
 
 
 def _deepsparse(case: Case, model: Callable[[Case], Path]) -> Made:
-    """Run DeepSparse in its own Python; one command makes many calls, so that the pipe's time does not count."""
-    python = os.environ.get(DEEPSPARSE_PYTHON, "")
-    if shutil.which(python) is None:
-        raise UnavailableError(f"{DEEPSPARSE_PYTHON} names no Python that has DeepSparse: got {python!r}")
-    path = model(case)
-    x, y, log = (path.with_suffix(suffix) for suffix in (".x.npy", ".y.npy", ".log"))
-    np.save(x, case.x.numpy())
-    child = case.stack.enter_context(
-        subprocess.Popen(
-            [python, "-c", _DEEPSPARSE, str(path), str(x), str(y), str(case.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=case.stack.enter_context(log.open("w")),
-            env=os.environ | {"NM_DISABLE_ANALYTICS": "True"},
-            text=True,
-        )
-    )
-    assert child.stdin is not None and child.stdout is not None
-    commands, answers = child.stdin, child.stdout
-    if not answers.readline():
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise UnavailableError(f"DeepSparse's Python ended with code {child.wait()}: {last}")
-
-    def run(calls: int) -> None:
-        print(calls, file=commands, flush=True)
-        if not answers.readline():
-            raise RuntimeError(f"DeepSparse's Python ended with code {child.wait()}")
-
-    start = time.perf_counter()
-    run(8)
-    calls = max(1, round(DEEPSPARSE_RUN_S * 8 / (time.perf_counter() - start)))
-    return Made(partial(run, calls), lambda: torch.from_numpy(np.load(y)), calls)
+    return runtimes.deepsparse(_model(case, model))
 
 
-# Ends when its stdin does. The engine prints a banner on stdout, so the answers go to a copy of it.
-_DEEPSPARSE = """
-import os, sys
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-import deepsparse, numpy
-model, x, y, threads = sys.argv[1:]
-x = [numpy.load(x)]
-engine = deepsparse.Engine(model, batch_size=len(x[0]), num_cores=int(threads))
-numpy.save(y, engine.run(x)[0])
-print("ready", file=answers, flush=True)
-for calls in sys.stdin:
-    for _ in range(int(calls)):
-        engine.run(x, val_inp=False)
-    print("done", file=answers, flush=True)
-"""
-
-_MAKERS: dict[str, tuple[str, str, Callable[[Case], Made]]] = {
+_MAKERS: dict[str, Maker[Case]] = {
     "torch fp32": ("fp32", "dense", partial(_torch, dtype=torch.float32)),
     "mkl fp32": ("fp32", "dense", _mkl),
     "onednn fp32": ("fp32", "dense", partial(_onednn, dtype=torch.float32)),

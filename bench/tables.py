@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import default, experiments, gpu, record, wide
+from bench import default, experiments, gpu, networks, record, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -283,6 +283,15 @@ def _wide() -> str:
     return _per_machine("wide", wide.table_of)
 
 
+def _networks() -> str:
+    if not (record.RESULTS / "networks.json").exists():
+        return "Not measured yet."
+    parts = []
+    for measured in record.read("networks").values():
+        parts += [f"{_where(measured['machine'])}, engine {measured['engine']}.", networks.tables_of(measured)]
+    return "\n\n".join(parts)
+
+
 def _default() -> str:
     return _per_machine("default", default.table_of)
 
@@ -533,6 +542,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "simulated": _simulated,
     "speed": _speed,
     "wide": _wide,
+    "networks": _networks,
     "default": _default,
     "no_amx": _no_amx,
     "microseconds": _microseconds,

@@ -119,6 +119,14 @@ def test_the_suites_of_wide_layers_and_of_the_default_run_in_their_short_forms()
     assert "| 2 | 20% |" in printed and "The chosen layout takes at most" in printed
 
 
+@needs_engine
+@pytest.mark.bench_short
+def test_the_suite_of_whole_networks_runs_in_its_short_form() -> None:
+    printed = bench("networks", "--short")
+    assert "| DLRM | 2 | 1 |" in printed and "torch compiled fp32" in printed
+    assert "raised" not in printed  # a reason for an absence that we would not know of
+
+
 @pytest.mark.bench_short
 def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     measured = json.loads(bench("training", str(small_log.folder), "--short"))

@@ -5,7 +5,7 @@
 - Ticket search: `search_tickets` trains, prunes and rewinds; `best_ticket` chooses.
 - Random masks: `random_masks` of a density; `random_like` for the densities of tickets. Initial weights behind a sparse
   mask are too small: `scale_to_density`.
-- One training run: `GradualPruning` shrinks a mask, `DropAndGrow` (RigL) exchanges its weights.
+- One training run: `GradualPruning` shrinks the masks of any model, `DropAndGrow` (RigL) exchanges its weights.
 - Controls of sharing between tasks: `one_for_all`, `unanimous`, `separate`, `random_separate`.
 """
 

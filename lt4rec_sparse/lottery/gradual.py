@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from lt4rec_sparse.lottery.pruning import check_granularity, check_scope, prune_by_magnitude, wanted_nnz
-from lt4rec_sparse.nn import MaskedMLP
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.nn import MaskedLinear
 from lt4rec_sparse.nn.optim import MaskedAdam
 
 
 class GradualPruning:
-    """Prune one task's mask little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
+    """Prune a model's masks little by little: `density(p) = d + (1 - d) (1 - p)**3`, `p` from 0 to 1.
 
-    A pruned weight stays pruned, and nothing is rewound: the resulting network is trained, and its mask is a ticket
-    that cost one training run, where `search_tickets` takes one per round.
+    The model is any module with `MaskedLinear` layers of one task: a `MaskedMLP`, or what `mask_linears` made of a
+    model. A pruned weight stays pruned, and nothing is rewound: the resulting network is trained, and its mask is a
+    ticket that cost one training run, where `search_tickets` takes one per round.
 
     Call `after_batch` from the training loop. It has no state of its own: a run that continues from a checkpoint prunes
     like one that was never interrupted.
 
     Example:
+        >>> from lt4rec_sparse import MaskedMLP
         >>> mlp = MaskedMLP(8, hidden=(4,))
         >>> pruning = GradualPruning(mlp, MaskedAdam(mlp), density=0.25)
         >>> for batch in range(100):
@@ -25,8 +31,9 @@ class GradualPruning:
         (1.0, 0.72, 0.25)
 
     Args:
-        mlp: The MLP of one task. Its mask shrinks from its present density to `density`.
-        optimizer: Takes over each new mask (`MaskedAdam.remask`).
+        model: The model. The masks of its layers shrink from their present density to `density`.
+        optimizer: A `MaskedAdam`, which takes over each new mask, or any optimiser of torch. Such a one may still move
+            a pruned weight, by momentum or decay; nothing reads that weight again.
         density: The density at the end: exact for single weights, otherwise what `prune_by_magnitude` keeps for it.
         granularity: What is pruned as a unit, one of `GRANULARITIES`.
         scope: What a quantile is taken over, one of `SCOPES`.
@@ -35,15 +42,16 @@ class GradualPruning:
         every: How many batches lie between two prunings.
 
     Raises:
-        ValueError: If the network has several tasks, or an argument is out of its range.
+        ValueError: If the model has no masked layer, one has several tasks, the optimiser lacks a masked weight, or an
+            argument is out of its range.
 
     Source: Zhu and Gupta (arXiv 1710.01878), equation 1, starting from a full network.
     """
 
     def __init__(
         self,
-        mlp: MaskedMLP,
-        optimizer: MaskedAdam,
+        model: nn.Module,
+        optimizer: MaskedAdam | torch.optim.Optimizer,
         density: float,
         granularity: str = "weight",
         scope: str = "global",
@@ -59,8 +67,17 @@ class GradualPruning:
             raise ValueError(f"begin and end: got {begin} and {end}, wanted 0 <= begin <= end <= 1")
         if every < 1:
             raise ValueError(f"every: got {every}, wanted at least 1")
-        mlp.mask()  # raises if there are several tasks
-        self._mlp, self._optimizer = mlp, optimizer
+        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+        if not self._layers:
+            got = f"got a {type(model).__name__} without masked layers"
+            raise ValueError(f"model: {got}, wanted a MaskedMLP, or mask_linears(model) first")
+        self._mask()  # raises if there are several tasks
+        if isinstance(optimizer, torch.optim.Optimizer):
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for name, layer in self._layers.items():
+                if id(layer.weight) not in stepped:
+                    raise ValueError(f"optimizer: got one without the weight of {name}, wanted one of this model")
+        self._optimizer = optimizer
         self._density, self._granularity, self._scope = density, granularity, scope
         self._begin, self._end, self._every = begin, end, every
 
@@ -77,10 +94,16 @@ class GradualPruning:
         first, last = self._span(total)
         if done != last and not (first < done < last and (done - first) % self._every == 0):
             return
-        mask = self._mlp.mask()
+        mask = self._mask()
         nnz = wanted_nnz(mask, self.density_after(done, total), self._scope)
-        self._mlp.set_mask(prune_by_magnitude(self._mlp.masked_weights(), mask, nnz, self._granularity))
-        self._optimizer.remask()
+        weights = {name: layer.weight for name, layer in self._layers.items()}
+        for name, kept in prune_by_magnitude(weights, mask, nnz, self._granularity).items():
+            self._layers[name].set_mask(kept)
+        if isinstance(self._optimizer, MaskedAdam):
+            self._optimizer.remask()
+
+    def _mask(self) -> Mask:
+        return Mask({name: layer.mask() for name, layer in self._layers.items()})
 
     def _span(self, total: int) -> tuple[int, int]:
         last = max(round(self._end * total), 1)  # no pruning is due before the first batch ends

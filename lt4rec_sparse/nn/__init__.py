@@ -3,6 +3,7 @@
 from lt4rec_sparse.nn.convert import freeze, unfreeze
 from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
+from lt4rec_sparse.nn.masking import mask_linears
 from lt4rec_sparse.nn.module_file import load_module, save_module
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.nn.plan import Plan
@@ -18,6 +19,7 @@ __all__ = [
     "SparseMLP",
     "freeze",
     "load_module",
+    "mask_linears",
     "report",
     "save_module",
     "unfreeze",

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lt4rec_sparse import MaskedMLP
+from lt4rec_sparse import MaskedLinear, MaskedMLP, freeze, mask_linears
 from lt4rec_sparse.lottery import GRANULARITIES, SCOPES, GradualPruning
 from lt4rec_sparse.nn.optim import MaskedAdam
 
@@ -101,3 +102,73 @@ def test_several_tasks_have_no_one_mask():
     mlp = MaskedMLP(8, hidden=(6, 4), tasks=("ctr", "cvr"))
     with pytest.raises(ValueError, match="task: got None"):
         GradualPruning(mlp, MaskedAdam(mlp), 0.2)
+
+
+class Residual(nn.Module):
+    """A model of somebody's own: a sum, functions between layers, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(x + self.narrow(nn.functional.silu(self.wide(x))))
+
+
+OPTIMIZERS = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), 0.01),
+    "MaskedAdam": lambda model: MaskedAdam(model, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("granularity", "density"), [("weight", 0.1), ("16x4", 0.25)])
+def test_any_model_is_pruned_while_an_optimiser_of_its_own_trains_it(name, granularity, density):
+    torch.manual_seed(0)
+    model = Residual()
+    masked = mask_linears(model, leave=["head"])
+    optimizer = OPTIMIZERS[name](model)
+    pruning = GradualPruning(model, optimizer, density, granularity, scope="layer", every=2)
+    x = torch.randn(64, 8)
+    masks = [{name: layer.mask() for name, layer in masked.items()}]
+    for done in range(1, 41):
+        optimizer.zero_grad()
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+        pruning.after_batch(x, done, 40)
+        masks.append({name: layer.mask().clone() for name, layer in masked.items()})
+        assert all((masks[-2][name] | ~kept).all() for name, kept in masks[-1].items())
+    assert {name: int(kept.sum()) for name, kept in masks[-1].items()} == dict.fromkeys(
+        ("wide", "narrow"), round(256 * density)
+    )
+    assert type(model.head) is nn.Linear
+    layers = {name: layer.network for name, layer in freeze(model).named_modules() if name in masked}
+    assert all(torch.equal(layers[name].mask(0, "task"), kept) for name, kept in masks[-1].items())
+
+
+def test_a_pruned_weight_that_momentum_moves_is_not_read():
+    layer = MaskedLinear(4, 2)
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruning = GradualPruning(model, optimizer, 0.5, begin=0, end=0.1)
+    x = torch.randn(8, 4)
+    for done in range(1, 11):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        pruning.after_batch(x, done, 10)
+    pruned = ~layer.mask()
+    y = model(x)
+    with torch.no_grad():
+        layer.weight[pruned] = torch.nan
+    assert pruned.sum() == 4 and torch.equal(model(x), y)
+
+
+def test_a_model_without_masks_and_an_optimiser_of_another_model_are_named():
+    model = Residual()
+    with pytest.raises(ValueError, match=r"model: got a Residual without masked layers, wanted .* mask_linears"):
+        GradualPruning(model, torch.optim.SGD(model.parameters(), 0.1), 0.2)
+    mask_linears(model)
+    with pytest.raises(ValueError, match="optimizer: got one without the weight of wide"):
+        GradualPruning(model, torch.optim.SGD(Residual().parameters(), 0.1), 0.2)

@@ -1,0 +1,107 @@
+"""Linear layers of any model become masked ones in place: nothing else changes, and what cannot be masked stays."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from lt4rec_sparse import MaskedLinear, SparseLinear, freeze, mask_linears
+
+
+def tower(*widths: int) -> nn.Sequential:
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    return nn.Sequential(*layers)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(0, 3))
+def test_the_model_computes_what_it_did_and_keeps_its_parameters(widths, seed):
+    torch.manual_seed(seed)
+    model, x = tower(*widths), torch.randn(3, widths[0])
+    y, parameters = model(x), [id(parameter) for parameter in model.parameters()]
+    masked = mask_linears(model)
+    assert torch.equal(model(x), y)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert list(masked) == [f"{i}.0" for i in range(len(widths) - 1)]
+    assert not any(type(module) is nn.Linear for module in model.modules())
+
+
+def test_an_optimiser_made_before_steps_what_is_kept():
+    model = tower(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    layer = mask_linears(model)["0.0"]
+    before, kept = layer.weight.detach().clone(), torch.rand(4, 8) < 0.5
+    layer.set_mask(kept)
+    layer(torch.rand(16, 8) + 1).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight == before, ~kept)
+
+
+def test_tied_weights_and_layers_in_two_places_stay_one():
+    one = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": one, "b": nn.Sequential(one), "words": nn.Embedding(4, 4), "read": nn.Linear(4, 4)})
+    model["read"].weight = model["words"].weight
+    mask_linears(model)
+    assert model["a"] is model["b"][0] and isinstance(model["a"], MaskedLinear)
+    assert model["read"].weight is model["words"].weight
+
+
+def test_zeros_pruned_weights_modes_and_frozen_parameters_are_kept():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    prune.random_unstructured(model[0], "weight", 0.5)
+    with torch.no_grad():
+        model[1].weight[0] = 0
+    model[2].weight.requires_grad_(False)
+    pruned, x = model[0].weight_mask.bool(), torch.randn(3, 8)
+    y = model(x)
+    masked = mask_linears(model)
+    assert torch.equal(masked["0"].mask(), pruned)
+    assert not masked["1"].mask()[0].any() and masked["1"].mask()[1:].all()
+    assert not masked["2"].weight.requires_grad and not masked["2"].training
+    assert torch.equal(model(x), y)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_what_cannot_be_masked_is_left():
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    attention = nn.MultiheadAttention(4, 2)
+    model = nn.ModuleList([nn.Linear(4, 4), Doubled(4, 4), hooked, attention, nn.Linear(4, 1), MaskedLinear(4, 4)])
+    left, masked = [*model][1:5], model[5]
+    assert list(mask_linears(model, leave=["4"])) == ["0", "5"]
+    assert all(a is b for a, b in zip([*model][1:5], left, strict=True)) and model[5] is masked
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_encoder_layer_sees_its_masks_at_inference_too(activation):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation=activation).eval()
+    plain = copy.deepcopy(layer)
+    vars(plain)["activation_relu_or_gelu"] = 0  # calls its layers, as the masked one does
+    for name, one in mask_linears(layer).items():
+        one.set_mask(torch.rand(one.weight.shape) < 0.3)
+        plain.get_submodule(name).weight.data *= one.mask()
+    x = torch.randn(3, 5, 16)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), plain(x))
+    assert [type(part) for part in freeze(layer).children() if isinstance(part, SparseLinear)] == [SparseLinear] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "leave", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 2)), ["1"], "leave: got '1', wanted names of linear layers"),
+        (nn.Sequential(nn.Linear(2, 2)), ["0"], "model: got a Sequential without linear layers to mask"),
+        (nn.Sequential(nn.ReLU()), [], "model: got a Sequential without linear layers to mask"),
+        (nn.Linear(2, 2), [], "model: got a linear layer, wanted a model that contains it"),
+    ],
+)
+def test_bad_input_is_named(model, leave, message):
+    with pytest.raises(ValueError, match=message):
+        mask_linears(model, leave)
