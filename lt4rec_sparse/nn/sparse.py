@@ -65,7 +65,15 @@ class SparseMLP(nn.Module):
         # The engine's way from x to a new tensor, without a look at x from here: each costs what a small layer does.
         self._run_new: Callable[[Tensor], Tensor | None] | None = getattr(self._on_cpu, "run_new", None)
         self._elsewhere: dict[torch.device, Executor] = {}
+        self._name_executor()
+
+    def _name_executor(self) -> None:
         self._identity = uuid.uuid4().hex  # tells a compiler that a graph of another network is not this one's
+        ops.name_executor(self._identity, self._on_cpu)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._name_executor()  # a copy outlives what it was copied from
 
     @staticmethod
     def from_sequential(sequential: nn.Module) -> SparseMLP:
@@ -308,6 +316,8 @@ class SparseMLP(nn.Module):
             return self._run(x)
         if x.shape[1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.in_features}]")
+        if _is_dynamo_compiling() and not _is_exporting():
+            return ops.sparse_mlp_of(x, self._identity, self.out_features)
         return ops.sparse_mlp(x, self._blob(self._identity), self.out_features)
 
     def _blob(self, identity: str) -> Tensor:
@@ -438,6 +448,7 @@ def _is_traced(x: Tensor) -> bool:
 
 # Looked up once: with the lookups a call takes half a microsecond more.
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
+_is_dynamo_compiling, _is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
 _get_tracing_state, _len_torch_dispatch_stack = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
 
 

@@ -9,8 +9,10 @@ from lt4rec_sparse.ops.sparse_mlp import (
     layer_inputs,
     layout_nbytes,
     layouts,
+    name_executor,
     prepack,
     sparse_mlp,
+    sparse_mlp_of,
 )
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "layout_nbytes",
     "layouts",
     "masked_linear",
+    "name_executor",
     "prepack",
     "sparse_mlp",
+    "sparse_mlp_of",
     "without_autocast",
 ]

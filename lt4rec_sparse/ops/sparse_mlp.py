@@ -1,4 +1,4 @@
-"""A frozen network's executors, and the operator that stands for one in a traced graph.
+"""A frozen network's executors, and the operators that stand for one in a traced graph.
 
 On the CPU the executor is the native engine of `csrc/`; tests and benchmarks force one of its instruction sets through
 `kernels.cpu.forced_isa`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ X_DTYPES = (torch.float32, torch.bfloat16)  # what every executor on the CPU rea
 
 _library = torch.library.Library("lt4rec_sparse", "FRAGMENT")
 _library.define("sparse_mlp(Tensor x, Tensor prepacked, int outputs) -> Tensor")
+_library.define("sparse_mlp_of(Tensor x, str name, int outputs) -> Tensor")
+_named: WeakValueDictionary[str, Executor] = WeakValueDictionary()
 
 
 class Executor(Protocol):
@@ -126,6 +129,27 @@ def sparse_mlp(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
     return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp(x, prepacked, outputs))
 
 
+def name_executor(name: str, executor: Executor) -> None:
+    """Let `sparse_mlp_of` find an executor by a name of its own, while whoever made it keeps it."""
+    _named[name] = executor
+
+
+def sparse_mlp_of(x: Tensor, name: str, outputs: int) -> Tensor:
+    """Run a network by the name of its executor: the operator for graphs that stay in this process.
+
+    `torch.compile` sees it, and no weights: as in eager mode the executor prepacks the layout that each batch takes.
+
+    Args:
+        x: `[batch, in_features]`, float32 or bfloat16 on the CPU; rows may be strided.
+        name: What `name_executor` was given.
+        outputs: The sum of the tasks' last `out_features`.
+
+    Returns:
+        `[batch, outputs]`, float32.
+    """
+    return cast(Tensor, torch.ops.lt4rec_sparse.sparse_mlp_of(x, name, outputs))
+
+
 def cpu_engine() -> str:
     """Name what runs frozen networks on this machine's CPU: an instruction set of the engine, or "reference"."""
     return cpu.isa() if cpu.is_available() else "reference"
@@ -146,8 +170,22 @@ def _sparse_mlp_cpu(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
 _library.impl("sparse_mlp", _sparse_mlp_cpu, "CPU")
 
 
+def _sparse_mlp_of_cpu(x: Tensor, name: str, outputs: int) -> Tensor:
+    executor = _named.get(name)
+    if executor is None:
+        raise RuntimeError("sparse_mlp_of: got the graph of a module that is no more, wanted one that is kept")
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(x.shape[0], outputs, dtype=torch.float32)
+    executor.run(rows, y)
+    return y
+
+
+_library.impl("sparse_mlp_of", _sparse_mlp_of_cpu, "CPU")
+
+
 @torch.library.register_fake("lt4rec_sparse::sparse_mlp")
-def _sparse_mlp_fake(x: Tensor, prepacked: Tensor, outputs: int) -> Tensor:
+@torch.library.register_fake("lt4rec_sparse::sparse_mlp_of")
+def _sparse_mlp_fake(x: Tensor, network: Tensor | str, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs, dtype=torch.float32)
 
 
@@ -156,3 +194,4 @@ def _sparse_mlp_backward(ctx: Any, dy: Tensor) -> None:
 
 
 torch.library.register_autograd("lt4rec_sparse::sparse_mlp", _sparse_mlp_backward)
+torch.library.register_autograd("lt4rec_sparse::sparse_mlp_of", _sparse_mlp_backward)

@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 import warnings
 
@@ -344,6 +345,37 @@ def test_compilers_and_tracers_see_one_operator(precision):
         warnings.simplefilter("ignore")  # of what torch says about tracing, which users still do
         traced = torch.jit.trace(mlp, (x,), check_trace=False)
     assert_exact(traced(more), mlp(more))
+
+
+@needs_engine
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_of_several_is_compiled_whole(backend):
+    torch.compiler.reset()
+    layers = [SparseLinear.from_dense(torch.randn(8, 8) * (torch.rand(8, 8) < 0.5)) for _ in range(2)]
+    model = torch.nn.Sequential(layers[0], torch.nn.LayerNorm(8), layers[1], layers[0]).requires_grad_(False)
+    compiled, x = torch.compile(model, fullgraph=True, backend=backend), torch.randn(3, 8)
+    assert_exact(compiled(x), model(x))
+    more = torch.randn(90, 8)
+    assert_exact(compiled(more), model(more))  # another layout
+    copied = copy.deepcopy(model)
+    for layer in (copied[0], copied[2]):
+        layer.become(layer.to_precision("bf16"))
+    assert_exact(torch.compile(copied, fullgraph=True, backend=backend)(x), copied(x))
+    assert_exact(compiled(x), model(x))
+    with pytest.raises(RuntimeError, match="wanted inference only"):
+        torch.compile(layers[0], backend=backend)(torch.randn(2, 8, requires_grad=True)).sum().backward()
+
+
+@needs_engine
+def test_a_graph_does_not_keep_a_module_that_is_gone():
+    torch.compiler.reset()
+    kept, gone = (SparseLinear.from_dense(torch.eye(8)) for _ in range(2))
+    with pytest.raises(RuntimeError, match="got the graph of a module that is no more"):
+        ops.sparse_mlp_of(torch.ones(1, 8), "none", 8)
+    copied, x = copy.deepcopy(gone), torch.ones(2, 8)
+    del gone
+    gc.collect()
+    assert_exact(torch.compile(copied, fullgraph=True, backend="eager")(x), kept(x))
 
 
 @needs_engine
