@@ -14,6 +14,7 @@ from lt4rec_sparse.network import PRECISIONS, DenseLayer, FrozenNetwork, SparseL
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import Chain, chains_of
 from lt4rec_sparse.nn.copying import copy_of
+from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.plan import check_asked
@@ -42,8 +43,8 @@ def freeze(
     - each plain `nn.Linear` of which at least half is zero, or pruned by `torch.nn.utils.prune`;
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
-      modules is replaced by the call, the others by `nn.Identity`. Where BatchNorm1d is among them, `x` of the call is
-      `[batch, features]`. So is the feed-forward part of torch's own transformer layers.
+      modules is replaced by the call, the others by `fused.Absorbed`. Where BatchNorm1d is among them, `x` of the call
+      is `[batch, features]`. So is the feed-forward part of torch's own transformer layers.
 
     Everything else is copied: layers with a forward or hooks of their own too, masked ones among them. Where all masks
     of a call keep whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which
@@ -87,9 +88,12 @@ def freeze(
     result = copy_of(model, memo, inner)
     for module in model.modules():
         for first, last, call in calls.get(id(module), ()):
-            children = memo[id(module)]._modules  # of the copy
-            children.update({name: nn.Identity() for name in list(children)[first:last]})
+            copied = memo[id(module)]
+            children = copied._modules
+            children.update({name: Absorbed() for name in list(children)[first:last]})
             children[list(children)[first]] = call
+            if type(copied) is nn.Sequential:
+                copied.__class__ = FusedSequential
     call_sparse_parts(result)
     result.eval().requires_grad_(False)
     _prepare(result, precision, example, batch_sizes)
@@ -111,6 +115,9 @@ def unfreeze(model: nn.Module) -> nn.Module:
         (Linear(in_features=2, out_features=2, bias=False), [[1.0, 0.0], [0.0, 1.0]])
     """
     result = copy_of(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseMLP)})
+    plain_kinds: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential, Absorbed: nn.Identity}
+    for module in result.modules():
+        module.__class__ = plain_kinds.get(type(module), type(module))
     restore_fast_path(result)
     return result.eval().requires_grad_(True)
 

@@ -1,8 +1,8 @@
 """A frozen module as one safetensors file: the sparse calls whole, of all else the state.
 
 Metadata `lt4rec_sparse_module` (see `checked_file`): `calls`, one entry per call of the engine, with its `places` in
-the module, `kind`, `precision` and the data of `network_state`; `identities`, the places of `nn.Identity`s; `traced`,
-those of modules that torch.fx traced, which compute otherwise than the model does.
+the module, `kind`, `precision` and the data of `network_state`; `absorbed`, the places of what calls absorbed;
+`traced`, those of modules that torch.fx traced, which compute otherwise than the model does.
 Tensors: `calls.<i>.<name>` of `network_state`, and `state.<name>`, what `state_dict` holds of everything else.
 """
 
@@ -18,6 +18,7 @@ from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.nn.copying import copy_of
+from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 from lt4rec_sparse.nn.traced import traced
 from lt4rec_sparse.nn.transformer import call_sparse_parts
@@ -38,12 +39,12 @@ def save_module(module: nn.Module, path: str | Path) -> None:
         InputError: If a sparse weight is NaN or infinite.
     """
     places: dict[SparseMLP, list[str]] = {}
-    identities, graphs = [], []
+    absorbed, graphs = [], []
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, SparseMLP):
             places.setdefault(part, []).append(name)
-        elif type(part) is nn.Identity:
-            identities.append(name)
+        elif isinstance(part, Absorbed):
+            absorbed.append(name)
         elif isinstance(part, fx.GraphModule):
             graphs.append(name)
     if not places:
@@ -61,7 +62,7 @@ def save_module(module: nn.Module, path: str | Path) -> None:
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got a {type(value).__name__} in the state, wanted tensors alone")
             tensors[f"state.{name}"] = value
-    meta = {"version": VERSION, "calls": calls, "identities": identities, "traced": graphs}
+    meta = {"version": VERSION, "calls": calls, "absorbed": absorbed, "traced": graphs}
     checked_file.write(path, KEY, meta, tensors)
 
 
@@ -89,7 +90,7 @@ def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 held = ", ".join(of_call[0] for _, of_call in calls)
                 raise ValueError(f"model: got None for a file of sparse layers {held}, wanted a model to put them into")
             return calls[0][0]
-        return _filled(_alike(model, _strings(meta, "traced")), calls, _strings(meta, "identities"), state)
+        return _filled(_alike(model, _strings(meta, "traced")), calls, _strings(meta, "absorbed"), state)
     except ValueError as error:
         raise ArtefactError(f"{path}: got contents that do not fit: {error}") from error
 
@@ -118,7 +119,7 @@ def _calls(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[Spars
 
 
 def _filled(
-    model: nn.Module, calls: list[tuple[SparseMLP, list[str]]], identities: list[str], state: dict[str, Tensor]
+    model: nn.Module, calls: list[tuple[SparseMLP, list[str]]], absorbed: list[str], state: dict[str, Tensor]
 ) -> nn.Module:
     """Put the calls into their places in a model, and the state."""
     result = model
@@ -129,9 +130,12 @@ def _filled(
             if call.in_features != wanted:
                 raise ValueError(f"{place}: got {call.in_features} in_features, wanted the model's, {wanted}")
             result = call if not place else _with_child(result, place, call)
-    for place in identities:
+    for place in absorbed:
         _child(result, place)
-        result = _with_child(result, place, nn.Identity())
+        result = _with_child(result, place, Absorbed())
+        parent = result.get_submodule(place.rpartition(".")[0])
+        if type(parent) is nn.Sequential:
+            parent.__class__ = FusedSequential
     wanted_state = {name for name in result.state_dict() if name not in {_extra(p) for _, of in calls for p in of}}
     if absent := sorted(wanted_state - state.keys()):
         raise ValueError(f"state: got none for {', '.join(absent[:3])}, wanted the {len(wanted_state)} of the model")

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from lt4rec_sparse import BlockWeight, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, report, unfreeze
 from lt4rec_sparse.nn.copying import copy_of
+from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -30,23 +31,23 @@ def test_layers_anywhere_are_compressed():
 @pytest.mark.parametrize(
     ("parts", "kept"),
     [
-        ([pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Tanh()], ["SparseMLP", *["Identity"] * 3]),
+        ([pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Tanh()], ["SparseMLP", *["Absorbed"] * 3]),
         # A small layer joins; one alone does not.
-        ([pruned(90, 60), nn.SiLU(), nn.Linear(60, 2)], ["SparseMLP", "Identity", "Identity"]),
-        ([pruned(9, 6), nn.ReLU(), nn.Linear(6, 60)], ["SparseLinear", "Identity", "Linear"]),
+        ([pruned(90, 60), nn.SiLU(), nn.Linear(60, 2)], ["SparseMLP", "Absorbed", "Absorbed"]),
+        ([pruned(9, 6), nn.ReLU(), nn.Linear(6, 60)], ["SparseLinear", "Absorbed", "Linear"]),
         ([nn.Linear(9, 60), nn.ReLU(), pruned(60, 4)], ["Linear", "ReLU", "SparseLinear"]),
         (
             [pruned(9, 6), nn.ReLU(), nn.Linear(6, 60), nn.ReLU(), pruned(60, 6)],
-            ["SparseLinear", "Identity", "Linear", "ReLU", "SparseLinear"],
+            ["SparseLinear", "Absorbed", "Linear", "ReLU", "SparseLinear"],
         ),
         ([nn.Flatten(), pruned(9, 6), nn.Softmax(1)], ["Flatten", "SparseLinear", "Softmax"]),
-        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6)], ["SparseLinear", "Identity", "BatchNorm1d"]),
-        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU()], ["SparseLinear", "Identity", "BatchNorm1d", "ReLU"]),
-        ([nn.BatchNorm1d(9), pruned(9, 6), nn.BatchNorm1d(6), nn.ELU()], ["SparseLinear", *["Identity"] * 3]),
-        ([nn.Dropout(), pruned(9, 6), nn.ReLU(), nn.ReLU()], ["SparseLinear", "Identity", "Identity", "ReLU"]),
+        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6)], ["SparseLinear", "Absorbed", "BatchNorm1d"]),
+        ([pruned(9, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU()], ["SparseLinear", "Absorbed", "BatchNorm1d", "ReLU"]),
+        ([nn.BatchNorm1d(9), pruned(9, 6), nn.BatchNorm1d(6), nn.ELU()], ["SparseLinear", *["Absorbed"] * 3]),
+        ([nn.Dropout(), pruned(9, 6), nn.ReLU(), nn.ReLU()], ["SparseLinear", "Absorbed", "Absorbed", "ReLU"]),
         ([nn.ReLU(), pruned(9, 6), nn.Sequential(nn.ReLU(), pruned(6, 3))], ["ReLU", "SparseLinear", "Sequential"]),
-        ([pruned(9, 6), nn.PReLU(6), pruned(6, 3)], ["SparseMLP", "Identity", "Identity"]),
-        ([MaskedLinear(9, 6), nn.ReLU(), pruned(6, 3)], ["SparseMLP", "Identity", "Identity"]),
+        ([pruned(9, 6), nn.PReLU(6), pruned(6, 3)], ["SparseMLP", "Absorbed", "Absorbed"]),
+        ([MaskedLinear(9, 6), nn.ReLU(), pruned(6, 3)], ["SparseMLP", "Absorbed", "Absorbed"]),
         ([nn.BatchNorm1d(9, track_running_stats=False), pruned(9, 6)], ["BatchNorm1d", "SparseLinear"]),
     ],
 )
@@ -57,7 +58,7 @@ def test_what_is_between_layers_is_fused(parts, kept):
             module.running_var.uniform_(0.5, 2)
             module.running_mean.normal_()
     frozen = freeze(model)
-    assert kinds(frozen) == kept
+    assert kinds(frozen) == [{"Sequential": "FusedSequential"}.get(kind, kind) for kind in kept]
     first = next(module for module in model.modules() if isinstance(module, nn.Linear))
     assert_serves(model, frozen, torch.randn(7, first.in_features))
 
@@ -65,7 +66,7 @@ def test_what_is_between_layers_is_fused(parts, kept):
 def test_blocks_are_run_with_the_dense_layers_between():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), in_blocks(64, 64), nn.ReLU(), nn.Linear(64, 32))
     frozen = freeze(model)
-    assert kinds(frozen) == ["SparseMLP", *["Identity"] * 4]
+    assert kinds(frozen) == ["SparseMLP", *["Absorbed"] * 4]
     assert all(isinstance(layer.weight, BlockWeight) for layer in frozen[0].network.hidden)
     assert_serves(model, frozen, torch.randn(5, 64))
 
@@ -86,7 +87,7 @@ def test_a_layer_that_is_referred_to_from_several_places():
     assert isinstance(frozen.also["shared"], SparseLinear)
     activation = nn.Tanh()
     model = nn.Sequential(pruned(8, 8), activation, nn.Softmax(1), activation)
-    assert kinds(freeze(model)) == ["SparseLinear", "Identity", "Softmax", "Tanh"]
+    assert kinds(freeze(model)) == ["SparseLinear", "Absorbed", "Softmax", "Tanh"]
     assert_serves(model, freeze(model), torch.randn(3, 8))
 
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_compressed_is_left_as_it_is(make):
 def test_layers_of_16_bits_are_compressed(dtype):
     model = nn.Sequential(pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Softmax(-1)).to(dtype)
     frozen, x = freeze(model), torch.randn(3, 9).to(dtype)
-    assert kinds(frozen) == ["SparseMLP", "Identity", "Identity", "Softmax"]
+    assert kinds(frozen) == ["SparseMLP", "Absorbed", "Absorbed", "Softmax"]
     assert frozen[0].network.dtype == frozen(x).dtype == dtype
     exact = freeze(copy.deepcopy(model).float())[0](x.float())
     torch.testing.assert_close(frozen[0](x), exact.to(dtype), rtol=0, atol=0)
@@ -206,7 +207,7 @@ def test_a_transformer_of_torch_computes_through_its_sparse_layers(depth, monkey
     frozen = freeze(model)
     layers = frozen.layers if depth else [frozen]
     for layer in layers:
-        assert (type(layer.linear1), type(layer.linear2)) == (SparseMLP, nn.Identity)
+        assert (type(layer.linear1), type(layer.linear2)) == (SparseMLP, Absorbed)
         assert not isinstance(layer.self_attn.out_proj, SparseLinear)
     x = torch.randn(3, 5, 16)
     with torch.inference_mode():
@@ -339,3 +340,23 @@ def test_masked_modules_with_hooks_stay_masked(where):
     assert_serves(model, frozen, torch.randn(3, 8))
     if where == "layer":
         assert "got a hook" in report(frozen).entries[1].why_dense
+
+
+def test_what_a_call_absorbed_keeps_its_place_and_costs_nothing(monkeypatch):
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Softmax(-1))
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x)
+            return self.parts[3](x)
+
+    model, x = Indexed(), torch.randn(3, 9)
+    frozen = freeze(model)
+    assert type(frozen.parts) is FusedSequential
+    assert_serves(model, frozen, x)  # by place and one by one
+    wanted = frozen.parts(x)
+    monkeypatch.setattr(Absorbed, "forward", lambda self, x: x * 2)
+    assert torch.equal(frozen.parts(x), wanted)

@@ -50,7 +50,7 @@ def test_a_model_is_plain_again():
     frozen = freeze(model)
     dense, x = unfreeze(frozen), small_integers(5, 16, generator=torch.Generator().manual_seed(1))
     assert not any(isinstance(module, SparseMLP) for module in dense.modules())
-    assert {type(module) for module in dense.modules()} <= {nn.Sequential, nn.Linear, nn.ReLU, nn.Identity, nn.Flatten}
+    assert {type(m) for m in dense.modules()} <= {nn.Sequential, nn.Linear, nn.ReLU, nn.Identity, nn.Flatten}
     assert_exact(dense(x).detach(), model(x).detach())
     assert_exact(freeze(dense)(x), frozen(x))
     assert all(parameter.requires_grad for parameter in dense.parameters())

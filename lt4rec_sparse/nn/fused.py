@@ -1,0 +1,21 @@
+"""What `freeze` leaves where one call of the engine computes several modules of an `nn.Sequential`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Absorbed(nn.Identity):
+    """In the place of a module that a call before it computes: places and names of the others stay what they were."""
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that does not spend a microsecond on each `Absorbed`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the modules that compute something, one after the other."""
+        for module in self._modules.values():
+            if type(module) is not Absorbed:
+                assert module is not None
+                x = module(x)
+        return x
