@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,9 +37,9 @@ def with_sequentials(model: nn.Module, is_wanted: Callable[[nn.Module], bool] = 
 
     Each module with a forward of its own that torch.fx can trace, the outermost ones first, becomes a
     `torch.fx.GraphModule` if a linear layer of it is followed by another one or by an activation, nothing else reads
-    what is between, and one of the layers `is_wanted`. A module is not traced if its forward has arguments with
-    defaults or any number of them, or if a part of it has hooks: a trace would fix what they decide. What a forward
-    computes without its inputs is computed once.
+    what is between, they are not all within one of its parts, and one of the layers `is_wanted`. A module is not traced
+    if its forward has arguments with defaults or any number of them, or if a part of it has hooks: a trace would fix
+    what they decide. What a forward computes without its inputs is computed once.
 
     Example:
         >>> class Net(nn.Module):
@@ -69,15 +70,29 @@ def traced(module: nn.Module, is_wanted: Callable[[nn.Module], bool] = lambda li
     named.output(named.graph_copy(graph, {}))
     made = fx.GraphModule(module, named, type(module).__name__)
     chains = list(_chains(made))
-    if not any(isinstance(part, nn.Linear) and is_wanted(part) for chain in chains for part in chain.values()):
+    if not any(_is_shown_by_none_of_its_parts(chain) and any(map(is_wanted, _linear(chain))) for chain in chains):
         return None
     for chain in chains:
         _gather(made, chain)
-    used = {str(node.target) for node in made.graph.nodes if node.op == "call_module"}
-    for name in {str(node.target) for chain in chains for node in chain if node.op == "call_module"} - used:
-        made.delete_submodule(name)
-    made.recompile()
-    return made.eval()
+    # Anew: without what chains took in, and with all that is called beside each other. A name is looked up at each dot.
+    called = {str(node.target): made.get_submodule(str(node.target)) for node in made.graph.nodes if _calls(node)}
+    root: dict[str, Any] = {name.replace(".", "_"): part for name, part in called.items()}
+    if len(root) == len(called):
+        for node in made.graph.nodes:
+            if _calls(node):
+                node.target = str(node.target).replace(".", "_")
+    else:
+        root = dict(called)
+    root |= {str(node.target): _attribute(made, str(node.target)) for node in made.graph.nodes if node.op == "get_attr"}
+    return fx.GraphModule(root, made.graph, type(module).__name__).eval()
+
+
+def _calls(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(module)
 
 
 def _with_sequentials(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> nn.Module:
@@ -125,11 +140,22 @@ def _chains(made: fx.GraphModule) -> Iterator[dict[fx.Node, nn.Module]]:
             if part is None:
                 break
             chain[node] = part
-        while isinstance(list(chain.values())[-1], DROPPED):  # at the end there is nothing to gain by them
-            chain.popitem()
-        if len(chain) > 1:
+        if any(not isinstance(part, DROPPED) for part in list(chain.values())[1:]):
             taken.update(chain)
             yield chain
+
+
+def _linear(chain: Mapping[fx.Node, nn.Module]) -> Iterator[nn.Module]:
+    return (part for part in chain.values() if isinstance(part, nn.Linear))
+
+
+def _is_shown_by_none_of_its_parts(chain: Mapping[fx.Node, nn.Module]) -> bool:
+    """Whether a chain is not within one part of the module: an `nn.Sequential` shows it, another has its own trace."""
+    scopes = []
+    for node in chain:
+        names = list(node.meta.get("nn_module_stack", {}))  # the parts that ran it, from without
+        scopes.append((names[:-1] if node.op == "call_module" else names)[:1])
+    return not scopes[0] or any(scope != scopes[0] for scope in scopes)
 
 
 def _gather(made: fx.GraphModule, chain: Mapping[fx.Node, nn.Module]) -> None:

@@ -11,6 +11,7 @@ from pruned_models import pruned
 from torch import fx, nn
 
 from lt4rec_sparse import SparseLinear, SparseMLP, freeze, load_module, report, save_module, unfreeze
+from lt4rec_sparse.nn.fused import FusedSequential
 from lt4rec_sparse.nn.observe import calls_of
 from lt4rec_sparse.nn.traced import FUNCTIONS, with_sequentials
 
@@ -209,3 +210,40 @@ def test_nothing_to_gather_leaves_the_model():
     model = nn.Sequential(Written(lambda z: F.softmax(z, -1)), nn.Linear(4, 4))
     assert type(with_sequentials(model)[0]) is Written
     assert isinstance(freeze(nn.Sequential(pruned(8, 8), nn.ReLU(), pruned(8, 4)), trace=True)[0], SparseMLP)
+
+
+class Blocks(nn.Module):
+    """What its forward shows is between its parts; within them it is written, or in an `nn.Sequential`."""
+
+    def __init__(self, crosses):
+        super().__init__()
+        self.crosses = crosses
+        self.written = Written(F.gelu)
+        self.sequential = nn.Sequential(pruned(4, 12, seed=3), nn.ReLU(), pruned(12, 4, seed=4))
+
+    def forward(self, x):
+        h = self.written(x)
+        return self.sequential(h) if self.crosses else self.sequential(h).softmax(-1) * h
+
+
+@pytest.mark.parametrize("crosses", [True, False])
+def test_the_smallest_module_that_shows_a_chain_is_traced(crosses):
+    model, x = Blocks(crosses), torch.randn(3, 12)
+    frozen = freeze(model, trace=True)
+    assert type(frozen) is Blocks  # nothing of what it shows itself can be fused: a sum, a product
+    assert isinstance(frozen.written, fx.GraphModule)
+    assert type(frozen.sequential) is FusedSequential
+    assert_serves(model, frozen, x)
+
+
+class Follows(Blocks):
+    def forward(self, x):
+        return self.sequential(F.relu(self.written.b(self.written.a(x))))
+
+
+def test_a_chain_across_parts_is_fused_where_it_is_shown():
+    model, x = Follows(True), torch.randn(3, 12)
+    frozen = freeze(model, trace=True)
+    assert isinstance(frozen, fx.GraphModule)
+    assert [call.network.depth for call in calls_of(frozen).values()] == [4]
+    assert_serves(model, frozen, x)
