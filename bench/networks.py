@@ -1,9 +1,9 @@
 """Whole networks, pruned and frozen, against the engines that people run them with (`bench/network_peers.py`).
 
 Each network of `bench/architectures.py` is pruned by magnitude, layer by layer: single weights, and blocks of 16 x 4.
-Its masks are made permanent, zeros in plain linear layers, and `freeze(model, trace=True)` is all that ours gets. Layers
-of fewer than 16 outputs (heads, gates) stay dense. Of a network, a batch size and a number of threads everything is
-timed in one interleaved run, after its result passed the gate of its precision (`bench/network_gate.py`). Dense
+Its masks are made permanent, zeros in plain linear layers, and `freeze(model, trace=True)` is all that ours gets.
+Layers of fewer than 16 outputs (heads, gates) stay dense. Of a network, a batch size and a number of threads everything
+is timed in one interleaved run, after its result passed the gate of its precision (`bench/network_gate.py`). Dense
 opponents take the weights of the highest sparsity: their time is the same for all.
 
 `python -m bench networks` measures all, `python -m bench networks DLRM MMoE` only what is named, and prints it.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.masked import MaskedLinear
+from lt4rec_sparse.nn.transformer import leave_fast_path
 
 
 def mask_linears(model: nn.Module, leave: Collection[str] = ()) -> dict[str, MaskedLinear]:
@@ -55,8 +56,8 @@ def mask_linears(model: nn.Module, leave: Collection[str] = ()) -> dict[str, Mas
         for name, child in parent._modules.items():
             if child in masked:
                 parent._modules[name] = masked[child]
-        if isinstance(parent, nn.TransformerEncoderLayer) and MaskedLinear in map(type, parent.children()):
-            vars(parent)["activation_relu_or_gelu"] = 0
+        if MaskedLinear in map(type, parent.children()):
+            leave_fast_path(parent)
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
 
 

@@ -38,11 +38,17 @@ def call_sparse_parts(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, LAYERS) and _has_sparse(module):
-            vars(module)[_SWITCH] = 0
+            leave_fast_path(module)
             first = module.linear1
             if isinstance(first, SparseMLP) and first.network.depth > 1:
                 module._modules.pop("activation", None)
                 vars(module)["activation"] = _unchanged
+
+
+def leave_fast_path(module: nn.Module) -> None:
+    """Let a layer of torch's transformers call its parts, at inference too; another module stays as it is."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        vars(module)[_SWITCH] = 0
 
 
 def restore_fast_path(model: nn.Module) -> None:
