@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from lt4rec_sparse.nn.plain import FUSED, PlainLayer, hook_of, of_linear, with_activation
+from lt4rec_sparse.nn.plain import FUSED, PlainLayer, computes_as, hook_of, of_linear, pruned, with_activation
 
 DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at inference
 
@@ -46,14 +46,14 @@ class Chain:
             return
         if reason := hook_of(module):
             raise ValueError(f"{name}: {reason}")
-        if _is_one_of(module, (nn.BatchNorm1d,)):
+        if computes_as(module, nn.BatchNorm1d):
             assert isinstance(module, nn.BatchNorm1d)
             self._take_norm(*_affine(module, name), name)
-        elif type(module) in FUSED:
+        elif type(module) in FUSED and computes_as(module, type(module)):
             if not self.layers or self.layers[-1].activation != "none" or self.waiting is not None:
                 raise ValueError(f"{name}: got a {type(module).__name__}, wanted it right after a linear layer")
             self.layers[-1] = with_activation(self.layers[-1], module, name)
-        elif not _is_one_of(module, DROPPED):
+        elif not computes_as(module, *DROPPED):
             kinds: tuple[type[nn.Module], ...] = (nn.Linear, *FUSED, nn.BatchNorm1d, *DROPPED)
             wanted = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name}: got a {type(module).__name__}, wanted {wanted}")
@@ -107,13 +107,8 @@ def chains_of(sequential: nn.Module, read: Callable[[nn.Module, str], PlainLayer
     yield chain
 
 
-def _is_one_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Tell whether a module computes as one of these, and not by a forward of its own."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-
-
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if type(module).forward is not nn.Sequential.forward:
+    if not computes_as(module, nn.Sequential):
         where = prefix or "sequential"
         raise ValueError(
             f"{where}: got a {type(module).__name__}, wanted an nn.Sequential without a forward of its own"
@@ -137,7 +132,9 @@ def _affine(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
     scale = (variance + norm.eps).rsqrt()
     shift = -mean * scale
     if norm.weight is not None:
-        weight, bias = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
+        weight, bias = (pruned(norm, part) for part in ("weight", "bias"))
+        assert weight is not None and bias is not None
+        weight, bias = weight.detach().cpu().double(), bias.detach().cpu().double()
         scale, shift = scale * weight, shift * weight + bias
     return scale, shift
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ def freeze(
     - each plain `nn.Linear` of which at least half is zero, or pruned by `torch.nn.utils.prune`;
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
-      modules is replaced by the call, the others by `fused.Absorbed`. Where BatchNorm1d is among them, `x` of the call
-      is `[batch, features]`. So is the feed-forward part of torch's own transformer layers.
+      modules is replaced by the call, the others by `fused.Absorbed`, which refuse to be called one by one. Where
+      BatchNorm1d or a PReLU with several slopes is among them, `x` of the call is `[batch, features]`;
+    - the feed-forward part of torch's own transformer layers, in one call.
 
     Everything else is copied: layers with a forward or hooks of their own too, masked ones among them. Where all masks
     of a call keep whole blocks of 16 outputs x 4 inputs (or everything), its weights are compressed in blocks, which
@@ -96,7 +97,8 @@ def freeze(
                 copied.__class__ = FusedSequential
     call_sparse_parts(result)
     result.eval().requires_grad_(False)
-    _prepare(result, precision, example, batch_sizes)
+    made = {id(call) for call in (*frozen.values(), *(call for of_one in calls.values() for *_, call in of_one))}
+    _prepare(result, made, precision, example, batch_sizes)
     return result
 
 
@@ -122,10 +124,14 @@ def unfreeze(model: nn.Module) -> nn.Module:
     return result.eval().requires_grad_(True)
 
 
-def _prepare(frozen: nn.Module, precision: str, example: Any, batch_sizes: Sequence[int] | None) -> None:
-    """Let the calls of a frozen model compute in a precision, and by plans for batch sizes."""
+def _prepare(
+    frozen: nn.Module, made: Container[int], precision: str, example: Any, batch_sizes: Sequence[int] | None
+) -> None:
+    """Let the calls that `freeze` made, by their ids, compute in a precision, and by plans for batch sizes."""
     inputs = {} if example is None else inputs_of(frozen, example)
     for name, call in calls_of(frozen).items():
+        if id(call) not in made:
+            continue
         if name not in inputs:
             if precision == "int8" or batch_sizes is not None:
                 raise ValueError(f"example: got one that does not reach {name}, wanted one that runs every layer")
@@ -160,14 +166,14 @@ class _Reader:
             if reason := obstacle(linear):
                 raise ValueError(f"{name}: {reason}")
             return plain.of_linear(linear, name)
-        if len(linear.tasks) > 1 or plain.hook_of(linear):
-            raise ValueError(f"{name}: {plain.hook_of(linear) or f'got tasks {linear.tasks}, wanted one'}")
+        if len(linear.tasks) > 1 or _does_more(linear):
+            raise ValueError(f"{name}: got tasks {linear.tasks}, a hook or another forward, wanted one task alone")
         return plain.of_tensors(*linear.weight_and_bias(), linear.mask())
 
     def is_compressed(self, module: nn.Module) -> bool:
         """Tell whether a layer is masked, or pruned so far that it is compressed."""
         if isinstance(module, MaskedLinear):
-            return plain.hook_of(module) is None
+            return not _does_more(module)
         if not isinstance(module, nn.Linear) or obstacle(module) is not None:
             return False
         mask = self(module).mask
@@ -183,11 +189,11 @@ def _frozen_alone(
     places.subtract(id(child) for m, children in parts for a, b, _ in calls.get(id(m), ()) for child in children[a:b])
     frozen: dict[int, nn.Module] = {}
     inner: set[int] = set()
-    kept: set[int] = set()  # parts of what stays masked, as nothing would call its hooks
+    kept: set[int] = set()  # parts of what stays masked, as nothing would call its hooks and forwards
     for module in model.modules():
         if id(module) in inner | kept or not places[id(module)]:
             continue
-        if isinstance(module, MaskedLinear | MaskedMLP) and any(plain.hook_of(part) for part in module.modules()):
+        if isinstance(module, MaskedLinear | MaskedMLP) and _does_more(module):
             kept |= {id(part) for part in module.modules()}
             continue
         sparse = _freeze_masked(module, sigmoid)
@@ -201,7 +207,7 @@ def _frozen_alone(
 
 def _calls(module: nn.Module, reader: _Reader) -> Iterator[Call]:
     """Yield what becomes calls of an `nn.Sequential`; nothing of another module."""
-    if type(module).forward is not nn.Sequential.forward:
+    if not plain.computes_as(module, nn.Sequential):
         return
     for chain in chains_of(module, reader):
         for first, last, call in _calls_of_chain(chain, reader):
@@ -260,6 +266,12 @@ def obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+def _does_more(masked: nn.Module) -> bool:
+    """Tell whether a masked module, or a part of it, has hooks or a forward of its own, which nothing would call."""
+    parts = [part for part in masked.modules() if isinstance(part, MaskedMLP | nn.Linear)]
+    return any(plain.hook_of(part) or not plain.computes_as(part, MaskedMLP, MaskedLinear, nn.Linear) for part in parts)
+
+
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
     if isinstance(module, MaskedLinear):
         return SparseLinear(FrozenNetwork(_sparse([module], "none")))
@@ -267,8 +279,12 @@ def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
         hidden = _sparse(module.masked_layers(), "relu")
         heads = {}
         for task, head in module.heads.items():
-            assert isinstance(head, nn.Linear)
-            heads[task] = DenseLayer(_kept(head.weight), _kept(head.bias), "sigmoid" if sigmoid else "none")
+            layer = (
+                plain.of_tensors(*head.weight_and_bias(), head.mask())
+                if isinstance(head, MaskedLinear)
+                else plain.of_linear(head, f"head of {task}")
+            )
+            heads[task] = DenseLayer(layer.weight, layer.bias, "sigmoid" if sigmoid else "none")
         return SparseMLP(FrozenNetwork(hidden, heads))
     return None
 

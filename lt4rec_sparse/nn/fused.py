@@ -8,9 +8,20 @@ from torch import Tensor, nn
 class Absorbed(nn.Identity):
     """In the place of a module that a call before it computes: places and names of the others stay what they were."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse to be called, by a forward that runs an `nn.Sequential` part by part: what it wants is gone.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "Absorbed: got a call of a part that the call before it computes, wanted its nn.Sequential called as a "
+            "whole; freeze(model, trace=True) reads a forward that calls the parts"
+        )
+
 
 class FusedSequential(nn.Sequential):
-    """An `nn.Sequential` that does not spend a microsecond on each `Absorbed`."""
+    """An `nn.Sequential` that leaves out what is `Absorbed`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the modules that compute something, one after the other."""

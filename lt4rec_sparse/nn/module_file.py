@@ -136,6 +136,7 @@ def _filled(
         parent = result.get_submodule(place.rpartition(".")[0])
         if type(parent) is nn.Sequential:
             parent.__class__ = FusedSequential
+    call_sparse_parts(result)
     wanted_state = {name for name in result.state_dict() if name not in {_extra(p) for _, of in calls for p in of}}
     if absent := sorted(wanted_state - state.keys()):
         raise ValueError(f"state: got none for {', '.join(absent[:3])}, wanted the {len(wanted_state)} of the model")
@@ -148,7 +149,6 @@ def _filled(
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name}: got a buffer on the meta device, wanted values: its module does not store it")
-    call_sparse_parts(result)
     return result.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ def inputs_of(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.setdefault(name, []).append(arguments[0].detach())
+        found.setdefault(name, []).append(arguments[0].detach().clone())  # the model may overwrite it
 
     hooks = [module.register_forward_pre_hook(partial(keep, name)) for name, module in calls_of(model).items()]
     try:

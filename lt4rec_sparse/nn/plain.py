@@ -24,7 +24,7 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, Slope]]] = {
     nn.Hardswish: lambda module: ("hardswish", 0.0),
     nn.LeakyReLU: lambda module: ("leaky_relu", float(module.negative_slope)),
     nn.ELU: lambda module: ("elu", float(module.alpha)),
-    nn.PReLU: lambda module: ("leaky_relu", _slopes_of(module.weight.detach().cpu())),
+    nn.PReLU: lambda module: ("leaky_relu", _slopes_of(module)),
 }
 # And back: a module that computes the same.
 MODULES: dict[str, Callable[[Any], nn.Module]] = {
@@ -115,7 +115,7 @@ def of_matrix(matrix: Any, bias: Tensor | None = None) -> PlainLayer:
 
 def obstacle(linear: nn.Module) -> str | None:
     """Return why a layer cannot be compressed, or None if it is a plain `nn.Linear` that can."""
-    if type(linear).forward is not nn.Linear.forward:
+    if not computes_as(linear, nn.Linear):
         return f"got a {type(linear).__name__}, wanted an nn.Linear without a forward of its own"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return "got the output of an nn.MultiheadAttention, which reads its weight, wanted a layer that is called"
@@ -127,7 +127,16 @@ def obstacle(linear: nn.Module) -> str | None:
     for name, part in (("weight", weight), ("bias", bias)):
         if part is not None and (part.is_meta or part.is_quantized or part.dtype not in VALUE_DTYPES):
             return f"got a {name} of {part.dtype} on {part.device}, wanted float32, float16 or bfloat16 with values"
+        if part is not None and (part.layout != torch.strided or not part.numel()):
+            return f"got a {name} of {part.layout}, shape {tuple(part.shape)}, wanted a dense one with values"
     return None
+
+
+def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Tell whether a module computes as one of some classes does, and not by a forward of its own."""
+    if "forward" in vars(module):
+        return False
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
@@ -217,7 +226,10 @@ def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
     return modules
 
 
-def _slopes_of(weight: Tensor) -> Slope:
+def _slopes_of(prelu: nn.PReLU) -> Slope:
+    weight = pruned(prelu, "weight")
+    assert weight is not None
+    weight = weight.detach().cpu()
     return float(weight) if weight.numel() == 1 else weight.float().clone()
 
 

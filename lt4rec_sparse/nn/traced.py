@@ -14,7 +14,7 @@ from torch import fx, nn
 from lt4rec_sparse.nn.chain import DROPPED
 from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
-from lt4rec_sparse.nn.plain import FUSED, hook_of
+from lt4rec_sparse.nn.plain import FUSED
 from lt4rec_sparse.nn.sparse import SparseMLP
 
 # Functions of a tensor and numbers, and methods by name -> the module that computes the same.
@@ -22,12 +22,12 @@ FUNCTIONS: Mapping[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.relu, torch.relu, "relu"), lambda inplace=False: nn.ReLU()),
     **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), nn.Sigmoid),
     **dict.fromkeys((torch.tanh, F.tanh, "tanh"), nn.Tanh),
+    F.dropout: lambda p=0.5, training=True, inplace=False: _dropout(training),
     F.silu: lambda inplace=False: nn.SiLU(),
     F.gelu: lambda *, approximate="none": nn.GELU(approximate),
     F.hardswish: lambda inplace=False: nn.Hardswish(),
     F.leaky_relu: lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
     F.elu: lambda alpha=1.0, inplace=False: nn.ELU(alpha),
-    F.dropout: lambda p=0.5, training=True, inplace=False: nn.Dropout(p) if training else nn.Identity(),
 }
 _KINDS = (nn.Linear, nn.BatchNorm1d, *FUSED, *DROPPED)
 
@@ -38,8 +38,10 @@ def with_sequentials(model: nn.Module, is_wanted: Callable[[nn.Module], bool] = 
     Each module with a forward of its own that torch.fx can trace, the outermost ones first, becomes a
     `torch.fx.GraphModule` if a linear layer of it is followed by another one or by an activation, nothing else reads
     what is between, they are not all within one of its parts, and one of the layers `is_wanted`. A module is not traced
-    if its forward has arguments with defaults or any number of them, or if a part of it has hooks: a trace would fix
-    what they decide. What a forward computes without its inputs is computed once.
+    if its forward has arguments with defaults or any number of them, sets attributes, or if a part of it has hooks: a
+    trace would fix what they decide. It fixes too what a forward decides otherwise: by `isinstance`, by `is None`, by
+    autocast within. What a forward computes without its inputs is computed once, and attributes and methods of the
+    module are gone.
 
     Example:
         >>> class Net(nn.Module):
@@ -60,18 +62,16 @@ def traced(module: nn.Module, is_wanted: Callable[[nn.Module], bool] = lambda li
     own_forward = type(module).forward not in (nn.Module.forward, nn.Sequential.forward)
     if isinstance(module, fx.GraphModule) or not own_forward or not _takes_inputs_alone(module):
         return None
-    if any(hook_of(part) for part in module.modules() if not _is_leaf(part)):
+    graph = _graph_of(module)
+    if graph is None:
         return None
-    try:
-        graph = _Tracer().trace(module)
-    except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, KeyError):
-        return None  # whatever a forward raises that does not find tensors
     named = fx.Graph(tracer_cls=fx.Tracer)  # a copy is pickled by the name of its tracer
     named.output(named.graph_copy(graph, {}))
     made = fx.GraphModule(module, named, type(module).__name__)
     chains = list(_chains(made))
     if not any(_is_shown_by_none_of_its_parts(chain) and any(map(is_wanted, _linear(chain))) for chain in chains):
         return None
+    read = {str(node.target): _attribute(made, str(node.target)) for node in made.graph.nodes if node.op == "get_attr"}
     for chain in chains:
         _gather(made, chain)
     # Anew: without what chains took in, and with all that is called beside each other. A name is looked up at each dot.
@@ -83,8 +83,31 @@ def traced(module: nn.Module, is_wanted: Callable[[nn.Module], bool] = lambda li
                 node.target = str(node.target).replace(".", "_")
     else:
         root = dict(called)
-    root |= {str(node.target): _attribute(made, str(node.target)) for node in made.graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule(root, made.graph, type(module).__name__).eval()
+    return fx.GraphModule(root | read, made.graph, type(module).__name__).eval()
+
+
+def _graph_of(module: nn.Module) -> fx.Graph | None:
+    """Return what a module's forward does; None where it cannot be traced, or does more than compute."""
+    parts = [part for part in module.modules() if not _is_leaf(part)]
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+        return None
+    before = [dict(vars(part)) for part in parts]
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # a forward that does not find tensors raises whatever it likes
+        graph = None
+    for part, had in zip(parts, before, strict=True):
+        if vars(part).keys() != had.keys() or any(vars(part)[name] is not value for name, value in had.items()):
+            vars(part).clear()
+            vars(part).update(had)
+            graph = None  # it has a state, which a trace loses
+    return graph
+
+
+def _dropout(training: bool) -> nn.Module:
+    if training:
+        raise TypeError("dropout: got one that drops at inference too")  # no part of a chain
+    return nn.Identity()
 
 
 def _calls(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lt4rec_sparse.nn.plain import computes_as
 from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.nn.traced import FUNCTIONS
 
@@ -20,7 +21,7 @@ def feed_forward(module: nn.Module) -> dict[str, nn.Module]:
     Its dropout and second linear layer are children next to the first; its activation is an attribute.
     """
     for kind in LAYERS:
-        if type(module).forward is kind.forward and vars(kind)["_ff_block"] is getattr(type(module), "_ff_block", None):
+        if computes_as(module, kind) and vars(kind)["_ff_block"] is getattr(type(module), "_ff_block", None):
             activation: Any = module.activation
             if not isinstance(activation, nn.Module):
                 if activation not in FUNCTIONS:
@@ -41,8 +42,21 @@ def call_sparse_parts(model: nn.Module) -> None:
             leave_fast_path(module)
             first = module.linear1
             if isinstance(first, SparseMLP) and first.network.depth > 1:
+                module.dropout, module.linear2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
                 module._modules.pop("activation", None)
                 vars(module)["activation"] = _unchanged
+    leave_nested_tensors(model, SparseMLP)
+
+
+def leave_nested_tensors(model: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Let torch's encoders with a layer of some kinds within keep padded tensors as they are.
+
+    In eval and without gradients an encoder makes nested tensors of them, for the fast path: it reads the weights of
+    its first layer for that, and these kinds do not read nested tensors.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(part, kinds) for part in module.modules()):
+            module.use_nested_tensor = False
 
 
 def leave_fast_path(module: nn.Module) -> None:

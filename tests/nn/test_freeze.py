@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from lt4rec_sparse import BlockWeight, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, report, unfreeze
 from lt4rec_sparse.nn.copying import copy_of
-from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
+from lt4rec_sparse.nn.fused import FusedSequential
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -83,7 +83,7 @@ def test_a_layer_that_is_referred_to_from_several_places():
     model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(nn.Softmax(1), shared, nn.ReLU()), alone)
     model.also = nn.ModuleDict({"shared": shared})
     frozen = freeze(model)
-    assert_serves(nn.Sequential(*list(model)[:4]), nn.Sequential(*list(frozen)[:4]).eval(), torch.randn(3, 8))
+    assert_serves(model[:4], frozen[:4].eval(), torch.randn(3, 8))
     assert isinstance(frozen.also["shared"], SparseLinear)
     activation = nn.Tanh()
     model = nn.Sequential(pruned(8, 8), activation, nn.Softmax(1), activation)
@@ -207,7 +207,7 @@ def test_a_transformer_of_torch_computes_through_its_sparse_layers(depth, monkey
     frozen = freeze(model)
     layers = frozen.layers if depth else [frozen]
     for layer in layers:
-        assert (type(layer.linear1), type(layer.linear2)) == (SparseMLP, Absorbed)
+        assert (type(layer.linear1), type(layer.linear2)) == (SparseMLP, nn.Identity)
         assert not isinstance(layer.self_attn.out_proj, SparseLinear)
     x = torch.randn(3, 5, 16)
     with torch.inference_mode():
@@ -342,21 +342,137 @@ def test_masked_modules_with_hooks_stay_masked(where):
         assert "got a hook" in report(frozen).entries[1].why_dense
 
 
-def test_what_a_call_absorbed_keeps_its_place_and_costs_nothing(monkeypatch):
-    class Indexed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = nn.Sequential(pruned(9, 6), nn.GELU(), pruned(6, 4), nn.Softmax(-1))
+class ByParts(nn.Module):
+    """Reads an `nn.Sequential` part by part, and what is between."""
 
-        def forward(self, x):
-            for part in self.parts:
-                x = part(x)
-            return self.parts[3](x)
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(pruned(9, 9), nn.GELU(), pruned(9, 9))
 
-    model, x = Indexed(), torch.randn(3, 9)
+    def forward(self, x):
+        h = self.parts[1](self.parts[0](x))
+        return self.parts[2](h + x)
+
+
+def test_what_a_call_absorbed_refuses_to_be_called_alone():
+    model, x = ByParts(), torch.randn(3, 9)
     frozen = freeze(model)
     assert type(frozen.parts) is FusedSequential
-    assert_serves(model, frozen, x)  # by place and one by one
-    wanted = frozen.parts(x)
-    monkeypatch.setattr(Absorbed, "forward", lambda self, x: x * 2)
-    assert torch.equal(frozen.parts(x), wanted)
+    with pytest.raises(RuntimeError, match="Absorbed: got a call of a part that the call before it computes"):
+        frozen(x)
+    assert_serves(model, freeze(model, trace=True), x)
+    assert_serves(model.parts, frozen.parts, x)
+
+
+class Doubled(MaskedLinear):
+    def forward(self, x, *args, **kwargs):
+        return 2 * super().forward(x, *args, **kwargs)
+
+
+class Probabilities(MaskedMLP):
+    def forward(self, x, task=None):
+        return super().forward(x, task).sigmoid()
+
+
+def with_own_head() -> nn.Module:
+    mlp = MaskedMLP(8, (6, 8))
+    mlp.heads["task"] = Doubled(8, 1)
+    return mlp
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(8, 8), lambda: Probabilities(8, (6, 8)), with_own_head])
+def test_masked_modules_with_a_forward_of_their_own_stay(make):
+    model = nn.Sequential(pruned(8, 8), nn.Softmax(-1), make())
+    frozen = freeze(model)
+    assert not any(isinstance(part, SparseMLP) for part in frozen[2].modules())
+    assert_serves(model, frozen, torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("kind", ["linear", "sequential", "norm", "activation"])
+def test_a_forward_that_is_set_on_a_module_is_called(kind):
+    model = nn.Sequential(pruned(8, 8), nn.Sequential(pruned(8, 8), nn.BatchNorm1d(8), nn.ReLU()), pruned(8, 8))
+    part = {"linear": model[0], "sequential": model[1], "norm": model[1][1], "activation": model[1][2]}[kind]
+    own = type(part).forward
+    model.eval()
+    part.forward = lambda x: 2 * own(part, x)
+    for trace in (False, True):
+        frozen, x = freeze(model, trace=trace), torch.randn(3, 8)
+        torch.testing.assert_close(frozen(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_of_an_mlp_is_read_as_it_computes():
+    mlp = MaskedMLP(8, (6, 4), tasks=("a", "b"))
+    prune.random_unstructured(mlp.heads["a"], "weight", 0.5)
+    with torch.no_grad():
+        mlp.heads["a"].weight_orig.mul_(3)  # as a step does: the attribute is that of the last call
+    mlp.heads["b"] = MaskedLinear(4, 1, bias=False)
+    mlp.heads["b"].set_mask(torch.tensor([[True, False, True, False]]))
+    x = torch.randn(3, 8)
+    frozen = freeze(mlp)
+    torch.testing.assert_close(frozen(x), mlp(x).detach())
+
+
+def test_pruned_norms_and_slopes_are_read_as_the_next_call_does():
+    model = nn.Sequential(pruned(8, 8), nn.BatchNorm1d(8), nn.PReLU(8), pruned(8, 8)).eval()
+    for part in model[1:3]:
+        prune.l1_unstructured(part, "weight", 0.5)
+        with torch.no_grad():
+            part.weight_orig.mul_(3)
+    frozen, x = freeze(model), torch.randn(3, 8)
+    torch.testing.assert_close(frozen(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_calls_that_were_made_before_stay_as_they_are():
+    model, x = nn.Sequential(pruned(8, 8), nn.Softmax(-1), pruned(8, 8)), torch.rand(50, 8)
+    model[2] = freeze(model[2], precision="int8", example=x)
+    frozen = freeze(model)
+    assert (frozen[0].precision, frozen[2].precision) == ("fp32", "int8")
+    model[2] = freeze(pruned(8, 8)).planned(freeze(pruned(8, 8)).measure_plan(batch_sizes=(1,)))
+    assert freeze(model)[2]._given is not None
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = pruned(8, 8)
+
+    def forward(self, x):
+        x = x * 1
+        x += 100 * self.layer(x)
+        return x
+
+
+def test_an_example_is_seen_as_it_entered():
+    x = torch.rand(50, 8)
+    frozen = freeze(InPlace(), precision="int8", example=x)
+    assert frozen.layer.network.quantization == frozen.layer.calibrated(x).network.quantization
+
+
+@pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True:UserWarning", "ignore:The PyTorch API of nested:UserWarning"
+)
+@pytest.mark.parametrize("sparse", [("linear1", "linear2"), ("linear2",)])
+def test_an_encoder_takes_padding(sparse):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    for layer in model.layers[1:]:
+        for name in sparse:
+            prune.random_unstructured(getattr(layer, name), "weight", 0.8)
+            prune.remove(getattr(layer, name), "weight")
+    x, padded = torch.randn(3, 5, 16), torch.arange(5)[None] >= torch.tensor([[5], [3], [2]])
+    wanted = model(x, src_key_padding_mask=padded).detach()
+    for frozen in (freeze(model), unfreeze(freeze(model))):
+        with torch.inference_mode():
+            y = frozen(x, src_key_padding_mask=padded)
+        torch.testing.assert_close(y[~padded], wanted[~padded], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_no_format_holds_are_left():
+    empty, sparse = nn.Linear(8, 8), nn.Linear(8, 8)
+    empty.weight = nn.Parameter(torch.empty(0, 8))
+    frozen = freeze(nn.Sequential(pruned(8, 8), nn.Softmax(-1), empty))
+    assert type(frozen[2]) is nn.Linear
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse(), requires_grad=False)
+    assert ["sparse_coo" in entry.why_dense for entry in report(nn.Sequential(sparse, nn.Linear(8, 8))).entries] == [
+        True,
+        False,
+    ]
