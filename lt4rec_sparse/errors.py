@@ -8,6 +8,6 @@ class InputError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return `repr(value)` for an error message, cut at 60 characters."""
-    text = repr(value)
+    """Return `repr(value)` for an error message, as one line, cut at 60 characters."""
+    text = " ".join(line.strip() for line in repr(value).splitlines())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -240,15 +240,24 @@ def check_quantization(
     for task, of_task in quantization.items():
         if len(of_task) != depth:
             raise ValueError(f"quantization of {task}: got {len(of_task)} layers, wanted {depth}")
-        for i, (scale, zero_point) in enumerate(of_task):
-            where = f"quantization of {task}, layer {i}"
-            if not isinstance(scale, (int, float)) or not 2.0**-126 <= scale <= 2.0**126 or math.isnan(scale):
-                raise ValueError(f"{where}: got scale {scale}, wanted above 0 and finite in float32")
-            if not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
-                raise ValueError(f"{where}: got zero point {zero_point}, wanted 0 to 255")
+        for i, parameters in enumerate(of_task):
+            check_parameters(f"quantization of {task}, layer {i}", parameters)
     if len({of_task[0] for of_task in quantization.values()}) > 1:
         got = [of_task[0] for of_task in quantization.values()]
         raise ValueError(f"quantization: got {got} for x, wanted the same for all tasks")
+
+
+def check_parameters(where: str, parameters: QuantizationParameters) -> None:
+    """Check the quantisation parameters of one input; messages begin with `where`.
+
+    Raises:
+        ValueError: If the scale or its inverse is no float32 above 0, or the zero point is not within 0 to 255.
+    """
+    scale, zero_point = parameters
+    if not isinstance(scale, (int, float)) or not 2.0**-126 <= scale <= 2.0**126 or math.isnan(scale):
+        raise ValueError(f"{where}: got scale {scale}, wanted above 0 and finite in float32")
+    if not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
+        raise ValueError(f"{where}: got zero point {zero_point}, wanted 0 to 255")
 
 
 def _check_layer(name: str, out_features: int, layer: SparseLayer | DenseLayer) -> None:

@@ -11,8 +11,9 @@ import torch
 from oracle import Layer, assert_rounding, mlp_reference
 from torch import nn
 
+import lt4rec_sparse
 from examples import from_deepsparse, prune_your_own, serve_pruned
-from lt4rec_sparse import SparseMLP
+from lt4rec_sparse import SparseMLP, to_onnx
 from lt4rec_sparse.formats import BlockWeight
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,37 @@ def test_the_move_from_deepsparse_computes_the_network():
     assert isinstance(y, np.ndarray)
     assert_rounding(torch.from_numpy(y), mlp_reference(x, layers_of(from_deepsparse.sparsified("weight"))))
     names = [f"{kept}, {p}" for kept in ("single weights", "blocks 16 x 4") for p in ("fp32", "int8")]
-    assert list(from_deepsparse.main()) == ["dense torch", *names]
+    of_file = ["from model.onnx, fp32"] if from_deepsparse.HAS_ONNX else []
+    assert list(from_deepsparse.main()) == ["dense torch", *names, *of_file]
+
+
+def test_the_table_of_the_move_runs_as_written(tmp_path, monkeypatch):
+    """Its right column, from top to bottom; what is no Python is prose."""
+    _, _, *lines = (from_deepsparse.__doc__ or "").partition("\n\n")[2].splitlines()
+    code = [line[56:] for line in lines[: lines.index("")]]
+    assert sum(map(is_python, code)) == len(code) - 1
+    monkeypatch.chdir(tmp_path)
+    model, rows = from_deepsparse.sparsified("weight"), torch.randn(100, 512)
+    if from_deepsparse.HAS_ONNX:
+        to_onnx(SparseMLP.from_sequential(model), "model.onnx")
+    names = {"model": model, "rows": rows, "x": rows[:3].numpy(), "torch": torch}
+    names |= {name: getattr(lt4rec_sparse, name) for name in ("freeze", "from_onnx", "report")}
+    threads = torch.get_num_threads()
+    try:
+        for line in filter(is_python, code):
+            if "from_onnx" not in line or from_deepsparse.HAS_ONNX:
+                exec(line, names)
+    finally:
+        torch.set_num_threads(threads)
+    assert {call.precision for call in names["int8"].modules() if isinstance(call, SparseMLP)} == {"int8"}
+
+
+def is_python(line: str) -> bool:
+    try:
+        compile(line, "table", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.network import check_parameters
 from lt4rec_sparse.nn import SparseMLP, freeze, plain
 from lt4rec_sparse.nn.convert import LEAST_SPARSITY
 from lt4rec_sparse.onnx.graph import Graph
@@ -64,10 +65,14 @@ def _call(graph: Graph, module: SparseMLP, entering: str, units: Sequence[Unit],
         found = []
         for value, unit in zip(values, units, strict=False):
             if isinstance(unit.module, nn.Linear):
+                where = f"{graph.where}: {graph.named(min(unit.nodes))}"
                 if (of_layer := quantized(graph, value)) is None:
-                    name = graph.named(min(unit.nodes))
                     wanted = "one that is quantised to 8 bits by one scale and dequantised"
-                    raise InputError(f"{graph.where}: {name}: got an input in float32, wanted {wanted}, for int8")
+                    raise InputError(f"{where}: got an input in float32, wanted {wanted}, for int8")
+                try:
+                    check_parameters(where, of_layer.parameters)
+                except ValueError as error:
+                    raise InputError(str(error)) from error
                 found.append(of_layer.parameters)
         module = type(module)(module.network.with_quantization({module.tasks[0]: found})).eval()
         if isinstance(units[0].module, nn.Linear) and (first := quantized(graph, entering)) is not None:
@@ -78,7 +83,11 @@ def _call(graph: Graph, module: SparseMLP, entering: str, units: Sequence[Unit],
 
 
 def _paths(graph: Graph, with_quantized: bool) -> list[tuple[str, list[Unit]]]:
-    """Return the longest rows of units, each reading what the one before it makes, and the value that enters each."""
+    """Return the longest rows of units, each reading what the one before it makes, and the value that enters each.
+
+    For int8 a norm is in them where it is folded into the layer before it. Into the one behind it would be folded too,
+    but what enters that is quantised as the norm leaves it.
+    """
     paths: list[tuple[str, list[Unit]]] = []
     taken: set[int] = set()
     for begin in (*graph.inputs, *(name for node in graph.nodes for name in node.output if name)):
@@ -87,12 +96,20 @@ def _paths(graph: Graph, with_quantized: bool) -> list[tuple[str, list[Unit]]]:
             units: list[Unit] = []
             following: Unit | None = unit
             while following is not None and not following.nodes & taken:
+                if with_quantized and isinstance(following.module, nn.BatchNorm1d) and not _ends_linear(units):
+                    break
                 units.append(following)
                 taken |= following.nodes
                 following = _unit_at(graph, following.output, with_quantized)
             if units:
                 paths.append((begin, units))
     return paths
+
+
+def _ends_linear(units: Sequence[Unit]) -> bool:
+    """Tell whether units end in a linear layer, but for what is dropped and what is folded into it."""
+    modules = [unit.module for unit in units if type(unit.module) not in (nn.Identity, nn.BatchNorm1d)]
+    return bool(modules) and isinstance(modules[-1], nn.Linear)
 
 
 def _unit_at(graph: Graph, value: str, with_quantized: bool) -> Unit | None:

@@ -35,6 +35,7 @@ Form = Mapping[Term, float]  # the sum of its terms, each times its coefficient
 
 X: Form = {Term(1): 1.0}
 ATOMS = ("Sigmoid", "Tanh", "Erf", "HardSigmoid", "Clip")
+OPERATORS = ("Mul", "Add", "Sub", "Div", "Pow", "Identity")
 ROOT = math.sqrt(2 / math.pi)
 
 KNOWN: tuple[tuple[Form, Callable[[], nn.Module]], ...] = (
@@ -102,6 +103,8 @@ def _form(graph: Graph, node: NodeProto, forms: Mapping[str, Form]) -> Form | No
     kind = node.op_type if node.domain in ("", "ai.onnx") else ""
     if kind in ATOMS:
         return _atom(graph, node, forms)
+    if kind not in OPERATORS:  # before its constants are computed, which may be anything
+        return None
     operands = [forms[name] if name in forms else _number(graph, name) for name in node.input]
     if any(operand is None for operand in operands):
         return None

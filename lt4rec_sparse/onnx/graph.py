@@ -73,7 +73,7 @@ class Graph:
         return self._is_constant[maker]
 
     def constant(self, value: str) -> Array | None:
-        """Return a constant as ONNX Runtime computes it, or None if it is none, or of a dtype that NumPy lacks."""
+        """Return a constant as ONNX Runtime computes it, or None if it is no tensor, or of a dtype that NumPy lacks."""
         if value not in self._constants:
             self._constants[value] = self._evaluated(value) if self.is_constant(value) else None
         return self._constants[value]
@@ -116,10 +116,12 @@ class Graph:
             assert maker is not None
             model = self.part([maker], [], [value])
             session = onnxruntime.InferenceSession(model.SerializeToString(), quiet(), ["CPUExecutionProvider"])
-            result: Array = session.run([value], {})[0]
+            if _lacks(session.get_outputs()[0].type):
+                return None
+            result = session.run([value], {})[0]
         except (*DAMAGE, *RUNTIME_ERRORS) as error:
             raise damaged(f"{self.where}: {value}", error) from error
-        return result
+        return result if isinstance(result, np.ndarray) else None
 
     def _unpacked(self, tensor: SparseTensorProto) -> tuple[Array, Array]:
         """Return a sparse tensor dense, and which entries it stores."""
@@ -133,11 +135,11 @@ class Graph:
             places = tuple(indices.T)
         elif indices.ndim == 1 and (not indices.size or (indices.min() >= 0 and indices.max() < math.prod(shape))):
             places = np.unravel_index(indices, shape)
-        kept = np.zeros(shape, bool)
         is_inside = len(places) == len(shape) and all(
             len(place) == len(values) and (not len(place) or (place.min() >= 0 and place.max() < size))
             for place, size in zip(places, shape, strict=False)
         )
+        kept = np.zeros(shape, bool)
         if is_inside:
             kept[places] = True
         if not is_inside or int(kept.sum()) != len(values):
@@ -170,6 +172,11 @@ def _array(tensor: TensorProto) -> Array | None:
     """Return the values of a tensor, or None of a dtype that NumPy lacks; a view where it can be."""
     array = numpy_helper.to_array(tensor)
     return array if array.dtype.isbuiltin == 1 else None
+
+
+def _lacks(said: str) -> bool:
+    """Tell whether NumPy has no arrays of a type of ONNX Runtime, such as `tensor(bfloat16)` or a sequence."""
+    return not said.startswith("tensor(") or any(name in said for name in ("bfloat16", "float8", "float4", "int4"))
 
 
 def _may_fold(node: NodeProto) -> bool:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnxruntime import InferenceSession
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
-from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS
+from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Array
 from lt4rec_sparse.onnx.ports import Port
 from lt4rec_sparse.onnx.session import session_of, to_array, to_tensor
 from lt4rec_sparse.onnx.source import one_line
@@ -23,15 +24,23 @@ from lt4rec_sparse.onnx.steps import Part
 class OnnxModule(nn.Module):
     """An ONNX graph whose pruned linear layers run in the engine, and all else in ONNX Runtime; made by `from_onnx`.
 
-    It is for inference on the CPU: results carry no graph of autograd. ONNX Runtime has as many threads as torch had
-    when the module was made. `calls` are the engine's, by their place and the name of their first node.
+    It is for inference on the CPU: results carry no graph of autograd, and autocast changes nothing. Each part has as
+    many threads of ONNX Runtime as torch had when the module was made. `calls` are the engine's, by their place and the
+    name of their first node.
 
     Attributes:
         input_names, output_names: Of the graph, in its order.
         parts: How many runs of ONNX Runtime a call of the module takes.
     """
 
-    def __init__(self, inputs: Sequence[Port], outputs: Sequence[str], steps: Sequence[Part | Call]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Port],
+        outputs: Sequence[str],
+        steps: Sequence[Part | Call],
+        sessions: Sequence[InferenceSession],
+        constants: Mapping[str, Array],
+    ) -> None:
         super().__init__()
         self.input_names = tuple(port.name for port in inputs)
         self.output_names = tuple(outputs)
@@ -46,7 +55,10 @@ class OnnxModule(nn.Module):
             self.calls[key] = step.module
             self._steps.append((key, step.input, step.output))
         self._unneeded = _unneeded(self._steps, outputs)
-        self._start()
+        self._sessions = list(sessions)
+        self._constants = {name: f"constant{i}" for i, name in enumerate(constants)}  # output -> its buffer
+        for name, key in self._constants.items():
+            self.register_buffer(key, to_tensor(np.array(constants[name])))
         self.eval()
 
     @property
@@ -70,8 +82,10 @@ class OnnxModule(nn.Module):
             InputError: If ONNX Runtime cannot compute a part.
         """
         values: dict[str, Any] = dict(self._checked(inputs, named))
+        values |= {name: getattr(self, key).clone() for name, key in self._constants.items()}
         sessions = iter(self._sessions)
-        with torch.no_grad():
+        # Under autocast calls would round what they return, and ONNX Runtime takes the dtypes of the graph.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for step, unneeded in zip(self._steps, self._unneeded, strict=True):
                 if isinstance(step, Part):
                     values.update(_run(next(sessions), step, values))

@@ -9,7 +9,8 @@ import torch
 from onnx import TensorProto
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.onnx.graph import Graph
+from lt4rec_sparse.onnx.graph import Array, Graph
+from lt4rec_sparse.onnx.source import KINDS
 
 # What ONNX, NumPy and torch have in common.
 DTYPES: dict[int, torch.dtype] = {
@@ -27,8 +28,6 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
 }
 
-KINDS = {number: name for name, number in TensorProto.DataType.items()}
-
 
 class Port(NamedTuple):
     """An input of a graph, as it declares it."""
@@ -42,13 +41,31 @@ def inputs_of(graph: Graph) -> list[Port]:
     """Return the inputs of a graph.
 
     Raises:
-        InputError: If an input or an output is no tensor of a dtype that NumPy and torch have.
+        InputError: If an input or an output is no tensor of a dtype that NumPy and torch have, or nothing makes an
+            output.
     """
     for name in graph.outputs:
         _dtype(graph, "output", name)
-        if graph.is_constant(name):
-            raise InputError(f"{graph.where}: output {name!r}: got a constant, wanted what the inputs decide")
+        if graph.maker(name) is None and name not in graph.inputs and not graph.is_constant(name):
+            raise InputError(f"{graph.where}: output {name!r}: got one that nothing makes, wanted a node's output")
     return [Port(name, _dtype(graph, "input", name), _shape(graph.types[name])) for name in graph.inputs]
+
+
+def constants_of(graph: Graph) -> dict[str, Array]:
+    """Return the outputs of a graph that no input decides.
+
+    Raises:
+        InputError: If one is of another dtype than the graph declares.
+    """
+    found = {}
+    for name in graph.outputs:
+        if graph.is_constant(name):
+            value, dtype = graph.constant(name), _dtype(graph, "output", name)
+            if value is None or str(value.dtype) != str(dtype).removeprefix("torch."):
+                got = "no tensor" if value is None else value.dtype
+                raise InputError(f"{graph.where}: output {name!r}: got a constant of {got}, wanted {dtype}")
+            found[name] = value
+    return found
 
 
 def _dtype(graph: Graph, kind: str, name: str) -> torch.dtype:

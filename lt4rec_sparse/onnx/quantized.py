@@ -31,7 +31,8 @@ def quantized(graph: Graph, value: str) -> Quantized | None:
     if before is None or graph.nodes[before].op_type != "QuantizeLinear":
         return None
     parameters = _parameters(graph, graph.nodes[after])
-    if parameters is None or parameters != _parameters(graph, graph.nodes[before]):
+    # As text a scale of NaN is equal to itself, so that it is refused as what it is.
+    if parameters is None or str(parameters) != str(_parameters(graph, graph.nodes[before])):
         return None
     return Quantized(graph.nodes[before].input[0], parameters, frozenset({before, after}))
 

@@ -18,10 +18,12 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, shown
 
 LEAST_OPSET = 7  # of ONNX Runtime too
 SMALL = 1024  # elements: initializers of fewer may be shapes, which shape inference reads
+MOST_BYTES = 2**31  # of a sparse tensor once it is dense; a few bytes can say any shape
+MOST_DIMS = 32  # of NumPy, in all its versions
 # What onnx and protobuf raise of a damaged model: they look up dtypes, decode names and read arrays as they go.
 DAMAGE = (
     DecodeError,
@@ -32,6 +34,7 @@ DAMAGE = (
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
 )
+KINDS = {number: name for name, number in TensorProto.DataType.items()}
 
 
 class Source:
@@ -76,13 +79,15 @@ class Source:
                 raise InputError(f"{self.where}: got a damaged model (a name is no UTF-8), wanted an ONNX model")
         self.dense = {tensor.name: tensor for tensor in model.graph.initializer}
         self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
-        for tensor in self.dense.values():
-            if tensor.data_location == TensorProto.EXTERNAL:
-                raise InputError(
-                    f"{self.where}: got initializer {tensor.name!r} in another file, wanted its values: give the path"
-                )
         self.outputs = tuple(value.name for value in model.graph.output)
         self.nodes = _alive(self._normalised(model.graph), self.outputs)
+        for name, tensor in self.dense.items():
+            if tensor.data_location == TensorProto.EXTERNAL:
+                raise InputError(
+                    f"{self.where}: got initializer {name!r} in another file, wanted its values: give the path"
+                )
+        for name, sparse in self.sparse.items():
+            _check_sparse(f"{self.where}: {name}", sparse)
         constants = self.dense.keys() | self.sparse.keys()
         self.inputs = tuple(value.name for value in model.graph.input if value.name not in constants)
         self.types = self._inferred(model)
@@ -130,13 +135,30 @@ class Source:
         for name, sparse in self.sparse.items():
             large.append(helper.make_tensor_value_info(name, sparse.values.data_type, list(sparse.dims)))
         names = {value.name for value in large}
+        stated = [v for v in model.graph.value_info if v.name not in names and _has_shape(v)]
+        kept = [tensor for name, tensor in self.dense.items() if name not in dense]
+        graph_inputs = [*(value for value in model.graph.input if value.name not in names), *large]
+        types: dict[str, onnx.TypeProto] = {}
+        # What the file states of values within the graph may be out of date: what is inferred without it goes first.
+        for value_info in (stated, []) if stated else ([],):
+            inferred = self._types_of(model.graph, graph_inputs, kept, value_info)
+            types |= {name: kind for name, kind in inferred.items() if name not in types or _is_shaped(kind)}
+        return types
+
+    def _types_of(
+        self,
+        graph: GraphProto,
+        inputs: Sequence[onnx.ValueInfoProto],
+        initializers: Sequence[TensorProto],
+        value_info: Sequence[onnx.ValueInfoProto],
+    ) -> dict[str, onnx.TypeProto]:
         skeleton = helper.make_graph(
             self.nodes,
-            model.graph.name or "graph",
-            [*(value for value in model.graph.input if value.name not in names), *large],
-            model.graph.output,
-            [tensor for name, tensor in self.dense.items() if name not in dense],
-            value_info=[v for v in model.graph.value_info if v.name not in names and _has_shape(v)],
+            graph.name or "graph",
+            inputs,
+            graph.output,
+            initializers,
+            value_info=value_info,
         )
         checked = helper.make_model(skeleton, opset_imports=self.imports, ir_version=self.ir_version)
         onnx.checker.check_model(checked)
@@ -200,8 +222,30 @@ def _read(source: str | Path | ModelProto) -> tuple[ModelProto, str]:
     return model, str(source)
 
 
+def _check_sparse(where: str, tensor: SparseTensorProto) -> None:
+    """Refuse a sparse tensor that cannot be made dense; whether its places are right is seen when it is."""
+    values, indices, dims = tensor.values, tensor.indices, tuple(tensor.dims)
+    if TensorProto.EXTERNAL in (values.data_location, indices.data_location):
+        raise InputError(f"{where}: got a sparse tensor in another file, wanted its values in the model")
+    if len(values.dims) != 1:
+        raise InputError(f"{where}: got values of shape {shown(tuple(values.dims))}, wanted [stored]")
+    if indices.data_type != TensorProto.INT64 or len(indices.dims) not in (1, 2):
+        kind = KINDS.get(indices.data_type, indices.data_type)
+        wanted = "INT64 [stored] or [stored, dimensions]"
+        raise InputError(f"{where}: got indices {kind} {shown(tuple(indices.dims))}, wanted {wanted}")
+    itemsize = helper.tensor_dtype_to_np_dtype(values.data_type).itemsize
+    is_shape = 1 <= len(dims) <= MOST_DIMS and min(dims) >= 0
+    if not is_shape or math.prod(dims) * itemsize > MOST_BYTES:
+        wanted = f"1 to {MOST_DIMS} sizes, at most {MOST_BYTES >> 30} GB in all"
+        raise InputError(f"{where}: got a sparse tensor of shape {shown(dims)}, wanted {wanted}")
+
+
 def _has_shape(value: onnx.ValueInfoProto) -> bool:
     return not value.type.HasField("tensor_type") or value.type.tensor_type.HasField("shape")
+
+
+def _is_shaped(kind: onnx.TypeProto) -> bool:
+    return bool(kind.HasField("tensor_type") and kind.tensor_type.HasField("shape"))
 
 
 def _alive(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:

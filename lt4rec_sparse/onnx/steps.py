@@ -8,6 +8,7 @@ from typing import NamedTuple
 import onnx
 from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper
+from onnxruntime import InferenceSession
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.onnx.calls import Call
@@ -27,8 +28,8 @@ class Part(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def steps_of(graph: Graph, calls: Sequence[Call]) -> list[Part | Call]:
-    """Return parts and calls in an order in which each finds its inputs.
+def steps_of(graph: Graph, calls: Sequence[Call]) -> tuple[list[Part | Call], list[InferenceSession]]:
+    """Return parts and calls in an order in which each finds its inputs, and the session of each part.
 
     A node is in part `p` if on the way to it parts and calls alternate `p` times; no order has fewer parts.
 
@@ -37,14 +38,17 @@ def steps_of(graph: Graph, calls: Sequence[Call]) -> list[Part | Call]:
     """
     part_of, part_before = _placed(graph, calls)
     steps: list[Part | Call] = [call for call in calls if part_before[call.output] < 0]
+    sessions = []
     known: dict[str, onnx.TypeProto] = dict(graph.types)
     for call in calls:
         known.setdefault(call.output, helper.make_tensor_type_proto(TensorProto.FLOAT, None))
     for p in range(max(part_of.values(), default=-1) + 1):
         members = [i for i in sorted(part_of) if part_of[i] == p]
-        steps.append(_part(graph, members, _read_elsewhere(graph, members, part_of, calls), known))
+        part, session = _part(graph, members, _read_elsewhere(graph, members, part_of, calls), known)
+        steps.append(part)
+        sessions.append(session)
         steps += [call for call in calls if part_before[call.output] == p]
-    return steps
+    return steps, sessions
 
 
 def _placed(graph: Graph, calls: Sequence[Call]) -> tuple[dict[int, int], dict[str, int]]:
@@ -90,12 +94,18 @@ def _read_elsewhere(
     return [name for i in members for name in graph.nodes[i].output if name in read]
 
 
-def _part(graph: Graph, members: Sequence[int], outputs: Sequence[str], known: dict[str, onnx.TypeProto]) -> Part:
-    """Return nodes as a part, and enter the types of what it makes into `known`."""
+def _part(
+    graph: Graph, members: Sequence[int], outputs: Sequence[str], known: dict[str, onnx.TypeProto]
+) -> tuple[Part, InferenceSession]:
+    """Return nodes as a part, with its session, and enter the types of what it makes into `known`."""
     made = {name for i in members for name in graph.nodes[i].output}
     read = dict.fromkeys(name for i in members for name in graph.reads(i))
     inputs = [name for name in read if name not in made and not graph.is_constant(name)]
-    infos = [helper.make_value_info(name, known[name]) for name in inputs]
+    # What the module checks has its shape. Of other values only the element type is sure: shapes in files may be wrong.
+    infos = [
+        helper.make_value_info(name, known[name] if name in graph.inputs else _without_shape(known[name]))
+        for name in inputs
+    ]
     model = graph.part(members, infos, outputs)
     first = graph.named(members[0])
     try:
@@ -110,7 +120,12 @@ def _part(graph: Graph, members: Sequence[int], outputs: Sequence[str], known: d
         if element not in (*DTYPES, TensorProto.STRING, TensorProto.UNDEFINED):  # undefined: a sequence or a map
             got = TensorProto.DataType.Name(element)
             raise InputError(f"{graph.where}: value {value.name!r}: got {got} between two parts, wanted what NumPy has")
-    return Part(data, tuple(inputs), tuple(outputs))
+    return Part(data, tuple(inputs), tuple(outputs)), session
+
+
+def _without_shape(known: onnx.TypeProto) -> onnx.TypeProto:
+    is_tensor = known.HasField("tensor_type")
+    return helper.make_tensor_type_proto(known.tensor_type.elem_type, None) if is_tensor else known
 
 
 def _type_of(graph: Graph, name: str, said: str) -> onnx.TypeProto:

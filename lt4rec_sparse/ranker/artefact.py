@@ -3,7 +3,8 @@
 Tensors (names and bit order of compressed-tensors where it has them):
 
 - `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or from version 2 on
-  its `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`.
+  its `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`; from version 3 on `layers.<i>.slope`,
+  `[out_features]`, of an activation with a slope per output.
 - `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
 - `inputs.embedding`: all embedding tables in one matrix, `[rows, dim]`, in the order of the encoder's tables but for
   those that the file is `without`: float32; float16; or int8, from -127 to 127, then with `inputs.scales`, float32
@@ -18,9 +19,9 @@ Weights are stored in full precision; how they compute is chosen when the artefa
 are finite. `codes` were added without a new version: old files lack them, and old readers ignore them. Readers ignore
 unknown keys.
 
-Versions: 1 has `SharedWeight` alone; 2 has a `BlockWeight`; 3 has int8 embeddings, or is `without` a table. A file has
-the least version that it needs, so that older readers read what they can: they refuse higher ones. Embeddings of
-float16 need none: readers of version 1 make float32 of them.
+Versions: 1 has `SharedWeight` alone; 2 has a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a
+slope per output. A file has the least version that it needs, so that older readers read what they can: they refuse
+higher ones. Embeddings of float16 need none: readers of version 1 make float32 of them.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
@@ -78,7 +79,7 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in arrays.items()}
     _check_finite(tensors)
     absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
-    is_third = "inputs.scales" in rows or bool(absent)
+    is_third = "inputs.scales" in rows or bool(absent) or any(name.endswith(".slope") for name in network)
     version = 3 if is_third else 2 if any("block" in layer for layer in of_network["layers"]) else 1
     meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
     checked_file.write(path, KEY, meta, tensors)

@@ -154,11 +154,14 @@ class CrossedEmbeddings(nn.Module):
     def without(self, tables: Collection[str]) -> CrossedEmbeddings:
         """Return the same inputs, for serving alone, without some tables; they share no memory.
 
+        Tables that are absent already stay absent.
+
         Raises:
-            InputError: If there is no such table here.
+            InputError: If there is no such table.
         """
         for table in tables:
-            self._span(table)
+            if table not in self.absent:
+                self._span(table)
         absent = self.absent | set(tables)
         return self._with(self._parts([table for table in self.table_sizes if table not in absent]), absent)
 

@@ -76,24 +76,36 @@ def ordered_fields(inputs: CrossedEmbeddings) -> tuple[Field, ...]:
     return tuple(sorted(inputs.fields, key=lambda field: field.multi))
 
 
-def padded_ids(features: EncodedFeatures) -> tuple[Tensor, ...]:
+def padded_ids(features: EncodedFeatures, fields: Sequence[Field]) -> tuple[Tensor, ...]:
     """Return encoded rows as a `RankerModule` or an exported ranker reads them, one tensor per field.
 
     Example:
         >>> features = EncodedFeatures(torch.tensor([[7], [8]]), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
-        >>> [ids.tolist() for ids in padded_ids(features)]
+        >>> fields = [Field("item", "item", multi=False), Field("tags", "tags", multi=True)]
+        >>> [ids.tolist() for ids in padded_ids(features, fields)]
         [[7, 8], [[1, -1], [2, 3]]]
+
+    Args:
+        features: What the encoder gives; it may have no row.
+        fields: `encoder.fields`, or those of the module.
 
     Returns:
         Int64 `[batch]` of each single-valued field; of each multi-valued one `[batch, most values of a row]`, filled up
         with -1.
+
+    Raises:
+        ValueError: If the rows are of other fields.
     """
-    batch = features.batch
+    batch, n_multi = features.batch, sum(field.multi for field in fields)
+    got, wanted = features.single.shape[1], len(fields) - n_multi
+    if got != wanted or features.multi_offsets.numel() != n_multi * batch + 1:
+        n_bags = features.multi_offsets.numel() - 1
+        raise ValueError(f"features: got {got} ids and {n_bags} bags, wanted {wanted} per row and {n_multi * batch}")
     padded = []
-    for f in range((features.multi_offsets.numel() - 1) // batch if batch else 0):
+    for f in range(n_multi):
         offsets = features.multi_offsets[f * batch : (f + 1) * batch + 1]
         lengths = offsets.diff()
-        places = torch.arange(int(lengths.max()))
+        places = torch.arange(int(lengths.max()) if batch else 0)
         of_field = torch.full((batch, len(places)), PADDING, dtype=torch.int64)
         of_field[places < lengths[:, None]] = features.multi_values[int(offsets[0]) : int(offsets[-1])].long()
         padded.append(of_field)

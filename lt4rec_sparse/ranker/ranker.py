@@ -103,8 +103,8 @@ class Ranker:
 
         Args:
             batch: Column name -> one value per candidate (list or array; None or NaN is missing; in a multi-valued
-                column each is a list of values, or one separated string), or a single one that holds for all, as of the
-                user of a request. Columns that are not features are ignored.
+                column each is a list of values, or one separated string), or a sequence of one value, which holds for
+                all, as of the user of a request. Columns that are not features are ignored.
             embeddings: Column name -> vectors that were computed elsewhere, `[candidates, dim]`, or `[1, dim]` for all;
                 float32, float16 or bfloat16. They stand in for the column, which `batch` need not have then; of a
                 multi-valued one they are the mean of its values' vectors.
@@ -146,5 +146,5 @@ def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:
         raise InputError(f"embeddings of {column!r}: got {got}, wanted {wanted}")
     if isinstance(vectors, Tensor):
         return vectors
-    # torch warns of an array that it could write to but must not; such a one is copied.
-    return torch.from_numpy(np.require(vectors, requirements="W"))
+    # torch warns of an array that it could write to but must not, and takes no negative strides; such ones are copied.
+    return torch.from_numpy(np.require(vectors, requirements=["C", "W"]))

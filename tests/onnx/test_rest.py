@@ -11,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import FLOAT, model, node, runtime, sparse_integers
+from onnxruntime import InferenceSession
 from oracle import assert_exact, small_integers
 
 from lt4rec_sparse import SparseLinear, SparseMLP, from_onnx, report
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.onnx import session
+from lt4rec_sparse.onnx.graph import Graph
+from lt4rec_sparse.onnx.source import Source
 
 W, V = sparse_integers(8, 8, 1), sparse_integers(8, 8, 2)
 X = small_integers(5, 8, generator=torch.Generator().manual_seed(0))
@@ -404,3 +408,122 @@ def test_weights_of_two_quantised_readers_share_one_pair():
     assert (module.parts, len(module.calls)) == (1, 2)
     assert_same(original, X, parts=2, calls=2)
     assert numpy_helper.to_array(original.graph.initializer[0]).shape == (8, 8)
+
+
+def normed(before: str, behind=()) -> onnx.ModelProto:
+    """Return a norm of a value, which is then quantised for a layer; the norm leaves another range than it reads."""
+    nodes = [
+        node("BatchNormalization", f"{before} scale shift mean variance", "n", epsilon=0.0),
+        *pair("n", "nq", "1"),
+        node("MatMul", "nq v", "y"),
+    ]
+    norm = {"scale": np.full(8, 4), "shift": np.arange(8) - 3, "mean": np.zeros(8), "variance": np.ones(8)}
+    constants = {name: np.asarray(value, np.float32) for name, value in norm.items()}
+    constants |= {"s0": np.float32(1), "z0": np.uint8(128), "s1": np.float32(2), "z1": np.uint8(128)}
+    return of([*behind, *nodes], **constants)
+
+
+@pytest.mark.parametrize("place", ["first", "behind an activation", "behind a layer"])
+def test_int8_quantises_what_a_norm_leaves(place):
+    layer = [*pair("x", "xq", "0"), node("MatMul", "xq w", "a"), node("Relu", "a", "b")]
+    behind = {"first": [], "behind an activation": layer, "behind a layer": layer[:-1]}[place]
+    original = normed({"first": "x", "behind an activation": "b", "behind a layer": "a"}[place], behind)
+    module = from_onnx(original, "int8")
+    if place == "behind a layer":
+        assert isinstance(module, SparseMLP)
+        assert module.network.quantization == {"task": ((1.0, 128), (2.0, 128))}
+        assert torch.equal(module.network.layer(0, "task").weight, torch.tensor(4 * W.T))
+        return
+    calls = list(module.calls.values())
+    assert torch.equal(calls[-1].weight, torch.tensor(V.T)), "no norm is folded into what is quantised before it"
+    assert calls[-1].network.quantization == {"task": ((2.0, 128),)}
+    entering = X if place == "first" else calls[0](X)
+    assert_exact(module(X), calls[-1](4 * entering + torch.arange(8) - 3))
+
+
+@pytest.mark.parametrize("scale", [0.0, np.nan, np.inf, -1.0, 1e-39])
+def test_int8_by_a_scale_that_is_none_is_refused(scale):
+    nodes = [*pair("x", "xq", "0"), node("MatMul", "xq w", "y")]
+    original = of(nodes, s0=np.float32(scale), z0=np.uint8(128))
+    with pytest.raises(InputError, match=r"^model: MatMul '/y': got scale .*, wanted above 0 and finite in float32"):
+        from_onnx(original, "int8")
+
+
+def test_shapes_that_a_file_states_of_values_within_may_be_wrong():
+    original = of(
+        [node("MatMul", "x w", "a"), node("Softmax", "a", "s"), node("MatMul", "s v", "b"), node("Add", "b x", "y")]
+    )
+    for name, shape in (("a", [5, 99]), ("b", [3, 8]), ("s", [5])):
+        original.graph.value_info.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    assert_same(original, X, parts=2, calls=2)
+
+
+def test_a_rank_that_a_file_states_wrongly_joins_nothing():
+    """A norm of `[batch, 8]` is folded, but this one is of `[batch, 8, 8]`, whatever is stated."""
+    nodes = [node("MatMul", "x w", "a"), node("BatchNormalization", "a s t m v1", "y")]
+    constants = {name: np.arange(1, 9, dtype=np.float32) for name in ("s", "t", "m", "v1")}
+    original = of(nodes, inputs={"x": ["batch", 8, 8]}, **constants)
+    original.graph.value_info.append(helper.make_tensor_value_info("a", FLOAT, ["batch", 8]))
+    module, x = from_onnx(original), small_integers(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert module.parts == 1
+    torch.testing.assert_close(module(x), runtime(original, x)[0])
+
+
+def test_autocast_changes_nothing():
+    module = from_onnx(with_rest())
+    wanted = module(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_exact(module(X), wanted)
+
+
+def constant_operands() -> dict[str, list[onnx.NodeProto]]:
+    """Return nodes that read a constant which is no tensor of NumPy, behind `a`."""
+    return {
+        "a sequence": [
+            node("SequenceConstruct", "k k", "list"),
+            node("SequenceInsert", "list a", "longer"),
+            node("SequenceAt", "longer two", "y"),
+        ],
+        "bfloat16": [
+            node("Cast", "k", "half", to=TensorProto.BFLOAT16),
+            node("Cast", "a", "b", to=TensorProto.BFLOAT16),
+            node("Concat", "b half", "c", axis=0),
+            node("Cast", "c", "y", to=FLOAT),
+        ],
+        "bfloat16, added": [
+            node("Cast", "k", "half", to=TensorProto.BFLOAT16),
+            node("Cast", "half", "k2", to=FLOAT),
+            node("Mul", "a k2", "y"),
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", constant_operands())
+def test_constants_that_numpy_lacks_stay_with_onnx_runtime(name):
+    nodes = [node("MatMul", "x w", "a"), *constant_operands()[name]]
+    original = of(nodes, k=np.ones((1, 8), np.float32), two=np.array(2))
+    assert_same(original, X, parts=1, calls=1)
+
+
+def test_a_constant_of_bfloat16_is_none_for_numpy():
+    nodes = [
+        node("Cast", "k", "half", to=TensorProto.BFLOAT16),
+        node("Cast", "half", "k2", to=FLOAT),
+        node("MatMul", "x w", "a"),
+        node("Mul", "a k2", "y"),
+    ]
+    graph = Graph(Source(of(nodes, k=np.float32(1))))
+    assert graph.constant("half") is None
+    assert graph.constant("k2") == 1.0
+
+
+def test_each_session_is_made_once(monkeypatch):
+    made = []
+
+    def counted(*arguments):
+        made.append(1)
+        return InferenceSession(*arguments)
+
+    monkeypatch.setattr(session, "InferenceSession", counted)
+    module = from_onnx(with_rest())
+    assert len(made) == module.parts == 2

@@ -1,5 +1,7 @@
 """However a file stores a weight it is read exactly, and a file that cannot be read is refused by one line."""
 
+import copy
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -87,6 +89,70 @@ def test_what_a_sparse_tensor_stores_is_kept_though_it_is_zero(is_linear, is_con
 def test_a_sparse_tensor_with_wrong_places_is_refused(places):
     with pytest.raises(InputError, match=r"^model: w: got indices .* wanted one place within \(12, 16\) for each"):
         from_onnx(of_constants(sparse=[stored(places, np.ones(2, f32))]))
+
+
+def of_sparse(is_constant: bool, change) -> onnx.ModelProto:
+    tensor = stored(np.array([0, 5]), np.ones(2, f32))
+    change(tensor)
+    if is_constant:
+        return of_constants(node("Constant", "", "w", sparse_value=tensor))
+    return of_constants(sparse=[tensor])
+
+
+def set_dims(*dims):
+    def change(tensor):
+        tensor.dims[:] = dims
+
+    return change
+
+
+DAMAGES = {
+    "indices of another dtype": (
+        lambda t: t.indices.CopyFrom(numpy_helper.from_array(np.array([0.0, 5.0]))),
+        r"got indices DOUBLE \(2,\), wanted INT64 \[stored\] or \[stored, dimensions\]",
+    ),
+    "indices of three dimensions": (
+        lambda t: t.indices.CopyFrom(numpy_helper.from_array(np.zeros((2, 1, 1), np.int64))),
+        r"got indices INT64 \(2, 1, 1\), wanted",
+    ),
+    "values of two dimensions": (
+        lambda t: t.values.CopyFrom(numpy_helper.from_array(np.ones((2, 1), f32), "w")),
+        r"got values of shape \(2, 1\), wanted \[stored\]",
+    ),
+    "a negative size": (set_dims(-12, 16), r"got a sparse tensor of shape \(-12, 16\), wanted 1 to 32 sizes"),
+    "two negative sizes": (set_dims(-12, -16), r"got a sparse tensor of shape \(-12, -16\), wanted"),
+    "terabytes": (set_dims(2**20, 2**20), r"got a sparse tensor of shape \(1048576, 1048576\), wanted .* at most 2 GB"),
+    "beyond int64": (set_dims(2**62, 2**62), "got a sparse tensor of shape .*, wanted .* at most 2 GB"),
+    "no dimension": (set_dims(), r"got a sparse tensor of shape \(\), wanted 1 to 32 sizes"),
+    "many dimensions": (set_dims(*[1] * 99), "got a sparse tensor of shape .*, wanted 1 to 32 sizes"),
+    "values elsewhere": (
+        lambda t: setattr(t.values, "data_location", TensorProto.EXTERNAL),
+        "got a sparse tensor in another file, wanted its values in the model",
+    ),
+    "indices elsewhere": (
+        lambda t: setattr(t.indices, "data_location", TensorProto.EXTERNAL),
+        "got a sparse tensor in another file, wanted its values in the model",
+    ),
+    "values of no dtype": (lambda t: setattr(t.values, "data_type", 99), "got a damaged model"),
+}
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_sparse_tensor_is_refused_by_one_line(name, is_constant):
+    change, said = DAMAGES[name]
+    with pytest.raises(InputError, match=rf"^model: (w: )?{said}") as caught:
+        from_onnx(of_sparse(is_constant, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_constant_in_another_file_is_named():
+    tensor = numpy_helper.from_array(WEIGHT, "w")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    with pytest.raises(InputError, match=r"^model: got initializer 'w' in another file, wanted its values"):
+        from_onnx(of_constants(node("Constant", "", "w", value=tensor)))
 
 
 def test_a_sparse_initializer_that_stays_with_onnx_runtime():
@@ -203,12 +269,20 @@ def test_a_truncated_file_never_passes(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-WHOLE = of_constants(
+MODEL = of_constants(
     node("Constant", "", "three", value_float=3.0),
     node("Mul", "q three", "w"),
+    node("MatMul", "x more", "z"),
     q=WEIGHT,
     sparse=[stored(np.array([3, 50]), np.ones(2, f32), "more")],
-).SerializeToString()
+)
+MODEL.graph.output.append(helper.make_tensor_value_info("z", FLOAT, ["batch", 16]))
+WHOLE = MODEL.SerializeToString()
+
+
+def test_the_model_whose_bytes_change_reads_its_sparse_tensor():
+    module = from_onnx(MODEL)
+    assert sorted(int(call.network.mask(0, "task").sum()) for call in module.calls.values()) == [2, (WEIGHT != 0).sum()]
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))
@@ -259,9 +333,38 @@ def test_a_port_that_torch_has_no_dtype_for_is_named(is_input):
         from_onnx(original)
 
 
-def test_an_output_that_no_input_decides_is_named():
+@pytest.mark.parametrize("is_computed", [False, True])
+def test_an_output_that_no_input_decides_is_returned(is_computed):
+    original = of_constants(w=WEIGHT, c=np.arange(3, dtype=f32))
+    name = "d" if is_computed else "c"
+    if is_computed:
+        original.graph.node.append(node("Neg", "c", "d"))
+    original.graph.output.append(helper.make_tensor_value_info(name, FLOAT, [3]))
+    module = from_onnx(original)
+    for copied in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for found, wanted in zip(copied(X), runtime(original, X), strict=True):
+            assert_exact(found, wanted)
+    module(X)[1].fill_(9.0)
+    assert_exact(module(X)[1], runtime(original, X)[1])
+    other = copy.deepcopy(original)
+    other.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.full(3, 5, f32), "c"))
+    module.load_state_dict(from_onnx(other).state_dict())
+    assert_exact(module(X)[1], runtime(other, X)[1])
+
+
+def test_a_constant_output_that_numpy_lacks_is_named():
     original = of_constants(w=WEIGHT, c=np.ones(3, f32))
-    original.graph.node.append(node("Identity", "c", "d"))
+    original.graph.node.append(node("SequenceConstruct", "c c", "d"))
     original.graph.output.append(helper.make_tensor_value_info("d", FLOAT, [3]))
-    with pytest.raises(InputError, match="output 'd': got a constant, wanted what the inputs decide"):
+    with pytest.raises(InputError, match=r"^model: "):
+        from_onnx(original)
+
+
+def test_an_output_that_nothing_makes_is_named(monkeypatch):
+    original = of_constants(w=WEIGHT)
+    original.graph.output.append(helper.make_tensor_value_info("z", FLOAT, ["batch", 16]))
+    with pytest.raises(InputError, match=r"^model: .*'z'"):
+        from_onnx(original)
+    monkeypatch.setattr(onnx.checker, "check_model", lambda model: None)  # as that of some versions of onnx
+    with pytest.raises(InputError, match=r"^model: output 'z': got one that nothing makes, wanted a node's output"):
         from_onnx(original)

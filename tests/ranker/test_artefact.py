@@ -8,6 +8,7 @@ import math
 import re
 import stat
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lt4rec_sparse import MaskedMLP, Ranker, checked_file, freeze, load, save
+from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, checked_file, freeze, load, save
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.ranker import ArtefactError
 from lt4rec_sparse.ranker.artefact import KEY, network_from_tensors, network_to_tensors
@@ -209,6 +211,36 @@ def test_tables_that_are_elsewhere_are_not_in_the_file(tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
     save(original, tmp_path / "none.safetensors", "int8", without=list(original.encoder.table_sizes))
     assert not load(tmp_path / "none.safetensors").inputs.nbytes
+
+
+def test_a_table_that_is_elsewhere_already_may_be_named_again(tmp_path):
+    original = load(VERSION_1)
+    first, second = list(original.encoder.table_sizes)[:2]
+    save(original, tmp_path / "first.safetensors", without=[first])
+    loaded = load(tmp_path / "first.safetensors")
+    save(loaded, tmp_path / "again.safetensors", without=[first])
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
+    save(loaded, tmp_path / "both.safetensors", without=[first, second])
+    assert contents(tmp_path / "both.safetensors")[0]["without"] == [first, second]
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_slope_per_output_has_its_version_and_comes_back(tmp_path, blocks):
+    original = load(VERSION_1)
+    first, *rest = original.mlp.network.hidden
+    weight = first.weight
+    if blocks:
+        dense = {task: torch.ones(weight.shape, dtype=torch.bool) for task in original.tasks}
+        weight = BlockWeight.from_dense(torch.randn(weight.shape), dense)
+    for slope, version in ((torch.linspace(-1, 1, weight.shape[0]), 3), (0.25, 2 if blocks else 1)):
+        hidden = (first._replace(weight=weight, activation="leaky_relu", slope=slope), *rest)
+        network = replace(original.mlp.network, hidden=hidden)
+        ranker = Ranker(original.encoder, original.inputs, SparseMLP(network))
+        save(ranker, tmp_path / "m.safetensors")
+        meta, tensors = contents(tmp_path / "m.safetensors")
+        assert (meta["version"], "layers.0.slope" in tensors) == (version, version == 3)
+        for task, scores in load(tmp_path / "m.safetensors").score(EXPECTED["candidates"]).items():
+            assert np.array_equal(scores, ranker.score(EXPECTED["candidates"])[task])
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path):

@@ -179,6 +179,7 @@ def test_a_table_is_what_was_trained_wherever_it_goes():
     assert_exact(kept.embedding.detach(), inputs.embedding.detach()[5:])
     assert_exact(inputs.rounded("int8").table("hour"), inputs.rounded("int8").rounded("fp32").table("hour"))
     assert not kept.without(["tag", "hour"]).nbytes
+    assert_exact(kept.without(["video"]).embedding.detach(), kept.embedding.detach())
     with pytest.raises(InputError, match="table: got 'video', wanted one of tag, hour"):
         kept.table("video")
     for make in (lambda: inputs.without(["user"]), lambda: inputs.table("user")):

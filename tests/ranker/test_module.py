@@ -9,7 +9,7 @@ from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_in
 
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, from_onnx, to_onnx
 from lt4rec_sparse.lottery import random_masks
-from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
+from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.module import padded_ids
 
@@ -49,6 +49,10 @@ RANKER = ranker_of()
 MODEL = to_onnx(RANKER)
 
 
+def ids_of(features: EncodedFeatures) -> tuple[torch.Tensor, ...]:
+    return padded_ids(features, RANKER.encoder.fields)
+
+
 def assert_scores(ranker: Ranker, scores, features) -> None:
     """Fail unless scores, one tensor per task, are the network's of the inputs that the ids have."""
     x = ranker.inputs(features)
@@ -69,9 +73,7 @@ def test_every_form_of_a_ranker_scores_alike(batch):
     columns = {name: [row[i] for row in batch] for i, name in enumerate(COLUMNS)}
     features = RANKER.encoder.encode(columns)
     assert_scores(RANKER, map(torch.from_numpy, RANKER.score(columns).values()), features)
-    ids = padded_ids(features)
-    if not batch:  # without a row there is no multi-valued field to count
-        ids = (*ids, *(torch.zeros(0, 0, dtype=torch.int64) for _ in range(2)))
+    ids = ids_of(features)
     for module in (RANKER.to_dense(), RANKER.to_module()):
         scores = module(*ids)
         assert list(scores) == ["ctr", "cvr"]
@@ -83,13 +85,13 @@ def test_sparse_initializers_score_alike():
     features = RANKER.encoder.encode(COLUMNS)
     written = to_onnx(RANKER, sparse=True)
     assert len(written.graph.sparse_initializer) == 4
-    assert_scores(RANKER, runtime(written, *padded_ids(features)), features)
+    assert_scores(RANKER, runtime(written, *ids_of(features)), features)
 
 
 def test_only_single_valued_fields():
     ranker = ranker_of(multi=False)
     features = ranker.encoder.encode({"item": [1, 9], "hour": [None, 5]})
-    ids = padded_ids(features)
+    ids = padded_ids(features, ranker.encoder.fields)
     assert_scores(ranker, ranker.to_dense()(*ids).values(), features)
     assert_scores(ranker, runtime(to_onnx(ranker), *ids), features)
 
@@ -127,7 +129,7 @@ def test_the_model_has_an_input_per_field_and_an_output_per_task():
 def test_what_is_written_runs_in_the_engine_when_it_is_read():
     module, features = from_onnx(MODEL), RANKER.encoder.encode(COLUMNS)
     assert (module.parts, len(module.calls)) == (2, 2)
-    assert_scores(RANKER, module(*padded_ids(features)), features)
+    assert_scores(RANKER, module(*ids_of(features)), features)
 
 
 def test_dense_modules_are_torchs_own():
@@ -143,7 +145,7 @@ def test_dense_modules_are_torchs_own():
 @pytest.mark.parametrize("is_dense", [True, False])
 def test_torch_exports_it_for_any_batch(is_dense):
     module, features = RANKER.to_dense() if is_dense else RANKER.to_module(), RANKER.encoder.encode(COLUMNS)
-    ids = padded_ids(features)
+    ids = ids_of(features)
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = tuple({0: batch, **({1: torch.export.Dim(f"values{i}", max=64)} if i > 1 else {})} for i in range(4))
     program = torch.export.export(module, ids, dynamic_shapes=(shapes,))
@@ -151,11 +153,11 @@ def test_torch_exports_it_for_any_batch(is_dense):
     assert any("sparse_mlp" in name for name in operators) == (not is_dense)
     again = RANKER.encoder.encode({name: values * 2 for name, values in COLUMNS.items()})
     for of_rows in (features, again):
-        assert_scores(RANKER, program.module()(*padded_ids(of_rows)).values(), of_rows)
+        assert_scores(RANKER, program.module()(*ids_of(of_rows)).values(), of_rows)
 
 
 def test_wrong_ids_are_refused():
-    module, ids = RANKER.to_module(), padded_ids(RANKER.encoder.encode(COLUMNS))
+    module, ids = RANKER.to_module(), ids_of(RANKER.encoder.encode(COLUMNS))
     with pytest.raises(ValueError, match="ids: got 3 tensors, wanted 4, one per field"):
         module(*ids[:3])
     with pytest.raises(ValueError, match=r"tags: got shape \(3,\), wanted \[batch, values\]"):
@@ -172,17 +174,32 @@ def test_wrong_ids_are_refused():
 
 def test_padding_changes_no_bit():
     features = RANKER.encoder.encode({**COLUMNS, "tags": [["a"], ["new"], []]})
-    tags = padded_ids(features)[2]
+    tags = ids_of(features)[2]
     assert tags.shape == (3, 1)
     assert tags[1] == 1
     assert tags[2] == -1
     wider = torch.cat([tags, torch.full((3, 4), -1)], 1)
-    ids = list(padded_ids(features))
+    ids = list(ids_of(features))
     first = RANKER.to_dense()(*ids)
     ids[2] = wider
     second = RANKER.to_dense()(*ids)
     for task in first:
         assert_exact(second[task], first[task])
+
+
+def test_an_empty_request_has_all_fields():
+    features = RANKER.encoder.encode({name: [] for name in COLUMNS})
+    assert [tuple(ids.shape) for ids in ids_of(features)] == [(0,), (0,), (0, 0), (0, 0)]
+    assert [tuple(ids.shape) for ids in padded_ids(features, RANKER.to_module().fields)] == [(0,), (0,), (0, 0), (0, 0)]
+    assert all(scores.shape == (0,) for scores in RANKER.to_module()(*ids_of(features)).values())
+
+
+def test_ids_of_other_fields_are_refused():
+    features = RANKER.encoder.encode(COLUMNS)
+    with pytest.raises(ValueError, match="features: got 2 ids and 6 bags, wanted 2 per row and 3"):
+        padded_ids(features, RANKER.encoder.fields[:-1])
+    with pytest.raises(ValueError, match="features: got 2 ids and 6 bags, wanted 1 per row and 6"):
+        padded_ids(features, RANKER.encoder.fields[1:])
 
 
 def test_a_column_with_the_name_of_a_task_is_refused():
@@ -202,7 +219,7 @@ def test_other_precisions_are_not_written():
 def test_rounded_embeddings_become_float32(kind):
     ranker = Ranker(RANKER.encoder, RANKER.inputs.rounded(kind), RANKER.mlp)
     features = ranker.encoder.encode(COLUMNS)
-    ids = padded_ids(features)
+    ids = ids_of(features)
     for scores in (ranker.to_dense()(*ids), ranker.to_module()(*ids)):
         assert_scores(ranker, scores.values(), features)
     assert_scores(ranker, [torch.as_tensor(y) for y in runtime(to_onnx(ranker), *ids)], features)

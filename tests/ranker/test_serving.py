@@ -149,7 +149,7 @@ def test_what_a_request_has_once_is_sent_once(artefact, small_log):
     assert all(scores.shape == (0,) for scores in ranker.score(none).values())
 
 
-@pytest.mark.parametrize("form", ["tensor", "array", "read only"])
+@pytest.mark.parametrize("form", ["tensor", "array", "read only", "backwards", "by column"])
 def test_embeddings_that_are_given_stand_in_for_columns(artefact, small_log, form):
     ranker, batch = load(artefact), candidates(small_log)
     embedded, fields = ranker.inputs.embed(ranker.encoder.encode(batch)), ranker.encoder.fields
@@ -158,7 +158,11 @@ def test_embeddings_that_are_given_stand_in_for_columns(artefact, small_log, for
     if form != "tensor":
         vectors = {name: of_name.numpy().copy() for name, of_name in vectors.items()}
         for of_name in vectors.values():
-            of_name.flags.writeable = form == "array"
+            of_name.flags.writeable = form != "read only"
+    if form == "backwards":
+        vectors = {name: of_name[::-1, ::-1].copy()[::-1, ::-1] for name, of_name in vectors.items()}
+    if form == "by column":
+        vectors = {name: np.asfortranarray(of_name) for name, of_name in vectors.items()}
     rest = {name: values for name, values in batch.items() if name not in names}
     wanted = ranker.score(batch)
     for task, scores in ranker.score(rest, vectors).items():
@@ -194,6 +198,22 @@ def test_a_missing_column_is_named(artefact, small_log):
     del batch[name]
     with pytest.raises(ValueError, match=name):
         load(artefact).score(batch)
+
+
+@pytest.mark.parametrize("make", [float, np.float64, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_a_number_is_no_column(artefact, small_log, make):
+    batch = candidates(small_log)
+    for column in small_log.schema.features:
+        with pytest.raises(InputError, match=rf"column '{column.name}': got .*, wanted a sequence of values"):
+            load(artefact).score(batch | {column.name: make(3.0)})
+
+
+def test_a_column_of_several_dimensions_is_refused(artefact, small_log):
+    batch = candidates(small_log)
+    for column in small_log.schema.features:
+        shape = (5, 2, 1) if column.kind == "multi" else (5, 2)
+        with pytest.raises(InputError, match=rf"column '{column.name}': got .*, wanted a sequence of values"):
+            load(artefact).score(batch | {column.name: np.ones(shape, np.int64)})
 
 
 def test_no_candidates_give_no_scores(artefact, small_log):

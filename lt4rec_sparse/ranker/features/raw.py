@@ -25,7 +25,8 @@ def rows_of(column: Column, raw: Any) -> int:
     """Return how many rows a raw column has."""
     if _is_bags(column, raw):
         return len(raw[1]) - 1
-    if isinstance(raw, str | bytes) or not hasattr(raw, "__len__"):
+    dimensions = (1, 2) if column.kind == "multi" else (1,)  # of an array, whose rows may be the bags
+    if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or getattr(raw, "ndim", 1) not in dimensions:
         raise _refuse(column, raw, "a sequence of values")
     return len(raw)
 
