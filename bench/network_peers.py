@@ -5,6 +5,10 @@ costs a small network less than one in Python. ONNX Runtime and OpenVINO get wha
 Runtime's: dynamic quantisation, as its users would begin, and static, calibrated on what our own int8 is; weights have
 one scale per channel in both. Only products with weights are quantised, here as in ours.
 
+Each reads the newest opset that serves it: `OPSET`, or the `OLD_OPSET` that DeepSparse ends at. Static int8 is made
+from the older one too: where LayerNormalization is one operator, ONNX Runtime's tool rounds its result to 8 bits for
+the residual connection as well, which the gate refuses. Both runtimes fuse the older operators when they load a file.
+
 DeepSparse runs the exported module sparse in fp32. Its sparse int8 needs a graph that SparseML exports from a network
 that it trained; `bench/wide.py` has layers of that form.
 """
@@ -26,7 +30,8 @@ from bench.network_gate import ROWS, Inputs
 from bench.peers import Maker
 from bench.runtimes import Array, Made, Model
 
-OPSET = 14  # the newest that DeepSparse 1.8 reads, and the oldest with scaled_dot_product_attention
+OPSET = 20  # the newest that torch exports with operators of its own: LayerNormalization and Gelu are one each
+OLD_OPSET = 14  # the newest that DeepSparse 1.8 reads, and the oldest with scaled_dot_product_attention
 
 
 class NetworkCase(NamedTuple):
@@ -60,30 +65,30 @@ def _compiled(case: NetworkCase) -> Made:
     return Made(run, first_rows(run))
 
 
-def _exported(case: NetworkCase) -> Path:
+def _exported(case: NetworkCase, opset: int = OPSET) -> Path:
     """Export the network, for one batch size."""
-    path = case.folder / "network.onnx"
+    path = case.folder / f"network{opset}.onnx"
     if not path.exists():
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-            warnings.simplefilter("ignore")  # this exporter is deprecated; the new one needs opset 18
+            warnings.simplefilter("ignore")  # this exporter is deprecated; the new one cannot go below opset 18
             torch.onnx.export(
                 case.model,
                 tuple(x.clone() for x in case.inputs),
                 path,
                 dynamo=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=list(_named(case.inputs)),
                 output_names=["y"],
             )
     return path
 
 
-def _prepared(case: NetworkCase) -> Path:
+def _prepared(case: NetworkCase, opset: int) -> Path:
     from onnxruntime.quantization import quant_pre_process
 
-    path = case.folder / "prepared.onnx"
+    path = case.folder / f"prepared{opset}.onnx"
     if not path.exists():
-        quant_pre_process(_exported(case), path, skip_symbolic_shape=True)
+        quant_pre_process(_exported(case, opset), path, skip_symbolic_shape=True)
     return path
 
 
@@ -93,7 +98,7 @@ def _dynamic_int8(case: NetworkCase) -> Path:
     path = case.folder / "dynamic.onnx"
     if not path.exists():
         quantize_dynamic(
-            _prepared(case),
+            _prepared(case, OPSET),
             path,
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -117,7 +122,7 @@ def _static_int8(case: NetworkCase) -> Path:
     path = case.folder / "static.onnx"
     if not path.exists():
         quantize_static(
-            _prepared(case),
+            _prepared(case, OLD_OPSET),
             path,
             Seen(),
             quant_format=QuantFormat.QDQ,
@@ -132,7 +137,7 @@ def _static_int8(case: NetworkCase) -> Path:
 
 def _deepsparse(case: NetworkCase) -> Made:
     runtimes.deepsparse_python()
-    return _in(runtimes.deepsparse, _exported)(case)
+    return _in(runtimes.deepsparse, partial(_exported, opset=OLD_OPSET))(case)
 
 
 def _in(runtime: Callable[[Model], Made], model: Callable[[NetworkCase], Path]) -> Callable[[NetworkCase], Made]:

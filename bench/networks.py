@@ -26,10 +26,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench import record
-from bench.architectures import ARCHITECTURES, SMALL, Architecture, made
+from bench.architectures import ARCHITECTURES, SMALL, SPREAD, Architecture, made
 from bench.cpu import KINDS, best, has, ratio
 from bench.network_gate import Inputs, references
-from bench.network_peers import MAKERS, NetworkCase, first_rows
+from bench.network_peers import MAKERS, OLD_OPSET, OPSET, NetworkCase, first_rows
 from bench.peers import Peer, check, gathered, timings
 from lt4rec_sparse import Mask, SparseMLP, freeze
 from lt4rec_sparse.kernels import cpu
@@ -62,12 +62,17 @@ def run(names: Sequence[str] = (), is_short: bool = False) -> None:
     settings = {"rounds": 1, "round_us": 1.0} if is_short else SETTINGS
     threads = torch.get_num_threads()
     counts = [1] if is_short else sorted({1, threads})
-    result: dict[str, Any] = {"machine": record.machine(), "engine": cpu.isa(), "cases": [], "absent": {}}
+    result: dict[str, Any] = {
+        "machine": record.machine(),
+        "engine": cpu.isa(),
+        "spread": SPREAD,
+        "opsets": {"DeepSparse and static int8": OLD_OPSET, "the others": OPSET},
+        "cases": [],
+    }
     try:
         for name in names or known:
             for case in measured(known[name], counts, settings):
                 Console().print(_line(case), markup=False)
-                result["absent"] |= case.pop("absent")
                 result["cases"].append(case)
     finally:
         torch.set_num_threads(threads)
@@ -76,7 +81,6 @@ def run(names: Sequence[str] = (), is_short: bool = False) -> None:
         records[result["machine"]["processor"]] = result
         Console().print(record.write("networks", records))
     Console(width=200).print(tables_of(result), markup=False)
-    print("Absent:", *(f"- {name}: {why}" for name, why in result["absent"].items()), sep="\n")
 
 
 class Entry(NamedTuple):
@@ -179,7 +183,7 @@ def _opponents(case: NetworkCase, sparsity: float, expected: dict[str, Bounded])
         own = None if peer.kind == "dense" else sparsity
         name = peer.name if own is None else f"{peer.name} {own:.0%}"
         entries.append(Entry(peer._replace(name=name), own, expected[peer.precision]))
-    return entries, dict(absent)
+    return entries, {name if makers[name][1] == "dense" else f"{name} {sparsity:.0%}": why for name, why in absent}
 
 
 def _timed(entries: Sequence[Entry], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -213,13 +217,38 @@ def tables_of(result: dict[str, Any]) -> str:
     cases = [case for case in result["cases"] if case["contestants"]]
     return "\n\n".join(
         [
+            _made(result),
             "Dense of the same precision over ours, which takes its precision or a finer one:",
             _ratios(cases),
             _losses(cases),
             f"{max(SPARSITIES):.0%}, each opponent's time over ours in the same precision, single weights / blocks:",
             _opponents_table(cases),
+            _absent(result),
         ]
     )
+
+
+def _made(result: dict[str, Any]) -> str:
+    """Say what the networks' weights and the exported files are; records made before either changed lack it."""
+    spread, opsets = result.get("spread"), result.get("opsets", {"every runtime": OLD_OPSET})
+    weights = (
+        f"rows and columns scaled by log-normal factors of sigma {spread}" if spread else "drawn alike for every row"
+    )
+    files = ", ".join(f"{opset} for {reader}" for reader, opset in opsets.items())
+    return f"Weights are random, {weights}. Opset of the exported files: {files}."
+
+
+def _absent(result: dict[str, Any]) -> str:
+    """Name every opponent that a case lacks, and why; a record made before cases knew it has one list for all."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for case in result["cases"]:
+        for name, why in case.get("absent", {}).items():
+            places.setdefault((name, why), []).append(" ".join(_place(case)))
+    lines = [f"- {name}: {why}; in some case" for name, why in result.get("absent", {}).items()]
+    for (name, why), found in places.items():
+        where = "every case" if len(found) == len(result["cases"]) else ", ".join(found)
+        lines.append(f"- {name}: {why}; in {where}")
+    return "\n".join(["Absent, as network, batch, threads:", "", *lines]) if lines else "No opponent is absent."
 
 
 def _ratios(cases: Sequence[dict[str, Any]]) -> str:
@@ -261,7 +290,7 @@ def _opponents_table(cases: Sequence[dict[str, Any]]) -> str:
 
 
 def _place(case: dict[str, Any]) -> list[str]:
-    return [case["network"], str(case["batch"]), str(case["threads"])]
+    return [str(case[part]) for part in PLACE if part in case]  # a network that is absent has only its name
 
 
 def _line(case: dict[str, Any]) -> str:

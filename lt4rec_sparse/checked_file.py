@@ -21,6 +21,8 @@ from torch import Tensor
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import parse_json, whole_file
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class ArtefactError(InputError):
     """An artefact that is incomplete, of another kind, or inconsistent."""
@@ -90,11 +92,13 @@ def read(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN and infinity, and floating point of 8 bits or less, in which torch does not look for them.
 
     Raises:
-        InputError: If the tensor has one.
+        InputError: If the tensor has one, or such a dtype.
     """
+    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        raise InputError(f"{name}: got {tensor.dtype}, wanted one of {', '.join(map(str, FLOATS))}")
     if tensor.is_floating_point() and tensor.numel():
         low, high = tensor.aminmax()
         if not (math.isfinite(low) and math.isfinite(high)):

@@ -1,6 +1,7 @@
 """The benchmark of whole networks: what it prunes, how it knows a right result from a wrong one, and its tables."""
 
 import copy
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from bench import networks
 from bench.architectures import SMALL, Architecture, Dlrm, GatedMlp, ResidualBlock, TransformerBlock, made
 from bench.network_gate import references
-from bench.network_peers import MAKERS
+from bench.network_peers import MAKERS, OLD_OPSET, OPSET, NetworkCase, _exported
 from bench.peers import Peer, WrongError, check
 from lt4rec_sparse import SparseMLP, freeze
 from lt4rec_sparse.kernels import cpu
@@ -131,7 +132,8 @@ def test_a_network_whose_package_is_absent_is_named():
 
     (case,) = networks.measured(Architecture("theirs", absent, numbers(2), (1,)), [1], {})
     assert case["absent"] == {"theirs": "No module named 'ranker_of_others'"} and not case["contestants"]
-    assert "theirs" not in networks.tables_of({"cases": [case]})
+    text = networks.tables_of({"cases": [case]})
+    assert "| theirs" not in text and "- theirs: No module named 'ranker_of_others'; in every case" in text
 
 
 def test_a_name_of_no_network_is_named():
@@ -160,6 +162,66 @@ def test_the_tables_divide_dense_by_ours_of_the_same_sparsity_and_list_what_does
     assert "any 2 1, single weights 80%: 1.02; any 2 1, blocks of 16 x 4 80%: 1.02." in text
     assert "| any | 2 | 1 | 2.0 / 2.0 |  |" in text
     assert "threads: none." in networks.tables_of({"cases": [case(ours=1, dense=8, dense_int8=4)]})
+
+
+def test_absent_opponents_are_named_with_their_cases():
+    some, other = case(ours=1, dense=8, dense_int8=4), case(ours=1, dense=8, dense_int8=4) | {"threads": 16}
+    text = networks.tables_of(
+        {"cases": [some | {"absent": {"openvino fp32": "wrong scores", "deepsparse fp32 80%": "no Python"}}, other]}
+    )
+    assert "- openvino fp32: wrong scores; in any 2 1\n- deepsparse fp32 80%: no Python; in any 2 1" in text
+    both = {"absent": {"deepsparse fp32 80%": "no Python"}}
+    assert "80%: no Python; in every case" in networks.tables_of({"cases": [some | both, other | both]})
+    assert "No opponent is absent." in networks.tables_of({"cases": [some, other]})
+
+
+def test_an_older_record_is_read_as_it_was_made():
+    text = networks.tables_of({"cases": [case(ours=1, dense=8, dense_int8=4)], "absent": {"openvino fp32": "none"}})
+    assert "- openvino fp32: none; in some case" in text
+    assert "Weights are random, drawn alike for every row. Opset of the exported files: 14 for every runtime." in text
+    newer = {"cases": [], "spread": 0.05, "opsets": {"DeepSparse": 14, "the others": 20}}
+    wanted = (
+        "scaled by log-normal factors of sigma 0.05. Opset of the exported files: 14 for DeepSparse, 20 for the others."
+    )
+    assert wanted in networks.tables_of(newer)
+
+
+def test_weights_are_spread_unevenly_over_rows_and_columns_and_alike_each_time():
+    wide = Architecture("wide", lambda: nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 300)), numbers(400), (1,))
+    first, second = made(wide), made(wide)
+    torch.manual_seed(0)
+    drawn = wide.make()
+    for layer, again, plain in zip(first, second, drawn, strict=True):
+        assert torch.equal(layer.weight, again.weight)
+        assert 0.7 < layer.weight.norm() / plain.weight.norm() < 1.4
+    for of_kept, (model, is_spread) in product((0, 1), ((first, True), (drawn.requires_grad_(False), False))):
+        kept = (networks.pruned(model, 0.9, "weight")[0].weight != 0).float().mean(of_kept)
+        assert (kept.quantile(0.9) / kept.quantile(0.1) > 2.5) == is_spread
+
+
+def test_weights_that_layers_share_are_scaled_once():
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        model[1].weight = model[0].weight
+        return model
+
+    def alone() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64))
+
+    pair = made(Architecture("tied", tied, numbers(64), (1,)))
+    assert pair[0].weight is pair[1].weight
+    assert torch.equal(pair[0].weight, made(Architecture("alone", alone, numbers(64), (1,)))[0].weight)
+
+
+def test_files_are_exported_in_both_opsets(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model, inputs, seen = case_of("attention")
+    with ExitStack() as stack:
+        one = NetworkCase(model, inputs, seen, 1, tmp_path, stack)
+        paths = [_exported(one), _exported(one, opset=OLD_OPSET)]
+    graphs = [onnx.load(path) for path in paths]
+    assert [graph.opset_import[0].version for graph in graphs] == [OPSET, OLD_OPSET]
+    assert [any(node.op_type == "LayerNormalization" for node in g.graph.node) for g in graphs] == [True, False]
 
 
 def test_every_engine_of_torch_is_known_as_one():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lt4rec_sparse.kernels.autocast import without_autocast
 from lt4rec_sparse.masks import unpack_words
 from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork, QuantizationParameters
 
@@ -97,7 +98,8 @@ class Executor:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.network.in_features}]")
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"x: got {x.dtype} on {x.device}, wanted torch.float32 or torch.bfloat16")
-        y = torch.cat([self._task(x, task) for task in self.network.tasks], dim=1)
+        with without_autocast(x):
+            y = torch.cat([self._task(x, task) for task in self.network.tasks], dim=1)
         if out.shape != y.shape or out.dtype != torch.float32:
             raise ValueError(f"out: got {out.dtype} {tuple(out.shape)}, wanted torch.float32 {tuple(y.shape)}")
         out.copy_(y)
@@ -107,7 +109,8 @@ class Executor:
         h = x.float()
         for i, layer in enumerate(self._layers[task]):
             yield h
-            h = self._apply(h, layer, i, task)
+            with without_autocast(h):  # not over the yield, which would turn it off for who reads
+                h = self._apply(h, layer, i, task)
 
     def kernel_for(self, rows: int) -> str:
         """Name what runs, whatever the number of rows."""

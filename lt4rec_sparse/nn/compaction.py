@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lt4rec_sparse import ops
 from lt4rec_sparse.network import DenseLayer, FrozenNetwork
 
 
@@ -32,11 +33,12 @@ class Compacted:
     def __call__(self, x: Tensor) -> Tensor:
         """Score every task, in eager torch: what `SparseMLP.forward` of the same MLP returns, but for rounding."""
         outputs = []
-        for layers in self.tasks:
-            h = x[:, self.columns]
-            for layer in layers:
-                h = layer.activate(F.linear(h, layer.weight, layer.bias))
-            outputs.append(h)
+        with ops.without_autocast(x):
+            for layers in self.tasks:
+                h = x[:, self.columns]
+                for layer in layers:
+                    h = layer.activate(F.linear(h, layer.weight, layer.bias))
+                outputs.append(h)
         return torch.cat(outputs, dim=-1)
 
     @property
@@ -118,7 +120,7 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     # Up: each constant goes into the biases above it, after which nothing reads it.
     for i in range(len(path) - 1):
         is_constant = ~masks[i].any(1)
-        value = path[i].activate(biases[i].clone())
+        value = path[i].activate(biases[i].clone()[None])[0]  # [1, out_features], for a slope per output
         folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
         biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
         masks[i + 1] = masks[i + 1] & ~is_constant
@@ -135,5 +137,6 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     layers = []
     for layer, weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
         left = weight.masked_fill(~mask, 0)[rows][:, read]
-        layers.append(layer._replace(weight=left, bias=bias[rows].float()))
+        slope = layer.slope[rows] if isinstance(layer.slope, Tensor) else layer.slope
+        layers.append(layer._replace(weight=left, bias=bias[rows].float(), slope=slope))
     return masks[0][kept[0]].any(0), layers

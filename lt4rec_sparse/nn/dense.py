@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lt4rec_sparse import ops
 from lt4rec_sparse.network import ACTIVATIONS, FrozenNetwork, Slope
 
 Product = Callable[[Tensor], Tensor]
@@ -57,7 +58,8 @@ class DenseRun:
         if index == 0 and len(set(activations)) == 1:
             activation, slope = activations[0]
             slope = slope.repeat(len(layers)) if isinstance(slope, Tensor) else slope
-            weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], [(activation, slope)]
+            with ops.without_autocast(weights[0]):
+                weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], [(activation, slope)]
         self.nbytes = sum(part.nbytes for part in (*weights, *biases))
         self._products = [
             make(w, b, *activation) for w, b, activation in zip(weights, biases, activations, strict=True)

@@ -86,10 +86,10 @@ def report(model: nn.Module, example: Any = None) -> Report:
         model: Any module, frozen or not.
         example: An input that the model is called with, a tuple of them, or a mapping of them by name. Each call of
             the engine is then timed on what enters it, beside the faster of torch and oneDNN in float32, with torch's
-            current thread count, in one interleaved run.
+            current thread count, in one interleaved run. The model runs once, as in `eval()`, if it has such a call.
     """
-    inputs = {} if example is None else inputs_of(model, example)
     calls = calls_of(model)
+    inputs = {} if example is None or not calls else _inputs_in_eval(model, example)
     times = _times({name: (calls[name], of_call[-1]) for name, of_call in inputs.items()})
     entries = []
     for name, module in model.named_modules():
@@ -106,6 +106,16 @@ def report(model: nn.Module, example: Any = None) -> Report:
         elif isinstance(module, nn.Linear):
             entries.append(_of_linear(name, module))
     return Report(tuple(entries))
+
+
+def _inputs_in_eval(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
+    """Return what enters each call, without a trace in the model: in training, BatchNorm's statistics would move."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return inputs_of(model.eval(), example)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _of_call(name: str, network: FrozenNetwork) -> Entry:

@@ -35,7 +35,8 @@ def save_module(module: nn.Module, path: str | Path) -> None:
     A plan or a GPU's graphs are not stored: they are of a machine, and made where the module is served.
 
     Raises:
-        ValueError: If no layer is sparse, or a state holds something else than tensors.
+        ValueError: If no layer is sparse, a sparse one is of a class of yours or computes in a precision that only a
+            GPU has, or a state holds something else than tensors.
         InputError: If a sparse weight is NaN or infinite.
     """
     places: dict[SparseMLP, list[str]] = {}
@@ -51,6 +52,12 @@ def save_module(module: nn.Module, path: str | Path) -> None:
         raise ValueError(f"module: got a {type(module).__name__} without a sparse layer, wanted one that freeze made")
     calls, tensors = [], {}
     for i, (call, of_call) in enumerate(places.items()):
+        place = of_call[0] or "module"
+        if KINDS.get(type(call).__name__) is not type(call):
+            raise ValueError(f"{place}: got a {type(call).__name__}, wanted a {' or a '.join(KINDS)} itself")
+        if call.precision not in PRECISIONS:
+            wanted = f"{', '.join(PRECISIONS)}: save the MLP that it was made from, or SparseMLP(mlp.network)"
+            raise ValueError(f"{place}: got precision {call.precision}, which only a GPU has, wanted {wanted}")
         stored, data = network_state.to_tensors(call.network)
         calls.append({"places": of_call, "kind": type(call).__name__, "precision": call.precision, **data})
         for name, tensor in stored.items():
@@ -102,7 +109,7 @@ def _calls(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[Spars
         raise ValueError(f"calls: got {shown(entries)}, wanted a list of tables")
     for i, entry in enumerate(entries):
         kind, precision = entry.get("kind"), entry.get("precision")
-        if kind not in KINDS or precision not in PRECISIONS:
+        if not isinstance(kind, str) or kind not in KINDS or precision not in PRECISIONS:
             raise ValueError(f"calls[{i}]: got {shown((kind, precision))}, wanted one of {list(KINDS)}, {PRECISIONS}")
         prefix = f"calls.{i}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -64,7 +64,8 @@ class MaskedAdam:
         weight_decay: As in `torch.optim.Adam`: an L2 term in the gradient; of a lazy step, in that of the named rows.
 
     Raises:
-        ValueError: If a masked weight is not a parameter but computed, by a parametrisation or `torch.nn.utils.prune`.
+        ValueError: If a masked weight is not a parameter but computed, by a parametrisation or `torch.nn.utils.prune`,
+            or two masked layers share one.
 
     Source: LT4REC (arXiv 2008.09872), Algorithm 1, lines 12 to 17; Adam (arXiv 1412.6980); the lazy step is that of
     `torch.optim.SparseAdam`, but for `eps`, which is added to the corrected root as in Adam.
@@ -254,6 +255,15 @@ class MaskedAdam:
                     f"masked layer {i}: got a computed weight, wanted a parameter: first call prune.remove, "
                     "which keeps what torch.nn.utils.prune pruned, or parametrize.remove_parametrizations"
                 )
+
+        weights = [id(layer.weight) for layer in self._masked]
+        if len(set(weights)) < len(weights):
+            second = next(i for i, one in enumerate(weights) if one in weights[:i])
+            first = weights.index(weights[second])
+            raise ValueError(
+                f"masked layers {first} and {second}: got one weight for both, wanted one each, or one layer called "
+                "in both places: a weight is stepped through the masks of its layer"
+            )
 
     def _check_masks(self) -> None:
         self._check_weights()

@@ -112,7 +112,7 @@ class SparseMLP(nn.Module):
         y = None if _is_traced(x) or self._run_new is None else self._run_new(x)
         if y is None:
             y = self._any(x)
-        if x.dtype != torch.float32 or _is_autocast_enabled(x.device.type):
+        if x.dtype != torch.float32 or _is_autocast(x):
             y = y.to(_result_dtype(x))
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
@@ -447,14 +447,13 @@ def _is_traced(x: Tensor) -> bool:
 
 
 # Looked up once: with the lookups a call takes half a microsecond more.
-_is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
+_is_compiling, _is_autocast = torch.compiler.is_compiling, ops.is_autocast
 _is_dynamo_compiling, _is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
 _get_tracing_state, _len_torch_dispatch_stack = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if _is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
 
 
 def _slope(layer: SparseLayer | DenseLayer) -> str:

@@ -1,6 +1,7 @@
 """The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once."""
 
-from lt4rec_sparse.ops.masked_linear import masked_linear, without_autocast
+from lt4rec_sparse.kernels.autocast import is_autocast, without_autocast
+from lt4rec_sparse.ops.masked_linear import masked_linear
 from lt4rec_sparse.ops.sparse_mlp import (
     X_DTYPES,
     Executor,
@@ -20,6 +21,7 @@ __all__ = [
     "Executor",
     "cpu_engine",
     "executor",
+    "is_autocast",
     "layer_inputs",
     "layout_nbytes",
     "layouts",

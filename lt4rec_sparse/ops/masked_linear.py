@@ -7,13 +7,13 @@ force one of the two there through `kernels.gpu.masked_linear.forced_path`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lt4rec_sparse.kernels import reference
+from lt4rec_sparse.kernels.autocast import is_autocast, without_autocast
 
 # `x` is `[tasks, rows, in_features]`, or `[1, rows, in_features]` if all tasks read the same: then `is_shared`, and the
 # gradient of `x` is the sum over the tasks. `y` and `dy` are `[tasks, rows, out_features]`.
@@ -71,19 +71,9 @@ def masked_linear(
 
 def _autocast(x: Tensor) -> Tensor:
     """Return `x` as autocast wants the operands of a matrix product."""
-    if x.dtype != torch.float64 and _is_autocast(x):
+    if x.dtype != torch.float64 and is_autocast(x):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _is_autocast(x: Tensor) -> bool:
-    # Other devices, such as "meta", may have no autocast; what tells is opaque to the compiler of torch 2.11.
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which operations on the device of `x` take the dtypes that they are given."""
-    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext()
 
 
 def _check_masked_linear(x: Tensor, weight: Tensor, masks: Tensor, bias: Tensor | None, activation: str) -> None:

@@ -238,3 +238,30 @@ def test_one_layer_has_only_inputs_to_lose():
 def test_a_summary_names_tasks_widths_and_what_is_left():
     text = str(compact(freeze(chain_of_constants())))
     assert text == "task: 2-2-2-1 -> 2-1-1-1\nmultiply-adds: 10 -> 4, 40.0%"
+
+
+@networks
+def test_slopes_per_output_are_those_of_the_kept_neurons(widths, n_tasks, density, dead, seed):
+    """Exact: integers, and slopes that are powers of two."""
+    mlp = masked_mlp(widths[:3], n_tasks, density, dead, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in mlp.parameters():
+        parameter.data = small_integers(*parameter.shape, generator=generator).clamp(-1, 1)
+
+    def sloped(layer, features):
+        exponents = torch.randint(-3, 2, (features,), generator=generator)
+        return layer._replace(activation="leaky_relu", slope=-(2.0**exponents))
+
+    plain = freeze(mlp).network
+    hidden = tuple(sloped(layer, layer.weight.shape[0]) for layer in plain.hidden)
+    heads = {task: sloped(head, len(head.weight)) for task, head in plain.heads.items()}
+    frozen = SparseMLP(FrozenNetwork(hidden, heads))
+    x = small_integers(9, widths[0], generator=generator)
+    assert_exact(compact(frozen)(x), frozen(x))
+
+
+def test_autocast_does_not_round_what_was_compacted():
+    compacted, x = compact(freeze(masked_mlp((24, 16), 2, 0.5, 0.0, 0))), torch.randn(5, 24)
+    wanted = compacted(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_exact(compacted(x), wanted)

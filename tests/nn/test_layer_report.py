@@ -65,6 +65,39 @@ def test_an_example_is_timed_on_what_enters_each_call():
     assert not any(module._forward_pre_hooks for module in frozen.modules())
 
 
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_nothing_runs_where_no_call_is_to_be_timed():
+    counted = nn.Sequential(Counted(), nn.BatchNorm1d(64), model())
+    before = counted[1].running_mean.clone()
+    assert report(counted, torch.randn(3, 64)).entries == report(counted).entries
+    assert counted[0].calls == 0 and torch.equal(counted[1].running_mean, before)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_model_in_training_is_left_as_it_was(raises):
+    served = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.5), freeze(model()), nn.BatchNorm1d(3 if raises else 10))
+    served.train()
+    served[1].eval()
+    state = {name: value.clone() for name, value in served.state_dict().items() if isinstance(value, torch.Tensor)}
+    modes = [module.training for module in served.modules()]
+    if raises:
+        with pytest.raises(RuntimeError, match="running_mean"):
+            report(served, torch.randn(3, 64))
+    else:
+        assert report(served, torch.randn(3, 64)).entries[0].microseconds is not None
+    assert [module.training for module in served.modules()] == modes
+    assert all(torch.equal(served.state_dict()[name], value) for name, value in state.items())
+
+
 def test_tasks_and_blocks():
     mlp = MaskedMLP(64, hidden=(32, 16), tasks=("a", "b"))
     masks = random_masks(mlp.mask("a").shapes, 0.25, mlp.tasks, torch.Generator().manual_seed(0), granularity="16x4")

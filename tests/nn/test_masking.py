@@ -53,15 +53,35 @@ def test_zeros_pruned_weights_modes_and_frozen_parameters_are_kept():
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2)).eval()
     prune.random_unstructured(model[0], "weight", 0.5)
     with torch.no_grad():
-        model[1].weight[0] = 0
+        model[1].weight[:3] = 0
     model[2].weight.requires_grad_(False)
     pruned, x = model[0].weight_mask.bool(), torch.randn(3, 8)
     y = model(x)
     masked = mask_linears(model)
     assert torch.equal(masked["0"].mask(), pruned)
-    assert not masked["1"].mask()[0].any() and masked["1"].mask()[1:].all()
+    assert not masked["1"].mask()[:3].any() and masked["1"].mask()[3:].all()
     assert not masked["2"].weight.requires_grad and not masked["2"].training
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize(("zero_rows", "is_whole"), [(0, True), (1, True), (2, False), (3, False), (4, True)])
+def test_a_layer_that_was_not_pruned_stays_whole(zero_rows, is_whole):
+    """Few zeros are of an initialisation, and so is a layer of zeros alone: as of LoRA, or the end of a residual."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[:zero_rows] = 0
+    layer = mask_linears(model)["0"]
+    assert torch.equal(layer.mask(), torch.ones(4, 8, dtype=torch.bool) if is_whole else layer.weight != 0)
+    layer(torch.ones(1, 8)).sum().backward()
+    assert torch.equal(layer.weight.grad != 0, layer.mask())
+
+
+def test_what_torch_pruned_stays_pruned_whatever_its_share():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    prune.random_unstructured(model[0], "weight", 0.1)
+    prune.random_unstructured(model[1], "weight", 1.0)
+    pruned = [layer.weight_mask.bool() for layer in model]
+    assert all(torch.equal(layer.mask(), m) for layer, m in zip(mask_linears(model).values(), pruned, strict=True))
 
 
 class Doubled(nn.Linear):
@@ -77,6 +97,24 @@ def test_what_cannot_be_masked_is_left():
     left, masked = [*model][1:5], model[5]
     assert list(mask_linears(model, leave=["4"])) == ["0", "5"]
     assert all(a is b for a, b in zip([*model][1:5], left, strict=True)) and model[5] is masked
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_a_layer_with_a_hook_is_left_and_calls_it(hook):
+    called = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    getattr(model[0], hook)(lambda *_: called.append(hook))
+    assert list(mask_linears(model)) == ["1"]
+    model(torch.ones(1, 4, requires_grad=True)).sum().backward()
+    assert called == [hook]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

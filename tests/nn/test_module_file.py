@@ -125,6 +125,22 @@ def test_shared_parameters_are_stored(tmp_path):
     assert_same(load_module(tmp_path / "net.safetensors", model), saved, torch.randn(3, 8))
 
 
+class Own(SparseMLP):
+    """A user's subclass, which a file cannot name."""
+
+
+class OnGpu:
+    """What a GPU's executor has that a module sees."""
+
+    def __init__(self, network):
+        self.network, self.precision = network, "fp16"
+
+
+def in_fp16() -> SparseMLP:
+    network = freeze(mlp()).network
+    return SparseMLP(network, "fp16", OnGpu(network))
+
+
 class Extra(nn.Module):
     def get_extra_state(self):
         return {"a": 1}
@@ -137,6 +153,8 @@ class Extra(nn.Module):
     ("module", "error", "message"),
     [
         (nn.Linear(3, 3), ValueError, "module: got a Linear without a sparse layer, wanted one that freeze made"),
+        (nn.Sequential(Own(freeze(mlp()).network)), ValueError, "0: got a Own, wanted a SparseLinear or a SparseMLP"),
+        (in_fp16(), ValueError, "module: got precision fp16, which only a GPU has, wanted fp32, bf16, int8: save the"),
         (
             nn.Sequential(freeze(pruned(8, 8)), Extra()),
             ValueError,
@@ -204,12 +222,22 @@ def rewritten(path, change):
     checked_file.write(path, KEY, meta, tensors)
 
 
+def in_float8(name):
+    return lambda meta, tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda meta, tensors: meta.update(version=2), r"got version 2, wanted 1"),
         (lambda meta, tensors: meta.update(calls=[]), r"calls: got \[\], wanted a list of tables"),
         (lambda meta, tensors: meta["calls"][0].update(kind="Linear"), r"calls\[0\]: got \('Linear', 'fp32'\)"),
+        (lambda meta, tensors: meta["calls"][0].update(kind=[]), r"calls\[0\]: got \(\[\], 'fp32'\), wanted one of"),
+        (lambda meta, tensors: meta["calls"][0].update(kind={}), r"calls\[0\]: got \({}, 'fp32'\), wanted one of"),
+        (lambda meta, tensors: meta["calls"][0].update(precision=[]), r"calls\[0\]: got \('SparseMLP', \[\]\)"),
+        (in_float8("calls.0.layers.1.compressed"), "compressed: got torch.float8_e4m3fn, wanted one of torch.float16"),
+        (in_float8("calls.0.layers.1.bias"), "bias: got torch.float8_e4m3fn, wanted one of torch.float16"),
+        (in_float8("calls.0.heads.a.weight"), "weight: got torch.float8_e4m3fn, wanted one of torch.float16"),
         (lambda meta, tensors: meta["calls"][0].update(precision=4), r"calls\[0\]: got \('SparseMLP', 4\)"),
         (lambda meta, tensors: meta["calls"][0].update(kind="SparseLinear"), "got 3 layers for a SparseLinear"),
         (lambda meta, tensors: meta["calls"][0].update(places=[]), r"calls\[0\]: got no place"),

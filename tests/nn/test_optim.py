@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt4rec_sparse import MaskedMLP
+from lt4rec_sparse import MaskedLinear, MaskedMLP, mask_linears
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn.optim import MaskedAdam
 
@@ -422,3 +422,19 @@ def test_a_sparse_gradient_that_names_single_numbers_is_refused():
     table.weight.grad = torch.eye(4, 3).to_sparse()
     with pytest.raises(ValueError, match="gradient: got sparse_dim 2, wanted 1, which names whole rows"):
         MaskedAdam(table).step()
+
+
+def test_a_weight_of_two_masked_layers_is_refused():
+    """Its own step would be taken twice, once through each layer's masks."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    mask_linears(model)
+    with pytest.raises(ValueError, match="masked layers 1 and 2: got one weight for both, wanted one each"):
+        MaskedAdam(model)
+    model[2].weight = torch.nn.Parameter(model[1].weight.detach().clone())
+    optimizer = MaskedAdam(model)
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="masked layers 0 and 2: got one weight for both"):
+        optimizer.remask()
+    one = MaskedLinear(4, 4)
+    MaskedAdam(torch.nn.Sequential(one, torch.nn.ReLU(), one))  # a layer in two places is one

@@ -285,6 +285,27 @@ def test_heads_of_different_activations(stopwatch):
         assert_exact(mlp.planned(with_chain(plan, *chain))(x), mlp(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_segment_and_no_measurement(monkeypatch, dtype):
+    torch.manual_seed(0)
+    frozen, x, clock = freeze(MaskedMLP(64, (32, 16), tasks=TASKS[:2])), torch.randn(7, 64), Clock()
+
+    def timed(calls, **settings):
+        assert not torch.is_autocast_enabled("cpu")
+        return clock(calls, **settings)
+
+    monkeypatch.setattr(measurement, "interleaved", timed)
+    with torch.autocast("cpu", dtype):
+        plan = measure(frozen.network, (7,), "bf16")
+    for chain in all_chains(plan):
+        planned, out = frozen.planned(with_chain(plan, *chain)), torch.full((2, 7, 2), torch.nan)
+        planned.score_into(x, out[0])
+        with torch.autocast("cpu", dtype):
+            planned.score_into(x, out[1])
+            assert_exact(planned(x), out[0].to(dtype))
+        assert_exact(out[1], out[0])
+
+
 def test_a_ranker_serves_by_a_plan(stopwatch, small_log, tmp_path):
     torch.manual_seed(0)
     inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4, std=0.3)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference, small_integers
 
 from lt4rec_sparse import Mask, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, ops
-from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.kernels import cpu, reference
 from lt4rec_sparse.network import PRECISIONS
+from lt4rec_sparse.nn.quantization import calibrate
 
 needs_engine = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
 
@@ -418,6 +419,32 @@ def test_autocast_decides_the_dtype_of_the_result(dtype):
         assert_exact(mlp(x), wanted)
         assert_exact(torch.compile(mlp, fullgraph=True, backend="eager")(x), wanted)
     assert mlp(x).dtype == torch.float32
+
+
+def test_a_meta_tensor_gives_the_shape_and_dtype_of_the_result():
+    mlp = wide_mlp()
+    for dtype in (torch.float32, torch.bfloat16):
+        y = mlp(torch.empty(5, 300, dtype=dtype, device="meta"))
+        assert (y.shape, y.dtype, y.device.type) == ((5, mlp.out_features), dtype, "meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(torch.empty(5, 300, device="meta")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_reach_the_reference_or_calibration(dtype, precision):
+    mlp, x = wide_mlp(), torch.randn(50, 300)
+    network = calibrate(mlp.network, x)
+    executor, outs = reference.Executor(network, precision), torch.full((2, 50, mlp.out_features), torch.nan)
+    executor.run(x, outs[0])
+    entering = list(executor.inputs(x, network.tasks[0]))
+    with torch.autocast("cpu", dtype):
+        executor.run(x, outs[1])
+        assert calibrate(mlp.network, x).quantization == network.quantization
+        for h, wanted in zip(executor.inputs(x, network.tasks[0]), entering, strict=True):
+            assert_exact(h, wanted)
+            assert torch.is_autocast_enabled("cpu")
+    assert_exact(outs[1], outs[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -129,7 +129,8 @@ def make_run(network: FrozenNetwork, segment: Segment) -> Run:
 
 def follow(runs: Sequence[Run], tasks: int, x: Tensor) -> Tensor:
     """Run segment after segment. Between them the tasks' activations stand apart, or side by side in one tensor."""
-    hs: Sequence[Tensor] = runs[0]([x])
-    for run in runs[1:]:
-        hs = run(hs if len(hs) == tasks else hs[0].chunk(tasks, dim=1))
-    return hs[0] if len(hs) == 1 else torch.cat(tuple(hs), dim=1)
+    with ops.without_autocast(x):  # each segment has its precision
+        hs: Sequence[Tensor] = runs[0]([x])
+        for run in runs[1:]:
+            hs = run(hs if len(hs) == tasks else hs[0].chunk(tasks, dim=1))
+        return hs[0] if len(hs) == 1 else torch.cat(tuple(hs), dim=1)

@@ -88,7 +88,7 @@ def _measure_batch(network: FrozenNetwork, runs: Mapping[Segment, Run], batch: i
     for width in network.widths[:-1]:
         h = torch.randn(batch, len(network.tasks) * width, generator=generator).relu_()
         inputs.append(h.chunk(len(network.tasks), dim=1))
-    with torch.inference_mode():
+    with torch.inference_mode(), ops.without_autocast(x):
         # These only propose a mixture: the verdict is the second measurement's, which takes longer.
         calls = {segment: partial(run, inputs[segment.first]) for segment, run in runs.items()}
         alone = interleaved(calls, rounds=5, round_us=2_000)
