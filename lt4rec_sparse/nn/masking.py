@@ -10,7 +10,7 @@ from torch import nn
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.convert import LEAST_SPARSITY
 from lt4rec_sparse.nn.masked import MaskedLinear
-from lt4rec_sparse.nn.transformer import leave_fast_path
+from lt4rec_sparse.nn.transformer import leave_fast_path, leave_nested_tensors
 
 
 def mask_linears(model: nn.Module, leave: Collection[str] = ()) -> dict[str, MaskedLinear]:
@@ -63,6 +63,7 @@ def mask_linears(model: nn.Module, leave: Collection[str] = ()) -> dict[str, Mas
                 parent._modules[name] = masked[child]
         if MaskedLinear in map(type, parent.children()):
             leave_fast_path(parent)
+    leave_nested_tensors(model, MaskedLinear)
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
 
 

@@ -143,3 +143,14 @@ def test_an_encoder_layer_sees_its_masks_at_inference_too(activation):
 def test_bad_input_is_named(model, leave, message):
     with pytest.raises(ValueError, match=message):
         mask_linears(model, leave)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_an_encoder_of_masked_layers_takes_padding():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padded = torch.randn(3, 5, 16), torch.arange(5)[None] >= torch.tensor([[5], [3], [2]])
+    wanted = model(x, src_key_padding_mask=padded).detach()
+    mask_linears(model)
+    with torch.inference_mode():
+        y = model(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(y[~padded], wanted[~padded], rtol=1e-5, atol=1e-5)
