@@ -693,7 +693,10 @@ def foreign(content):
     ("change", "message"),
     [
         (truncated, "model: got a damaged file .*, wanted an artefact"),
-        (altered, "model: the contents do not match their checksum, wanted an unaltered artefact"),
+        (
+            altered,
+            "model: the contents do not match their checksum, wanted an artefact (model.safetensors) as it was written",
+        ),
         (foreign, "model: got a damaged file .*, wanted an artefact"),
         (None, "model: no such file, wanted an artefact"),
     ],
@@ -711,7 +714,7 @@ def test_a_bad_artefact_is_refused(finished, tmp_path, command, change, message)
 def test_inspect_refuses_other_safetensors(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     line = refusal("inspect", tmp_path / "other.safetensors")
-    assert line.endswith("other.safetensors: got safetensors of another kind, wanted an artefact of lt4rec_sparse")
+    assert line.endswith("other.safetensors: got safetensors of another kind, wanted an artefact (model.safetensors)")
     assert "no such file, wanted an artefact" in refusal("inspect", tmp_path)
 
 
