@@ -5,6 +5,7 @@
 //   compare_isas [networks = 240]
 //
 // Prints a checksum of all results, which is the same on every processor. The first difference ends it with 1.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
