@@ -207,7 +207,10 @@ def _granularity() -> str:
 
 
 def _training() -> str:
-    found = record.read("training")
+    return "\n\n".join(map(_training_of, record.read("training").values()))
+
+
+def _training_of(found: dict[str, Any]) -> str:
     steps, search = found["steps"], found["search"]
     rows = [[name, f"{rate:,.0f}"] for name, rate in steps["rows_per_second"].items()]
     of = steps["rows_per_second"]
@@ -216,6 +219,7 @@ def _training() -> str:
     large = [_large_tables(found["embeddings"])] if "embeddings" in found else []
     return "\n\n".join(
         [
+            f"{_where(found['machine'])}, threads: {found['threads']}:",
             table(["MMoE, the same rows, features, widths and batch", "rows per second"], rows),
             f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
             "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
