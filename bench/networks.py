@@ -31,9 +31,10 @@ from bench.cpu import KINDS, best, has, ratio
 from bench.network_gate import Inputs, references
 from bench.network_peers import MAKERS, OLD_OPSET, OPSET, NetworkCase, first_rows
 from bench.peers import Peer, check, gathered, timings
-from lt4rec_sparse import Mask, SparseMLP, freeze
+from lt4rec_sparse import Mask, freeze
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.lottery import prune_by_magnitude, wanted_nnz
+from lt4rec_sparse.nn.observe import calls_of, inputs_of, rows_of
 from lt4rec_sparse.recsys.tables import table
 from tests.oracle import Bounded
 
@@ -140,19 +141,13 @@ def pruned(model: nn.Module, sparsity: float, granularity: str) -> nn.Module:
 
 def to_int8(frozen: nn.Module, seen: Sequence[Inputs]) -> nn.Module:
     """Return a frozen model with every call of the engine in int8, calibrated on what enters it."""
-    entered: dict[SparseMLP, list[Tensor]] = {m: [] for m in frozen.modules() if isinstance(m, SparseMLP)}
-    hooks = [m.register_forward_pre_hook(lambda m, args: entered[m].append(args[0])) for m in entered]
-    with torch.inference_mode():
-        for inputs in seen:
-            frozen(*inputs)
-    for hook in hooks:
-        hook.remove()
-    memo: dict[int, Any] = {
-        id(m): m.calibrated(torch.cat([x.reshape(-1, m.in_features) for x in xs])).to_precision("int8")
-        for m, xs in entered.items()
-        if xs
-    }
-    int8: nn.Module = copy.deepcopy(frozen, memo)
+    entered = [inputs_of(frozen, tuple(inputs)) for inputs in seen]
+    memo: dict[int, Any] = {}
+    for name, call in calls_of(frozen).items():
+        xs = [rows_of(x) for of_inputs in entered for x in of_inputs.get(name, ())]
+        if xs:
+            memo[id(call)] = call.calibrated(torch.cat(xs)).to_precision("int8")
+    int8: nn.Module = copy.deepcopy(frozen, memo)  # which shares the compressed weights
     return int8
 
 

@@ -97,8 +97,9 @@ def freeze(
                 copied.__class__ = FusedSequential
     call_sparse_parts(result)
     result.eval().requires_grad_(False)
-    made = {id(call) for call in (*frozen.values(), *(call for of_one in calls.values() for *_, call in of_one))}
-    _prepare(result, made, precision, example, batch_sizes)
+    if precision != "fp32" or batch_sizes is not None:
+        made = {id(call) for call in (*frozen.values(), *(call for of_one in calls.values() for *_, call in of_one))}
+        _prepare(result, made, precision, example, batch_sizes)
     return result
 
 

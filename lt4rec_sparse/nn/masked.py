@@ -333,18 +333,16 @@ class MaskedMLP(nn.Module):
         is_by_task = isinstance(mask, Mapping) and all(isinstance(of_task, Mapping) for of_task in mask.values())
         masks = _by_task(mask, task, is_by_task)
         wanted = {name: (w.shape[0], w.shape[1]) for name, w in self.masked_weights().items()}
-        found = []
+        found = {}
         for name, of_task in masks.items():
             if not isinstance(of_task, Mapping) or not all(isinstance(kept, Tensor) for kept in of_task.values()):
                 raise TypeError(f"mask: got a {type(of_task).__name__}, wanted a Mask of layers {', '.join(wanted)}")
             made = of_task if isinstance(of_task, Mask) else Mask(of_task)
             if made.shapes != wanted:
                 raise ValueError(f"mask: got layers {made.shapes}, wanted {wanted}")
-            task_index(self.tasks, name)
-            found.append((name, made))
-        for name, made in found:
-            for of_layer, layer in zip(wanted, self.masked_layers(), strict=True):
-                layer.set_mask(made[of_layer], name)
+            found[self.tasks[task_index(self.tasks, name)]] = made
+        for of_layer, layer in zip(wanted, self.masked_layers(), strict=True):
+            layer.set_mask({name: made[of_layer] for name, made in found.items()})
 
     def forward(self, x: Tensor, task: str | None = None) -> Tensor:
         """Run one task's subnetwork, or all of them at once.
