@@ -14,8 +14,11 @@ from torch import Tensor
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
+from lt4rec_sparse.ranker.features import raw as raw_columns
+from lt4rec_sparse.ranker.features.schema import Column
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.module import RankerModule
+from lt4rec_sparse.ranker.ranking import Ranking, checked_factor, checked_k, checked_powers, rank_scores, ranking
 
 
 class Ranker:
@@ -122,6 +125,42 @@ class Ranker:
         scores = self.score_encoded(features, given).cpu().numpy()
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
 
+    def rank(
+        self,
+        candidates: Mapping[str, Any],
+        context: Mapping[str, Any] | None = None,
+        k: int | None = None,
+        *,
+        by: Mapping[str, float] | None = None,
+        embeddings: Mapping[str, Tensor | NDArray[Any]] | None = None,
+    ) -> Ranking:
+        """Rank the candidates of one request.
+
+        Example:
+            `ranker.rank({"video_id": [7, 9]}, context={"age": [31]}, k=1)` returns the better of the two.
+
+        Args:
+            candidates: Column name -> one value per candidate, as in `score`; at least one column.
+            context: Column name -> a sequence of one value: what all candidates have in common, as the user's
+                features. It is encoded and computed with once.
+            k: How many candidates to return; None for all.
+            by: Task or column name -> exponent: the rank score is the product of `value ** exponent`. A column is one
+                of numbers, such as a video's length. None: the product of all tasks' scores.
+            embeddings: As in `score`.
+
+        Raises:
+            ValueError: As `score` does; if a column is in both parts, one of `context` has several rows, `k` is below
+                1, or `by` names neither a task nor a column of finite numbers of at least 0.
+
+        Source: LT4REC (arXiv 2008.09872), Eq 3.
+        """
+        k, columns = checked_k(k), _together(candidates, context or {})
+        powers = checked_powers(dict.fromkeys(self.tasks, 1.0) if by is None else by)
+        scores = self.score(columns, embeddings)
+        batch = len(scores[self.tasks[0]])
+        factors = {name: scores[name] if name in scores else _factor(name, columns, batch) for name in powers}
+        return ranking(scores, rank_scores(factors, powers), k)
+
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures, embeddings: Mapping[str, Tensor] | None = None) -> Tensor:
         """Score encoded candidates: `[batch, tasks]`, float32, on the device of the ranker's embeddings.
@@ -134,6 +173,30 @@ class Ranker:
         scores = x.new_empty(len(x), self.mlp.out_features)
         self.mlp.score_into(x, scores)
         return scores
+
+
+def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a request: those of one row hold for all candidates."""
+    for name, values in context.items():
+        if name in candidates:
+            raise InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
+        rows = raw_columns.rows_of(Column(name, "multi"), values)
+        if rows != 1:
+            raise InputError(f"column {name!r}: got {rows} rows in context, wanted 1")
+    return {**candidates, **context}
+
+
+def _factor(name: str, columns: Mapping[str, Any], batch: int) -> NDArray[np.float64]:
+    """Return the numbers of a column that rank scores are made of, one for each of `batch` rows."""
+    if name not in columns:
+        raise InputError(f"by: got {name!r}, wanted a task or a column of the request")
+    column = Column(name, "dense")
+    values, present = raw_columns.single(column, columns[name])
+    if len(present) not in (1, batch):
+        raise InputError(f"column {name!r}: got {len(present)} rows, wanted {batch}, or 1")
+    numbers = np.full(len(present), np.nan)
+    numbers[present] = values
+    return np.broadcast_to(checked_factor(name, numbers), batch)
 
 
 def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:

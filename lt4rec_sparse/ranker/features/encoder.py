@@ -191,7 +191,10 @@ class FeatureEncoder:
         arrays = {
             f"{name}.{part}": array for name, table in self._tables.items() for part, array in table.to_arrays().items()
         }
-        return arrays, {"format": FORMAT, "schema": self.schema.to_dict()}
+        # Beside the schema, where readers of before it was there do not look.
+        schema = self.schema.to_dict()
+        context = {"context": named} if (named := schema.pop("context")) else {}
+        return arrays, {"format": FORMAT, "schema": schema, **context}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> FeatureEncoder:
@@ -202,7 +205,10 @@ class FeatureEncoder:
         """
         if meta.get("format") != FORMAT:
             raise ValueError(f"encoder format: got {shown(meta.get('format'))}, wanted {FORMAT}")
-        schema = Schema.from_dict(meta.get("schema", {}))
+        described = meta.get("schema", {})
+        if isinstance(described, Mapping):
+            described = {**described, "context": meta.get("context", [])}
+        schema = Schema.from_dict(described)
         return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
 
     def _rows(self, columns: Mapping[str, Any], given: Mapping[str, int]) -> int:

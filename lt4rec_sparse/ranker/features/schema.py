@@ -216,6 +216,10 @@ class Schema:
     Columns in `carried` are numbers that stay with the rows without being features, such as the play time that a
     replay counts. They may be outcomes; a feature may be carried too.
 
+    Columns in `context` are features that all candidates of a request have in common, such as the user's and the hour.
+    The group's column and what the histories make are in common without being named. It changes no training: a served
+    ranker computes what is in common once, where a request gives it once.
+
     Raises:
         SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
     """
@@ -233,10 +237,15 @@ class Schema:
     derived: tuple[Derived, ...] = ()
     slices: tuple[Slice, ...] = ()
     carried: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
         categorical = {column.name for column in self.columns if column.kind != "dense"}
+        known = {column.name for column in self.features}
+        stray = next((name for name in self.context if name not in known), None)
+        if stray is not None:
+            raise SchemaError(f"context: got column {stray!r}, wanted features")
         for history in self.histories:
             for name in history.columns:
                 if name not in categorical:
@@ -269,6 +278,13 @@ class Schema:
                 rates += [Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS) for what in ("count", "rate")]
             bags += [replace(declared[c], name=f"{history.name}_{c}", kind="multi") for c in history.columns]
         return (*self.columns, *rates, *bags)
+
+    @property
+    def in_common(self) -> frozenset[str]:
+        """Features that all candidates of a request have in common."""
+        declared = {column.name for column in self.columns}
+        made = {column.name for column in self.features} - declared
+        return frozenset(made | ({*self.context, self.group.column} & declared))
 
     @property
     def forbidden(self) -> frozenset[str]:
@@ -327,9 +343,10 @@ class Schema:
             twice = _repeated(item.name for item in items)
             if twice is not None:
                 raise SchemaError(f"{kind} {twice!r}: declared twice, wanted one")
-        twice = _repeated(self.carried)
-        if twice is not None:
-            raise SchemaError(f"carried: got {twice!r} twice, wanted each column once")
+        for key, names in {"carried": self.carried, "context": self.context}.items():
+            twice = _repeated(names)
+            if twice is not None:
+                raise SchemaError(f"{key}: got {twice!r} twice, wanted each column once")
         if not self.columns or not self.tasks:
             got = f"{len(self.columns)} columns and {len(self.tasks)} tasks"
             raise SchemaError(f"schema {self.name!r}: got {got}, wanted at least 1 each")
