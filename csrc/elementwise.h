@@ -86,15 +86,15 @@ int codes_f32(const float* from, int64_t count, float inverse_scale, int32_t zer
   return nans;
 }
 
-void dequantize_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float* to) {
+void dequantize_f32(const float* sums, int64_t count, float scale, const float* bias, int has_relu, float* to) {
   if (has_relu) {
-    for (int64_t i = 0; i < count; ++i) to[i] = relu(__builtin_fmaf(sums[i], scale, bias));
+    for (int64_t i = 0; i < count; ++i) to[i] = relu(__builtin_fmaf(sums[i], scale, bias[i]));
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(sums[i], scale, bias);
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(sums[i], scale, bias[i]);
   }
 }
 
-void recode_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float inverse_scale,
+void recode_f32(const float* sums, int64_t count, float scale, const float* bias, int has_relu, float inverse_scale,
                 int32_t zero_point, float* codes) {
   dequantize_f32(sums, count, scale, bias, has_relu, codes);
   for (int64_t i = 0; i < count; ++i) codes[i] = float_code_of(codes[i], inverse_scale, float(zero_point));

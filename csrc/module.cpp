@@ -127,10 +127,23 @@ bool read_matrix(PyObject* object, Matrix* to) {
   return true;
 }
 
-int run_matrices(int64_t blob, int64_t bytes, const Matrix& x, const Matrix& out, int64_t threads, int64_t path) {
+int run_matrices(int64_t blob, int64_t bytes, const Matrix& x, const Matrix& bias, const Matrix& out, int64_t threads,
+                 int64_t path) {
   if (threads < 1 || out.is_bf16 || out.rows != x.rows || out.stride < out.columns) return STATUS_NOT_READ;
-  const SparseMlpCall call{x.data,      x.is_bf16,  x.rows,  x.columns, x.stride, reinterpret_cast<float*>(out.data),
-                           out.columns, out.stride, threads, path};
+  if (bias.is_bf16 || (bias.columns > 0 && bias.rows != 1 && bias.rows != x.rows)) return STATUS_NOT_READ;
+  const SparseMlpCall call{x.data,
+                           x.is_bf16,
+                           x.rows,
+                           x.columns,
+                           x.stride,
+                           reinterpret_cast<float*>(out.data),
+                           out.columns,
+                           out.stride,
+                           threads,
+                           path,
+                           reinterpret_cast<float*>(bias.data),
+                           bias.columns,
+                           bias.rows > 1 ? bias.stride : 0};
   const Isa* isa_now = isa_in_force;
   int status;
   Py_BEGIN_ALLOW_THREADS;
@@ -139,16 +152,17 @@ int run_matrices(int64_t blob, int64_t bytes, const Matrix& x, const Matrix& out
   return status;
 }
 
-// run(blob, bytes, x, out, threads, path) -> status. STATUS_NOT_READ where it does not take the arguments: the caller
-// finds out why.
+// run(blob, bytes, x, out, threads, path[, bias]) -> status. STATUS_NOT_READ where it does not take the arguments: the
+// caller finds out why. `bias` is that of the layers that take it from the call: one row, or as many as x has.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 6) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6", count);
+  if (count != 6 && count != 7) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6 or 7", count);
   PyObject* const integers[] = {args[0], args[1], args[4], args[5]};
   int64_t a[4];
   if (!unpack(integers, 4, a, 4)) return nullptr;
-  Matrix x, out;
-  if (!tensors || !read_matrix(args[2], &x) || !read_matrix(args[3], &out)) return PyLong_FromLong(STATUS_NOT_READ);
-  return PyLong_FromLong(run_matrices(a[0], a[1], x, out, a[2], a[3]));
+  Matrix x, out, bias{};
+  const bool is_read = tensors && read_matrix(args[2], &x) && read_matrix(args[3], &out) &&
+                       (count == 6 || read_matrix(args[6], &bias));
+  return PyLong_FromLong(is_read ? run_matrices(a[0], a[1], x, bias, out, a[2], a[3]) : int{STATUS_NOT_READ});
 }
 
 // run_new(blob, bytes, empty, outputs, x, threads, path) -> empty(rows of x, outputs) with the result, or None where
@@ -164,7 +178,7 @@ PyObject* run_new(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* result = rows ? PyObject_CallFunctionObjArgs(args[2], rows, args[3], nullptr) : nullptr;
   Py_XDECREF(rows);
   if (!result) return nullptr;
-  if (read_matrix(result, &out) && run_matrices(a[0], a[1], x, out, a[2], a[3]) == STATUS_OK) return result;
+  if (read_matrix(result, &out) && run_matrices(a[0], a[1], x, {}, out, a[2], a[3]) == STATUS_OK) return result;
   Py_DECREF(result);
   Py_RETURN_NONE;
 }
@@ -178,8 +192,8 @@ PyObject* describe(PyObject*, PyObject* const* args, Py_ssize_t count) {
   BlobHeader h;
   std::memcpy(&h, blob, sizeof(h));
   using Long = unsigned long long;
-  return Py_BuildValue("(IIIIIIKKKKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers,
-                       Long(h.nnz), Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds),
+  return Py_BuildValue("(IIIIIIIKKKKKKKKKK)", h.precision, h.layouts, h.in_features, h.outputs, h.tasks, h.layers,
+                       h.bias_features, Long(h.nnz), Long(h.multiply_adds), Long(h.slice_multiply_adds), Long(h.table_multiply_adds),
                        Long(h.block_multiply_adds), Long(h.filled_multiply_adds), Long(h.bytes), Long(h.slice_bytes),
                        Long(h.table_bytes), Long(h.block_bytes));
 }
