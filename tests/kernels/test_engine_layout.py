@@ -657,6 +657,7 @@ def test_describe_reads_the_header(precision: str) -> None:
         header.outputs,
         header.tasks,
         header.layers,
+        header.bias_features,
         header.nnz,
         header.multiply_adds,
         header.slice_multiply_adds,

@@ -100,7 +100,7 @@ def test_a_wrong_bias_is_refused() -> None:
     for wrong in (None, bias[:, :-1], bias.repeat(3, 1), torch.zeros(0, bias.shape[1])):
         with pytest.raises(ValueError, match=r"bias: got shape .*, wanted \(4, 140\)"):
             scores(kernel, network, x, wrong)
-    with pytest.raises(ValueError, match="bias: got torch.float64"):
+    with pytest.raises(ValueError, match=r"bias: got torch\.float64"):
         scores(kernel, network, x, bias.double())
     with pytest.raises(ValueError, match=r"bias: got shape .*, wanted \(0, 0\)"):
         scores(kernel, prepacked(kernel, own), x, bias)
