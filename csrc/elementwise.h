@@ -108,3 +108,35 @@ void dequantize_s32(const int32_t* a, const int32_t* b, const float* scale, cons
     for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(float(a[i]), scale[i], bias[i]);
   }
 }
+
+// By shifts alone, which every ISA has: a half's exponent counts from 15, a float's from 127. What is denormal among
+// halves is normal among floats; a product with 2^112 makes it so.
+void widen_f16(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t half = from[i], magnitude = half & 0x7fff;
+    const float scaled = float_of(magnitude << 13) * 0x1p112f;
+    const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : bits_of(scaled);
+    to[i] = float_of(special | (half & 0x8000) << 16);
+  }
+}
+
+void widen_s8(const int8_t* from, int64_t count, float scale, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]) * scale;
+}
+
+// The pragmas keep the sums in a register, and compilers from unrolling what they then no longer vectorise.
+void cross(const float* vectors, int64_t rows, const float* transposed, int64_t stride, int64_t dim, int64_t width,
+           float* dots, int64_t dots_stride) {
+  for (int64_t first = 0; first < width; first += GROUP)
+    for (int64_t i = 0; i < rows; ++i) {
+      float sums[GROUP] = {};
+#pragma GCC unroll 1
+      for (int64_t d = 0; d < dim; ++d) {
+        const float factor = vectors[i * dim + d];
+        const float* row = transposed + d * stride + first;
+#pragma omp simd
+        for (int j = 0; j < GROUP; ++j) sums[j] = __builtin_fmaf(factor, row[j], sums[j]);
+      }
+      for (int j = 0; j < GROUP; ++j) dots[i * dots_stride + first + j] = sums[j];
+    }
+}

@@ -370,6 +370,14 @@ typedef struct Isa {
   void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
   void (*leaky_relu)(const float* slopes, float* values, int64_t count);  // a slope per value
 
+  // Rows of embeddings: halves, and bytes with a scale.
+  void (*widen_f16)(const uint16_t* from, int64_t count, float* to);
+  void (*widen_s8)(const int8_t* from, int64_t count, float scale, float* to);
+  // dots[i, j] = the sum over d, ascending, of vectors[i, d] * transposed[d, j], each added by a fused multiply-add to
+  // what is there, from 0 on. `width` is a multiple of GROUP; strides in elements.
+  void (*cross)(const float* vectors, int64_t rows, const float* transposed, int64_t stride, int64_t dim, int64_t width,
+                float* dots, int64_t dots_stride);
+
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
   // of what filled blocks form is kept, these are faster: than slices, than tables for more than FEW_ROWS rows, and for
   // few rows, whose time is that of reading weights, from CACHED_BYTES or from more.
@@ -406,6 +414,9 @@ enum {
 
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
+
+// As many threads as there are processors at most; one in a forked child, which has none of its parent's.
+int64_t lt4rec_usable_threads(int64_t threads);
 
 // Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster
 // one or none. What is in blocks has no other path.

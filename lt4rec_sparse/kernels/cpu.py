@@ -80,12 +80,12 @@ def absence_reason() -> str:
 
 def isa() -> str:
     """Name the instruction set in force: the best that this machine has, unless one was forced."""
-    return str(_present().isa())
+    return str(engine().isa())
 
 
 def supported_isas() -> tuple[str, ...]:
     """Name the instruction sets of this build that this machine runs, slowest first."""
-    return tuple(_present().supported_isas())
+    return tuple(engine().supported_isas())
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def prepack_layers(
         ValueError: If a layer is not canonical, the layers do not chain, there is no such precision or layout, or a
             layer cannot have the precision (in int8: an input_scale that is not above 0, a weight that is not finite).
     """
-    engine = _present()
+    module = engine()
     precision_code = _precision_code(precision)
     known = {"blocks"} if "blocks" in (layouts or ()) else set(UNSTRUCTURED)
     if layouts is not None and (not layouts or not known.issuperset(layouts)):
@@ -215,7 +215,7 @@ def prepack_layers(
     bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts or ()))
     blob = torch.empty(0, dtype=torch.uint8)  # whose memory torch aligns to 64 bytes
     calls = -1 if batch is None else batch
-    engine.prepack(
+    module.prepack(
         table.data_ptr(), len(rows), precision_code, bits, calls, lambda nbytes: blob.resize_(nbytes).data_ptr()
     )
     return blob
@@ -235,10 +235,10 @@ class Prepacked:
         self.facts = describe(prepacked)
         self._prepacked = prepacked  # whose memory the address stays good for
         self._blob = _blob_address(prepacked)
-        engine = _present()
-        self.run_plain: Callable[..., int] = partial(engine.run, *self._blob)
+        module = engine()
+        self.run_plain: Callable[..., int] = partial(module.run, *self._blob)
         self.run_new: Callable[[Tensor, int, int], Tensor | None] = partial(
-            engine.run_new, *self._blob, torch.empty, self.facts.outputs
+            module.run_new, *self._blob, torch.empty, self.facts.outputs
         )
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[Tensor]]:
@@ -409,7 +409,7 @@ def describe(prepacked: Tensor) -> Facts:
     Raises:
         ValueError: If `prepacked` is no blob of this build.
     """
-    facts = _present().describe(*_blob_address(prepacked))
+    facts = engine().describe(*_blob_address(prepacked))
     if facts is None:
         raise ValueError(_NO_BLOB)
     precision, layouts, *others = facts
@@ -419,7 +419,12 @@ def describe(prepacked: Tensor) -> Facts:
 _NO_BLOB = "prepacked: got no blob of this build of the engine, wanted what prepack() returned, 8-byte aligned"
 
 
-def _present() -> Any:
+def engine() -> Any:
+    """Return the module of csrc/.
+
+    Raises:
+        RuntimeError: If it was not built.
+    """
     if _engine is None:
         raise RuntimeError(f"the native engine is absent: {_absence_reason}")
     return _engine
@@ -435,7 +440,7 @@ def _force_isa(name: str) -> None:
     supported = supported_isas()
     if name not in supported:
         raise ValueError(f"isa: got {name!r}, wanted one that this machine runs: {', '.join(supported)}")
-    _present().set_isa(supported.index(name))
+    engine().set_isa(supported.index(name))
 
 
 def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, ...]:
