@@ -108,6 +108,7 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   const float* bias = draw.below(2) ? c.data() : nullptr;
   const int32_t* other = draw.below(2) ? others.data() : nullptr;
   const int has_relu = int(draw.below(2));
+  const int64_t vectors = draw.between(0, 9);
 
   compare_function(isa, "transpose_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.transpose_f32(a.data(), 22, rows, columns, to, 23);
@@ -155,6 +156,16 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "leaky_relu", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     std::copy_n(c.data(), count, to);
     on.leaky_relu(a.data(), to, count);
+  });
+  compare_function(isa, "widen_f16", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.widen_f16(halves.data(), count, to);
+  });
+  compare_function(isa, "widen_s8", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.widen_s8(reinterpret_cast<const int8_t*>(sums.data()), count, b[0], to);
+  });
+  const int64_t dim = draw.between(0, 9), width = draw.between(1, 2) * GROUP, stride = width + draw.below(20);
+  compare_function(isa, "cross", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.cross(a.data(), vectors, b.data(), stride, dim, width, to, width + 3);
   });
   compare_function(isa, "codes_u8", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
     to[kRoom - 1] = uint8_t(on.codes_u8(a.data(), count, inverse_scale, zero_point, to));
