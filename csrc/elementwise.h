@@ -124,19 +124,33 @@ void widen_s8(const int8_t* from, int64_t count, float scale, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]) * scale;
 }
 
-// The pragmas keep the sums in a register, and compilers from unrolling what they then no longer vectorise.
+// The pragmas keep the sums in registers, and compilers from unrolling what they then no longer vectorise.
+template <int kGroups>
+inline void cross_groups(const float* vector, const float* transposed, int64_t stride, int64_t dim, float* dots) {
+  float sums[kGroups][GROUP] = {};
+#pragma GCC unroll 1
+  for (int64_t d = 0; d < dim; ++d) {
+    const float factor = vector[d];
+    const float* row = transposed + d * stride;
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+#pragma omp simd
+      for (int j = 0; j < GROUP; ++j) sums[g][j] = __builtin_fmaf(factor, row[g * GROUP + j], sums[g][j]);
+    }
+  }
+  for (int g = 0; g < kGroups; ++g)
+    for (int j = 0; j < GROUP; ++j) dots[g * GROUP + j] = sums[g][j];
+}
+
 void cross(const float* vectors, int64_t rows, const float* transposed, int64_t stride, int64_t dim, int64_t width,
            float* dots, int64_t dots_stride) {
-  for (int64_t first = 0; first < width; first += GROUP)
-    for (int64_t i = 0; i < rows; ++i) {
-      float sums[GROUP] = {};
-#pragma GCC unroll 1
-      for (int64_t d = 0; d < dim; ++d) {
-        const float factor = vectors[i * dim + d];
-        const float* row = transposed + d * stride + first;
-#pragma omp simd
-        for (int j = 0; j < GROUP; ++j) sums[j] = __builtin_fmaf(factor, row[j], sums[j]);
-      }
-      for (int j = 0; j < GROUP; ++j) dots[i * dots_stride + first + j] = sums[j];
-    }
+  constexpr int kAtOnce = 3;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* vector = vectors + i * dim;
+    float* to = dots + i * dots_stride;
+    int64_t first = 0;
+    for (; first + kAtOnce * GROUP <= width; first += kAtOnce * GROUP)
+      cross_groups<kAtOnce>(vector, transposed + first, stride, dim, to + first);
+    for (; first < width; first += GROUP) cross_groups<1>(vector, transposed + first, stride, dim, to + first);
+  }
 }

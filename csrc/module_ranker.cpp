@@ -652,8 +652,8 @@ PyObject* module::new_ranker(PyObject*, PyObject* const* args, Py_ssize_t count)
 }
 
 // score_columns(ranker, candidates, context, given, threads, empty) -> empty(rows, outputs) with the scores, or None
-// where Python has to read the columns. `candidates`, `context` (or None) are dicts of columns, `given` (or None) one
-// of vectors.
+// where Python has to read the columns. `candidates` and `context` (or None) are dicts of columns, those of the second
+// of one row each, `given` (or None) one of vectors.
 PyObject* module::score_columns(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 6", count);
   Held* held = held_of(args[0]);
@@ -676,15 +676,16 @@ PyObject* module::score_columns(PyObject*, PyObject* const* args, Py_ssize_t cou
           continue;
         }
       }
-      PyObject* column = args[2] == Py_None ? nullptr : PyDict_GetItemWithError(args[2], name);
-      if (!column) column = PyDict_GetItemWithError(args[1], name);
-      if (!column) {
+      PyObject* of_context = args[2] == Py_None ? nullptr : PyDict_GetItemWithError(args[2], name);
+      PyObject* of_candidates = PyDict_GetItemWithError(args[1], name);
+      if (!of_context == !of_candidates) {  // neither, or both
         PyErr_Clear();
         Py_RETURN_NONE;
       }
+      PyObject* column = of_context ? of_context : of_candidates;
       Py_INCREF(column);
       const Owned kept(column);
-      if (!read_column(ranker, i, column, field)) Py_RETURN_NONE;
+      if (!read_column(ranker, i, column, field) || (of_context && field.rows != 1)) Py_RETURN_NONE;
     }
     const int64_t rows = rows_of(ranker, request);
     if (rows < 0) Py_RETURN_NONE;

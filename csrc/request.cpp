@@ -16,6 +16,14 @@ const T* address(int64_t value) {
   return reinterpret_cast<const T*>(value);
 }
 
+// The usual width without a call.
+void copy(const float* from, int64_t count, float* to) {
+  if (count == 16)
+    std::memcpy(to, from, 16 * sizeof(float));
+  else
+    std::memcpy(to, from, size_t(count) * sizeof(float));
+}
+
 }  // namespace
 
 Request& Request::of_this_thread() {
@@ -97,7 +105,7 @@ bool Ranker::is_given_once(const Request& request) const {
 void Ranker::load_row(const Isa* isa, int64_t row, float* to) const {
   const int64_t dim = spec_.dim, at = row * dim;
   switch (spec_.rows_kind) {
-    case ROWS_F32: std::memcpy(to, address<float>(spec_.embedding) + at, size_t(dim) * sizeof(float)); break;
+    case ROWS_F32: copy(address<float>(spec_.embedding) + at, dim, to); break;
     case ROWS_F16: isa->widen_f16(address<uint16_t>(spec_.embedding) + at, dim, to); break;
     default: isa->widen_s8(address<int8_t>(spec_.embedding) + at, dim, address<float>(spec_.scales)[row], to);
   }
@@ -108,8 +116,7 @@ void Ranker::load_vector(const Isa* isa, const Request& request, int64_t field, 
   const FieldIds& of_field = request.fields[size_t(field)];
   const int64_t dim = spec_.dim, row = of_field.rows == 1 ? 0 : candidate, first = first_rows_[size_t(field)];
   if (of_field.given) {
-    std::memcpy(to, of_field.given + row * dim, size_t(dim) * sizeof(float));
-    return;
+    return copy(of_field.given + row * dim, dim, to);
   }
   if (!fields_[size_t(field)].is_bag) return load_row(isa, first + of_field.ids[size_t(row)], to);
   const int64_t begin = row == 0 ? 0 : of_field.ends[size_t(row) - 1], end = of_field.ends[size_t(row)];
@@ -134,8 +141,8 @@ void Ranker::load_common(const Isa* isa, const Request& request, int64_t candida
   const int64_t dim = spec_.dim;
   for (int64_t i = 0; i < count; ++i) {
     load_vector(isa, request, common_fields_[size_t(i)], candidate, inputs + i * dim);
-    for (int64_t d = 0; d < dim; ++d) transposed[d * width_ + i] = inputs[i * dim + d];
   }
+  isa->transpose_f32(inputs, dim, count, dim, transposed, width_);
   isa->cross(inputs, count, transposed, width_, dim, padded(count), inputs + count * dim, width_);
 }
 
@@ -168,10 +175,9 @@ void Ranker::fill(const Isa* isa, Request& request, int64_t first, int64_t last,
           request.common_x.data() + candidate * spec_.common_count);
     }
     for (int64_t i = 0; i < owns; ++i) {
-      float* vector = vectors.data() + i * dim;
-      load_vector(isa, request, own_fields_[size_t(i)], candidate, vector);
-      for (int64_t d = 0; d < dim; ++d) transposed[size_t(d * width_ + commons + i)] = vector[d];
+      load_vector(isa, request, own_fields_[size_t(i)], candidate, vectors.data() + i * dim);
     }
+    isa->transpose_f32(vectors.data(), dim, owns, dim, transposed.data() + commons, width_);
     isa->cross(vectors.data(), owns, transposed.data(), width_, dim, width_, dots.data(), width_);
     put(own_columns_, vectors.data(), dots.data(), common, request.own_x.data() + candidate * spec_.own_count);
   }

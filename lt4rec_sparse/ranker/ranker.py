@@ -144,7 +144,7 @@ class Ranker:
             if scores is not None:
                 return scores.numpy()
         given = {column: _vectors(column, vectors) for column, vectors in (embeddings or {}).items()}
-        columns = {**candidates, **(context or {})}
+        columns = _together(candidates, context or {})
         features = self.encoder.encode(columns, {column: len(vectors) for column, vectors in given.items()})
         return self.score_encoded(features, given).cpu().numpy()
 
@@ -184,10 +184,13 @@ class Ranker:
 
         Source: LT4REC (arXiv 2008.09872), Eq 3.
         """
-        k, columns = checked_k(k), _together(candidates, context or {})
-        powers = checked_powers(dict.fromkeys(self.tasks, 1.0) if by is None else by)
+        k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
         of_tasks = self._score(candidates, context, embeddings)
         scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
+        columns = {**candidates, **(context or {})}
+        twice = next((name for name in powers if context and name in context and name in candidates), None)
+        if twice is not None:
+            raise _in_both(twice)
         factors = {name: scores[name] if name in scores else _factor(name, columns, batch) for name in powers}
         return ranking(scores, rank_scores(factors, powers), k)
 
@@ -218,11 +221,15 @@ def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict
     """Return the columns of a request: those of one row hold for all candidates."""
     for name, values in context.items():
         if name in candidates:
-            raise InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
+            raise _in_both(name)
         rows = raw_columns.rows_of(Column(name, "multi"), values)
         if rows != 1:
             raise InputError(f"column {name!r}: got {rows} rows in context, wanted 1")
     return {**candidates, **context}
+
+
+def _in_both(name: str) -> InputError:
+    return InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
 
 
 def _factor(name: str, columns: Mapping[str, Any], batch: int) -> NDArray[np.float64]:
