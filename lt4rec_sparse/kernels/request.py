@@ -131,8 +131,8 @@ class RequestEngine:
     ) -> Tensor | None:
         """Score raw columns: float32 `[rows, tasks]`; None where the engine does not read one, or they do not agree.
 
-        A column of `context` has one row, and is none of `candidates`. `given` are vectors in the place of a column, float32
-        `[rows, dim]` or `[1, dim]`, contiguous and finite.
+        A column of `context` has one row, and is none of `candidates`. `given` are vectors in the place of a column,
+        float32 `[rows, dim]` or `[1, dim]`, contiguous and finite.
         """
         return self._score_columns(self._capsule, candidates, context, given, torch.get_num_threads(), torch.empty)
 
