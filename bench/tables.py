@@ -268,7 +268,7 @@ def _request() -> str:
         for threads, measured in of_threads.items():
             timings = measured["timings_us"]
             sizes = list(timings)
-            ways = [way for way in timings[sizes[0]]]
+            ways = list(timings[sizes[0]])
             base = {p: f"modules, every row, {p}" for p in ("fp32", "int8")}
             rows = []
             for way in ways:
