@@ -1,8 +1,8 @@
 """From a click log, real or simulated, to batches: readers, splits by day, histories, fitting the encoder."""
 
 from lt4rec_sparse.recsys.data.batches import SPLITS, Batch, BatchStream
+from lt4rec_sparse.recsys.data.candidates import read_candidates
 from lt4rec_sparse.recsys.data.prepare import Prepared, prepare
-from lt4rec_sparse.recsys.data.rows import read_candidates
 from lt4rec_sparse.recsys.data.simulator import SimulatorConfig, simulate
 from lt4rec_sparse.recsys.data.source import DataError, kuairand_schema, open_source
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import remove_abandoned, temporary_beside
@@ -202,6 +203,13 @@ def check_regular(path: Path) -> None:
 def is_list(kind: Any) -> bool:
     """Return whether an Arrow type is one of lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def floats(column: Any) -> NDArray[np.float64]:
+    """Return a float64 column, writable, with NaN for missing and for infinite values: no count or time is infinite."""
+    values = np.array(column.to_numpy(zero_copy_only=False), np.float64)
+    values[np.isinf(values)] = np.nan
+    return values
 
 
 def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
