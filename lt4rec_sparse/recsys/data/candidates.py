@@ -10,7 +10,28 @@ import pyarrow as pa
 
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.joined import raw_column
-from lt4rec_sparse.recsys.data.source import DataError, check_regular, column_names, feature_type, read_file
+from lt4rec_sparse.recsys.data.source import (
+    DataError,
+    check_regular,
+    column_names,
+    feature_type,
+    list_columns,
+    read_file,
+)
+
+
+def ids_of(path: Path, schema: Schema, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of a file of candidates that say which row is which.
+
+    They are the group, the keys of the side tables, the day or time, and whatever is no feature; but no column that has
+    the name of a task, and none of lists.
+    """
+    check_regular(path)
+    features = {column.name for column in schema.features}
+    ids = {schema.group.column, schema.time.day, schema.time.timestamp, *(join.on for join in schema.joins)}
+    there = [name for name in column_names(path) if name in ids or name not in features]
+    unfit = {*tasks, *list_columns(path)}
+    return tuple(name for name in there if name not in unfit)
 
 
 def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tuple[dict[str, Any], Any]:

@@ -50,14 +50,14 @@ class DayLog:
             DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
         """
         forms = {_form(known) for known in self.paths}
-        are_numbers = _are_numbers(self.paths)
+        numeric = are_numbers(self.paths)
         # Numbers that all have eight digits are dates, or might be; others count days.
-        fits = _are_numbers([day]) if are_numbers and forms != {"00000000"} else _form(day) in forms
+        fits = are_numbers([day]) if numeric and forms != {"00000000"} else _form(day) in forms
         if not fits:
             raise DataError(
                 f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {self.days[-1]}"
             )
-        key = int if are_numbers else str
+        key = int if numeric else str
         return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
 
     def read(self, day: str) -> Iterator[Any]:
@@ -101,7 +101,7 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
-    days = sorted(dealt, key=int if _are_numbers(dealt) else str)
+    days = sorted(dealt, key=int if are_numbers(dealt) else str)
     absent = next((name for name in keep if name not in names), None)
     if absent is not None:
         raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
@@ -176,7 +176,8 @@ def days_of(path: Path, batch: Any, time: Time) -> Any:
     return local.cast(pa.date32(), safe=False).cast(pa.string())
 
 
-def _are_numbers(days: Iterable[str]) -> bool:
+def are_numbers(days: Iterable[str]) -> bool:
+    """Return whether days are whole numbers, which are ordered as such."""
     return all(day.removeprefix("-").isdecimal() for day in days)
 
 
