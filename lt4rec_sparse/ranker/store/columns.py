@@ -1,6 +1,6 @@
 """Columns of a feature table: `take` gives rows in the form that `features.raw` reads fastest.
 
-Row `n` of a column of `n` keys is that of a key that the table lacks.
+Row `n` of a column of `n` keys is that of a key that the table lacks. `are_known` says that it is not among the rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Numbers:
     def __init__(self, values: NDArray[np.float64]) -> None:
         self.values = values
 
-    def take(self, rows: Ids) -> Array:
+    def take(self, rows: Ids, are_known: bool) -> Array:
         """Return the values of rows, float64."""
         return self.values.take(rows)
 
@@ -48,11 +48,14 @@ class Integers:
 
     def __init__(self, values: Ids, missing: Bools) -> None:
         self.values, self.missing = values, missing
+        self._has_gaps = bool(missing[:-1].any())
 
-    def take(self, rows: Ids) -> Array:
+    def take(self, rows: Ids, are_known: bool) -> Array:
         """Return the values of rows, int64, masked where missing; an array without a mask is read faster."""
-        missing = self.missing.take(rows)
         values = self.values.take(rows)
+        if are_known and not self._has_gaps:
+            return values
+        missing = self.missing.take(rows)
         return np.ma.MaskedArray(values, missing) if missing.any() else values
 
     def to_arrays(self) -> dict[str, Array]:
@@ -83,7 +86,7 @@ class Texts:
         self.codes, self.distinct = codes, distinct
         self.objects = np.array([*distinct, None], object)  # code -1 is its last
 
-    def take(self, rows: Ids) -> Array:
+    def take(self, rows: Ids, are_known: bool) -> Array:
         """Return the texts of rows, object; None is missing."""
         return self.objects.take(self.codes.take(rows))
 
@@ -115,7 +118,7 @@ class Bags:
     def __init__(self, items: Integers | Texts, starts: Ids) -> None:
         self.items, self.starts = items, starts
 
-    def take(self, rows: Ids) -> tuple[Array, Ids]:
+    def take(self, rows: Ids, are_known: bool) -> tuple[Array, Ids]:
         """Return the bags of rows as `(values [nnz], offsets [rows + 1])`."""
         if len(rows) == 1:  # what a request has once: a cut, a quarter of the time
             first, last = self.starts[rows[0]], self.starts[rows[0] + 1]

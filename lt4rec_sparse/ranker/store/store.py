@@ -9,6 +9,7 @@ from typing import Any
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.ranker.store.file import Features, read_features
+from lt4rec_sparse.ranker.store.table import Keys, read_keys
 
 
 class FeatureStore:
@@ -78,6 +79,7 @@ class FeatureStore:
         features = self._features  # once: a reload meanwhile changes nothing of this request
         given = dict(candidates), dict(context or {})
         completed = dict(candidates), dict(context or {})
+        keys: dict[str, Keys] = {}  # several tables may have the same
         for table in features.tables:
             needed = [name for name in table.columns if name not in given[0] and name not in given[1]]
             if not needed:
@@ -86,8 +88,9 @@ class FeatureStore:
             part = next((part for part in (0, 1) if key in given[part]), None)
             if part is None:
                 raise InputError(f"column {key!r}: got nothing, wanted keys: {needed[0]!r} is found by it")
-            places = table.places(given[part][key])
-            completed[part].update((name, table.columns[name].take(places)) for name in needed)
+            if key not in keys:
+                keys[key] = read_keys(table.key, given[part][key])
+            completed[part].update(table.take(keys[key], needed))
         return completed
 
     def reload(self, path: Path | str | None = None) -> None:

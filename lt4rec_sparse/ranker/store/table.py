@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import numpy as np
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import Column
 from lt4rec_sparse.ranker.features import raw as raw_columns
-from lt4rec_sparse.ranker.features.tables import Array, Ids, IntVocabulary, StringVocabulary, checked_array, hash64
+from lt4rec_sparse.ranker.features.tables import Array, IntVocabulary, StringVocabulary, checked_array, hash64
 from lt4rec_sparse.ranker.store.columns import StoredColumn
+
+Keys = tuple[Array, raw_columns.Present]
 
 
 class KeyedTable:
@@ -38,27 +40,35 @@ class KeyedTable:
             if len(column) != self.rows + 1:
                 raise InputError(f"column {name!r}: got {len(column) - 1} rows, wanted {self.rows}, one per key")
 
-    def places(self, raw: Any) -> Ids:
-        """Return the rows of keys `[m]`, in any form of `features.raw`; unknown and missing ones have row `n`.
-
-        Raises:
-            InputError: If keys are of another type.
-        """
-        raw_columns.rows_of(self.key, raw)
-        keys, present = raw_columns.single(self.key, raw)
+    def take(self, keys: Keys, names: Sequence[str]) -> dict[str, Any]:
+        """Return the named columns at keys that `read_keys` gave, raw."""
+        values, present = keys
         if self.is_hashed:
-            keys = hash64(keys).view(np.int64)
-        found = self.index.lookup(keys) - 2
-        found[found < 0] = self.rows
-        if len(found) == len(present):
-            return found
-        places = np.full(len(present), self.rows, np.int64)
-        places[present] = found
-        return places
+            values = hash64(values).view(np.int64)
+        found = self.index.lookup(values) - 2
+        unknown = found < 0
+        are_known = len(found) == len(present) and not unknown.any()
+        if are_known:
+            places = found
+        else:
+            found[unknown] = self.rows
+            places = np.full(len(present), self.rows, np.int64)
+            places[present] = found
+        return {name: self.columns[name].take(places, are_known) for name in names}
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the arrays of the keys."""
         return self.index.to_arrays()
+
+
+def read_keys(key: Column, raw: Any) -> Keys:
+    """Return the keys of a request `[m]`, in any form of `features.raw`: those that are there, and where they are.
+
+    Raises:
+        InputError: If they are of another type.
+    """
+    raw_columns.rows_of(key, raw)  # which refuses what is no sequence
+    return raw_columns.single(key, raw)
 
 
 def key_index(key: Column, keys: Any) -> tuple[IntVocabulary | StringVocabulary, bool]:
