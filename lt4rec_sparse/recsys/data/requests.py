@@ -122,7 +122,7 @@ def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], A
     given = next((name for name in there if name in made), None)
     if given is not None:
         raise DataError(f"{path}: column {given!r}: got values, wanted none: it is made of the log and the side tables")
-    roles = {schema.group.column: "the group"} | {join.on: f"the key of {join.files[0]}" for join in schema.joins}
+    roles = {join.on: f"the key of {join.files[0]}" for join in schema.joins} | {schema.group.column: "the group"}
     for name, role in roles.items():
         if name not in there:
             raise DataError(f"{path}: column {name!r} is absent, wanted {role}")
