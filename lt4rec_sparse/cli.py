@@ -417,7 +417,7 @@ def score(
     *candidates, out = files
     if len(candidates) != (data is None):
         wanted = "CANDIDATES and OUT" if data is None else "OUT alone beside --data"
-        raise InputError(f"score: got {len(files)} files, wanted {wanted}")
+        raise InputError(f"score: got {', '.join(map(str, files))}, wanted {wanted}")
     if data is None and days is not None:
         raise InputError(f"--days: got {days!r} without --data, wanted both")
     check_out(out)
