@@ -268,7 +268,7 @@ def test_a_request_sees_the_old_features_or_the_new_ones(tmp_path):
         ({"tables": [{"key": "item", "hashed": True, "columns": []}]}, "hashed: got True"),
         ({"tables": [{"key": "item", "hashed": False, "columns": ["ghost"]}]}, "wanted a key and columns that are"),
         ({"tables": [3]}, "table 0: got 3"),
-        ({"tables": [{"key": "item", "hashed": False, "columns": ["colour"]}]}, "column 'colour': codes: got nothing"),
+        ({"tables": [{"key": "item", "hashed": False, "columns": ["colour"]}]}, "column 'colour': places: got nothing"),
         ({"tables": [{"key": "item", "hashed": False, "columns": ["brand"] * 2}]}, "column 'brand': "),
         ({"schema": {}}, "schema"),
         ({"version": 2}, "version 2, wanted 1"),
@@ -291,9 +291,9 @@ def rewritten(path: Path, changes, arrays) -> None:
 @pytest.mark.parametrize(
     ("array", "change", "message"),
     [
-        ("0.1.codes", lambda codes: codes.fill_(2), "column 'colour': codes: got 2 to 2, wanted -1 to 1"),
+        ("0.1.places", lambda places: places.fill_(2), "column 'colour': places: got 2 to 2, wanted -1 to 1"),
         ("0.3.starts", lambda starts: starts.fill_(1), "column 'tags': starts: got no ascending cut of 3 values"),
-        ("0.3.item.codes", lambda codes: codes.fill_(-1), "column 'tags': item: got a missing value in a bag"),
+        ("0.3.item.places", lambda places: places.fill_(-1), "column 'tags': item: got a missing value in a bag"),
         ("0.4.item.missing", lambda missing: missing.fill_(1), "column 'sizes': item: got a missing value in a bag"),
         ("0.key.keys", lambda keys: keys.fill_(7), "keys of 'item': got one twice"),
     ],

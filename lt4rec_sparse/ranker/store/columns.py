@@ -78,34 +78,34 @@ class Integers:
 class Texts:
     """Texts, each distinct one once.
 
-    File: `codes`, int64 `[n + 1]`: which of the distinct texts a row has, -1 if it is missing; and `bytes` and
+    File: `places`, int64 `[n + 1]`: which of the distinct texts a row has, -1 if it is missing; and `bytes` and
     `offsets` of these texts, as in `StringVocabulary`.
     """
 
-    def __init__(self, codes: Ids, distinct: tuple[str, ...]) -> None:
-        self.codes, self.distinct = codes, distinct
-        self.objects = np.array([*distinct, None], object)  # code -1 is its last
+    def __init__(self, places: Ids, distinct: tuple[str, ...]) -> None:
+        self.places, self.distinct = places, distinct
+        self.objects = np.array([*distinct, None], object)  # place -1 is its last
 
     def take(self, rows: Ids, are_known: bool) -> Array:
         """Return the texts of rows, object; None is missing."""
-        return self.objects.take(self.codes.take(rows))
+        return self.objects.take(self.places.take(rows))
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the arrays of the file."""
-        return {"codes": self.codes, **StringVocabulary(self.distinct).to_arrays()}
+        return {"places": self.places, **StringVocabulary(self.distinct).to_arrays()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> Texts:
         """Read `to_arrays` back."""
-        codes = checked_array(arrays, "codes", np.int64)
+        places = checked_array(arrays, "places", np.int64)
         distinct = StringVocabulary.from_arrays(dict(arrays)).keys
-        if len(codes) and not (codes.min() >= -1 and codes.max() < len(distinct)):
-            raise InputError(f"codes: got {codes.min()} to {codes.max()}, wanted -1 to {len(distinct) - 1}")
-        return cls(codes, distinct)
+        if len(places) and not (places.min() >= -1 and places.max() < len(distinct)):
+            raise InputError(f"places: got {places.min()} to {places.max()}, wanted -1 to {len(distinct) - 1}")
+        return cls(places, distinct)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.codes)
+        return len(self.places)
 
 
 class Bags:
@@ -133,7 +133,7 @@ class Bags:
         if isinstance(self.items, Integers):
             values: Array = self.items.values[places]
             return values
-        texts: Array = self.items.objects[self.items.codes[places]]
+        texts: Array = self.items.objects[self.items.places[places]]
         return texts
 
     def to_arrays(self) -> dict[str, Array]:
@@ -189,7 +189,7 @@ def _stored(column: Column, arrays: Mapping[str, Array]) -> StoredColumn:
     items, starts = kind.from_arrays(named), checked_array(arrays, "starts", np.int64)
     if not len(starts) or starts[0] != 0 or starts[-1] != len(items) or (np.diff(starts) < 0).any():
         raise InputError(f"starts: got no ascending cut of {len(items)} values, wanted 0 first and {len(items)} last")
-    if (items.missing if isinstance(items, Integers) else items.codes < 0).any():
+    if (items.missing if isinstance(items, Integers) else items.places < 0).any():
         raise InputError("item: got a missing value in a bag, wanted it left out")
     return Bags(items, starts)
 
@@ -201,6 +201,6 @@ def _items(column: Column, values: Array, present: Bools) -> Integers | Texts:
         spread[present] = values
         return Integers(spread, ~present)
     place: dict[str, int] = {}
-    codes = np.full(len(present), -1, np.int64)
-    codes[present] = np.fromiter((place.setdefault(str(text), len(place)) for text in values), np.int64, len(values))
-    return Texts(codes, tuple(place))
+    places = np.full(len(present), -1, np.int64)
+    places[present] = np.fromiter((place.setdefault(str(text), len(place)) for text in values), np.int64, len(values))
+    return Texts(places, tuple(place))
