@@ -88,5 +88,7 @@ def features(
         taken = take_snapshot(source, at, scratch, progress)
     write_features(out, source.schema, taken.tables, taken.day)
     store = FeatureStore.open(out)
-    typer.echo(f"{out}: {len(store.columns)} features by {', '.join(dict.fromkeys(store.columns.values()))}")
-    typer.echo(f"as of {store.day}; a request brings the keys, and: {', '.join(store.absent) or 'nothing else'}")
+    keys = tuple(dict.fromkeys(store.columns.values()))
+    brought = [*keys, *(name for name in store.absent if name not in keys)]
+    typer.echo(f"{out}: {len(store.columns)} features by {', '.join(keys)}")
+    typer.echo(f"as of {store.day}; a request brings {', '.join(brought)}")

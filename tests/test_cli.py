@@ -916,7 +916,7 @@ def test_a_store_of_features_completes_requests(finished, tmp_path):
     ranker = load(model)
     store = FeatureStore.open(out, ranker.encoder.schema)
     assert first == f"{out}: {len(store.columns)} features by user_id, video_id"
-    assert second == f"as of 2024-01-07; a request brings the keys, and: {', '.join(store.absent)}"
+    assert second == f"as of 2024-01-07; a request brings user_id, video_id, {', '.join(store.absent)}"
     own = {name: [None] * 3 for name in store.absent}
     ranked = ranker.rank(*store.complete({"video_id": [1, 2, 10**6], **own}, {"user_id": [3]}))
     assert sorted(ranked.rows.tolist()) == [0, 1, 2]

@@ -19,7 +19,7 @@ from lt4rec_sparse.recsys.data.prepare import split_days
 from lt4rec_sparse.recsys.data.rows import RowReader
 from lt4rec_sparse.recsys.data.written import check_table_name, written_table
 
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
 
 
 def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] | None = None) -> None:
