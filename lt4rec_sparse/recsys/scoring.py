@@ -96,7 +96,7 @@ def _days(log: DayLog, ranker: Ranker, text: str) -> frozenset[str]:
     stray = next((day for day in sorted(named) if day not in log.paths), None)
     if stray is not None or not named:
         got = repr(text if stray is None else stray)
-        raise InputError(f"--days: got {got}, wanted {', '.join(SPLITS)}, or some of {', '.join(log.days)}")
+        raise InputError(f"--days: got {got}, wanted {', '.join(SPLITS)}, or days of {log.days[0]} to {log.days[-1]}")
     return named
 
 

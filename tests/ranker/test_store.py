@@ -240,23 +240,24 @@ def test_a_request_sees_the_old_features_or_the_new_ones(tmp_path):
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
         write_features(path, SCHEMA, [items_with(float(number)), SHOPS, users_with(number)])
-    store, wrong, done = FeatureStore.open(paths[0]), [], threading.Event()
+    store, seen, wrong, done = FeatureStore.open(paths[0]), set(), [], threading.Event()
 
     def read():
         while not done.is_set():
             candidates, context = store.complete({"item": [7, 3]}, {"user": ["bob"], "shop": ["x"]})
+            seen.add(candidates["price"][0])
             if {*candidates["price"].tolist()} != {*context["clicked_count"].tolist()}:
                 wrong.append((candidates, context))
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    for turn in range(40):
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(10_000):
         store.reload(paths[turn % 2])
+        if len(seen) == 2 and turn > 20:
+            break
     done.set()
-    for reader in readers:
-        reader.join()
-    assert not wrong
+    reader.join()
+    assert seen == {0.0, 1.0} and not wrong
 
 
 @pytest.mark.parametrize(

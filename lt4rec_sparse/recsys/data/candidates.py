@@ -19,6 +19,8 @@ from lt4rec_sparse.recsys.data.source import (
     read_file,
 )
 
+EVERY = "every feature of the model, as `lt4rec-sparse candidates` makes them of requests"
+
 
 def ids_of(path: Path, schema: Schema, tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of a file of candidates that say which row is which.
@@ -51,7 +53,7 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
     check_regular(path)
     there = column_names(path)
     types = {column.name: feature_type(column) for column in schema.features}
-    for names, wanted in ((types, "every feature of the model"), (keep, f"one of {', '.join(there)}")):
+    for names, wanted in ((types, EVERY), (keep, f"one of {', '.join(there)}")):
         for name in names:
             if name not in there:
                 raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
