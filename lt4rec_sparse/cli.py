@@ -420,7 +420,7 @@ def score(
         raise InputError(f"score: got {', '.join(map(str, files))}, wanted {wanted}")
     if data is None and days is not None:
         raise InputError(f"--days: got {days!r} without --data, wanted both")
-    check_out(out)
+    check_out(out, model, *candidates)
     check_table_name(out)
     is_gpu = _is_gpu(device)
     measured = None if plan is None else Plan.load(plan)
@@ -464,7 +464,7 @@ def plan(
     """
     from lt4rec_sparse.ranker import load
 
-    check_out(out)
+    check_out(out, model)
     _is_gpu(device)
     mlp = load(model).mlp
     try:
@@ -510,10 +510,12 @@ def _is_gpu(device: str) -> bool:
     return kind == "cuda"
 
 
-def check_out(out: Path) -> None:
-    """Refuse a file that cannot be written before hours of work, not after them."""
+def check_out(out: Path, *inputs: Path) -> None:
+    """Refuse a file that cannot be written, or is read, before hours of work, not after them."""
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
+    if any(path.exists() and out.exists() and out.samefile(path) for path in inputs):
+        raise InputError(f"OUT: got {str(out)!r}, which is read, wanted another file")
 
 
 @contextmanager

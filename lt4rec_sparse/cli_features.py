@@ -47,7 +47,7 @@ def candidates(
     from lt4rec_sparse.recsys.data import complete_requests, open_source
     from lt4rec_sparse.recsys.data.written import check_table_name, csv_table, written_table
 
-    check_out(out)
+    check_out(out, model, requests)
     check_table_name(out)
     source = open_source(data, load(model).encoder.schema)
     with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
@@ -82,7 +82,7 @@ def features(
     from lt4rec_sparse.ranker.store import FeatureStore, write_features
     from lt4rec_sparse.recsys.data import open_source, take_snapshot
 
-    check_out(out)
+    check_out(out, model)
     source = open_source(data, load(model).encoder.schema)
     with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
         taken = take_snapshot(source, at, scratch, progress)

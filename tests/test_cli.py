@@ -965,3 +965,22 @@ def test_wrong_features_and_scores_are_refused_and_nothing_is_left(finished, tmp
     places = {"model": finished / "model.safetensors", "data": finished / "simulated", "tmp": tmp_path}
     assert message in refusal(*(argument.format(**places) for argument in arguments))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/r.csv"],
+        ["score", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/../{name}/model.csv"],
+        ["candidates", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/r.csv", "--data", "{tmp}"],
+        ["features", "{tmp}/model.csv", "{tmp}/model.csv", "--data", "{tmp}"],
+        ["plan", "{tmp}/model.csv", "{tmp}/model.csv"],
+    ],
+)
+def test_no_result_takes_the_place_of_what_it_is_made_of(finished, tmp_path, arguments):
+    shutil.copy(finished / "model.safetensors", tmp_path / "model.csv")
+    (tmp_path / "r.csv").write_text("user_id,video_id\n1,2\n")
+    before = contents(tmp_path)
+    line = refusal(*(argument.format(tmp=tmp_path, name=tmp_path.name) for argument in arguments))
+    assert re.fullmatch("OUT: got '.+', which is read, wanted another file", line)
+    assert contents(tmp_path) == before

@@ -7,7 +7,7 @@ the days of the log that are strictly earlier, all of them if the log has ended 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,11 +112,8 @@ def _time_column(schema: Schema) -> str:
     return schema.time.day or schema.time.timestamp or ""
 
 
-def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], Any]:
-    """Return the columns of the requests as Arrow arrays, and the day of each."""
-    schema, time = source.schema, _time_column(source.schema)
-    check_regular(path)
-    there = column_names(path)
+def _check_columns(schema: Schema, path: Path, there: Sequence[str], at: str | None) -> None:
+    """Refuse requests whose keys, group or day are absent, and those that have what is made here."""
     made = {column.name for column in schema.features} - {column.name for column in schema.columns}
     made |= {derived.name for derived in schema.derived}
     given = next((name for name in there if name in made), None)
@@ -126,14 +123,25 @@ def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], A
     for name, role in roles.items():
         if name not in there:
             raise DataError(f"{path}: column {name!r} is absent, wanted {role}")
-    if (at is None) != (time in there):
-        got = f"is absent, wanted the {'day' if schema.time.day else 'time'} of every request in it, or --at DAY"
-        raise DataError(f"{path}: column {time!r} {got if at is None else 'and --at: got both, wanted one of them'}")
+    time = _time_column(schema)
+    if at is not None and time in there:
+        raise DataError(f"{path}: column {time!r} and --at: got both, wanted one of them")
+    if at is None and time not in there:
+        what = "day" if schema.time.day else "time"
+        raise DataError(f"{path}: column {time!r} is absent, wanted the {what} of every request in it, or --at DAY")
+
+
+def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], Any]:
+    """Return the columns of the requests as Arrow arrays, and the day of each."""
+    schema = source.schema
+    check_regular(path)
+    there = column_names(path)
+    _check_columns(schema, path, there, at)
     types, all_types = _types(schema), raw_types(schema)
     batches = [batch for batch in read_file(path, types, there) if batch.num_rows]
     days = [pa.repeat(at, batch.num_rows) for batch in batches if at is not None]
     if at is None:
-        moments = (typed(path, batch.select([time]), all_types) for batch in batches)
+        moments = (typed(path, batch.select([_time_column(schema)]), all_types) for batch in batches)
         days = [days_of(path, moment, schema.time) for moment in moments]
     if not batches:
         kinds = {name: types[name].arrow if name in types else pa.string() for name in there}

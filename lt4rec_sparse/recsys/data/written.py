@@ -64,7 +64,7 @@ def csv_table(schema: Schema, table: Any) -> Any:
     for name, values in zip(table.column_names, table.columns, strict=True):
         if name in features and features[name].kind == "multi":
             values = _joined_lists(features[name], values)
-        elif pa.types.is_string(values.type):
+        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             if name in features:
                 _refuse_first(name, values, pc.is_in(values, pa.array(NULL_TEXTS)))
             _refuse_first(name, values, _has_line_break(values))
