@@ -37,7 +37,7 @@ using module::Matrix;
 constexpr int kStridedWithFormat = 0x0018 | 0x0004;  // PyBUF_STRIDED | PyBUF_FORMAT
 constexpr double kTwoTo63 = 9223372036854775808.0;
 
-PyTypeObject* array_type = nullptr;  // numpy.ndarray
+PyTypeObject *array_type = nullptr, *masked_type = nullptr;  // numpy.ndarray, numpy.ma.MaskedArray
 
 struct Decref {
   void operator()(PyObject* object) const { Py_DECREF(object); }
@@ -289,6 +289,23 @@ bool put_items(const Buffer& buffer, int64_t first, int64_t last, Sink& sink) {
   }
 }
 
+// An array and its mask, in which True is a missing value; numpy has one value in place of a mask that is all False.
+bool put_masked(PyObject* array, Sink& sink) {
+  const Owned data(PyObject_GetAttrString(array, "data")), mask(PyObject_GetAttrString(array, "mask"));
+  if (!data || !mask) return PyErr_Clear(), false;
+  const Buffer values(data.get()), masks(mask.get());
+  if (!values.is_column()) return false;
+  if (!masks.is_column()) return Py_TYPE(mask.get()) != array_type && put_items(values, 0, values.length(), sink);
+  if (masks.item_size() != 1 || masks.length() != values.length()) return false;
+  for (int64_t i = 0; i < values.length(); ++i) {
+    if (*masks.item(i))
+      sink.put_missing();
+    else if (!put_items(values, i, i + 1, sink))
+      return false;
+  }
+  return true;
+}
+
 // --- Arrow --------------------------------------------------------------------------------------------------------
 
 bool is_format(const arrow::Schema& schema, const char* format) { return std::strcmp(schema.format, format) == 0; }
@@ -505,6 +522,8 @@ bool read_column(const Ranker& ranker, int64_t i, PyObject* column, FieldIds& fi
   } else if (Py_TYPE(column) == array_type) {
     const Buffer values(column);
     is_read = !spec.is_bag && values.is_column() && put_items(values, 0, values.length(), sink);
+  } else if (Py_TYPE(column) == masked_type) {
+    is_read = !spec.is_bag && put_masked(column, sink);
   } else {
     is_read = read_arrow(column, spec.is_bag, sink);
     PyErr_Clear();
@@ -624,11 +643,13 @@ Held* held_of(PyObject* capsule) { return static_cast<Held*>(PyCapsule_GetPointe
 
 }  // namespace
 
-// use_arrays(numpy.ndarray)
+// use_arrays(numpy.ndarray, numpy.ma.MaskedArray)
 PyObject* module::use_arrays(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 1) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 1", count);
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "arguments: got %zd, wanted 2", count);
   Py_INCREF(args[0]);
+  Py_INCREF(args[1]);
   array_type = reinterpret_cast<PyTypeObject*>(args[0]);
+  masked_type = reinterpret_cast<PyTypeObject*>(args[1]);
   Py_RETURN_NONE;
 }
 

@@ -17,7 +17,7 @@ TABLE_KINDS = ("ints", "strings", "hashed_ints", "hashed_strings", "cuts")  # of
 ROW_KINDS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}  # of csrc/ranker.h
 
 if cpu.is_available():
-    cpu.engine().use_arrays(np.ndarray)
+    cpu.engine().use_arrays(np.ndarray, np.ma.MaskedArray)
 
 
 class IdTable(NamedTuple):

@@ -333,9 +333,7 @@ def test_what_the_engine_does_not_read_is_refused_by_name(name: str, values: Any
 
 def test_what_only_python_reads_is_scored_all_the_same() -> None:
     wanted = RANKER.score(COLUMNS)
-    masked = np.ma.masked_array([1, 5, 77], [False, True, False])
     for columns in (
-        COLUMNS | {"video": masked},
         COLUMNS | {"video": [np.int64(1), None, np.float64(77)]},
         COLUMNS | {"colour": [np.str_("red"), None, "mauve"]},
         COLUMNS | {"price": np.array([0.3, np.nan, 9], np.float16).astype(">f4")},
@@ -343,6 +341,20 @@ def test_what_only_python_reads_is_scored_all_the_same() -> None:
         assert engine_of(RANKER).score(columns) is None
         scores = RANKER.score(columns)
         assert (scores["cvr"] == wanted["cvr"]).all() or "price" in columns
+
+
+@pytest.mark.parametrize("mask", [[False, True, False], [False, False, False], [True, True, True], np.ma.nomask])
+def test_masked_values_are_missing(mask: Any) -> None:
+    numbers = np.ma.masked_array([1, 5, 77], mask)
+    texts = np.ma.masked_array(np.array(["red", "b", "mauve"], object), mask)
+    columns = COLUMNS | {"video": numbers, "price": numbers.astype(float), "colour": texts}
+    wide = mask if mask is np.ma.nomask else np.repeat(mask, 2)[:5]
+    for masked in (columns, columns | {"video": np.ma.masked_array([1, 9, 5, 9, 77], wide)[::2]}):
+        scores = engine_of(RANKER).score(masked)
+        assert scores is not None
+        assert_exact(scores, by_ids(RANKER, masked))
+    two = np.ma.masked_array([[1, 2], [3, 4], [5, 6]], np.ma.nomask)
+    assert engine_of(RANKER).score(COLUMNS | {"video": two}) is None
 
 
 def test_a_lone_surrogate_is_a_value_like_any_other() -> None:
