@@ -67,6 +67,16 @@ def remove_abandoned(target: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def check_regular(path: str | Path, wanted: str = "a regular file", kind: type[InputError] = InputError) -> None:
+    """Refuse what is there and, links followed, is no regular file: reading a device or a pipe may never end.
+
+    Raises:
+        InputError: Of the `kind` given, if it is a folder, a device or a pipe.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise kind(f"{path}: got a folder, a device or a pipe, wanted {wanted}")
+
+
 def parse_json(text: str, where: str | Path) -> dict[str, Any]:
     """Read a JSON object whose source is not trusted; error messages begin with `where`, such as the file's path.
 
@@ -90,9 +100,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        InputError: As `parse_json` does, or if the file is not UTF-8; the message begins with the path.
+        InputError: As `parse_json` does, or if it is no regular file or not UTF-8; the message begins with the path.
         OSError: If the file cannot be read.
     """
+    check_regular(path, "a JSON object")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

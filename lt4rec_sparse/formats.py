@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNPACKED_AT_ONCE = 1 << 20  # bits, each a few bytes while they are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,17 +138,18 @@ class CompressedWeight:
         """
         rows, columns = self._grid()
         _check_part("bitmask", self.bitmask, (torch.uint8,), (len(self.tasks), rows, (columns + 7) // 8))
-        union = self._union()
-        _check_part("values", self.values, VALUE_DTYPES, self._values_shape(int(union.sum())))
         _check_part("row_offsets", self.row_offsets, (torch.int32,), (rows,))
-        if not torch.equal(self.row_offsets, _row_offsets(union)):
+        kept, in_last_column = self._counts()
+        _check_part("values", self.values, VALUE_DTYPES, self._values_shape(int(kept.sum())))
+        ends = kept.cumsum(0)
+        if not torch.equal(self.row_offsets, (ends - kept).to(torch.int32)):
             raise ValueError("row_offsets: wanted the running count of the bitmask's set bits")
-        row, column = union.nonzero(as_tuple=True)
         high, wide = (
             size - (count - 1) * side for size, count, side in zip(self.shape, (rows, columns), self.BLOCK, strict=True)
         )
         blocks = self.values.view(-1, *self.BLOCK)
-        if blocks[row == rows - 1, high:].any() or blocks[column == columns - 1, :, wide:].any():
+        below = blocks[len(blocks) - int(kept[-1:].sum()) :, high:]
+        if below.any() or (wide < self.BLOCK[1] and blocks[ends[in_last_column] - 1, :, wide:].any()):
             raise ValueError(f"values: got some beyond the edge of {self.shape}, wanted zeros there")
 
     @classmethod
@@ -184,6 +186,20 @@ class CompressedWeight:
 
     def _union(self) -> Tensor:
         return unpack_bits(self.bitmask, self._grid()[1]).any(0)
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Return for each row of the grid how many blocks the union keeps, int64, and whether its last column is kept.
+
+        A few rows are unpacked at a time: all would take many times what the file does.
+        """
+        rows, columns = self._grid()
+        step = max(1, UNPACKED_AT_ONCE // max(1, len(self.tasks) * columns))
+        kept, in_last = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool)]
+        for first in range(0, rows, step):
+            union = unpack_bits(self.bitmask[:, first : first + step], columns).any(0)
+            kept.append(union.sum(1))
+            in_last.append(union[:, -1:].any(1))
+        return torch.cat(kept), torch.cat(in_last)
 
     def _untiled(self) -> Tensor:
         rows, columns = self._grid()

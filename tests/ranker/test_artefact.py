@@ -28,8 +28,11 @@ from lt4rec_sparse.ranker.artefact import KEY, network_from_tensors, network_to_
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
-# Written by the code of commit cb0158c, which defined the format, with the scores that it gave.
-VERSION_1 = Path(__file__).with_name("artefact_v1.safetensors")
+# With the scores that they gave. Version 1 was written by the code of commit cb0158c, which defined the format; 2, of
+# blocks with ragged edges, by that of aac1169; 3, of int8 rows, a table elsewhere, slopes and bfloat16 weights, by the
+# first that wrote digests.
+GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3)}
+VERSION_1 = GOLDEN[1]
 EXPECTED = json.loads(VERSION_1.with_suffix(".json").read_text())
 
 
@@ -46,17 +49,22 @@ def write(path, meta, tensors):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("version", GOLDEN)
 @pytest.mark.skipif(not cpu.is_available(), reason="the scores are the engine's, to the bit")
-def test_an_artefact_of_version_1_scores_as_it_did_to_the_bit(precision):
-    # Its embeddings are multiples of 1/8, so that every order of summation gives the same input of the MLP.
-    scores = load(VERSION_1, precision).score(EXPECTED["candidates"])
-    assert {task: values.tolist() for task, values in scores.items()} == EXPECTED["scores"][precision]
+def test_an_old_artefact_scores_as_it_did_to_the_bit(version, precision):
+    # Embeddings are multiples of a power of two, so that every order of summation gives the same input of the MLP.
+    expected = json.loads(GOLDEN[version].with_suffix(".json").read_text(encoding="utf-8"))
+    given = {column: np.array(rows, np.float32) for column, rows in expected.get("embeddings", {}).items()}
+    scores = load(GOLDEN[version], precision).score(expected["candidates"], given)
+    assert {task: values.tolist() for task, values in scores.items()} == expected["scores"][precision]
+    assert contents(GOLDEN[version])[0]["version"] == version
 
 
 def test_an_artefact_of_version_1_is_written_as_it_was(tmp_path):
     save(load(VERSION_1), tmp_path / "again.safetensors")
     (old, old_tensors), (new, new_tensors) = contents(VERSION_1), contents(tmp_path / "again.safetensors")
-    assert new == old
+    assert set(new.pop("digests")) == set(new_tensors)  # which files did not have then
+    assert new | {"sha256": None} == old | {"sha256": None}
     assert new_tensors.keys() == old_tensors.keys()
     assert all(torch.equal(new_tensors[name], old_tensors[name]) for name in old_tensors)
 
@@ -303,6 +311,13 @@ def set_number(name, value):
     return change
 
 
+def repeat_a_tag(meta, tensors):
+    text, (first, second, third) = tensors["encoder.tags.bytes"].clone(), tensors["encoder.tags.offsets"][:3].tolist()
+    assert second - first == third - second
+    text[second:third] = text[first:second]
+    tensors["encoder.tags.bytes"] = text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -334,6 +349,9 @@ def set_number(name, value):
         (in_int8(set_number("inputs.embedding", -128)), "values: got -128, wanted -127 to 127"),
         (in_int8(lambda meta, tensors: tensors.pop("inputs.scales")), "inputs.scales: is absent"),
         (in_int8(lambda meta, tensors: tensors.update({"inputs.scales": torch.zeros(2)})), "scales: got torch.float32"),
+        (set_number("encoder.video_id.keys", 10), "encoder table 'video_id': keys: got 10 twice, wanted each once"),
+        (set_number("encoder.tags.bytes", 0xFF), "encoder table 'tags': 'utf-8' codec can't decode byte 0xff"),
+        (repeat_a_tag, "encoder table 'tags': keys: got 'tag .*' twice, wanted each once"),
         (set_entry("without", value=["shoe"]), r"without: got \['shoe'\], wanted some of"),
         (set_entry("without", value="video_id"), "without: got 'video_id', wanted some of"),
         (set_entry("without", value=["video_id", "video_id"]), "without: got .*, wanted some of .*, in order"),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Join, Schema, Task
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
 from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, VALUE, WEIGHT
@@ -21,7 +22,6 @@ from lt4rec_sparse.recsys.data.source import (
     DataError,
     RawType,
     Source,
-    check_regular,
     column_names,
     feature_type,
     raw_types,
@@ -160,7 +160,7 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
         DataError: If the file cannot be read, a feature or a column to keep is absent, or a value is not of its
             column's type.
     """
-    check_regular(path)
+    check_regular(path, kind=DataError)
     there = column_names(path)
     types = {column.name: feature_type(column) for column in schema.features}
     for names, wanted in ((types, "every feature of the model"), (keep, f"one of {', '.join(there)}")):

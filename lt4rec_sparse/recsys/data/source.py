@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import remove_abandoned, temporary_beside
+from lt4rec_sparse.files import check_regular, remove_abandoned, temporary_beside
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -188,15 +188,9 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
         if not matches:
             raise DataError(f"{folder}: got no file {pattern!r}, wanted one there or in data/")
         for path in matches:
-            check_regular(path)
+            check_regular(path, kind=DataError)
         paths += matches
     return tuple(paths)
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what, links followed, is not a regular file: reading a device or a pipe may never end."""
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
 
 def is_list(kind: Any) -> bool:
