@@ -23,8 +23,8 @@ from torch import Tensor
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import check_regular, parse_json, whole_file
 
-# What describes a file is read before anything can be compared with the file's size, and JSON takes some twenty times its
-# length in memory. An artefact of a thousand columns has 0.2 MB of it.
+# What describes a file is read before anything can be compared with the file's size, and JSON takes some twenty times
+# its length in memory. An artefact of a thousand columns has 0.2 MB of it.
 MAX_HEADER_BYTES = 1 << 24
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -105,7 +105,9 @@ def read(
         raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {known}")
     if meta.pop("sha256", None) != _digest(meta, tensors):
         altered = _altered(meta.get("digests"), tensors)
-        raise ArtefactError(f"{path}: the contents do not match their checksum{altered}, wanted {wanted} as it was written")
+        raise ArtefactError(
+            f"{path}: the contents do not match their checksum{altered}, wanted {wanted} as it was written"
+        )
     return {name: entry for name, entry in meta.items() if name != "digests"}, tensors
 
 

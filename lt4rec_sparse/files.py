@@ -96,11 +96,12 @@ def parse_json(text: str, where: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+def read_json(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object, with these keys at least.
 
     Raises:
-        InputError: As `parse_json` does, or if it is no regular file or not UTF-8; the message begins with the path.
+        InputError: As `parse_json` does, if a key is absent, or if it is no regular file or not UTF-8; the message
+            begins with the path.
         OSError: If the file cannot be read.
     """
     check_regular(path, "a JSON object")
@@ -108,7 +109,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: got bytes that are not UTF-8 ({error}), wanted a JSON object") from error
-    return parse_json(text, path)
+    content = parse_json(text, path)
+    absent = next((key for key in keys if key not in content), None)
+    if absent is not None:
+        raise InputError(f"{path}: got JSON without {absent!r}, wanted {', '.join(keys)}")
+    return content
 
 
 def check_depth(content: Any, where: str | Path) -> None:

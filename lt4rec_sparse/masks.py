@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import parse_json, whole_file
+from lt4rec_sparse.files import check_regular, parse_json, whole_file
 
 FORMAT = "lt4rec_sparse.mask.v1"
 Shapes = Mapping[str, tuple[int, int]]
@@ -132,6 +132,7 @@ class Mask(Mapping[str, Tensor]):
             FileNotFoundError: If there is no such file.
             InputError: If the file is not a mask, or is damaged; the message begins with its path.
         """
+        check_regular(path, FORMAT)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -9,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lt4rec_sparse import Plan, load, load_module
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import JSON_DEPTH, parse_json, read_json, whole_file, write_whole
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.recsys.stored import load_checkpoint, load_weights, read_seconds
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -90,3 +95,32 @@ def test_the_depth_of_json_is_counted_without_its_strings():
         else:
             with pytest.raises(InputError, match="here: got contents nested too deeply"):
                 parse_json(text, "here")
+
+
+DOORS = {
+    "artefact": load,
+    "module": load_module,
+    "mask": Mask.load,
+    "plan": Plan.load,
+    "schema": Schema.from_toml,
+    "JSON": read_json,
+    "ONNX model": lambda path: pytest.importorskip("lt4rec_sparse.onnx").from_onnx(path),
+    "weights": lambda path: load_weights(torch.nn.Linear(1, 1), path),
+    "checkpoint": load_checkpoint,
+    "seconds": read_seconds,
+}
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_no_regular_file_is_refused_and_not_read(tmp_path, door, kind):
+    """Reading it would not end."""
+    path = tmp_path / "odd"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: got a folder, a device or a pipe, wanted [^\n]+$"):
+        DOORS[door](path)

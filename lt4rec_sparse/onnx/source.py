@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.files import check_regular
 
 LEAST_OPSET = 7  # of ONNX Runtime too
 SMALL = 1024  # elements: initializers of fewer may be shapes, which shape inference reads
@@ -211,7 +212,8 @@ def _read(source: str | Path | ModelProto) -> tuple[ModelProto, str]:
         return source, "model"
     if not isinstance(source, str | Path):
         raise TypeError(f"source: got a {type(source).__name__}, wanted a path or an onnx.ModelProto")
-    if not Path(source).is_file():
+    check_regular(source, "an ONNX model")
+    if not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file, wanted an ONNX model")
     try:
         model = onnx.load(source)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lt4rec_sparse import __version__, ops
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
@@ -101,7 +101,7 @@ def run(
         "fields": [field.column for field in prepared.encoder.fields],
     }
     if data is None:
-        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
+        facts["truth"] = read_json(source / "truth.json", "fields")
     with locked(out):
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
@@ -186,7 +186,7 @@ def _earlier(out: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     path = out / RESULTS
     if not path.exists():
         return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: dict[str, Any] = read_json(path, "config", "files")
     is_whole = results["config"] == config and all((out / file).exists() for file in results["files"].values())
     return results if is_whole else None
 

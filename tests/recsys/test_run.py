@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -330,6 +331,36 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
         assert (out / file).read_bytes() == (finished / file).read_bytes()
     assert (out / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
     assert not list(out.rglob("*.tmp")) + list(out.rglob("*checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "results.json",
+        "trials/*.json",
+        "trials/*.safetensors",
+        "trials/*.seconds",
+        "singles/*.json",
+        "singles/*.safetensors",
+        "searches/**/*.json",
+        "searches/**/*.safetensors",
+        "searches/**/*.seconds",
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(small_folder, again, pattern):
+    """Whichever the run reads first of those that are damaged alike; without results it goes through all of them."""
+    damaged = [path for path in again.glob(pattern) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"{")
+    if pattern != "results.json":
+        (again / "results.json").unlink()
+        for trial in again.glob("trials/*.json") if pattern != "trials/*.json" else ():
+            trial.unlink()  # so that what it was made from is read again
+    names = "|".join(re.escape(str(path)) for path in damaged)
+    with pytest.raises(InputError, match=rf"^({names}): got ") as caught:
+        go(small_folder, again)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_finished_run_trains_and_measures_nothing(small_folder, finished, again):

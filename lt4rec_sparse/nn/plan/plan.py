@@ -15,7 +15,7 @@ import torch
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import check_regular, write_whole
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.stopwatch import Timing
@@ -134,6 +134,7 @@ class Plan:
             FileNotFoundError: If there is no such file.
             InputError: If it is no plan, or one of another version.
         """
+        check_regular(path, "what Plan.save wrote")
         try:
             raw = _read(json.loads(Path(path).read_text(encoding="utf-8")), dict, "plan")
             version = _read(raw.get("version"), int, "version")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lt4rec_sparse.errors import InputError, shown
-from lt4rec_sparse.files import check_depth
+from lt4rec_sparse.files import check_depth, check_regular
 from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
 
 ValueType = Literal["int", "string"]
@@ -318,6 +318,7 @@ class Schema:
         Raises:
             SchemaError: As in `from_dict`, or if the file is not TOML or is nested deeper than any schema.
         """
+        check_regular(path, "a schema", SchemaError)
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
             content = toml.loads(Path(path).read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lt4rec_sparse.errors import shown
-from lt4rec_sparse.files import parse_json, read_json, whole_file, write_whole
+from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file, write_whole
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema, Split
 from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, GROUP, LABEL, MEMBER, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import Progress, partition
@@ -225,6 +225,7 @@ def _reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress
 def load_encoder(folder: Path) -> FeatureEncoder:
     """Read the encoder of a prepared folder."""
     path = folder / ENCODER
+    check_regular(path, kind=DataError)
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is not a mapping
