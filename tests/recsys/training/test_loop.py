@@ -205,11 +205,21 @@ def test_a_batch_without_rows_of_a_task_gives_that_task_no_step(small_log):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b"", lambda b: b"{", lambda b: b[:-9], lambda b: b[:300] + b"x" + b[301:]]
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"{",
+        lambda content: content[:-9],
+        lambda content: content.replace(b"\x00\x00\x80?" * 9, b"\x00\x00\x81?" * 9),  # ones, in the middle of a tensor
+        lambda content: content.replace(b"model", b"modal"),  # in the pickle
+    ],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "x.checkpoint.pt"
-    torch.save({"model": {"a": torch.zeros(200)}}, path)
-    path.write_bytes(damage(path.read_bytes()))
+    torch.save({"model": {"a": torch.ones(200)}}, path)
+    whole = path.read_bytes()
+    assert torch.equal(load_checkpoint(path)["model"]["a"], torch.ones(200))
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
     with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: got a damaged file .*: delete it to go on$"):
         load_checkpoint(path)
