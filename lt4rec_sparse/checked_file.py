@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.errors import InputError, shown, told
 from lt4rec_sparse.files import check_regular, parse_json, whole_file
 
 # What describes a file is read before anything can be compared with the file's size, and JSON takes some twenty times
@@ -99,7 +99,7 @@ def read(
     except ArtefactError:
         raise
     except (SafetensorError, UnicodeDecodeError, InputError) as error:
-        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted {wanted}") from error
+        raise ArtefactError(f"{path}: got a damaged file ({told(error)}), wanted {wanted}") from error
     if meta.get("version") not in versions:
         known = " or ".join(map(str, versions))
         raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {known}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lt4rec_sparse import checked_file, network_state
 from lt4rec_sparse.checked_file import ArtefactError
-from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.errors import InputError, shown, told
 from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
@@ -92,7 +92,7 @@ def load(path: str | Path, precision: str = "fp32") -> Ranker:
     try:
         return _ranker(meta, tensors, precision)
     except ValueError as error:
-        raise ArtefactError(f"{path}: got contents that do not fit together: {error}") from error
+        raise ArtefactError(f"{path}: got contents that do not fit together: {told(error)}") from error
 
 
 def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, told
 from lt4rec_sparse.files import check_regular
 
 
@@ -61,5 +61,4 @@ def read_seconds(path: Path) -> float:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    got = " ".join(str(error).split())[:200]
-    return InputError(f"{path}: got a damaged file ({got}), wanted what a run left there: delete it to go on")
+    return InputError(f"{path}: got a damaged file ({told(error)}), wanted what a run left there: delete it to go on")

@@ -177,22 +177,28 @@ class Reader:
 def fields_of(schema: dict[str, Any]) -> list[Feature]:
     """Return the fields: features that are no bags, then bags."""
     columns = {column["name"]: column for column in schema["columns"]}
-    features = [feature(column, column["name"], column["kind"]) for column in schema["columns"]]
-    histories, bags = schema.get("histories", []), []
-    for history in histories:
-        if history["rates"]:
-            features += [
-                Feature(f"{history['name']}_{what}", "dense", "", f"{history['name']}_{what}", "", 0, "")
-                for what in ("count", "rate")
-            ]
+    features = [feature(column, name, column.get("kind", "single")) for name, column in columns.items()]
+    bags = []
+    for history in schema.get("histories", []):
+        if history.get("rates", False):
+            names = [f"{history['name']}_{what}" for what in ("count", "rate")]
+            features += [feature({"name": name}, name, "dense") for name in names]
         bags += [feature(columns[name], f"{history['name']}_{name}", "multi") for name in history["columns"]]
     features += bags
     return [f for f in features if f.kind != "multi"] + [f for f in features if f.kind == "multi"]
 
 
 def feature(column: dict[str, Any], name: str, kind: str) -> Feature:
-    table = column["table"] or column["name"]
-    return Feature(name, kind, column["type"], table, column["encoding"], column["size"], column["separator"])
+    get = column.get
+    return Feature(
+        name,
+        kind,
+        get("type", "string"),
+        get("table", "") or column["name"],
+        get("encoding", "vocabulary"),
+        get("size", 0),
+        get("separator", ","),
+    )
 
 
 def hashed(value: int | str) -> int:

@@ -242,14 +242,14 @@ class Schema:
     def __post_init__(self) -> None:
         self._check_names()
         categorical = {column.name for column in self.columns if column.kind != "dense"}
-        known = {column.name for column in self.features}
-        stray = next((name for name in self.context if name not in known), None)
-        if stray is not None:
-            raise SchemaError(f"context: got column {stray!r}, wanted features")
         for history in self.histories:
             for name in history.columns:
                 if name not in categorical:
                     raise SchemaError(f"history {history.name!r}: got column {name!r}, wanted a categorical feature")
+        known = {column.name for column in self.features}  # which looks up the histories' columns
+        stray = next((name for name in self.context if name not in known), None)
+        if stray is not None:
+            raise SchemaError(f"context: got column {stray!r}, wanted features")
         twice = _repeated(column.name for column in self.features)
         if twice is not None:
             raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
