@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-UNPACKED_AT_ONCE = 1 << 20  # bits, each a few bytes while they are counted
+# Of bit planes, while they are checked: it takes little memory beside the file, and torch wakes no threads for so few.
+BYTES_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +191,25 @@ class CompressedWeight:
     def _counts(self) -> tuple[Tensor, Tensor]:
         """Return for each row of the grid how many blocks the union keeps, int64, and whether its last column is kept.
 
-        A few rows are unpacked at a time: all would take many times what the file does.
+        Raises:
+            ValueError: If a padding bit is set.
         """
         rows, columns = self._grid()
-        step = max(1, UNPACKED_AT_ONCE // max(1, len(self.tasks) * columns))
-        kept, in_last = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool)]
-        for first in range(0, rows, step):
-            union = unpack_bits(self.bitmask[:, first : first + step], columns).any(0)
-            kept.append(union.sum(1))
-            in_last.append(union[:, -1:].any(1))
-        return torch.cat(kept), torch.cat(in_last)
+        kept, in_last = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
+        step = max(1, BYTES_AT_ONCE // max(1, self.bitmask.shape[2]))
+        for first in range(0, rows if columns else 0, step):
+            part = slice(first, first + step)
+            union = self.bitmask[0, part]
+            for plane in self.bitmask[1:, part]:
+                union = union | plane
+            if columns % 8 and (union[:, -1] >> columns % 8).any():
+                raise ValueError(f"bitmask: a padding bit beyond column {columns - 1} is set, wanted zero")
+            in_last[part] = (union[:, -1] >> (columns - 1) % 8) != 0
+            # The set bits of each pair of bits, of four, and of a byte.
+            twos = union - ((union >> 1) & 0x55)
+            fours = (twos & 0x33) + ((twos >> 2) & 0x33)
+            kept[part] = ((fours + (fours >> 4)) & 0x0F).sum(1)
+        return kept, in_last
 
     def _untiled(self) -> Tensor:
         rows, columns = self._grid()

@@ -82,27 +82,25 @@ def run(
     name = "simulated" if data is None else data.resolve().name
     begun = check_settings(out, name, settings)
     settings = begun or settings
-    if data is None:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (source / "truth.json").exists():
+    with locked(out):
+        if data is None and not (source / "truth.json").exists():
             progress("simulate", 0, 1)
             simulate(SimulatorConfig(planted_fields=PLANTED_FIELDS), source)
             progress("simulate", 1, 1)
-    schema = open_source(source).schema
-    tasks = tasks_of(schema, settings.tasks)
-    _check_names(schema)
-    # Earlier trials were trained on the data as they were then.
-    prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
-    _check_classes(prepared, source, tasks)
-    facts = {
-        "name": "simulated click log" if data is None else source.resolve().name,
-        "counts": prepared.counts,
-        "tasks": {task.name: task.kind for task in tasks},
-        "fields": [field.column for field in prepared.encoder.fields],
-    }
-    if data is None:
-        facts["truth"] = read_json(source / "truth.json", "fields")
-    with locked(out):
+        schema = open_source(source).schema
+        tasks = tasks_of(schema, settings.tasks)
+        _check_names(schema)
+        # Earlier trials were trained on the data as they were then.
+        prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
+        _check_classes(prepared, source, tasks)
+        facts = {
+            "name": "simulated click log" if data is None else source.resolve().name,
+            "counts": prepared.counts,
+            "tasks": {task.name: task.kind for task in tasks},
+            "fields": [field.column for field in prepared.encoder.fields],
+        }
+        if data is None:
+            facts["truth"] = read_json(source / "truth.json", "fields")
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze, save, save_module
+from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze, load, save, save_module
 from lt4rec_sparse.formats import BlockWeight, CompressedWeight, SharedWeight
 from lt4rec_sparse.network import SparseLayer
 from lt4rec_sparse.nn.module_file import KEY as MODULE
@@ -63,6 +63,15 @@ def artefacts() -> list[File]:
     return [taken_apart(content, ARTEFACT) for content in made]
 
 
+def ranker(seed: int) -> Ranker:
+    """Return one of the small rankers; others have other weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(_artefact(("item", "price"), (3,), generator))
+        return load(path)
+
+
 def modules() -> list[File]:
     """Return small module files, of one frozen MLP or layer each."""
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +110,9 @@ def _artefact(
     inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, 2)
     inputs.embedding.data = torch.randn(inputs.embedding.shape, generator=generator)
     network = _network(inputs.out_features, hidden, generator, kind, activations, embeddings != "fp32")
-    ranker = Ranker(encoder, inputs, SparseMLP(network).calibrated(torch.randn(20, inputs.out_features)))
+    ranker = Ranker(
+        encoder, inputs, SparseMLP(network).calibrated(torch.randn(20, inputs.out_features, generator=generator))
+    )
     return _written(lambda path: save(ranker, path, embeddings, without=without))
 
 
@@ -113,6 +124,7 @@ def _network(
     activations: tuple[str, ...],
     has_slopes: bool,
 ) -> Any:
+    torch.manual_seed(generator.initial_seed())  # the heads are drawn: a mutant follows from its number alone
     network = freeze(MaskedMLP(width, hidden, tasks=TASKS), sigmoid=True).network
     layers = []
     for out, activation in zip(hidden, activations, strict=True):

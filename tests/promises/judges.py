@@ -136,8 +136,11 @@ class Plans(Subject):
         plan = {"version": 1, "machine": machine, "network": network, "precision": "fp32"}
         self.plan = {**plan, "batches": [batch, {**batch, "batch": 64}]}
 
+    def whole(self) -> bytes:
+        return json.dumps(self.plan).encode()
+
     def mutant(self, rng: random.Random) -> bytes:
-        changed = json.loads(json.dumps(self.plan))
+        changed = json.loads(self.whole())
         for _ in range(rng.choice((1, 1, 2, 3))):
             mutants.change_json(rng, changed)
         text = json.dumps(changed).encode()

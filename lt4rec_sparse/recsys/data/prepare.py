@@ -35,7 +35,7 @@ from lt4rec_sparse.ranker.features import FeatureEncoder, Schema, Split
 from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, GROUP, LABEL, MEMBER, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import Progress, partition
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
-from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, whole_folder
+from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, prepared_folder
 
 PREPARED, ENCODER = "prepared.json", "encoder.safetensors"
 # To be raised when the layout or the contents change: older prepared folders are then stale.
@@ -113,7 +113,7 @@ def prepare(
     if not replace and (out / PREPARED).is_file():
         changed = f"got data of other files, contents, schema or version than {source_folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
-    with whole_folder(out, PREPARED) as folder:
+    with prepared_folder(out, PREPARED) as folder:
         # Before the log is read, so that a file that changes meanwhile is noticed next time.
         states = source.states({})
         scratch = folder / "scratch"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import check_regular, remove_abandoned, temporary_beside
+from lt4rec_sparse.files import check_regular, whole_folder
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -260,7 +259,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def whole_folder(out: Path, marker: str) -> Iterator[Path]:
+def prepared_folder(out: Path, marker: str) -> Iterator[Path]:
     """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
 
     Parents that had to be made for `out` are removed with it. `out` is a new or an empty folder, or an earlier one,
@@ -270,17 +269,10 @@ def whole_folder(out: Path, marker: str) -> Iterator[Path]:
         raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
     made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out)
-    fresh = temporary_beside(out)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
     try:
-        yield fresh
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
+        with whole_folder(out) as fresh:
+            yield fresh
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # it holds `out`, or somebody else's files
                 parent.rmdir()
