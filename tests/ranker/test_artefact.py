@@ -340,6 +340,8 @@ def repeat_a_tag(meta, tensors):
         (set_entry("encoder", value=[]), r"encoder: got \[\], wanted a table"),
         (set_entry("encoder", "format", value=None), "encoder format: got None, wanted 1"),
         (set_entry("encoder", "schema", value=3), "schema: got 3, wanted a table"),
+        (set_entry("encoder", "schema", "histories", 0, "columns", value=["x"]), "history 'clicked': got column 'x'"),
+        (set_entry("encoder", "context", value=["x"]), "context: got column 'x', wanted features"),
         (set_number("layers.0.compressed", math.nan), "layers.0.compressed: got NaN or Inf among"),
         (set_number("heads.cvr.bias", math.inf), "heads.cvr.bias: got NaN or Inf among 1 numbers, wanted finite ones"),
         (set_number("inputs.embedding", -math.inf), "inputs.embedding: got NaN or Inf among"),
@@ -368,6 +370,30 @@ def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
     save_file({}, tmp_path / "model.safetensors", metadata={KEY: text})
     with pytest.raises(ArtefactError, match=r"model\.safetensors: got a damaged file \(metadata: got"):
         load(tmp_path / "model.safetensors")
+
+
+def test_a_description_that_would_take_much_memory_is_refused_unread(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", checked_file.MAX_HEADER_BYTES + 1) + b"{}")
+    with pytest.raises(ArtefactError, match=r"got a damaged file \(a header of 16,777,217 bytes, above 16,777,216\)"):
+        load(path)
+    ranker = ranker_of(FULL)
+    ranker.encoder.schema = replace(ranker.encoder.schema, name="x" * checked_file.MAX_HEADER_BYTES)
+    path.unlink()
+    with pytest.raises(InputError, match=r"got a header of 16,7\d\d,\d+ bytes, wanted at most 16,777,216"):
+        save(ranker, path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "ä\n" * 900])
+def test_a_long_name_makes_no_long_message(tmp_path, name):
+    def rename(meta, tensors):
+        meta["tasks"][0] = name
+
+    with pytest.raises(ArtefactError) as caught:
+        load(changed(tmp_path, rename))
+    assert len(str(caught.value)) < 1_000
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_diverged_is_not_saved(tmp_path):

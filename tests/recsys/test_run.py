@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pyarrow as pa
@@ -22,7 +24,7 @@ from lt4rec_sparse.recsys.data import DataError, Prepared
 from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
-from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, pin_settings
+from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, locked, pin_settings
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import MODEL, MODEL_LAST, run
 from lt4rec_sparse.recsys.training import train
@@ -497,6 +499,34 @@ def test_a_folder_that_another_process_works_in_is_refused(small_folder, again):
         with pytest.raises(InputError, match="another process works in this folder"):
             go(small_folder, again)
     go(small_folder, again)
+
+
+def test_the_lock_dies_with_its_process_and_what_that_left_is_swept(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from lt4rec_sparse.recsys.harness.settings import locked\n"
+    hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    left = tmp_path / "trials" / f".x.checkpoint.pt.elsewhere.{child.pid}.0.tmp"
+    left.mkdir(parents=True)
+    with pytest.raises(InputError, match="another process works in this folder"), locked(tmp_path):
+        pass
+    assert left.exists()
+    child.kill()
+    child.communicate()
+    with locked(tmp_path):
+        assert not left.exists()
+
+
+def test_a_second_run_is_refused_while_the_first_prepares(small_folder, tmp_path, monkeypatch):
+    def in_between(*arguments, **options):
+        with pytest.raises(InputError, match="another process works in this folder"):
+            go(small_folder, tmp_path / "out")
+        raise InputError("enough")
+
+    monkeypatch.setattr(run_module, "prepare", in_between)
+    with pytest.raises(InputError, match="enough"):
+        go(small_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_path):
