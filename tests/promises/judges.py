@@ -125,12 +125,12 @@ class Plans(Subject):
         segment = {"kernel": "sparse", "precision": "fp32", "first": 0, "last": 2}
         timing = {"median_us": 1.0, "p20_us": 0.5, "p80_us": 2.0}
         dense = [{**segment, "kernel": "dense", "first": i, "last": i} for i in range(3)]
-        contestants = [
+        chains = [
             {"name": "sparse fp32", "chain": [segment], "timing": timing},
             {"name": "mixed", "chain": [dense[0], {**segment, "first": 1}], "timing": timing},
             {"name": "dense fp32", "chain": dense, "timing": timing},
         ]
-        batch = {"batch": 1, "contestants": contestants, "segments": [{"segment": segment, "timing": timing}]}
+        batch = {"batch": 1, "contestants": chains, "segments": [{"segment": segment, "timing": timing}]}
         network = {"in_features": 5, "out_features": [4, 3, 1], "tasks": 2, "densities": [0.5, 0.5, 1.0]}
         machine = {"engine": "avx2", "threads": 1, "torch": "2.13.0"}
         plan = {"version": 1, "machine": machine, "network": network, "precision": "fp32"}

@@ -140,8 +140,8 @@ class Plan:
             version = _read(raw.get("version"), int, "version")
             if version == VERSION:
                 for batch in _read(raw.get("batches"), list, "batches"):
-                    contestants = _read(batch, dict, "batch").get("contestants")
-                    batch["chains"] = contestants
+                    chains = _read(batch, dict, "batch").get("contestants")
+                    batch["chains"] = chains
                 plan = cls(**{name: _read(raw.get(name), kind, name) for name, kind in get_type_hints(cls).items()})
                 _check(plan)
                 return plan
