@@ -546,6 +546,43 @@ def _smaller(found: dict[str, Any]) -> str:
     return table(["sparsity", *found["cases"][0]["bytes"]], rows)
 
 
+def _promises() -> str:
+    found = record.read("promises")
+    parts = []
+    mutants = {name: found[name] for name in ("artefacts", "modules", "plans") if name in found}
+    verdicts = sorted({verdict for of in mutants.values() for verdict in of["found"]["verdicts"]})
+    rows = [
+        [
+            name,
+            f"{of['found']['count']:,}",
+            *(f"{of['found']['verdicts'].get(verdict, 0):,}" for verdict in verdicts),
+            f"{len(of['found']['failures']):,}",
+        ]
+        for name, of in mutants.items()
+    ]
+    parts.append(table(["mutants of", "tried", *verdicts, "neither"], rows))
+    crashes = found["crashes"]["found"]
+    rows = [[name, f"{of['states']}", f"{of['broken']}"] for name, of in crashes.items()]
+    parts.append(table(["crash while saving", "states", "broken"], rows))
+    kills = found["kills"]["found"]
+    parts.append(
+        f"{kills['kills']:,} kills: {kills['left a temporary']:,} left a temporary, "
+        f"{kills['left beside the next save']:,} were left by the next save, "
+        f"{kills['neither old nor new']:,} files were neither old nor new."
+    )
+    rows = [
+        [
+            name,
+            f"{of['file_bytes'] / 1e6:,.1f} MB",
+            f"{of['peak_bytes'] / 1e6:,.1f} MB",
+        ]
+        for name, of in found["memory"]["found"].items()
+    ]
+    parts.append(table(["loading", "file", "memory at its peak, with the file's own pages"], rows))
+    parts.append(f"On {_where(found['memory']['machine'])}, beside other work, so that no time is given.")
+    return "\n\n".join(parts)
+
+
 def _commands() -> str:
     timed = record.read("commands")
     rows = [[c["command"], f"{c['seconds']:.0f}"] for c in timed["commands"]]
@@ -583,5 +620,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "served": _served,
     "precision": _precision,
     "gpu": _gpu,
+    "promises": _promises,
     "commands": _commands,
 }

@@ -1,7 +1,9 @@
 """Tensors and JSON in one safetensors file, written whole, read without trust: by version, dtype and checksum.
 
-Metadata: one entry, whose name says the kind of file: a JSON object with `version` and `sha256`, over everything else:
-the object without it and each tensor's name, dtype, shape and bytes.
+Metadata: one entry, whose name says the kind of file: a JSON object with `version`; with `digests`, the SHA-256 of each
+tensor's name, dtype, shape and bytes; and with `sha256`, over everything else: the object without it and all tensors.
+The one tells whether a file is whole, the other which part of it is not. docs/artefact.md has them byte by byte. Files
+of before there were `digests` lack them, and readers of that time ignore them.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse.errors import InputError, shown
-from lt4rec_sparse.files import parse_json, whole_file
+from lt4rec_sparse.errors import InputError, shown, told
+from lt4rec_sparse.files import check_regular, parse_json, whole_file
 
+# What describes a file is read before anything can be compared with the file's size, and JSON takes some twenty times
+# its length in memory. An artefact of a thousand columns has 0.2 MB of it.
+MAX_HEADER_BYTES = 1 << 24
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,6 +41,9 @@ def write(path: str | Path, key: str, meta: Mapping[str, Any], tensors: Mapping[
         key: Its kind.
         meta: What JSON can hold, with `version`, without `sha256`.
         tensors: They may be on any device; two that share memory are stored twice.
+
+    Raises:
+        InputError: If what describes the file is longer than `MAX_HEADER_BYTES`.
     """
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -44,15 +52,20 @@ def write(path: str | Path, key: str, meta: Mapping[str, Any], tensors: Mapping[
         place = stored.untyped_storage().data_ptr()
         own[name] = stored.clone() if place in seen else stored  # safetensors refuses tensors that share memory
         seen.add(place)
-    complete = {**meta, "sha256": _digest(meta, own)}
+    described = {**meta, "digests": {name: _part(name, own[name]).hexdigest() for name in sorted(own)}}
+    complete = {**described, "sha256": _digest(described, own)}
     with whole_file(path) as temporary:
         save_file(own, temporary, metadata={key: json.dumps(complete)})
+        if (got := _header_bytes(temporary)) > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: got a header of {got:,} bytes, wanted at most {MAX_HEADER_BYTES:,}")
 
 
 def read(
     path: str | Path, key: str, wanted: str, versions: Sequence[int], dtypes: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write` wrote: its JSON without the checksum, and its tensors, memory-mapped.
+    """Read what `write` wrote: its JSON without the checksums, and its tensors, memory-mapped.
+
+    Sizes are compared with the file's before anything of them is made; tensors are read in place.
 
     Args:
         path: The file.
@@ -63,11 +76,15 @@ def read(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ArtefactError: If the file is truncated, altered, of another kind or version, or has another dtype.
+        ArtefactError: If it is no regular file, is truncated, altered, of another kind or version, or has another
+            dtype; of what was altered the message names the tensor.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file, wanted {wanted}")
+    check_regular(path, wanted, ArtefactError)
     try:
+        if (got := _header_bytes(path)) > MAX_HEADER_BYTES:
+            raise InputError(f"a header of {got:,} bytes, above {MAX_HEADER_BYTES:,}")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if key not in metadata:
@@ -82,13 +99,16 @@ def read(
     except ArtefactError:
         raise
     except (SafetensorError, UnicodeDecodeError, InputError) as error:
-        raise ArtefactError(f"{path}: got a damaged file ({error}), wanted {wanted}") from error
+        raise ArtefactError(f"{path}: got a damaged file ({told(error)}), wanted {wanted}") from error
     if meta.get("version") not in versions:
         known = " or ".join(map(str, versions))
         raise ArtefactError(f"{path}: got version {shown(meta.get('version'))}, wanted {known}")
     if meta.pop("sha256", None) != _digest(meta, tensors):
-        raise ArtefactError(f"{path}: the contents do not match their checksum, wanted {wanted} as it was written")
-    return meta, tensors
+        altered = _altered(meta.get("digests"), tensors)
+        raise ArtefactError(
+            f"{path}: the contents do not match their checksum{altered}, wanted {wanted} as it was written"
+        )
+    return {name: entry for name, entry in meta.items() if name != "digests"}, tensors
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -120,7 +140,28 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor).numpy().data)
+        _part(name, tensors[name], digest)
     return digest.hexdigest()
+
+
+def _part(name: str, tensor: Tensor, digest: hashlib._Hash | None = None) -> hashlib._Hash:
+    """Add a tensor to a digest, or begin one with it."""
+    digest = hashlib.sha256() if digest is None else digest
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(_bytes(tensor).numpy().data)
+    return digest
+
+
+def _altered(digests: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Return which parts of a file are not as they were written, in brackets, as far as the tensors' digests tell."""
+    if not isinstance(digests, dict):
+        return ""
+    altered = [name for name in tensors if digests.get(name) != _part(name, tensors[name]).hexdigest()]
+    altered += sorted(digests.keys() - tensors.keys())
+    names = ", ".join(map(shown, altered[:3])) + (f" and {len(altered) - 3} more" if len(altered) > 3 else "")
+    return f" (tensor {names})" if altered else " (the metadata)"
+
+
+def _header_bytes(path: str | Path) -> int:
+    with Path(path).open("rb") as file:
+        return int.from_bytes(file.read(8), "little")

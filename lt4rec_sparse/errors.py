@@ -11,3 +11,9 @@ def shown(value: Any) -> str:
     """Return `repr(value)` for an error message, as one line, cut at 60 characters."""
     text = " ".join(line.strip() for line in repr(value).splitlines())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def told(error: Exception) -> str:
+    """Return an error's message for another's, as one line, cut at 500 characters: names in files have any length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 500 else f"{text[:497]}..."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -17,20 +19,28 @@ from lt4rec_sparse.errors import InputError
 # Everything this package writes is nested less than half as deep. Python's own limit is one of its stack, and anything
 # that walks through deeper data, such as `repr` for an error message, would meet it again.
 JSON_DEPTH = 32
+# Of this release, and without the count, of those before it.
+TEMPORARY = re.compile(r"\..+\.\d+(\.\d+)?\.tmp")
+
+
+# What this process prepares now. Its number may be that of a process that died: containers count from 1 again.
+_LIVE: set[Path] = set()
+_COUNT = itertools.count()
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; on a clean exit it takes the place of `path`, durably.
+    """Give a temporary path to write to; on a clean exit the file there takes the place of `path`, durably.
 
     Contents reach the disk before the name does, and the name before this returns: after a power cut `path` holds the
-    old file or the new one. If the block raises, the temporary file is removed and `path` is as it was. The new file
-    has the permissions that the umask gives, whatever its writer chose.
+    old file or the new one. If the block raises, what was written is removed and `path` is as it was. The new file has
+    the permissions that the umask gives, whatever its writer chose. The temporary path is in a folder of its own, since
+    writers such as safetensors have temporaries too: the folder goes as a whole, by the next writer if this one dies.
     """
     target = Path(path)
     remove_abandoned(target)
-    temporary = temporary_beside(target)
-    try:
+    with _temporary_folder(target) as folder:
+        temporary = folder / target.name
         # Only the kernel can apply the umask without changing it for other threads.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         mode = os.fstat(descriptor).st_mode & 0o777
@@ -40,8 +50,40 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`, which on a clean exit takes its place; otherwise it is removed.
+
+    Contents reach the disk before the name does. An earlier folder is moved aside first: at no moment is there a part
+    of one, but for a moment there is none.
+    """
+    remove_abandoned(target)
+    with _temporary_folder(target) as fresh:
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            if path.is_file() or path.is_dir():
+                _sync(path)
+        with _temporary_folder(target) as aside:
+            if target.exists():
+                target.rename(aside / target.name)
+            fresh.rename(target)
+            _sync(target.parent)
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Make a folder `.<name>.<host>.<pid>.<count>.tmp` beside `target`, and remove it with all that is left in it."""
+    name = f".{target.name}.{socket.gethostname()}.{os.getpid()}.{next(_COUNT)}.tmp"
+    folder = target.with_name(name).absolute()
+    _LIVE.add(folder)
+    try:
+        folder.mkdir()
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        _LIVE.discard(folder)
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -55,30 +97,39 @@ def scratch_beside(target: Path) -> Iterator[Path]:
     """Give an empty folder for temporary files, on the disk of `target`; on exit it is removed."""
     scratch = target.with_name(f"{target.name}.scratch")
     remove_abandoned(scratch)
-    folder = temporary_beside(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    with _temporary_folder(scratch) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def temporary_beside(target: Path) -> Path:
-    """Return where this process prepares `target`: `.<name>.<host>.<pid>.tmp` in the same folder."""
-    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def remove_abandoned(target: Path) -> None:
     """Remove what processes of this machine that have died while they prepared `target` left beside it."""
     start = f".{target.name}.{socket.gethostname()}."
     for path in target.parent.glob(f"{glob.escape(start)}*.tmp"):
-        pid = path.name.removeprefix(start).removesuffix(".tmp")
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        pid = path.name.removeprefix(start).removesuffix(".tmp").partition(".")[0]
+        is_own = pid == str(os.getpid())
+        if pid.isdecimal() and (path.absolute() not in _LIVE if is_own else not _is_alive(int(pid))):
+            _remove(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes left that died while they prepared something in a folder or below it.
+
+    The caller knows that no other process works there: those of other machines, and numbers that live again, count as
+    dead.
+    """
+    for path in [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]:
+        if not any(part in _LIVE for part in (path.absolute(), *path.absolute().parents)):
+            _remove(path)
+
+
+def check_regular(path: str | Path, wanted: str = "a regular file", kind: type[InputError] = InputError) -> None:
+    """Refuse what is there and, links followed, is no regular file: reading a device or a pipe may never end.
+
+    Raises:
+        InputError: Of the `kind` given, if it is a folder, a device or a pipe.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise kind(f"{path}: got a folder, a device or a pipe, wanted {wanted}")
 
 
 def parse_json(text: str, where: str | Path) -> dict[str, Any]:
@@ -100,18 +151,24 @@ def parse_json(text: str, where: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+def read_json(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object, with these keys at least.
 
     Raises:
-        InputError: As `parse_json` does, or if the file is not UTF-8; the message begins with the path.
+        InputError: As `parse_json` does, if a key is absent, or if it is no regular file or not UTF-8; the message
+            begins with the path.
         OSError: If the file cannot be read.
     """
+    check_regular(path, "a JSON object")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: got bytes that are not UTF-8 ({error}), wanted a JSON object") from error
-    return parse_json(text, path)
+    content = parse_json(text, path)
+    absent = next((key for key in keys if key not in content), None)
+    if absent is not None:
+        raise InputError(f"{path}: got JSON without {absent!r}, wanted {', '.join(keys)}")
+    return content
 
 
 def check_depth(content: Any, where: str | Path) -> None:
@@ -123,6 +180,13 @@ def check_depth(content: Any, where: str | Path) -> None:
         if not level:
             return
     raise InputError(f"{where}: got contents nested too deeply, wanted at most {JSON_DEPTH} levels")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of bit planes, while they are checked: it takes little memory beside the file, and torch wakes no threads for so few.
+BYTES_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,17 +148,18 @@ class CompressedWeight:
         """
         rows, columns = self._grid()
         _check_part("bitmask", self.bitmask, (torch.uint8,), (len(self.tasks), rows, (columns + 7) // 8))
-        union = self._union()
-        _check_part("values", self.values, VALUE_DTYPES, self._values_shape(int(union.sum())))
         _check_part("row_offsets", self.row_offsets, (torch.int32,), (rows,))
-        if not torch.equal(self.row_offsets, _row_offsets(union)):
+        kept, in_last_column = self._counts()
+        _check_part("values", self.values, VALUE_DTYPES, self._values_shape(int(kept.sum())))
+        ends = kept.cumsum(0)
+        if not torch.equal(self.row_offsets, (ends - kept).to(torch.int32)):
             raise ValueError("row_offsets: wanted the running count of the bitmask's set bits")
-        row, column = union.nonzero(as_tuple=True)
         high, wide = (
             size - (count - 1) * side for size, count, side in zip(self.shape, (rows, columns), self.BLOCK, strict=True)
         )
         blocks = self.values.view(-1, *self.BLOCK)
-        if blocks[row == rows - 1, high:].any() or blocks[column == columns - 1, :, wide:].any():
+        below = blocks[len(blocks) - int(kept[-1:].sum()) :, high:]
+        if below.any() or (wide < self.BLOCK[1] and blocks[ends[in_last_column] - 1, :, wide:].any()):
             raise ValueError(f"values: got some beyond the edge of {self.shape}, wanted zeros there")
 
     @classmethod
@@ -193,6 +196,29 @@ class CompressedWeight:
 
     def _union(self) -> Tensor:
         return unpack_bits(self.bitmask, self._grid()[1]).any(0)
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Return for each row of the grid how many blocks the union keeps, int64, and whether its last column is kept.
+
+        Raises:
+            ValueError: If a padding bit is set.
+        """
+        rows, columns = self._grid()
+        kept, in_last = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
+        step = max(1, BYTES_AT_ONCE // max(1, self.bitmask.shape[2]))
+        for first in range(0, rows if columns else 0, step):
+            part = slice(first, first + step)
+            union = self.bitmask[0, part]
+            for plane in self.bitmask[1:, part]:
+                union = union | plane
+            if columns % 8 and (union[:, -1] >> columns % 8).any():
+                raise ValueError(f"bitmask: a padding bit beyond column {columns - 1} is set, wanted zero")
+            in_last[part] = (union[:, -1] >> (columns - 1) % 8) != 0
+            # The set bits of each pair of bits, of four, and of a byte.
+            twos = union - ((union >> 1) & 0x55)
+            fours = (twos & 0x33) + ((twos >> 2) & 0x33)
+            kept[part] = ((fours + (fours >> 4)) & 0x0F).sum(1)
+        return kept, in_last
 
     def _untiled(self) -> Tensor:
         rows, columns = self._grid()

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import parse_json, whole_file
+from lt4rec_sparse.errors import InputError, told
+from lt4rec_sparse.files import check_regular, parse_json, whole_file
 
 FORMAT = "lt4rec_sparse.mask.v1"
 Shapes = Mapping[str, tuple[int, int]]
@@ -132,12 +132,13 @@ class Mask(Mapping[str, Tensor]):
             FileNotFoundError: If there is no such file.
             InputError: If the file is not a mask, or is damaged; the message begins with its path.
         """
+        check_regular(path, FORMAT)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         except SafetensorError as error:
-            raise InputError(f"{path}: got no readable mask ({error}), wanted {FORMAT}") from error
+            raise InputError(f"{path}: got no readable mask ({told(error)}), wanted {FORMAT}") from error
         # Until 0.1.0 the format and the shapes were two entries.
         shapes = metadata.get(FORMAT, metadata.get("shapes") if metadata.get("format") == FORMAT else None)
         if shapes is None:
@@ -146,7 +147,7 @@ class Mask(Mapping[str, Tensor]):
             described = parse_json(shapes, "shapes")
             return cls({name: _unpacked(tensors.get(f"{name}.bitmask"), shape) for name, shape in described.items()})
         except ValueError as error:
-            raise InputError(f"{path}: got a damaged mask ({error}), wanted {FORMAT}") from error
+            raise InputError(f"{path}: got a damaged mask ({told(error)}), wanted {FORMAT}") from error
 
 
 def overlap(a: Mask, b: Mask) -> dict[str, float]:

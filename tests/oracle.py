@@ -90,7 +90,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, accumulate:
 
 
 def mlp_reference(
-    x: Tensor,
+    x: Tensor | Bounded,
     layers: Sequence[Layer],
     accumulate: torch.dtype = torch.float32,
     operands: torch.dtype | None = None,
@@ -98,15 +98,16 @@ def mlp_reference(
     """A whole MLP in float64, with the rounding bound carried from layer to layer.
 
     Args:
-        x: `[batch, in_features]`.
+        x: `[batch, in_features]`; with a bound if it was computed itself, which the layers then carry on.
         layers: In order.
         accumulate: In which products are formed and added.
         operands: To which weights and the activations that enter a layer are rounded first; None leaves them.
     """
     u = UNIT_ROUNDOFF[accumulate]
-    h = Bounded(_rounded(x, operands).double(), torch.zeros_like(x, dtype=torch.float64))
+    is_known = isinstance(x, Tensor)
+    h = Bounded(_rounded(x, operands).double(), torch.zeros_like(x, dtype=torch.float64)) if is_known else x
     for i, layer in enumerate(layers):
-        if operands is not None and i > 0:
+        if operands is not None and not (is_known and i == 0):
             h = Bounded(h.value, h.bound + UNIT_ROUNDOFF[operands] * (h.value.abs() + h.bound))
         h = _linear(h, _rounded(layer.weight, operands), layer.bias, accumulate)
         h = activated(h, layer.activation, layer.slope, u)

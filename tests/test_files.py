@@ -1,16 +1,31 @@
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lt4rec_sparse import Plan, load, load_module
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import JSON_DEPTH, parse_json, read_json, scratch_beside, whole_file, write_whole
+from lt4rec_sparse.files import (
+    JSON_DEPTH,
+    parse_json,
+    read_json,
+    scratch_beside,
+    sweep,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
+from lt4rec_sparse.masks import Mask
+from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.recsys.stored import load_checkpoint, load_weights, read_seconds
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -106,3 +121,95 @@ def test_the_depth_of_json_is_counted_without_its_strings():
         else:
             with pytest.raises(InputError, match="here: got contents nested too deeply"):
                 parse_json(text, "here")
+
+
+DOORS = {
+    "artefact": load,
+    "module": load_module,
+    "mask": Mask.load,
+    "plan": Plan.load,
+    "schema": Schema.from_toml,
+    "JSON": read_json,
+    "ONNX model": lambda path: pytest.importorskip("lt4rec_sparse.onnx").from_onnx(path),
+    "weights": lambda path: load_weights(torch.nn.Linear(1, 1), path),
+    "checkpoint": load_checkpoint,
+    "seconds": read_seconds,
+}
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_no_regular_file_is_refused_and_not_read(tmp_path, door, kind):
+    """Reading it would not end."""
+    path = tmp_path / "odd"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: got a folder, a device or a pipe, wanted [^\n]+$"):
+        DOORS[door](path)
+
+
+def test_what_a_writer_leaves_beside_its_file_goes_too(tmp_path):
+    """As safetensors does, which writes a temporary file of its own first, if it is killed meanwhile."""
+    target = tmp_path / "state.json"
+    with pytest.raises(RuntimeError), whole_file(target) as path:
+        (path.parent / ".tmpAbCdEf").touch()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with whole_file(target) as path:
+        (path.parent / ".tmpAbCdEf").touch()
+        path.write_text("x")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_threads_write_one_file_and_it_is_one_of_the_two(tmp_path):
+    target = tmp_path / "state.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: write_whole(target, chr(ord("A") + i) * 10_000), range(40)))
+    text = target.read_text()
+    assert text == text[0] * 10_000
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_an_earlier_process_of_this_number_left_is_removed(tmp_path):
+    """In a container processes are counted from 1 again."""
+    target = tmp_path / "state.json"
+    left = tmp_path / f".state.json.{socket.gethostname()}.{os.getpid()}.tmp"
+    left.mkdir()
+    with whole_file(target) as path:
+        assert not left.exists()
+        path.write_text("outer")
+        write_whole(target, "inner")  # removes nothing that this process prepares
+    assert target.read_text() == "outer"
+
+
+def test_a_folder_that_nobody_works_in_is_swept_of_every_process(tmp_path):
+    mine = [".a.json.host.12.tmp", "b/.model.safetensors.other.host.7.3.tmp"]
+    others = [".lock", "b/.hidden.tmp", "b/x.1.tmp", ".a.12x.tmp", "b/model.safetensors"]
+    for name in (*mine, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".data.host.9.0.tmp").mkdir()
+    (tmp_path / ".data.host.9.0.tmp" / "part").touch()
+    with whole_file(tmp_path / "b" / "mine") as path:
+        sweep(tmp_path)
+        assert path.exists()
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {*others, "b/mine"}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "data"
+    with whole_folder(target) as fresh:
+        (fresh / "old").touch()
+    with pytest.raises(RuntimeError), whole_folder(target) as fresh:
+        (fresh / "new").touch()
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with whole_folder(target) as fresh:
+        (fresh / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]

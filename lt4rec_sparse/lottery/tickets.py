@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.lottery.pruning import check_granularity, prune_by_magnitude, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
@@ -97,8 +97,7 @@ def search_tickets(
                 prune_by_magnitude(mlp.masked_weights(), mask, nnz, granularity).save(following)
             record = {"task": task, "level": level, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))
-        record = json.loads(judged.read_text(encoding="utf-8"))
-        tickets.append(Ticket(task, level, mask, record["metrics"]))
+        tickets.append(Ticket(task, level, mask, read_json(judged, "metrics")["metrics"]))
     return tickets
 
 

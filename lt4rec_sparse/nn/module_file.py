@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from lt4rec_sparse import checked_file, network_state
 from lt4rec_sparse.checked_file import ArtefactError
-from lt4rec_sparse.errors import shown
+from lt4rec_sparse.errors import shown, told
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
@@ -99,7 +99,7 @@ def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             return calls[0][0]
         return _filled(_alike(model, _strings(meta, "traced")), calls, _strings(meta, "absorbed"), state)
     except ValueError as error:
-        raise ArtefactError(f"{path}: got contents that do not fit: {error}") from error
+        raise ArtefactError(f"{path}: got contents that do not fit: {told(error)}") from error
 
 
 def _calls(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[SparseMLP, list[str]]]:
@@ -152,7 +152,7 @@ def _filled(
     try:
         result.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # of other shapes
-        raise ValueError(f"state: {' '.join(str(error).split())}") from error
+        raise ValueError(f"state: {told(error)}") from error
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name}: got a buffer on the meta device, wanted values: its module does not store it")

@@ -12,12 +12,11 @@ import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, told
 from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Array
 from lt4rec_sparse.onnx.ports import Port
 from lt4rec_sparse.onnx.session import session_of, to_array, to_tensor
-from lt4rec_sparse.onnx.source import one_line
 from lt4rec_sparse.onnx.steps import Part
 
 
@@ -177,7 +176,7 @@ def _run(session: InferenceSession, part: Part, values: Mapping[str, Any]) -> di
         # Not `run_with_ort_values`: with the vector that it returns a run of microseconds takes 0.15 ms.
         found = session.run(part.outputs, feed)
     except RUNTIME_ERRORS as error:
-        raise InputError(f"inputs: got some that the graph does not compute ({one_line(error)})") from error
+        raise InputError(f"inputs: got some that the graph does not compute ({told(error)})") from error
     return dict(zip(part.outputs, found, strict=True))
 
 

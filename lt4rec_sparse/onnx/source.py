@@ -18,7 +18,8 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.errors import InputError, shown, told
+from lt4rec_sparse.files import check_regular
 
 LEAST_OPSET = 7  # of ONNX Runtime too
 SMALL = 1024  # elements: initializers of fewer may be shapes, which shape inference reads
@@ -173,15 +174,9 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
     return default if found is None else helper.get_attribute_value(found)
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error of another library, as one line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
 def damaged(where: str, error: Exception) -> InputError:
     """Return the error that a model is damaged, as another library says."""
-    return InputError(f"{where}: got a damaged model ({one_line(error)}), wanted one that ONNX's checker accepts")
+    return InputError(f"{where}: got a damaged model ({told(error)}), wanted one that ONNX's checker accepts")
 
 
 def reads_of(node: NodeProto) -> tuple[str, ...]:
@@ -211,7 +206,8 @@ def _read(source: str | Path | ModelProto) -> tuple[ModelProto, str]:
         return source, "model"
     if not isinstance(source, str | Path):
         raise TypeError(f"source: got a {type(source).__name__}, wanted a path or an onnx.ModelProto")
-    if not Path(source).is_file():
+    check_regular(source, "an ONNX model")
+    if not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file, wanted an ONNX model")
     try:
         model = onnx.load(source)

@@ -10,12 +10,11 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, told
 from lt4rec_sparse.onnx.calls import Call
 from lt4rec_sparse.onnx.graph import RUNTIME_ERRORS, Graph
 from lt4rec_sparse.onnx.ports import DTYPES
 from lt4rec_sparse.onnx.session import session_of
-from lt4rec_sparse.onnx.source import one_line
 
 ELEMENTS = TensorProto.DataType.keys()
 
@@ -112,7 +111,7 @@ def _part(
         data = model.SerializeToString()
         session = session_of(data)
     except (ValueError, EncodeError, *RUNTIME_ERRORS) as error:
-        raise InputError(f"{graph.where}: got a part that does not run, from {first} on: {one_line(error)}") from error
+        raise InputError(f"{graph.where}: got a part that does not run, from {first} on: {told(error)}") from error
     for value in session.get_outputs():
         if value.name not in known:
             known[value.name] = _type_of(graph, value.name, value.type)

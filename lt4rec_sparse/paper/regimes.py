@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.paper import declared, figures
 from lt4rec_sparse.paper.equal_time import CHOSEN, PRECISIONS, choices, chosen_table, curves_of, difference, measure
 from lt4rec_sparse.paper.pages import Findings
@@ -123,7 +123,7 @@ def run_regimes(
 def prepare_regime(folder: Path, config: SimulatorConfig) -> None:
     """Simulate and prepare a regime's log, unless that is done; a folder with trials on another log is refused."""
     truth = folder / LOG / TRUTH
-    if has_trained(folder) and json.loads(truth.read_text(encoding="utf-8"))["config"] != asdict(config):
+    if has_trained(folder) and read_json(truth, "config")["config"] != asdict(config):
         raise InputError(
             f"{folder}: got trials on another simulated log, wanted those of {config}; choose another --out"
         )
@@ -143,7 +143,7 @@ def _found(findings: Findings) -> dict[str, Any]:
                 found = {task: difference(findings, *pair, task, precision) for task in TASKS}
                 choice["numbers"] = {task: [d.mean, d.error] for task, d in found.items()}
     lab = laboratory(findings.out)
-    truth = json.loads((findings.out / LOG / TRUTH).read_text(encoding="utf-8"))
+    truth = read_json(findings.out / LOG / TRUTH)
     return {
         "counts": lab.prepared.counts,
         "truth": {name: value for name, value in truth.items() if name != "fields"},

@@ -1,27 +1,10 @@
 """The artefact: one safetensors file that holds a whole `Ranker`, checked in full when it is loaded.
 
-Tensors (names and bit order of compressed-tensors where it has them):
+docs/artefact.md is its specification, byte by byte; tests/ranker/reader.py is a second reader, written from that page.
 
-- `layers.<i>.compressed`, `.bitmask`, `.row_offsets`: the `SharedWeight` of hidden layer i, or from version 2 on
-  its `BlockWeight`, if the layer's entry has a `block`; `layers.<i>.bias`; from version 3 on `layers.<i>.slope`,
-  `[out_features]`, of an activation with a slope per output.
-- `heads.<task>.weight`, `.bias`: each task's head, dense, `[1, in_features]` and `[1]`; its activation is the sigmoid.
-- `inputs.embedding`: all embedding tables in one matrix, `[rows, dim]`, in the order of the encoder's tables but for
-  those that the file is `without`: float32; float16; or int8, from -127 to 127, then with `inputs.scales`, float32
-  `[rows]`, finite and not negative: row i is `scales[i] * embedding[i]`.
-- `encoder.<name>`: vocabularies and bucket borders.
-
-Metadata (`checked_file`): one entry, `lt4rec_sparse`, a JSON object with `version`, `tasks`, `layers` (shapes and
-activations), `dim`, `encoder` (its description and the schema), for an MLP calibrated for int8 `codes` (task -> [scale,
-zero point] of the input of each layer, the head's last), for tables whose embeddings are elsewhere `without` (their
-names, in order, each once), and `sha256`.
-Weights are stored in full precision; how they compute is chosen when the artefact is loaded. All weights and embeddings
-are finite. `codes` were added without a new version: old files lack them, and old readers ignore them. Readers ignore
-unknown keys.
-
-Versions: 1 has `SharedWeight` alone; 2 has a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a
-slope per output. A file has the least version that it needs, so that older readers read what they can: they refuse
-higher ones. Embeddings of float16 need none: readers of version 1 make float32 of them.
+A file has the least version that it needs, so that older readers read what they can: 1 has `SharedWeight` alone; 2 has
+a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output. What an older reader may ignore
+(`codes`, `context`, `digests`) needs no version.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
@@ -38,7 +21,7 @@ from torch import Tensor
 
 from lt4rec_sparse import checked_file, network_state
 from lt4rec_sparse.checked_file import ArtefactError
-from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.errors import InputError, shown, told
 from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
@@ -109,7 +92,7 @@ def load(path: str | Path, precision: str = "fp32") -> Ranker:
     try:
         return _ranker(meta, tensors, precision)
     except ValueError as error:
-        raise ArtefactError(f"{path}: got contents that do not fit together: {error}") from error
+        raise ArtefactError(f"{path}: got contents that do not fit together: {told(error)}") from error
 
 
 def network_to_tensors(network: FrozenNetwork) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lt4rec_sparse.checked_file import check_finite
 from lt4rec_sparse.errors import InputError
 
 EMBEDDINGS = ("fp32", "fp16", "int8")
@@ -47,8 +48,8 @@ class RoundedRows(nn.Module):
             if not bool(((scales >= 0) & (scales <= most)).all()):
                 low, high = scales.aminmax()
                 raise ValueError(f"scales: got numbers from {low:g} to {high:g}, wanted 0 to {most:g}")
-        elif not bool(values.isfinite().all()):
-            raise ValueError("values: got NaN or Inf, wanted finite halves")
+        else:
+            check_finite("values", values)
         self.register_buffer("values", values)
         self.register_buffer("scales", scales)
 

@@ -47,11 +47,15 @@ Results = Mapping[str, Any]  # the contents of `results.json`
 
 
 def write_page(text: str, title: str, folder: Path) -> Path:
-    """Write Markdown as `report.md`, and as `report.html` with its pictures, `plots/<name>.png`, embedded."""
+    """Write Markdown as `report.md`, and as `report.html` with its pictures, `plots/<name>.png`, embedded.
+
+    A picture from anywhere else, as the name of a folder or a column may ask for, stays text: a page asks for nothing.
+    """
 
     def embedded(match: re.Match[str]) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
 
+    text = re.sub(r"!\[(?![^\[\]]*\]\(plots/\w+\.png\))", r"!\\[", text)
     write_whole(folder / "report.md", text)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lt4rec_sparse import __version__, ops
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
@@ -82,27 +82,25 @@ def run(
     name = "simulated" if data is None else data.resolve().name
     begun = check_settings(out, name, settings)
     settings = begun or settings
-    if data is None:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (source / "truth.json").exists():
+    with locked(out):
+        if data is None and not (source / "truth.json").exists():
             progress("simulate", 0, 1)
             simulate(SimulatorConfig(planted_fields=PLANTED_FIELDS), source)
             progress("simulate", 1, 1)
-    schema = open_source(source).schema
-    tasks = tasks_of(schema, settings.tasks)
-    _check_names(schema)
-    # Earlier trials were trained on the data as they were then.
-    prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
-    _check_classes(prepared, source, tasks)
-    facts = {
-        "name": "simulated click log" if data is None else source.resolve().name,
-        "counts": prepared.counts,
-        "tasks": {task.name: task.kind for task in tasks},
-        "fields": [field.column for field in prepared.encoder.fields],
-    }
-    if data is None:
-        facts["truth"] = json.loads((source / "truth.json").read_text(encoding="utf-8"))
-    with locked(out):
+        schema = open_source(source).schema
+        tasks = tasks_of(schema, settings.tasks)
+        _check_names(schema)
+        # Earlier trials were trained on the data as they were then.
+        prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
+        _check_classes(prepared, source, tasks)
+        facts = {
+            "name": "simulated click log" if data is None else source.resolve().name,
+            "counts": prepared.counts,
+            "tasks": {task.name: task.kind for task in tasks},
+            "fields": [field.column for field in prepared.encoder.fields],
+        }
+        if data is None:
+            facts["truth"] = read_json(source / "truth.json", "fields")
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:
@@ -186,7 +184,7 @@ def _earlier(out: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     path = out / RESULTS
     if not path.exists():
         return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: dict[str, Any] = read_json(path, "config", "files")
     is_whole = results["config"] == config and all((out / file).exists() for file in results["files"].values())
     return results if is_whole else None
 

@@ -368,10 +368,16 @@ def test_a_file_that_is_no_plan_is_refused(stopwatch, tmp_path):
         other = json.loads(json.dumps(whole))
         other["batches"][0]["contestants"][0]["chain"][0].update(segment)
         damaged.append(json.dumps(other))
+    damaged += [json.dumps({**whole, "batches": ["1"]}), json.dumps({**whole, "precision": "x" * 10_000})]
+    for microseconds in (0, -1, float("nan"), float("inf"), 10**400):
+        other = json.loads(json.dumps(whole))
+        other["batches"][0]["contestants"][0]["timing"]["median_us"] = microseconds
+        damaged.append(json.dumps(other))
     for text in damaged:
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"plan.json: got no plan .*, wanted what Plan.save wrote"):
+        with pytest.raises(InputError, match=r"plan.json: got no plan .*, wanted what Plan.save wrote") as caught:
             Plan.load(path)
+        assert len(str(caught.value)) < 1_000
     path.write_text(json.dumps({**whole, "version": 2}))
     with pytest.raises(ValueError, match="got a plan of version 2, wanted 1: measure again"):
         Plan.load(path)

@@ -28,8 +28,11 @@ from lt4rec_sparse.ranker.artefact import KEY, network_from_tensors, network_to_
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
-# Written by the code of commit cb0158c, which defined the format, with the scores that it gave.
-VERSION_1 = Path(__file__).with_name("artefact_v1.safetensors")
+# With the scores that they gave. Version 1 was written by the code of commit cb0158c, which defined the format; 2, of
+# blocks with ragged edges, by that of aac1169; 3, of int8 rows, a table elsewhere, slopes and bfloat16 weights, by the
+# first that wrote digests.
+GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3)}
+VERSION_1 = GOLDEN[1]
 EXPECTED = json.loads(VERSION_1.with_suffix(".json").read_text())
 
 
@@ -46,17 +49,22 @@ def write(path, meta, tensors):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("version", GOLDEN)
 @pytest.mark.skipif(not cpu.is_available(), reason="the scores are the engine's, to the bit")
-def test_an_artefact_of_version_1_scores_as_it_did_to_the_bit(precision):
-    # Its embeddings are multiples of 1/8, so that every order of summation gives the same input of the MLP.
-    scores = load(VERSION_1, precision).score(EXPECTED["candidates"])
-    assert {task: values.tolist() for task, values in scores.items()} == EXPECTED["scores"][precision]
+def test_an_old_artefact_scores_as_it_did_to_the_bit(version, precision):
+    # Embeddings are multiples of a power of two, so that every order of summation gives the same input of the MLP.
+    expected = json.loads(GOLDEN[version].with_suffix(".json").read_text(encoding="utf-8"))
+    given = {column: np.array(rows, np.float32) for column, rows in expected.get("embeddings", {}).items()}
+    scores = load(GOLDEN[version], precision).score(expected["candidates"], given)
+    assert {task: values.tolist() for task, values in scores.items()} == expected["scores"][precision]
+    assert contents(GOLDEN[version])[0]["version"] == version
 
 
 def test_an_artefact_of_version_1_is_written_as_it_was(tmp_path):
     save(load(VERSION_1), tmp_path / "again.safetensors")
     (old, old_tensors), (new, new_tensors) = contents(VERSION_1), contents(tmp_path / "again.safetensors")
-    assert new == old
+    assert set(new.pop("digests")) == set(new_tensors)  # which files did not have then
+    assert new | {"sha256": None} == old | {"sha256": None}
     assert new_tensors.keys() == old_tensors.keys()
     assert all(torch.equal(new_tensors[name], old_tensors[name]) for name in old_tensors)
 
@@ -303,6 +311,13 @@ def set_number(name, value):
     return change
 
 
+def repeat_a_tag(meta, tensors):
+    text, (first, second, third) = tensors["encoder.tags.bytes"].clone(), tensors["encoder.tags.offsets"][:3].tolist()
+    assert second - first == third - second
+    text[second:third] = text[first:second]
+    tensors["encoder.tags.bytes"] = text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -325,6 +340,8 @@ def set_number(name, value):
         (set_entry("encoder", value=[]), r"encoder: got \[\], wanted a table"),
         (set_entry("encoder", "format", value=None), "encoder format: got None, wanted 1"),
         (set_entry("encoder", "schema", value=3), "schema: got 3, wanted a table"),
+        (set_entry("encoder", "schema", "histories", 0, "columns", value=["x"]), "history 'clicked': got column 'x'"),
+        (set_entry("encoder", "context", value=["x"]), "context: got column 'x', wanted features"),
         (set_number("layers.0.compressed", math.nan), "layers.0.compressed: got NaN or Inf among"),
         (set_number("heads.cvr.bias", math.inf), "heads.cvr.bias: got NaN or Inf among 1 numbers, wanted finite ones"),
         (set_number("inputs.embedding", -math.inf), "inputs.embedding: got NaN or Inf among"),
@@ -334,6 +351,9 @@ def set_number(name, value):
         (in_int8(set_number("inputs.embedding", -128)), "values: got -128, wanted -127 to 127"),
         (in_int8(lambda meta, tensors: tensors.pop("inputs.scales")), "inputs.scales: is absent"),
         (in_int8(lambda meta, tensors: tensors.update({"inputs.scales": torch.zeros(2)})), "scales: got torch.float32"),
+        (set_number("encoder.video_id.keys", 10), "encoder table 'video_id': keys: got 10 twice, wanted each once"),
+        (set_number("encoder.tags.bytes", 0xFF), "encoder table 'tags': 'utf-8' codec can't decode byte 0xff"),
+        (repeat_a_tag, "encoder table 'tags': keys: got 'tag .*' twice, wanted each once"),
         (set_entry("without", value=["shoe"]), r"without: got \['shoe'\], wanted some of"),
         (set_entry("without", value="video_id"), "without: got 'video_id', wanted some of"),
         (set_entry("without", value=["video_id", "video_id"]), "without: got .*, wanted some of .*, in order"),
@@ -350,6 +370,30 @@ def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
     save_file({}, tmp_path / "model.safetensors", metadata={KEY: text})
     with pytest.raises(ArtefactError, match=r"model\.safetensors: got a damaged file \(metadata: got"):
         load(tmp_path / "model.safetensors")
+
+
+def test_a_description_that_would_take_much_memory_is_refused_unread(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", checked_file.MAX_HEADER_BYTES + 1) + b"{}")
+    with pytest.raises(ArtefactError, match=r"got a damaged file \(a header of 16,777,217 bytes, above 16,777,216\)"):
+        load(path)
+    ranker = ranker_of(FULL)
+    ranker.encoder.schema = replace(ranker.encoder.schema, name="x" * checked_file.MAX_HEADER_BYTES)
+    path.unlink()
+    with pytest.raises(InputError, match=r"got a header of 16,7\d\d,\d+ bytes, wanted at most 16,777,216"):
+        save(ranker, path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "ä\n" * 900])
+def test_a_long_name_makes_no_long_message(tmp_path, name):
+    def rename(meta, tensors):
+        meta["tasks"][0] = name
+
+    with pytest.raises(ArtefactError) as caught:
+        load(changed(tmp_path, rename))
+    assert len(str(caught.value)) < 1_000
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_diverged_is_not_saved(tmp_path):

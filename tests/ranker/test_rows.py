@@ -67,7 +67,7 @@ def test_bytes():
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, 0, math.nan]), "scales: got numbers from nan to nan"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, -1.0, 0]), "scales: got numbers from -1 to 0, wanted 0"),
         (torch.zeros(3, 2, dtype=torch.int8), torch.tensor([0, 0, 3e38]), r"scales: got .* to 3e\+38, wanted 0 to 2.6"),
-        (torch.full((1, 2), math.inf).half(), None, "values: got NaN or Inf, wanted finite halves"),
+        (torch.full((1, 2), math.inf).half(), None, "values: got NaN or Inf among 2 numbers, wanted finite ones"),
     ],
 )
 def test_what_is_no_rounded_row_is_refused(values, scales, message):

@@ -296,6 +296,22 @@ def test_the_page_holds_its_pictures_and_asks_for_nothing(tmp_path):
     assert page.count("<table>") == sum(line.startswith("| --- |") for line in text.splitlines())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "![x](http://a/b.png)",
+        "![x][y]\n\n[y]: http://a/b.png",
+        "![a ![b](plots/tickets.png)](http://a/b.png)",
+        "![x]( http://a/b.png 'y')",
+        "<img src=http://a/b.png>",
+    ],
+)
+def test_no_name_puts_a_picture_into_the_page(tmp_path, name):
+    report.write_report(results_of(TEST, name=name), tmp_path)
+    sources = re.findall(r'<img[^>]* src="?([^">]{0,10})', (tmp_path / "report.html").read_text())
+    assert set(sources) == {"data:image"}
+
+
 def test_the_report_is_replaced_when_written_again(words, tmp_path):
     first = words(results_of(TEST))
     assert words(results_of(TEST)) == first

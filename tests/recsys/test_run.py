@@ -3,7 +3,10 @@
 import fcntl
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pyarrow as pa
@@ -21,7 +24,7 @@ from lt4rec_sparse.recsys.data import DataError, Prepared
 from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
-from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, pin_settings
+from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, locked, pin_settings
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.run import MODEL, MODEL_LAST, run
 from lt4rec_sparse.recsys.training import train
@@ -332,6 +335,36 @@ def test_a_run_that_stops_anywhere_ends_as_if_it_had_not(small_folder, finished,
     assert not list(out.rglob("*.tmp")) + list(out.rglob("*checkpoint.pt"))
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "results.json",
+        "trials/*.json",
+        "trials/*.safetensors",
+        "trials/*.seconds",
+        "singles/*.json",
+        "singles/*.safetensors",
+        "searches/**/*.json",
+        "searches/**/*.safetensors",
+        "searches/**/*.seconds",
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(small_folder, again, pattern):
+    """Whichever the run reads first of those that are damaged alike; without results it goes through all of them."""
+    damaged = [path for path in again.glob(pattern) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"{")
+    if pattern != "results.json":
+        (again / "results.json").unlink()
+        for trial in again.glob("trials/*.json") if pattern != "trials/*.json" else ():
+            trial.unlink()  # so that what it was made from is read again
+    names = "|".join(re.escape(str(path)) for path in damaged)
+    with pytest.raises(InputError, match=rf"^({names}): got ") as caught:
+        go(small_folder, again)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_finished_run_trains_and_measures_nothing(small_folder, finished, again):
     stages = []
     found = go(small_folder, again, progress=lambda stage, done, total: stages.append(stage))
@@ -466,6 +499,34 @@ def test_a_folder_that_another_process_works_in_is_refused(small_folder, again):
         with pytest.raises(InputError, match="another process works in this folder"):
             go(small_folder, again)
     go(small_folder, again)
+
+
+def test_the_lock_dies_with_its_process_and_what_that_left_is_swept(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from lt4rec_sparse.recsys.harness.settings import locked\n"
+    hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    left = tmp_path / "trials" / f".x.checkpoint.pt.elsewhere.{child.pid}.0.tmp"
+    left.mkdir(parents=True)
+    with pytest.raises(InputError, match="another process works in this folder"), locked(tmp_path):
+        pass
+    assert left.exists()
+    child.kill()
+    child.communicate()
+    with locked(tmp_path):
+        assert not left.exists()
+
+
+def test_a_second_run_is_refused_while_the_first_prepares(small_folder, tmp_path, monkeypatch):
+    def in_between(*arguments, **options):
+        with pytest.raises(InputError, match="another process works in this folder"):
+            go(small_folder, tmp_path / "out")
+        raise InputError("enough")
+
+    monkeypatch.setattr(run_module, "prepare", in_between)
+    with pytest.raises(InputError, match="enough"):
+        go(small_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_labels_of_one_class_are_refused_before_any_training(small_folder, tmp_path):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.errors import InputError, shown, told
+from lt4rec_sparse.files import check_regular, write_whole
 from lt4rec_sparse.kernels import cpu
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.stopwatch import Timing
@@ -134,18 +134,20 @@ class Plan:
             FileNotFoundError: If there is no such file.
             InputError: If it is no plan, or one of another version.
         """
+        check_regular(path, "what Plan.save wrote")
         try:
             raw = _read(json.loads(Path(path).read_text(encoding="utf-8")), dict, "plan")
             version = _read(raw.get("version"), int, "version")
             if version == VERSION:
                 for batch in _read(raw.get("batches"), list, "batches"):
-                    _read(batch, dict, "batch")["chains"] = batch.get("contestants")
+                    chains = _read(batch, dict, "batch").get("contestants")
+                    batch["chains"] = chains
                 plan = cls(**{name: _read(raw.get(name), kind, name) for name, kind in get_type_hints(cls).items()})
                 _check(plan)
                 return plan
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: got no plan ({error}), wanted what Plan.save wrote") from error
-        raise InputError(f"{path}: got a plan of version {version}, wanted {VERSION}: measure again")
+            raise InputError(f"{path}: got no plan ({told(error)}), wanted what Plan.save wrote") from error
+        raise InputError(f"{path}: got a plan of version {shown(version)}, wanted {VERSION}: measure again")
 
     def __str__(self) -> str:
         """Show every measured chain at every batch size, the winner first."""
@@ -233,9 +235,9 @@ def check_asked(precision: str, precisions: Sequence[str], batch_sizes: Sequence
         ValueError: If the precision is none of `precisions`, or the batch sizes do not ascend from 1.
     """
     if precision not in precisions:
-        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(precisions)}")
+        raise ValueError(f"precision: got {shown(precision)}, wanted one of {', '.join(precisions)}")
     if not batch_sizes or batch_sizes[0] < 1 or any(a >= b for a, b in pairwise(batch_sizes)):
-        raise ValueError(f"batch_sizes: got {tuple(batch_sizes)}, wanted at least one, ascending from 1")
+        raise ValueError(f"batch_sizes: got {shown(tuple(batch_sizes))}, wanted at least one, ascending from 1")
 
 
 def _plain(value: Any) -> Any:
@@ -252,9 +254,10 @@ def _read(raw: Any, kind: Any, name: str) -> Any:
         return kind(*(_read(fields.get(field), kinds[field], field) for field in kind._fields))
     if get_origin(kind) is tuple:
         return tuple(_read(part, get_args(kind)[0], name) for part in _read(raw, list, name))
-    value = float(raw) if kind is float and type(raw) is int else raw
+    # An int beyond 2^53 would be another float, and one of hundreds of digits none.
+    value = float(raw) if kind is float and type(raw) is int and abs(raw) <= 1 << 53 else raw
     if type(value) is not kind:
-        raise ValueError(f"{name}: got {str(value)[:50]!r}, wanted a {kind.__name__}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted a {kind.__name__}")
     return value
 
 
@@ -269,6 +272,9 @@ def _check(plan: Plan) -> None:
             raise ValueError("chains: got none, wanted at least one")
         for timed in batch.chains:
             _check_chain(timed.chain, layers, is_gpu)
+        for timing in (timed.timing for of_kind in (batch.chains, batch.segments) for timed in of_kind):
+            if not all(0 < us < math.inf for us in timing):
+                raise ValueError(f"timing: got {shown(tuple(timing))}, wanted microseconds above 0")
 
 
 def _check_chain(chain: Chain, layers: int, is_gpu: bool) -> None:
@@ -282,7 +288,7 @@ def _check_chain(chain: Chain, layers: int, is_gpu: bool) -> None:
         is_known = kernel in kernels and precision in precisions and fits
         if not is_known or first != following or not first <= last < layers:
             got = (kernel, precision, first, last)
-            raise ValueError(f"chain: got {got}, wanted a known kernel for layer {following} of {layers}")
+            raise ValueError(f"chain: got {shown(got)}, wanted a known kernel for layer {following} of {layers}")
         following = last + 1
     if following != layers:
         raise ValueError(f"chain: got one that ends before layer {following}, wanted {layers} layers")

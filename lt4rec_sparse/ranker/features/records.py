@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -67,12 +68,17 @@ def from_plain(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)  # it compiles each annotation: most of the time that a schema takes to read
+
+
 def _record(value: Any, cls: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise SchemaError(f"{where}: got {shown(value)}, wanted a table")
     if isinstance(value.get("name"), str):
         where = f"{where} {shown(value['name'])}"
-    hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
+    hints, known = _hints(cls), {field.name: field for field in fields(cls)}
     for key in value:
         if key not in known:
             raise SchemaError(f"{where}: key {shown(key)} is unknown, wanted one of {', '.join(known)}")

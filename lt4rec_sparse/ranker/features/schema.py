@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lt4rec_sparse.errors import InputError, shown
-from lt4rec_sparse.files import check_depth
+from lt4rec_sparse.files import check_depth, check_regular
 from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
 
 ValueType = Literal["int", "string"]
@@ -242,14 +242,14 @@ class Schema:
     def __post_init__(self) -> None:
         self._check_names()
         categorical = {column.name for column in self.columns if column.kind != "dense"}
-        known = {column.name for column in self.features}
-        stray = next((name for name in self.context if name not in known), None)
-        if stray is not None:
-            raise SchemaError(f"context: got column {stray!r}, wanted features")
         for history in self.histories:
             for name in history.columns:
                 if name not in categorical:
                     raise SchemaError(f"history {history.name!r}: got column {name!r}, wanted a categorical feature")
+        known = {column.name for column in self.features}  # which looks up the histories' columns
+        stray = next((name for name in self.context if name not in known), None)
+        if stray is not None:
+            raise SchemaError(f"context: got column {stray!r}, wanted features")
         twice = _repeated(column.name for column in self.features)
         if twice is not None:
             raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
@@ -320,6 +320,7 @@ class Schema:
         Raises:
             SchemaError: As in `from_dict`, or if the file is not TOML or is nested deeper than any schema.
         """
+        check_regular(path, "a schema", SchemaError)
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
             content = toml.loads(Path(path).read_text(encoding="utf-8"))

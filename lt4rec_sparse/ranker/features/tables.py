@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lt4rec_sparse.errors import shown
+
 MISSING, UNSEEN = 0, 1
 Array = NDArray[Any]
 Ids = NDArray[np.int64]
@@ -52,7 +54,11 @@ class IntVocabulary:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> IntVocabulary:
         """Read `to_arrays` back."""
-        return cls(checked_array(arrays, "keys", np.int64))
+        vocabulary = cls(checked_array(arrays, "keys", np.int64))
+        twice = vocabulary._sorted[1:][vocabulary._sorted[1:] == vocabulary._sorted[:-1]]
+        if len(twice):
+            raise ValueError(f"keys: got {twice[0]} twice, wanted each once")
+        return vocabulary
 
 
 class StringVocabulary:
@@ -80,7 +86,11 @@ class StringVocabulary:
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets: got no ascending cut of {len(data)} bytes, wanted 0 first and {len(data)} last")
         cuts = offsets.tolist()
-        return cls([data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(cuts)])
+        vocabulary = cls([data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(cuts)])
+        if len(vocabulary._ids) < len(vocabulary.keys):
+            twice = next(key for i, key in enumerate(vocabulary.keys) if vocabulary._ids[key] != i + 2)
+            raise ValueError(f"keys: got {shown(twice)} twice, wanted each once")
+        return vocabulary
 
 
 class HashTable:

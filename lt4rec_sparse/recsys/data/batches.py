@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lt4rec_sparse.errors import told
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.recsys.data.source import DataError
 
@@ -153,8 +154,7 @@ class BatchStream:
 
 def damaged(path: Path, error: Exception) -> DataError:
     """Return the error of a file in a prepared folder that cannot be read."""
-    got = " ".join(str(error).split())
-    return DataError(f"{path}: got a damaged file ({got}), wanted a part of a prepared log: prepare it again")
+    return DataError(f"{path}: got a damaged file ({told(error)}), wanted a part of a prepared log: prepare it again")
 
 
 def _read(path: Path, read: Callable[[Any], Any]) -> Any:

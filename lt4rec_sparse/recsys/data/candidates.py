@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.joined import raw_column
 from lt4rec_sparse.recsys.data.source import (
     DataError,
-    check_regular,
     column_names,
     feature_type,
     list_columns,
@@ -28,7 +28,7 @@ def ids_of(path: Path, schema: Schema, tasks: Sequence[str]) -> tuple[str, ...]:
     They are the group, the keys of the side tables, the day or time, and whatever is no feature; but no column that has
     the name of a task, and none of lists.
     """
-    check_regular(path)
+    check_regular(path, kind=DataError)
     features = {column.name for column in schema.features}
     ids = {schema.group.column, schema.time.day, schema.time.timestamp, *(join.on for join in schema.joins)}
     there = [name for name in column_names(path) if name in ids or name not in features]
@@ -50,7 +50,7 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
         DataError: If the file cannot be read, a feature or a column to keep is absent, or a value is not of its
             column's type.
     """
-    check_regular(path)
+    check_regular(path, kind=DataError)
     there = column_names(path)
     types = {column.name: feature_type(column) for column in schema.features}
     for names, wanted in ((types, EVERY), (keep, f"one of {', '.join(there)}")):

@@ -30,12 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lt4rec_sparse.errors import shown
-from lt4rec_sparse.files import parse_json, read_json, whole_file, write_whole
+from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file, write_whole
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema, Split
 from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, GROUP, LABEL, MEMBER, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import Progress, partition
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
-from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, whole_folder
+from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, prepared_folder
 
 PREPARED, ENCODER = "prepared.json", "encoder.safetensors"
 # To be raised when the layout or the contents change: older prepared folders are then stale.
@@ -113,7 +113,7 @@ def prepare(
     if not replace and (out / PREPARED).is_file():
         changed = f"got data of other files, contents, schema or version than {source_folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
-    with whole_folder(out, PREPARED) as folder:
+    with prepared_folder(out, PREPARED) as folder:
         # Before the log is read, so that a file that changes meanwhile is noticed next time.
         states = source.states({})
         scratch = folder / "scratch"
@@ -225,6 +225,7 @@ def _reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress
 def load_encoder(folder: Path) -> FeatureEncoder:
     """Read the encoder of a prepared folder."""
     path = folder / ENCODER
+    check_regular(path, kind=DataError)
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is not a mapping

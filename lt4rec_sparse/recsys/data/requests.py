@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.days import Progress, days_of, partition
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
@@ -22,7 +23,6 @@ from lt4rec_sparse.recsys.data.source import (
     DataError,
     RawType,
     Source,
-    check_regular,
     column_names,
     feature_type,
     raw_types,
@@ -134,7 +134,7 @@ def _check_columns(schema: Schema, path: Path, there: Sequence[str], at: str | N
 def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], Any]:
     """Return the columns of the requests as Arrow arrays, and the day of each."""
     schema = source.schema
-    check_regular(path)
+    check_regular(path, kind=DataError)
     there = column_names(path)
     _check_columns(schema, path, there, at)
     types, all_types = _types(schema), raw_types(schema)

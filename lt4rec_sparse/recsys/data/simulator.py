@@ -42,7 +42,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import read_json
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.planted import draw_fields, feature_kinds, planted_schema, signals, standardised
-from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError, whole_folder
+from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError, prepared_folder
 from lt4rec_sparse.recsys.metrics import AUC
 
 TRUTH = "truth.json"
@@ -133,7 +133,7 @@ def simulate(config: SimulatorConfig, folder: Path) -> dict[str, Any]:
     videos["planted"] = draw_fields(planting, "video", config.videos, config.planted_fields)
     log = _impressions(rng, config, videos)
     _outcomes(rng, planting, config, users, videos, log)
-    with whole_folder(folder, TRUTH) as fresh:
+    with prepared_folder(folder, TRUTH) as fresh:
         schema = _write_schema(config, fresh / SCHEMA_FILE)
         best = _best_scores(log, log["day"] >= config.days - schema.split.test_days)
         fields = feature_kinds(schema, config.planted_fields, config.shared) if config.planted_fields else {}

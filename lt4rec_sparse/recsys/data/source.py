@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import remove_abandoned, temporary_beside
+from lt4rec_sparse.files import check_regular, whole_folder
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -196,15 +195,9 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
         if not matches:
             raise DataError(f"{folder}: got no file {pattern!r}, wanted one there or in data/")
         for path in matches:
-            check_regular(path)
+            check_regular(path, kind=DataError)
         paths += matches
     return tuple(paths)
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what, links followed, is not a regular file: reading a device or a pipe may never end."""
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: got a folder, a device or a pipe, wanted a regular file")
 
 
 def is_list(kind: Any) -> bool:
@@ -282,7 +275,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def whole_folder(out: Path, marker: str) -> Iterator[Path]:
+def prepared_folder(out: Path, marker: str) -> Iterator[Path]:
     """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
 
     Parents that had to be made for `out` are removed with it. `out` is a new or an empty folder, or an earlier one,
@@ -292,17 +285,10 @@ def whole_folder(out: Path, marker: str) -> Iterator[Path]:
         raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
     made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out)
-    fresh = temporary_beside(out)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
     try:
-        yield fresh
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
+        with whole_folder(out) as fresh:
+            yield fresh
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # it holds `out`, or somebody else's files
                 parent.rmdir()

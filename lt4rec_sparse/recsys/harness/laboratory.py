@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.lottery import (
     Ticket,
     best_ticket,
@@ -33,6 +32,7 @@ from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, warm_name
 from lt4rec_sparse.recsys.harness.trials import SEARCHED, Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
+from lt4rec_sparse.recsys.stored import load_weights
 from lt4rec_sparse.recsys.training import Predictions, predict
 
 FRESH = 1_000_003  # added to a seed for a start that no search has seen
@@ -46,12 +46,12 @@ class Laboratory(Searches):
         path = self.made("trials", f"{trial.key}.json")
         if not path.exists():
             write_whole(path, json.dumps(self._run(trial), indent=1, allow_nan=True))
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        return read_json(path, "validation")
 
     def model(self, trial: Trial) -> nn.Module:
         """Return the trained model of a trial that was run, for judging."""
         model = self._new(trial)
-        model.load_state_dict(load_file(self._state_file(trial, model)))
+        load_weights(model, self._state_file(trial, model))
         return model.eval()
 
     def predictions(self, trial: Trial, split: str) -> Predictions:
@@ -148,7 +148,7 @@ class Laboratory(Searches):
         """Train a trial's model, or load what a trial with equal masks has trained; return the seconds it took."""
         if self._is_single(trial):
             seconds: float = self.single(trial.training, trial.tasks[0], trial.seed)["seconds"]
-            model.load_state_dict(load_file(state))
+            load_weights(model, state)
             return seconds
         kinds = {task: self.kinds[task] for task in trial.tasks}
         balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, Ticket, prune_by_magnitude, search_tickets, wanted_nnz
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.nn import MaskedMLP
@@ -18,6 +17,7 @@ from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
+from lt4rec_sparse.recsys.stored import load_weights, read_seconds
 
 EXCHANGE_EVERY = 10  # batches between two exchanges of RigL: an epoch has some 150 here, thousands in the paper
 
@@ -50,14 +50,14 @@ class Searches(Starts):
             levels = 2 if search.method != "rounds" else search.rounds + (masks.level == "best")
             files = [folder / f"level_{level}.seconds" for level in range(levels)]
             files.append(folder / "rewind.seconds")
-            total += sum(float(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists())
+            total += sum(read_seconds(file) for file in files if file.exists())
         return total
 
     def scores(self, search: Search, task: str, seed: int) -> dict[str, Tensor]:
         """Return the magnitudes of a trained single-task baseline: layer -> `[out_features, in_features]`."""
         self.single(search.training.of(task), task, seed)
         model = self.sparse_sharing(search.training, (task,), seed)
-        model.load_state_dict(load_file(self.single_file(search.training.of(task), task, seed)))
+        load_weights(model, self.single_file(search.training.of(task), task, seed))
         return {name: weight.detach().abs() for name, weight in model.mlp.masked_weights().items()}
 
     def _rounds(self, search: Search, task: str, tasks: tuple[str, ...], seed: int, folder: Path) -> list[Ticket]:
@@ -74,7 +74,7 @@ class Searches(Starts):
             if level == 0 and not training.warm_up:
                 # Late rewinding changes nothing here: the state to rewind to comes from this very training.
                 record = self.single(training, task, seed)
-                model.load_state_dict(load_file(self.single_file(training, task, seed)))
+                load_weights(model, self.single_file(training, task, seed))
                 seconds, judged = record["seconds"], record["validation"]
             else:
                 seconds = self.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
@@ -129,8 +129,7 @@ class Searches(Starts):
             mask.save(saved)
             record = {"task": task, "level": 1, "density": mask.density, "metrics": dict(metrics)}
             write_whole(judged, json.dumps(record, indent=1))
-        record = json.loads(judged.read_text(encoding="utf-8"))
-        return [Ticket(task, 1, Mask.load(saved), record["metrics"])]
+        return [Ticket(task, 1, Mask.load(saved), read_json(judged, "metrics")["metrics"])]
 
     def _folder(self, search: Search, task: str, tasks: tuple[str, ...], seed: int) -> Path:
         warm = f"-after-{warm_name(search.training, tasks)}" if search.training.warm_up else ""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import sweep, write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.rows import EMBEDDINGS
 from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts
@@ -131,18 +132,33 @@ def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile; a process that dies releases it."""
+    """Keep other processes out of a folder meanwhile; a process that dies releases it, and what it left is removed.
+
+    If nothing came into the folder, it is left as it was: without the lock's file, or gone with parents made for it.
+    """
     import fcntl  # POSIX only, like training
 
+    refused = f"{folder}: another process works in this folder, wanted to wait for it, or another --out"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    before, path = set(folder.iterdir()), folder / LOCK
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_same = os.fstat(file.fileno()).st_ino == path.stat().st_ino  # not one that its holder has removed since
         except OSError as error:
-            raise InputError(
-                f"{folder}: another process works in this folder, wanted to wait for it, or another --out"
-            ) from error
-        yield
+            raise InputError(refused) from error
+        if not is_same:
+            raise InputError(refused)
+        try:
+            sweep(folder)
+            yield
+        finally:
+            if set(folder.iterdir()) - before == {path}:
+                path.unlink()
+                for parent in made:
+                    with suppress(OSError):  # somebody else's files came into it
+                        parent.rmdir()
 
 
 def _config(data: str, settings: RunSettings) -> dict[str, Any]:

@@ -6,19 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lt4rec_sparse.files import whole_file, write_whole
+from lt4rec_sparse.files import read_json, whole_file, write_whole
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
+from lt4rec_sparse.recsys.stored import load_weights, read_seconds
 from lt4rec_sparse.recsys.training import EarlyStopping, Objective, TaskAdam, evaluate, train
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
@@ -51,7 +52,7 @@ class Starts:
             seconds = self.once(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
             record = {"validation": self.judge(path, model, "validation", (task,)), "seconds": seconds}
             write_whole(judged, json.dumps(record, indent=1))
-        return cast(dict[str, Any], json.loads(judged.read_text(encoding="utf-8")))
+        return read_json(judged, "validation", "seconds")
 
     def single_file(self, training: Training, task: str, seed: int) -> Path:
         """Return the path of the trained weights of a single-task baseline."""
@@ -119,8 +120,8 @@ class Starts:
             with whole_file(path) as temporary:
                 save_file(model.state_dict(), temporary)
             write_whole(took, json.dumps(seconds))
-        model.load_state_dict(load_file(path))
-        return float(json.loads(took.read_text(encoding="utf-8")))
+        load_weights(model, path)
+        return read_seconds(took)
 
     def train(
         self,

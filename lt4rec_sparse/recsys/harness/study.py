@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.harness.jobs import jobs_of, run_jobs
 from lt4rec_sparse.recsys.harness.objectives import obstacle
@@ -141,7 +141,7 @@ def tuned_rates(
     if len(grid) == 1:
         return {row.key: {task: grid[0] for trial in row.trials for task in trial.tasks} for row in own}
     path = folder / FILE
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
     names = {trial: f"{row.key}-{trial.at(0).key}-{'-'.join(map(str, grid))}" for row in own for trial in row.trials}
     tried: dict[Trial, Tried] = {trial: {} for trial, name in names.items() if name not in known}
 

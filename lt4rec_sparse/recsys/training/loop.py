@@ -14,6 +14,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import Batch, BatchStream
+from lt4rec_sparse.recsys.stored import load_checkpoint
 from lt4rec_sparse.recsys.training.objectives import Objective
 from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
@@ -56,7 +57,7 @@ def train(
     nothing = dict.fromkeys(objective.names, (0.0, 0))  # loss -> its sum and count in the epoch so far
     (first_epoch, first_batch), sums, before = divmod(skip, len(stream)), dict(nothing), 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = load_checkpoint(checkpoint)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         (first_epoch, first_batch), sums, before = state["cursor"], state["sums"], state["seconds"]

@@ -1,13 +1,16 @@
+import re
 from itertools import islice
 
 import pytest
 import torch
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.metrics import AUC, MSE
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing, loss_of
+from lt4rec_sparse.recsys.stored import load_checkpoint
 from lt4rec_sparse.recsys.training import Alternating, EarlyStopping, TaskLosses, evaluate, train
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
@@ -199,3 +202,24 @@ def test_a_batch_without_rows_of_a_task_gives_that_task_no_step(small_log):
         ("ctr", 2, False),
         ("cvr", 0, True),
     ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"{",
+        lambda content: content[:-9],
+        lambda content: content.replace(b"\x00\x00\x80?" * 9, b"\x00\x00\x81?" * 9),  # ones, in the middle of a tensor
+        lambda content: content.replace(b"model", b"modal"),  # in the pickle
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    path = tmp_path / "x.checkpoint.pt"
+    torch.save({"model": {"a": torch.ones(200)}}, path)
+    whole = path.read_bytes()
+    assert torch.equal(load_checkpoint(path)["model"]["a"], torch.ones(200))
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: got a damaged file .*: delete it to go on$"):
+        load_checkpoint(path)

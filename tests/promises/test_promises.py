@@ -1,0 +1,107 @@
+"""The promises about files, tried for a short time; `python -m tests.promises` tries them for a long one."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lt4rec_sparse import load
+from tests.promises import bases, crashes, judges, memory, mutants, mutation
+from tests.ranker.reader import Reader
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("name", "count"), [("artefacts", 8_000), ("modules", 3_000), ("plans", 3_000)])
+def test_a_malformed_file_is_refused_or_served_and_right(name, count):
+    found = mutation.run(name, 0, count)
+    assert not found["failures"]
+    # Not all of them, nor none: else the mutants would try little.
+    assert count / 20 < found["verdicts"][judges.SERVED] < count / 2
+    assert count / 2 < found["verdicts"][judges.REFUSED]
+
+
+@pytest.mark.parametrize("name", judges.SUBJECTS)
+def test_what_the_mutants_are_made_from_is_served_and_right(name, tmp_path):
+    subject, rng = judges.SUBJECTS[name](), random.Random(0)
+    files = [mutants.put_together(base) for base in subject.bases] if name != "plans" else [subject.whole()]
+    for content in files:
+        assert subject.judge(tmp_path / f"file.{subject.suffix}", content, rng) == judges.SERVED
+
+
+@pytest.mark.parametrize("name", judges.SUBJECTS)
+def test_a_mutant_follows_from_its_number(name):
+    first, second = judges.SUBJECTS[name](), judges.SUBJECTS[name]()
+    for number in range(50):
+        assert first.mutant(random.Random(number)) == second.mutant(random.Random(number))
+
+
+def test_a_wrong_score_a_wrong_error_and_a_long_message_are_failures(tmp_path, monkeypatch):
+    """What judges mutants sees what it looks for."""
+    subject, path = judges.Artefacts(), tmp_path / "m.safetensors"
+    content = mutants.put_together(subject.bases[0])
+    path.write_bytes(content)
+    ranker = load(path)
+    ranker.inputs.embedding.data = ranker.inputs.embedding.data.flip(0)
+    for what, error in (
+        (lambda path, precision: ranker, AssertionError),
+        (lambda path, precision: 1 / 0, ZeroDivisionError),
+        (lambda path, precision: raised(f"{path}: {'x' * 1000}"), AssertionError),
+        (lambda path, precision: raised("another file: got nothing"), AssertionError),
+    ):
+        monkeypatch.setattr(judges, "load", what)
+        with pytest.raises(error):
+            subject.judge(path, content, random.Random(1))  # in float32
+
+
+def raised(message):
+    raise judges.ArtefactError(message)
+
+
+def test_small_artefacts_are_of_every_version_and_kind():
+    files = [Reader(mutants.put_together(file)) for file in bases.artefacts()]
+    assert {reader.meta["version"] for reader in files} == {1, 2, 3}
+    assert {str(reader.tensors["inputs.embedding"].dtype) for reader in files} == {"float32", "float16", "int8"}
+    assert {field.kind for reader in files for field in reader.fields} == {"single", "multi", "dense"}
+    assert {field.encoding for reader in files for field in reader.fields} == {"vocabulary", "hash"}
+    assert any("without" in reader.meta for reader in files)
+    assert any("layers.0.slope" in reader.tensors for reader in files)
+
+
+@pytest.mark.heavy
+def test_no_crash_leaves_a_broken_file_or_a_temporary():
+    for name, (states, wrong) in crashes.run().items():
+        assert states > 10, name
+        assert not wrong, name
+
+
+@pytest.mark.parametrize("write", [crashes.in_place, crashes.without_sync])
+def test_careless_saves_are_seen_to_break(tmp_path, write):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    target = folder / "file"
+    write(target, 0)
+    old = target.read_bytes()
+    moments = crashes.recorded(folder, lambda: write(target, 1))
+    allowed = (old, target.read_bytes())
+    states, wrong = crashes.broken(
+        folder, moments, lambda: target.exists() and target.read_bytes() in allowed, lambda: write(target, 1)
+    )
+    assert wrong >= states / 4
+
+
+@pytest.mark.heavy
+def test_kills_leave_a_whole_file():
+    """In a process of its own, which forks."""
+    command = [sys.executable, "-W", "error", "-m", "tests.promises", "kills", "--count", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.heavy
+def test_loading_takes_at_most_twice_the_file():
+    for name, found in memory.run(0.2).items():
+        assert found["peak_bytes"] <= 2 * found["file_bytes"], f"{name}: {found}"
