@@ -46,6 +46,7 @@ bool module::read_matrix(PyObject* object, Matrix* to) {
   const bool is_bf16 = t.type_code == dlpack::kBfloat && t.bits == 16;
   if (t.device_type != dlpack::kCpu || t.ndim != 2 || !(is_f32 || is_bf16) || t.lanes != 1) return false;
   if (t.shape[1] != 1 && t.strides[1] != 1) return false;
+  if (!t.data && t.shape[0] > 0 && t.shape[1] > 0) return false;  // its storage was taken away
   const int64_t stride = t.shape[0] > 1 ? t.strides[0] : t.shape[1];  // of a single row the stride means nothing
   *to = {static_cast<uint8_t*>(t.data) + t.byte_offset, t.shape[0], t.shape[1], stride, is_bf16};
   return true;

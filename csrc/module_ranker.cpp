@@ -735,6 +735,8 @@ PyObject* module::score_ids(PyObject*, PyObject* const* args, Py_ssize_t count) 
     const int64_t fields = ranker.field_count();
     int64_t singles = 0;
     while (singles < fields && !ranker.field(singles).is_bag) ++singles;
+    // Storage may have been taken away.
+    if ((!single && rows * singles > 0) || (!values && a[3] > 0) || !offsets) Py_RETURN_NONE;
     for (int64_t i = 0; i < fields; ++i) {
       FieldIds& field = request.fields[size_t(i)];
       PyObject* vectors = nullptr;
