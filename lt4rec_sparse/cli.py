@@ -1,4 +1,4 @@
-"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`.
+"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`, `serve`.
 
 Commands import what they need when they run: `--help` and a mistyped option are answered without loading torch.
 """
@@ -18,6 +18,7 @@ import typer.core
 
 from lt4rec_sparse import __version__
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.serve.command import serve
 
 if TYPE_CHECKING:
     from lt4rec_sparse.recsys.models import Conflict
@@ -481,6 +482,9 @@ def inspect(model: Artefact) -> None:
     typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
     if ranker.inputs.absent:
         typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
+
+
+app.command()(serve)
 
 
 def _is_gpu(device: str) -> bool:
