@@ -101,7 +101,7 @@ class Slot:
         return self.current is not None and not is_unloaded
 
     def is_changed(self) -> bool:
-        """Tell whether the file is another one than the last that was loaded or refused."""
+        """Tell whether there is another file than the last that was loaded or refused."""
         return _identity(self.settings.artefact) not in (self._seen, None)
 
     def load(self) -> Model:
@@ -111,8 +111,9 @@ class Slot:
             RequestError: If it cannot be served, for whatever reason: the old model stays in use.
         """
         with self._lock:
-            if self.current is None or self.reason or self.is_changed():
-                self._seen = _identity(self.settings.artefact)
+            found = _identity(self.settings.artefact)
+            if self.current is None or self.reason or found != self._seen:
+                self._seen = found
                 try:
                     self.current = load(self.settings)
                 except Exception as error:

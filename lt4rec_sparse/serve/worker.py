@@ -9,11 +9,13 @@ import shutil
 import sys
 import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.serve.settings import Limits, RequestError, Settings
 
 SETTINGS = "LT4REC_SPARSE_SERVE"  # in the environment: settings as JSON, which a spawned worker inherits
+REFUSED = "refused"  # a file in the workers' folder: one of them could not start
 STARTUP_FAILURE = 3  # uvicorn's exit code of a worker that cannot start: it is not started again
 
 
@@ -50,6 +52,8 @@ def run(settings: Settings, host: str, port: int, workers: int, stop_seconds: in
             timeout_keep_alive=75,  # longer than a balancer's minute, so that it is the one to close
             timeout_graceful_shutdown=stop_seconds,
         )
+        if folder and (Path(folder) / REFUSED).exists():
+            raise SystemExit(STARTUP_FAILURE)  # uvicorn ends with 0 when its workers could not start
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,6 +78,8 @@ def app() -> Any:
         service.load()
     except RequestError as error:
         print(f"lt4rec-sparse: {error}", file=sys.stderr)  # noqa: T201  # as the command line says what it refuses
+        if service.settings.shared_folder:
+            (Path(service.settings.shared_folder) / REFUSED).touch()
         raise SystemExit(STARTUP_FAILURE) from error
     return create_app(service)
 
