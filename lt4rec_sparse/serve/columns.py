@@ -52,9 +52,9 @@ class Columns:
                 listed.append({"name": f"{column.name}.offsets", "datatype": "INT64", "shape": [-1]})
         return listed
 
-    def most(self, name: Any) -> int:
+    def most(self, name: str) -> int:
         """Return how many elements an input may have."""
-        column = self.features.get(name) if isinstance(name, str) else None
+        column = self.features.get(name)
         if column is not None and column.kind == "multi":
             return self.limits.rows * self.limits.bag_values
         return self.limits.rows + 1 if name in self._beside else self.limits.rows

@@ -142,8 +142,7 @@ def _inputs(entries: Any, binary: memoryview, columns: Columns) -> dict[str, ten
     found: dict[str, tensors.Tensor] = {}
     at = 0
     for entry in entries:
-        most = columns.most(entry.get("name")) if isinstance(entry, dict) else 0
-        name, datatype, length = tensors.header(entry, most)
+        name, datatype, length = tensors.header(entry, columns.most)
         if name in found:
             raise RequestError(f"input {shown(name)}: got it twice, wanted it once")
         size = tensors.binary_size(entry)

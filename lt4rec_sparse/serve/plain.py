@@ -85,9 +85,8 @@ def _columns(candidates: Any, columns: Columns) -> dict[str, list[Any]]:
     for i, row in enumerate(candidates):
         if row.keys() != names:
             name = min(row.keys() ^ names)
-            raise RequestError(
-                f"column {shown(name)}: got it in some rows but not in row {i if name not in row else 0}"
-            )
+            place = i if name not in row else 0
+            raise RequestError(f"column {shown(name)}: got it in some rows, not in row {place}, wanted it in all")
     return {name: [row[name] for row in candidates] for name in names}
 
 

@@ -7,7 +7,7 @@ bytes. In JSON, data is a flat list, and `null` a missing value of any datatype.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +45,11 @@ class Tensor(NamedTuple):
     values: NDArray[Any]
 
 
-def header(entry: Any, most: int) -> tuple[str, str, int]:
+def header(entry: Any, most: Callable[[str], int]) -> tuple[str, str, int]:
     """Return name, datatype and length of an input, checked; nothing is made of that length yet.
 
     Raises:
-        RequestError: If a key is unknown or of a wrong type, the shape has not one dimension, or is longer than `most`.
+        RequestError: If a key is unknown or of a wrong type, the shape has not one dimension, or is longer than `most` says of the name.
     """
     if not isinstance(entry, dict):
         raise RequestError(f"inputs: got {shown(entry)}, wanted objects")
@@ -65,8 +65,8 @@ def header(entry: Any, most: int) -> tuple[str, str, int]:
         )
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 0:
         raise RequestError(f"input {shown(name)}: got shape {shown(shape)}, wanted one dimension of at least 0")
-    if shape[0] > most:
-        raise RequestError(f"input {shown(name)}: got {shape[0]} elements, wanted at most {most}")
+    if shape[0] > most(name):
+        raise RequestError(f"input {shown(name)}: got {shape[0]} elements, wanted at most {most(name)}")
     return name, datatype, shape[0]
 
 

@@ -65,7 +65,7 @@ def test_separated_text_is_a_bag(client):
         (plain_request(candidates=CANDIDATES | {"item": [1, 2]}), "column 'length': got 5 rows, wanted 2"),
         (plain_request(candidates=CANDIDATES | {"item": [1] * 301}), "column 'item': got 301 rows, wanted at most 300"),
         (plain_request(candidates=rows() * 61), "candidates: got 305 rows, wanted at most 300"),
-        (plain_request(candidates=[*rows(), {"item": 3}]), "column 'length': got it in some rows but not in row 5"),
+        (plain_request(candidates=[*rows(), {"item": 3}]), "column 'length': got it in some rows, not in row 5"),
         (plain_request(candidates=CANDIDATES | {"length": [10**400] * 5}), "column 'length': got 1000"),
         (plain_request(candidates=CANDIDATES | {"length": [True] * 5}), "column 'length': got True"),
         (plain_request(k="3"), "k: got '3'"),
