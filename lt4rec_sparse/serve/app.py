@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.resources
+import json
 import re
 import signal
 import threading
@@ -132,13 +133,11 @@ class _Routes:
 
     async def about(self, request: Request) -> Response:
         model = self._service.model()
-        columns = [{"name": c.name, "kind": c.kind} for c in model.columns.features.values()]
-        about = {"model": model.name, "version": model.version, "tasks": model.tasks, "columns": columns}
-        return JSONResponse(
-            about
-            | {"precision": model.precision, "precisions": model.precisions, "examples": model.examples}
-            | {"context": sorted(model.encoder.schema.in_common)}
-        )
+        about = {"model": model.name, "version": model.version, "tasks": model.tasks}
+        # As text: the page's numbers are float64, and an int of 64 bits would be rounded by it.
+        examples = [{"name": e["name"], "text": json.dumps(e, indent=1, ensure_ascii=False)} for e in model.examples]
+        precisions = {"precision": model.precision, "precisions": model.precisions}
+        return JSONResponse(about | precisions | {"examples": examples})
 
     async def metrics(self, request: Request) -> Response:
         text = await asyncio.to_thread(self._service.metrics.text)

@@ -34,11 +34,9 @@ def serve(
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one request, at most.")] = Limits.body_bytes,
 ) -> None:
     """Serve an artefact over HTTP: the Open Inference Protocol, plain JSON at /rank, a page at /, /metrics."""
-    from lt4rec_sparse.network import PRECISIONS
+    # Nothing here loads torch: a process that only watches over workers stays small.
     from lt4rec_sparse.serve.worker import run
 
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if not model.is_file():
         raise InputError(f"{model}: no such file, wanted an artefact (model.safetensors)")
     settings = Settings(

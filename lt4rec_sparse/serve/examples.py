@@ -32,7 +32,7 @@ def from_file(path: str | Path, columns: Columns) -> list[dict[str, Any]]:
         if not isinstance(item.get("name"), str):
             raise InputError(f"{path}: request {i}: got name {shown(item.get('name'))}, wanted text")
         try:
-            plain.read({key: value for key, value in item.items() if key != "name"}, columns)
+            plain.read(item, columns)
         except InputError as error:
             raise InputError(f"{path}: request {shown(item['name'])}: {error}") from error
     return requests

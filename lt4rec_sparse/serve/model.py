@@ -154,7 +154,6 @@ def _warm_up(ranker: Ranker, columns: Columns) -> None:
     """Score candidates in the sizes that requests have, so that the first request does not pay for it."""
     for rows in WARM_UP:
         (request,) = examples.made(ranker.encoder, 1, min(rows, columns.limits.rows))
-        del request["name"]
         ranking = rank(ranker, plain.read(request, columns).request)
         for task, scores in ranking.scores.items():
             if not (np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()):

@@ -2,7 +2,7 @@
 
 `{"context": {...}, "candidates": {...} or [{...}, ...], "k": 10, "by": {"ctr": 1}}`: candidates as columns or as rows.
 A column in `context` has one value; a multi-valued one has a list, or text with the schema's separator. A missing value
-is `null`. `precision` may name another precision that the artefact has.
+is `null`. `precision` may name another precision that the artefact has; a `name` is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lt4rec_sparse.serve.requests import Request
 from lt4rec_sparse.serve.settings import RequestError
 from lt4rec_sparse.serve.tensors import check_text
 
-KEYS = {"context", "candidates", "k", "by", "precision"}
+KEYS = {"name", "context", "candidates", "k", "by", "precision"}
 
 
 class Asked(NamedTuple):

@@ -127,8 +127,8 @@ class Service:
         clock = _Clock(trace, submitted)
         asked = plain.read(body.parse(data, model.columns.limits.depth), model.columns)
         trace.rows = asked.request.rows
-        ranker = model.ranker(asked.precision)
         clock.lap("read")
+        ranker = model.ranker(asked.precision)  # the first request in a precision pays for it
         ranking = rank(ranker, asked.request)
         clock.lap("compute")
         about = {"model": model.name, "version": model.version, "precision": ranker.precision, "us": dict(trace.us)}

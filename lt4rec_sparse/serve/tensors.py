@@ -49,7 +49,7 @@ def header(entry: Any, most: Callable[[str], int]) -> tuple[str, str, int]:
     """Return name, datatype and length of an input, checked; nothing is made of that length yet.
 
     Raises:
-        RequestError: If a key is unknown or of a wrong type, the shape has not one dimension, or is longer than `most` says of the name.
+        RequestError: If a key is unknown or of a wrong type, or the shape is not one dimension of at most `most(name)`.
     """
     if not isinstance(entry, dict):
         raise RequestError(f"inputs: got {shown(entry)}, wanted objects")
