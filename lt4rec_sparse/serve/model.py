@@ -30,7 +30,7 @@ class Model:
 
     Args:
         ranker: In the server's precision.
-        name: Of the model, in paths.
+        name: What paths call the model.
         version: The first 12 digits of the artefact's SHA-256.
         settings: The server's.
 
