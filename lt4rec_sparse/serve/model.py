@@ -144,7 +144,7 @@ def load(settings: Settings) -> Model:
     for _ in range(ATTEMPTS):
         before = _identity(settings.artefact)
         ranker: Ranker = read(settings.artefact, settings.precision)
-        version = _version(settings.artefact)
+        version = version_of(settings.artefact)
         if _identity(settings.artefact) == before:
             return Model(ranker, settings.name or ranker.encoder.schema.name, version, settings)
     raise InputError(f"{settings.artefact}: got a file that is replaced again and again, wanted one that stays")
@@ -169,7 +169,8 @@ def _identity(path: str) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _version(path: str) -> str:
+def version_of(path: str) -> str:
+    """Return the version of an artefact: the first 12 digits of the SHA-256 that it holds."""
     with safe_open(path, "pt") as file:
         metadata: dict[str, Any] = json.loads(file.metadata()[KEY])
     return str(metadata["sha256"])[:12]
