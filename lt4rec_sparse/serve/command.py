@@ -11,6 +11,8 @@ import typer
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.settings import Limits, Settings
 
+DAY = 86_400
+
 
 def serve(
     model: Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")],
@@ -24,8 +26,8 @@ def serve(
         typer.Option(min=1, max=1024, help="Requests that one process computes at once. By default cores / workers."),
     ] = None,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait in one process; others get 503.")] = 64,
-    watch: Annotated[float, typer.Option(min=0, help="Seconds between looks for a new artefact; 0: never.")] = 1.0,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds to serve on, not ready, after SIGTERM.")] = 5.0,
+    watch: Annotated[float, typer.Option(help="Seconds between looks for a new artefact; 0: never.")] = 1.0,
+    drain: Annotated[float, typer.Option(help="Seconds to serve on, not ready, after SIGTERM.")] = 5.0,
     stop: Annotated[int, typer.Option(min=1, help="Seconds that requests in flight have after that.")] = 30,
     control: Annotated[bool, typer.Option("--control", help="Let clients load and unload the model.")] = False,
     examples: Annotated[Path | None, typer.Option(help="A JSON file of requests for the page at /.")] = None,
@@ -37,10 +39,13 @@ def serve(
     # Nothing here loads torch: a process that only watches over workers stays small.
     from lt4rec_sparse.serve.worker import run
 
+    for option, seconds in (("--watch", watch), ("--drain", drain)):
+        if not 0 <= seconds <= DAY:  # neither is NaN
+            raise InputError(f"{option}: got {seconds} seconds, wanted 0 to {DAY:,}")
     if not model.is_file():
         raise InputError(f"{model}: no such file, wanted an artefact (model.safetensors)")
     settings = Settings(
-        artefact=str(model.resolve()),
+        artefact=str(model.absolute()),  # not resolved: a link that leads elsewhere is a new artefact
         precision=precision,
         name=name,
         threads=threads or max(1, len(os.sched_getaffinity(0)) // workers),
@@ -48,7 +53,7 @@ def serve(
         watch_seconds=watch,
         drain_seconds=drain,
         control=control,
-        examples="" if examples is None else str(examples.resolve()),
+        examples="" if examples is None else str(examples.absolute()),
         access_log=access_log,
         limits=Limits(rows=max_rows, body_bytes=max_bytes),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,16 @@ class Model:
         settings: The server's.
 
     Raises:
-        InputError: If a task has the name of another output, or a score of the warm-up is not finite.
+        InputError: If a task has the name of another output, or the model one that paths cannot have; if a score of
+            the warm-up is not finite.
     """
 
     def __init__(self, ranker: Ranker, name: str, version: str, settings: Settings) -> None:
         taken = next((task for task in ranker.tasks if task in (oip.RANK_SCORE, oip.ROW)), None)
         if taken is not None:
             raise InputError(f"task {taken!r}: got the name of an output of every model, wanted another name")
+        if not name or "/" in name:
+            raise InputError(f"name: got {name!r}, wanted one without '/', as paths have it: --name")
         self.name, self.version, self.tasks = name, version, ranker.tasks
         self.precision = ranker.precision
         self.columns = Columns(ranker.encoder.schema, settings.limits)
@@ -51,11 +55,7 @@ class Model:
         self._lock = threading.Lock()
         is_calibrated = ranker.mlp.network.quantization is not None
         self.precisions = tuple(p for p in PRECISIONS if is_calibrated or p != "int8")
-        self.examples = (
-            examples.from_file(settings.examples, self.columns)
-            if settings.examples
-            else examples.made(ranker.encoder, requests=5, rows=20)
-        )
+        self.examples = _examples(ranker, self.columns, settings.examples)
         _warm_up(ranker, self.columns)
 
     def ranker(self, precision: str = "") -> Ranker:
@@ -115,7 +115,10 @@ class Slot:
             if self.current is None or self.reason or found != self._seen:
                 self._seen = found
                 try:
-                    self.current = load(self.settings)
+                    model = load(self.settings)
+                    if self.current is not None and model.name != self.current.name:
+                        raise InputError(f"name: got {model.name!r}, wanted {self.current.name!r}, which is served")
+                    self.current = model
                 except Exception as error:
                     self.reason = " ".join(str(error).split()) or type(error).__name__
                     raise RequestError(self.reason) from error
@@ -148,6 +151,14 @@ def load(settings: Settings) -> Model:
         if _identity(settings.artefact) == before:
             return Model(ranker, settings.name or ranker.encoder.schema.name, version, settings)
     raise InputError(f"{settings.artefact}: got a file that is replaced again and again, wanted one that stays")
+
+
+def _examples(ranker: Ranker, columns: Columns, path: str) -> list[dict[str, Any]]:
+    """Return requests for the page: made ones where the file's do not fit, which an older artefact may have had."""
+    if path:
+        with suppress(InputError, OSError):
+            return examples.from_file(path, columns)
+    return examples.made(ranker.encoder, requests=5, rows=20)
 
 
 def _warm_up(ranker: Ranker, columns: Columns) -> None:

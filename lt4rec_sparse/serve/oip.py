@@ -22,7 +22,7 @@ from lt4rec_sparse.serve.requests import Request, split
 from lt4rec_sparse.serve.settings import RequestError
 
 RANK_SCORE, ROW = "rank_score", "row"
-KEYS = {"id", "inputs", "outputs", "parameters", "model_name", "model_version"}
+KEYS = {"id", "inputs", "outputs", "parameters", "model_name"}
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -47,7 +47,7 @@ def outputs(tasks: Sequence[str]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in datatypes.items()]
 
 
-def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequence[str]) -> Infer:
+def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequence[str], name: str) -> Infer:
     """Read a request.
 
     Args:
@@ -55,6 +55,7 @@ def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequen
         header_length: The header `Inference-Header-Content-Length`: how much of it is JSON; None for all.
         columns: The model's.
         tasks: The model's.
+        name: The model's.
 
     Raises:
         RequestError: If it is malformed; the message names the field.
@@ -67,6 +68,8 @@ def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequen
     identity = content.get("id", "")
     if not isinstance(identity, str):
         raise RequestError(f"id: got {shown(identity)}, wanted text")
+    if content.get("model_name") not in (None, name):  # KServe's client has it beside the path
+        raise RequestError(f"model_name: got {shown(content['model_name'])}, wanted {name!r}")
     tensors.check_text("id", identity, columns.limits)
     parameters = _table(content.get("parameters", {}), "parameters")
     k, by = _ranking(parameters)

@@ -112,7 +112,7 @@ class Service:
     ) -> tuple[bytes, int | None]:
         """Answer a request of the Open Inference Protocol, in a thread: body, and how much of it is JSON."""
         clock = _Clock(trace, submitted)
-        asked = oip.read(data, header_length, model.columns, model.tasks)
+        asked = oip.read(data, header_length, model.columns, model.tasks, model.name)
         trace.rows = asked.request.rows
         clock.lap("read")
         ranking = rank(model.ranker(), asked.request)

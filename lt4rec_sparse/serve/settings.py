@@ -28,7 +28,7 @@ class Limits:
         body_seconds: How long its body may take to arrive.
     """
 
-    body_bytes: int = 16 << 20
+    body_bytes: int = 8 << 20
     rows: int = 10_000
     depth: int = 8
     bag_values: int = 1_000

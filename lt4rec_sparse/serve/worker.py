@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lt4rec_sparse.serve.settings import Limits, RequestError, Settings
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.serve.settings import Limits, Settings
 
 SETTINGS = "LT4REC_SPARSE_SERVE"  # in the environment: settings as JSON, which a spawned worker inherits
 REFUSED = "refused"  # a file in the workers' folder: one of them could not start
@@ -63,8 +64,9 @@ def app() -> Any:
     """Return the application of this process, its model loaded and warmed up.
 
     Raises:
-        SystemExit: If the artefact cannot be served, after one line that says why.
+        SystemExit: If the artefact cannot be served, or the examples are none of its requests, after one line.
     """
+    from lt4rec_sparse.serve import examples
     from lt4rec_sparse.serve.app import create_app
     from lt4rec_sparse.serve.service import LOG, Service
 
@@ -75,8 +77,10 @@ def app() -> Any:
     LOG.propagate = False
     service = Service(settings_from(os.environ[SETTINGS]))
     try:
-        service.load()
-    except RequestError as error:
+        model = service.load()
+        if service.settings.examples:
+            examples.from_file(service.settings.examples, model.columns)
+    except (InputError, OSError) as error:
         print(f"lt4rec-sparse: {error}", file=sys.stderr)  # noqa: T201  # as the command line says what it refuses
         if service.settings.shared_folder:
             (Path(service.settings.shared_folder) / REFUSED).touch()

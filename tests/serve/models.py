@@ -128,7 +128,13 @@ class Client:
         self._client = httpx.AsyncClient(transport=transport, base_url="http://test")
 
     def send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return self._loop.run_until_complete(self._client.request(method, path, **options))
+        return self.wait(self.request(method, path, **options))
+
+    async def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return await self._client.request(method, path, **options)
+
+    def wait(self, work: Any) -> Any:
+        return self._loop.run_until_complete(work)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.send("GET", path, **options)

@@ -4,12 +4,14 @@ import asyncio
 import json
 import logging
 import re
+import threading
 from dataclasses import replace
 
 import pytest
 from serve.models import LIMITS, Client, plain_request, raw_columns, settings, small_ranker, tensors
 
 from lt4rec_sparse import save
+from lt4rec_sparse.serve.model import Model
 from lt4rec_sparse.serve.service import Service
 from lt4rec_sparse.serve.settings import RequestError
 
@@ -205,9 +207,73 @@ def test_an_artefact_that_cannot_be_served_is_refused_while_the_old_one_serves(o
     assert own.post("/v2/repository/index").json()[0]["reason"] == ""
 
 
-def test_a_task_with_the_name_of_an_output_is_refused(tmp_path):
-    from lt4rec_sparse.serve.model import Model
+def test_a_link_that_leads_elsewhere_is_a_new_artefact(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        save(small_ranker(seed=seed), tmp_path / str(seed) / "model.safetensors")
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path / "0")
+    service = Service(settings(tmp_path, artefact=str(link / "model.safetensors")))
+    before = service.load().version
+    link.unlink()
+    link.symlink_to(tmp_path / "1")
+    service.refresh()
+    service.pool.shutdown()
+    assert service.model().version != before
 
+
+def test_an_artefact_of_another_schema_is_refused_unless_the_model_has_a_name_of_its_own(tmp_path):
+    path = tmp_path / "model.safetensors"
+    other = small_ranker()
+    other.encoder.schema = replace(other.encoder.schema, name="other")
+    for name, wanted in (("", "shop"), ("mine", "mine")):
+        save(small_ranker(), path)
+        service = Service(settings(tmp_path, name=name))
+        before = service.load()
+        save(other, path)
+        service.refresh()
+        service.pool.shutdown()
+        assert service.model().name == wanted
+        assert (service.model() is before) == (not name)
+        assert service.slot.reason == ("" if name else "name: got 'other', wanted 'shop', which is served")
+
+
+@pytest.mark.parametrize("name", ["a/b", ""])
+def test_a_name_that_paths_cannot_have_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"name: got '.*', wanted one without '/'"):
+        Model(small_ranker(), name, "1", settings(tmp_path))
+
+
+def test_examples_of_an_older_artefact_do_not_keep_a_new_one_out(tmp_path):
+    (tmp_path / "requests.json").write_text('{"requests": [{"name": "x", "candidates": [{"gone": 1}]}]}', "utf-8")
+    service = Service(settings(tmp_path, examples=str(tmp_path / "requests.json")))
+    assert [request["name"] for request in service.load().examples] == [f"request {i}" for i in range(1, 6)]
+    service.pool.shutdown()
+
+
+def test_health_answers_while_every_thread_ranks(own, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    ranker = own.service.model().ranker()
+
+    def slowly(precision=""):
+        begun.set()
+        assert go.wait(30)
+        return ranker
+
+    monkeypatch.setattr(own.service.model(), "ranker", slowly)
+
+    async def both():
+        ranking = asyncio.ensure_future(own.request("POST", "/rank", json=plain_request()))
+        await asyncio.to_thread(begun.wait, 30)
+        health = await own.request("GET", "/v2/health/live")
+        assert not ranking.done()
+        go.set()
+        return health.status_code, (await ranking).status_code
+
+    assert own.wait(both()) == (200, 200)
+
+
+def test_a_task_with_the_name_of_an_output_is_refused(tmp_path):
     ranker = small_ranker()
     ranker.tasks = ("ctr", "row")
     with pytest.raises(ValueError, match="task 'row': got the name of an output"):

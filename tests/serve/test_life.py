@@ -1,6 +1,7 @@
 """Processes: they stop after what they have begun, take in a new artefact, and count together."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -59,6 +60,14 @@ def test_a_file_that_cannot_be_served_ends_the_start_with_one_line(tmp_path):
         assert "lt4rec-sparse: " in done.stderr and "wanted an artefact" in done.stderr
         assert "Traceback" not in done.stderr
         assert json.loads(done.stdout.splitlines()[0])["event"] == "refused"
+    save(small_ranker(), path)
+    (tmp_path / "requests.json").write_text('{"requests": 3}', "utf-8")
+    command = [sys.executable, "-m", "lt4rec_sparse", "serve", str(path), "--port", "0", "--examples", "requests.json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 3 and "requests.json: got requests 3" in done.stderr and "Traceback" not in done.stderr
     absent = [sys.executable, "-m", "lt4rec_sparse", "serve", str(tmp_path / "none")]
     done = subprocess.run(absent, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and "no such file" in done.stderr

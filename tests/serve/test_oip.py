@@ -156,6 +156,7 @@ BINARY = {"parameters": {"binary_data_size": 7}}
         ({"inputs": [3]}, None, "inputs: got 3, wanted objects"),
         ({"inputs": tensors(), "batch": 1}, None, "'batch': got an unknown key"),
         ({"inputs": tensors(), "id": 3}, None, "id: got 3, wanted text"),
+        ({"inputs": tensors(), "model_name": "x"}, None, "model_name: got 'x', wanted 'shop'"),
         ({"inputs": [*tensors(), tensors()[0]]}, None, "input 'item': got it twice"),
         ({"inputs": tensors()[1:]}, None, "column 'item': got nothing"),
         ({"inputs": changed("item", shape=[-5])}, None, "input 'item': got shape [-5]"),
