@@ -21,6 +21,7 @@ from bench import (
     memory,
     networks,
     record,
+    request,
     serving,
     tables,
     training,
@@ -30,7 +31,7 @@ from bench import (
 USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
     " | networks [NETWORK ... | --short] | frozen [--short] | gpu [--dry OUT] | gpu-bytes"
-    " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short]"
+    " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
@@ -75,6 +76,10 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(training.measured(Path(prepared), steps=2, rounds=1), indent=1))
         case ["embeddings", run_folder]:
             print(embeddings.run(Path(run_folder)))
+        case ["request", run_folder]:
+            print(request.run(Path(run_folder)))
+        case ["request", run_folder, "--short"]:
+            print(json.dumps(request.measured(Path(run_folder), (1,), rounds=1, round_us=1.0), indent=1))
         case ["embeddings", run_folder, "--short"]:
             print(json.dumps(embeddings.measured(Path(run_folder), rows=100, rounds=1, round_us=1.0), indent=1))
         case ["serving", run_folder]:

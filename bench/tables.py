@@ -257,6 +257,31 @@ def _embeddings() -> str:
     return f"{where}\n\n{table(header, rows)}"
 
 
+def _request() -> str:
+    found = record.read("request")
+    parts = [
+        f"{found['data']}, {found['fields']} fields, of which candidates have {found['in_common']} in common; "
+        f"{_where(found['machine'])}."
+    ]
+    for name, of_threads in found["artefacts"].items():
+        densities = ", ".join(f"{100 * x:.0f}" for x in next(iter(of_threads.values()))["densities"])
+        for threads, measured in of_threads.items():
+            timings = measured["timings_us"]
+            sizes = list(timings)
+            ways = list(timings[sizes[0]])
+            base = {p: f"modules, every row, {p}" for p in ("fp32", "int8")}
+            rows = []
+            for way in ways:
+                us = [timings[size][way]["median_us"] for size in sizes]
+                first = [timings[size][base[way.rpartition(", ")[2]]]["median_us"] for size in sizes]
+                rows.append([way, *(f"{t:,.0f} ({b / t:.1f})" for t, b in zip(us, first, strict=True))])
+            header = ["way", *(f"{int(size):,} candidate{'s' if size != '1' else ''}, µs" for size in sizes)]
+            what = f"`{name}` (layers at {densities} %), threads: {threads}"
+            parts.append(f"{what}. In brackets: times as fast as the modules, of the same precision, every row.")
+            parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
 def _simulated() -> str:
     results = record.read("simulated")["results"]
     return comparison_table(results["records"], results["rows"], BASE, results["data"]["tasks"])
@@ -553,6 +578,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "tasks": _tasks,
     "training": _training,
     "embeddings": _embeddings,
+    "request": _request,
     "serving": _serving,
     "simulated": _simulated,
     "speed": _speed,

@@ -71,7 +71,7 @@ Layer shared_layer(const std::vector<const CanonicalLayer*>& tasks, const std::v
   layer.bias.clear();
   layer.slopes.clear();
   layer.activation = ACTIVATION_NONE;
-  layer.is_head = 0;
+  layer.is_head = layer.takes_bias = 0;
   layer.out_features = int64_t(parts.sets.size()) * part_features;
   layer.part_features = uint32_t(part_features);
   for (uint32_t part = 0; part < parts.sets.size(); ++part)

@@ -15,13 +15,13 @@ struct RowsF32 {
                        float* y, int64_t y_stride) {
     net.isa->blocks_f32(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network&, const LayerRecord&, const float*, const LayerRecord&, float*) {}
-  static void add(const Network& net, const LayerRecord& layer, const float* a, const float* b, bool is_sum,
-                  float* to) {
-    net.isa->add_f32(a, b, is_sum ? net.floats(layer.bias) : nullptr, layer.part_features,
-                     is_sum && layer.activation == ACTIVATION_RELU, to);
+  static void next(const Network&, const LayerRecord&, const float*, const float*, const LayerRecord&, float*) {}
+  // With a bias the sum is done. `to` may be `a`.
+  static void add(const Network& net, const LayerRecord& layer, const float* a, const float* b, const float* bias,
+                  int64_t count, float* to) {
+    net.isa->add_f32(a, b, bias, count, bias && layer.activation == ACTIVATION_RELU, to);
   }
-  static void real(const Network&, const LayerRecord& layer, const float* y, float* to) {
+  static void real(const Network&, const LayerRecord& layer, const float* y, const float*, float* to) {
     std::memcpy(to, y, layer.out_features * sizeof(float));
   }
 };
@@ -39,19 +39,14 @@ struct RowsRounded : RowsF32 {
                        float* y, int64_t y_stride) {
     (net.isa->*kKernel)(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const float* y, const LayerRecord&, T* line) {
+  static void next(const Network& net, const LayerRecord& layer, const float* y, const float*, const LayerRecord&,
+                   T* line) {
     (net.isa->*kRound)(y, layer.out_features, line);
   }
 };
 using RowsBf16 = RowsRounded<uint16_t, &Isa::blocks_bf16, &Isa::round_bf16>;
 using RowsWidenedBf16 = RowsRounded<float, &Isa::blocks_widened_bf16, &Isa::round_widened_bf16>;
 using RowsFilledBf16 = RowsRounded<float, &Isa::blocks_f32, &Isa::round_widened_bf16>;
-
-inline bool has_nan(const float* values, int64_t count) {
-  int nans = 0;
-  for (int64_t i = 0; i < count; ++i) nans |= values[i] != values[i];
-  return nans;
-}
 
 inline bool is_filler(float weight) { return weight == 0 && std::signbit(weight); }
 
@@ -87,19 +82,20 @@ struct RowsS8 {
                        int32_t* y, int64_t y_stride) {
     net.isa->blocks_s8(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const int32_t* y, const LayerRecord& following,
-                   uint8_t* line) {
-    net.isa->recode_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features,
+  static void next(const Network& net, const LayerRecord& layer, const int32_t* y, const float* bias,
+                   const LayerRecord& following, uint8_t* line) {
+    net.isa->recode_s32(y, nullptr, net.floats(layer.scale), bias, layer.out_features,
                         layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point, line);
   }
-  static void add(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, bool, int32_t* to) {
+  static void add(const Network& net, const LayerRecord&, const int32_t* a, const int32_t* b, const float*,
+                  int64_t count, int32_t* to) {
     if (b)
-      net.isa->add_s32(a, b, layer.part_features, to);
+      net.isa->add_s32(a, b, count, to);
     else
-      std::memcpy(to, a, layer.part_features * sizeof(int32_t));
+      std::memcpy(to, a, size_t(count) * sizeof(int32_t));
   }
-  static void real(const Network& net, const LayerRecord& layer, const int32_t* y, float* to) {
-    net.isa->dequantize_s32(y, nullptr, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
+  static void real(const Network& net, const LayerRecord& layer, const int32_t* y, const float* bias, float* to) {
+    net.isa->dequantize_s32(y, nullptr, net.floats(layer.scale), bias, layer.out_features, to);
     if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(to, nullptr, nullptr, layer.out_features, true, to);
   }
 };
@@ -108,6 +104,7 @@ template <class Rows>
 class BlockPath {
   using Activation = typename Rows::Activation;
   using Value = typename Rows::Value;
+  static constexpr bool kIsS8 = std::is_same_v<Value, int32_t>;
 
  public:
   // So many rows' activations fit the second cache beside a piece of the weights.
@@ -118,11 +115,11 @@ class BlockPath {
     const int64_t lines = line_length(header.in_features) + line_length(header.hidden_features);
     const int64_t values = 2 * line_length(header.hidden_features) + line_length(header.shared_features);
     return rows * (lines * int64_t{sizeof(Activation)} + values * int64_t{sizeof(Value)}) +
-           (header.in_features + header.hidden_features + 64) * int64_t{sizeof(float)} + 6 * 64;
+           (header.in_features + 2 * header.hidden_features + 64) * int64_t{sizeof(float)} + 7 * 64;
   }
 
   BlockPath(const Network& net, Arena& arena, int64_t rows)
-      : net_(net), input_stride_(line_length(net.header->in_features)),
+      : net_(net), given_(net, arena.take<float>(net.header->hidden_features)), input_stride_(line_length(net.header->in_features)),
         hidden_stride_(line_length(net.header->hidden_features)),
         shared_stride_(line_length(net.header->shared_features)) {
     input_ = arena.take<Activation>(rows * input_stride_);
@@ -157,15 +154,23 @@ class BlockPath {
       if (layer.kind == LAYER_LINEAR) multiply(layer, x, x_stride, rows, y, hidden_stride_);
       for (int64_t r = 0; r < rows; ++r) {
         Value* of_row = y + r * hidden_stride_;
-        if (layer.kind == LAYER_COMBINED) combine(layer, shared_ + r * shared_stride_, of_row);
+        const float* bias = net_.floats(layer.bias);
+        if (layer.takes_bias) {
+          bias = given_.of_row(call, layer, begin + r, r == 0);
+          if (kIsS8) has_nan[r] |= ::has_nan(bias, layer.out_features);
+        }
+        if (layer.kind == LAYER_COMBINED)
+          combine(layer, shared_ + r * shared_stride_, bias, of_row);
+        else if (layer.takes_bias && !kIsS8)
+          Rows::add(net_, layer, of_row, nullptr, bias, layer.out_features, of_row);
         if (layer.is_head) {
           float* to = call.out + (begin + r) * call.out_stride + column;
-          Rows::real(net_, layer, of_row, to);
+          Rows::real(net_, layer, of_row, bias, to);
           if (is_left(layer)) activate(net_, layer, to, layer.out_features);
           if (has_nan[r])  // int8 codes have none
             for (uint32_t j = 0; j < layer.out_features; ++j) to[j] = std::numeric_limits<float>::quiet_NaN();
         } else {
-          pass_on(layer, net_.layers[i + 1], of_row, hidden_ + r * hidden_stride_);
+          pass_on(layer, net_.layers[i + 1], of_row, bias, hidden_ + r * hidden_stride_);
         }
       }
       x = layer.is_head ? input : next_input(y);
@@ -177,11 +182,12 @@ class BlockPath {
  private:
   void multiply(const LayerRecord& layer, const Activation* x, int64_t x_stride, int64_t rows, Value* y,
                 int64_t y_stride) const {
-    Rows::multiply(net_, layer, x, x_stride, rows, y, y_stride);
+    const LayerRecord sums = layer.takes_bias ? without_activation(layer) : layer;
+    Rows::multiply(net_, sums, x, x_stride, rows, y, y_stride);
     if constexpr (std::is_same_v<Activation, float>)
       for (int64_t r = 0; net_.is_filled && r < rows; ++r)
-        if (has_nan(y + r * y_stride, layer.out_features))  // as each sum in which a filler met Inf or NaN
-          add_without_fillers(net_, layer, x + r * x_stride, y + r * y_stride);
+        if (::has_nan(y + r * y_stride, layer.out_features))  // as each sum in which a filler met Inf or NaN
+          add_without_fillers(net_, sums, x + r * x_stride, y + r * y_stride);
   }
 
   // A row's features, in whole groups. Lines of a power of two bytes would meet in the same few places of the cache.
@@ -197,16 +203,17 @@ class BlockPath {
     return Rows::load(net_, net_.layers[0], float_row(net_, call, row, real_), call.in_features, line);
   }
 
-  void pass_on(const LayerRecord& layer, const LayerRecord& following, Value* y, Activation* line) {
+  void pass_on(const LayerRecord& layer, const LayerRecord& following, Value* y, const float* bias,
+               Activation* line) {
     if (is_left(layer)) {
-      Rows::real(net_, layer, y, real_);
+      Rows::real(net_, layer, y, bias, real_);
       activate(net_, layer, real_, layer.out_features);
       if constexpr (Rows::kReadsValues)
         std::memcpy(y, real_, layer.out_features * sizeof(float));
       else
         Rows::load(net_, following, real_, layer.out_features, line);
     } else {
-      Rows::next(net_, layer, y, following, line);
+      Rows::next(net_, layer, y, bias, following, line);
     }
     if constexpr (Rows::kReadsValues)
       clear_edge(layer.out_features, y);
@@ -219,17 +226,19 @@ class BlockPath {
     for (int64_t i = features; i < quad_count(features) * QUAD; ++i) line[i] = 0;
   }
 
-  void combine(const LayerRecord& layer, const Value* shared, Value* to) const {
+  void combine(const LayerRecord& layer, const Value* shared, const float* bias, Value* to) const {
     const auto part = [&](uint32_t p) { return shared + int64_t{net_.parts(layer)[p]} * layer.part_features; };
     const Value* sum = part(0);
     for (uint32_t p = 1; p + 1 < layer.part_count; ++p) {
-      Rows::add(net_, layer, sum, part(p), false, to);
+      Rows::add(net_, layer, sum, part(p), nullptr, layer.part_features, to);
       sum = to;
     }
-    Rows::add(net_, layer, sum, layer.part_count > 1 ? part(layer.part_count - 1) : nullptr, true, to);
+    const Value* last = layer.part_count > 1 ? part(layer.part_count - 1) : nullptr;
+    Rows::add(net_, layer, sum, last, bias, layer.part_features, to);
   }
 
   const Network& net_;
+  GivenBias given_;
   int64_t input_stride_, hidden_stride_, shared_stride_;
   Activation *input_, *hidden_;
   Value *values_[2], *shared_;

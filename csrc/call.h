@@ -12,11 +12,46 @@ struct Network {
   const uint32_t* parts(const LayerRecord& layer) const {
     return reinterpret_cast<const uint32_t*>(blob + layer.parts);
   }
-  // Sums of tables hold the bias already; what is combined from parts lacks it.
-  const float* missing_bias(const LayerRecord& layer) const {
-    return layer.kind == LAYER_COMBINED ? floats(layer.bias) : nullptr;
-  }
 };
+
+// The biases that come with a call, one layer at a time.
+class GivenBias {
+ public:
+  // `memory` holds hidden_features floats.
+  GivenBias(const Network& net, float* memory) : net_(net), memory_(memory) {}
+
+  // Those of one row of the batch in the layer's order, zeros up to whole groups. Where all rows have the same ones,
+  // `first` says that the layer's are not here yet.
+  const float* of_row(const SparseMlpCall& call, const LayerRecord& layer, int64_t row, bool is_first) {
+    if (call.bias_stride == 0 && !is_first) return memory_;
+    const float* given = call.bias + row * call.bias_stride + layer.bias_column;
+    if (layer.bias_order == 0) {
+      std::memcpy(memory_, given, layer.out_features * sizeof(float));
+    } else {
+      const auto* order = reinterpret_cast<const uint32_t*>(net_.blob + layer.bias_order);
+      for (uint32_t i = 0; i < layer.out_features; ++i) memory_[i] = given[order[i]];
+    }
+    for (int64_t i = layer.out_features; i < padded(layer.out_features); ++i) memory_[i] = 0;
+    return memory_;
+  }
+
+ private:
+  const Network& net_;
+  float* memory_;
+};
+
+// A layer whose kernel leaves the activation: its sums are not done yet.
+LayerRecord without_activation(const LayerRecord& layer) {
+  LayerRecord sums = layer;
+  sums.activation = ACTIVATION_NONE;
+  return sums;
+}
+
+inline bool has_nan(const float* values, int64_t count) {
+  int nans = 0;
+  for (int64_t i = 0; i < count; ++i) nans |= values[i] != values[i];
+  return nans;
+}
 
 // While it lives, denormals count as zero, as bfloat16 arithmetic is defined. Other processors' kernels see to it
 // themselves.

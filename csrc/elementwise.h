@@ -86,15 +86,15 @@ int codes_f32(const float* from, int64_t count, float inverse_scale, int32_t zer
   return nans;
 }
 
-void dequantize_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float* to) {
+void dequantize_f32(const float* sums, int64_t count, float scale, const float* bias, int has_relu, float* to) {
   if (has_relu) {
-    for (int64_t i = 0; i < count; ++i) to[i] = relu(__builtin_fmaf(sums[i], scale, bias));
+    for (int64_t i = 0; i < count; ++i) to[i] = relu(__builtin_fmaf(sums[i], scale, bias[i]));
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(sums[i], scale, bias);
+    for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(sums[i], scale, bias[i]);
   }
 }
 
-void recode_f32(const float* sums, int64_t count, float scale, float bias, int has_relu, float inverse_scale,
+void recode_f32(const float* sums, int64_t count, float scale, const float* bias, int has_relu, float inverse_scale,
                 int32_t zero_point, float* codes) {
   dequantize_f32(sums, count, scale, bias, has_relu, codes);
   for (int64_t i = 0; i < count; ++i) codes[i] = float_code_of(codes[i], inverse_scale, float(zero_point));
@@ -106,5 +106,51 @@ void dequantize_s32(const int32_t* a, const int32_t* b, const float* scale, cons
     for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(float(a[i] + b[i]), scale[i], bias[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fmaf(float(a[i]), scale[i], bias[i]);
+  }
+}
+
+// By shifts alone, which every ISA has: a half's exponent counts from 15, a float's from 127. What is denormal among
+// halves is normal among floats; a product with 2^112 makes it so.
+void widen_f16(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t half = from[i], magnitude = half & 0x7fff;
+    const float scaled = float_of(magnitude << 13) * 0x1p112f;
+    const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : bits_of(scaled);
+    to[i] = float_of(special | (half & 0x8000) << 16);
+  }
+}
+
+void widen_s8(const int8_t* from, int64_t count, float scale, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]) * scale;
+}
+
+// The pragmas keep the sums in registers, and compilers from unrolling what they then no longer vectorise.
+template <int kGroups>
+inline void cross_groups(const float* vector, const float* transposed, int64_t stride, int64_t dim, float* dots) {
+  float sums[kGroups][GROUP] = {};
+#pragma GCC unroll 1
+  for (int64_t d = 0; d < dim; ++d) {
+    const float factor = vector[d];
+    const float* row = transposed + d * stride;
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+#pragma omp simd
+      for (int j = 0; j < GROUP; ++j) sums[g][j] = __builtin_fmaf(factor, row[g * GROUP + j], sums[g][j]);
+    }
+  }
+  for (int g = 0; g < kGroups; ++g)
+    for (int j = 0; j < GROUP; ++j) dots[g * GROUP + j] = sums[g][j];
+}
+
+void cross(const float* vectors, int64_t rows, const float* transposed, int64_t stride, int64_t dim, int64_t width,
+           float* dots, int64_t dots_stride) {
+  constexpr int kAtOnce = 3;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* vector = vectors + i * dim;
+    float* to = dots + i * dots_stride;
+    int64_t first = 0;
+    for (; first + kAtOnce * GROUP <= width; first += kAtOnce * GROUP)
+      cross_groups<kAtOnce>(vector, transposed + first, stride, dim, to + first);
+    for (; first < width; first += GROUP) cross_groups<1>(vector, transposed + first, stride, dim, to + first);
   }
 }

@@ -168,7 +168,11 @@ static inline int64_t panel_count(int64_t features, int is_s8) {
 // Sharing: what several tasks keep of a first layer is multiplied once. A SHARED layer has parts of `part_features`
 // features each: first one for each set of tasks for which that pays, then each task's own. A COMBINED layer of a task
 // has no weights: it adds the task's parts in their order.
-enum { BLOB_VERSION = 8, BLOB_ALIGNMENT = 64 };
+//
+// Given bias: the biases of the layers that read x may come with each call, in place of what the blob holds: what
+// another network makes of the inputs that a whole batch has in common. They are added when a layer's products are, and
+// count as part of the sum.
+enum { BLOB_VERSION = 9, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -193,6 +197,8 @@ typedef struct {
   uint32_t hidden_features;  // of the widest layer's output, shared layers apart; a multiple of GROUP
   uint32_t shared_features;  // of the shared layer's output; 0 for none
   uint32_t layouts;        // those that the blob holds
+  uint32_t bias_features;  // of the biases that come with a call: those of each task's first layer, tasks in order; or 0
+  uint32_t unused;
 } BlobHeader;
 
 // A network is prepacked for the paths that it will take: a layout for each. Blocks stand alone.
@@ -224,6 +230,9 @@ typedef struct {
   float inverse_scale;     // S8, of the activations that enter: code = round(x * inverse_scale) + zero_point
   int32_t zero_point;      // S8: 0 to 255
   float slope;             // of LEAKY_RELU and ELU
+  uint32_t takes_bias;     // 1: its bias comes with the call
+  uint32_t bias_column;    // and begins here in a row of such biases
+  uint64_t bias_order;     // uint32_t[out_features]: which of them each output adds; or 0: its own
   uint64_t bias;           // float[padded(out_features)]; zeros where there is none
   uint64_t parts;          // COMBINED: uint32_t[part_count], at least one
   // Slices (F32, BF16; none in COMBINED).
@@ -269,6 +278,7 @@ typedef struct {
   int64_t input_zero_point;
   double slope;          // of LEAKY_RELU and ELU
   int64_t slopes;        // float[out_features] of a LEAKY_RELU with one per output, or 0
+  int64_t takes_bias;    // 1: its bias comes with each call, and `bias` is 0; all layers that read x, or none
 } CanonicalLayer;
 
 // Sums of int8 products must fit 32 bits; above 16 million features a tile would not fit most memories.
@@ -345,11 +355,11 @@ typedef struct Isa {
   void (*requantize_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                          int has_relu, float inverse_scale, int32_t zero_point, uint8_t* line);
 
-  // Codes as floats: of values, as above, and of the sums of one feature.
+  // Codes as floats: of values, as above, and of the sums of one feature, each with a bias of its own.
   int (*codes_f32)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, float* codes);
-  void (*recode_f32)(const float* sums, int64_t count, float scale, float bias, int has_relu, float inverse_scale,
-                     int32_t zero_point, float* codes);
-  void (*dequantize_f32)(const float* sums, int64_t count, float scale, float bias, int has_relu, float* to);
+  void (*recode_f32)(const float* sums, int64_t count, float scale, const float* bias, int has_relu,
+                     float inverse_scale, int32_t zero_point, float* codes);
+  void (*dequantize_f32)(const float* sums, int64_t count, float scale, const float* bias, int has_relu, float* to);
 
   // The first two without a line's second copies.
   int (*codes_u8)(const float* from, int64_t count, float inverse_scale, int32_t zero_point, uint8_t* codes);
@@ -359,6 +369,14 @@ typedef struct Isa {
   // In place; one of ACTIVATION_SIGMOID and those after it.
   void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
   void (*leaky_relu)(const float* slopes, float* values, int64_t count);  // a slope per value
+
+  // Rows of embeddings: halves, and bytes with a scale.
+  void (*widen_f16)(const uint16_t* from, int64_t count, float* to);
+  void (*widen_s8)(const int8_t* from, int64_t count, float scale, float* to);
+  // dots[i, j] = the sum over d, ascending, of vectors[i, d] * transposed[d, j], each added by a fused multiply-add to
+  // what is there, from 0 on. `width` is a multiple of GROUP; strides in elements.
+  void (*cross)(const float* vectors, int64_t rows, const float* transposed, int64_t stride, int64_t dim, int64_t width,
+                float* dots, int64_t dots_stride);
 
   // As measured: from this many rows of the batch on, slices are faster than tables here; and where at least this share
   // of what filled blocks form is kept, these are faster: than slices, than tables for more than FEW_ROWS rows, and for
@@ -388,7 +406,7 @@ const Isa* const* lt4rec_supported_isas(void);
 enum {
   STATUS_OK = 0,
   STATUS_BAD_BLOB = 1,   // wrong magic, version, size or alignment
-  STATUS_BAD_SHAPE = 2,  // in_features or outputs are not the blob's
+  STATUS_BAD_SHAPE = 2,  // in_features, outputs or bias_features are not the blob's
   STATUS_NO_MEMORY = 3,
   STATUS_NO_LAYOUT = 4,  // the blob was not prepacked for the path
   STATUS_NOT_READ = 5,   // of the Python module alone: it leaves these arguments to its caller
@@ -396,6 +414,9 @@ enum {
 
 // STATUS_OK, or STATUS_BAD_BLOB.
 int lt4rec_check_blob(const uint8_t* blob, int64_t bytes);
+
+// As many threads as there are processors at most; one in a forked child, which has none of its parent's.
+int64_t lt4rec_usable_threads(int64_t threads);
 
 // Which path a call takes. AUTO: the faster one for the batch size, or the one that the blob has; FASTEST: the faster
 // one or none. What is in blocks has no other path.
@@ -415,6 +436,9 @@ typedef struct {
   int64_t out_stride;
   int64_t threads;      // at least 1; an upper bound
   int64_t path;
+  const float* bias;    // float[batch, bias_features] where layers take it, or null; overlaps neither out nor the blob
+  int64_t bias_features;
+  int64_t bias_stride;  // 0: the same row for the whole batch
 } SparseMlpCall;
 
 // out[b, :] = the heads of all tasks for x[b, :], tasks in order. out is undefined where the status is not STATUS_OK.

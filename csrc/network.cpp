@@ -71,10 +71,16 @@ std::vector<float> in_order(const std::vector<float>& values, const Positions& p
   return ordered;
 }
 
+std::vector<uint32_t> order_of(const Positions& positions) {
+  const Positions order = inverse(positions);
+  return {order.begin(), order.end()};
+}
+
 Layer linear(const CanonicalLayer& from, const View& view, const Positions& columns, const Positions& rows) {
   Layer layer = without_weights(from);
   layer.bias = in_order(layer.bias, rows);
   layer.slopes = in_order(layer.slopes, rows);
+  if (from.takes_bias) layer.bias_order = order_of(rows);
   layer.weight.columns = from.in_features;
   layer.weight.expect(kept_weights(from));
   RowBuilder builder(from.in_features);
@@ -157,6 +163,7 @@ Layer without_weights(const CanonicalLayer& from) {
   layer.activation = uint32_t(from.activation);
   layer.slope = float(from.slope);
   layer.is_head = uint32_t(from.is_head);
+  layer.takes_bias = uint32_t(from.takes_bias);
   layer.input_scale = from.input_scale;
   layer.zero_point = int32_t(from.input_zero_point);
   if (const auto* bias = reinterpret_cast<const float*>(from.bias)) layer.bias.assign(bias, bias + from.out_features);
@@ -224,6 +231,14 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
          refuse("values beyond the edge", 1, "of these, exactly", 0);
 }
 
+bool takes_bias_alike(const CanonicalLayer& layer, int64_t index, bool is_wanted, char* message) {
+  if (layer.takes_bias == is_wanted && !(layer.takes_bias && layer.bias)) return true;
+  std::snprintf(message, MESSAGE_BYTES, "layer %lld: takes_bias: got %lld%s, wanted %d%s", (long long)index,
+                (long long)layer.takes_bias, layer.bias ? " and a bias" : "", is_wanted,
+                is_wanted ? " and none: all layers that read x take theirs from the call, or none" : "");
+  return false;
+}
+
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message) {
   if (layer.input_scale == first.input_scale && layer.input_zero_point == first.input_zero_point) return true;
   std::snprintf(message, MESSAGE_BYTES,
@@ -268,6 +283,7 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t 
       Layer layer = without_weights(from);
       layer.bias = in_order(layer.bias, shared_positions);
       layer.slopes = in_order(layer.slopes, shared_positions);
+      if (from.takes_bias) layer.bias_order = order_of(shared_positions);
       layer.kind = LAYER_COMBINED;
       layer.parts = parts_of_task[task++];
       layer.part_features = part_features;

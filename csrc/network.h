@@ -60,7 +60,8 @@ struct Layer {
   int64_t filled = 0;       // weights of the blocks that `fill_blocks` makes
   std::vector<float> bias;  // out_features, or none
   int64_t in_features = 0, out_features = 0;
-  uint32_t activation = ACTIVATION_NONE, is_head = 0;
+  uint32_t activation = ACTIVATION_NONE, is_head = 0, takes_bias = 0;
+  std::vector<uint32_t> bias_order;  // of what it takes, by output; none: in place
   float slope = 0;
   std::vector<float> slopes;  // out_features, or none
   std::vector<uint32_t> parts;  // COMBINED
@@ -74,6 +75,9 @@ struct Layer {
 
 // Writes the reason and returns false where a kernel would read or write out of place.
 bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision, int64_t layouts, char* message);
+
+// The same of whether a layer takes its bias from the call: each that reads x does, or none.
+bool takes_bias_alike(const CanonicalLayer& layer, int64_t index, bool is_wanted, char* message);
 
 // The same where two layers that read x, which is quantised once, have different quantisation parameters.
 bool counts_alike(const CanonicalLayer& layer, int64_t index, const CanonicalLayer& first, char* message);

@@ -434,6 +434,12 @@ BlobWriter write_blob(std::vector<Layer> layers, int64_t precision, int64_t layo
     if (!layer.parts.empty()) record.parts = writer.append(layer.parts);
     record.part_features = layer.part_features;
     record.zero_point = layer.zero_point;
+    record.takes_bias = layer.takes_bias;
+    if (layer.takes_bias) {
+      record.bias_column = header.bias_features;
+      header.bias_features += record.out_features;
+      if (!layer.bias_order.empty()) record.bias_order = writer.append(layer.bias_order);
+    }
     if (layer.input_scale > 0) record.inverse_scale = float(1 / layer.input_scale);
     // Denormals count as zero; a row that adds nothing to its bias would keep one.
     if (precision == PRECISION_BF16)
@@ -506,6 +512,7 @@ extern "C" int64_t lt4rec_prepack(const CanonicalLayer* layers, int64_t count, i
     for (int64_t i = 0; i < count; ++i) {
       if (!lt4rec::is_canonical(layers[i], i, precision, layouts, message)) return -1;
       const bool reads_x = i == 0 || layers[i - 1].is_head;
+      if (!lt4rec::takes_bias_alike(layers[i], i, reads_x && layers[0].takes_bias, message)) return -1;
       if (precision == PRECISION_S8 && reads_x && !lt4rec::counts_alike(layers[i], i, layers[0], message)) return -1;
       nnz += uint64_t(lt4rec::kept_weights(layers[i]));
     }

@@ -42,8 +42,7 @@ struct TilesS8 {
   }
   // Sums: the activation is applied when they are values again.
   static void multiply(const Network& net, const LayerRecord& layer, const float* x, float* y, int lanes) {
-    LayerRecord sums = layer;
-    sums.activation = ACTIVATION_NONE;
+    const LayerRecord sums = without_activation(layer);
     net.isa->slices_f32(net.blob, &sums, x, y, lanes);
   }
 };
@@ -61,10 +60,11 @@ class SlicePath {
     const int64_t shared = tile_rows(header.shared_features) * stride;
     return (input + 2 * hidden + shared) * int64_t{sizeof(float)} +
            ((kTakesRows ? 0 : input) + hidden) * int64_t{sizeof(Activation)} +
-           MAX_ROWS * header.in_features * int64_t{sizeof(float)} + 8 * 64;
+           (MAX_ROWS * header.in_features + header.hidden_features) * int64_t{sizeof(float)} + 9 * 64;
   }
 
-  SlicePath(const Network& net, Arena& arena, int lanes) : net_(net) {
+  SlicePath(const Network& net, Arena& arena, int lanes)
+      : net_(net), given_(net, arena.take<float>(net.header->hidden_features)) {
     const BlobHeader& header = *net.header;
     const int64_t stride = lane_stride(lanes);
     input_ = arena.take<float>(tile_rows(header.in_features) * stride);
@@ -79,6 +79,7 @@ class SlicePath {
   // Rows [begin, begin + rows) of the batch, at most `lanes` of them.
   void run(const SparseMlpCall& call, int64_t begin, int64_t rows, int lanes) {
     load(call, begin, rows, lanes);
+    const Part part{&call, begin, rows, lanes};
     const Activation* input;
     if constexpr (kTakesRows)
       input = input_;
@@ -94,16 +95,21 @@ class SlicePath {
         continue;
       }
       float* y = hidden_[i % 2];
-      if (layer.kind == LAYER_LINEAR)
+      if (layer.kind == LAYER_COMBINED) {
+        combine(layer, part, y);
+      } else if (layer.takes_bias) {
+        Tiles::multiply(net_, without_activation(layer), x, y, lanes);
+        if (!Tiles::kIsQuantized) add_given(layer, part, y);
+      } else {
         Tiles::multiply(net_, layer, x, y, lanes);
-      else
-        combine(layer, y, lanes);
+      }
       if constexpr (Tiles::kIsQuantized) {
+        if (layer.takes_bias) note_nans(layer, part);
         if (!layer.is_head && !is_left(layer)) {
-          x = recoded(layer, net_.layers[i + 1], y, lanes);
+          x = recoded(layer, net_.layers[i + 1], part, y);
           continue;
         }
-        dequantize(layer, y, lanes);
+        dequantize(layer, part, y);
       }
       if (is_left(layer)) activate_tile(layer, rows, lanes, y);
       if (layer.is_head) {
@@ -165,26 +171,69 @@ class SlicePath {
         call.out[(begin + r) * call.out_stride + column + i] = std::numeric_limits<float>::quiet_NaN();
   }
 
+  // Rows [begin, begin + rows) of a call, which are a tile's first lanes.
+  struct Part {
+    const SparseMlpCall* call;
+    int64_t begin, rows;
+    int lanes;
+  };
+
+  // Calls visit(feature, the bias of each lane) for all features; that of lanes past the rows is 0.
+  template <class Visit>
+  void each_bias(const LayerRecord& layer, const Part& part, Visit visit) {
+    float biases[64] = {};
+    const bool is_own = layer.takes_bias && part.call->bias_stride != 0;
+    const float* bias = net_.floats(layer.bias);
+    if (layer.takes_bias && !is_own) bias = given_.of_row(*part.call, layer, 0, true);
+    const auto* order = reinterpret_cast<const uint32_t*>(net_.blob + layer.bias_order);
+    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+      if (is_own) {
+        const int64_t column = layer.bias_column + (layer.bias_order ? order[feature] : feature);
+        const float* of_rows = part.call->bias + part.begin * part.call->bias_stride + column;
+        for (int64_t r = 0; r < part.rows; ++r) biases[r] = of_rows[r * part.call->bias_stride];
+      } else {
+        for (int lane = 0; lane < part.lanes; ++lane) biases[lane] = bias[feature];
+      }
+      visit(feature, biases);
+    }
+  }
+
+  void add_given(const LayerRecord& layer, const Part& part, float* tile) {
+    each_bias(layer, part, [&](int64_t feature, const float* bias) {
+      float* row = tile + tile_row(feature) * lane_stride(part.lanes);
+      net_.isa->add_f32(row, nullptr, bias, part.lanes, layer.activation == ACTIVATION_RELU, row);
+    });
+  }
+
+  // Codes have none.
+  void note_nans(const LayerRecord& layer, const Part& part) {
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const int64_t of_row = (part.begin + r) * part.call->bias_stride;
+      has_nan_[r] |= ::has_nan(part.call->bias + of_row + layer.bias_column, layer.out_features);
+    }
+  }
+
   // Sums -> what the next layer reads.
-  const float* recoded(const LayerRecord& layer, const LayerRecord& following, const float* sums, int lanes) const {
-    const int64_t stride = lane_stride(lanes);
-    const float *scale = net_.floats(layer.scale), *bias = net_.floats(layer.bias);
+  const float* recoded(const LayerRecord& layer, const LayerRecord& following, const Part& part, const float* sums) {
+    const int64_t stride = lane_stride(part.lanes);
+    const float* scale = net_.floats(layer.scale);
     for (int64_t row = 0; row < tile_rows(layer.out_features); row += BLOCK_FEATURES + 1)
       std::memset(rounded_hidden_ + row * stride, 0, size_t(stride) * sizeof(float));
-    for (int64_t feature = 0; feature < layer.out_features; ++feature)
-      net_.isa->recode_f32(sums + tile_row(feature) * stride, lanes, scale[feature], bias[feature],
+    each_bias(layer, part, [&](int64_t feature, const float* bias) {
+      net_.isa->recode_f32(sums + tile_row(feature) * stride, part.lanes, scale[feature], bias,
                            layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point,
                            rounded_hidden_ + tile_row(feature) * stride);
+    });
     return rounded_hidden_;
   }
 
   // Sums -> values, in place.
-  void dequantize(const LayerRecord& layer, float* tile, int lanes) const {
-    const float *scale = net_.floats(layer.scale), *bias = net_.floats(layer.bias);
-    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
-      float* row = tile + tile_row(feature) * lane_stride(lanes);
-      net_.isa->dequantize_f32(row, lanes, scale[feature], bias[feature], layer.activation == ACTIVATION_RELU, row);
-    }
+  void dequantize(const LayerRecord& layer, const Part& part, float* tile) {
+    const float* scale = net_.floats(layer.scale);
+    each_bias(layer, part, [&](int64_t feature, const float* bias) {
+      float* row = tile + tile_row(feature) * lane_stride(part.lanes);
+      net_.isa->dequantize_f32(row, part.lanes, scale[feature], bias, layer.activation == ACTIVATION_RELU, row);
+    });
   }
 
   // In place, features only: the rows of zeros must stay zeros.
@@ -199,30 +248,30 @@ class SlicePath {
   }
 
   // The sum of the parts, lane by lane; the bias is the same for all of them. (Quantised values get theirs later.)
-  void combine(const LayerRecord& layer, float* y, int lanes) const {
-    const int64_t stride = lane_stride(lanes);
-    const float* bias = net_.floats(layer.bias);
+  void combine(const LayerRecord& layer, const Part& tile, float* y) {
+    const int64_t stride = lane_stride(tile.lanes);
     const uint32_t *parts = net_.parts(layer), last = layer.part_count - 1;
     for (int64_t row = 0; row < tile_rows(layer.out_features); row += BLOCK_FEATURES + 1)
       std::memset(y + row * stride, 0, size_t(stride) * sizeof(float));
-    for (int64_t feature = 0; feature < layer.out_features; ++feature) {
+    each_bias(layer, tile, [&](int64_t feature, const float* bias) {
       const auto part = [&](uint32_t p) {
         return shared_ + tile_row(int64_t{parts[p]} * layer.part_features + feature) * stride;
       };
-      float biases[64];
-      for (int lane = 0; lane < lanes; ++lane) biases[lane] = Tiles::kIsQuantized ? 0 : bias[feature];
       float* to = y + tile_row(feature) * stride;
       const float* sum = part(0);
       for (uint32_t p = 1; p < last; ++p) {
-        net_.isa->add_f32(sum, part(p), nullptr, lanes, false, to);
+        net_.isa->add_f32(sum, part(p), nullptr, tile.lanes, false, to);
         sum = to;
       }
-      net_.isa->add_f32(sum, last ? part(last) : nullptr, biases, lanes,
+      net_.isa->add_f32(sum, last ? part(last) : nullptr, Tiles::kIsQuantized ? kNoBias : bias, tile.lanes,
                         layer.activation == ACTIVATION_RELU && !Tiles::kIsQuantized, to);
-    }
+    });
   }
 
+  static constexpr float kNoBias[64] = {};
+
   const Network& net_;
+  GivenBias given_;
   float *input_, *hidden_[2], *shared_, *widened_;
   Activation *rounded_input_ = nullptr, *rounded_hidden_ = nullptr;
   bool has_nan_[64] = {};  // rows of the batch, where codes are read

@@ -59,9 +59,8 @@ const int kWatchingForks = pthread_atfork(nullptr, nullptr, [] { is_forked = tru
 // How many threads to take of those offered. More threads than processors only wait for each other, and libgomp ends the
 // process where it cannot start one.
 int64_t choose_threads(const BlobHeader& header, const SparseMlpCall& call, int64_t enough) {
-  if (call.threads == 1 || is_forked || int64_t(header.multiply_adds) * call.batch < enough) return 1;
-  const int64_t processors = omp_get_num_procs();
-  return call.threads < processors ? call.threads : processors;
+  if (int64_t(header.multiply_adds) * call.batch < enough) return 1;
+  return lt4rec_usable_threads(call.threads);
 }
 
 // Runs `piece(i, path)` for i < pieces, each thread with a path and scratch memory of its own.
@@ -153,6 +152,12 @@ int run_blocks(const Network& net, const SparseMlpCall& call) {
 
 }  // namespace
 
+extern "C" int64_t lt4rec_usable_threads(int64_t threads) {
+  if (threads == 1 || is_forked) return 1;
+  const int64_t processors = omp_get_num_procs();
+  return threads < processors ? threads : processors;
+}
+
 extern "C" int lt4rec_check_blob(const uint8_t* blob, int64_t bytes) {
   if (blob == nullptr || bytes < int64_t{sizeof(BlobHeader)} || reinterpret_cast<uintptr_t>(blob) % 8 != 0)
     return STATUS_BAD_BLOB;
@@ -183,6 +188,7 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
   if (const int status = lt4rec_check_blob(blob, bytes)) return status;
   const auto* header = reinterpret_cast<const BlobHeader*>(blob);
   if (call->in_features != header->in_features || call->outputs != header->outputs) return STATUS_BAD_SHAPE;
+  if (call->bias_features != header->bias_features) return STATUS_BAD_SHAPE;
   const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
   const bool has_blocks = header->layouts & LAYOUT_BLOCKS, has_filled = header->layouts & LAYOUT_FILLED;
   const bool is_chosen = call->path >= PATH_TABLES && call->path <= PATH_FILLED;

@@ -5,6 +5,7 @@
 struct LinesF32 {
   using Activation = float;
   using Value = float;
+  static constexpr bool kSumsHoldBias = true;  // but for those that are combined from parts
   static constexpr int64_t kWindow = WINDOW_F32;
   static int64_t positions(int64_t features) { return line_position(features, GAP_F32) + 1; }
 
@@ -16,13 +17,12 @@ struct LinesF32 {
                        float* y, int64_t y_stride) {
     net.isa->table_f32(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
-                   float* line) {
-    const float* bias = net.missing_bias(layer);
+  static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const float* bias,
+                   const LayerRecord&, float* line) {
     net.isa->line_f32(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
-  static void head(const Network& net, const LayerRecord& layer, const float* a, const float* b, float* to) {
-    const float* bias = net.missing_bias(layer);
+  static void head(const Network& net, const LayerRecord& layer, const float* a, const float* b, const float* bias,
+                   float* to) {
     net.isa->add_f32(a, b, bias, layer.out_features, layer.activation == ACTIVATION_RELU, to);
   }
   static void add(const Network& net, const float* a, const float* b, int64_t count, float* to) {
@@ -43,9 +43,8 @@ struct LinesBf16 : LinesF32 {
                        float* y, int64_t y_stride) {
     net.isa->table_bf16(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const LayerRecord&,
-                   uint16_t* line) {
-    const float* bias = net.missing_bias(layer);
+  static void next(const Network& net, const LayerRecord& layer, const float* a, const float* b, const float* bias,
+                   const LayerRecord&, uint16_t* line) {
     net.isa->line_bf16(a, b, bias, padded(layer.out_features), layer.activation == ACTIVATION_RELU, line);
   }
 };
@@ -53,6 +52,7 @@ struct LinesBf16 : LinesF32 {
 struct LinesS8 {
   using Activation = uint8_t;
   using Value = int32_t;
+  static constexpr bool kSumsHoldBias = false;
   static constexpr int64_t kWindow = WINDOW_S8;
   static int64_t positions(int64_t features) { return 2 * (features + HALF_S8); }
 
@@ -63,13 +63,14 @@ struct LinesS8 {
                        int32_t* y, int64_t y_stride) {
     net.isa->table_s8(net.blob, &layer, x, x_stride, rows, y, y_stride);
   }
-  static void next(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b,
+  static void next(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, const float* bias,
                    const LayerRecord& following, uint8_t* line) {
-    net.isa->requantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), padded(layer.out_features),
+    net.isa->requantize_s32(a, b, net.floats(layer.scale), bias, padded(layer.out_features),
                             layer.activation == ACTIVATION_RELU, following.inverse_scale, following.zero_point, line);
   }
-  static void head(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, float* to) {
-    net.isa->dequantize_s32(a, b, net.floats(layer.scale), net.floats(layer.bias), layer.out_features, to);
+  static void head(const Network& net, const LayerRecord& layer, const int32_t* a, const int32_t* b, const float* bias,
+                   float* to) {
+    net.isa->dequantize_s32(a, b, net.floats(layer.scale), bias, layer.out_features, to);
     if (layer.activation == ACTIVATION_RELU) net.isa->add_f32(to, nullptr, nullptr, layer.out_features, true, to);
   }
   static void add(const Network& net, const int32_t* a, const int32_t* b, int64_t count, int32_t* to) {
@@ -91,11 +92,11 @@ class TablePath {
     const int64_t lines = line_length(header.in_features) + 2 * line_length(header.hidden_features);
     const int64_t values = header.hidden_features + header.shared_features;
     return MAX_ROWS * (lines * int64_t{sizeof(Activation)} + values * int64_t{sizeof(Value)}) +
-           (header.in_features + header.hidden_features + 64) * int64_t{sizeof(float)} + 6 * 64;
+           (header.in_features + 2 * header.hidden_features + 64) * int64_t{sizeof(float)} + 7 * 64;
   }
 
   TablePath(const Network& net, Arena& arena)
-      : net_(net), input_stride_(line_length(net.header->in_features)),
+      : net_(net), given_(net, arena.take<float>(net.header->hidden_features)), input_stride_(line_length(net.header->in_features)),
         hidden_stride_(line_length(net.header->hidden_features)) {
     input_ = arena.take<Activation>(MAX_ROWS * input_stride_);
     hidden_[0] = arena.take<Activation>(MAX_ROWS * hidden_stride_);
@@ -122,16 +123,21 @@ class TablePath {
       for (int r = 0; r < rows; ++r) {
         const Value *a = values_ + r * int64_t{net_.header->hidden_features}, *b = nullptr;
         if (layer.kind == LAYER_COMBINED) combine(layer, r, a, b);
+        const float* bias = Lines::kSumsHoldBias && layer.kind == LAYER_LINEAR ? nullptr : net_.floats(layer.bias);
+        if (layer.takes_bias) {
+          bias = given_.of_row(call, layer, begin + r, r == 0);
+          if (!Lines::kSumsHoldBias) has_nan[r] |= ::has_nan(bias, layer.out_features);
+        }
         Activation* line = hidden_[i % 2] + r * hidden_stride_;
         if (!layer.is_head && is_left(layer)) {
-          Lines::head(net_, layer, a, b, real_);
+          Lines::head(net_, layer, a, b, bias, real_);
           activate(net_, layer, real_, layer.out_features);
           Lines::load(net_, net_.layers[i + 1], real_, layer.out_features, line);
         } else if (!layer.is_head) {
-          Lines::next(net_, layer, a, b, net_.layers[i + 1], line);
+          Lines::next(net_, layer, a, b, bias, net_.layers[i + 1], line);
         } else {
           float* to = call.out + (begin + r) * call.out_stride + column;
-          Lines::head(net_, layer, a, b, to);
+          Lines::head(net_, layer, a, b, bias, to);
           if (is_left(layer)) activate(net_, layer, to, layer.out_features);
           for (uint32_t j = 0; has_nan[r] && j < layer.out_features; ++j)
             to[j] = std::numeric_limits<float>::quiet_NaN();  // int8 codes have none
@@ -162,6 +168,7 @@ class TablePath {
   }
 
   const Network& net_;
+  GivenBias given_;
   int64_t input_stride_, hidden_stride_;
   Activation *input_, *hidden_[2];
   Value *values_, *shared_;

@@ -112,6 +112,15 @@ class CompressedWeight:
         """
         return type(self).from_dense(self.to_dense(), {task: self.mask(task) for task in tasks})
 
+    def select_columns(self, columns: Tensor) -> Self:
+        """Return the weight of some of the inputs alone, int64 `[n]`, in the order given.
+
+        Raises:
+            ValueError: If blocks would be cut.
+        """
+        masks = {task: self.mask(task)[:, columns] for task in self.tasks}
+        return type(self).from_dense(self.to_dense()[:, columns], masks)
+
     def as_shared(self) -> SharedWeight:
         """Return the same weight with a bit per weight: each kept one alone."""
         if isinstance(self, SharedWeight):

@@ -161,6 +161,24 @@ def test_a_record_of_training_may_lack_large_tables(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.bench_short
+def test_the_suite_of_requests_runs_in_its_short_form(
+    small_log: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4)
+    mlp = freeze(MaskedMLP(inputs.out_features, (8,), tasks=("ctr", "cvr")), sigmoid=True)
+    ranker = Ranker(small_log.encoder, inputs, mlp.calibrated(torch.randn(100, inputs.out_features)))
+    save(ranker, tmp_path / "model.safetensors")
+    (tmp_path / "data").symlink_to(small_log.folder)
+    measured = json.loads(bench("request", str(tmp_path), "--short"))
+    timed = measured["artefacts"]["model.safetensors"]["1"]["timings_us"]
+    assert list(timed) == ["1", "256", "1024"] and measured["in_common"] > 0
+    monkeypatch.setattr(record, "read", lambda name: measured)
+    page = tables.SECTIONS["request"]()
+    assert "| ours: rank, int8 |" in page and "| onnxruntime, int8 |" in page
+
+
+@pytest.mark.bench_short
 def test_the_suite_of_embeddings_runs_in_its_short_form(small_log: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4)

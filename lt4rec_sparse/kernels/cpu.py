@@ -65,6 +65,7 @@ class PackLayer(NamedTuple):
     input_scale: float = 0.0
     input_zero_point: int = 0
     slope: Slope = 0.0  # of the activations in network.SLOPED; of leaky_relu it can be a tensor, float32 [out_features]
+    takes_bias: bool = False  # its bias comes with each call; all layers that read x, or none
 
 
 def is_available() -> bool:
@@ -79,12 +80,12 @@ def absence_reason() -> str:
 
 def isa() -> str:
     """Name the instruction set in force: the best that this machine has, unless one was forced."""
-    return str(_present().isa())
+    return str(engine().isa())
 
 
 def supported_isas() -> tuple[str, ...]:
     """Name the instruction sets of this build that this machine runs, slowest first."""
-    return tuple(_present().supported_isas())
+    return tuple(engine().supported_isas())
 
 
 @contextmanager
@@ -103,12 +104,16 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 def prepack(
-    network: FrozenNetwork, precision: str = "fp32", layouts: Sequence[str] | None = None, batch: int | None = None
+    network: FrozenNetwork,
+    precision: str = "fp32",
+    layouts: Sequence[str] | None = None,
+    batch: int | None = None,
+    takes_bias: bool = False,
 ) -> Tensor:
     """Lay out a frozen network for the kernels (`prepack_layers`), straight from its union values and bit planes.
 
     Without `layouts` it takes those that the instruction set in force runs fastest: for `batch` rows, or for any number
-    of them.
+    of them. With `takes_bias` the layers that read x have no bias: each call brings theirs.
 
     Raises:
         ValueError: As `prepack_layers`; or if int8 is wanted of a network without quantisation parameters.
@@ -150,6 +155,7 @@ def prepack(
                 layer._replace(input_scale=scale, input_zero_point=zero_point)
                 for layer, (scale, zero_point) in zip(layers, parameters, strict=True)
             ]
+        layers[0] = layers[0]._replace(takes_bias=takes_bias)
         tasks.append(layers)
     return prepack_layers(tasks, precision, layouts, batch)
 
@@ -185,7 +191,7 @@ def prepack_layers(
         ValueError: If a layer is not canonical, the layers do not chain, there is no such precision or layout, or a
             layer cannot have the precision (in int8: an input_scale that is not above 0, a weight that is not finite).
     """
-    engine = _present()
+    module = engine()
     precision_code = _precision_code(precision)
     known = {"blocks"} if "blocks" in (layouts or ()) else set(UNSTRUCTURED)
     if layouts is not None and (not layouts or not known.issuperset(layouts)):
@@ -209,7 +215,7 @@ def prepack_layers(
     bits = sum(1 << LAYOUTS.index(layout) for layout in set(layouts or ()))
     blob = torch.empty(0, dtype=torch.uint8)  # whose memory torch aligns to 64 bytes
     calls = -1 if batch is None else batch
-    engine.prepack(
+    module.prepack(
         table.data_ptr(), len(rows), precision_code, bits, calls, lambda nbytes: blob.resize_(nbytes).data_ptr()
     )
     return blob
@@ -229,10 +235,10 @@ class Prepacked:
         self.facts = describe(prepacked)
         self._prepacked = prepacked  # whose memory the address stays good for
         self._blob = _blob_address(prepacked)
-        engine = _present()
-        self.run_plain: Callable[[Tensor, Tensor, int, int], int] = partial(engine.run, *self._blob)
+        module = engine()
+        self.run_plain: Callable[..., int] = partial(module.run, *self._blob)
         self.run_new: Callable[[Tensor, int, int], Tensor | None] = partial(
-            engine.run_new, *self._blob, torch.empty, self.facts.outputs
+            module.run_new, *self._blob, torch.empty, self.facts.outputs
         )
 
     def __reduce__(self) -> tuple[type[Prepacked], tuple[Tensor]]:
@@ -243,15 +249,22 @@ class Prepacked:
         """Name the fastest path for `batch` rows on the instruction set in force: the layout that it wants."""
         return PATHS[_engine.path(*self._blob, batch)]
 
-    def run(self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
-        """Write all tasks' heads for `x` into `out`, as `sparse_mlp` does."""
+    def run(
+        self, x: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto", bias: Tensor | None = None
+    ) -> None:
+        """Write all tasks' heads for `x` into `out`, as `sparse_mlp` does.
+
+        `bias` is that of the layers that read x, where they take it from the call: float32 `[batch, features]` or
+        `[1, features]` for all rows, those of each task's first layer side by side.
+        """
+        given = () if bias is None else (bias,)
         if threads is None:
             threads = torch.get_num_threads()
         if path not in _PATH_CODES:
             raise ValueError(f"path: got {path!r}, wanted one of {', '.join(PATHS)}")
-        status = self.run_plain(x, out, threads, _PATH_CODES[path])
+        status = self.run_plain(x, out, threads, _PATH_CODES[path], *given)
         if status in (_engine.STATUS_NOT_READ, _engine.STATUS_BAD_SHAPE):
-            status = self._run_checked(x, out, threads, _PATH_CODES[path])
+            status = self._run_checked(x, out, threads, _PATH_CODES[path], bias)
         if status == _engine.STATUS_NOT_READ:
             raise ValueError(
                 "x or out: got a tensor without memory of its own, as under torch.vmap, wanted plain tensors"
@@ -263,7 +276,7 @@ class Prepacked:
         if status:  # the header was read when this object was made: someone wrote over it
             raise ValueError(_NO_BLOB)
 
-    def _run_checked(self, x: Tensor, out: Tensor, threads: int, path: int) -> int:
+    def _run_checked(self, x: Tensor, out: Tensor, threads: int, path: int, bias: Tensor | None) -> int:
         """Run what the engine does not read as it is: name what is wrong, or take a tensor of another class."""
         in_features, outputs = self.facts.in_features, self.facts.outputs
         if x.ndim != 2 or x.shape[1] != in_features:
@@ -277,7 +290,14 @@ class Prepacked:
             raise ValueError(f"out: got row stride {out.stride(0)}, wanted at least {outputs}: rows overlap")
         if threads < 1:
             raise ValueError(f"threads: got {threads}, wanted at least 1")
-        return self.run_plain(x.detach().as_subclass(Tensor), out.detach().as_subclass(Tensor), threads, path)
+        features = self.facts.bias_features
+        given = torch.empty(0, 0) if bias is None else bias
+        wanted = ((batch, features), (1, features)) if features else ((0, 0),)
+        if tuple(given.shape) not in wanted:
+            raise ValueError(f"bias: got shape {tuple(given.shape)}, wanted {wanted[0]}: the layers' that read x")
+        _check_rows("bias", given, (torch.float32,))
+        plain = (tensor.detach().as_subclass(Tensor) for tensor in (x, out))
+        return self.run_plain(*plain, threads, path, *(() if bias is None else (bias.detach().as_subclass(Tensor),)))
 
 
 def sparse_mlp(x: Tensor, prepacked: Tensor, out: Tensor, threads: int | None = None, path: Path = "auto") -> None:
@@ -370,6 +390,7 @@ class Facts(NamedTuple):
     outputs: int
     tasks: int
     layers: int  # a layer that tasks share counts once more than they are
+    bias_features: int  # of the biases that come with a call
     nnz: int  # kept weights of all tasks
     multiply_adds: int  # of one row of the batch: what tasks share counts once
     slice_multiply_adds: int  # the same, with padding, on the path for large batches
@@ -388,7 +409,7 @@ def describe(prepacked: Tensor) -> Facts:
     Raises:
         ValueError: If `prepacked` is no blob of this build.
     """
-    facts = _present().describe(*_blob_address(prepacked))
+    facts = engine().describe(*_blob_address(prepacked))
     if facts is None:
         raise ValueError(_NO_BLOB)
     precision, layouts, *others = facts
@@ -398,7 +419,12 @@ def describe(prepacked: Tensor) -> Facts:
 _NO_BLOB = "prepacked: got no blob of this build of the engine, wanted what prepack() returned, 8-byte aligned"
 
 
-def _present() -> Any:
+def engine() -> Any:
+    """Return the module of csrc/.
+
+    Raises:
+        RuntimeError: If it was not built.
+    """
     if _engine is None:
         raise RuntimeError(f"the native engine is absent: {_absence_reason}")
     return _engine
@@ -414,7 +440,7 @@ def _force_isa(name: str) -> None:
     supported = supported_isas()
     if name not in supported:
         raise ValueError(f"isa: got {name!r}, wanted one that this machine runs: {', '.join(supported)}")
-    _present().set_isa(supported.index(name))
+    engine().set_isa(supported.index(name))
 
 
 def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, ...]:
@@ -456,6 +482,7 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         layer.input_zero_point,
         *struct.unpack("<q", struct.pack("<d", 0.0 if slopes is not None else layer.slope)),
         0 if slopes is None else slopes.data_ptr(),
+        layer.takes_bias,
     )
 
 

@@ -116,6 +116,11 @@ class SparseMLP(nn.Module):
             y = y.to(_result_dtype(x))
         return y if task is None else y.chunk(len(self.tasks), dim=-1)[task_index(self.tasks, task)]
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether the native engine runs it on the CPU, in the layouts that it chooses by itself."""
+        return self._has_engine
+
     def score_into(self, x: Tensor, out: Tensor) -> None:
         """Write every task's scores into memory that is there already. For inference alone.
 

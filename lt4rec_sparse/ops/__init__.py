@@ -1,6 +1,7 @@
 """The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once."""
 
 from lt4rec_sparse.kernels.autocast import is_autocast, without_autocast
+from lt4rec_sparse.kernels.request import IdField, IdTable, RequestEngine, Split
 from lt4rec_sparse.ops.masked_linear import masked_linear
 from lt4rec_sparse.ops.sparse_mlp import (
     X_DTYPES,
@@ -19,6 +20,10 @@ from lt4rec_sparse.ops.sparse_mlp import (
 __all__ = [
     "X_DTYPES",
     "Executor",
+    "IdField",
+    "IdTable",
+    "RequestEngine",
+    "Split",
     "cpu_engine",
     "executor",
     "is_autocast",

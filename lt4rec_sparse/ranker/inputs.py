@@ -125,6 +125,10 @@ class CrossedEmbeddings(nn.Module):
         rows = self._parts([name])
         return rows.to_dense() if isinstance(rows, RoundedRows) else rows
 
+    def first_row(self, name: str) -> int:
+        """Return where a table's rows begin in `embedding`; -1 if they are elsewhere."""
+        return -1 if name in self.absent else self._starts[name]
+
     def tables(self) -> dict[str, Tensor]:
         """Return all tables' embeddings, float32 `[rows, dim]` each; those held in float32 share their memory.
 
@@ -189,7 +193,7 @@ class CrossedEmbeddings(nn.Module):
             InputError: If no field has such a column, vectors have another shape or dtype or are not finite, or a
                 table is absent and vectors of its field are not given.
         """
-        self._check(given or {}, features.batch)
+        self.check(given or {}, features.batch)
         if not given:
             return self._look_up(features, self.table_starts)
         places = [i for i, field in enumerate(self._ordered) if field.column not in given]
@@ -222,7 +226,8 @@ class CrossedEmbeddings(nn.Module):
         dense = self.embedding.detach()
         return torch.cat([dense[:0], *(dense[span] for span in spans)])
 
-    def _check(self, given: Mapping[str, Tensor], batch: int) -> None:
+    def check(self, given: Mapping[str, Tensor], batch: int) -> None:
+        """Check what a call of `batch` rows gives in place of ids; errors are those of `embed`."""
         columns = [field.column for field in self.fields]
         for column, vectors in given.items():
             if column not in columns:

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.features import raw as raw_columns
@@ -19,6 +21,7 @@ from lt4rec_sparse.ranker.features.schema import Column
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.module import RankerModule
 from lt4rec_sparse.ranker.ranking import Ranking, checked_factor, checked_k, checked_powers, rank_scores, ranking
+from lt4rec_sparse.ranker.request import request_engine
 
 
 class Ranker:
@@ -50,6 +53,11 @@ class Ranker:
         self.inputs = inputs.eval().requires_grad_(False)
         self.mlp = mlp
         self.tasks = mlp.tasks
+        self._engine: tuple[FrozenNetwork, object, ops.RequestEngine | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made anew where it is needed."""
+        return self.__dict__ | {"_engine": None}
 
     @property
     def precision(self) -> str:
@@ -120,10 +128,32 @@ class Ranker:
                 are of no feature, of another shape or dtype, or not finite, or if none are given for a table that the
                 ranker was saved without.
         """
-        given = {column: _vectors(column, vectors) for column, vectors in (embeddings or {}).items()}
-        features = self.encoder.encode(batch, {column: len(vectors) for column, vectors in given.items()})
-        scores = self.score_encoded(features, given).cpu().numpy()
+        scores = self._score(batch, None, embeddings)
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
+
+    def _score(
+        self,
+        candidates: Mapping[str, Any],
+        context: Mapping[str, Any] | None,
+        embeddings: Mapping[str, Tensor | NDArray[Any]] | None,
+    ) -> NDArray[np.float32]:
+        """Score raw columns, `[rows, tasks]`: in one call of the engine where it reads them all."""
+        engine = self._request_engine()
+        if engine is not None and not embeddings:
+            scores = engine.score(candidates, context)
+            if scores is not None:
+                return scores.numpy()
+        given = {column: _vectors(column, vectors) for column, vectors in (embeddings or {}).items()}
+        columns = _together(candidates, context or {})
+        features = self.encoder.encode(columns, {column: len(vectors) for column, vectors in given.items()})
+        return self.score_encoded(features, given).cpu().numpy()
+
+    def _request_engine(self) -> ops.RequestEngine | None:
+        """Return the engine's request, made when it is first needed, or again if the model has changed."""
+        network, embedding = self.mlp.network, self.inputs.embedding
+        if self._engine is None or self._engine[0] is not network or self._engine[1] is not embedding:
+            self._engine = network, embedding, request_engine(self.encoder, self.inputs, self.mlp)
+        return self._engine[2]
 
     def rank(
         self,
@@ -154,10 +184,13 @@ class Ranker:
 
         Source: LT4REC (arXiv 2008.09872), Eq 3.
         """
-        k, columns = checked_k(k), _together(candidates, context or {})
-        powers = checked_powers(dict.fromkeys(self.tasks, 1.0) if by is None else by)
-        scores = self.score(columns, embeddings)
-        batch = len(scores[self.tasks[0]])
+        k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
+        of_tasks = self._score(candidates, context, embeddings)
+        scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
+        columns = {**candidates, **(context or {})}
+        twice = next((name for name in powers if context and name in context and name in candidates), None)
+        if twice is not None:
+            raise _in_both(twice)
         factors = {name: scores[name] if name in scores else _factor(name, columns, batch) for name in powers}
         return ranking(scores, rank_scores(factors, powers), k)
 
@@ -167,6 +200,15 @@ class Ranker:
 
         `embeddings` and errors are those of `CrossedEmbeddings.embed`.
         """
+        engine = self._request_engine()
+        if engine is not None:
+            self.inputs.check(embeddings or {}, features.batch)
+            given = {column: rows.to("cpu", torch.float32).contiguous() for column, rows in (embeddings or {}).items()}
+            parts = (features.single, features.multi_values, features.multi_offsets)
+            single, values, offsets = (part.to("cpu", torch.int64).contiguous() for part in parts)
+            found = engine.score_ids(single, values, offsets, given)
+            if found is not None:
+                return found
         if self.inputs.device.type != "cpu":
             features = features.to(self.inputs.device)
         x: Tensor = self.inputs(features, embeddings)
@@ -179,11 +221,15 @@ def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict
     """Return the columns of a request: those of one row hold for all candidates."""
     for name, values in context.items():
         if name in candidates:
-            raise InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
+            raise _in_both(name)
         rows = raw_columns.rows_of(Column(name, "multi"), values)
         if rows != 1:
             raise InputError(f"column {name!r}: got {rows} rows in context, wanted 1")
     return {**candidates, **context}
+
+
+def _in_both(name: str) -> InputError:
+    return InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
 
 
 def _factor(name: str, columns: Mapping[str, Any], batch: int) -> NDArray[np.float64]:

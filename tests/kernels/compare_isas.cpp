@@ -108,6 +108,7 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   const float* bias = draw.below(2) ? c.data() : nullptr;
   const int32_t* other = draw.below(2) ? others.data() : nullptr;
   const int has_relu = int(draw.below(2));
+  const int64_t vectors = draw.between(0, 9);
 
   compare_function(isa, "transpose_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.transpose_f32(a.data(), 22, rows, columns, to, 23);
@@ -142,10 +143,10 @@ void compare_functions(const Isa& isa, uint32_t seed) {
     to[kRoom - 1] = float(on.codes_f32(a.data(), count, inverse_scale, zero_point, to));
   });
   compare_function(isa, "recode_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
-    on.recode_f32(a.data(), count, b[0], c[0], has_relu, inverse_scale, zero_point, to);
+    on.recode_f32(a.data(), count, b[0], c.data(), has_relu, inverse_scale, zero_point, to);
   });
   compare_function(isa, "dequantize_f32", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
-    on.dequantize_f32(a.data(), count, b[0], c[0], has_relu, to);
+    on.dequantize_f32(a.data(), count, b[0], c.data(), has_relu, to);
   });
   const auto activation = uint32_t(draw.between(ACTIVATION_SIGMOID, ACTIVATION_ELU));
   compare_function(isa, "activate", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
@@ -155,6 +156,16 @@ void compare_functions(const Isa& isa, uint32_t seed) {
   compare_function(isa, "leaky_relu", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     std::copy_n(c.data(), count, to);
     on.leaky_relu(a.data(), to, count);
+  });
+  compare_function(isa, "widen_f16", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.widen_f16(halves.data(), count, to);
+  });
+  compare_function(isa, "widen_s8", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.widen_s8(reinterpret_cast<const int8_t*>(sums.data()), count, b[0], to);
+  });
+  const int64_t dim = draw.between(0, 9), width = draw.between(1, 2) * GROUP, stride = width + draw.below(20);
+  compare_function(isa, "cross", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    on.cross(a.data(), vectors, b.data(), stride, dim, width, to, width + 3);
   });
   compare_function(isa, "codes_u8", seed, kRoom, uint8_t{7}, [&](const Isa& on, uint8_t* to) {
     to[kRoom - 1] = uint8_t(on.codes_u8(a.data(), count, inverse_scale, zero_point, to));
@@ -203,13 +214,15 @@ struct Network {
   std::vector<Weight> weights;
   std::vector<std::vector<float>> biases;  // of each layer
   std::vector<CanonicalLayer> layers;
-  int64_t in_features, outputs = 0;
-  float scale;  // of x and the first layers
+  int64_t in_features, outputs = 0, bias_features = 0;
+  bool takes_bias;  // the first layers, from the call
+  float scale;      // of x and the first layers
 
   Network(Draw& draw, int64_t precision, bool is_blocks) : in_features(draw.between(1, is_blocks ? 1400 : 280)) {
     // The product of two tiny values is denormal, or nearly so. In int8 all of them would be quantised alike.
     scale = precision != PRECISION_S8 && draw.below(3) == 0 ? 0x1p-63f : 1;
     const bool is_shared = draw.below(2);
+    takes_bias = draw.below(2);
     const int64_t tasks = draw.between(1, draw.below(4) ? 3 : 12), first_features = draw.between(1, 70);
     std::vector<size_t> weight_of;
     if (is_shared) weights.emplace_back(draw, tasks, in_features, first_features, scale, is_blocks);
@@ -223,7 +236,9 @@ struct Network {
         weight_of.push_back(is_of_union ? 0 : weights.size() - 1);
         const float bias_scale = is_first ? scale * scale : 1;
         std::vector<float>& bias = biases.emplace_back();
-        if (draw.below(4))
+        if (is_first && takes_bias)
+          bias_features += out;
+        else if (draw.below(4))
           for (int64_t row = 0; row < out; ++row) bias.push_back(draw.of_unit() * bias_scale);
         CanonicalLayer layer{};
         layer.is_blocks = is_blocks;
@@ -233,6 +248,7 @@ struct Network {
         layer.activation = draw.below(2) ? draw.below(2) : draw.below(ACTIVATION_ELU + 1);
         layer.slope = double(draw.below(100)) / 50 - 0.5;
         layer.is_head = is_head;
+        layer.takes_bias = is_first && takes_bias;
         layer.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
         layer.input_zero_point = is_first ? 128 : draw.below(256);
         layers.push_back(layer);
@@ -270,13 +286,18 @@ void compare_network(uint32_t seed, Checksum& checksum) {
   std::vector<uint16_t> x_bf16(x.size());
   for (float& v : x) v = draw.below(one_poisoned_in) ? draw.of_unit() * network.scale : draw.of_any_bits();
   lt4rec_isa_scalar.round_bf16(x.data(), int64_t(x.size()), x_bf16.data());
+  const int64_t bias_stride = draw.below(2) ? 0 : network.bias_features + draw.below(3);
+  std::vector<float> given(size_t((batch - 1) * bias_stride + network.bias_features));
+  for (float& v : given)
+    v = draw.below(one_poisoned_in) ? draw.of_unit() * network.scale * network.scale : draw.of_any_bits();
   const bool is_bf16 = draw.below(2);
   const void* from = is_bf16 ? static_cast<const void*>(x_bf16.data() + 1) : x.data() + 1;
 
   const auto run = [&](const Isa& isa, int64_t path) {
     std::vector<float> out(size_t(batch * out_stride), 7.0f);
-    const SparseMlpCall call{from,       is_bf16,         batch,      network.in_features, x_stride,
-                             out.data(), network.outputs, out_stride, threads,             path};
+    const SparseMlpCall call{from,       is_bf16,         batch,      network.in_features,   x_stride,
+                             out.data(), network.outputs, out_stride, threads,               path,
+                             given.data(), network.bias_features, bias_stride};
     if (lt4rec_sparse_mlp(&isa, blob, bytes, &call) != STATUS_OK) fail(isa.name, "the call", seed, 0);
     return out;
   };

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engin
 
 Array = NDArray[Any]
 
-HEADER = struct.Struct("<2I11Q8I")
-RECORD = struct.Struct("<7Ifif18Q")
+HEADER = struct.Struct("<2I11Q10I")
+RECORD = struct.Struct("<7Ifif2I19Q")
 BLOCK_FEATURES, SLICE_ROWS, GROUP, BUNDLE, ALIGNMENT = 128, 4, 16, 4, 64
 LINEAR, SHARED, COMBINED = range(3)
 ACTIVATIONS = {
@@ -76,6 +76,8 @@ class Header(NamedTuple):
     hidden_features: int
     shared_features: int
     layouts: int
+    bias_features: int
+    unused: int
 
 
 class Record(NamedTuple):
@@ -89,6 +91,9 @@ class Record(NamedTuple):
     inverse_scale: float
     zero_point: int
     slope: float
+    takes_bias: int
+    bias_column: int
+    bias_order: int
     bias: int
     parts: int
     block_slices: int
@@ -451,7 +456,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 8)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 9)
     assert header.layouts == sum(LAYOUTS.values()) - (LAYOUTS["filled"] if precision == "int8" else 0)
     largest = 0
     for layer in layers if precision == "int8" else ():
@@ -652,6 +657,7 @@ def test_describe_reads_the_header(precision: str) -> None:
         header.outputs,
         header.tasks,
         header.layers,
+        header.bias_features,
         header.nnz,
         header.multiply_adds,
         header.slice_multiply_adds,

@@ -108,6 +108,12 @@ def test_level_candidates_keep_their_order_and_none_give_none(ranker):
         (CANDIDATES, CONTEXT, {"by": {"age": 1}}, "column 'age': got '30-40'"),
         (CANDIDATES | {"bid": [1.0, 2.0]}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got 2 rows, wanted 5, or 1"),
         (CANDIDATES | {"bid": [1.0, -2.0, 1, 1, 1]}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got -2 in row 1"),
+        (
+            CANDIDATES | {"bid": [1] * 5},
+            CONTEXT | {"bid": [1]},
+            {"by": {"bid": 1}},
+            "column 'bid': got it in candidates",
+        ),
         (CANDIDATES | {"bid": [None] * 5}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got nan in row 0"),
     ],
 )

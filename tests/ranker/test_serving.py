@@ -20,6 +20,7 @@ from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.ranker import ArtefactError
+from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.models import SparseSharing
 
@@ -69,6 +70,13 @@ def test_saving_and_loading_change_no_bit(artefact, small_log, tmp_path):
     assert_exact(load(tmp_path / "again.safetensors").score_encoded(features), first.score_encoded(features))
 
 
+def without_context(encoder):
+    """The same encoder, whose candidates have nothing in common: the network then reads all inputs in their order."""
+    arrays, description = encoder.to_arrays()
+    assert description.pop("context")
+    return FeatureEncoder.from_arrays(arrays, description)
+
+
 def in_blocks(network):
     """The same widths, every hidden layer kept in random blocks."""
     hidden = []
@@ -88,10 +96,11 @@ def test_blocks_are_saved_and_scored_as_the_weights_that_they_are(artefact, smal
     network = in_blocks(plain.mlp.network)
     alone = replace(network, hidden=tuple(x._replace(weight=x.weight.as_shared()) for x in network.hidden))
     features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
-    wanted = Ranker(plain.encoder, plain.inputs, SparseMLP(alone)).score_encoded(features)
+    encoder = without_context(plain.encoder)
+    wanted = Ranker(encoder, plain.inputs, SparseMLP(alone)).score_encoded(features)
     for name, of_name, version in (("blocks", network, 2), ("alone", alone, 1)):
         path = tmp_path / f"{name}.safetensors"
-        save(Ranker(plain.encoder, plain.inputs, SparseMLP(of_name)), path)
+        save(Ranker(encoder, plain.inputs, SparseMLP(of_name)), path)
         with safe_open(path, "pt") as file:
             assert json.loads(file.metadata()["lt4rec_sparse"])["version"] == version
         assert_exact(load(path).score_encoded(features), wanted)
@@ -291,7 +300,8 @@ def test_an_artefact_is_loaded_in_any_precision(calibrated, artefact, small_log,
     features = next(small_log.stream("test", 100, shuffle=False).epoch(0)).features
     scores = ranker.score_encoded(features)
     assert_exact(scores, load(calibrated).to_precision(precision).score_encoded(features))
-    assert_exact(scores, ranker.mlp(ranker.inputs(features)))
+    in_order = Ranker(without_context(ranker.encoder), ranker.inputs, ranker.mlp)
+    assert_exact(in_order.score_encoded(features), ranker.mlp(ranker.inputs(features)))
     # Calibration changes int8 only, and no precision changes the weights.
     assert_exact(ranker.to_precision("fp32").score_encoded(features), uncalibrated.score_encoded(features))
     assert torch.equal(scores, uncalibrated.score_encoded(features)) == (precision == "fp32")

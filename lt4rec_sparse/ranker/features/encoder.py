@@ -186,6 +186,10 @@ class FeatureEncoder:
             torch.from_numpy(np.cumsum(np.concatenate(lengths))),
         )
 
+    def table(self, name: str) -> Table:
+        """Return a fitted table."""
+        return self._tables[name]
+
     def to_arrays(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return the fitted tables as arrays named `<table>.<part>`, and the schema as data for JSON."""
         arrays = {

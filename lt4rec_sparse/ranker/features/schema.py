@@ -217,8 +217,8 @@ class Schema:
     replay counts. They may be outcomes; a feature may be carried too.
 
     Columns in `context` are features that all candidates of a request have in common, such as the user's and the hour.
-    The group's column and what the histories make are in common without being named. It changes no training: a served
-    ranker computes what is in common once, where a request gives it once.
+    Where there are any, the group's column and what the histories make are in common too, without being named. It
+    changes no training: a served ranker computes what is in common once, where a request gives it once.
 
     Raises:
         SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
@@ -282,6 +282,8 @@ class Schema:
     @property
     def in_common(self) -> frozenset[str]:
         """Features that all candidates of a request have in common."""
+        if not self.context:
+            return frozenset()
         declared = {column.name for column in self.columns}
         made = {column.name for column in self.features} - declared
         return frozenset(made | ({*self.context, self.group.column} & declared))

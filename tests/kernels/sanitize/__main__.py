@@ -137,7 +137,9 @@ def absence_of(build: Build) -> str:
 def make(build: Build) -> Path:
     """Compile what has changed, two files at a time; return the driver."""
     folder = FOLDER / build.name
-    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "module.cpp"] + [HERE / "driver.cpp"]
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if not path.name.startswith("module")] + [
+        HERE / "driver.cpp"
+    ]
     if build.has_own_openmp:
         sources.append(HERE / "openmp.cpp")
     newest_header = max(path.stat().st_mtime for path in [*CSRC.glob("*.h"), *HERE.glob("*.h"), Path(__file__)])

@@ -22,12 +22,15 @@ struct Arguments {
   int64_t batch, x_stride;
   float* out;
   int64_t out_stride, threads, path;
+  const float* bias = nullptr;  // where the network takes it
+  int64_t bias_stride = 0;
 };
 
 int call(const Isa* isa, const uint8_t* blob, int64_t bytes, const Arguments& a) {
   const auto& header = *reinterpret_cast<const BlobHeader*>(blob);
   const SparseMlpCall whole{a.x,   a.is_bf16,      a.batch,      header.in_features, a.x_stride,
-                            a.out, header.outputs, a.out_stride, a.threads,          a.path};
+                            a.out, header.outputs, a.out_stride, a.threads,          a.path,
+                            a.bias, header.bias_features, a.bias_stride};
   return lt4rec_sparse_mlp(isa, blob, bytes, &whole);
 }
 
@@ -46,22 +49,31 @@ struct Case {
   const char* name;
   Prepacked prepacked;
   int64_t precision, rows, in_features, outputs;
-  std::vector<float> x, wanted;
+  std::vector<float> x, wanted, bias;  // of the first layers, where the call brings it
 
-  Case(const char* name, const Network& network, int64_t precision, int64_t rows, Random& random)
+  Case(const char* name, const Network& network, int64_t precision, int64_t rows, Random& random,
+       bool takes_bias = false)
       : name(name),
-        prepacked(network, precision),
+        prepacked(network, precision, takes_bias),
         precision(precision),
         rows(rows),
         in_features(network.weight(network.layers[0]).in_features),
         outputs(outputs_of(network)),
         wanted(size_t(rows * outputs)) {
     CHECK(prepacked.bytes > 0, "%s: %s", name, prepacked.message.c_str());
+    for (size_t i = 0; takes_bias && i < network.layers.size(); ++i) {
+      if (i != 0 && !network.layers[i - 1].is_head) continue;
+      std::vector<float> of_layer = network.layers[i].bias;
+      of_layer.resize(size_t(network.weight(network.layers[i]).out_features));
+      bias.insert(bias.end(), of_layer.begin(), of_layer.end());
+    }
+    CHECK(prepacked.header().bias_features == bias.size(), "%s: %zu biases", name, bias.size());
     for (int64_t i = 0; i < rows * in_features; ++i) x.push_back(float(below(random, 3) - 1));
     for (int64_t row = 0; row < rows; ++row) {
       const std::vector<float> of_row(x.begin() + row * in_features, x.begin() + (row + 1) * in_features);
       float* out = &wanted[size_t(row * outputs)];
-      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, prepacked.paths()[0]};
+      const Arguments arguments{of_row.data(), false, 1, in_features, out, outputs, 1, prepacked.paths()[0],
+                                bias.data()};
       CHECK(call(&lt4rec_isa_scalar, prepacked.blob, prepacked.bytes, arguments) == STATUS_OK, "%s", name);
       if (precision == PRECISION_S8) continue;
       const std::vector<float> plain = reference(network, of_row, precision == PRECISION_BF16);
@@ -69,6 +81,13 @@ struct Case {
         CHECK(out[i] == plain[size_t(i)], "%s %s row %lld output %lld: got %g, wanted %g", name,
               kPrecisions[precision], (long long)row, (long long)i, double(out[i]), double(plain[size_t(i)]));
     }
+  }
+
+  // The biases of a batch, each row with its own, or of one row for all.
+  std::vector<float> biases(int64_t batch, bool is_own) const {
+    std::vector<float> all;
+    for (int64_t row = 0; row < (is_own ? batch : 1); ++row) all.insert(all.end(), bias.begin(), bias.end());
+    return exactly(all);
   }
 
   void check(const char* isa, int64_t path, int64_t batch, const float* out, int64_t out_stride) const {
@@ -127,11 +146,13 @@ std::vector<int64_t> batches() {
 template <class Use>
 void for_all(Use use) {
   Random random(1);
+  const std::vector<Shape> of_shapes = shapes();
   for (const bool is_blocks : {false, true})
-    for (const Shape& shape : shapes()) {
+    for (const Shape& shape : of_shapes) {
       const Network network = random_network(random, shape.tasks, shape.density, shape.share, is_blocks);
       for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
-        const Case some(shape.name, network, precision, batches().back(), random);
+        const bool takes_bias = &shape - &of_shapes[0] & 1;
+        const Case some(shape.name, network, precision, batches().back(), random, takes_bias);
         const int64_t parts = some.prepacked.most_parts();
         CHECK(is_blocks ? (parts > 0) == (shape.parts > 0) : parts == shape.parts, "%s: %lld", shape.name,
               (long long)parts);
@@ -153,7 +174,10 @@ void run_cases() {
     const std::vector<uint16_t> halves = exactly(upper_halves(x));
     const bool is_bf16 = batch % 3 == 0;
     const void* from = is_bf16 ? static_cast<const void*>(halves.data()) : x.data();
-    const Arguments arguments{from, is_bf16, batch, x_stride, out.data(), out_stride, 1, path};
+    const bool is_own = batch % 4 < 2;
+    const std::vector<float> biases = some.biases(batch, is_own);
+    const Arguments arguments{from,  is_bf16, batch, x_stride,      out.data(),
+                              out_stride, 1, path,  biases.data(), is_own ? int64_t(some.bias.size()) : 0};
     CHECK(call(isa, some.prepacked.blob, some.prepacked.bytes, arguments) == STATUS_OK, "%s", some.name);
     some.check(isa->name, path, batch, out.data(), out_stride);
   });
@@ -161,7 +185,7 @@ void run_cases() {
 
 // x, out, the blob and every kernel's arguments between inaccessible pages, at their ends and at their starts.
 void run_guarded() {
-  GuardedPages blob_pages(1 << 22), x_pages(1 << 20), out_pages(1 << 20);
+  GuardedPages blob_pages(1 << 22), x_pages(1 << 20), out_pages(1 << 20), bias_pages(1 << 20);
   for_all([&](const Case& some, const Isa* isa, int64_t path, int64_t batch) {
     for (const bool is_at_end : {true, false}) {
       const int64_t x_count = batch * some.in_features;
@@ -171,7 +195,12 @@ void run_guarded() {
       std::memcpy(x, some.x.data(), size_t(x_count) * sizeof(float));
       float* out = out_pages.take<float>(batch * some.outputs, is_at_end);
       const Isa wrapped = guarded::wrap(isa, is_at_end);
-      const Arguments arguments{x, false, batch, some.in_features, out, some.outputs, 1, path};
+      const bool is_own = batch % 4 < 2;
+      const std::vector<float> biases = some.biases(batch, is_own);
+      float* bias = bias_pages.take<float>(int64_t(biases.size()), is_at_end);
+      std::copy(biases.begin(), biases.end(), bias);
+      const Arguments arguments{x, false, batch, some.in_features, out, some.outputs, 1, path,
+                                bias, is_own ? int64_t(some.bias.size()) : 0};
       CHECK(call(&wrapped, blob, some.prepacked.bytes, arguments) == STATUS_OK, "%s", some.name);
       some.check(isa->name, path, batch, out, some.outputs);
     }

@@ -104,8 +104,9 @@ struct Prepacked {
   std::string message;
   uint8_t* blob;
 
-  Prepacked(const Network& network, int64_t precision) : Prepacked(network, precision, network.layouts()) {}
-  Prepacked(const Network& network, int64_t precision, int64_t layouts) {
+  Prepacked(const Network& network, int64_t precision, bool takes_bias = false)
+      : Prepacked(network, precision, network.layouts(), takes_bias) {}
+  Prepacked(const Network& network, int64_t precision, int64_t layouts, bool takes_bias) {
     Network held(network);
     for (Weight& weight : held.weights) {
       if (weight.is_blocks) weight = in_blocks(weight);
@@ -119,7 +120,11 @@ struct Prepacked {
       const auto nnz = int64_t(weight.values.size()) / (whole.is_blocks ? GROUP * QUAD : 1);
       layers.push_back({whole.is_blocks, int64_t(weight.values.data()), int64_t(weight.planes.data()), weight.tasks,
                         layer.task, int64_t(layer.bias.data()), whole.in_features, whole.out_features, nnz,
-                        layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point});
+                        layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point, 0, 0, 0});
+      if (takes_bias && (layers.size() == 1 || layers[layers.size() - 2].is_head)) {
+        layers.back().bias = 0;
+        layers.back().takes_bias = 1;
+      }
     }
     char text[MESSAGE_BYTES] = "";
     bytes = lt4rec_prepack(layers.data(), int64_t(layers.size()), precision, layouts, &lt4rec_isa_scalar, -1, &blob,

@@ -1,0 +1,39 @@
+// What the two halves of the Python module share.
+#ifndef LT4REC_SPARSE_MODULE_H
+#define LT4REC_SPARSE_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "engine.h"
+
+namespace module {
+
+const Isa* isa_in_force();
+
+// A matrix on the CPU whose rows are contiguous.
+struct Matrix {
+  uint8_t* data;
+  int64_t rows, columns, stride;
+  bool is_bf16;
+};
+
+// False where it is not a tensor, or not such a matrix, of float32 or bfloat16.
+bool read_matrix(PyObject* object, Matrix* to);
+
+// Unpacks exactly `wanted` integers; false with a Python exception set where they are not.
+bool unpack(PyObject* const* args, Py_ssize_t count, int64_t* into, Py_ssize_t wanted);
+
+template <class T>
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// module_ranker.cpp
+PyObject* use_arrays(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* new_ranker(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* score_columns(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* score_ids(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+}  // namespace module
+#endif
