@@ -1,4 +1,4 @@
-"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`, `serve`.
+"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `candidates`, `features`, `score` and so on.
 
 Commands import what they need when they run: `--help` and a mistyped option are answered without loading torch.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from lt4rec_sparse import __version__
+from lt4rec_sparse import __version__, cli_features
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.command import serve
 
@@ -367,20 +367,37 @@ def simulate(
     )
 
 
+app.command()(cli_features.candidates)
+app.command()(cli_features.features)
+
+
 @app.command()
 def score(
     model: Artefact,
-    candidates: Annotated[Path, typer.Argument(help="A Parquet or CSV file with every feature column of the model.")],
-    out: Annotated[
-        Path,
+    files: Annotated[
+        list[Path],
         typer.Argument(
-            help="The file to write, .parquet or .csv: one row per candidate in their order, one column per task."
+            metavar="[CANDIDATES] OUT",
+            help="CANDIDATES: a Parquet or CSV file with every feature column of the model, as `candidates` writes it; "
+            "none with --data. OUT: the file to write, .parquet or .csv: one row per candidate in their order, one "
+            "column per task.",
         ),
     ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Score rows of the log in this folder, as `run --data` takes it, instead of CANDIDATES."),
+    ] = None,
+    days: Annotated[
+        str | None,
+        typer.Option(help="Which rows of --data: test (default), validation, train, or days such as DAY,DAY."),
+    ] = None,
     keep: Annotated[
-        str,
-        typer.Option(help="Columns of CANDIDATES to write before the scores, such as user_id,video_id."),
-    ] = "",
+        str | None,
+        typer.Option(
+            help="Columns to write before the scores, such as user_id,video_id. By default the group, the keys of the "
+            "side tables, the day, and columns of CANDIDATES that are no feature; '' for none."
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(help="How the MLP computes: fp32 (default), bf16 or int8; on a GPU fp32, bf16 or fp16."),
@@ -390,17 +407,22 @@ def score(
         Path | None,
         typer.Option(help="What `lt4rec-sparse plan` measured on this machine: which kernels run, in which precision."),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Score a file of candidates with an artefact."""
-    import pyarrow as pa
-
+    """Score a file of candidates, or a log's own rows, with an artefact."""
     from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.ranker import load
-    from lt4rec_sparse.recsys.data import read_candidates
+    from lt4rec_sparse.recsys.data.written import check_table_name
+    from lt4rec_sparse.recsys.scoring import score_file, score_log
 
-    _check_out(out)
-    if out.suffix not in (".csv", ".parquet"):
-        raise InputError(f"OUT: got {out.name!r}, wanted a name that ends in .csv or .parquet")
+    *candidates, out = files
+    if len(candidates) != (data is None):
+        wanted = "CANDIDATES and OUT" if data is None else "OUT alone beside --data"
+        raise InputError(f"score: got {', '.join(map(str, files))}, wanted {wanted}")
+    if data is None and days is not None:
+        raise InputError(f"--days: got {days!r} without --data, wanted both")
+    check_out(out, model, *candidates)
+    check_table_name(out)
     is_gpu = _is_gpu(device)
     measured = None if plan is None else Plan.load(plan)
     if measured is not None and precision not in (None, measured.precision):
@@ -412,14 +434,12 @@ def score(
         ranker = load(model).planned(measured)
     else:
         ranker = load(model, precision or "fp32")
-    kept_names = _names(keep)
-    twice = next((name for name in kept_names if name in ranker.tasks), None)
-    if twice is not None:
-        raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
-    features, kept = read_candidates(candidates, ranker.encoder.schema, kept_names)
-    scores = ranker.score(features)
-    columns = dict(zip(kept.column_names, kept.columns, strict=True))
-    _write_table(pa.table(columns | scores), out)
+    kept = None if keep is None else _names(keep)
+    if data is None:
+        score_file(ranker, candidates[0], out, kept)
+        return
+    with shown_progress(quiet) as progress:
+        score_log(ranker, data, out, days or "test", kept, progress)
 
 
 @app.command()
@@ -445,7 +465,7 @@ def plan(
     """
     from lt4rec_sparse.ranker import load
 
-    _check_out(out)
+    check_out(out, model)
     _is_gpu(device)
     mlp = load(model).mlp
     try:
@@ -494,30 +514,12 @@ def _is_gpu(device: str) -> bool:
     return kind == "cuda"
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a file that cannot be written before hours of work, not after them."""
+def check_out(out: Path, *inputs: Path) -> None:
+    """Refuse a file that cannot be written, or is read, before hours of work, not after them."""
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"OUT: got {str(out)!r}, wanted a file in a folder that exists")
-
-
-def _write_table(table: Any, out: Path) -> None:
-    """Write an Arrow table as CSV or Parquet, by the file's extension."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet as pq
-
-    from lt4rec_sparse.files import whole_file
-
-    nested = next((field.name for field in table.schema if pa.types.is_nested(field.type)), None)
-    if out.suffix == ".csv" and nested is not None:
-        raise InputError(
-            f"--keep: got column {nested!r}, which holds lists, wanted an OUT that ends in .parquet for it"
-        )
-    with whole_file(out) as temporary:
-        if out.suffix == ".csv":
-            pyarrow.csv.write_csv(table, temporary)
-        else:
-            pq.write_table(table, temporary)
+    if any(path.exists() and out.exists() and out.samefile(path) for path in inputs):
+        raise InputError(f"OUT: got {str(out)!r}, which is read, wanted another file")
 
 
 @contextmanager

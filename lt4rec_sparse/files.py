@@ -50,6 +50,20 @@ def write_whole(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """Give an empty folder for temporary files, on the disk of `target`; on exit it is removed."""
+    scratch = target.with_name(f"{target.name}.scratch")
+    remove_abandoned(scratch)
+    folder = temporary_beside(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def temporary_beside(target: Path) -> Path:
     """Return where this process prepares `target`: `.<name>.<host>.<pid>.tmp` in the same folder."""
     return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")

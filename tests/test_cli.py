@@ -25,6 +25,7 @@ from lt4rec_sparse.cli import app
 from lt4rec_sparse.network import PRECISIONS
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker import Ranker, load, save
+from lt4rec_sparse.ranker.store import FeatureStore
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
 from lt4rec_sparse.recsys.data import Prepared, SimulatorConfig, prepare
@@ -146,8 +147,9 @@ def test_scores_of_a_file_are_those_of_training(finished, tmp_path, kind):
         bags = {name: table[name].to_pylist() for name in table.column_names if pa.types.is_list(table[name].type)}
         texts = {name: [",".join(map(str, bag)) for bag in column] for name, column in bags.items()}
         pyarrow.csv.write_csv(pa.table({name: texts.get(name, table[name]) for name in table.column_names}), path)
-    assert invoke("score", finished / "model.safetensors", path, tmp_path / "scores.parquet").exit_code == 0
-    scores = pq.read_table(tmp_path / "scores.parquet")
+    out = tmp_path / "scores.parquet"
+    assert invoke("score", finished / "model.safetensors", path, out, "--keep", "").exit_code == 0
+    scores = pq.read_table(out)
     assert scores.column_names == ["ctr", "cvr"]
     (batch,) = prepared.stream("test", test["rows"], shuffle=False).epoch(0)
     served = load(finished / "model.safetensors").score_encoded(batch.features).numpy()
@@ -248,7 +250,7 @@ def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     assert lines[7] == "calibrated for int8: no"
 
 
-COMMANDS = ("run", "experiment", "simulate", "score", "plan", "inspect")
+COMMANDS = ("run", "experiment", "simulate", "candidates", "features", "score", "plan", "inspect")
 
 
 def test_help_names_every_command():
@@ -772,8 +774,9 @@ def test_scores_come_with_the_columns_that_are_kept(finished, candidates, tmp_pa
     scores = pq.read_table(out) if kind == "parquet" else pyarrow.csv.read_csv(out)
     assert scores.column_names == ["request", "hour", "ctr", "cvr"]
     assert scores.select(["request", "hour"]).to_pydict() == table.select(["request", "hour"]).to_pydict()
-    assert invoke("score", finished / "model.safetensors", path, tmp_path / "plain.parquet").exit_code == 0
-    plain = pq.read_table(tmp_path / "plain.parquet")
+    plain = tmp_path / "plain.parquet"
+    assert invoke("score", finished / "model.safetensors", path, plain, "--keep", "").exit_code == 0
+    plain = pq.read_table(plain)
     for task in plain.column_names:  # a float32 is printed with as many digits as tell it from the next
         assert np.array_equal(np.float32(scores[task].to_numpy()), plain[task].to_numpy())
 
@@ -820,4 +823,164 @@ def test_scores_need_a_place(finished, candidates, tmp_path):
     for out in (tmp_path, tmp_path / "absent" / "scores.parquet", Path(tmp_path / "candidates.parquet" / "scores")):
         line = refusal("score", finished / "model.safetensors", tmp_path / "candidates.parquet", out)
         assert line == f"OUT: got '{out}', wanted a file in a folder that exists"
+    assert contents(tmp_path) == before
+
+
+def read_back(path):
+    """Return a table of a file whose bytes are those that its name says."""
+    is_parquet = path.read_bytes()[:4] == b"PAR1"
+    assert is_parquet == (path.suffix == ".parquet")
+    return pq.read_table(path) if is_parquet else pyarrow.csv.read_csv(path)
+
+
+def test_scores_come_with_the_ids_of_the_candidates(finished, candidates, tmp_path):
+    """The group, keys and what is no feature; but nothing that has a task's name."""
+    extra = {"user_id": range(len(candidates)), "ctr": [0.5] * len(candidates), "note": ["x"] * len(candidates)}
+    for name, values in extra.items():
+        candidates = candidates.append_column(name, pa.array(values))
+    pq.write_table(candidates.append_column("bag", pa.array([[1]] * len(candidates))), tmp_path / "candidates.parquet")
+    for out in (tmp_path / "s.parquet", tmp_path / "s.csv"):
+        assert invoke("score", finished / "model.safetensors", tmp_path / "candidates.parquet", out).exit_code == 0
+        scores = read_back(out)
+        assert scores.column_names == ["user_id", "note", "ctr", "cvr"]
+        assert scores["user_id"].to_pylist() == list(extra["user_id"])
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_scores_of_a_log_are_those_of_training(finished, tmp_path, kind, split):
+    model, out = finished / "model.safetensors", tmp_path / f"scores.{kind}"
+    prepared = Prepared.load(finished / "data")
+    days = () if split == "test" else ("--days", split)
+    assert invoke("score", model, out, "--data", finished / "simulated", *days).exit_code == 0
+    scores = read_back(out)
+    assert scores.column_names == ["user_id", "video_id", "date", "ctr", "cvr"]
+    assert {str(day) for day in scores["date"].to_pylist()} == {*prepared.counts[split]["days"]}
+    (batch,) = prepared.stream(split, 1 << 20, shuffle=False).epoch(0)
+    assert scores["user_id"].to_pylist() == batch.groups.tolist()
+    served = load(model).score_encoded(batch.features).numpy()
+    assert np.array_equal(np.float32(np.stack([scores[task].to_numpy() for task in ("ctr", "cvr")], 1)), served)
+
+
+def test_scores_of_named_days_with_columns_of_the_log(finished, tmp_path):
+    model, out, data = finished / "model.safetensors", tmp_path / "s.parquet", finished / "simulated"
+    days = ("--days", "2024-01-06, 2024-01-02", "--keep", "time_ms,is_click,date")
+    assert invoke("score", model, out, "--data", data, *days).exit_code == 0
+    scores = pq.read_table(out)
+    assert scores.column_names == ["time_ms", "is_click", "date", "ctr", "cvr"]
+    assert scores["date"].unique().to_pylist() == ["2024-01-02", "2024-01-06"]  # in the order of the log
+    assert {*scores["is_click"].to_pylist()} == {0, 1}
+
+
+@pytest.fixture
+def requests(finished, tmp_path):
+    """The first rows of the last day, without what was known only afterwards, and no order."""
+    log = pq.read_table(finished / "simulated" / "log" / "2024-01-06.parquet")
+    known = [name for name in log.column_names if name not in ("is_click", "long_view", "play_time_ms")]
+    known = log.select([name for name in known if not name.startswith("truth")])
+    path = tmp_path / "requests.csv"
+    pyarrow.csv.write_csv(known.take(np.random.default_rng(0).permutation(len(known))[:200]), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_raw_requests_are_scored_as_the_log_is(finished, requests, tmp_path, kind):
+    model, data, made = finished / "model.safetensors", finished / "simulated", tmp_path / f"candidates.{kind}"
+    result = invoke("candidates", model, requests, made, "--data", data)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert invoke("score", model, made, tmp_path / "scores.csv").exit_code == 0
+    scores = read_back(tmp_path / "scores.csv")
+    keys, asked = ["time_ms", "user_id", "video_id"], read_back(requests)
+    assert scores.select(keys).to_pydict() == asked.select(keys).to_pydict()
+    assert invoke("score", model, tmp_path / "log.csv", "--data", data, "--keep", ",".join(keys)).exit_code == 0
+    of_log = {tuple(row[key] for key in keys): row for row in read_back(tmp_path / "log.csv").to_pylist()}
+    for row in scores.to_pylist():
+        known = of_log[tuple(row[key] for key in keys)]
+        assert (row["ctr"], row["cvr"]) == (known["ctr"], known["cvr"])
+
+
+def test_what_requests_lack_is_named(finished, requests, tmp_path):
+    asked = read_back(requests).drop_columns(["tab", "date"])
+    pyarrow.csv.write_csv(asked, requests)
+    rest = (tmp_path / "candidates.csv", "--data", finished / "simulated", "--at", "2024-01-07", "-q")
+    result = invoke("candidates", finished / "model.safetensors", requests, *rest)
+    assert result.exit_code == 0
+    assert result.stderr == f"missing in every row, since {requests} has none: tab\n"
+
+
+def test_a_store_of_features_completes_requests(finished, tmp_path):
+    model, out = finished / "model.safetensors", tmp_path / "features.safetensors"
+    result = invoke("features", model, out, "--data", finished / "simulated", "-q")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    ranker = load(model)
+    store = FeatureStore.open(out, ranker.encoder.schema)
+    assert first == f"{out}: {len(store.columns)} features by user_id, video_id"
+    assert second == f"as of 2024-01-07; a request brings user_id, video_id, {', '.join(store.absent)}"
+    own = {name: [None] * 3 for name in store.absent}
+    ranked = ranker.rank(*store.complete({"video_id": [1, 2, 10**6], **own}, {"user_id": [3]}))
+    assert sorted(ranked.rows.tolist()) == [0, 1, 2]
+    result = invoke("features", model, out, "--data", finished / "simulated", "-q", "--at", "2024-01-03")
+    assert result.exit_code == 0
+    store.reload()
+    assert store.day == "2024-01-03"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "{model}", "{tmp}/s.csv"], "s.csv, wanted CANDIDATES and OUT"),
+        (
+            ["score", "{model}", "a.csv", "{tmp}/s.csv", "--data", "{data}"],
+            "s.csv, wanted OUT alone beside --data",
+        ),
+        (["score", "{model}", "a.csv", "{tmp}/s.csv", "--days", "test"], "--days: got 'test' without --data"),
+        (["score", "{model}", "{tmp}/s.txt", "--data", "{data}"], "OUT: got 's.txt', wanted a name that ends in"),
+        (["score", "{model}", "{tmp}/s.CSV", "--data", "{data}"], "OUT: got 's.CSV', wanted a name that ends in"),
+        (
+            ["score", "{model}", "{tmp}/s.csv", "--data", "{data}", "--days", "monday"],
+            "--days: got 'monday', wanted train",
+        ),
+        (["score", "{model}", "{tmp}/s.csv", "--data", "{data}", "--days", ","], "--days: got ',', wanted train, "),
+        (
+            ["score", "{model}", "{tmp}/s.csv", "--data", "{data}", "--keep", "ghost"],
+            "column 'ghost' is absent, wanted",
+        ),
+        (["score", "{model}", "{tmp}/s.csv", "--data", "{data}", "--keep", "ctr"], "--keep: got 'ctr', the name of a"),
+        (["score", "{model}", "{tmp}/s.csv", "--data", "{tmp}/none"], "none: got no folder, wanted a data set"),
+        (["candidates", "{model}", "{tmp}/r.csv", "{tmp}/c.csv"], "Missing option '--data'"),
+        (["candidates", "{model}", "{tmp}/none.csv", "{tmp}/c.csv", "--data", "{data}"], "none.csv"),
+        (["candidates", "{model}", "{tmp}/r.csv", "{tmp}/c.txt", "--data", "{data}"], "OUT: got 'c.txt', wanted"),
+        (["candidates", "{model}", "{tmp}/r.csv", "{tmp}/none/c.csv", "--data", "{data}"], "in a folder that exists"),
+        (
+            ["features", "{model}", "{tmp}/f", "--data", "{data}", "--at", "6 May"],
+            "got '6 May', wanted a date such as 2022-04-25",
+        ),
+        (["features", "{model}", "{tmp}/none/f", "--data", "{data}"], "wanted a file in a folder that exists"),
+    ],
+)
+def test_wrong_features_and_scores_are_refused_and_nothing_is_left(finished, tmp_path, arguments, message):
+    (tmp_path / "r.csv").write_text("user_id,video_id\n1,2\n")
+    before = contents(tmp_path)
+    places = {"model": finished / "model.safetensors", "data": finished / "simulated", "tmp": tmp_path}
+    assert message in refusal(*(argument.format(**places) for argument in arguments))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/r.csv"],
+        ["score", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/../{name}/model.csv"],
+        ["candidates", "{tmp}/model.csv", "{tmp}/r.csv", "{tmp}/r.csv", "--data", "{tmp}"],
+        ["features", "{tmp}/model.csv", "{tmp}/model.csv", "--data", "{tmp}"],
+        ["plan", "{tmp}/model.csv", "{tmp}/model.csv"],
+    ],
+)
+def test_no_result_takes_the_place_of_what_it_is_made_of(finished, tmp_path, arguments):
+    shutil.copy(finished / "model.safetensors", tmp_path / "model.csv")
+    (tmp_path / "r.csv").write_text("user_id,video_id\n1,2\n")
+    before = contents(tmp_path)
+    line = refusal(*(argument.format(tmp=tmp_path, name=tmp_path.name) for argument in arguments))
+    assert re.fullmatch("OUT: got '.+', which is read, wanted another file", line)
     assert contents(tmp_path) == before

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import JSON_DEPTH, parse_json, read_json, whole_file, write_whole
+from lt4rec_sparse.files import JSON_DEPTH, parse_json, read_json, scratch_beside, whole_file, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -29,6 +29,22 @@ def test_the_new_file_takes_the_place_of_the_old(tmp_path):
         write_whole(target, text)
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_scratch_folder_is_gone_whatever_happens_and_so_is_that_of_a_dead_process(tmp_path):
+    target = tmp_path / "out.csv"
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    abandoned = tmp_path / f".out.csv.scratch.{socket.gethostname()}.{dead.stdout.strip()}.tmp"
+    abandoned.mkdir()
+    (abandoned / "day").write_text("x")
+    with scratch_beside(target) as folder:
+        assert not abandoned.exists() and folder.parent == tmp_path
+        (folder / "day").write_text("x")
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(RuntimeError, match="half way"), scratch_beside(target) as folder:
+        (folder / "day").write_text("x")
+        raise RuntimeError("half way")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

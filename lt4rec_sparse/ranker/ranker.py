@@ -115,7 +115,8 @@ class Ranker:
         Args:
             batch: Column name -> one value per candidate (list or array; None or NaN is missing; in a multi-valued
                 column each is a list of values, or one separated string), or a sequence of one value, which holds for
-                all, as of the user of a request. Columns that are not features are ignored.
+                all, as of the user of a request. Or a table: a record batch of Arrow, or a data frame. Columns that are
+                not features are ignored.
             embeddings: Column name -> vectors that were computed elsewhere, `[candidates, dim]`, or `[1, dim]` for all;
                 float32, float16 or bfloat16. They stand in for the column, which `batch` need not have then; of a
                 multi-valued one they are the mean of its values' vectors.
@@ -128,7 +129,7 @@ class Ranker:
                 are of no feature, of another shape or dtype, or not finite, or if none are given for a table that the
                 ranker was saved without.
         """
-        scores = self._score(batch, None, embeddings)
+        scores = self._score(raw_columns.columns_of(batch), None, embeddings)
         return {task: scores[:, i] for i, task in enumerate(self.tasks)}
 
     def _score(
@@ -170,7 +171,7 @@ class Ranker:
             `ranker.rank({"video_id": [7, 9]}, context={"age": [31]}, k=1)` returns the better of the two.
 
         Args:
-            candidates: Column name -> one value per candidate, as in `score`; at least one column.
+            candidates: Column name -> one value per candidate, or a table, as in `score`; at least one column.
             context: Column name -> a sequence of one value: what all candidates have in common, as the user's
                 features. It is encoded and computed with once.
             k: How many candidates to return; None for all.
@@ -185,6 +186,7 @@ class Ranker:
         Source: LT4REC (arXiv 2008.09872), Eq 3.
         """
         k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
+        candidates = raw_columns.columns_of(candidates)
         of_tasks = self._score(candidates, context, embeddings)
         scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
         columns = {**candidates, **(context or {})}

@@ -111,8 +111,7 @@ def _served(
     metrics = {p: {task: metrics_of(kind)[MAIN_METRIC[kind]] for task, kind in kinds.items()} for p in rankers}
     largest = {p: torch.zeros(len(kinds)) for p in rankers}
     for batch in lab.prepared.stream(split, 4096, seed=0, shuffle=False).epoch(0):
-        x = rankers["fp32"].inputs(batch.features)
-        scores = {p: ranker.mlp(x) for p, ranker in rankers.items()}
+        scores = {p: ranker.score_encoded(batch.features) for p, ranker in rankers.items()}
         for p in rankers:
             largest[p] = largest[p].maximum((scores[p] - scores["fp32"]).abs().amax(0))
             # Metrics read logits. A float32 below 1 is at least 2^-24 away from it.

@@ -193,7 +193,10 @@ def _sections(run: _Run) -> list[str]:
 
 def _next(run: _Run) -> str:
     """Return a list of what the results suggest."""
-    lines = ["- Score candidates: `lt4rec-sparse score model.safetensors CANDIDATES SCORES`."]
+    lines = [
+        "- Score the log's test days: `lt4rec-sparse score model.safetensors SCORES.csv --data FOLDER`. For requests "
+        "of your own, `lt4rec-sparse candidates` makes what `score` reads."
+    ]
     mains = {task: MAIN_METRIC[kind] for task, kind in run.tasks.items()}
     gains = {t: run.mean(HARD + SMALL, t, metric) - run.mean(run.served, t, metric) for t, metric in mains.items()}
     if all(_is_gain(gain, mains[task]) for task, gain in gains.items()):

@@ -490,3 +490,22 @@ def test_no_rows() -> None:
     assert RANKER.score(empty)["ctr"].shape == (0,)
     context = {name: COLUMNS[name][:1] for name in COMMON}
     assert len(RANKER.rank({name: [] for name in COLUMNS if name not in COMMON}, context)) == 0
+
+
+def test_a_table_is_scored_as_its_columns() -> None:
+    arrays = {name: pa.array(values) for name, values in COLUMNS.items()}
+    wanted = RANKER.score(COLUMNS)["ctr"]
+    for table in (pa.table(arrays), pa.RecordBatch.from_pydict(arrays)):
+        assert (RANKER.score(table)["ctr"] == wanted).all()
+        context = {name: values[:1] for name, values in COLUMNS.items() if name in COMMON}
+        ranked = RANKER.rank(table.select([name for name in COLUMNS if name not in COMMON]), context)
+        assert sorted(ranked.rows.tolist()) == [0, 1, 2]
+    with pytest.raises(InputError, match="columns: got int, wanted a dict of columns"):
+        RANKER.score(7)
+
+
+def test_arrow_is_read_without_the_engine_too() -> None:
+    for array in (pa.array([1, None, 77]), pa.chunked_array([[1], [None, 77]])):
+        features = RANKER.encoder.encode(COLUMNS | {"video": array, "seen": pa.array(COLUMNS["seen"])})
+        assert_exact(features.single, RANKER.encoder.encode(COLUMNS).single)
+        assert_exact(features.multi_values, RANKER.encoder.encode(COLUMNS).multi_values)

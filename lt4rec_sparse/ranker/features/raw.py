@@ -1,12 +1,13 @@
 """Raw columns in the forms that callers have them, checked once and reduced to present values and their positions.
 
-A categorical or dense column is a sequence of `batch` values (list, array or masked array); None, NaN and masked are
-missing. A multi-valued column is a sequence of `batch` lists or separated strings, or the pair `(values, offsets)` with
-row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast form.
+A categorical or dense column is a sequence of `batch` values (list, array, masked array, or a column of pyarrow, polars
+or pandas); None, NaN and masked are missing. A multi-valued column is a sequence of `batch` lists or separated strings,
+or the pair `(values, offsets)` with row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -21,6 +22,29 @@ Present = NDArray[np.bool_]
 TEXT = {str, np.str_}
 
 
+def columns_of(table: Any) -> Mapping[str, Any]:
+    """Return the columns of a table by name: of a mapping, a record batch or a data frame.
+
+    Raises:
+        InputError: If it is none of these.
+    """
+    if isinstance(table, Mapping):
+        return table
+    if hasattr(table, "column_names"):  # pyarrow
+        return {name: table.column(name) for name in table.column_names}
+    if hasattr(table, "columns") and hasattr(table, "__getitem__"):  # polars, pandas
+        return {str(name): table[name] for name in table.columns}
+    raise InputError(f"columns: got {type(table).__name__}, wanted a dict of columns, a record batch or a data frame")
+
+
+def _plain(raw: Any) -> Any:
+    """Return a column of a table as a list of Python's values; other columns as they are."""
+    if isinstance(raw, list | tuple | np.ndarray):
+        return raw
+    to_list = getattr(raw, "to_pylist", None) or getattr(raw, "to_list", None)
+    return raw if to_list is None else to_list()
+
+
 def rows_of(column: Column, raw: Any) -> int:
     """Return how many rows a raw column has."""
     if _is_bags(column, raw):
@@ -33,6 +57,7 @@ def rows_of(column: Column, raw: Any) -> int:
 
 def single(column: Column, raw: Any) -> tuple[Array, Present]:
     """Return the values that are present (int64, object or float64 by the column) and which rows have one (bool)."""
+    raw = _plain(raw)
     if column.kind == "dense":
         return _numbers(column, raw)
     return _integers(column, raw) if column.type == "int" else _strings(column, raw)
@@ -45,7 +70,7 @@ def bags(column: Column, raw: Any) -> tuple[Array, Ids]:
         if offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
             raise _refuse(column, offsets, f"offsets that ascend from 0 to {len(flat)}")
     else:
-        rows = [_bag(column, row) for row in raw]
+        rows = [_bag(column, row) for row in _plain(raw)]
         flat = list(chain.from_iterable(rows))
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     values, present = single(column, flat)

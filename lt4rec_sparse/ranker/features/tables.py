@@ -9,7 +9,7 @@ what was fitted, which `from_arrays` reads back. A fit takes training values in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise, repeat
 from typing import Any
@@ -52,7 +52,7 @@ class IntVocabulary:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> IntVocabulary:
         """Read `to_arrays` back."""
-        return cls(_checked(arrays, "keys", np.int64))
+        return cls(checked_array(arrays, "keys", np.int64))
 
 
 class StringVocabulary:
@@ -76,7 +76,7 @@ class StringVocabulary:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> StringVocabulary:
         """Read `to_arrays` back."""
-        data, offsets = _checked(arrays, "bytes", np.uint8).tobytes(), _checked(arrays, "offsets", np.int64)
+        data, offsets = checked_array(arrays, "bytes", np.uint8).tobytes(), checked_array(arrays, "offsets", np.int64)
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
             raise ValueError(f"offsets: got no ascending cut of {len(data)} bytes, wanted 0 first and {len(data)} last")
         cuts = offsets.tolist()
@@ -125,7 +125,7 @@ class QuantileTable:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> QuantileTable:
         """Read `to_arrays` back."""
-        cuts = _checked(arrays, "cuts", np.float64)
+        cuts = checked_array(arrays, "cuts", np.float64)
         if np.isnan(cuts).any() or not (np.diff(cuts) > 0).all():
             raise ValueError("cuts: got an unsorted array, wanted ascending values")
         return cls(cuts)
@@ -241,7 +241,8 @@ def _blake2b8(value: str) -> int:
     return int.from_bytes(blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _checked(arrays: dict[str, Array], name: str, dtype: type[np.generic]) -> Array:
+def checked_array(arrays: Mapping[str, Array], name: str, dtype: type[np.generic]) -> Array:
+    """Return an array of a file that is not trusted: of one dimension and a dtype, or a ValueError."""
     array = arrays.get(name)
     if array is None or array.ndim != 1 or array.dtype != dtype:
         got = "nothing" if array is None else f"{array.dtype} of shape {array.shape}"

@@ -6,7 +6,8 @@ columns that the schema needs. Memory is bounded by one day of the log, however 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,23 @@ class DayLog:
         """The days, ascending."""
         return tuple(self.paths)
 
+    def earlier(self, day: str, where: str) -> int:
+        """Return how many days of the log are before `day`, which may be any; `where` begins an error's message.
+
+        Raises:
+            DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
+        """
+        forms = {_form(known) for known in self.paths}
+        numeric = are_numbers(self.paths)
+        # Numbers that all have eight digits are dates, or might be; others count days.
+        fits = are_numbers([day]) if numeric and forms != {"00000000"} else _form(day) in forms
+        if not fits:
+            raise DataError(
+                f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {self.days[-1]}"
+            )
+        key = int if numeric else str
+        return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
+
     def read(self, day: str) -> Iterator[Any]:
         """Yield the rows of a day, in order, as record batches."""
         with pa.memory_map(str(self.paths[day])) as file:
@@ -70,21 +88,24 @@ def _log_columns(source: Source) -> list[str]:
     return names
 
 
-def partition(source: Source, folder: Path, batch_rows: int, progress: Progress) -> DayLog:
+def partition(source: Source, folder: Path, batch_rows: int, progress: Progress, keep: Collection[str] = ()) -> DayLog:
     """Read the log once and write it to `folder`, for temporary files, by day, without duplicates and in order.
 
-    `DayLog.read` yields record batches of `batch_rows`. Progress is reported after every file read and day sorted.
+    `DayLog.read` yields record batches of `batch_rows`, of the columns that the schema needs and those in `keep`.
+    Progress is reported after every file read and day sorted.
 
     Raises:
-        DataError: If a file, a type, a label or a day contradicts the schema.
+        DataError: If a file, a type, a label or a day contradicts the schema, or the log has no such column to keep.
     """
     types, names = raw_types(source.schema), _log_columns(source)
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
-    are_numbers = all(day.lstrip("-").isdecimal() for day in dealt)
-    days = sorted(dealt, key=int if are_numbers else str)
-    needed = [name for name in names if name in types]
+    days = sorted(dealt, key=int if are_numbers(dealt) else str)
+    absent = next((name for name in keep if name not in names), None)
+    if absent is not None:
+        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
+    needed = [name for name in names if name in types or name in keep]
     paths, kept = {}, 0
     for index, day in enumerate(days):
         table = _distinct(dealt[day], names)
@@ -139,16 +160,35 @@ def _alike(path: Path, batch: Any, layout: Any) -> Any:
     return pa.RecordBatch.from_arrays(columns, schema=layout)
 
 
-def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
-    """Cut a batch into its days; rows keep their order."""
+def days_of(path: Path, batch: Any, time: Time) -> Any:
+    """Return the day of every row of a batch as text, from the column that says it.
+
+    Raises:
+        DataError: If one is missing.
+    """
     column = time.day or time.timestamp or ""
     days = batch[column]
     if days.null_count:
         raise DataError(f"{path}: column {column!r}: got a missing day, wanted one in every row")
-    if time.timestamp is not None:
-        local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
-        days = local.cast(pa.date32(), safe=False).cast(pa.string())
-    coded = days.dictionary_encode()
+    if time.timestamp is None:
+        return days
+    local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
+    return local.cast(pa.date32(), safe=False).cast(pa.string())
+
+
+def are_numbers(days: Iterable[str]) -> bool:
+    """Return whether days are whole numbers, which are ordered as such."""
+    return all(day.removeprefix("-").isdecimal() for day in days)
+
+
+def _form(day: str) -> str:
+    """Return a day with its digits as zeros."""
+    return re.sub(r"\d", "0", day)
+
+
+def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
+    """Cut a batch into its days; rows keep their order."""
+    coded = days_of(path, batch, time).dictionary_encode()
     codes = coded.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     ends = np.cumsum(np.bincount(codes, minlength=len(coded.dictionary)))

@@ -6,6 +6,7 @@ has added, and a day is added after its last row was read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,58 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lt4rec_sparse.ranker.features import History
+from lt4rec_sparse.ranker.features import History, Schema
 from lt4rec_sparse.ranker.features.tables import Array, Ids, IntVocabulary
-from lt4rec_sparse.recsys.data.source import is_list
+from lt4rec_sparse.recsys.data.source import floats, is_list
 
 Floats = NDArray[np.float64]
+# The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
+Events = tuple[Ids, NDArray[np.bool_], dict[str, Any]]
 # All past strings together may have more than the 2 GiB that Arrow's usual types hold.
 WIDE = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.large_list(pa.large_string())}
+
+
+class Histories:
+    """All histories of a schema: what each group did before a day.
+
+    Rows that were noted are past once their day has ended; until then nothing sees them.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self._pasts = {history: PastRows(history) for history in schema.histories}
+        self._noted: dict[History, list[Events]] = {history: [] for history in self._pasts}
+
+    @property
+    def groups(self) -> Ids:
+        """All groups that have a past, int64, distinct."""
+        return next((past.groups for past in self._pasts.values()), np.empty(0, np.int64))
+
+    def features(self, groups: Ids) -> dict[str, Any]:
+        """Return rates and bags of rows of the groups `[n]`, raw, as `FeatureEncoder` takes them."""
+        features: dict[str, Any] = {}
+        for history, past in self._pasts.items():
+            if history.rates:
+                features |= dict(
+                    zip((f"{history.name}_count", f"{history.name}_rate"), past.rates(groups), strict=True)
+                )
+            features |= {f"{history.name}_{column}": bags for column, bags in past.bags(groups).items()}
+        return features
+
+    def note(self, groups: Ids, columns: Mapping[str, Any]) -> None:
+        """Take in rows of the day, in its order: their groups `[n]` and the columns of the schema."""
+        for history, noted in self._noted.items():
+            counts = np.nan_to_num(floats(columns[history.when])) != 0
+            kept = pa.array(counts)
+            noted.append((groups, counts, {name: columns[name].filter(kept) for name in history.columns}))
+
+    def end_day(self) -> None:
+        """Let the rows that were noted be past."""
+        for history, noted in self._noted.items():
+            if noted:
+                groups, counts, kept = zip(*noted, strict=True)
+                columns = {name: pa.concat_arrays([part[name] for part in kept]) for name in history.columns}
+                self._pasts[history].add_day(np.concatenate(groups), np.concatenate(counts), columns)
+                noted.clear()
 
 
 class PastRows:
@@ -33,6 +79,11 @@ class PastRows:
         self._slots = np.empty(0, np.int64)  # of each past row, ascending
         self._ends = np.zeros(1, np.int64)  # slot s has the past rows ends[s] to ends[s + 1]
         self._columns: dict[str, Any] = dict.fromkeys(history.columns, pa.array([], pa.int64()))
+
+    @property
+    def groups(self) -> Ids:
+        """All groups that have had a row."""
+        return self._index.keys
 
     def bags(self, groups: Ids) -> dict[str, tuple[Array, Ids]]:
         """Return the past values of every column for rows of the groups `[n]`, as `(values [nnz], offsets [n + 1])`."""

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import remove_abandoned, temporary_beside
@@ -143,10 +144,17 @@ def column_names(path: Path) -> list[str]:
     return names
 
 
+def list_columns(path: Path) -> set[str]:
+    """Return the names of a file's columns that hold lists or structures; in CSV all are text."""
+    if path.suffix != ".parquet":
+        return set()
+    return {field.name for field in pq.read_schema(path) if pa.types.is_nested(field.type)}
+
+
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
     """Yield the named columns as record batches, with the types of `types`, and others as they are in the file."""
     with _opened(path, list(columns)) as (_, batches):
-        yield from (_typed(path, batch, types) for batch in batches)
+        yield from (typed(path, batch, types) for batch in batches)
 
 
 @contextmanager
@@ -204,7 +212,15 @@ def is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
+def floats(column: Any) -> NDArray[np.float64]:
+    """Return a float64 column, writable, with NaN for missing and for infinite values: no count or time is infinite."""
+    values = np.array(column.to_numpy(zero_copy_only=False), np.float64)
+    values[np.isinf(values)] = np.nan
+    return values
+
+
+def typed(path: Path, batch: Any, types: Mapping[str, RawType]) -> Any:
+    """Return a batch of a file with the types that the schema wants, which the values must fit without loss."""
     columns = []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if pa.types.is_dictionary(column.type):

@@ -1,0 +1,94 @@
+"""The commands that make features at serving time: `lt4rec-sparse candidates` and `features`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="The folder with the log and its side tables, as `run --data` takes it. How to read it, the model says."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
+
+
+def candidates(
+    model: Model,
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            help="A Parquet or CSV file with one row per candidate: the group (such as user_id), the keys of the side "
+            "tables (such as video_id), columns of the log that are known, and the day, if there is no --at."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The file to write, .parquet or .csv, for `score`: the same rows, with every feature."),
+    ],
+    data: Data,
+    at: Annotated[
+        str | None,
+        typer.Option(help="The day of all requests, written as in the log. Histories are of the days before it."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make candidates of requests: join the side tables and add histories.
+
+    Every row gets the features that training would have seen on its day.
+    """
+    from lt4rec_sparse.cli import check_out, shown_progress
+    from lt4rec_sparse.files import scratch_beside
+    from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.recsys.data import complete_requests, open_source
+    from lt4rec_sparse.recsys.data.written import check_table_name, csv_table, written_table
+
+    check_out(out, model, requests)
+    check_table_name(out)
+    source = open_source(data, load(model).encoder.schema)
+    with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
+        made = complete_requests(source, requests, at, scratch, progress)
+    table = csv_table(source.schema, made.table) if out.suffix == ".csv" else made.table
+    with written_table(out) as append:
+        append(table)
+    if made.absent:
+        typer.echo(f"missing in every row, since {requests} has none: {', '.join(made.absent)}", err=True)
+
+
+def features(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="The file to write, for FeatureStore.open: features.safetensors beside MODEL.")
+    ],
+    data: Data,
+    at: Annotated[
+        str | None,
+        typer.Option(help="The day that they are for, written as in the log. By default the day after its last."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a server looks up by user and item.
+
+    The file holds the side tables, and histories of the days before; a request then brings ids and little else. Write
+    it anew every day.
+    """
+    from lt4rec_sparse.cli import check_out, shown_progress
+    from lt4rec_sparse.files import scratch_beside
+    from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.ranker.store import FeatureStore, write_features
+    from lt4rec_sparse.recsys.data import open_source, take_snapshot
+
+    check_out(out, model)
+    source = open_source(data, load(model).encoder.schema)
+    with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
+        taken = take_snapshot(source, at, scratch, progress)
+    write_features(out, source.schema, taken.tables, taken.day)
+    store = FeatureStore.open(out)
+    keys = tuple(dict.fromkeys(store.columns.values()))
+    brought = [*keys, *(name for name in store.absent if name not in keys)]
+    typer.echo(f"{out}: {len(store.columns)} features by {', '.join(keys)}")
+    typer.echo(f"as of {store.day}; a request brings {', '.join(brought)}")

@@ -1,0 +1,144 @@
+"""Columns of rows, of the side tables that their keys find, and derived from both: the same for a log and for requests.
+
+Columns that the rows have take precedence over columns of a side table with the same name, and an earlier side table
+over a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lt4rec_sparse.ranker.features import Join
+from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+
+
+class Joined:
+    """Joins rows with side tables, of which only the wanted columns are in memory.
+
+    Args:
+        source: The folder with the side tables.
+        there: The columns that rows have themselves.
+        wanted: The columns to have; derived ones are made from those that they need.
+
+    Attributes:
+        schema: That of the source.
+        sides: One per join of the schema.
+        absent: Wanted columns that neither the rows nor a side table has.
+    """
+
+    def __init__(self, source: Source, there: Collection[str], wanted: Collection[str]) -> None:
+        self.schema = source.schema
+        self._derived = {item.name: item.days_since for item in source.schema.derived if item.name in wanted}
+        types = raw_types(source.schema)
+        left = list(dict.fromkeys(self._derived.get(name, name) for name in wanted))
+        left = [name for name in left if name not in there]
+        self.sides = []
+        for join, paths in zip(source.schema.joins, source.joins, strict=True):
+            side = SideTable(join, paths, types, left)
+            left = [name for name in left if name not in side.columns]
+            self.sides.append(side)
+        self.absent = tuple(left)
+
+    def columns(self, day: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns of rows of a day, those of the side tables, and derived ones; all Arrow arrays."""
+        columns = dict(rows)
+        for side in self.sides:
+            if side.columns:
+                columns |= side.lookup(columns[side.on])
+        return columns | self.derived(day, columns)
+
+    def derived(self, day: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the derived columns of rows of a day: those whose dates are among the columns."""
+        dates = {name: days_since for name, days_since in self._derived.items() if days_since in columns}
+        return {name: _days_since(day, days_since, columns[days_since]) for name, days_since in dates.items()}
+
+
+class SideTable:
+    """A side table in memory: only the wanted columns, found by key.
+
+    Attributes:
+        on: The column of the key.
+        columns: Name -> values of every row, an Arrow array; the key is not among them.
+        keys: The key of every row, int64 or str.
+    """
+
+    def __init__(self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str]) -> None:
+        self.on = join.on
+        where = f"{paths[0].parent}: {' '.join(path.name for path in paths)}"
+        parts = []
+        for path in paths:
+            there = column_names(path)
+            if join.on not in there:
+                raise DataError(f"{path}: column {join.on!r} is absent, wanted the key of the side table")
+            columns = [join.on, *(name for name in wanted if name in there and name != join.on)]
+            parts += [pa.table(batch) for batch in read_file(path, types, columns)]
+        if len({tuple(part.column_names) for part in parts}) > 1:
+            raise DataError(f"{where}: differ in columns, wanted the same in each")
+        if not parts:
+            raise DataError(f"{where}: got no row, wanted a side table")
+        table = pa.concat_tables(parts)
+        # Nothing joins a row without a key; and a missing int key would turn all keys into floats.
+        table = table.filter(table[join.on].is_valid()).combine_chunks()
+        self.columns = {name: table[name].combine_chunks() for name in table.column_names}
+        keys = self.columns.pop(join.on)
+        counts = pc.value_counts(keys)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            first = twice[0]["values"].as_py()
+            raise DataError(f"{where}: column {join.on!r}: got key {first!r} twice, wanted each once")
+        self.keys = keys.to_numpy(zero_copy_only=False)
+        self._index = IntVocabulary(self.keys) if join.type == "int" else StringVocabulary(self.keys)
+
+    def lookup(self, keys: Any) -> dict[str, Any]:
+        """Return the columns at the keys; an unknown or missing key has missing values."""
+        present = keys.is_valid().to_numpy(zero_copy_only=False)
+        places = np.full(len(keys), -1, np.int64)
+        places[present] = self._index.lookup(keys.drop_null().to_numpy(zero_copy_only=False)) - 2
+        rows = pa.array(places, mask=places < 0)
+        return {name: column.take(rows) for name, column in self.columns.items()}
+
+
+def group_ids(column: Any) -> Ids:
+    """Return the groups of rows as int64; text has its 64-bit hash as id."""
+    groups: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return groups if groups.dtype == np.int64 else hash64(groups).view(np.int64)
+
+
+def raw_column(column: Any) -> Any:
+    """Return an Arrow column as `features.raw` takes it: an array, masked where missing, or values and offsets."""
+    if pa.types.is_list(column.type):
+        # A key that the side table lacks gives a missing list: an empty bag.
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+        return raw_column(column.flatten()), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if column.null_count == 0 or not pa.types.is_integer(column.type):
+        return column.to_numpy(zero_copy_only=False)  # missing text becomes None, a missing float NaN
+    return np.ma.MaskedArray(column.fill_null(0).to_numpy(), column.is_null().to_numpy(zero_copy_only=False))
+
+
+def _days_since(day: str, name: str, column: Any) -> Any:
+    today = as_date(day, "the day")
+    coded = column.dictionary_encode()
+    ages = [float((today - as_date(text, f"column {name!r}")).days) for text in coded.dictionary.to_pylist()]
+    return pa.array(ages, pa.float64()).take(coded.indices)
+
+
+def as_date(text: str, where: str) -> date:
+    """Read 2022-04-25, 20220425, or either followed by a time.
+
+    Raises:
+        DataError: If the text begins with no such date.
+    """
+    digits = text[:10].replace("-", "")[:8]
+    try:
+        return date(int(digits[:4]), int(digits[4:6]), int(digits[6:]))
+    except ValueError:
+        raise DataError(f"{where}: got {text!r}, wanted a date such as 2022-04-25 or 20220425") from None

@@ -1,0 +1,40 @@
+"""The past of a log, day by day: what histories hold of strictly earlier days, for rows of the log and for requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lt4rec_sparse.ranker.features.tables import Ids
+from lt4rec_sparse.recsys.data.days import DayLog
+from lt4rec_sparse.recsys.data.history import Histories
+from lt4rec_sparse.recsys.data.joined import Joined, group_ids
+from lt4rec_sparse.recsys.data.source import Source
+
+
+def noted_rows(log: DayLog, day: str, joined: Joined, histories: Histories) -> Iterator[tuple[Ids, dict[str, Any]]]:
+    """Yield the groups and the joined columns of a day's rows; after the last ones the day is past to `histories`."""
+    group = joined.schema.group.column
+    for batch in log.read(day):
+        columns = joined.columns(day, dict(zip(batch.schema.names, batch.columns, strict=True)))
+        groups = group_ids(columns[group])
+        histories.note(groups, columns)
+        yield groups, columns
+    histories.end_day()
+
+
+class Past:
+    """The histories of a log before a day that only moves on."""
+
+    def __init__(self, source: Source, log: DayLog) -> None:
+        self.histories = Histories(source.schema)
+        self._log, self._ended = log, 0
+        wanted = [name for history in source.schema.histories for name in history.columns]
+        self._joined = Joined(source, log.columns, wanted)
+
+    def advance(self, days: int) -> None:
+        """Let the first `days` of the log be past; they are at least as many as before."""
+        for day in self._log.days[self._ended : days]:
+            for _ in noted_rows(self._log, day, self._joined, self.histories):
+                pass
+        self._ended = max(self._ended, days)

@@ -1,0 +1,114 @@
+"""Scores of a file of candidates, or of a log's own rows, written with the columns that say which row is which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import scratch_beside
+from lt4rec_sparse.ranker import Ranker
+from lt4rec_sparse.recsys.data import open_source, read_candidates
+from lt4rec_sparse.recsys.data.batches import SPLITS
+from lt4rec_sparse.recsys.data.candidates import ids_of
+from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
+from lt4rec_sparse.recsys.data.prepare import split_days
+from lt4rec_sparse.recsys.data.rows import RowReader
+from lt4rec_sparse.recsys.data.written import check_table_name, written_table
+
+CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
+
+
+def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] | None = None) -> None:
+    """Score a file of candidates, CSV or Parquet: one row of `out` per row, in the same order.
+
+    Args:
+        ranker: The model.
+        candidates: A file with a column for every feature; all of it is read into memory.
+        out: CSV or Parquet, as its name says: the columns to keep, then one column per task.
+        keep: Columns of the file. None: its ids, see `ids_of`.
+
+    Raises:
+        InputError: If a feature or a column to keep is absent, has a wrong value, or cannot be written.
+    """
+    check_table_name(out)
+    schema = ranker.encoder.schema
+    if keep is None:
+        keep = ids_of(candidates, schema, ranker.tasks)
+    _check_kept(ranker, keep)
+    features, kept = read_candidates(candidates, schema, keep)
+    _check_flat(kept, out)
+    columns = dict(zip(kept.column_names, kept.columns, strict=True))
+    with written_table(out) as append:
+        append(pa.table(columns | ranker.score(features)))
+
+
+def score_log(
+    ranker: Ranker,
+    data: Path,
+    out: Path,
+    days: str = "test",
+    keep: Sequence[str] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Score rows of a log as training would have seen them: joined, with histories of strictly earlier days.
+
+    Rows come by day, within a day in the order of the schema; exact duplicates are dropped, as in training. Memory
+    holds one day of the log.
+
+    Args:
+        ranker: The model, whose schema says how the log is read.
+        data: The folder of the log.
+        out: CSV or Parquet, as its name says: the columns to keep, then one column per task.
+        days: "train", "validation", "test", or days of the log, separated by commas.
+        keep: Columns of the log. None: the group, the keys of side tables, and the day or time.
+        progress: Called with stage, done and total.
+
+    Raises:
+        InputError: If the log contradicts the schema, there is no such day, or a column to keep is not in the log.
+    """
+    check_table_name(out)
+    source = open_source(data, ranker.encoder.schema)
+    schema = source.schema
+    if keep is None:
+        ids = (schema.group.column, *(join.on for join in schema.joins), schema.time.day, schema.time.timestamp)
+        keep = tuple(dict.fromkeys(name for name in ids if name is not None and name not in ranker.tasks))
+    _check_kept(ranker, keep)
+    with scratch_beside(out) as scratch:
+        log = partition(source, scratch, CHUNK_ROWS, progress, keep)
+        wanted = _days(log, ranker, days)
+        scored: set[str] = set()
+        with written_table(out) as append:
+            for rows in RowReader(source, log, keep).read(wanted):
+                _check_flat(pa.table(rows.kept), out)
+                append(pa.table(rows.kept | ranker.score(rows.features)))
+                scored.add(rows.day)
+                progress("score days", len(scored), len(wanted))
+
+
+def _days(log: DayLog, ranker: Ranker, text: str) -> frozenset[str]:
+    if text in SPLITS:
+        return frozenset(split_days(log.days, ranker.encoder.schema.split)[text])
+    named = frozenset(day.strip() for day in text.split(",") if day.strip())
+    stray = next((day for day in sorted(named) if day not in log.paths), None)
+    if stray is not None or not named:
+        got = repr(text if stray is None else stray)
+        raise InputError(f"--days: got {got}, wanted {', '.join(SPLITS)}, or days of {log.days[0]} to {log.days[-1]}")
+    return named
+
+
+def _check_kept(ranker: Ranker, keep: Sequence[str]) -> None:
+    twice = next((name for name in keep if name in ranker.tasks), None)
+    if twice is not None:
+        raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
+
+
+def _check_flat(kept: Any, out: Path) -> None:
+    nested = next((field.name for field in kept.schema if pa.types.is_nested(field.type)), None)
+    if out.suffix == ".csv" and nested is not None:
+        raise InputError(
+            f"--keep: got column {nested!r}, which holds lists, wanted an OUT that ends in .parquet for it"
+        )
