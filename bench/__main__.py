@@ -22,6 +22,7 @@ from bench import (
     networks,
     record,
     request,
+    serving,
     tables,
     training,
     wide,
@@ -31,6 +32,7 @@ USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
     " | networks [NETWORK ... | --short] | frozen [--short] | gpu [--dry OUT] | gpu-bytes"
     " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
+    " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
@@ -80,6 +82,17 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(request.measured(Path(run_folder), (1,), rounds=1, round_us=1.0), indent=1))
         case ["embeddings", run_folder, "--short"]:
             print(json.dumps(embeddings.measured(Path(run_folder), rows=100, rounds=1, round_us=1.0), indent=1))
+        case ["serving", run_folder]:
+            serving.run(Path(run_folder))
+        case ["serving", run_folder, "--short"]:
+            from bench import soak  # it needs aiohttp
+
+            serving.run_short(Path(run_folder) / "model.safetensors")
+            print(json.dumps(soak.measure(Path(run_folder) / "model.safetensors", seconds=3.0)))
+        case ["soak", run_folder, seconds]:
+            from bench import soak
+
+            print(json.dumps(soak.measure(Path(run_folder) / "model.safetensors", float(seconds)), indent=1))
         case ["keep-experiment", folder, name]:
             print(experiments.keep(Path(folder), name))
         case ["keep", folder, name]:

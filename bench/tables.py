@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import default, experiments, gpu, networks, record, wide
+from bench import default, experiments, gpu, networks, record, serving, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -593,6 +593,16 @@ def _where(machine: dict[str, Any]) -> str:
     return f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}"
 
 
+def _serving() -> str:
+    """Return a server's rates, per machine; there may be no record yet."""
+    if not (record.RESULTS / "serving.json").exists():
+        return "Not recorded yet: an idle machine is needed for it."
+    parts = []
+    for processor, measured in record.read("serving").items():
+        parts.append(f"{processor}, commit {measured['machine']['commit']}:\n\n{serving.table_of(measured)}")
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "models": _models,
@@ -606,6 +616,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "training": _training,
     "embeddings": _embeddings,
     "request": _request,
+    "serving": _serving,
     "simulated": _simulated,
     "speed": _speed,
     "wide": _wide,

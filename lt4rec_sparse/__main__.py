@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 
-# What the extra `recsys` installs, by import name.
+# What the extras `recsys` and `serve` install, by import name.
 EXTRA = ("click", "markdown_it", "matplotlib", "pyarrow", "rich", "tomli", "typer")
+SERVE = ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop")
 
 
 def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: With the exit code; without the extra `recsys`, with a line that says how to install it.
+        SystemExit: With the exit code; without the extra that a command needs, with a line that says how to install it.
     """
     try:
         from lt4rec_sparse.cli import app
@@ -20,9 +21,10 @@ def main() -> None:
         app(prog_name="lt4rec-sparse")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRA:
+        if missing not in EXTRA + SERVE:
             raise
-        sys.exit(f"lt4rec-sparse needs {missing}, which the extra brings: pip install 'lt4rec-sparse[recsys]'")
+        extra = "serve" if missing in SERVE else "recsys"
+        sys.exit(f"lt4rec-sparse needs {missing}, which the extra brings: pip install 'lt4rec-sparse[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import typer.core
 
 from lt4rec_sparse import __version__, cli_features
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.serve.command import serve
 
 if TYPE_CHECKING:
     from lt4rec_sparse.recsys.models import Conflict
@@ -501,6 +502,9 @@ def inspect(model: Artefact) -> None:
     typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
     if ranker.inputs.absent:
         typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
+
+
+app.command()(serve)
 
 
 def _is_gpu(device: str) -> bool:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+KSERVE = ROOT / ".kserve"  # a client of servers that wants an older protobuf, and brings pandas and gRPC
 TRITON36 = ROOT / ".triton36"  # the Triton of torch 2.11, whose interpreter needs NumPy below 2.4
 MODULE = (sys.executable, "-m")
 PYTEST = (*MODULE, "pytest", "-q")
@@ -25,6 +26,8 @@ STEPS: dict[str, tuple[str | Path, ...]] = {
     "types": (BIN / "mypy",),
     "imports": (BIN / "lint-imports",),
     "second Triton": (*MODULE, "pip", "install", "-q", "--no-deps", "--target", TRITON36, "triton==3.6.0", "numpy<2.4"),
+    "kserve": (*MODULE, "venv", KSERVE),
+    "kserve's packages": (KSERVE / "bin" / "pip", "install", "-q", "kserve==0.21.0"),
     "tests": (*PYTEST, "--hypothesis-profile=thorough"),
     "heavy tests": (*PYTEST, "-m", "heavy"),
     "tests held to AVX2": (*MODULE, "tests.settings", "--short", "avx2"),
@@ -42,6 +45,8 @@ def main() -> int:
         sys.exit(f"the CPU engine was not built ({cpu.absence_reason()}); this shows why: {build}")
     if (TRITON36 / "triton-3.6.0.dist-info").exists():
         del STEPS["second Triton"]
+    if any(KSERVE.glob("lib/*/site-packages/kserve-*.dist-info")):
+        del STEPS["kserve"], STEPS["kserve's packages"]
     rows = []
     for name, arguments in STEPS.items():
         print(f"== {name}: {' '.join(map(str, arguments))}", flush=True)

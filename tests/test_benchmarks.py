@@ -17,6 +17,7 @@ import pytest
 import torch
 from kernels.networks import PATHS, Kernel, exact_reference, prepack, random_layer, random_mask
 from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
+from serve.models import small_ranker
 
 from bench import record, tables
 from bench.cpu import PRECISIONS, ratio, speed_table
@@ -133,6 +134,17 @@ def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     assert set(measured["steps"]["rows_per_second"]) >= {"lt4rec_sparse, fp32", "lt4rec_sparse, bf16"}
     assert measured["search"]["ours_s"] > 0 and measured["search"]["plain_s"] > 0
     assert len(measured["embeddings"]["timings_us"]) == 3
+
+
+@needs_engine
+@pytest.mark.bench_short
+def test_the_suite_of_servers_runs_in_its_short_form(tmp_path: Path) -> None:
+    save(small_ranker(), tmp_path / "model.safetensors")
+    *printed, soaked = bench("serving", str(tmp_path), "--short").splitlines()
+    for name in ("engine fp32", "engine int8", "dense torch fp32", "dense ONNX Runtime int8"):
+        assert sum(line.startswith(f"| {name} |") for line in printed) == 1
+    counts = json.loads(soaked)
+    assert counts["lost"] == counts["wrong"] == 0 and counts["answered"] > 0 and counts["refused"] > 0
 
 
 def test_a_record_of_training_may_lack_large_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.errors import InputError, shown
 
+LARGEST = sys.float_info.max  # an int may be larger, and less than infinity
 Scores = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
@@ -43,7 +45,7 @@ def checked_powers(by: Mapping[str, float]) -> dict[str, float]:
     if not by:
         raise InputError("by: got nothing, wanted at least one task or column with its exponent")
     for name, power in by.items():
-        if isinstance(power, bool) or not isinstance(power, int | float | np.number) or not 0 <= power < math.inf:
+        if isinstance(power, bool) or not isinstance(power, int | float | np.number) or not 0 <= power <= LARGEST:
             raise InputError(f"by: got exponent {shown(power)} of {shown(name)}, wanted a finite one of at least 0")
     return {name: float(power) for name, power in by.items()}
 

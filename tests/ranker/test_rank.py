@@ -102,6 +102,8 @@ def test_level_candidates_keep_their_order_and_none_give_none(ranker):
         (CANDIDATES, CONTEXT, {"by": {}}, "by: got nothing"),
         (CANDIDATES, CONTEXT, {"by": {"ctr": -1}}, "by: got exponent -1 of 'ctr'"),
         (CANDIDATES, CONTEXT, {"by": {"ctr": float("nan")}}, "by: got exponent nan"),
+        (CANDIDATES, CONTEXT, {"by": {"ctr": 10**400}}, "by: got exponent 1000"),
+        (CANDIDATES | {"length": [10**400] * 5}, CONTEXT, {}, "column 'length': got 1000"),
         (CANDIDATES, CONTEXT, {"by": {"price": 1}}, "by: got 'price', wanted a task or a column"),
         (CANDIDATES, CONTEXT, {"by": {"age": 1}}, "column 'age': got '30-40'"),
         (CANDIDATES | {"bid": [1.0, 2.0]}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got 2 rows, wanted 5, or 1"),

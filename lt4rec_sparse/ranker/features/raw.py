@@ -114,7 +114,10 @@ def _numbers(column: Column, raw: Any) -> tuple[Array, Present]:
         if stray is not None:
             raise _refuse(column, stray, "a number")
         values = np.where(present, values, np.nan)
-    values = values.astype(np.float64)
+    try:
+        values = values.astype(np.float64)
+    except OverflowError:
+        raise _refuse(column, max(values[present], key=abs), "a number of 64 bits") from None
     present &= ~np.isnan(values)
     return values[present], present
 
