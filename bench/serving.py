@@ -58,10 +58,10 @@ MODELS = {
 class Load:
     """Rates in requests per second, from `first` up by `factor`, each for some seconds."""
 
-    first: float = 10.0
-    factor: float = 1.25
-    steps: int = 30
-    seconds: float = 10.0
+    first: float = 20.0
+    factor: float = 1.3
+    steps: int = 25
+    seconds: float = 6.0
 
 
 def run(folder: Path) -> None:
