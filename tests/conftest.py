@@ -30,6 +30,7 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+collect_ignore = ["serve/kserve_client.py"]  # it runs in another environment
 # Registered in pyproject.toml; each implies `heavy`.
 HEAVY = (
     "ahead_of_time",
