@@ -579,6 +579,12 @@ def _promises() -> str:
         for name, of in found["memory"]["found"].items()
     ]
     parts.append(table(["loading", "file", "memory at its peak, with the file's own pages"], rows))
+    if "served" in found:
+        of = found["served"]["found"]
+        parts.append(
+            f"{of['scores']:,} scores of {of['rows']:,} rows, which make {of['requests']:,} requests, were compared: "
+            f"in {', '.join(of['precisions'])}, on {', '.join(of['isas'])}. None was wrong."
+        )
     parts.append(f"On {_where(found['memory']['machine'])}, beside other work, so that no time is given.")
     return "\n\n".join(parts)
 

@@ -2,7 +2,7 @@
 
 artefacts, modules, plans: mutants, by number (`--first`, `--count`); each is refused by one line, or served and right.
 crashes: every state in which a power cut may leave a file that is being saved. kills: real ones (`--count`).
-memory: what loading large artefacts takes.
+memory: what loading large artefacts takes. served: the scores of a run's artefact (`--run`) over its test days.
 
 `--keep` puts the record beside those of other promises, in bench/results/promises.json; `python -m bench tables` then
 rewrites the page. The exit code is 1 where a promise was broken.
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from bench import record
-from tests.promises import crashes, kills, memory, mutation
+from tests.promises import crashes, kills, memory, mutation, served
 from tests.promises.judges import SUBJECTS
 
 NAME = "promises"
@@ -25,8 +26,9 @@ NAME = "promises"
 def main(arguments: list[str]) -> int:
     """Try one promise; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.promises", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("promise", choices=[*SUBJECTS, "crashes", "kills", "memory"])
-    parser.add_argument("--count", type=int, help="mutants (10,000) or kills (50)")
+    parser.add_argument("promise", choices=[*SUBJECTS, "crashes", "kills", "memory", "served"])
+    parser.add_argument("--count", type=int, help="mutants (10,000), kills (50) or rows (all)")
+    parser.add_argument("--run", type=Path, help="the folder of a run, of which the artefact is served")
     parser.add_argument("--first", type=int, default=0, help="the number of the first mutant")
     parser.add_argument("--processes", type=int, default=1, help="that judge mutants")
     parser.add_argument("--keep", action="store_true", help="write the record")
@@ -41,6 +43,11 @@ def main(arguments: list[str]) -> int:
     elif chosen.promise == "kills":
         found = kills.run(chosen.count or 50)
         is_kept = not found["neither old nor new"] and not found["left beside the next save"]
+    elif chosen.promise == "served":
+        if chosen.run is None:
+            parser.error("served: got no --run, wanted the folder of a run")
+        found = served.run(chosen.run, chosen.count)
+        is_kept = True  # the first wrong score ends it
     else:
         found = memory.run()
         is_kept = all(of_case["peak_bytes"] <= 2 * of_case["file_bytes"] for of_case in found.values())

@@ -6,12 +6,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from lt4rec_sparse import load
-from tests.promises import bases, crashes, judges, memory, mutants, mutation
+from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
+from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.lottery import random_masks
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from tests.promises import bases, crashes, judges, memory, mutants, mutation, served
 from tests.ranker.reader import Reader
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the scores are the engine's, to the bit")
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_is_served_is_what_was_trained(small_log, tmp_path, blocks):
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(small_log.encoder.fields, small_log.encoder.table_sizes, dim=4, std=0.3)
+    mlp = MaskedMLP(inputs.out_features, (32, 16), tasks=("ctr", "cvr"))
+    shapes, generator = mlp.mask("ctr").shapes, torch.Generator().manual_seed(0)
+    for task, mask in random_masks(
+        shapes, 0.3, mlp.tasks, generator, granularity="16x4" if blocks else "weight"
+    ).items():
+        mlp.set_mask(mask, task)
+    frozen = freeze(mlp, sigmoid=True).calibrated(torch.randn(200, inputs.out_features))
+    save(Ranker(small_log.encoder, inputs, frozen), tmp_path / "model.safetensors")
+    (tmp_path / "data").symlink_to(small_log.folder)
+    found = served.run(tmp_path, 300)
+    assert found["rows"] >= 300 and 0 < found["requests"] <= found["rows"]
+    assert found["precisions"] == ["fp32", "bf16", "int8"] and found["scores"] > 6 * found["rows"]
 
 
 @pytest.mark.heavy
