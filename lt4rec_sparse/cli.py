@@ -1,4 +1,4 @@
-"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `inspect`.
+"""The command line: `lt4rec-sparse run`, `experiment`, `simulate`, `score`, `plan`, `export`, `inspect`.
 
 Commands import what they need when they run: `--help` and a mistyped option are answered without loading torch.
 """
@@ -453,6 +453,20 @@ def plan(
         raise InputError(str(error)) from error
     measured.save(out)
     typer.echo(str(measured))
+
+
+@app.command()
+def export(
+    model: Artefact,
+    out: Annotated[Path, typer.Argument(help="The engine file to write.")],
+    precision: Annotated[str, typer.Option(help="How the MLP computes: fp32, bf16 or int8.")] = "fp32",
+) -> None:
+    """Write an engine file, which C, C++, Rust or Go serve without Python."""
+    from lt4rec_sparse.ranker import load
+
+    _check_out(out)
+    load(model, precision).to_engine_file(out)
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes")
 
 
 @app.command()

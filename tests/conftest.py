@@ -34,6 +34,7 @@ def poisoned_memory():
 HEAVY = (
     "ahead_of_time",
     "bench_short",
+    "c_library",
     "emulated",
     "end_to_end",
     "gpu_rehearsal",

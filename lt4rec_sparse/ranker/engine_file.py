@@ -155,7 +155,7 @@ class _Arrays:
         end = HEADER.itemsize
         for offset, array in self._arrays:
             yield bytes(offset - end)
-            yield memoryview(array)
+            yield array.data
             end = offset + array.nbytes
 
 
