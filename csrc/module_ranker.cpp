@@ -2,13 +2,12 @@
 //
 // What it does not read it leaves to Python, which reads everything, slowly, and names what is wrong: the result of
 // such a call is None.
-#include <cmath>
 #include <memory>
 #include <new>
 
 #include "arrow.h"
 #include "module.h"
-#include "request.h"
+#include "values.h"
 
 // Part of every CPython from 3.0 on, with this layout, and of the limited API from 3.11 on.
 extern "C" {
@@ -25,51 +24,10 @@ int PyObject_GetBuffer(PyObject* exporter, lt4rec_buffer* view, int flags);
 void PyBuffer_Release(lt4rec_buffer* view);
 }
 
-namespace {
+namespace lt4rec {
 
-using lt4rec::FieldIds;
-using lt4rec::kMissing;
-using lt4rec::Ranker;
-using lt4rec::Request;
-using lt4rec::Table;
-using module::Matrix;
-
-constexpr int kStridedWithFormat = 0x0018 | 0x0004;  // PyBUF_STRIDED | PyBUF_FORMAT
-constexpr double kTwoTo63 = 9223372036854775808.0;
-
-PyTypeObject *array_type = nullptr, *masked_type = nullptr;  // numpy.ndarray, numpy.ma.MaskedArray
-
-struct Decref {
-  void operator()(PyObject* object) const { Py_DECREF(object); }
-};
-using Owned = std::unique_ptr<PyObject, Decref>;
-
-// --- Values -> ids ------------------------------------------------------------------------------------------------
-
-// Each writes an id, kMissing for a missing value, or returns false for a value that is not of the table's type.
-bool id_of(const Table& table, double value, int64_t* id) {
-  if (table.takes_strings()) return false;
-  if (std::isnan(value)) return *id = kMissing, true;
-  if (table.takes_numbers()) return *id = table.id_of(value), true;
-  if (value != std::trunc(value) || std::fabs(value) >= kTwoTo63) return false;
-  return *id = table.id_of(int64_t(value)), true;
-}
-
-bool id_of(const Table& table, int64_t value, int64_t* id) {
-  if (table.takes_strings()) return false;
-  return *id = table.takes_numbers() ? table.id_of(double(value)) : table.id_of(value), true;
-}
-
-bool id_of(const Table& table, uint64_t value, int64_t* id) {
-  if (table.takes_numbers()) return *id = table.id_of(double(value)), true;
-  return value <= uint64_t(INT64_MAX) && id_of(table, int64_t(value), id);
-}
-
-bool id_of(const Table& table, const char* text, size_t size, int64_t* id) {
-  return table.takes_strings() && (*id = table.id_of(text, size), true);
-}
-
-bool id_of(const Table& table, PyObject* value, int64_t* id) {
+// Like those of values.h, and where Sink looks for it.
+static bool id_of(const Table& table, PyObject* value, int64_t* id) {
   if (value == Py_None) return *id = kMissing, true;
   const PyTypeObject* type = Py_TYPE(value);
   if (type == &PyFloat_Type) {
@@ -94,29 +52,25 @@ bool id_of(const Table& table, PyObject* value, int64_t* id) {
   return overflow == 0 && id_of(table, int64_t(whole), id);
 }
 
-// Where ids go: one per row, or those of a bag, which holds no missing values.
-class Sink {
- public:
-  Sink(const Table& table, FieldIds& field, bool is_bag) : table_(table), field_(field), is_bag_(is_bag) {}
+}  // namespace lt4rec
 
-  template <class... Value>
-  bool put(Value... value) {
-    int64_t id;
-    if (!id_of(table_, value..., &id)) return false;
-    if (id != kMissing || !is_bag_) field_.ids.push_back(id);
-    return true;
-  }
-  void put_missing() {
-    if (!is_bag_) field_.ids.push_back(kMissing);
-  }
-  // Ends a row of bags.
-  void end() { field_.ends.push_back(int64_t(field_.ids.size())); }
+namespace {
 
- private:
-  const Table& table_;
-  FieldIds& field_;
-  bool is_bag_;
+using lt4rec::FieldIds;
+using lt4rec::Ranker;
+using lt4rec::Request;
+using lt4rec::Sink;
+using lt4rec::Table;
+using module::Matrix;
+
+constexpr int kStridedWithFormat = 0x0018 | 0x0004;  // PyBUF_STRIDED | PyBUF_FORMAT
+
+PyTypeObject *array_type = nullptr, *masked_type = nullptr;  // numpy.ndarray, numpy.ma.MaskedArray
+
+struct Decref {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
 };
+using Owned = std::unique_ptr<PyObject, Decref>;
 
 // --- Lists --------------------------------------------------------------------------------------------------------
 
@@ -136,48 +90,6 @@ bool put_items(PyObject* sequence, Sink& sink) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* item = item_of(sequence, i);
     if (!item || !sink.put(item)) return false;
-  }
-  return true;
-}
-
-// As str.strip and str.isspace have it, of ASCII.
-bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r') || (c >= '\x1c' && c <= '\x1f'); }
-
-// Whether a character beyond ASCII that begins with this byte may be a space.
-bool may_be_space(char lead) { return lead == '\xc2' || lead == '\xe1' || lead == '\xe2' || lead == '\xe3'; }
-
-bool ends_in_space(const char* text, size_t size) {
-  size_t last = size - 1;
-  while (last > 0 && (text[last] & '\xc0') == '\x80') --last;
-  return may_be_space(text[last]);
-}
-
-// A bag as text: parts without the spaces around them, empty ones left out.
-bool put_text(const char* text, size_t size, const char* separator, bool is_text, Sink& sink) {
-  const size_t width = std::strlen(separator);
-  for (size_t first = 0; first <= size;) {
-    size_t end = first;
-    while (end + width <= size && std::memcmp(text + end, separator, width) != 0) ++end;
-    if (end + width > size) end = size;
-    const char* part = text + first;
-    size_t count = end - first;
-    while (count > 0 && is_space(*part)) ++part, --count;
-    while (count > 0 && is_space(part[count - 1])) --count;
-    if (count > 0 && (may_be_space(*part) || ends_in_space(part, count))) return false;
-    if (count > 0 && is_text) {
-      if (!sink.put(part, count)) return false;
-    } else if (count > 0) {
-      const bool is_negative = *part == '-';
-      if (*part == '-' || *part == '+') ++part, --count;
-      if (count == 0 || count > 18) return false;
-      int64_t number = 0;
-      for (size_t i = 0; i < count; ++i) {
-        if (part[i] < '0' || part[i] > '9') return false;
-        number = 10 * number + (part[i] - '0');
-      }
-      if (!sink.put(is_negative ? -number : number)) return false;
-    }
-    first = end + width;
   }
   return true;
 }
@@ -562,16 +474,6 @@ class Lease {
 };
 thread_local bool Lease::is_taken_ = false;
 
-void begin(const Ranker& ranker, Request& request) {
-  request.fields.resize(size_t(ranker.field_count()));
-  for (FieldIds& field : request.fields) {
-    field.rows = 0;
-    field.ids.clear();
-    field.ends.clear();
-    field.given = nullptr;
-  }
-}
-
 // Vectors that a request brings in the place of ids.
 bool read_given(const Ranker& ranker, PyObject* tensor, FieldIds& field) {
   Matrix vectors;
@@ -580,22 +482,6 @@ bool read_given(const Ranker& ranker, PyObject* tensor, FieldIds& field) {
   field.given = reinterpret_cast<const float*>(vectors.data);
   field.rows = vectors.rows;
   return true;
-}
-
-// The rows of a request, or -1 where they do not agree or a field has nothing to be looked up in.
-int64_t rows_of(const Ranker& ranker, const Request& request) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i < ranker.field_count(); ++i) {
-    const FieldIds& field = request.fields[size_t(i)];
-    if (!field.given && !ranker.has_rows(i)) return -1;
-    if (field.rows == 1) continue;
-    if (rows != 1 && rows != field.rows) return -1;
-    rows = field.rows;
-    if (rows == 0) break;
-  }
-  for (const FieldIds& field : request.fields)
-    if (field.rows != 1 && field.rows != rows) return -1;
-  return rows;
 }
 
 // The blob for so many rows, made where it is not here yet; null with a Python exception set.
@@ -687,7 +573,7 @@ PyObject* module::score_columns(PyObject*, PyObject* const* args, Py_ssize_t cou
     Lease lease;
     Request& request = *lease;
     const Ranker& ranker = held->ranker;
-    begin(ranker, request);
+    request.begin(ranker.field_count());
     for (int64_t i = 0; i < ranker.field_count(); ++i) {
       FieldIds& field = request.fields[size_t(i)];
       PyObject* name = PyTuple_GetItem(held->columns.get(), i);
@@ -708,7 +594,7 @@ PyObject* module::score_columns(PyObject*, PyObject* const* args, Py_ssize_t cou
       const Owned kept(column);
       if (!read_column(ranker, i, column, field) || (of_context && field.rows != 1)) Py_RETURN_NONE;
     }
-    const int64_t rows = rows_of(ranker, request);
+    const int64_t rows = ranker.rows_of(request);
     if (rows < 0) Py_RETURN_NONE;
     return scored(*held, request, rows, threads, args[5]);
   } catch (const std::bad_alloc&) {
@@ -731,7 +617,7 @@ PyObject* module::score_ids(PyObject*, PyObject* const* args, Py_ssize_t count) 
     Lease lease;
     Request& request = *lease;
     const Ranker& ranker = held->ranker;
-    begin(ranker, request);
+    request.begin(ranker.field_count());
     const int64_t fields = ranker.field_count();
     int64_t singles = 0;
     while (singles < fields && !ranker.field(singles).is_bag) ++singles;
@@ -762,7 +648,7 @@ PyObject* module::score_ids(PyObject*, PyObject* const* args, Py_ssize_t count) 
         field.ends.push_back(int64_t(field.ids.size()));
       }
     }
-    if (rows_of(ranker, request) != rows && rows != 0) Py_RETURN_NONE;
+    if (ranker.rows_of(request) != rows && rows != 0) Py_RETURN_NONE;
     return scored(*held, request, rows, threads, args[8]);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();

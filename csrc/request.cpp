@@ -31,6 +31,16 @@ Request& Request::of_this_thread() {
   return request;
 }
 
+void Request::begin(int64_t field_count) {
+  fields.resize(size_t(field_count));
+  for (FieldIds& field : fields) {
+    field.rows = 0;
+    field.ids.clear();
+    field.ends.clear();
+    field.given = nullptr;
+  }
+}
+
 const uint8_t* Network::blob_for(const Isa* isa, int64_t batch, int64_t* path) const {
   for (const auto& any : blobs_) {
     const uint8_t* blob = any.load(std::memory_order_acquire);
@@ -95,6 +105,21 @@ Ranker::Ranker(const RankerSpec& spec) : spec_(spec) {
   };
   arrange(address<int64_t>(spec.common_columns), spec.common_count, true, common_columns_);
   arrange(address<int64_t>(spec.own_columns), spec.own_count, false, own_columns_);
+}
+
+int64_t Ranker::rows_of(const Request& request) const {
+  int64_t rows = 1;
+  for (int64_t i = 0; i < field_count(); ++i) {
+    const FieldIds& field = request.fields[size_t(i)];
+    if (!field.given && !has_rows(i)) return -1;
+    if (field.rows == 1) continue;
+    if (rows != 1 && rows != field.rows) return -1;
+    rows = field.rows;
+    if (rows == 0) break;
+  }
+  for (const FieldIds& field : request.fields)
+    if (field.rows != 1 && field.rows != rows) return -1;
+  return rows;
 }
 
 bool Ranker::is_given_once(const Request& request) const {

@@ -27,6 +27,9 @@ struct Request {
   std::vector<float> transposed, common_inputs;  // of fields that are given once
 
   static Request& of_this_thread();
+
+  // Forgets what was given.
+  void begin(int64_t field_count);
 };
 
 // A network in the layouts that requests have needed so far; each blob lives as long as the ranker.
@@ -51,6 +54,9 @@ class Ranker {
   bool has_rows(int64_t field) const { return first_rows_[size_t(field)] >= 0; }
 
   Network common, own;  // `common` is unused where no field is common
+
+  // The rows of a request, or -1 where they do not agree or a field has nothing to be looked up in.
+  int64_t rows_of(const Request& request) const;
 
   // Whether a request's common fields hold for all candidates: the network `common` then reads one row.
   bool is_given_once(const Request& request) const;

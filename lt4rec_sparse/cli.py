@@ -477,6 +477,20 @@ def plan(
 
 
 @app.command()
+def export(
+    model: Artefact,
+    out: Annotated[Path, typer.Argument(help="The engine file to write.")],
+    precision: Annotated[str, typer.Option(help="How the MLP computes: fp32, bf16 or int8.")] = "fp32",
+) -> None:
+    """Write an engine file, which C, C++, Rust or Go serve without Python."""
+    from lt4rec_sparse.ranker import load
+
+    check_out(out, model)
+    load(model, precision).to_engine_file(out)
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes")
+
+
+@app.command()
 def inspect(model: Artefact) -> None:
     """Show the tasks, fields, layers and bytes of an artefact."""
     from lt4rec_sparse import ops

@@ -35,6 +35,7 @@ collect_ignore = ["serve/kserve_client.py"]  # it runs in another environment
 HEAVY = (
     "ahead_of_time",
     "bench_short",
+    "c_library",
     "emulated",
     "end_to_end",
     "gpu_rehearsal",

@@ -207,6 +207,24 @@ def test_no_candidates_have_no_scores(finished, tmp_path):
     assert pq.read_table(tmp_path / "s.parquet").num_rows == 0
 
 
+def test_export_writes_the_engine_file_of_a_precision(finished, tmp_path):
+    model, out = finished / "model.safetensors", tmp_path / "model.engine"
+    for precision in PRECISIONS:
+        result = invoke("export", model, out, "--precision", precision)
+        assert (result.exit_code, result.stderr) == (0, "")
+        load(model, precision).to_engine_file(tmp_path / "wanted")
+        assert out.read_bytes() == (tmp_path / "wanted").read_bytes()
+        assert result.stdout == f"{out}: {out.stat().st_size:,} bytes\n"
+
+
+def test_export_refuses_what_is_not_there(uncalibrated, tmp_path):
+    out = tmp_path / "model.engine"
+    assert "int8" in refusal("export", uncalibrated, out, "--precision", "int8")
+    assert "precision: got 'fp8'" in refusal("export", uncalibrated, out, "--precision", "fp8")
+    assert "OUT: got" in refusal("export", uncalibrated, tmp_path / "absent" / "model.engine")
+    assert not out.exists()
+
+
 def test_inspect_shows_what_an_artefact_holds(finished):
     ranker = load(finished / "model.safetensors")
     result = invoke("inspect", finished / "model.safetensors")
@@ -250,7 +268,7 @@ def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     assert lines[7] == "calibrated for int8: no"
 
 
-COMMANDS = ("run", "experiment", "simulate", "candidates", "features", "score", "plan", "inspect")
+COMMANDS = ("run", "experiment", "simulate", "candidates", "features", "score", "plan", "export", "inspect")
 
 
 def test_help_names_every_command():

@@ -121,6 +121,14 @@ def prepack(
     if precision == "int8" and network.quantization is None:
         raise ValueError("network: got one without quantisation parameters, wanted a calibrated one for int8")
     in_blocks = network.is_in_blocks if layouts is None else "blocks" in layouts
+    return prepack_layers(pack_layers(network, in_blocks, takes_bias), precision, layouts, batch)
+
+
+def pack_layers(network: FrozenNetwork, in_blocks: bool, takes_bias: bool = False) -> list[list[PackLayer]]:
+    """Return each task's layers in canonical form, with the blocks of a network `in_blocks` or as single weights.
+
+    With `takes_bias` the layers that read x have no bias: each call brings theirs.
+    """
     weights = [layer.weight if in_blocks else layer.weight.as_shared() for layer in network.hidden]
     shared = [
         (layer, _as_float(weight.values), weight.bitmask.contiguous())
@@ -157,7 +165,7 @@ def prepack(
             ]
         layers[0] = layers[0]._replace(takes_bias=takes_bias)
         tasks.append(layers)
-    return prepack_layers(tasks, precision, layouts, batch)
+    return tasks
 
 
 def prepack_layers(

@@ -1,7 +1,8 @@
 """The only door to the kernels: every operation's schema, checks, shape rule and gradient, written once."""
 
 from lt4rec_sparse.kernels.autocast import is_autocast, without_autocast
-from lt4rec_sparse.kernels.request import IdField, IdTable, RequestEngine, Split
+from lt4rec_sparse.kernels.cpu import PackLayer, pack_layers
+from lt4rec_sparse.kernels.request import ROW_KINDS, TABLE_KINDS, IdField, IdTable, RequestEngine, Split
 from lt4rec_sparse.ops.masked_linear import masked_linear
 from lt4rec_sparse.ops.sparse_mlp import (
     X_DTYPES,
@@ -18,10 +19,13 @@ from lt4rec_sparse.ops.sparse_mlp import (
 )
 
 __all__ = [
+    "ROW_KINDS",
+    "TABLE_KINDS",
     "X_DTYPES",
     "Executor",
     "IdField",
     "IdTable",
+    "PackLayer",
     "RequestEngine",
     "Split",
     "cpu_engine",
@@ -32,6 +36,7 @@ __all__ = [
     "layouts",
     "masked_linear",
     "name_executor",
+    "pack_layers",
     "prepack",
     "sparse_mlp",
     "sparse_mlp_of",

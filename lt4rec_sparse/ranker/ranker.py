@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn import Plan, SparseMLP
+from lt4rec_sparse.ranker.engine_file import write_engine_file
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder
 from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.features.schema import Column
@@ -106,6 +108,10 @@ class Ranker:
             InputError: If the ranker lacks a table.
         """
         return RankerModule(self.inputs, self.mlp.to_dense().float().to(self.inputs.device), self.tasks)
+
+    def to_engine_file(self, path: str | Path, precision: str | None = None) -> None:
+        """Write the ranker as an engine file, which csrc/lt4rec.h reads without Python: `write_engine_file`."""
+        write_engine_file(self.encoder, self.inputs, self.mlp.network, path, precision or self.precision)
 
     def score(
         self, batch: Mapping[str, Any], embeddings: Mapping[str, Tensor | NDArray[Any]] | None = None

@@ -13,6 +13,7 @@ else is in the request. In int8 both parts are sums of integers, each with scale
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +29,32 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.rows import RoundedRows
 
 
+class Parts(NamedTuple):
+    """What a ranker is made of from raw values to scores, as the engine takes it."""
+
+    tables: list[ops.IdTable]
+    fields: list[ops.IdField]  # those with a single value first
+    embedding: Tensor  # [rows, dim]
+    scales: Tensor | None  # float32 [rows], of int8
+    split: ops.Split
+
+
 def request_engine(encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> ops.RequestEngine | None:
     """Return the engine's request of a ranker; None where another executor or device runs it."""
     if not mlp.has_engine or inputs.device.type != "cpu" or not mlp.network.hidden:
         return None
+    parts = request_parts(encoder, inputs, mlp.network)
+    if not parts.embedding.is_contiguous() or parts.embedding.dtype not in ops.ROW_KINDS:
+        return None
+    return ops.RequestEngine(*parts, mlp.precision)
+
+
+def request_parts(encoder: FeatureEncoder, inputs: CrossedEmbeddings, network: FrozenNetwork) -> Parts:
+    """Return a ranker's parts; its network has a hidden layer."""
     common = {field.column for field in inputs.fields} & encoder.schema.in_common
     if len(common) == len(inputs.fields):  # then every request is of its own
         common = set()
     held = inputs.embedding
-    embedding = held.values if isinstance(held, RoundedRows) else held.detach()
-    if not embedding.is_contiguous() or embedding.dtype not in (torch.float32, torch.float16, torch.int8):
-        return None
     columns = {column.name: column for column in encoder.schema.features}
     names = list(encoder.table_sizes)
     fields = [
@@ -47,10 +63,10 @@ def request_engine(encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: Spar
         )
         for field in encoder.fields
     ]
-    split = split_network(mlp.network, common_inputs([field.is_common for field in fields], inputs.dim))
+    split = split_network(network, common_inputs([field.is_common for field in fields], inputs.dim))
     tables = [_id_table(encoder, name, inputs.first_row(name)) for name in names]
-    scales = held.scales if isinstance(held, RoundedRows) else None
-    return ops.RequestEngine(tables, fields, embedding, scales, split, mlp.precision)
+    embedding = held.values if isinstance(held, RoundedRows) else held.detach()
+    return Parts(tables, fields, embedding, held.scales if isinstance(held, RoundedRows) else None, split)
 
 
 def common_inputs(is_common: list[bool], dim: int) -> Tensor:

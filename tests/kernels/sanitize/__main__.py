@@ -1,9 +1,11 @@
-"""`python -m tests.kernels.sanitize [quick]`: the engine under sanitizers, over a wide set of networks and calls.
+"""`python -m tests.kernels.sanitize [quick | mutants COUNT]`: the engine under sanitizers.
 
-Builds csrc/ without Python, with a driver of its own, once for each sanitizer, below `build/sanitize`, and runs it:
+Builds csrc/ without Python, with drivers of its own, once for each sanitizer, below `build/sanitize`, and runs it over
+a wide set of networks and calls:
 
 - address (AddressSanitizer, UndefinedBehaviorSanitizer): every network, kernel and batch against plain loops; a fuzz of
-  prepack; calls from several threads; sizes and headers for which there is no memory.
+  prepack; calls from several threads; sizes and headers for which there is no memory. Then engine files with faults,
+  of every precision and kind of embedding: each is refused with a message, or serves requests.
 - thread (ThreadSanitizer): callers at the same time, each with a team of threads. `openmp.cpp` takes the place of
   GCC's OpenMP, which the sanitizer does not see through.
 - release (no sanitizer, the optimisation of setup.py): every argument of every kernel between inaccessible pages, which
@@ -11,8 +13,9 @@ Builds csrc/ without Python, with a driver of its own, once for each sanitizer, 
 
 A silent sanitizer proves nothing, so each must also find the faults that the driver makes on purpose.
 
-`quick` leaves out most networks, does not optimise, and guards the pages under AddressSanitizer instead. Where the
-compiler lacks a sanitizer or the machine does not run it, the exit code is 77 and the reason stands on stderr.
+`quick` leaves out most networks, does not optimise, and guards the pages under AddressSanitizer instead. `mutants` runs
+so many engine files with faults, and nothing else. Where the compiler lacks a sanitizer or the machine does not run it,
+the exit code is 77 and the reason stands on stderr.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from tests import rankers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -51,6 +56,7 @@ class Build(NamedTuple):
     modes: tuple[str, ...]
     faults: dict[str, str]  # fault -> what the report on it contains
     has_own_openmp: bool = False
+    file_modes: tuple[str, ...] = ()  # of the driver that opens engine files: how many with faults, or `threads`
 
 
 ADDRESS = Build(
@@ -69,17 +75,35 @@ THREAD = Build(
     ("threads",),
     {"race": "ThreadSanitizer: data race", "team": "ThreadSanitizer: data race"},
     has_own_openmp=True,
+    file_modes=("threads",),
 )
 RELEASE = Build("release", ("-O3",), ("guarded",), {"page": ""})
 FULL = (
-    ADDRESS._replace(flags=(*ADDRESS.flags, "-O1")),
+    ADDRESS._replace(flags=(*ADDRESS.flags, "-O1"), file_modes=("100000",)),
     THREAD._replace(flags=(*THREAD.flags, "-O1")),
     RELEASE,
 )
 QUICK = (
-    ADDRESS._replace(name="address_quick", modes=(*ADDRESS.modes, "guarded")),
+    ADDRESS._replace(name="address_quick", modes=(*ADDRESS.modes, "guarded"), file_modes=("2000",)),
     THREAD._replace(name="thread_quick"),
 )
+
+# Precision, embeddings, and whether weights are kept in blocks; every second one has nothing in common, and the last
+# lacks tables.
+SEEDS = (
+    ("fp32", "fp32", False),
+    ("bf16", "fp16", False),
+    ("int8", "int8", False),
+    ("fp32", "fp16", True),
+    ("int8", "fp32", True),
+    ("fp32", "fp32", False),
+    ("int8", "int8", True),
+)
+
+FILE_FAULTS = {
+    ADDRESS.flags[0]: ("freed", "AddressSanitizer: heap-use-after-free"),
+    THREAD.flags[0]: ("shared", "ThreadSanitizer: data race"),
+}
 
 ENVIRONMENT = {
     # The engine must survive a failed allocation; one above a gigabyte fails.
@@ -91,11 +115,15 @@ ENVIRONMENT = {
 
 def main(arguments: list[str]) -> int:
     """Build and run; return the exit code."""
-    if arguments not in ([], ["quick"]):
-        sys.stderr.write("usage: python -m tests.kernels.sanitize [quick]\n")
+    is_for_mutants = len(arguments) == 2 and arguments[0] == "mutants" and arguments[1].isdecimal()
+    if arguments not in ([], ["quick"]) and not is_for_mutants:
+        sys.stderr.write("usage: python -m tests.kernels.sanitize [quick | mutants COUNT]\n")
         return 2
-    effort = "quick" if arguments else "full"
-    for build in QUICK if arguments else FULL:
+    effort = "quick" if arguments == ["quick"] else "full"
+    builds = QUICK if arguments == ["quick"] else FULL
+    if is_for_mutants:
+        builds = (FULL[0]._replace(modes=(), faults={}, file_modes=(arguments[1],)),)
+    for build in builds:
         reason = absence_of(build)
         if reason:
             sys.stderr.write(f"{build.name}: {reason}\n")
@@ -113,7 +141,10 @@ def main(arguments: list[str]) -> int:
             if done.returncode == 0 or report not in done.stderr:
                 sys.stderr.write(f"{build.name}: did not find the fault {fault!r}\n{done.stderr}")
                 return 1
-        sys.stdout.write(f"{build.name}: found what is wrong with {', '.join(build.faults)}\n")
+        if build.faults:
+            sys.stdout.write(f"{build.name}: found what is wrong with {', '.join(build.faults)}\n")
+        if build.file_modes and not run_files(driver.with_name("mutants"), build):
+            return 1
     return 0
 
 
@@ -135,11 +166,11 @@ def absence_of(build: Build) -> str:
 
 
 def make(build: Build) -> Path:
-    """Compile what has changed, two files at a time; return the driver."""
+    """Compile what has changed, two files at a time; return the driver, beside which `mutants` is."""
     folder = FOLDER / build.name
-    sources = [path for path in sorted(CSRC.glob("*.cpp")) if not path.name.startswith("module")] + [
-        HERE / "driver.cpp"
-    ]
+    programs = ("driver", "mutants")
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if not path.name.startswith("module")]
+    sources += [HERE / f"{program}.cpp" for program in programs]
     if build.has_own_openmp:
         sources.append(HERE / "openmp.cpp")
     newest_header = max(path.stat().st_mtime for path in [*CSRC.glob("*.h"), *HERE.glob("*.h"), Path(__file__)])
@@ -150,17 +181,42 @@ def make(build: Build) -> Path:
         if objects[-1].exists() and objects[-1].stat().st_mtime > max(newest_header, source.stat().st_mtime):
             continue
         commands.append([*COMPILER, *COMPILE, *build.flags, "-c", str(source), "-o", str(objects[-1])])
-    driver = folder / "driver"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in pool.map(lambda command: subprocess.run(command, check=False), commands):
             done.check_returncode()
     openmp = [] if build.has_own_openmp else ["-fopenmp"]
-    subprocess.run([*COMPILER, *build.flags, *openmp, "-pthread", *map(str, objects), "-o", str(driver)], check=True)
-    return driver
+    for program in programs:
+        own = [str(path) for path in objects if path.stem not in programs or path.stem == program]
+        command = [*COMPILER, *build.flags, *openmp, "-pthread", *own, "-o", str(folder / program)]
+        subprocess.run(command, check=True)
+    return folder / "driver"
 
 
-def run(driver: Path, mode: str, effort: str) -> subprocess.CompletedProcess[str]:
-    command = [driver, mode, effort]
+def run_files(program: Path, build: Build) -> bool:
+    """Open engine files, and make one fault that must be found; whether all was as it must be."""
+    files = []
+    for i, (precision, kind, blocks) in enumerate(SEEDS):
+        files.append(program.with_name(f"{i}.engine"))
+        ranker = rankers.make(context=i % 2 == 0, kind=kind, precision=precision, blocks=blocks)
+        if i == len(SEEDS) - 1:
+            ranker = rankers.Ranker(ranker.encoder, ranker.inputs.without(["shop", "video"]), ranker.mlp)
+        ranker.to_engine_file(files[-1])
+    for mode in build.file_modes:
+        done = run(program, mode, "0", *map(str, files))
+        if done.returncode:
+            sys.stderr.write(f"{build.name}: mutants {mode} ended with {done.returncode}\n{done.stderr}")
+            return False
+        sys.stdout.write(f"{build.name}: {done.stdout}")
+    fault, report = FILE_FAULTS[build.flags[0]]
+    done = run(program, fault, "0", str(files[0]))
+    if done.returncode == 0 or report not in done.stderr:
+        sys.stderr.write(f"{build.name}: did not find the fault {fault!r}\n{done.stderr}")
+        return False
+    return True
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [program, *arguments]
     return subprocess.run(command, env=os.environ | ENVIRONMENT, check=False, capture_output=True, text=True)
 
 
