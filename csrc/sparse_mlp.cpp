@@ -188,7 +188,7 @@ extern "C" int lt4rec_sparse_mlp(const Isa* isa, const uint8_t* blob, int64_t by
   if (const int status = lt4rec_check_blob(blob, bytes)) return status;
   const auto* header = reinterpret_cast<const BlobHeader*>(blob);
   if (call->in_features != header->in_features || call->outputs != header->outputs) return STATUS_BAD_SHAPE;
-  if (call->bias_features != header->bias_features) return STATUS_BAD_SHAPE;
+  if (call->bias_features != header->bias_features || (call->bias_features && !call->bias)) return STATUS_BAD_SHAPE;
   const bool has_slices = header->layouts & LAYOUT_SLICES, has_tables = header->layouts & LAYOUT_TABLES;
   const bool has_blocks = header->layouts & LAYOUT_BLOCKS, has_filled = header->layouts & LAYOUT_FILLED;
   const bool is_chosen = call->path >= PATH_TABLES && call->path <= PATH_FILLED;

@@ -88,7 +88,7 @@ class RequestEngine:
         precision: str,
     ) -> None:
         self._blobs = _Blobs(split, precision)
-        texts = [np.frombuffer(field.separator.encode() + b"\0", np.uint8) for field in fields]
+        texts = [np.frombuffer(field.separator.encode("utf-8", "surrogatepass") + b"\0", np.uint8) for field in fields]
         of_tables = np.array([_table_words(table) for table in tables], np.int64)
         of_fields = np.array(
             [

@@ -151,7 +151,7 @@ void for_all(Use use) {
     for (const Shape& shape : of_shapes) {
       const Network network = random_network(random, shape.tasks, shape.density, shape.share, is_blocks);
       for (int64_t precision = PRECISION_F32; precision <= PRECISION_S8; ++precision) {
-        const bool takes_bias = &shape - &of_shapes[0] & 1;
+        const bool takes_bias = (&shape - &of_shapes[0]) % 2 == 1;
         const Case some(shape.name, network, precision, batches().back(), random, takes_bias);
         const int64_t parts = some.prepacked.most_parts();
         CHECK(is_blocks ? (parts > 0) == (shape.parts > 0) : parts == shape.parts, "%s: %lld", shape.name,

@@ -106,7 +106,7 @@ struct Prepacked {
 
   Prepacked(const Network& network, int64_t precision, bool takes_bias = false)
       : Prepacked(network, precision, network.layouts(), takes_bias) {}
-  Prepacked(const Network& network, int64_t precision, int64_t layouts, bool takes_bias) {
+  Prepacked(const Network& network, int64_t precision, int64_t layouts, bool takes_bias = false) {
     Network held(network);
     for (Weight& weight : held.weights) {
       if (weight.is_blocks) weight = in_blocks(weight);
