@@ -112,6 +112,12 @@ class CrossedEmbeddings(nn.Module):
         return self.embedding.nbytes
 
     @property
+    def address(self) -> int:
+        """Where the embeddings' memory begins."""
+        held = self.embedding
+        return (held.values if isinstance(held, RoundedRows) else held).data_ptr()
+
+    @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
         return self.table_starts.device

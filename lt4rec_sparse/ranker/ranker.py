@@ -55,7 +55,7 @@ class Ranker:
         self.inputs = inputs.eval().requires_grad_(False)
         self.mlp = mlp
         self.tasks = mlp.tasks
-        self._engine: tuple[FrozenNetwork, object, ops.RequestEngine | None] | None = None
+        self._engine: tuple[FrozenNetwork, int, ops.RequestEngine | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made anew where it is needed."""
@@ -157,9 +157,9 @@ class Ranker:
 
     def _request_engine(self) -> ops.RequestEngine | None:
         """Return the engine's request, made when it is first needed, or again if the model has changed."""
-        network, embedding = self.mlp.network, self.inputs.embedding
-        if self._engine is None or self._engine[0] is not network or self._engine[1] is not embedding:
-            self._engine = network, embedding, request_engine(self.encoder, self.inputs, self.mlp)
+        network, address = self.mlp.network, self.inputs.address  # which `.to` and `.data` change too
+        if self._engine is None or self._engine[0] is not network or self._engine[1] != address:
+            self._engine = network, address, request_engine(self.encoder, self.inputs, self.mlp)
         return self._engine[2]
 
     def rank(

@@ -385,6 +385,18 @@ def test_a_ranker_that_changes_is_read_anew() -> None:
     assert (ranker.score(COLUMNS)["ctr"] == other.score(COLUMNS)["ctr"]).all()
 
 
+def test_embeddings_that_change_are_read_anew() -> None:
+    ranker = make()
+    before = ranker.score(COLUMNS)["ctr"]
+    ranker.inputs.embedding.data = ranker.inputs.embedding.data.flip(0)
+    after = ranker.score(COLUMNS)["ctr"]
+    assert (after != before).all()
+    assert (after == by_ids(ranker, COLUMNS)[:, 0].numpy()).all()
+    ranker.inputs.double()  # which the engine does not read, and which no MLP takes
+    with pytest.raises(ValueError, match=r"x: got torch\.float64"):
+        ranker.score(COLUMNS)
+
+
 def test_copies_score_alike_and_nothing_stays_behind() -> None:
     ranker = make()
     wanted = ranker.score(COLUMNS)["ctr"]
