@@ -283,7 +283,6 @@ int scored(lt4rec_request* request, int threads, float* scores) {
   const lt4rec_model& model = request->model;
   const int64_t rows = request->candidates;
   if (rows == 0) return LT4REC_OK;
-  model.ranker.embed(model.isa, request->inputs, rows, threads);
   const int status = model.ranker.score(model.isa, request->inputs, model.common.get(), model.own.get(), rows, threads,
                                         scores, model.tasks());
   if (status == STATUS_NO_MEMORY) throw std::bad_alloc();

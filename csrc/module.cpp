@@ -211,6 +211,7 @@ PyMethodDef methods[] = {
     {"use_arrays", FASTCALL(module::use_arrays), nullptr},
     {"new_ranker", FASTCALL(module::new_ranker), nullptr},
     {"score_columns", FASTCALL(module::score_columns), nullptr},
+    {"inputs_of_columns", FASTCALL(module::inputs_of_columns), nullptr},
     {"score_ids", FASTCALL(module::score_ids), nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -5,7 +5,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <memory>
+
 #include "engine.h"
+#include "request.h"
 
 namespace module {
 
@@ -29,10 +32,31 @@ T* address(int64_t value) {
   return reinterpret_cast<T*>(value);
 }
 
-// module_ranker.cpp
+struct Decref {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Decref>;
+
+// Lets other threads of Python run while it lives, also past an exception.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// module_columns.cpp. False for a column that is left to Python, without a Python exception.
+bool read_column(const lt4rec::Ranker& ranker, int64_t field, PyObject* column, lt4rec::FieldIds& to);
 PyObject* use_arrays(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// module_ranker.cpp
 PyObject* new_ranker(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* score_columns(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* inputs_of_columns(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* score_ids(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace module

@@ -11,6 +11,8 @@ namespace {
 // Candidates that one thread takes at a time, and those that are worth waking a team for.
 constexpr int64_t kChunk = 32, kWorthATeam = 128;
 
+constexpr size_t kKeptIds = 1 << 16;  // of a field, from one request to the next
+
 template <class T>
 const T* address(int64_t value) {
   return reinterpret_cast<const T*>(value);
@@ -34,6 +36,7 @@ Request& Request::of_this_thread() {
 void Request::begin(int64_t field_count) {
   fields.resize(size_t(field_count));
   for (FieldIds& field : fields) {
+    if (field.ids.capacity() > kKeptIds) field = {};
     field.rows = 0;
     field.ids.clear();
     field.ends.clear();
@@ -140,19 +143,15 @@ void Ranker::load_row(const Isa* isa, int64_t row, float* to) const {
 void Ranker::load_vector(const Isa* isa, const Request& request, int64_t field, int64_t candidate, float* to) const {
   const FieldIds& of_field = request.fields[size_t(field)];
   const int64_t dim = spec_.dim, row = of_field.rows == 1 ? 0 : candidate, first = first_rows_[size_t(field)];
-  if (of_field.given) {
-    return copy(of_field.given + row * dim, dim, to);
-  }
+  if (of_field.given) return copy(of_field.given + row * dim, dim, to);
   if (!fields_[size_t(field)].is_bag) return load_row(isa, first + of_field.ids[size_t(row)], to);
   const int64_t begin = row == 0 ? 0 : of_field.ends[size_t(row) - 1], end = of_field.ends[size_t(row)];
+  static thread_local std::vector<float> value;
+  value.resize(size_t(dim));
   for (int64_t d = 0; d < dim; ++d) to[d] = 0;
-  float one[256];
-  std::vector<float> many;
-  float* value = one;
-  if (dim > 256) many.resize(size_t(dim)), value = many.data();
   for (int64_t i = begin; i < end; ++i) {
-    load_row(isa, first + of_field.ids[size_t(i)], value);
-    for (int64_t d = 0; d < dim; ++d) to[d] += value[d];
+    load_row(isa, first + of_field.ids[size_t(i)], value.data());
+    for (int64_t d = 0; d < dim; ++d) to[d] += value[size_t(d)];
   }
   if (end - begin > 1)
     for (int64_t d = 0; d < dim; ++d) to[d] /= float(end - begin);
@@ -164,9 +163,8 @@ void Ranker::load_common(const Isa* isa, const Request& request, int64_t candida
                          float* inputs) const {
   const auto count = int64_t(common_fields_.size());
   const int64_t dim = spec_.dim;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i)
     load_vector(isa, request, common_fields_[size_t(i)], candidate, inputs + i * dim);
-  }
   isa->transpose_f32(inputs, dim, count, dim, transposed, width_);
   isa->cross(inputs, count, transposed, width_, dim, padded(count), inputs + count * dim, width_);
 }
@@ -179,8 +177,9 @@ void Ranker::put(const Columns& columns, const float* vectors, const float* dots
   for (const Move& move : columns.common) x[move.to] = common[move.from];
 }
 
-// Candidates [first, last).
-void Ranker::fill(const Isa* isa, Request& request, int64_t first, int64_t last, bool is_once) const {
+// Candidates [first, last), whose rows of x stand from the pointers on.
+void Ranker::fill(const Isa* isa, const Request& request, int64_t first, int64_t last, bool is_once, float* own_x,
+                  int64_t own_stride, float* common_x) const {
   static thread_local std::vector<float> vectors, dots, transposed, common_inputs;
   const auto commons = int64_t(common_fields_.size()), owns = int64_t(own_fields_.size());
   const int64_t dim = spec_.dim;
@@ -193,55 +192,77 @@ void Ranker::fill(const Isa* isa, Request& request, int64_t first, int64_t last,
     common_inputs.resize(size_t(common_size_));
   }
   const float* common = is_once ? request.common_inputs.data() : common_inputs.data();
-  for (int64_t candidate = first; candidate < last; ++candidate) {
-    if (!is_once && commons > 0) {
+  for (int64_t candidate = first; candidate < last; ++candidate, own_x += own_stride, common_x += spec_.common_count) {
+    if (!is_once) {
       load_common(isa, request, candidate, transposed.data(), common_inputs.data());
-      put(common_columns_, common, common + commons * dim, nullptr,
-          request.common_x.data() + candidate * spec_.common_count);
+      put(common_columns_, common, common + commons * dim, nullptr, common_x);
     }
-    for (int64_t i = 0; i < owns; ++i) {
+    for (int64_t i = 0; i < owns; ++i)
       load_vector(isa, request, own_fields_[size_t(i)], candidate, vectors.data() + i * dim);
-    }
     isa->transpose_f32(vectors.data(), dim, owns, dim, transposed.data() + commons, width_);
     isa->cross(vectors.data(), owns, transposed.data(), width_, dim, width_, dots.data(), width_);
-    put(own_columns_, vectors.data(), dots.data(), common, request.own_x.data() + candidate * spec_.own_count);
+    put(own_columns_, vectors.data(), dots.data(), common, own_x);
   }
 }
 
-void Ranker::embed(const Isa* isa, Request& request, int64_t batch, int64_t threads) const {
-  const bool is_once = is_given_once(request);
-  const auto commons = int64_t(common_fields_.size());
-  request.own_x.resize(size_t(batch * spec_.own_count));
-  request.common_x.resize(size_t((is_once ? 1 : batch) * spec_.common_count));
-  if (is_once) {
-    request.transposed.assign(size_t(spec_.dim * width_), 0.0f);
-    request.common_inputs.resize(size_t(common_size_));
-    load_common(isa, request, 0, request.transposed.data(), request.common_inputs.data());
-    const float* common = request.common_inputs.data();
-    put(common_columns_, common, common + commons * spec_.dim, nullptr, request.common_x.data());
-  }
-  threads = batch < kWorthATeam ? 1 : lt4rec_usable_threads(threads);
-  if (threads == 1) return fill(isa, request, 0, batch, is_once);
+// What all candidates share: the inputs of fields that are given once.
+void Ranker::begin_inputs(const Isa* isa, Request& request, bool is_once) const {
+  if (!is_once) return;
+  request.transposed.assign(size_t(spec_.dim * width_), 0.0f);
+  request.common_inputs.resize(size_t(common_size_));
+  request.common_x.resize(size_t(spec_.common_count));
+  load_common(isa, request, 0, request.transposed.data(), request.common_inputs.data());
+  const float* common = request.common_inputs.data();
+  put(common_columns_, common, common + int64_t(common_fields_.size()) * spec_.dim, nullptr, request.common_x.data());
+}
+
+void Ranker::embed(const Isa* isa, const Request& request, int64_t first, int64_t last, bool is_once, int64_t threads,
+                   float* own_x, int64_t own_stride, float* common_x) const {
+  threads = last - first < kWorthATeam ? 1 : lt4rec_usable_threads(threads);
+  if (threads == 1) return fill(isa, request, first, last, is_once, own_x, own_stride, common_x);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
-  for (int64_t first = 0; first < batch; first += kChunk)
-    fill(isa, request, first, std::min(first + kChunk, batch), is_once);
+  for (int64_t begin = first; begin < last; begin += kChunk)
+    fill(isa, request, begin, std::min(begin + kChunk, last), is_once, own_x + (begin - first) * own_stride, own_stride,
+         common_x + (begin - first) * spec_.common_count);
+}
+
+void Ranker::own_inputs(const Isa* isa, Request& request, int64_t batch, int64_t threads, float* x,
+                        int64_t stride) const {
+  const bool is_once = is_given_once(request);
+  begin_inputs(isa, request, is_once);
+  if (!is_once) request.common_x.resize(size_t(batch * spec_.common_count));
+  embed(isa, request, 0, batch, is_once, threads, x, stride, request.common_x.data());
 }
 
 int Ranker::score(const Isa* isa, Request& request, const uint8_t* common_blob, const uint8_t* own_blob, int64_t batch,
                   int64_t threads, float* out, int64_t out_stride) const {
   const auto* own_header = reinterpret_cast<const BlobHeader*>(own_blob);
-  const int64_t features = own_header->bias_features, rows = is_given_once(request) ? 1 : batch;
-  if (features > 0) {
+  const int64_t features = own_header->bias_features;
+  const bool is_once = is_given_once(request);
+  const auto add_common = [&](int64_t rows) {
+    if (features == 0) return int{STATUS_OK};
     const auto* header = reinterpret_cast<const BlobHeader*>(common_blob);
     request.biases.resize(size_t(rows * features));
     const SparseMlpCall call{request.common_x.data(), false, rows, spec_.common_count, spec_.common_count,
                              request.biases.data(), features, features, threads, PATH_AUTO, nullptr, 0, 0};
-    if (const int status = lt4rec_sparse_mlp(isa, common_blob, int64_t(header->bytes), &call)) return status;
+    return lt4rec_sparse_mlp(isa, common_blob, int64_t(header->bytes), &call);
+  };
+  begin_inputs(isa, request, is_once);
+  if (is_once)
+    if (const int status = add_common(1)) return status;
+  for (int64_t first = 0; first < batch; first += kPiece) {
+    const int64_t last = std::min(first + kPiece, batch), rows = last - first;
+    request.own_x.resize(size_t(rows * spec_.own_count));
+    if (!is_once) request.common_x.resize(size_t(rows * spec_.common_count));
+    embed(isa, request, first, last, is_once, threads, request.own_x.data(), spec_.own_count, request.common_x.data());
+    if (!is_once)
+      if (const int status = add_common(rows)) return status;
+    const SparseMlpCall call{request.own_x.data(), false, rows, spec_.own_count, spec_.own_count,
+                             out + first * out_stride, own_header->outputs, out_stride, threads, PATH_AUTO,
+                             request.biases.data(), features, is_once ? 0 : features};
+    if (const int status = lt4rec_sparse_mlp(isa, own_blob, int64_t(own_header->bytes), &call)) return status;
   }
-  const SparseMlpCall call{request.own_x.data(), false, batch, spec_.own_count, spec_.own_count,
-                           out, own_header->outputs, out_stride, threads, PATH_AUTO,
-                           request.biases.data(), features, rows == 1 ? 0 : features};
-  return lt4rec_sparse_mlp(isa, own_blob, int64_t(own_header->bytes), &call);
+  return STATUS_OK;
 }
 
 }  // namespace lt4rec

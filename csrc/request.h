@@ -20,10 +20,10 @@ struct FieldIds {
   const float* given = nullptr; // [rows, dim] in place of ids
 };
 
-// Memory that stays with its thread from one request to the next.
+// Memory that stays with its thread from one request to the next, but for that of very large ones.
 struct Request {
   std::vector<FieldIds> fields;
-  std::vector<float> common_x, own_x, biases;
+  std::vector<float> common_x, own_x, biases;    // of one piece of the candidates
   std::vector<float> transposed, common_inputs;  // of fields that are given once
 
   static Request& of_this_thread();
@@ -61,13 +61,15 @@ class Ranker {
   // Whether a request's common fields hold for all candidates: the network `common` then reads one row.
   bool is_given_once(const Request& request) const;
 
-  // Fills `common_x` and `own_x` of the request.
-  void embed(const Isa* isa, Request& request, int64_t batch, int64_t threads) const;
+  // The candidates that are scored at a time, which bounds memory: blobs are those of the paths that so many rows take.
+  static constexpr int64_t kPiece = 2048;
 
-  // Every task's scores into out [batch, outputs], after `embed`; both blobs are those of the paths that
-  // `batch` rows take, or one.
+  // Every task's scores of all candidates into out [batch, outputs]. Without common fields `common_blob` is not read.
   int score(const Isa* isa, Request& request, const uint8_t* common_blob, const uint8_t* own_blob, int64_t batch,
             int64_t threads, float* out, int64_t out_stride) const;
+
+  // The inputs of the network `own` into x [batch, own_width()]; without common fields they are all.
+  void own_inputs(const Isa* isa, Request& request, int64_t batch, int64_t threads, float* x, int64_t stride) const;
 
   int64_t common_width() const { return spec_.common_count; }
   int64_t own_width() const { return spec_.own_count; }
@@ -89,7 +91,11 @@ class Ranker {
   void load_row(const Isa* isa, int64_t row, float* to) const;
   void load_vector(const Isa* isa, const Request& request, int64_t field, int64_t candidate, float* to) const;
   void load_common(const Isa* isa, const Request& request, int64_t candidate, float* transposed, float* inputs) const;
-  void fill(const Isa* isa, Request& request, int64_t first, int64_t last, bool is_once) const;
+  void begin_inputs(const Isa* isa, Request& request, bool is_once) const;
+  void fill(const Isa* isa, const Request& request, int64_t first, int64_t last, bool is_once, float* own_x,
+            int64_t own_stride, float* common_x) const;
+  void embed(const Isa* isa, const Request& request, int64_t first, int64_t last, bool is_once, int64_t threads,
+             float* own_x, int64_t own_stride, float* common_x) const;
   static void put(const Columns& columns, const float* vectors, const float* dots, const float* common, float* x);
 
   RankerSpec spec_;

@@ -67,7 +67,7 @@ class _Blobs:
 
 
 class RequestEngine:
-    """A ranker in the engine. Each layout is prepacked when a request first needs it, and kept.
+    """A ranker in the engine, or its inputs alone. A layout is prepacked when a request first needs it, and kept.
 
     Args:
         tables: The id tables.
@@ -120,6 +120,7 @@ class RequestEngine:
         names = tuple(field.column for field in fields)
         capsule = engine.new_ranker(spec.ctypes.data, names, split.own.outputs, self._blobs.prepare)
         self._score_columns: Callable[..., Tensor | None] = engine.score_columns
+        self._inputs_of_columns: Callable[..., Tensor | None] = engine.inputs_of_columns
         self._score_ids: Callable[..., Tensor | None] = engine.score_ids
         self._capsule = capsule
 
@@ -135,6 +136,18 @@ class RequestEngine:
         float32 `[rows, dim]` or `[1, dim]`, contiguous and finite.
         """
         return self._score_columns(self._capsule, candidates, context, given, torch.get_num_threads(), torch.empty)
+
+    def inputs(
+        self,
+        candidates: Mapping[str, Any],
+        context: Mapping[str, Any] | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
+        """Return what enters the network, float32 `[rows, in_features]`; wants a split without anything in common.
+
+        Arguments, and when it is None, are those of `score`.
+        """
+        return self._inputs_of_columns(self._capsule, candidates, context, given, torch.get_num_threads(), torch.empty)
 
     def score_ids(
         self, single: Tensor, values: Tensor, offsets: Tensor, given: Mapping[str, Tensor] | None = None

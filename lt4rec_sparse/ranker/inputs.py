@@ -232,6 +232,14 @@ class CrossedEmbeddings(nn.Module):
         dense = self.embedding.detach()
         return torch.cat([dense[:0], *(dense[span] for span in spans)])
 
+    def can_take(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether given vectors are of fields, and finite; if not, `check` says what is wrong."""
+        columns = {field.column for field in self.fields}
+        return all(
+            column in columns and rows.dtype in VALUE_DTYPES and bool(rows.isfinite().all())
+            for column, rows in given.items()
+        )
+
     def check(self, given: Mapping[str, Tensor], batch: int) -> None:
         """Check what a call of `batch` rows gives in place of ids; errors are those of `embed`."""
         columns = [field.column for field in self.fields]

@@ -145,12 +145,18 @@ class Ranker:
         embeddings: Mapping[str, Tensor | NDArray[Any]] | None,
     ) -> NDArray[np.float32]:
         """Score raw columns, `[rows, tasks]`: in one call of the engine where it reads them all."""
-        engine = self._request_engine()
-        if engine is not None and not embeddings:
-            scores = engine.score(candidates, context)
-            if scores is not None:
-                return scores.numpy()
         given = {column: _vectors(column, vectors) for column, vectors in (embeddings or {}).items()}
+        engine = self._request_engine()
+        if engine is not None and self.inputs.can_take(given):
+            floats = {column: rows.to("cpu", torch.float32).contiguous() for column, rows in given.items()}
+            if self.mlp.has_engine:
+                scores = engine.score(candidates, context, floats)
+                if scores is not None:
+                    return scores.numpy()
+            else:
+                x = engine.inputs(candidates, context, floats)
+                if x is not None:
+                    return self._scores_of(x).numpy()
         columns = _together(candidates, context or {})
         features = self.encoder.encode(columns, {column: len(vectors) for column, vectors in given.items()})
         return self.score_encoded(features, given).cpu().numpy()
@@ -193,6 +199,7 @@ class Ranker:
         """
         k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
         candidates = raw_columns.columns_of(candidates)
+        context = None if context is None else raw_columns.columns_of(context)
         of_tasks = self._score(candidates, context, embeddings)
         scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
         columns = {**candidates, **(context or {})}
@@ -209,7 +216,7 @@ class Ranker:
         `embeddings` and errors are those of `CrossedEmbeddings.embed`.
         """
         engine = self._request_engine()
-        if engine is not None:
+        if engine is not None and self.mlp.has_engine:
             self.inputs.check(embeddings or {}, features.batch)
             given = {column: rows.to("cpu", torch.float32).contiguous() for column, rows in (embeddings or {}).items()}
             parts = (features.single, features.multi_values, features.multi_offsets)
@@ -219,10 +226,18 @@ class Ranker:
                 return found
         if self.inputs.device.type != "cpu":
             features = features.to(self.inputs.device)
-        x: Tensor = self.inputs(features, embeddings)
+        return self._scores_of(self.inputs(features, embeddings))
+
+    def _scores_of(self, x: Tensor) -> Tensor:
         scores = x.new_empty(len(x), self.mlp.out_features)
         self.mlp.score_into(x, scores)
         return scores
+
+    @property
+    def prepacked_nbytes(self) -> int:
+        """Bytes of what is prepacked of the MLP so far: for requests, and by the MLP for calls of its own."""
+        of_requests = 0 if self._engine is None or self._engine[2] is None else self._engine[2].prepacked_nbytes
+        return of_requests + sum(self.mlp.prepacked_nbytes.values())
 
 
 def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:

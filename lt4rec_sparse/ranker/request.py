@@ -40,20 +40,25 @@ class Parts(NamedTuple):
 
 
 def request_engine(encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> ops.RequestEngine | None:
-    """Return the engine's request of a ranker; None where another executor or device runs it."""
-    if not mlp.has_engine or inputs.device.type != "cpu" or not mlp.network.hidden:
+    """Return the engine's request of a ranker, or of its inputs where another executor runs the MLP (`has_engine`).
+
+    None without an engine, or where the embeddings are on another device.
+    """
+    if ops.cpu_engine() == "reference" or inputs.device.type != "cpu":
         return None
-    parts = request_parts(encoder, inputs, mlp.network)
+    parts = request_parts(encoder, inputs, mlp.network, is_split=mlp.has_engine)
     if not parts.embedding.is_contiguous() or parts.embedding.dtype not in ops.ROW_KINDS:
         return None
     return ops.RequestEngine(*parts, mlp.precision)
 
 
-def request_parts(encoder: FeatureEncoder, inputs: CrossedEmbeddings, network: FrozenNetwork) -> Parts:
-    """Return a ranker's parts; its network has a hidden layer."""
+def request_parts(
+    encoder: FeatureEncoder, inputs: CrossedEmbeddings, network: FrozenNetwork, is_split: bool = True
+) -> Parts:
+    """Return a ranker's parts; without `is_split` nothing counts as in common."""
     common = {field.column for field in inputs.fields} & encoder.schema.in_common
-    if len(common) == len(inputs.fields):  # then every request is of its own
-        common = set()
+    if not is_split or not network.hidden or len(common) == len(inputs.fields):
+        common = set()  # where all is in common every request is of its own
     held = inputs.embedding
     columns = {column.name: column for column in encoder.schema.features}
     names = list(encoder.table_sizes)
@@ -78,14 +83,16 @@ def common_inputs(is_common: list[bool], dim: int) -> Tensor:
 
 def split_network(network: FrozenNetwork, is_common: Tensor) -> ops.Split:
     """Split a network's first layer by its inputs, bool `[in_features]`; blocks of mixed inputs are not common."""
+    columns = torch.arange(len(is_common))
+    if not is_common.any():
+        return ops.Split(None, network, columns[:0], columns)
     first, *others = network.hidden
     if isinstance(first.weight, BlockWeight):
         wide = BlockWeight.BLOCK[1]
         quads = torch.nn.functional.pad(is_common, (0, -len(is_common) % wide), value=True).view(-1, wide).all(1)
         is_common = quads.repeat_interleave(wide)[: len(is_common)]
-    columns = torch.arange(len(is_common))
     common, own = columns[is_common], columns[~is_common]
-    if not len(common):
+    if not len(common):  # no block is
         return ops.Split(None, network, common, own)
     quantization = network.quantization
     # An activation's slope goes with it.

@@ -92,7 +92,7 @@ def _precisions(
             "validation": validation[precision],
             "test": test[precision],
             "largest_difference": largest[precision],
-            "prepacked_bytes": sum(ranker.mlp.prepacked_nbytes.values()),
+            "prepacked_bytes": ranker.prepacked_nbytes,
             "accepted": all(
                 is_tolerable(metric, value, wanted[task][metric])
                 for task, metrics in validation[precision].items()
@@ -136,7 +136,7 @@ def _bytes(model: SparseSharing, ranker: Ranker, path: Path) -> dict[str, int]:
         "dense, one model per task: MLPs": tasks * mlp + head,
         "embeddings": ranker.inputs.nbytes,
         "sparse sharing: MLP, canonical": ranker.mlp.nbytes,
-        "sparse sharing: MLP, prepacked in memory": sum(ranker.mlp.prepacked_nbytes.values()),
+        "sparse sharing: MLP, prepacked in memory": ranker.prepacked_nbytes,
         "artefact on disk": path.stat().st_size,
     }
 

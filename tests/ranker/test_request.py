@@ -7,6 +7,7 @@ import gc
 import json
 import pickle
 import threading
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from oracle import Layer, assert_exact, assert_rounding, mlp_reference
 from rankers import COLUMNS, COMMON, ROWS, columns_of, make
 
-from lt4rec_sparse import Ranker, ops
+from lt4rec_sparse import FrozenNetwork, Ranker, SparseMLP, ops
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.kernels import cpu
+from lt4rec_sparse.network import DenseLayer
 from lt4rec_sparse.ranker.request import common_inputs, split_network
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"no native engine: {cpu.absence_reason()}")
@@ -323,10 +325,60 @@ def cpu_scores(ranker: Ranker, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def test_many_rows_are_scored_as_few() -> None:
+    for ranker in (RANKER, IN_ORDER):
+        many = {name: values * 2000 for name, values in COLUMNS.items()}  # in several pieces
+        for columns in (many, many | {name: COLUMNS[name][:1] for name in COMMON}):
+            few = {name: values[:3] if len(values) > 3 else values for name, values in columns.items()}
+            assert (ranker.score(columns)["cvr"].reshape(2000, 3) == ranker.score(few)["cvr"]).all()
+
+
+def test_a_planned_rankers_inputs_are_the_engines() -> None:
+    plan = RANKER.mlp.measure_plan(batch_sizes=(1, 4))
+    planned = RANKER.planned(plan)
+    x = engine_of(planned).inputs(COLUMNS)
+    assert x is not None
+    assert_exact(x, chained(planned.inputs.embed(planned.encoder.encode(COLUMNS))))
+    context = {name: values[:1] for name, values in COLUMNS.items() if name in COMMON}
+    own = {name: values for name, values in COLUMNS.items() if name not in COMMON}
+    once = engine_of(planned).inputs(own, context)
+    assert once is not None
+    assert (planned._score(own, context, None) == cpu_scores(planned, once).numpy()).all()
+    assert (planned.score(COLUMNS)["ctr"] == cpu_scores(planned, x).numpy()[:, 0]).all()
+    assert (planned.score(COLUMNS | {"video": [np.int64(1), None, 77]})["ctr"] == planned.score(COLUMNS)["ctr"]).all()
+
+
+def test_a_network_of_heads_alone_is_served() -> None:
+    heads = {task: DenseLayer(torch.randn(1, RANKER.mlp.in_features), None, "sigmoid") for task in RANKER.tasks}
+    ranker = Ranker(RANKER.encoder, RANKER.inputs, SparseMLP(FrozenNetwork((), heads)).eval())
+    scores = engine_of(ranker).score(COLUMNS)
+    assert scores is not None
+    assert_exact(scores, cpu_scores(ranker, chained(ranker.inputs.embed(ranker.encoder.encode(COLUMNS)))))
+
+
+def test_any_mapping_holds_columns() -> None:
+    context = {name: values[:1] for name, values in COLUMNS.items() if name in COMMON}
+    own = {name: values for name, values in COLUMNS.items() if name not in COMMON}
+    wanted = RANKER.rank(own, context)
+    ranked = RANKER.rank(MappingProxyType(own), MappingProxyType(context))
+    assert (ranked.rank_scores == wanted.rank_scores).all()
+    assert (RANKER.score(MappingProxyType(COLUMNS))["ctr"] == RANKER.score(COLUMNS)["ctr"]).all()
+
+
+def test_what_is_prepacked_is_counted() -> None:
+    ranker = make()
+    assert ranker.prepacked_nbytes == 0
+    ranker.score(COLUMNS)
+    assert ranker.prepacked_nbytes == engine_of(ranker).prepacked_nbytes > 0
+
+
 def test_given_vectors_stand_in_for_a_column() -> None:
     vectors = torch.randn(3, 5)
     columns = {name: values for name, values in COLUMNS.items() if name != "video"}
     scores = RANKER.score(columns, {"video": vectors})
+    read = engine_of(RANKER).score(columns, None, {"video": vectors})
+    assert read is not None
+    assert (scores["ctr"] == read[:, 0].numpy()).all()
     once = RANKER.score(columns, {"video": vectors[:1]})
     assert (once["ctr"][0] == scores["ctr"][0]).all() and (once["ctr"][1:] != scores["ctr"][1:]).all()
     rows = RANKER.inputs.table("video")

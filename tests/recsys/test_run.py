@@ -204,7 +204,7 @@ def test_every_precision_is_judged_by_what_it_serves(finished, lab, row, file):
         difference = (scores - fp32.score_encoded(batch.features)).abs().amax(0)
         assert found["largest_difference"] == dict(zip(TASKS, difference.tolist(), strict=True))
         assert (precision == "fp32") == (max(found["largest_difference"].values()) == 0)
-        assert found["prepacked_bytes"] == sum(ranker.mlp.prepacked_nbytes.values())  # now that it has scored
+        assert found["prepacked_bytes"] == ranker.prepacked_nbytes > 0  # now that it has scored
     assert judged["fp32"]["accepted"]
 
 

@@ -22,14 +22,14 @@ Present = NDArray[np.bool_]
 TEXT = {str, np.str_}
 
 
-def columns_of(table: Any) -> Mapping[str, Any]:
+def columns_of(table: Any) -> dict[str, Any]:
     """Return the columns of a table by name: of a mapping, a record batch or a data frame.
 
     Raises:
         InputError: If it is none of these.
     """
     if isinstance(table, Mapping):
-        return table
+        return table if isinstance(table, dict) else dict(table)
     if hasattr(table, "column_names"):  # pyarrow
         return {name: table.column(name) for name in table.column_names}
     if hasattr(table, "columns") and hasattr(table, "__getitem__"):  # polars, pandas
