@@ -124,7 +124,12 @@ uint64_t read_embedding(const File& file, const FileHeader& header, RankerSpec& 
   to.dim = header.dim;
   to.rows_kind = header.rows_kind;
   if (header.rows_kind == ROWS_F32) to.embedding = address_of(file.floats(header.embedding, place));
-  if (header.rows_kind == ROWS_S8) to.embedding = address_of(file.array<int8_t>(header.embedding, place));
+  if (header.rows_kind == ROWS_S8) {
+    const auto* bytes = file.array<int8_t>(header.embedding, place);
+    for (uint64_t i = 0; i < header.embedding.count; ++i)
+      if (bytes[i] == -128) refuse(place, "-128 at " + text(i), "-127 to 127");
+    to.embedding = address_of(bytes);
+  }
   if (header.rows_kind == ROWS_F16) {
     const auto* halves = file.array<uint16_t>(header.embedding, place);
     for (uint64_t i = 0; i < header.embedding.count; ++i)
@@ -134,7 +139,8 @@ uint64_t read_embedding(const File& file, const FileHeader& header, RankerSpec& 
   want_equal({"scales"}, header.scales.count, header.rows_kind == ROWS_S8 ? rows : 0);
   const float* scales = file.floats(header.scales, {"scales"});
   for (uint64_t i = 0; i < header.scales.count; ++i)
-    if (scales[i] < 0) refuse({"scales"}, text(double(scales[i])) + " at " + text(i), "0 or more");
+    if (scales[i] < 0 || scales[i] > FLT_MAX / 127)
+      refuse({"scales"}, text(double(scales[i])) + " at " + text(i), "0 to a 127th of the largest float");
   to.scales = address_of(scales);
   return rows;
 }

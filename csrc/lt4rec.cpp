@@ -43,13 +43,15 @@ const Isa* isa_in_force(char* message) {
 class Mapping {
  public:
   explicit Mapping(const char* path) {
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would wait for its writer
     struct stat facts;
-    if (file >= 0 && fstat(file, &facts) == 0 && S_ISREG(facts.st_mode) && facts.st_size > 0) {
-      size_ = size_t(facts.st_size);
-      bytes_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
-    } else if (file >= 0 && errno == 0) {
-      errno = EINVAL;  // a folder, a pipe, or nothing
+    if (file >= 0 && fstat(file, &facts) == 0) {
+      if (S_ISREG(facts.st_mode) && facts.st_size > 0) {
+        size_ = size_t(facts.st_size);
+        bytes_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+      } else {
+        errno = EINVAL;  // a folder, a pipe, or nothing
+      }
     }
     error_ = bytes_ == MAP_FAILED ? errno : 0;
     if (file >= 0) ::close(file);
@@ -344,9 +346,11 @@ const char* lt4rec_status_text(int status) {
 int lt4rec_open(const char* path, lt4rec_model** model, char* message) {
   char unwanted[LT4REC_MESSAGE_BYTES];
   if (!message) message = unwanted;
-  if (!path || !model) return LT4REC_BAD_ARGUMENT;
+  if (!path || !model) {
+    std::snprintf(message, LT4REC_MESSAGE_BYTES, "path, model: got NULL, wanted both");
+    return LT4REC_BAD_ARGUMENT;
+  }
   return guarded(message, [&] {
-    errno = 0;
     auto mapping = std::make_unique<Mapping>(path);
     if (mapping->error()) {
       std::snprintf(message, LT4REC_MESSAGE_BYTES, "%s: %s", path, std::strerror(mapping->error()));
@@ -361,7 +365,11 @@ int lt4rec_open(const char* path, lt4rec_model** model, char* message) {
 int lt4rec_open_memory(const void* bytes, size_t size, lt4rec_model** model, char* message) {
   char unwanted[LT4REC_MESSAGE_BYTES];
   if (!message) message = unwanted;
-  if (!bytes || !model || reinterpret_cast<uintptr_t>(bytes) % 8 != 0) return LT4REC_BAD_ARGUMENT;
+  if (!bytes || !model || reinterpret_cast<uintptr_t>(bytes) % 8 != 0) {
+    std::snprintf(message, LT4REC_MESSAGE_BYTES,
+                  "bytes, model: got NULL, or an address that is no multiple of 8, wanted both");
+    return LT4REC_BAD_ARGUMENT;
+  }
   return guarded(message, [&] { return open_model(nullptr, bytes, size, model, message); });
 }
 
@@ -444,7 +452,7 @@ int lt4rec_set_strings(lt4rec_request* request, int64_t field, const lt4rec_stri
         lt4rec::put_text(text, value.size, separator, is_of_strings, sink))
       return int{LT4REC_OK};
     return request->fail(LT4REC_BAD_VALUE, "column %s: row %" PRId64 ": got other text, wanted %s between separators %s",
-                         request->name(field), row, is_of_strings ? "UTF-8" : "ints of at most 18 digits", separator);
+                         request->name(field), row, is_of_strings ? "UTF-8" : "ints of 64 bits", separator);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <new>
 
 namespace lt4rec {
 namespace {
@@ -220,10 +221,15 @@ void Ranker::embed(const Isa* isa, const Request& request, int64_t first, int64_
                    float* own_x, int64_t own_stride, float* common_x) const {
   threads = last - first < kWorthATeam ? 1 : lt4rec_usable_threads(threads);
   if (threads == 1) return fill(isa, request, first, last, is_once, own_x, own_stride, common_x);
+  std::atomic<bool> has_memory{true};  // no exception leaves a team
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
-  for (int64_t begin = first; begin < last; begin += kChunk)
-    fill(isa, request, begin, std::min(begin + kChunk, last), is_once, own_x + (begin - first) * own_stride, own_stride,
-         common_x + (begin - first) * spec_.common_count);
+  for (int64_t begin = first; begin < last; begin += kChunk) try {
+      fill(isa, request, begin, std::min(begin + kChunk, last), is_once, own_x + (begin - first) * own_stride,
+           own_stride, common_x + (begin - first) * spec_.common_count);
+    } catch (const std::bad_alloc&) {
+      has_memory = false;
+    }
+  if (!has_memory) throw std::bad_alloc();
 }
 
 void Ranker::own_inputs(const Isa* isa, Request& request, int64_t batch, int64_t threads, float* x,

@@ -2,6 +2,7 @@
 #ifndef LT4REC_SPARSE_VALUES_H
 #define LT4REC_SPARSE_VALUES_H
 
+#include <charconv>
 #include <cmath>
 #include <cstring>
 
@@ -78,8 +79,8 @@ inline size_t trailing_space(const char* text, size_t size) {
   return 0;
 }
 
-// A bag as text: parts between separators, without the spaces around them, empty ones left out; integers have at most
-// 18 digits. False for a part that is not of the table's type. The separator is not empty.
+// A bag as text: parts between separators, without the spaces around them, empty ones left out; integers are of 64 bits,
+// in ASCII. False for a part that is not of the table's type. The separator is not empty.
 inline bool put_text(const char* text, size_t size, const char* separator, bool is_text, Sink& sink) {
   const size_t width = std::strlen(separator);
   for (size_t first = 0; first <= size;) {
@@ -93,15 +94,10 @@ inline bool put_text(const char* text, size_t size, const char* separator, bool 
     if (count > 0 && is_text) {
       if (!sink.put(part, count)) return false;
     } else if (count > 0) {
-      const bool is_negative = *part == '-';
-      if (*part == '-' || *part == '+') ++part, --count;
-      if (count == 0 || count > 18) return false;
-      int64_t number = 0;
-      for (size_t i = 0; i < count; ++i) {
-        if (part[i] < '0' || part[i] > '9') return false;
-        number = 10 * number + (part[i] - '0');
-      }
-      if (!sink.put(is_negative ? -number : number)) return false;
+      if (*part == '+' && count > 1 && part[1] != '-') ++part, --count;
+      int64_t number;
+      const auto [past, error] = std::from_chars(part, part + count, number);
+      if (error != std::errc() || past != part + count || !sink.put(number)) return false;
     }
     first = end + width;
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import os
 import re
 import threading
 from pathlib import Path
@@ -349,7 +350,13 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "absent", "No such file"), (tmp_path, "Invalid argument")):
+    os.mkfifo(tmp_path / "pipe")  # to open one for reading would wait for a writer
+    places = (
+        (tmp_path / "absent", "No such file"),
+        (tmp_path, "Invalid argument"),
+        (tmp_path / "pipe", "Invalid argument"),
+    )
+    for path, message in places:
         with pytest.raises(CError, match=message) as error:
             Model(path)
         assert error.value.status == CANNOT_READ
@@ -502,3 +509,16 @@ def test_each_rule_of_the_file_is_checked(tmp_path: Path, ranker: Ranker, messag
     getattr(editor, name)(*arguments)
     got = refusal(sealed(editor.contents))
     assert re.match(message, got), got
+
+
+def test_a_wrong_argument_of_open_is_named(tmp_path: Path, ranker: Ranker) -> None:
+    path = tmp_path / "model.engine"
+    ranker.to_engine_file(path)
+    apart = np.frombuffer(b"\0" + path.read_bytes(), np.uint8)
+    handle, why = ctypes.c_void_p(), ctypes.create_string_buffer(b"stale", 512)
+    library = Model(path).library
+    for address in (0, apart.ctypes.data + 1):
+        assert library.open_memory(address, len(apart) - 1, ctypes.byref(handle), why) == BAD_ARGUMENT
+        assert why.value.startswith(b"bytes, model: got NULL, or an address")
+    assert library.open(None, ctypes.byref(handle), why) == BAD_ARGUMENT
+    assert why.value == b"path, model: got NULL, wanted both"

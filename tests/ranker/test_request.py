@@ -198,6 +198,21 @@ def test_a_bag_as_text_is_split_as_the_encoder_splits_it(text: str, name: str) -
         pytest.fail(f"{text!r} is not read")
 
 
+@pytest.mark.parametrize("text", ["9223372036854775807", "-9223372036854775808", "000000000000000000005", "+7", "-0"])
+def test_ints_of_64_bits_are_read_from_text(text: str) -> None:
+    columns = COLUMNS | {"seen": [f"1, {text} ", None, text]}
+    scores = engine_of(RANKER).score(columns)
+    assert scores is not None
+    assert_exact(scores, by_ids(RANKER, columns))
+
+
+@pytest.mark.parametrize("text", ["9223372036854775808", "+-7", "--7", "+", "-", "1.0", "0x1", "1e3"])
+def test_what_is_no_int_of_64_bits_is_no_part_of_a_bag(text: str) -> None:
+    assert engine_of(RANKER).score(COLUMNS | {"seen": [text, None, "1"]}) is None
+    with pytest.raises(InputError, match="column 'seen'"):
+        RANKER.score(COLUMNS | {"seen": [text, None, "1"]})
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
