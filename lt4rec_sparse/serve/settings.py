@@ -26,7 +26,7 @@ class Limits:
         depth: Levels of nested lists and objects in JSON.
         bag_values: Values of one candidate in a multi-valued column.
         text_bytes: Bytes of one text, in UTF-8.
-        exponents: Of the rank score: each is computed for every candidate.
+        exponents: Factors of the rank score: each is computed for every candidate.
         body_seconds: How long its body may take to arrive.
     """
 

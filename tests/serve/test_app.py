@@ -333,7 +333,8 @@ def test_a_precision_that_is_prepared_keeps_no_other_waiting(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("quota", "wanted"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), (None, 8)]
+    ("quota", "wanted"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), (None, 8)],
 )
 def test_a_container_s_quota_bounds_the_cores(tmp_path, monkeypatch, quota, wanted):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
