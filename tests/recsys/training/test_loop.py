@@ -232,7 +232,7 @@ def test_a_checkpoint_with_an_altered_directory_is_named_or_read_as_it_was(tmp_p
     whole = path.read_bytes()
     refused = 0
     for place in range(whole.index(b"PK\x01\x02"), len(whole)):
-        for flip in (*(1 << bit for bit in range(8)), 0xFF):
+        for flip in (1 << place % 8, 0x10, 0xFF):  # 0x10 makes a folder of a part
             path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
             try:
                 state = load_checkpoint(path)
@@ -243,4 +243,4 @@ def test_a_checkpoint_with_an_altered_directory_is_named_or_read_as_it_was(tmp_p
                 refused += 1
             else:
                 assert torch.equal(state["model"]["a"], torch.ones(200)), f"byte {place}, flipped by {flip}"
-    assert refused > 1_000
+    assert refused > 500
