@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bench import runtimes
 from bench.network_gate import ROWS, Inputs
 from bench.peers import Maker
-from bench.runtimes import Array, Made, Model
+from bench.runtimes import Made, Model
 
 OPSET = 20  # the newest that torch exports with operators of its own: LayerNormalization and Gelu are one each
 OLD_OPSET = 14  # the newest that DeepSparse 1.8 reads, and the oldest with scaled_dot_product_attention
@@ -108,27 +108,12 @@ def _dynamic_int8(case: NetworkCase) -> Path:
 
 
 def _static_int8(case: NetworkCase) -> Path:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Seen(CalibrationDataReader):
-        """The representative inputs, one after the other."""
-
-        def __init__(self) -> None:
-            self.inputs = iter([{name: x.numpy() for name, x in _named(some).items()} for some in case.seen])
-
-        def get_next(self) -> dict[str, Array] | None:
-            return next(self.inputs, None)
-
     path = case.folder / "static.onnx"
     if not path.exists():
-        quantize_static(
+        runtimes.quantized(
             _prepared(case, OLD_OPSET),
             path,
-            Seen(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
+            [{name: x.numpy() for name, x in _named(some).items()} for some in case.seen],
             op_types_to_quantize=["MatMul", "Gemm"],
             extra_options={"MatMulConstBOnly": True},
         )

@@ -335,36 +335,14 @@ def _gemm_model(case: Case) -> Path:
 
 
 def _int8_model(case: Case) -> Path:
-    """Quantise `_gemm_model` statically: u8 activations, s8 weights with one scale per row, as QuantizeLinear pairs."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quant_pre_process,
-        quantize_static,
-    )
-
-    class Rows(CalibrationDataReader):
-        """The calibration rows, one batch at a time: the model's batch is fixed."""
-
-        def __init__(self) -> None:
-            self.rows = iter([{"x": rows.numpy()} for rows in _calibration(case.x).split(len(case.x))])
-
-        def get_next(self) -> dict[str, Array] | None:
-            return next(self.rows, None)
+    """Quantise `_gemm_model` statically."""
+    from onnxruntime.quantization import quant_pre_process
 
     prepared, path = case.folder / "prepared.onnx", case.folder / "int8.onnx"
     if not path.exists():
         quant_pre_process(_gemm_model(case), prepared, skip_optimization=True, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            path,
-            Rows(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        batches = _calibration(case.x).split(len(case.x))  # the model's batch is fixed
+        runtimes.quantized(prepared, path, [{"x": rows.numpy()} for rows in batches])
     return path
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import record
+from bench import record, runtimes
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.onnx import to_onnx
 from lt4rec_sparse.ranker import Ranker, load
@@ -154,32 +154,13 @@ def by_onnxruntime(
 ) -> Callable[[], dict[str, Any]]:
     """Return a call of the dense MLP in int8, on inputs that numpy makes."""
     import onnxruntime as ort
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     plain, path = folder / "mlp.onnx", folder / "int8.onnx"
     rows = ranker.inputs(batch.take(torch.arange(CALIBRATION_ROWS) % batch.batch)).detach().numpy()
     if not path.exists():
         to_onnx(ranker.mlp.to_precision("fp32"), plain)
-
-        class Rows(CalibrationDataReader):  # type: ignore[misc]
-            """The calibration rows at once."""
-
-            def __init__(self) -> None:
-                name = ort.InferenceSession(plain, providers=["CPUExecutionProvider"]).get_inputs()[0].name
-                self.rows = iter([{name: rows}])
-
-            def get_next(self) -> dict[str, Any] | None:
-                return next(self.rows, None)
-
-        quantize_static(
-            plain,
-            path,
-            Rows(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        name = ort.InferenceSession(plain, providers=["CPUExecutionProvider"]).get_inputs()[0].name
+        runtimes.quantized(plain, path, [{name: rows}])
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")

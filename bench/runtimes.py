@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,39 @@ def onnxruntime(model: Model) -> Made:
     binding.bind_ortvalue_output("y", ends["y"])
     run = partial(session.run_with_iobinding, binding)
     return Made(run, lambda: _after(run, ends["y"].numpy()))
+
+
+def quantized(model: Path, path: Path, inputs: Iterable[Mapping[str, Array]], **options: Any) -> Path:
+    """Write a model in static int8 as QuantizeLinear pairs: u8 activations, s8 weights with one scale per row.
+
+    Args:
+        model: The file of ONNX in float32.
+        path: The file to write.
+        inputs: What to calibrate with, one batch after the other.
+        options: Others of `quantize_static`.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Inputs(CalibrationDataReader):  # type: ignore[misc]
+        """The batches in turn."""
+
+        def __init__(self) -> None:
+            self.batches = iter(inputs)
+
+        def get_next(self) -> Mapping[str, Array] | None:
+            return next(self.batches, None)
+
+    quantize_static(
+        model,
+        path,
+        Inputs(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        **options,
+    )
+    return path
 
 
 def openvino(model: Model, precision: str) -> Made:

@@ -36,8 +36,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     old file or the new one. If the block raises, what was written is removed and `path` is as it was. The new file has
     the permissions that the umask gives, whatever its writer chose. The temporary path is in a folder of its own, since
     writers such as safetensors have temporaries too: the folder goes as a whole, by the next writer if this one dies.
+
+    Raises:
+        InputError: If `path` is a folder, a device or a pipe.
     """
     target = Path(path)
+    check_regular(target)
     remove_abandoned(target)
     with _temporary_folder(target) as folder:
         temporary = folder / target.name
@@ -57,8 +61,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target`, which on a clean exit takes its place; otherwise it is removed.
 
     Contents reach the disk before the name does. An earlier folder is moved aside first: at no moment is there a part
-    of one, but for a moment there is none.
+    of one, but for a moment there is none. If the new one cannot take its place, it is put back.
+
+    Raises:
+        InputError: If `target` is there and no folder.
     """
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: got a file, wanted a folder")
     remove_abandoned(target)
     with _temporary_folder(target) as fresh:
         yield fresh
@@ -66,9 +75,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if path.is_file() or path.is_dir():
                 _sync(path)
         with _temporary_folder(target) as aside:
-            if target.exists():
-                target.rename(aside / target.name)
-            fresh.rename(target)
+            old = aside / target.name
+            try:
+                if target.exists():
+                    target.rename(old)
+                fresh.rename(target)
+            except BaseException:
+                if (old.exists() or old.is_symlink()) and not target.exists():
+                    old.rename(target)
+                raise
             _sync(target.parent)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kernels.networks import PATHS, Kernel, exact_reference, prepack, random_lay
 from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
 from serve.models import small_ranker
 
-from bench import record, tables
+from bench import record, served, serving, tables
 from bench.cpu import PRECISIONS, ratio, speed_table
 from bench.training import embedding_steps
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, ops, save
@@ -145,6 +146,56 @@ def test_the_suite_of_servers_runs_in_its_short_form(tmp_path: Path) -> None:
         assert sum(line.startswith(f"| {name} |") for line in printed) == 1
     counts = json.loads(soaked)
     assert counts["lost"] == counts["wrong"] == 0 and counts["answered"] > 0 and counts["refused"] > 0
+
+
+def test_a_run_of_servers_ends_within_its_time_and_drops_a_model_after_two_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(small_ranker(), tmp_path / "model.safetensors")
+    now, asked = [0.0], []
+
+    def case(url: str, bodies: Any, rate: float, seconds: float, seed: int, core: int) -> dict[str, Any]:
+        now[0] += seconds + serving.OVERHEAD_S
+        asked.append((url, round(rate), seconds))
+        tries = sum(name == url and at == round(rate) for name, at, _ in asked)
+        is_slow = url == "dense torch fp32" or (url == "engine fp32" and tries == 1)
+        late_ms = 4.1 if url == "engine int8" and rate > 30 else 3.9
+        return {"rate": rate, "p50_ms": 1.0, "p99_ms": 20.1 if is_slow else 19.9, "failed": 0, "late_ms": late_ms}
+
+    @contextmanager
+    def named(artefact: Path, model: Any, core: int) -> Any:
+        yield next(name for name, known in serving.MODELS.items() if known is model)
+
+    ranker = small_ranker()
+    monkeypatch.setattr(serving, "server", named)
+    monkeypatch.setattr(serving, "_case", case)
+    monkeypatch.setattr(serving, "load", lambda path: ranker)
+    monkeypatch.setattr(serving, "best", lambda url, body: ranker.rank(given[0], k=serving.K).rows.tolist())
+    given = [serving.columns(serving.examples.made(ranker.encoder, 1, serving.CANDIDATES)[0])]
+    monkeypatch.setattr(serving.time, "monotonic", lambda: now[0])
+    measured = serving.measure(tmp_path / "model.safetensors", serving.Load())
+    assert 600 < now[0] <= serving.Load().budget_s < 12 * 60
+    rates = {name: [at for url, at, _ in asked if url == name] for name in serving.MODELS}
+    assert rates["dense torch fp32"] == [20, 20] and rates["engine int8"] == [20, 26, 34, 34]
+    assert rates["engine fp32"][:4] == [20, 20, 26, 26] and rates["dense ONNX Runtime int8"][:3] == [20, 26, 34]
+    page = serving.table_of(measured)
+    assert "| dense torch fp32 | < 20 |" in page and "| engine int8 | ≥ 26 |" in page
+
+
+@needs_engine
+@pytest.mark.parametrize("loader", ["dense_torch", "dense_onnx_int8"])
+def test_an_opponent_of_the_server_takes_its_inputs_from_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    if loader == "dense_onnx_int8":
+        pytest.importorskip("onnxruntime", reason="the runtime is an extra")
+    ranker = small_ranker()
+    save(ranker, tmp_path / "model.safetensors")
+    (request,) = serving.examples.made(ranker.encoder, 1, serving.CANDIDATES)
+    opponent = getattr(served, loader)(str(tmp_path / "model.safetensors"), "fp32")
+    monkeypatch.delattr(type(opponent.encoder), "encode")
+    best, wanted = (of.rank(served.columns(request), k=serving.K).rows.tolist() for of in (opponent, ranker))
+    assert len({*best} & {*wanted}) >= serving.AGREED
 
 
 def test_a_record_of_training_may_lack_large_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from lt4rec_sparse.files import (
 )
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.stored import load_checkpoint, load_weights, read_seconds
+from lt4rec_sparse.recsys.stored import load_checkpoint, load_weights, read_seconds, save_weights
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
@@ -213,3 +213,70 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (fresh / "new").touch()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_whose_place_cannot_be_taken_keeps_the_old_one(tmp_path, monkeypatch, failing):
+    """Whichever of the two renames fails."""
+    target = tmp_path / "data"
+    with whole_folder(target) as fresh:
+        (fresh / "old").touch()
+    renames, own = [], type(tmp_path).rename
+
+    def rename(path, new):
+        renames.append(new)
+        if len(renames) == failing:
+            raise OSError("no more space")
+        return own(path, new)
+
+    monkeypatch.setattr(type(tmp_path), "rename", rename)
+    with pytest.raises(OSError, match="no more space"), whole_folder(target) as fresh:
+        (fresh / "new").touch()
+    assert len(renames) >= failing
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_regular_file_is_not_replaced_by_one(tmp_path, kind):
+    path = tmp_path / "odd"
+    if kind == "device":
+        path.symlink_to("/dev/null")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    before = path.lstat().st_ino
+    message = rf"^{re.escape(str(path))}: got a folder, a device or a pipe, wanted [^\n]+$"
+    with pytest.raises(InputError, match=message), whole_file(path):
+        pytest.fail("refused before anything is written")
+    assert path.lstat().st_ino == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "data").write_text("x")
+    with pytest.raises(InputError, match=r"data: got a file, wanted a folder$"), whole_folder(tmp_path / "data"):
+        pytest.fail("refused before anything is written")
+    assert (tmp_path / "data").read_text() == "x"
+
+
+def test_altered_weights_are_named_and_those_without_checksums_are_read(tmp_path):
+    path = tmp_path / "level_0.safetensors"
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    save_weights(model, path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            load_weights(other, path)
+        except InputError as error:
+            assert re.fullmatch(rf"{re.escape(str(path))}: got a damaged file [^\n]*: delete it to go on", str(error))
+            refused += 1
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert refused > len(whole) * 0.9
+    save_file(model.state_dict(), path)
+    other.reset_parameters()
+    load_weights(other, path)
+    assert torch.equal(model.weight, other.weight)

@@ -173,8 +173,8 @@ class _Routes:
         model, trace = self._named(request), request.scope["trace"]
         trace.model = model
         with self._service.admitted():
-            data = await self._body(request, trace)
             length = request.headers.get(oip.HEADER_LENGTH)
+            data = await self._body(request, trace, has_binary=length is not None)
             answer, json_length = await asyncio.get_running_loop().run_in_executor(
                 self._service.pool, self._service.infer, model, data, length, trace, time.perf_counter_ns()
             )
@@ -207,6 +207,7 @@ class _Routes:
     async def load(self, request: Request) -> Response:
         await self._control(request)
         await asyncio.to_thread(self._service.load)
+        self._service.slot.resume()
         return JSONResponse({})
 
     async def unload(self, request: Request) -> Response:
@@ -233,9 +234,9 @@ class _Routes:
                 f"parameters: got {shown(parameters)}, wanted none: the artefact is the one it was started with"
             )
 
-    async def _body(self, request: Request, trace: Trace) -> bytes:
+    async def _body(self, request: Request, trace: Trace, has_binary: bool = False) -> bytes:
         started = time.perf_counter_ns()
-        data = await _read(request, self._limits)
+        data = await _read(request, self._limits, has_binary)
         trace.us["read"] = (time.perf_counter_ns() - started) / 1000
         return data
 
@@ -244,8 +245,8 @@ class _Routes:
         return body.parse(data, self._limits.depth) if data.strip() else {}
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
-    """Return a body, of which no more is held than the limit.
+async def _read(request: Request, limits: Limits, has_binary: bool = False) -> bytes:
+    """Return a body, of which no more is held than the limit: that of JSON, unless bytes follow it.
 
     Raises:
         RequestError: If it is longer (413), compressed (415), or does not come in time (408).
@@ -253,16 +254,17 @@ async def _read(request: Request, limits: Limits) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise RequestError(f"Content-Encoding: got {shown(encoding)}, wanted none", 415)
-    too_long = RequestError(f"body: got more than {limits.body_bytes} bytes, wanted at most that", 413)
+    most = limits.body_bytes if has_binary else min(limits.json_bytes, limits.body_bytes)
+    too_long = RequestError(f"body: got more than {most} bytes, wanted at most that", 413)
     length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or len(length) > 18 or int(length) > limits.body_bytes:
+    if not length.isdecimal() or len(length) > 18 or int(length) > most:
         raise too_long
     parts, total = [], 0
     try:
         with anyio.fail_after(limits.body_seconds):
             async for part in request.stream():
                 total += len(part)
-                if total > limits.body_bytes:
+                if total > most:
                     raise too_long
                 parts.append(part)
     except TimeoutError:

@@ -12,6 +12,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.settings import Limits, Settings
 
 DAY = 86_400
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the kernel, in a container: microseconds of a period, or "max"
 
 
 def serve(
@@ -34,6 +35,7 @@ def serve(
     access_log: Annotated[bool, typer.Option(help="Write a line of JSON per request.")] = True,
     max_rows: Annotated[int, typer.Option(min=1, help="Candidates of one request, at most.")] = Limits.rows,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one request, at most.")] = Limits.body_bytes,
+    max_json_bytes: Annotated[int, typer.Option(min=1, help="Bytes of JSON of them.")] = Limits.json_bytes,
 ) -> None:
     """Serve an artefact over HTTP: the Open Inference Protocol, plain JSON at /rank, a page at /, /metrics."""
     # Nothing here loads torch: a process that only watches over workers stays small.
@@ -48,13 +50,23 @@ def serve(
         artefact=str(model.absolute()),  # not resolved: a link that leads elsewhere is a new artefact
         precision=precision,
         name=name,
-        threads=threads or max(1, len(os.sched_getaffinity(0)) // workers),
+        threads=threads or max(1, cores() // workers),
         waiting=waiting,
         watch_seconds=watch,
         drain_seconds=drain,
         control=control,
         examples="" if examples is None else str(examples.absolute()),
         access_log=access_log,
-        limits=Limits(rows=max_rows, body_bytes=max_bytes),
+        limits=Limits(rows=max_rows, body_bytes=max_bytes, json_bytes=max_json_bytes),
     )
     run(settings, host, port, workers, stop)
+
+
+def cores(quota: Path = QUOTA) -> int:
+    """Return how many cores this process may keep busy: those it may run on, or fewer by its container's quota."""
+    admitted = len(os.sched_getaffinity(0))
+    try:
+        most, period = quota.read_text(encoding="ascii").split()
+        return max(1, min(admitted, int(most) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return admitted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,10 @@ class Model:
         version: The first 12 digits of the artefact's SHA-256.
         settings: The server's.
 
+    Attributes:
+        examples: Requests for the page.
+        examples_reason: Why they are not those of the settings' file; empty if they are, or there is none.
+
     Raises:
         InputError: If a task has the name of another output, or the model one that paths cannot have; if a score of
             the warm-up is not finite.
@@ -55,7 +58,7 @@ class Model:
         self._lock = threading.Lock()
         is_calibrated = ranker.mlp.network.quantization is not None
         self.precisions = tuple(p for p in PRECISIONS if is_calibrated or p != "int8")
-        self.examples = _examples(ranker, self.columns, settings.examples)
+        self.examples, self.examples_reason = _examples(ranker, self.columns, settings.examples)
         _warm_up(ranker, self.columns)
 
     def ranker(self, precision: str = "") -> Ranker:
@@ -67,6 +70,9 @@ class Model:
         precision = precision or self.precision
         if precision not in self.precisions:
             raise RequestError(f"precision: got {precision!r}, wanted one of {', '.join(self.precisions)}")
+        found = self._rankers.get(precision)  # without the lock, which is held for as long as another is prepared
+        if found is not None:
+            return found
         with self._lock:
             if precision not in self._rankers:
                 ranker = self._rankers[self.precision].to_precision(precision)
@@ -93,7 +99,9 @@ class Slot:
         self._seen: tuple[int, ...] | None = None
         self._lock = threading.Lock()
         self._unloaded = False
-        self._flag = Path(settings.shared_folder) / "unloaded" if settings.shared_folder else None
+        # Looked for per request, so only where a client can unload.
+        is_shared = settings.control and settings.shared_folder
+        self._flag = Path(settings.shared_folder) / "unloaded" if is_shared else None
 
     def is_served(self) -> bool:
         """Tell whether there is a model, and no client has unloaded it, by whichever worker."""
@@ -105,7 +113,7 @@ class Slot:
         return _identity(self.settings.artefact) not in (self._seen, None)
 
     def load(self) -> Model:
-        """Load the file, unless it is the one in use, and serve it.
+        """Load the file, unless it is the one in use; where a client has unloaded it, requests wait for `resume`.
 
         Raises:
             RequestError: If it cannot be served, for whatever reason: the old model stays in use.
@@ -123,13 +131,16 @@ class Slot:
                     self.reason = " ".join(str(error).split()) or type(error).__name__
                     raise RequestError(self.reason) from error
                 self.reason = ""
-            self._unloaded = False
-            if self._flag:
-                self._flag.unlink(missing_ok=True)
             return self.current
 
+    def resume(self) -> None:
+        """Answer requests again after `unload`, by all workers."""
+        self._unloaded = False
+        if self._flag:
+            self._flag.unlink(missing_ok=True)
+
     def unload(self) -> None:
-        """Answer no more requests until `load`, by all workers; the memory is kept."""
+        """Answer no more requests until `resume`, by all workers; the memory is kept."""
         self._unloaded = True
         if self._flag:
             self._flag.touch()
@@ -153,12 +164,15 @@ def load(settings: Settings) -> Model:
     raise InputError(f"{settings.artefact}: got a file that is replaced again and again, wanted one that stays")
 
 
-def _examples(ranker: Ranker, columns: Columns, path: str) -> list[dict[str, Any]]:
-    """Return requests for the page: made ones where the file's do not fit, which an older artefact may have had."""
+def _examples(ranker: Ranker, columns: Columns, path: str) -> tuple[list[dict[str, Any]], str]:
+    """Return requests for the page, and why they are made ones although there is a file: of an older artefact, say."""
+    reason = ""
     if path:
-        with suppress(InputError, OSError):
-            return examples.from_file(path, columns)
-    return examples.made(ranker.encoder, requests=5, rows=20)
+        try:
+            return examples.from_file(path, columns), ""
+        except (InputError, OSError) as error:
+            reason = str(error)
+    return examples.made(ranker.encoder, requests=5, rows=20), reason
 
 
 def _warm_up(ranker: Ranker, columns: Columns) -> None:

@@ -18,7 +18,7 @@ from lt4rec_sparse.errors import shown
 from lt4rec_sparse.ranker.ranking import Ranking
 from lt4rec_sparse.serve import body, tensors
 from lt4rec_sparse.serve.columns import Columns, rows_of
-from lt4rec_sparse.serve.requests import Request, split
+from lt4rec_sparse.serve.requests import Request, check_exponents, split
 from lt4rec_sparse.serve.settings import RequestError
 
 RANK_SCORE, ROW = "rank_score", "row"
@@ -61,6 +61,8 @@ def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequen
         RequestError: If it is malformed; the message names the field.
     """
     end = _header_length(header_length, len(data))
+    if end > columns.limits.json_bytes:
+        raise RequestError(f"body: got {end} bytes of JSON, wanted at most {columns.limits.json_bytes}", 413)
     content = body.parse(data[:end], columns.limits.depth)
     stray = next((key for key in content if key not in KEYS), None)
     if stray is not None:
@@ -73,6 +75,7 @@ def read(data: bytes, header_length: str | None, columns: Columns, tasks: Sequen
     tensors.check_text("id", identity, columns.limits)
     parameters = _table(content.get("parameters", {}), "parameters")
     k, by = _ranking(parameters)
+    check_exponents(by, columns.limits)
     found = _inputs(content.get("inputs"), memoryview(data)[end:], columns)
     raw = columns.raw(found, {name for name in by if name not in tasks})
     lengths = {name: rows_of(values) for name, values in raw.items()}

@@ -15,7 +15,7 @@ from lt4rec_sparse.errors import shown
 from lt4rec_sparse.ranker.features.schema import Column
 from lt4rec_sparse.ranker.ranking import Ranking
 from lt4rec_sparse.serve.columns import Columns
-from lt4rec_sparse.serve.requests import Request
+from lt4rec_sparse.serve.requests import Request, check_exponents
 from lt4rec_sparse.serve.settings import RequestError
 from lt4rec_sparse.serve.tensors import check_text
 
@@ -41,6 +41,7 @@ def read(content: Mapping[str, Any], columns: Columns) -> Asked:
     by = content.get("by")
     if by is not None and not isinstance(by, dict):
         raise RequestError(f"by: got {shown(by)}, wanted an object of exponents")
+    check_exponents(by or {}, columns.limits)
     precision = content.get("precision", "")
     if not isinstance(precision, str):
         raise RequestError(f"precision: got {shown(precision)}, wanted text")

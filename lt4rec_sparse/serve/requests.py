@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lt4rec_sparse.ranker import Ranker
 from lt4rec_sparse.ranker.ranking import Ranking
-from lt4rec_sparse.serve.settings import RequestError
+from lt4rec_sparse.serve.settings import Limits, RequestError
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ def split(columns: Mapping[str, Any], rows: Mapping[str, int]) -> tuple[dict[str
         return dict(columns), {}
     candidates = {name: values for name, values in columns.items() if rows[name] != 1}
     return candidates, {name: values for name, values in columns.items() if rows[name] == 1}
+
+
+def check_exponents(by: Collection[str], limits: Limits) -> None:
+    """Refuse more exponents than a request may name: a column of one row costs each as much as all candidates."""
+    if len(by) > limits.exponents:
+        raise RequestError(f"by: got {len(by)} exponents, wanted at most {limits.exponents}")
 
 
 def rank(ranker: Ranker, request: Request) -> Ranking:

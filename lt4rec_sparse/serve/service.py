@@ -64,6 +64,8 @@ class Service:
         if model is not before:
             self.metrics.loaded("loaded")
             log("loaded", artefact=self.settings.artefact, model=model.name, version=model.version)
+            if model.examples_reason:
+                log("examples", artefact=self.settings.artefact, reason=model.examples_reason)
         return model
 
     def refresh(self) -> None:

@@ -21,18 +21,22 @@ class Limits:
 
     Attributes:
         body_bytes: Bytes of its body; read no further.
+        json_bytes: Bytes of JSON of them, which take up to some 30 times as much when they are parsed.
         rows: Candidates.
         depth: Levels of nested lists and objects in JSON.
         bag_values: Values of one candidate in a multi-valued column.
         text_bytes: Bytes of one text, in UTF-8.
+        exponents: Factors of the rank score: each is computed for every candidate.
         body_seconds: How long its body may take to arrive.
     """
 
     body_bytes: int = 8 << 20
+    json_bytes: int = 1 << 20
     rows: int = 10_000
     depth: int = 8
     bag_values: int = 1_000
     text_bytes: int = 4_096
+    exponents: int = 64
     body_seconds: float = 10.0
 
 

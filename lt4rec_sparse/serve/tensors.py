@@ -161,8 +161,19 @@ def _numbers(name: str, datatype: str, data: list[Any]) -> NDArray[Any]:
             return values.astype(dtype)
         return np.array(data, dtype)
     except OverflowError:
-        numbers = [value for value in data if not (isinstance(value, float) and not math.isfinite(value))]
-        raise RequestError(f"input {shown(name)}: got {shown(max(numbers, key=abs))}, wanted {datatype}") from None
+        beyond = next(value for value in data if not _holds(dtype, value))
+        raise RequestError(f"input {shown(name)}: got {shown(beyond)}, wanted {datatype}") from None
+
+
+def _holds(dtype: np.dtype[Any], value: float) -> bool:
+    """Tell whether a dtype has a number within its range, or as an infinity or NaN that it was before."""
+    if dtype.kind != "f":
+        return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
+    try:
+        number = float(value)
+    except OverflowError:
+        return False
+    return not math.isfinite(number) or abs(number) <= float(np.finfo(dtype).max)
 
 
 def _texts(name: str, length: int, data: memoryview, limits: Limits) -> NDArray[Any]:

@@ -52,6 +52,7 @@ def run(settings: Settings, host: str, port: int, workers: int, stop_seconds: in
             backlog=backlog,
             timeout_keep_alive=75,  # longer than a balancer's minute, so that it is the one to close
             timeout_graceful_shutdown=stop_seconds,
+            timeout_worker_healthcheck=30,  # a worker that loads holds Python's lock for longer than the usual 5
         )
         if folder and (Path(folder) / REFUSED).exists():
             raise SystemExit(STARTUP_FAILURE)  # uvicorn ends with 0 when its workers could not start
@@ -66,7 +67,6 @@ def app() -> Any:
     Raises:
         SystemExit: If the artefact cannot be served, or the examples are none of its requests, after one line.
     """
-    from lt4rec_sparse.serve import examples
     from lt4rec_sparse.serve.app import create_app
     from lt4rec_sparse.serve.service import LOG, Service
 
@@ -78,8 +78,8 @@ def app() -> Any:
     service = Service(settings_from(os.environ[SETTINGS]))
     try:
         model = service.load()
-        if service.settings.examples:
-            examples.from_file(service.settings.examples, model.columns)
+        if model.examples_reason:
+            raise InputError(model.examples_reason)
     except (InputError, OSError) as error:
         print(f"lt4rec-sparse: {error}", file=sys.stderr)  # noqa: T201  # as the command line says what it refuses
         if service.settings.shared_folder:

@@ -103,9 +103,7 @@ def recorded(folder: Path, act: Callable[[], Any]) -> list[Moment]:
     return moments
 
 
-def broken(
-    folder: Path, moments: list[Moment], is_whole: Callable[[Path], bool], again: Callable[[], Any]
-) -> list[int]:
+def broken(folder: Path, moments: list[Moment], is_whole: Callable[[], bool], again: Callable[[], Any]) -> list[int]:
     """Return how many different states there are, and how many are broken or leave something beside the next save."""
     seen, wrong = set(), 0
     for moment in moments:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lt4rec_sparse import Plan, load, load_module
+from lt4rec_sparse import Plan, SparseMLP, load, load_module
 from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import InputError
 from tests.oracle import Bounded, Layer, assert_rounding, mlp_reference
@@ -23,6 +23,8 @@ from tests.ranker.agreement import assert_agrees, bounded_scores
 from tests.ranker.reader import Reader
 
 REFUSED, SERVED, BEYOND = "refused", "served and right", "served beyond float32"
+PRECISIONS = ("fp32", "fp32", "fp32", "bf16", "int8")  # as often as they are drawn
+OPERANDS = {"fp32": None, "bf16": torch.bfloat16}  # int8 has no second reader: its file is judged in float32
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -64,7 +66,7 @@ class Artefacts(Subject):
         return mutants.mutant(rng, self.bases)
 
     def served(self, path: Path, content: bytes, rng: random.Random) -> str:
-        precision = rng.choice(("fp32", "fp32", "fp32", "bf16", "int8"))
+        precision = rng.choice(PRECISIONS)
         ranker = load(path, precision)
         columns = {
             column.name: SAMPLES[column.kind if column.kind == "dense" else f"{column.kind} {column.type}"]
@@ -76,8 +78,10 @@ class Artefacts(Subject):
         reader = Reader(content)
         if largest(reader, columns, given) >= LARGEST:
             return BEYOND
-        if precision == "fp32":
-            assert_agrees(scores, bounded_scores(reader, columns, given))
+        if precision in OPERANDS:
+            assert_agrees(scores, bounded_scores(reader, columns, given, OPERANDS[precision]))
+        if precision != "fp32":
+            assert_agrees(load(path).score(columns, given), bounded_scores(reader, columns, given))
         for task, of_task in scores.items():
             assert of_task.shape == (3,) and np.isfinite(of_task).all(), f"{task}: got {of_task}"
             assert ((of_task >= 0) & (of_task <= 1)).all(), f"{task}: got {of_task}"
@@ -99,9 +103,9 @@ class Modules(Subject):
         x = torch.linspace(-1, 1, 3 * network.in_features).view(3, -1)
         y = module(x)
         assert y.shape == (3, network.outputs), f"got {tuple(y.shape)}"
-        references, most = [], x.double().abs().max()
-        for task in network.tasks:
-            layers = [Layer(*network.layer(i, task)) for i in range(network.depth)]
+        most = x.double().abs().max()
+        tasks = [[Layer(*network.layer(i, task)) for i in range(network.depth)] for task in network.tasks]
+        for layers in tasks:
             m = x.double().abs()
             for layer in layers:
                 bias = 0.0 if layer.bias is None else layer.bias.double().abs()
@@ -109,11 +113,12 @@ class Modules(Subject):
                     min=1
                 )
                 most = max(most, m.max())
-            references.append(mlp_reference(x, layers))
         if not most < LARGEST:
             return BEYOND
-        if module.precision == "fp32":
-            assert_rounding(y, Bounded(*(torch.cat(parts, 1) for parts in zip(*references, strict=True))))
+        if module.precision in OPERANDS:
+            assert_rounding(y, _reference(x, tasks, OPERANDS[module.precision]))
+        if module.precision != "fp32":
+            assert_rounding(SparseMLP(network)(x), _reference(x, tasks))
         assert y.isfinite().all(), f"got {y}"
         return SERVED
 
@@ -161,6 +166,12 @@ class Plans(Subject):
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"artefacts": Artefacts, "modules": Modules, "plans": Plans}
+
+
+def _reference(x: torch.Tensor, tasks: list[list[Layer]], operands: torch.dtype | None = None) -> Bounded:
+    """Return what dense float64 gives for all tasks, side by side."""
+    references = [mlp_reference(x, layers, operands=operands) for layers in tasks]
+    return Bounded(*(torch.cat(parts, 1) for parts in zip(*references, strict=True)))
 
 
 def largest(reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray]) -> float:

@@ -7,9 +7,11 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -37,11 +39,11 @@ def run(count: int, seed: int = 0) -> dict[str, Any]:
                 whole.append(target.read_bytes())
             child = os.fork()
             if not child:
-                for i in range(1 << 30):  # until it is killed
-                    write(target, (i + 1) % 2)
+                _save_for_ever(write, target)
             time.sleep(rng.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            status = os.waitpid(child, 0)[1]
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"saving ended by itself: {status}"
             found["kills"] += 1
             found["left a temporary"] += len(list(target.parent.iterdir())) > 1
             found["neither old nor new"] += not target.exists() or target.read_bytes() not in whole
@@ -49,3 +51,14 @@ def run(count: int, seed: int = 0) -> dict[str, Any]:
             found["left beside the next save"] += len(list(target.parent.iterdir())) > 1
     counts = ("kills", "left a temporary", "neither old nor new", "left beside the next save")
     return {name: found[name] for name in counts} | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _save_for_ever(write: Callable[[Path, int], Any], target: Path) -> NoReturn:
+    """Save until killed, in a forked process: whatever happens, it never returns into its parent's code."""
+    try:
+        for i in range(1 << 30):
+            write(target, (i + 1) % 2)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)

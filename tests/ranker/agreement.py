@@ -12,10 +12,14 @@ from tests.ranker.reader import Reader
 
 
 def bounded_scores(
-    reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray] | None = None
+    reader: Reader,
+    columns: dict[str, Any],
+    given: dict[str, np.ndarray] | None = None,
+    operands: torch.dtype | None = None,
 ) -> dict[str, Bounded]:
     """Return each task's scores in float64, `[candidates, 1]`, with the bound of the same in float32.
 
+    With `operands`, that of layers whose weights and inputs are rounded to it first.
     A field's vector is a mean of rows, each a scale times values: a sum of `terms` products. The dot product of two of
     them is a sum of `dim` products, and carries the errors of both: three sums of at most as many terms.
     """
@@ -31,7 +35,10 @@ def bounded_scores(
             else Layer(torch.from_numpy(weight), torch.from_numpy(bias), activation, float(slope))
             for weight, bias, activation, slope in reader.layers(task)
         ]
-        scores[task] = Bounded(torch.from_numpy(of_task)[:, None], mlp_reference(inputs, layers).bound)
+        reference = mlp_reference(inputs, layers, operands=operands)
+        scores[task] = Bounded(
+            torch.from_numpy(of_task)[:, None] if operands is None else reference.value, reference.bound
+        )
     return scores
 
 

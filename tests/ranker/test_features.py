@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from lt4rec_sparse.ranker.features import Column, EncodedFeatures, FeatureEncoder, Schema, SchemaError
 from lt4rec_sparse.ranker.features.raw import single
-from lt4rec_sparse.ranker.features.tables import IntFit, QuantileFit, hash64
+from lt4rec_sparse.ranker.features.tables import (
+    IntFit,
+    IntVocabulary,
+    QuantileFit,
+    QuantileTable,
+    StringVocabulary,
+    hash64,
+)
 
 
 def schema_dict(**changes: Any) -> dict[str, Any]:
@@ -326,6 +333,21 @@ def test_arrays_restore_the_encoder(train: list[dict[str, Any]], test: list[dict
     assert restored.fields == fitted.fields
     assert restored.table_sizes == fitted.table_sizes
     assert_same(restored.encode(columns_of(test)), fitted.encode(columns_of(test)))
+
+
+def test_a_table_that_columns_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, meta = FeatureEncoder.fit(SCHEMA, [columns_of([dict.fromkeys(ROW_NAMES)])]).to_arrays()
+    read: list[str] = []
+    kinds: tuple[Any, ...] = (IntVocabulary, StringVocabulary, QuantileTable)
+    for kind in kinds:
+
+        def counted(of_table: dict[str, Any], own: Any = kind.from_arrays) -> Any:
+            read.extend(of_table)
+            return own(of_table)
+
+        monkeypatch.setattr(kind, "from_arrays", counted)
+    FeatureEncoder.from_arrays(arrays, meta)
+    assert sorted(read) == sorted(name.rpartition(".")[2] for name in arrays)  # "seen" has the table of "video"
 
 
 @given(ROWS)

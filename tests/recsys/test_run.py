@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -441,7 +442,7 @@ def test_the_name_of_a_data_set_is_that_of_its_folder(small_folder, again, monke
 
 def test_a_foreign_folder_is_refused(small_folder, tmp_path):
     (tmp_path / "config.json").write_text("no settings")
-    with pytest.raises(InputError, match=r"config\.json: got no settings of a run"):
+    with pytest.raises(InputError, match=r"config\.json: got no JSON .*; choose another --out$"):
         go(small_folder, tmp_path)
     with pytest.raises(InputError, match=r"config\.json: got a file, wanted a folder"):
         go(small_folder, tmp_path / "config.json")
@@ -576,6 +577,31 @@ def test_a_run_begun_before_later_settings_goes_on_with_their_defaults_alone(tmp
             check_settings(tmp_path, "log", replace(SETTINGS, **change))
     pin_settings(tmp_path, "log", replace(SETTINGS, embeddings="int8"))
     with pytest.raises(InputError, match="got embeddings = int8, wanted fp32"):
+        check_settings(tmp_path, "log", SETTINGS)
+
+
+def reworded(path, old, new):
+    pin_settings(path.parent, "log", SETTINGS)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_text('{"a":' * 100_000), "got JSON nested too deeply"),
+        (lambda path: path.write_text("[]"), "got JSON of type list"),
+        (lambda path: path.mkdir(), "got a folder, a device or a pipe"),
+        (os.mkfifo, "got a folder, a device or a pipe"),
+        (lambda path: reworded(path, '"seeds": 1', '"seeds": "9"'), "got seeds = '9'"),
+        (lambda path: reworded(path, '"seeds"', '"seed"'), "got seeds = None"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_read_are_one_line(tmp_path, damage, message):
+    path = tmp_path / "config.json"
+    damage(path)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: {message}[^\n]*; choose another --out$"):
         check_settings(tmp_path, "log", SETTINGS)
 
 

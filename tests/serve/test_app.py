@@ -5,14 +5,17 @@ import json
 import logging
 import re
 import threading
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 
 import pytest
-from serve.models import LIMITS, Client, plain_request, raw_columns, settings, small_ranker, tensors
+from serve.models import LIMITS, Client, as_binary, plain_request, raw_columns, settings, small_ranker, tensors
 
 from lt4rec_sparse import save
+from lt4rec_sparse.serve import examples, worker
+from lt4rec_sparse.serve.command import cores
 from lt4rec_sparse.serve.model import Model
-from lt4rec_sparse.serve.service import Service
+from lt4rec_sparse.serve.service import LOG, Service
 from lt4rec_sparse.serve.settings import RequestError
 
 
@@ -67,6 +70,22 @@ def test_a_body_over_the_limit_is_refused_by_its_length_and_as_it_comes(client):
         assert response.json()["error"] == "body: got more than 1048576 bytes, wanted at most that"
         assert response.headers["connection"] == "close"
     assert LIMITS.body_bytes < sent <= LIMITS.body_bytes + (1 << 16)
+
+
+def test_json_has_a_limit_of_its_own_whatever_bytes_follow_it(tmp_path):
+    service = Service(settings(tmp_path, limits=replace(LIMITS, json_bytes=4000)))
+    service.load()
+    client = Client(service)
+    listed, binary = as_binary(tensors())
+    header = {"Inference-Header-Content-Length": "4001"}
+    for path, headers in (("/rank", {}), ("/v2/models/shop/infer", {}), ("/v2/models/shop/infer", header)):
+        response = client.post(path, content=b" " * 4001, headers=headers)
+        assert response.status_code == 413 and "wanted at most" in response.json()["error"]
+    assert len(json.dumps(listed)) < 4000
+    long = {"name": "length", "datatype": "FP64", "shape": [1000], "parameters": {"binary_data_size": 8000}}
+    refused = client.infer({"inputs": [*listed, long]}, binary + bytes(8000))
+    assert refused.status_code == 400, "it was read, and refused for what it holds"
+    client.close()
 
 
 def test_a_body_that_does_not_come_is_given_up(tmp_path):
@@ -244,11 +263,85 @@ def test_a_name_that_paths_cannot_have_is_refused(tmp_path, name):
         Model(small_ranker(), name, "1", settings(tmp_path))
 
 
-def test_examples_of_an_older_artefact_do_not_keep_a_new_one_out(tmp_path):
+def test_examples_of_an_older_artefact_do_not_keep_a_new_one_out(tmp_path, caplog):
     (tmp_path / "requests.json").write_text('{"requests": [{"name": "x", "candidates": [{"gone": 1}]}]}', "utf-8")
     service = Service(settings(tmp_path, examples=str(tmp_path / "requests.json")))
-    assert [request["name"] for request in service.load().examples] == [f"request {i}" for i in range(1, 6)]
+    with caplog.at_level(logging.INFO, "lt4rec_sparse.serve"):
+        model = service.load()
+    assert [request["name"] for request in model.examples] == [f"request {i}" for i in range(1, 6)]
+    (line,) = [line for line in map(json.loads, caplog.messages) if line["event"] == "examples"]
+    assert line["reason"] == model.examples_reason and "'gone': got no column" in line["reason"]
     service.pool.shutdown()
+
+
+def test_the_file_of_examples_is_read_once_per_artefact(tmp_path, monkeypatch):
+    path, read = tmp_path / "requests.json", []
+    path.write_text(json.dumps({"requests": [{"name": "x", **plain_request()}]}), "utf-8")
+    from_file = examples.from_file
+    monkeypatch.setattr(examples, "from_file", lambda *given: read.append(given) or from_file(*given))
+    monkeypatch.setenv(worker.SETTINGS, json.dumps(asdict(settings(tmp_path, examples=str(path)))))
+    monkeypatch.setattr(LOG, "handlers", [])
+    monkeypatch.setattr(LOG, "propagate", LOG.propagate)
+    level = LOG.level
+    worker.app()
+    LOG.setLevel(level)
+    assert len(read) == 1
+
+
+def test_an_unloaded_model_stays_unloaded_whatever_is_loaded(tmp_path):
+    shared = {"shared_folder": str(tmp_path / "shared"), "control": True}
+    (tmp_path / "shared").mkdir()
+    for options in ({"control": True}, shared):
+        service = Service(settings(tmp_path, **options))
+        before = service.load()
+        service.slot.unload()
+        save(small_ranker(seed=int(before.version, 16) % 1000), service.settings.artefact)
+        service.refresh()
+        assert service.slot.current is not before and not service.is_ready()
+        if options is shared:
+            second = Service(settings(tmp_path, **shared))  # a worker that is started in the place of another
+            second.load()
+            second.pool.shutdown()
+            assert not second.is_ready() and not service.is_ready()
+        client = Client(service)
+        assert client.post("/rank", json=plain_request()).status_code == 404
+        assert client.post("/v2/repository/models/shop/load").status_code == 200
+        assert client.post("/rank", json=plain_request()).status_code == 200
+        client.close()
+
+
+def test_a_precision_that_is_prepared_keeps_no_other_waiting(tmp_path, monkeypatch):
+    model = Model(small_ranker(), "shop", "1", settings(tmp_path))
+    begun, go = threading.Event(), threading.Event()
+    ranker = model.ranker()
+    to_precision = ranker.to_precision
+
+    def slowly(precision):
+        begun.set()
+        assert go.wait(30)
+        return to_precision(precision)
+
+    monkeypatch.setattr(ranker, "to_precision", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(model.ranker, "bf16")
+        assert begun.wait(30)
+        try:
+            assert pool.submit(model.ranker).result(timeout=20) is ranker
+        finally:
+            go.set()
+        assert other.result(timeout=30).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), (None, 8)],
+)
+def test_a_container_s_quota_bounds_the_cores(tmp_path, monkeypatch, quota, wanted):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    path = tmp_path / "cpu.max"
+    if quota is not None:
+        path.write_text(f"{quota}\n", "ascii")
+    assert cores(path) == wanted
 
 
 def test_health_answers_while_every_thread_ranks(own, monkeypatch):

@@ -261,3 +261,19 @@ def test_plain_json_ranks_as_the_protocol_does(client):
     assert [entry["rank_score"] for entry in ranked] == found["rank_score"].tolist()
     assert [np.float32(entry["scores"]["ctr"]) for entry in ranked] == found["ctr"].tolist()
     assert set(CANDIDATES) | set(CONTEXT) == set(client.service.slot.current.columns.features)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "beyond"),
+    [
+        ("FP16", [1e5, float("inf"), 60.0, 1.0, -7e4], "100000.0"),
+        ("FP32", [1.0, 2.0, -1e39, 10**30, 3.0], "-1e+39"),
+        ("FP64", [1e308, 10**309, 3.0, float("nan"), 1.0], "1000"),
+        ("UINT8", [200, 3, -1, 4, 5], "-1"),
+        ("INT8", [-128, 128, 3, 4, 5], "128"),
+    ],
+)
+def test_the_value_that_a_datatype_cannot_hold_is_named(client, datatype, data, beyond):
+    response = client.infer({"inputs": changed("length", datatype=datatype, data=data)})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(f"input 'length': got {beyond}") and datatype in response.json()["error"]

@@ -58,6 +58,26 @@ def test_a_person_sees_the_ranking_and_what_moved(tmp_path, width):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+def test_a_request_with_settings_of_its_own_is_shown_with_them(tmp_path):
+    """And the page's stand in their place, not beside them; an int beyond 2^53 stays what it is."""
+    path, examples = tmp_path / "model.safetensors", tmp_path / "requests.json"
+    ranker = small_ranker()
+    save(ranker, path)
+    by = {"ctr": 2, "cvr": 1, "$&": 1}
+    candidates = CANDIDATES | {"$&": [1.0, 2.0, 8.0, 0.5, 4.0]}
+    named = {"name": "x", "context": CONTEXT, "candidates": candidates, "by": by, "k": 3, "precision": "bf16"}
+    examples.write_text(json.dumps({"requests": [named]}), encoding="utf-8")
+    with Live(path, "--examples", str(examples), "--drain", "0") as live:
+        own = browse(live.url, 1280, tmp_path / "page.png")
+        changed = browse(f"{live.url}/#precision=int8&by.ctr=0", 1280, tmp_path / "page.png")
+    for page, precision, powers in ((own, "bf16", by), (changed, "int8", by | {"ctr": 0})):
+        assert 'id="error" role="alert" hidden' in page
+        ranked = ranker.to_precision(precision).rank(raw_columns() | candidates, k=3, by=powers)
+        assert re.findall(r'data-name="cvr">([\d.e-]+)<', page) == [f"{x:.4f}" for x in ranked.scores["cvr"].tolist()]
+        assert f"by {' · '.join(f'{name}^{power}' for name, power in powers.items())} in {precision}" in unescape(page)
+
+
 def browse(url, width, picture):
     """Return the page as a browser has it after its script ran, and leave a picture of it."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]

@@ -1,7 +1,12 @@
 """Short JSON for people: candidates as columns or as rows, what they have in common alone."""
 
+import json
+
 import pytest
 from serve.models import CANDIDATES, CONTEXT, plain_request
+
+from lt4rec_sparse.serve import body
+from lt4rec_sparse.serve.settings import RequestError
 
 
 def rows():
@@ -71,6 +76,7 @@ def test_separated_text_is_a_bag(client):
         (plain_request(k="3"), "k: got '3'"),
         (plain_request(by=[]), "by: got []"),
         (plain_request(by={}), "by: got nothing"),
+        (plain_request(by=dict.fromkeys(map(str, range(65)), 1)), "by: got 65 exponents, wanted at most 64"),
         (plain_request(by={"price": 1}), "by: got 'price'"),
         (plain_request(precision=8), "precision: got 8"),
         (plain_request(precision="fp64"), "precision: got 'fp64', wanted one of fp32, bf16, int8"),
@@ -97,3 +103,36 @@ def test_a_malformed_request_is_refused_by_the_name_of_the_field(client, request
 def test_a_body_that_is_no_json_object_is_refused(client, body, message):
     response = client.post("/rank", content=body)
     assert response.status_code == 400 and message in response.json()["error"]
+
+
+class Counted(str):
+    """A text that may be compared with another, or hashed, so many times in all."""
+
+    left = 0
+
+    def _count(self):
+        Counted.left -= 1
+        assert Counted.left > 0, "more work than linear"
+
+    def __eq__(self, other):
+        self._count()
+        return str.__eq__(self, other)
+
+    def __hash__(self):
+        self._count()
+        return str.__hash__(self)
+
+
+def test_a_late_repeat_among_many_keys_is_found_in_linear_work(monkeypatch):
+    keys = 100_000
+    text = "{" + ", ".join(f'"{i}": 0' for i in [*range(keys), keys - 1]) + "}"
+    loads = json.loads
+
+    def counted(data, object_pairs_hook):
+        return loads(data, object_pairs_hook=lambda pairs: object_pairs_hook([(Counted(key), x) for key, x in pairs]))
+
+    monkeypatch.setattr(json, "loads", counted)
+    Counted.left = 20 * keys
+    with pytest.raises(RequestError, match="'99999': got it twice"):
+        body.parse(text.encode(), 8)
+    assert Counted.left < 19 * keys, "it was counted"

@@ -213,7 +213,15 @@ class FeatureEncoder:
         if isinstance(described, Mapping):
             described = {**described, "context": meta.get("context", [])}
         schema = Schema.from_dict(described)
-        return cls(schema, {column.table: _stored_table(column, arrays) for column in schema.features})
+        by_table: dict[str, dict[str, Array]] = {}
+        for name, array in arrays.items():
+            table, _, part = name.rpartition(".")  # names of tables may hold dots: only the last part names the array
+            by_table.setdefault(table, {})[part] = array
+        tables: dict[str, Table] = {}
+        for column in schema.features:  # columns that share a table are alike in all that makes it
+            if column.table not in tables:
+                tables[column.table] = _stored_table(column, by_table.get(column.table, {}))
+        return cls(schema, tables)
 
     def _rows(self, columns: Mapping[str, Any], given: Mapping[str, int]) -> int:
         """Return the rows of a batch: those of all columns but for columns of one row."""
@@ -240,16 +248,13 @@ def _new_fit(column: Column) -> Fit:
     return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)
 
 
-def _stored_table(column: Column, arrays: Mapping[str, Array]) -> Table:
-    prefix = f"{column.table}."
-    # Names may hold dots: only the last part names the array.
-    own = {name.rpartition(".")[2]: array for name, array in arrays.items() if name.rpartition(".")[0] + "." == prefix}
+def _stored_table(column: Column, arrays: dict[str, Array]) -> Table:
     try:
         if column.kind == "dense":
-            return id_tables.QuantileTable.from_arrays(own)
+            return id_tables.QuantileTable.from_arrays(arrays)
         if column.encoding == "hash":
             return id_tables.HashTable(column.size)
         vocabulary = id_tables.IntVocabulary if column.type == "int" else id_tables.StringVocabulary
-        return vocabulary.from_arrays(own)
+        return vocabulary.from_arrays(arrays)
     except ValueError as error:
         raise ValueError(f"encoder table {column.table!r}: {error}") from error

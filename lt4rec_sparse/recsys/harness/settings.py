@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import sweep, write_whole
+from lt4rec_sparse.errors import InputError, shown
+from lt4rec_sparse.files import read_json, sweep, write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.rows import EMBEDDINGS
 from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts
@@ -109,18 +109,19 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSetting
     if not path.exists():
         return None
     try:
-        got: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        got = None
-    if not isinstance(got, dict):
-        raise InputError(f"{path}: got no settings of a run, wanted those of an earlier one; choose another --out")
+        got = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; choose another --out") from error
     if got.get("layout") != LAYOUT:
         raise InputError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
     got, wanted = {**LATER, **got}, {**LATER, **_config(data, settings)}
     for key, value in wanted.items():
         if key != "seeds" and got.get(key) != value:
             raise InputError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
-    return replace(settings, seeds=max(settings.seeds, got["seeds"]))
+    seeds = got.get("seeds")
+    if type(seeds) is not int:
+        raise InputError(f"{path}: got seeds = {shown(seeds)}, wanted a count; choose another --out")
+    return replace(settings, seeds=max(settings.seeds, seeds))
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, Any]:

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lt4rec_sparse.files import read_json, whole_file, write_whole
+from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
-from lt4rec_sparse.recsys.stored import load_weights, read_seconds
+from lt4rec_sparse.recsys.stored import load_weights, read_seconds, save_weights
 from lt4rec_sparse.recsys.training import EarlyStopping, Objective, TaskAdam, evaluate, train
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
@@ -117,8 +116,7 @@ class Starts:
         took = path.with_suffix(".seconds")
         if not (path.exists() and took.exists()):
             seconds = self.train(path, model, objective, training, seed, **how)
-            with whole_file(path) as temporary:
-                save_file(model.state_dict(), temporary)
+            save_weights(model, path)
             write_whole(took, json.dumps(seconds))
         load_weights(model, path)
         return read_seconds(took)

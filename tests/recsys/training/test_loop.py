@@ -223,3 +223,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     assert path.read_bytes() != whole
     with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: got a damaged file .*: delete it to go on$"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_with_an_altered_directory_is_named_or_read_as_it_was(tmp_path):
+    """No checksum is over the archive's directory, which says where a part is, how it is packed, and what it is."""
+    path = tmp_path / "x.checkpoint.pt"
+    torch.save({"model": {"a": torch.ones(200)}}, path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for flip in (1 << place % 8, 0x10, 0xFF):  # 0x10 makes a folder of a part
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                state = load_checkpoint(path)
+            except InputError as error:
+                assert re.fullmatch(
+                    rf"{re.escape(str(path))}: got a damaged file [^\n]*: delete it to go on", str(error)
+                )
+                refused += 1
+            else:
+                assert torch.equal(state["model"]["a"], torch.ones(200)), f"byte {place}, flipped by {flip}"
+    assert refused > 500
