@@ -504,8 +504,13 @@ int lt4rec_rank(lt4rec_request* request, int threads, const lt4rec_ranking* rank
     request->scores.resize(size_t(candidates * tasks));
     request->rank_scores.resize(size_t(candidates));
     if (const int status = scored(request, threads, request->scores.data())) return status;
-    for (int64_t row = 0; row < candidates; ++row)
-      request->rank_scores[size_t(row)] = rank_score(&request->scores[size_t(row * tasks)], tasks, by, row);
+    for (int64_t row = 0; row < candidates; ++row) {
+      const double product = rank_score(&request->scores[size_t(row * tasks)], tasks, by, row);
+      if (!std::isfinite(product))
+        return request->fail(LT4REC_BAD_VALUE, "rank score of row %" PRId64 ": got %s, wanted a finite number", row,
+                             std::isnan(product) ? "nan" : "inf");
+      request->rank_scores[size_t(row)] = product;
+    }
     lt4rec::order_descending(request->rank_scores, size_t(best), request->order);
     for (int64_t i = 0; i < best; ++i) {
       const int64_t row = request->order[size_t(i)];

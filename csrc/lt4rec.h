@@ -145,9 +145,9 @@ typedef struct {
   double factor_power;   // finite, at least 0
 } lt4rec_ranking;
 
-// The best min(k, candidates), k at least 1, in descending order; candidates that are level keep their order, and NaN
-// comes last. `rows` says which candidate each is, and `*count` how many there are. `ranking`, `rank_scores` and
-// `scores` [count][tasks] may be NULL.
+// The best min(k, candidates), k at least 1, in descending order; candidates that are level keep their order. `rows`
+// says which candidate each is, and `*count` how many there are. `ranking`, `rank_scores` and `scores` [count][tasks]
+// may be NULL. A rank score that is infinite or NaN is LT4REC_BAD_VALUE.
 LT4REC_API int lt4rec_rank(lt4rec_request* request, int threads, const lt4rec_ranking* ranking, int64_t k,
                            int64_t* rows, double* rank_scores, float* scores, int64_t* count);
 

@@ -18,15 +18,13 @@ inline double raised(double value, double power) {
   return power == 0.5 ? std::sqrt(value) : std::pow(value, power);
 }
 
-// The first `count` places of `order` are those of the largest values, descending; the first of equal ones first, NaN
-// last. It fills `order`.
+// The first `count` places of `order` are those of the largest values, descending; the first of equal ones first. No
+// value is NaN. It fills `order`.
 inline void order_descending(const std::vector<double>& values, std::size_t count, std::vector<int64_t>& order) {
   order.resize(values.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
   const auto is_before = [&](int64_t a, int64_t b) {
     const double x = values[std::size_t(a)], y = values[std::size_t(b)];
-    const bool no_x = std::isnan(x), no_y = std::isnan(y);
-    if (no_x || no_y) return no_x == no_y ? a < b : no_y;
     return x != y ? x > y : a < b;
   };
   std::partial_sort(order.begin(), order.begin() + std::ptrdiff_t(count), order.end(), is_before);

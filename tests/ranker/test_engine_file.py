@@ -236,6 +236,7 @@ def test_other_exponents_are_those_of_the_c_library(ranker: Ranker, model: Model
         ({"k": 2, "factor": [1.0, math.inf, 1.0]}, BAD_VALUE, "factor: got inf in row 1"),
         ({"k": 2, "factor": [1.0, math.nan, 1.0]}, BAD_VALUE, "factor: got nan in row 1"),
         ({"k": 2, "factor": [1.0, 1.0, 1.0], "factor_power": -2.0}, BAD_ARGUMENT, "factor_power: got -2"),
+        ({"k": 2, "factor": [1.0, 1e200, 1.0], "factor_power": 2.0}, BAD_VALUE, "rank score of row 1: got inf"),
         ({"k": 2, "threads": 0}, BAD_ARGUMENT, "threads: got 0, wanted at least 1"),
     ],
 )
