@@ -213,6 +213,9 @@ PyMethodDef methods[] = {
     {"score_columns", FASTCALL(module::score_columns), nullptr},
     {"inputs_of_columns", FASTCALL(module::inputs_of_columns), nullptr},
     {"score_ids", FASTCALL(module::score_ids), nullptr},
+    {"training_floats", FASTCALL(module::training_floats), nullptr},
+    {"training_forward", FASTCALL(module::training_forward), nullptr},
+    {"training_backward", FASTCALL(module::training_backward), nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

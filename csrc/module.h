@@ -1,4 +1,4 @@
-// What the two halves of the Python module share.
+// What the parts of the Python module share.
 #ifndef LT4REC_SPARSE_MODULE_H
 #define LT4REC_SPARSE_MODULE_H
 
@@ -58,6 +58,11 @@ PyObject* new_ranker(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* score_columns(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* inputs_of_columns(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* score_ids(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// module_training.cpp
+PyObject* training_floats(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* training_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* training_backward(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace module
 #endif

@@ -1,4 +1,4 @@
-// The half of the module that ranks: a request's columns or ids, and its scores.
+// The part of the module that ranks: a request's columns or ids, and its scores.
 #include <algorithm>
 #include <memory>
 #include <new>
