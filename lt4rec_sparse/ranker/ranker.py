@@ -200,14 +200,13 @@ class Ranker:
         k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
         candidates = raw_columns.columns_of(candidates)
         context = None if context is None else raw_columns.columns_of(context)
-        of_tasks = self._score(candidates, context, embeddings)
-        scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
+        _check_apart(candidates, context or {})
         columns = {**candidates, **(context or {})}
-        twice = next((name for name in powers if context and name in context and name in candidates), None)
-        if twice is not None:
-            raise _in_both(twice)
-        factors = {name: scores[name] if name in scores else _factor(name, columns, batch) for name in powers}
-        return ranking(scores, rank_scores(factors, powers), k)
+        numbers = {name: _numbers(name, columns) for name in powers if name not in self.tasks}
+        of_tasks = self._score(candidates, context, embeddings)
+        scores = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}
+        of_columns = {name: _repeated(name, values, len(of_tasks)) for name, values in numbers.items()}
+        return ranking(scores, rank_scores({**scores, **of_columns}, powers), k)
 
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures, embeddings: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -242,30 +241,36 @@ class Ranker:
 
 def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a request: those of one row hold for all candidates."""
+    _check_apart(candidates, context)
     for name, values in context.items():
-        if name in candidates:
-            raise _in_both(name)
         rows = raw_columns.rows_of(Column(name, "multi"), values)
         if rows != 1:
             raise InputError(f"column {name!r}: got {rows} rows in context, wanted 1")
     return {**candidates, **context}
 
 
-def _in_both(name: str) -> InputError:
-    return InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
+def _check_apart(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> None:
+    twice = next((name for name in context if name in candidates), None)
+    if twice is not None:
+        raise InputError(f"column {twice!r}: got it in candidates and in context, wanted it in one of them")
 
 
-def _factor(name: str, columns: Mapping[str, Any], batch: int) -> NDArray[np.float64]:
-    """Return the numbers of a column that rank scores are made of, one for each of `batch` rows."""
+def _numbers(name: str, columns: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return the numbers of a column that rank scores are made of."""
     if name not in columns:
         raise InputError(f"by: got {name!r}, wanted a task or a column of the request")
     column = Column(name, "dense")
     values, present = raw_columns.single(column, columns[name])
-    if len(present) not in (1, batch):
-        raise InputError(f"column {name!r}: got {len(present)} rows, wanted {batch}, or 1")
     numbers = np.full(len(present), np.nan)
     numbers[present] = values
-    return np.broadcast_to(checked_factor(name, numbers), batch)
+    return checked_factor(name, numbers)
+
+
+def _repeated(name: str, numbers: NDArray[np.float64], batch: int) -> NDArray[np.float64]:
+    """Return numbers of a column for `batch` rows; a single one holds for all."""
+    if len(numbers) not in (1, batch):
+        raise InputError(f"column {name!r}: got {len(numbers)} rows, wanted {batch}, or 1")
+    return np.broadcast_to(numbers, batch)
 
 
 def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:

@@ -7,7 +7,7 @@ columns that the schema needs. Memory is bounded by one day of the log, however 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,15 +49,8 @@ class DayLog:
         Raises:
             DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
         """
-        forms = {_form(known) for known in self.paths}
-        numeric = are_numbers(self.paths)
-        # Numbers that all have eight digits are dates, or might be; others count days.
-        fits = are_numbers([day]) if numeric and forms != {"00000000"} else _form(day) in forms
-        if not fits:
-            raise DataError(
-                f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {self.days[-1]}"
-            )
-        key = int if numeric else str
+        check_form(self.days, day, where)
+        key = int if are_numbers(self.paths) else str
         return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
 
     def read(self, day: str) -> Iterator[Any]:
@@ -98,13 +91,13 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
         DataError: If a file, a type, a label or a day contradicts the schema, or the log has no such column to keep.
     """
     types, names = raw_types(source.schema), _log_columns(source)
+    absent = next((name for name in keep if name not in names), None)
+    if absent is not None:
+        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
     days = sorted(dealt, key=int if are_numbers(dealt) else str)
-    absent = next((name for name in keep if name not in names), None)
-    if absent is not None:
-        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     needed = [name for name in names if name in types or name in keep]
     paths, kept = {}, 0
     for index, day in enumerate(days):
@@ -174,6 +167,34 @@ def days_of(path: Path, batch: Any, time: Time) -> Any:
         return days
     local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
     return local.cast(pa.date32(), safe=False).cast(pa.string())
+
+
+def check_form(days: Sequence[str], day: str, where: str) -> None:
+    """Refuse a day in another form than a log's days have; `where` begins the message.
+
+    Raises:
+        DataError: If they cannot be compared.
+    """
+    forms = {_form(known) for known in days}
+    # Numbers that all have eight digits are dates, or might be; others count days.
+    fits = are_numbers([day]) if are_numbers(days) and forms != {"00000000"} else _form(day) in forms
+    if not fits:
+        raise DataError(f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {days[-1]}")
+
+
+def first_days(source: Source) -> tuple[str, ...]:
+    """Return the days of a log's first rows: their form, without reading the rest.
+
+    Raises:
+        DataError: If the log has no row, or its columns contradict the schema.
+    """
+    _log_columns(source)
+    time = source.schema.time
+    for path in source.log:
+        for batch in read_file(path, raw_types(source.schema), [time.day or time.timestamp or ""]):
+            if batch.num_rows:
+                return tuple(days_of(path, batch, time).unique().to_pylist())
+    raise DataError(f"{source.log[0]}: got no row, wanted a log")
 
 
 def are_numbers(days: Iterable[str]) -> bool:
