@@ -53,7 +53,7 @@ def candidates(
     source = open_source(data, load(model).encoder.schema)
     check_out(out, *source.files)
     features = {column.name for column in source.schema.features}  # whose lists become text
-    check_flat(out, list_columns(requests) - features)
+    check_flat(out, sorted(list_columns(requests) - features))
     with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
         made = complete_requests(source, requests, at, scratch, progress)
     table = csv_table(source.schema, made.table) if out.suffix == ".csv" else made.table

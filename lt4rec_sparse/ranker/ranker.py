@@ -193,15 +193,18 @@ class Ranker:
 
         Raises:
             ValueError: As `score` does; if a column is in both parts, one of `context` has several rows, `k` is below
-                1, or `by` names neither a task nor a column of finite numbers of at least 0.
+                1, `by` names neither a task nor a column of finite numbers of at least 0, or a rank score is infinite
+                or NaN.
 
         Source: LT4REC (arXiv 2008.09872), Eq 3.
         """
         k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
         candidates = raw_columns.columns_of(candidates)
         context = None if context is None else raw_columns.columns_of(context)
-        _check_apart(candidates, context or {})
         columns = {**candidates, **(context or {})}
+        if context is not None and len(columns) < len(candidates) + len(context):
+            twice = next(name for name in context if name in candidates)
+            raise InputError(f"column {twice!r}: got it in candidates and in context, wanted it in one of them")
         numbers = {name: _numbers(name, columns) for name in powers if name not in self.tasks}
         of_tasks = self._score(candidates, context, embeddings)
         scores = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}
@@ -241,7 +244,6 @@ class Ranker:
 
 def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a request: those of one row hold for all candidates."""
-    _check_apart(candidates, context)
     for name, values in context.items():
         rows = raw_columns.rows_of(Column(name, "multi"), values)
         if rows != 1:
@@ -249,17 +251,12 @@ def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict
     return {**candidates, **context}
 
 
-def _check_apart(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> None:
-    twice = next((name for name in context if name in candidates), None)
-    if twice is not None:
-        raise InputError(f"column {twice!r}: got it in candidates and in context, wanted it in one of them")
-
-
 def _numbers(name: str, columns: Mapping[str, Any]) -> NDArray[np.float64]:
     """Return the numbers of a column that rank scores are made of."""
     if name not in columns:
         raise InputError(f"by: got {name!r}, wanted a task or a column of the request")
     column = Column(name, "dense")
+    raw_columns.rows_of(column, columns[name])  # which refuses what is no sequence
     values, present = raw_columns.single(column, columns[name])
     numbers = np.full(len(present), np.nan)
     numbers[present] = values

@@ -69,7 +69,7 @@ def rank_scores(factors: Mapping[str, Scores | Doubles], powers: Mapping[str, fl
     `0 ** 0` is 1, so that an exponent of 0 removes its factor.
 
     Raises:
-        InputError: If one is beyond float64: infinite, or NaN where an infinite one meets a 0.
+        InputError: If one is infinite, or NaN: a power beyond float64 times 0, or of a task's NaN.
 
     Source: LT4REC (arXiv 2008.09872), Eq 3.
     """

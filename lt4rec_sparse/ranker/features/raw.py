@@ -191,6 +191,8 @@ def _is_there(value: Any) -> bool:
     if value is None:
         return False
     same = value == value
+    if same is True:  # soon: there are many
+        return True
     return bool(same) if isinstance(same, bool | np.bool_) else same is not value
 
 

@@ -7,7 +7,7 @@ columns that the schema needs. Memory is bounded by one day of the log, however 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +49,8 @@ class DayLog:
         Raises:
             DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
         """
-        check_form(self.days, day, where)
+        if not _fits(self.paths, day):
+            raise _other_form(self.paths, day, where)
         key = int if are_numbers(self.paths) else str
         return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
 
@@ -169,32 +170,37 @@ def days_of(path: Path, batch: Any, time: Time) -> Any:
     return local.cast(pa.date32(), safe=False).cast(pa.string())
 
 
-def check_form(days: Sequence[str], day: str, where: str) -> None:
-    """Refuse a day in another form than a log's days have; `where` begins the message.
+def check_days(source: Source, days: Collection[str], where: str) -> None:
+    """Refuse a day in another form than the log's days have; `where` begins the message.
+
+    The log is read until its days have the forms of all: its first rows, unless one is refused.
 
     Raises:
-        DataError: If they cannot be compared.
-    """
-    forms = {_form(known) for known in days}
-    # Numbers that all have eight digits are dates, or might be; others count days.
-    fits = are_numbers([day]) if are_numbers(days) and forms != {"00000000"} else _form(day) in forms
-    if not fits:
-        raise DataError(f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {days[-1]}")
-
-
-def first_days(source: Source) -> tuple[str, ...]:
-    """Return the days of a log's first rows: their form, without reading the rest.
-
-    Raises:
-        DataError: If the log has no row, or its columns contradict the schema.
+        DataError: If one cannot be compared with the log's, the log has no row, or its columns contradict the schema.
     """
     _log_columns(source)
-    time = source.schema.time
+    types, time = raw_types(source.schema), source.schema.time
+    known: dict[str, None] = {}
     for path in source.log:
-        for batch in read_file(path, raw_types(source.schema), [time.day or time.timestamp or ""]):
-            if batch.num_rows:
-                return tuple(days_of(path, batch, time).unique().to_pylist())
-    raise DataError(f"{source.log[0]}: got no row, wanted a log")
+        for batch in read_file(path, types, [time.day or time.timestamp or ""]):
+            known |= dict.fromkeys(days_of(path, batch, time).unique().to_pylist())
+            if known and all(_fits(known, day) for day in days):
+                return
+    if not known:
+        raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    raise _other_form(known, next(day for day in days if not _fits(known, day)), where)
+
+
+def _fits(known: Collection[str], day: str) -> bool:
+    """Return whether a day is in a form of known ones, and so can be compared with them."""
+    forms = {_form(other) for other in known}
+    # Numbers that all have eight digits are dates, or might be; others count days.
+    return are_numbers([day]) if are_numbers(known) and forms != {"00000000"} else _form(day) in forms
+
+
+def _other_form(known: Iterable[str], day: str, where: str) -> DataError:
+    wanted = f"one in the form of the log's days, such as {[*known][-1]}"
+    return DataError(f"{where}: got day {day!r}, wanted {wanted}")
 
 
 def are_numbers(days: Iterable[str]) -> bool:

@@ -65,20 +65,18 @@ class Joined:
 
         None stands for all wanted columns. All are Arrow arrays.
         """
-        derived = self._derived if names is None else [name for name in self._derived if name in names]
-        needed = None if names is None else {*names, *(self._derived[name] for name in derived)}
+        dates = {name: date for name, date in self._derived.items() if names is None or name in names}
         columns = dict(rows)
         for side in self.sides:
-            of_side = [name for name in side.columns if needed is None or name in needed]
+            of_side = [name for name in side.columns if names is None or name in names or name in dates.values()]
             if of_side:
                 columns |= side.lookup(columns[side.on], of_side)
-        return columns | self.derived(day, columns, derived)
+        return columns | {name: _days_since(day, date, columns[date]) for name, date in dates.items()}
 
-    def derived(self, day: str, columns: Mapping[str, Any], names: Collection[str] | None = None) -> dict[str, Any]:
-        """Return the derived columns, all or those named, of rows of a day whose dates are among the columns."""
-        wanted = self._derived if names is None else names
-        dates = {name: self._derived[name] for name in wanted if self._derived[name] in columns}
-        return {name: _days_since(day, days_since, columns[days_since]) for name, days_since in dates.items()}
+    def derived(self, day: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the derived columns of rows of a day: those whose dates are among the columns."""
+        dates = {name: date for name, date in self._derived.items() if date in columns}
+        return {name: _days_since(day, date, columns[date]) for name, date in dates.items()}
 
 
 class SideTable:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.data.days import Progress, check_form, days_of, first_days, partition
+from lt4rec_sparse.recsys.data.days import Progress, check_days, days_of, partition
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.past import Past
 from lt4rec_sparse.recsys.data.source import (
@@ -82,9 +82,7 @@ def complete_requests(
         ended = {moment: log.earlier(moment, where) for moment in moments}
         past = Past(source, log)
     elif moments:
-        known = first_days(source)
-        for moment in moments:
-            check_form(known, moment, where)
+        check_days(source, moments, where)
     joined = Joined(source, rows, [column.name for column in schema.columns])
     types = _types(schema)
     complete = rows | {name: pa.nulls(len(days), types[name].arrow) for name in joined.absent}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lt4rec_sparse.ranker.store import FeatureTable
-from lt4rec_sparse.recsys.data.days import DayLog, Progress, are_numbers, check_form, first_days, partition
+from lt4rec_sparse.recsys.data.days import DayLog, Progress, are_numbers, check_days, partition
 from lt4rec_sparse.recsys.data.joined import Joined, as_date, raw_column
 from lt4rec_sparse.recsys.data.past import Past
 from lt4rec_sparse.recsys.data.requests import CHUNK_ROWS
@@ -58,7 +58,7 @@ def take_snapshot(
         past = Past(source, log)
         past.advance(log.earlier(at, "--at"))
     else:
-        check_form(first_days(source), at, "--at")
+        check_days(source, [at], "--at")
     for side in joined.sides:
         columns = side.columns | joined.derived(at, side.columns)
         raw = {name: raw_column(column) for name, column in columns.items() if name in features}
