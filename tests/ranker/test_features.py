@@ -113,7 +113,7 @@ def test_na_within_a_list_is_left_out_and_other_values_are_still_refused() -> No
     values, offsets = bags(column, [["a", NA], NA, [NA, "b"]])
     assert (values.tolist(), offsets.tolist()) == (["a", "b"], [0, 1, 1, 2])
     for wrong in (np.array([1, 2]), object()):  # whose comparison is no bool, or one
-        with pytest.raises(InputError, match="column 'town': got .*, wanted str"):
+        with pytest.raises(InputError, match=r"column 'town': got .*, wanted str"):
             single(Column("town"), ["Ulm", wrong])
 
 
