@@ -1035,13 +1035,14 @@ def test_scores_do_not_take_the_place_of_the_plan(finished, candidates, tmp_path
 
 
 def refused_at_once(monkeypatch, *arguments):
-    """Return the line of a refusal that comes before any row of a log or of candidates is read."""
+    """Return the line of a refusal that comes before any row of a log, of candidates or of requests is read."""
 
     def read(*_):
         raise AssertionError("rows were read")
 
     monkeypatch.setattr("lt4rec_sparse.recsys.data.days._deal", read)
     monkeypatch.setattr("lt4rec_sparse.recsys.scoring.read_candidates", read)
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.complete_requests", read)
     return refusal(*arguments)
 
 

@@ -20,6 +20,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Column, EncodedFeatures, FeatureEncoder, Schema, SchemaError
 from lt4rec_sparse.ranker.features.raw import bags, single
 from lt4rec_sparse.ranker.features.tables import IntFit, QuantileFit, hash64
+from tests.rankers import NA
 
 
 def schema_dict(**changes: Any) -> dict[str, Any]:
@@ -57,21 +58,6 @@ ROW = st.fixed_dictionaries(
     }
 )
 ROWS = st.lists(ROW, min_size=1, max_size=12)
-
-
-class NotAvailable:
-    """What pandas has for a missing value: comparisons with it have no answer, and are it again."""
-
-    def __eq__(self, other: object) -> Any:
-        return self
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __bool__(self) -> bool:
-        raise TypeError("boolean value of NA is ambiguous")
-
-
-NA = NotAvailable()
 
 
 class Series:

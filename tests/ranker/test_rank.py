@@ -12,6 +12,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.features.records import SchemaError
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from tests.rankers import NA
 
 SCHEMA = {
     "name": "shop",
@@ -79,6 +80,15 @@ def test_a_column_multiplies_the_rank_score_by_its_power(ranker):
     cvr, length = ranker.score(CANDIDATES | CONTEXT)["cvr"].astype(np.float64), np.array(CANDIDATES["length"])
     assert np.allclose(ranked.rank_scores, (cvr**2 * length**0.5)[ranked.rows], rtol=1e-14)
     assert ranked.rows[-1] == 3  # which has a length of 0
+
+
+def test_the_na_of_data_frames_is_missing_from_a_request(ranker):
+    def request_with(missing):
+        candidates = {name: [*values[:4], missing] for name, values in CANDIDATES.items()}
+        return candidates, {name: [missing] for name in CONTEXT}
+
+    with_na, with_none = ranker.rank(*request_with(NA)), ranker.rank(*request_with(None))
+    assert (with_na.rows == with_none.rows).all() and (with_na.rank_scores == with_none.rank_scores).all()
 
 
 def test_k_candidates_are_the_first_of_all(ranker):
