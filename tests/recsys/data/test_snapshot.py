@@ -133,7 +133,7 @@ def test_text_groups_are_found_by_their_hash(make: Make, log: dict[str, list[Any
 
 
 def test_a_column_of_the_log_is_in_no_table_and_a_request_brings_it(make: Make, tmp_path: Path) -> None:
-    """Training takes the log's; that of a side table of the same name is another."""
+    """Training takes the log's; a column of that name in a side table differs."""
     source = open_source(*make(users={"user": [1, 2], "town": ["Ulm", None], "length": [77.0, 88.0]}))
     store = store_of(source, "3", tmp_path)
     assert "length" in store.absent and store.columns["town"] == "user"
