@@ -74,7 +74,7 @@ def rank_scores(factors: Mapping[str, Scores | Doubles], powers: Mapping[str, fl
     Source: LT4REC (arXiv 2008.09872), Eq 3.
     """
     product = np.ones(len(next(iter(factors.values()))))
-    with np.errstate(over="ignore", invalid="ignore"):  # refused below; one that underflows is 0
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # refused below; what underflows is 0
         for name, power in powers.items():
             factor = factors[name].astype(np.float64)
             product *= factor if power == 1 else factor**power
