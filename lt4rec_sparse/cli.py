@@ -412,6 +412,7 @@ def score(
     """Score a file of candidates, or a log's own rows, with an artefact."""
     from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.recsys.data import open_source
     from lt4rec_sparse.recsys.data.written import check_table_name
     from lt4rec_sparse.recsys.scoring import score_file, score_log
 
@@ -421,7 +422,7 @@ def score(
         raise InputError(f"score: got {', '.join(map(str, files))}, wanted {wanted}")
     if data is None and days is not None:
         raise InputError(f"--days: got {days!r} without --data, wanted both")
-    check_out(out, model, *candidates)
+    check_out(out, model, *candidates, *([] if plan is None else [plan]))
     check_table_name(out)
     is_gpu = _is_gpu(device)
     measured = None if plan is None else Plan.load(plan)
@@ -438,8 +439,10 @@ def score(
     if data is None:
         score_file(ranker, candidates[0], out, kept)
         return
+    source = open_source(data, ranker.encoder.schema)
+    check_out(out, *source.files)
     with shown_progress(quiet) as progress:
-        score_log(ranker, data, out, days or "test", kept, progress)
+        score_log(ranker, source, out, days or "test", kept, progress)
 
 
 @app.command()

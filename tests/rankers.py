@@ -35,6 +35,23 @@ SCHEMA = {
         {"name": "cvr", "kind": "binary", "label": "buy"},
     ],
 }
+
+
+class NotAvailable:
+    """What pandas has for a missing value: comparisons with it have no answer, and are it again."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+NA = NotAvailable()
+
+
 INTS = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([2**62, -(2**62), 2**63 - 1, -(2**63)]))
 TEXTS = st.one_of(st.sampled_from(["red", "green", "", "grün", "红", " a", "\x1fb\x85"]), st.text(max_size=9))
 NUMBERS = st.one_of(st.none(), st.floats(-3, 3), st.sampled_from([float("nan"), float("inf"), -1e300]))

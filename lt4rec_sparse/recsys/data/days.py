@@ -49,15 +49,9 @@ class DayLog:
         Raises:
             DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
         """
-        forms = {_form(known) for known in self.paths}
-        numeric = are_numbers(self.paths)
-        # Numbers that all have eight digits are dates, or might be; others count days.
-        fits = are_numbers([day]) if numeric and forms != {"00000000"} else _form(day) in forms
-        if not fits:
-            raise DataError(
-                f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {self.days[-1]}"
-            )
-        key = int if numeric else str
+        if not _fits(self.paths, day):
+            raise _other_form(self.paths, day, where)
+        key = int if are_numbers(self.paths) else str
         return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
 
     def read(self, day: str) -> Iterator[Any]:
@@ -98,13 +92,13 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
         DataError: If a file, a type, a label or a day contradicts the schema, or the log has no such column to keep.
     """
     types, names = raw_types(source.schema), _log_columns(source)
+    absent = next((name for name in keep if name not in names), None)
+    if absent is not None:
+        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
     days = sorted(dealt, key=int if are_numbers(dealt) else str)
-    absent = next((name for name in keep if name not in names), None)
-    if absent is not None:
-        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     needed = [name for name in names if name in types or name in keep]
     paths, kept = {}, 0
     for index, day in enumerate(days):
@@ -174,6 +168,39 @@ def days_of(path: Path, batch: Any, time: Time) -> Any:
         return days
     local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
     return local.cast(pa.date32(), safe=False).cast(pa.string())
+
+
+def check_days(source: Source, days: Collection[str], where: str) -> None:
+    """Refuse a day in another form than the log's days have; `where` begins the message.
+
+    The log is read until its days have the forms of all: its first rows, unless one is refused.
+
+    Raises:
+        DataError: If one cannot be compared with the log's, the log has no row, or its columns contradict the schema.
+    """
+    _log_columns(source)
+    types, time = raw_types(source.schema), source.schema.time
+    known: dict[str, None] = {}
+    for path in source.log:
+        for batch in read_file(path, types, [time.day or time.timestamp or ""]):
+            known |= dict.fromkeys(days_of(path, batch, time).unique().to_pylist())
+            if known and all(_fits(known, day) for day in days):
+                return
+    if not known:
+        raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    raise _other_form(known, next(day for day in days if not _fits(known, day)), where)
+
+
+def _fits(known: Collection[str], day: str) -> bool:
+    """Return whether a day is in a form of known ones, and so can be compared with them."""
+    forms = {_form(other) for other in known}
+    # Numbers that all have eight digits are dates, or might be; others count days.
+    return are_numbers([day]) if are_numbers(known) and forms != {"00000000"} else _form(day) in forms
+
+
+def _other_form(known: Iterable[str], day: str, where: str) -> DataError:
+    wanted = f"one in the form of the log's days, such as {[*known][-1]}"
+    return DataError(f"{where}: got day {day!r}, wanted {wanted}")
 
 
 def are_numbers(days: Iterable[str]) -> bool:

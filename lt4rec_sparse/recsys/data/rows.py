@@ -14,8 +14,8 @@ from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, VALUE
 from lt4rec_sparse.recsys.data.days import DayLog
 from lt4rec_sparse.recsys.data.history import Histories
 from lt4rec_sparse.recsys.data.joined import Joined, raw_column
-from lt4rec_sparse.recsys.data.past import noted_rows
-from lt4rec_sparse.recsys.data.source import DataError, Source, floats, raw_types
+from lt4rec_sparse.recsys.data.past import columns_of_histories, noted_rows
+from lt4rec_sparse.recsys.data.source import Source, floats, raw_types
 
 
 class Rows(NamedTuple):
@@ -34,18 +34,16 @@ class RowReader:
         self._schema, self._log, self._keep = source.schema, log, keep
         made = [derived.name for derived in source.schema.derived]
         self._joined = Joined(source, log.columns, (*raw_types(source.schema), *made))
-        if self._joined.absent:
-            files = ", ".join(path.name for paths in (source.log, *source.joins) for path in paths)
-            raise DataError(
-                f"{source.folder}: column {self._joined.absent[0]!r} is absent, wanted it in one of {files}"
-            )
+        self._joined.check_none_absent()
 
     def read(self, days: frozenset[str]) -> Iterator[Rows]:
         """Yield the rows of the given days, in order; earlier days only enter the histories."""
         histories = Histories(self._schema)
         last = max(map(self._log.days.index, days), default=-1)
+        past_only = columns_of_histories(self._schema)
         for day in self._log.days[: last + 1]:
-            for groups, columns in noted_rows(self._log, day, self._joined, histories):
+            names = None if day in days else past_only
+            for groups, columns in noted_rows(self._log, day, self._joined, histories, names):
                 if day in days:
                     yield self._rows(day, columns, groups, histories)
 

@@ -57,6 +57,11 @@ class Source:
     log: tuple[Path, ...]
     joins: tuple[tuple[Path, ...], ...]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, of the log and of the side tables."""
+        return (*self.log, *(path for join in self.joins for path in join))
+
     def states(self, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return the state of every file, by its path relative to the folder, given earlier states.
 
@@ -64,7 +69,7 @@ class Source:
         A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
         """
         states = {}
-        for path in (*self.log, *(path for join in self.joins for path in join)):
+        for path in self.files:
             name, stat = str(path.relative_to(self.folder)), path.stat()
             state: dict[str, Any] = {"size_bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
             before = known.get(name, {})
@@ -144,10 +149,18 @@ def column_names(path: Path) -> list[str]:
 
 
 def list_columns(path: Path) -> set[str]:
-    """Return the names of a file's columns that hold lists or structures; in CSV all are text."""
+    """Return the names of a file's columns that hold lists or structures; in CSV all are text.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    check_regular(path, kind=DataError)
     if path.suffix != ".parquet":
         return set()
-    return {field.name for field in pq.read_schema(path) if pa.types.is_nested(field.type)}
+    try:
+        return {field.name for field in pq.read_schema(path) if pa.types.is_nested(field.type)}
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str]) -> Iterator[Any]:
@@ -176,8 +189,12 @@ def _opened(path: Path, columns: list[str] | None) -> Iterator[tuple[list[str], 
         with pyarrow.csv.open_csv(path, read_options=read, convert_options=convert) as reader:
             yield reader.schema.names, reader
     except UNREADABLE as error:
-        wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
-        raise DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    wanted = "Parquet" if path.suffix == ".parquet" else "CSV with a line of column names"
+    return DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}")
 
 
 def _matches(folder: Path, pattern: str) -> list[Path]:

@@ -186,6 +186,46 @@ def test_a_column_of_the_requests_takes_precedence_over_a_side_table(make: Make)
     assert table["town"].to_pylist() == ["Bonn", None]
 
 
+def test_a_column_of_the_log_is_never_taken_from_a_side_table(make: Make) -> None:
+    """Training takes the log's, which says something else: a request that lacks it has none."""
+    users = USERS | {"length": [77.0, 88.0], "video": [1, 2]}
+    lacking = {name: values for name, values in REQUESTS.items() if name != "length"}
+    made = made_of(make(users=users), lacking)
+    assert made.absent == ("length",)
+    assert made.table["length"].to_pylist() == [None, None]
+    assert made.table["town"].to_pylist() == ["Ulm", None]
+    assert made_of(make(users=users), REQUESTS).table["length"].to_pylist() == [1.0, 2.0]
+
+
+def test_the_date_of_a_derived_column_is_that_of_the_log(make: Make, log: dict[str, list[Any]]) -> None:
+    dated = log | {"day": ["2024-01-02"] * 3 + ["2024-01-05"] * 3, "since": ["2024-01-01"] * 6}
+    age = {"derived": [{"name": "age", "days_since": "since"}]}
+    columns = [*SCHEMA["columns"], {"name": "age", "kind": "dense"}]
+    made = make(dated, USERS | {"since": ["2020-01-01"] * 2}, columns=columns, **age)
+    asked = {name: values for name, values in REQUESTS.items() if name != "day"}
+    lacking, having = (made_of(made, asked | own, at="2024-01-06") for own in ({}, {"since": ["2024-01-04"] * 2}))
+    assert lacking.absent == ("since",) and having.absent == ()
+    assert lacking.table["age"].to_pylist() == [None, None] and having.table["age"].to_pylist() == [2.0, 2.0]
+
+
+def test_a_history_of_a_column_that_is_nowhere_is_refused(make: Make, log: dict[str, list[Any]]) -> None:
+    made = make({name: values for name, values in log.items() if name != "tags"})
+    with pytest.raises(DataError, match=r"column 'tags' is absent, wanted it in one of log\.csv, users\.csv"):
+        made_of(made, REQUESTS)
+
+
+def test_a_model_without_histories_compares_days_too(make: Make, log: dict[str, list[Any]], tmp_path: Path) -> None:
+    made = make(log | {"day": ["d1"] * 3 + ["d2"] * 3}, histories=[])
+    write(made[0] / "log_2.csv", log | {"day": ["d10"] * 6})  # in a form that the first file has not
+    asked = {name: values for name, values in REQUESTS.items() if name != "day"}
+    for day in ("d3", "d11"):
+        assert made_of(made, asked, at=day).table["town"].to_pylist() == ["Ulm", None]
+    with pytest.raises(DataError, match="--at: got day 'foo', wanted one in the form of the log's days, such as d10"):
+        made_of(made, asked, at="foo")
+    with pytest.raises(DataError, match="column 'day': got day '3', wanted one in the form of the log's days"):
+        made_of(made, asked | {"day": ["d1", "3"]})
+
+
 def test_no_requests_make_no_candidates(make: Make, tmp_path: Path) -> None:
     folder, schema = make()
     pq.write_table(pa.Table.from_pylist([], LAYOUT), tmp_path / "none.parquet")
