@@ -5,7 +5,7 @@
 // both the features of a layer and the gradients of the one before are found without a transposition:
 //
 //   forward   h[o] = relu(bias[o] + sum over kept i of w[o, i] x[i])
-//   inputs    dx[i] = sum over kept o of w[o, i] dz[o], with dz = dh where h > 0, else 0
+//   inputs    dx[i] = sum over kept o of w[o, i] dz[o], with dz = 0 where h is at most 0, else dh
 //   weights   dw[o, i] = sum over rows of dz[o] x[i], at kept weights alone; db[o] = sum over rows of dz[o]
 //
 // Results are the same to the bit on every ISA and for every number of threads. The first two sums are chains of fused
@@ -66,7 +66,7 @@ typedef struct {
   // Adds to gradient[count].
   void (*weights_weights)(const Isa* isa, const TrainingLayer* layer, int64_t first, int64_t last, const float* dz,
                           const float* x, float* gradient, float* bias_gradient);
-  // dz = dz where h > 0, else 0.
+  // dz = 0 where h is at most 0.
   void (*gate)(const float* h, int64_t count, float* dz);
 } TrainingKernels;
 

@@ -26,7 +26,7 @@ struct Ymm {
   // max returns its second operand where one is NaN: in this order NaN passes, as through torch.relu.
   static Type relu(Type v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
   static Type gate(Type h, Type v) {
-    return _mm256_and_ps(_mm256_cmp_ps(h, _mm256_setzero_ps(), _CMP_GT_OQ), v);
+    return _mm256_and_ps(_mm256_cmp_ps(h, _mm256_setzero_ps(), _CMP_NLE_UQ), v);
   }
   static __m128 four(const Type* part) { return halved(_mm256_add_ps(part[0], part[1])); }
   static float sum(const Type* part) { return sum_of_four(four(part)); }

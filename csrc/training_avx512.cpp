@@ -27,7 +27,7 @@ struct Zmm {
   // The mask is full, and spares a false warning: GCC 12 builds the plain form on an undefined register.
   static Type relu(Type v) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), v); }
   static Type gate(Type h, Type v) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(h, _mm512_setzero_ps(), _CMP_GT_OQ), v);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(h, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
   }
   template <int kHalf>
   static __m256 half(Type v) {

@@ -1,6 +1,6 @@
 // The kernels of training.h, written once for registers of any width; included by the ISA files within a namespace.
 //
-// `V` gives: Type, kWidth, load, store, broadcast, fma(a, b, c) = a b + c, add, relu, gate(h, v): v where h > 0, zero,
+// `V` gives: Type, kWidth, load, store, broadcast, fma(a, b, c) = a b + c, add, relu, gate(h, v): 0 where h is at most 0, else v; zero,
 // and fold(low lanes ..., high lanes ...), see `Sixteen`. Tiles: kOutputs x kRowRegisters sums of `forward_blocks`,
 // kInputRegisters rows of `inputs_blocks`, kBlocks at a time of `weights_blocks`.
 

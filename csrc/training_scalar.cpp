@@ -36,7 +36,7 @@ struct Plain {
     return map([&](int i) { return v.v[i] < 0 ? 0 : v.v[i]; });  // NaN passes, and -0, as through torch.relu
   }
   static Type gate(const Type& h, const Type& v) {
-    return map([&](int i) { return h.v[i] > 0 ? v.v[i] : 0; });
+    return map([&](int i) { return h.v[i] <= 0 ? 0 : v.v[i]; });  // NaN passes
   }
   static float sum(const Type* part) {
     float halves[16];

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lt4rec_sparse.kernels.autocast import without_autocast
+from lt4rec_sparse.kernels.training import Layer as TrainingLayer
 from lt4rec_sparse.masks import unpack_words
 from lt4rec_sparse.network import ACTIVATIONS, DenseLayer, FrozenNetwork, QuantizationParameters
 
@@ -53,6 +54,53 @@ def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     # As integers: times 1 keeps every bit, times 0 clears every bit, NaN's too; a fifth of masked_fill's time on a CPU.
     weight = weight.to(dtype)
     return (weight.view(_INTEGERS[dtype]) * kept.view(torch.int8)).view(dtype)
+
+
+def dense_weight(layer: TrainingLayer) -> Tensor:
+    """Return a training layer's weight as `[out_features, in_features]`, with zeros where it is pruned."""
+    pattern, values = layer.pattern, layer.values
+    shape = len(pattern.row_begins) - 1, len(pattern.column_begins) - 1
+    grid = values.new_zeros(*shape, *values.shape[1:])
+    grid[_places(layer)] = values
+    whole = grid if values.dim() == 1 else grid.transpose(1, 2).flatten(2).flatten(0, 1)
+    return whole[: len(layer.bias), : layer.in_features]
+
+
+def compressed_mlp(layers: Sequence[TrainingLayer], x: Tensor) -> list[Tensor]:
+    """Return what enters each layer, `x` first, and at last what the last one yields: `relu(x @ weight.T + bias)`."""
+    outputs = [x]
+    for layer in layers:
+        outputs.append(F.linear(outputs[-1], dense_weight(layer), layer.bias).relu())
+    return outputs
+
+
+def compressed_mlp_backward(
+    layers: Sequence[TrainingLayer], x: Tensor, dh: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the gradients of x, of each layer's values, and of each layer's bias: those of `dz = dh where h > 0`."""
+    *inputs, h = compressed_mlp(layers, x)
+    values, biases = [], []
+    for layer, x_of_layer in zip(reversed(layers), reversed(inputs), strict=True):
+        dz = dh.masked_fill(h <= 0, 0)
+        values.append(kept_of(layer, dz.T @ x_of_layer))
+        biases.append(dz.sum(0))
+        dh, h = dz @ dense_weight(layer), x_of_layer
+    return dh, values[::-1], biases[::-1]
+
+
+def _places(layer: TrainingLayer) -> tuple[Tensor, Tensor]:
+    begins = layer.pattern.row_begins
+    return torch.arange(len(begins) - 1).repeat_interleave(begins.diff()), layer.pattern.columns.long()
+
+
+def kept_of(layer: TrainingLayer, dense: Tensor) -> Tensor:
+    """Return what stands in a dense `[out_features, in_features]` where a training layer has weights."""
+    if layer.values.dim() == 1:
+        return dense[_places(layer)]
+    high, wide = layer.values.shape[1:]
+    padded = F.pad(dense, (0, -dense.shape[1] % wide, 0, -dense.shape[0] % high))
+    grid = padded.view(len(padded) // high, high, -1, wide).transpose(1, 2)
+    return grid[_places(layer)].contiguous()
 
 
 def linear_bf16(x: Tensor, layer: DenseLayer) -> Tensor:

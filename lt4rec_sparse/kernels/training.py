@@ -12,7 +12,6 @@ from torch import Tensor
 from lt4rec_sparse.kernels import cpu
 
 _LAYER = struct.Struct("<14q")  # TrainingLayer of csrc/training.h
-_FLOATS_MADE = 1 << 40  # far beyond any machine's memory
 
 
 class Pattern(NamedTuple):

@@ -13,6 +13,7 @@ from lt4rec_sparse.formats import BlockWeight, format_for
 from lt4rec_sparse.network import PRECISIONS, DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import Chain, chains_of
+from lt4rec_sparse.nn.compressed import CompressedMLP
 from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
@@ -39,7 +40,7 @@ def freeze(
 
     `freeze(model)(x)` equals `model.eval()(x)` within rounding; the copy cannot be trained. Compressed are:
 
-    - each `MaskedMLP` and `MaskedLinear`;
+    - each `MaskedMLP`, `CompressedMLP` and `MaskedLinear`;
     - each plain `nn.Linear` of which at least half is zero, or pruned by `torch.nn.utils.prune`;
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
@@ -194,7 +195,7 @@ def _frozen_alone(
     for module in model.modules():
         if id(module) in inner | kept or not places[id(module)]:
             continue
-        if isinstance(module, MaskedLinear | MaskedMLP) and _does_more(module):
+        if isinstance(module, MaskedLinear | MaskedMLP | CompressedMLP) and _does_more(module):
             kept |= {id(part) for part in module.modules()}
             continue
         sparse = _freeze_masked(module, sigmoid)
@@ -276,6 +277,8 @@ def _does_more(masked: nn.Module) -> bool:
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:
     if isinstance(module, MaskedLinear):
         return SparseLinear(FrozenNetwork(_sparse([module], "none")))
+    if isinstance(module, CompressedMLP):
+        return _freeze_masked(module.to_masked(), sigmoid)
     if isinstance(module, MaskedMLP):
         hidden = _sparse(module.masked_layers(), "relu")
         heads = {}

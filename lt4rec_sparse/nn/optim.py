@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lt4rec_sparse.nn.compressed import CompressedLinear
 from lt4rec_sparse.nn.masked import MaskedLinear
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch names them
@@ -54,6 +55,10 @@ class MaskedAdam:
     took the same number of steps, the plain step does the same in a third of the time: without gradient, momentum and
     decay it subtracts zero.
 
+    The parts of a `CompressedLinear` step as they are, each by steps for its owners alone. A state is the same for both
+    kinds of layers: one of a `MaskedMLP` can be loaded for its `CompressedMLP`, and the other way round, to the bit, if
+    weights that the same tasks own took the same number of steps.
+
     Masks may change while the model trains, if `remask` follows. A weight keeps its momentum and its count of steps as
     long as any task owns it, whichever task that is. A weight that no task owns any more is forgotten; a weight that no
     task owned before begins at step 0, without momentum.
@@ -80,10 +85,13 @@ class MaskedAdam:
         weight_decay: float = 0.0,
     ) -> None:
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+        self._compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+        self._sparse = [m for m in model.modules() if isinstance(m, MaskedLinear | CompressedLinear)]
         self._check_weights()
         self._adam = torch.optim.Adam(model.parameters(), learning_rate, betas, eps, weight_decay, fused=True)
         masked = {id(layer.weight) for layer in self._masked}
-        self._free = [parameter for parameter in model.parameters() if id(parameter) not in masked]
+        self._owners = {part: owners for layer in self._compressed for part, owners in _owned(layer)}
+        self._free = [p for p in model.parameters() if id(p) not in masked and p not in self._owners]
         self._gather([_nothing(layer) for layer in self._masked])
 
     def zero_grad(self) -> None:
@@ -101,8 +109,8 @@ class MaskedAdam:
             RuntimeError: If a mask changed since the optimiser last looked at them.
         """
         for task in tasks:
-            if self._masked and not any(task in layer.tasks for layer in self._masked):
-                known = sorted({name for layer in self._masked for name in layer.tasks})
+            if self._sparse and not any(task in layer.tasks for layer in self._sparse):
+                known = sorted({name for layer in self._sparse for name in layer.tasks})
                 raise ValueError(f"task: got {task!r}, wanted one of {', '.join(known)}, the masked layers' tasks")
         self._check_masks()
         (group,) = self._adam.param_groups
@@ -114,8 +122,10 @@ class MaskedAdam:
             values.grad = layer.weight.grad.reshape(-1).index_select(0, places)
         lazy = {p: self._named_rows(p) for p in self._free if p.grad is not None and p.grad.is_sparse}
         parameters = group["params"]
-        if lazy:
-            group["params"] = [p for p in parameters if p not in lazy] + [named.rows for named in lazy.values()]
+        others = {part for part, owners in self._owners.items() if tasks and owners.isdisjoint(tasks)}
+        if lazy or others:
+            left = [p for p in parameters if p not in lazy and p not in others]
+            group["params"] = left + [named.rows for named in lazy.values()]
         self._adam.step()
         group["params"] = parameters
         for parameter, named in lazy.items():
@@ -142,7 +152,7 @@ class MaskedAdam:
         return {
             "settings": {name: value for name, value in group.items() if name != "params"},
             "free": [dict(self._adam.state.get(parameter, {})) for parameter in self._free],
-            "masked": [moments._asdict() for moments in self._moments()],
+            "masked": [moments._asdict() for moments in self._moments_of_all()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,7 +163,7 @@ class MaskedAdam:
         Raises:
             ValueError: If the state has other parameters, or steps of weights that no mask keeps now.
         """
-        wanted = [list(layer.weight.view(-1).shape) for layer in self._masked]
+        wanted = [[_size(layer)] for layer in self._sparse]
         got = [list(moments["steps"].shape) for moments in state["masked"]]
         if got != wanted or len(state["free"]) != len(self._free):
             raise ValueError(
@@ -161,17 +171,22 @@ class MaskedAdam:
                 f"wanted {len(self._free)} and {wanted}"
             )
         moments = [
-            _Moments(**{name: value.to(layer.weight.device) for name, value in of_layer.items()})
-            for layer, of_layer in zip(self._masked, state["masked"], strict=True)
+            _Moments(**{name: value.to(_device(layer)) for name, value in of_layer.items()})
+            for layer, of_layer in zip(self._sparse, state["masked"], strict=True)
         ]
-        for layer, of_layer in zip(self._masked, moments, strict=True):
-            if bool(of_layer.steps[~layer.masks.any(0).flatten()].any()):
+        of_parts: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for layer, of_layer in zip(self._sparse, moments, strict=True):
+            if bool(of_layer.steps[~_union(layer)].any()):
                 raise ValueError("state: got steps of weights that no mask keeps, wanted the model loaded first")
+            if isinstance(layer, CompressedLinear):
+                of_parts.update(_state_of_parts(layer, of_layer))
         self._adam.param_groups[0].update(state["settings"])
         for parameter, of_parameter in zip(self._free, state["free"], strict=True):
             # Copies, since the state may be that of a living optimiser.
             self._adam.state[parameter] = {n: t.to(parameter.device, copy=True) for n, t in of_parameter.items()}
-        self._gather(moments)
+        for part in self._owners:
+            self._adam.state[part] = of_parts.get(part, {})
+        self._gather([m for layer, m in zip(self._sparse, moments, strict=True) if isinstance(layer, MaskedLinear)])
 
     @torch.no_grad()
     def _moments(self) -> list[_Moments]:
@@ -190,6 +205,22 @@ class MaskedAdam:
                     moments.exp_avg_sq[places] = state["exp_avg_sq"].flatten()[inside]
             result.append(moments)
         return result
+
+    @torch.no_grad()
+    def _moments_of_all(self) -> list[_Moments]:
+        of_masked = iter(self._moments())
+        return [next(of_masked) if isinstance(m, MaskedLinear) else self._moments_of_parts(m) for m in self._sparse]
+
+    def _moments_of_parts(self, layer: CompressedLinear) -> _Moments:
+        moments = _Moments(*(torch.zeros(_size(layer), dtype=dtype) for dtype in (torch.int64, *[torch.float32] * 2)))
+        for part, places in zip(layer.parts, layer.places(), strict=True):
+            state = self._adam.state.get(part)
+            if state:
+                is_inside = places >= 0
+                moments.steps[places[is_inside]] = int(state["step"].item())
+                for name in MOMENTS:
+                    getattr(moments, name)[places[is_inside]] = state[name].flatten()[is_inside]
+        return moments
 
     def _named_rows(self, parameter: nn.Parameter) -> _Rows:
         """Return the rows that a parameter's sparse gradient names, with their moments in the optimiser's state."""
@@ -210,7 +241,7 @@ class MaskedAdam:
 
     def _gather(self, moments: list[_Moments]) -> None:
         """Form the parts again, from the present masks and each weight's count of steps."""
-        free = [(parameter, state) for parameter in self._free if (state := self._adam.state.get(parameter))]
+        free = [(p, state) for p in (*self._free, *self._owners) if (state := self._adam.state.get(p))]
         self._adam.state.clear()
         self._adam.state.update(free)
         self._parts: list[_Part] = []
@@ -234,7 +265,12 @@ class MaskedAdam:
                 self._parts.append(part)
                 self._remember(part.values, of_layer, part.places)
         whole = [layer.weight for layer in self._whole]
-        self._adam.param_groups[0]["params"] = [*self._free, *whole, *(part.values for part in self._parts)]
+        self._adam.param_groups[0]["params"] = [
+            *self._free,
+            *self._owners,
+            *whole,
+            *(part.values for part in self._parts),
+        ]
         # Also for layers that are whole now: if pruned later, they would otherwise be stepped past the new mask.
         self._masks = [layer.masks.clone() for layer in self._masked]
         self._versions = _versions(self._masked)
@@ -274,6 +310,47 @@ class MaskedAdam:
         if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._masked, self._masks, strict=True)):
             raise RuntimeError("masks: they changed since the last remask(), wanted remask() after every change")
         self._versions = versions
+
+
+def _owned(layer: CompressedLinear) -> list[tuple[nn.Parameter, frozenset[str]]]:
+    return list(zip(layer.parts, layer.owners, strict=True))
+
+
+def _size(layer: MaskedLinear | CompressedLinear) -> int:
+    return layer.out_features * layer.in_features
+
+
+def _device(layer: MaskedLinear | CompressedLinear) -> torch.device:
+    return layer.weight.device if isinstance(layer, MaskedLinear) else layer.bias.device
+
+
+def _union(layer: MaskedLinear | CompressedLinear) -> Tensor:
+    """Return which weights any task keeps, bool, flattened."""
+    masks = layer.masks if isinstance(layer, MaskedLinear) else torch.stack([layer.mask(t) for t in layer.tasks])
+    return masks.flatten(1).any(0)
+
+
+def _state_of_parts(layer: CompressedLinear, moments: _Moments) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Return what Adam remembers of each part.
+
+    Raises:
+        ValueError: If weights of one part took different numbers of steps.
+    """
+    found = {}
+    for part, places in zip(layer.parts, layer.places(), strict=True):
+        is_inside = places >= 0
+        steps = moments.steps[places[is_inside]]
+        if bool((steps != steps[:1]).any()):
+            low, high = int(steps.min()), int(steps.max())
+            raise ValueError(f"state: got {low} to {high} steps of weights with the same owners, wanted one number")
+        if int(steps[:1].sum()):
+            state = {"step": steps[0].float()}
+            for name in MOMENTS:
+                spread = part.new_zeros(len(places))
+                spread[is_inside] = getattr(moments, name)[places[is_inside]]
+                state[name] = spread.view_as(part)
+            found[part] = state
+    return found
 
 
 def _versions(layers: list[MaskedLinear]) -> list[int]:

@@ -3,6 +3,8 @@
 from lt4rec_sparse.kernels.autocast import is_autocast, without_autocast
 from lt4rec_sparse.kernels.cpu import PackLayer, pack_layers
 from lt4rec_sparse.kernels.request import ROW_KINDS, TABLE_KINDS, IdField, IdTable, RequestEngine, Split
+from lt4rec_sparse.kernels.training import Pattern
+from lt4rec_sparse.ops.compressed_mlp import compressed_mlp, pattern_of
 from lt4rec_sparse.ops.masked_linear import masked_linear
 from lt4rec_sparse.ops.sparse_mlp import (
     X_DTYPES,
@@ -26,8 +28,10 @@ __all__ = [
     "IdField",
     "IdTable",
     "PackLayer",
+    "Pattern",
     "RequestEngine",
     "Split",
+    "compressed_mlp",
     "cpu_engine",
     "executor",
     "is_autocast",
@@ -37,6 +41,7 @@ __all__ = [
     "masked_linear",
     "name_executor",
     "pack_layers",
+    "pattern_of",
     "prepack",
     "sparse_mlp",
     "sparse_mlp_of",

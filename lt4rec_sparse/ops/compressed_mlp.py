@@ -74,7 +74,9 @@ def _begins(counts: Tensor) -> Tensor:
 
 def _check(x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor], patterns: Sequence[Pattern]) -> None:
     if not values or not len(values) == len(biases) == len(patterns):
-        raise ValueError(f"values: got {len(values)} layers, {len(biases)} biases, {len(patterns)} patterns, wanted 1 each")
+        raise ValueError(
+            f"values: got {len(values)} layers, {len(biases)} biases, {len(patterns)} patterns, wanted 1 each"
+        )
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, in_features]")
     width = x.shape[1]
@@ -109,7 +111,7 @@ def _forward(x: Tensor, values: list[Tensor], biases: list[Tensor], patterns: li
     if cpu.is_available():
         return training.forward(layers, x)
     with without_autocast(x):
-        return reference.compressed_mlp(layers, x), x.new_empty(0)
+        return reference.compressed_mlp(layers, x)[-1], x.new_empty(0)
 
 
 def _gradients(
