@@ -24,15 +24,18 @@ extern "C" {
 enum { PANEL_ROWS = 64 };
 
 // The weights of one layer that one task keeps: blocks of GROUP outputs and QUAD inputs, or single ones, row by row,
-// ascending. A row is a group of outputs, or one; a column a quad of inputs, or one. Addresses travel as integers.
+// ascending. A row is a group of outputs, or one; a column a quad of inputs, or one. Single weights are taken in tiles
+// of columns, whose rows of a panel stay in the first cache, and of rows where inputs are found; blocks are one tile.
+// Addresses travel as integers.
 typedef struct {
   int64_t in_features, out_features;
   int64_t is_blocks;
   int64_t has_relu;
   int64_t count;          // of blocks or weights
-  int64_t row_begins;     // uint32_t[rows + 1]
+  int64_t row_tiles, column_tiles;
+  int64_t row_begins;     // uint32_t[column_tiles + 1][rows]: where each row's weights of a tile begin, and at last end
   int64_t columns;        // uint32_t[count]: the column of each
-  int64_t column_begins;  // uint32_t[columns + 1]: of the three below
+  int64_t column_begins;  // uint32_t[row_tiles + 1][columns]: the same of the two below
   int64_t column_places;  // uint32_t[count]: where each of a column's blocks or weights stands row by row
   int64_t column_rows;    // uint32_t[count]: and its row
   int64_t values;         // float[count][GROUP][QUAD], or float[count]

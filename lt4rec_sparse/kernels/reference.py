@@ -59,7 +59,7 @@ def _masked(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 def dense_weight(layer: TrainingLayer) -> Tensor:
     """Return a training layer's weight as `[out_features, in_features]`, with zeros where it is pruned."""
     pattern, values = layer.pattern, layer.values
-    shape = len(pattern.row_begins) - 1, len(pattern.column_begins) - 1
+    shape = pattern.row_begins.shape[1], pattern.column_begins.shape[1]
     grid = values.new_zeros(*shape, *values.shape[1:])
     grid[_places(layer)] = values
     whole = grid if values.dim() == 1 else grid.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -90,7 +90,8 @@ def compressed_mlp_backward(
 
 def _places(layer: TrainingLayer) -> tuple[Tensor, Tensor]:
     begins = layer.pattern.row_begins
-    return torch.arange(len(begins) - 1).repeat_interleave(begins.diff()), layer.pattern.columns.long()
+    rows = torch.arange(begins.shape[1]).repeat_interleave(begins[-1] - begins[0])
+    return rows, layer.pattern.columns.long()
 
 
 def kept_of(layer: TrainingLayer, dense: Tensor) -> Tensor:

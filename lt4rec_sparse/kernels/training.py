@@ -11,18 +11,20 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels import cpu
 
-_LAYER = struct.Struct("<14q")  # TrainingLayer of csrc/training.h
+TILE = 64  # columns or rows of single weights whose part of a panel stays in the first cache
+_LAYER = struct.Struct("<16q")  # TrainingLayer of csrc/training.h
 
 
 class Pattern(NamedTuple):
     """Where the weights stand that one task keeps of one layer: blocks of 16 outputs and 4 inputs, or single ones.
 
-    A row is sixteen outputs or one, a column four inputs or one; weights stand row by row, columns ascending.
+    A row is sixteen outputs or one, a column four inputs or one; weights stand row by row, columns ascending. Single
+    weights are taken in tiles of `TILE` columns, or rows.
     """
 
-    row_begins: Tensor  # int32 [rows + 1]
+    row_begins: Tensor  # int32 [tiles of columns + 1, rows]: where each row's weights of a tile begin, and at last end
     columns: Tensor  # int32 [count]
-    column_begins: Tensor  # int32 [columns + 1], of the two below
+    column_begins: Tensor  # int32 [tiles of rows + 1, columns]: the same of the two below
     column_places: Tensor  # int32 [count]: where each of a column's weights stands row by row
     column_rows: Tensor  # int32 [count]: and its row
 
@@ -93,7 +95,8 @@ def _described(
         gradients = (0, 0) if not values else (_pointer(values[i]), _pointer(biases[i]))
         pointers = [part.data_ptr() for part in (*pattern, weights, bias)]
         kind = int(weights.dim() == 3)
-        described += _LAYER.pack(in_features, len(bias), kind, 1, len(weights), *pointers, *gradients)
+        tiles = len(pattern.column_begins) - 1, len(pattern.row_begins) - 1
+        described += _LAYER.pack(in_features, len(bias), kind, 1, len(weights), *tiles, *pointers, *gradients)
     return torch.frombuffer(described, dtype=torch.uint8)
 
 

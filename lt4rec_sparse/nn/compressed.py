@@ -128,7 +128,7 @@ class CompressedLinear(nn.Module):
             rank[kept] = torch.arange(int(kept.sum()))
             of_parts = [rank[owners == self._codes[i]] for i in parts]
             order = torch.cat(of_parts) if of_parts else torch.zeros(0, dtype=torch.int64)
-        return _View(parts, order, ops.pattern_of(kept))
+        return _View(parts, order, ops.pattern_of(kept, is_blocks=self.is_blocks))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         bits = state_dict.get(f"{prefix}mask_bits")

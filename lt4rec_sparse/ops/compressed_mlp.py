@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels import cpu, reference, training
 from lt4rec_sparse.kernels.autocast import without_autocast
-from lt4rec_sparse.kernels.training import Layer, Pattern
+from lt4rec_sparse.kernels.training import TILE, Layer, Pattern
 
 # `patterns` holds the five tensors of each layer's `Pattern`, one layer after the other. `panels` is what the engine
 # keeps for the gradients, empty elsewhere: x and the outputs of every layer.
@@ -24,7 +24,7 @@ _library.define(
 )
 
 
-def pattern_of(kept: Tensor) -> Pattern:
+def pattern_of(kept: Tensor, *, is_blocks: bool) -> Pattern:
     """Return the pattern of a mask over weights, or over a grid of blocks: bool `[rows, columns]`, True = kept.
 
     Raises:
@@ -36,7 +36,8 @@ def pattern_of(kept: Tensor) -> Pattern:
     columns = kept.nonzero()[:, 1]
     by_column = kept.t().nonzero()
     places = (kept.flatten().cumsum(0) - 1).view_as(kept).t()[kept.t()]
-    found = (_begins(kept.sum(1)), columns, _begins(kept.sum(0)), places, by_column[:, 1])
+    of_rows, of_columns = (_begins(lines, lines.shape[1] if is_blocks else TILE) for lines in (kept, kept.t()))
+    found = (of_rows, columns, of_columns, places, by_column[:, 1])
     return Pattern(*(part.to(torch.int32).contiguous() for part in found))
 
 
@@ -68,8 +69,12 @@ def compressed_mlp(
     return cast(Tensor, h)
 
 
-def _begins(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+def _begins(kept: Tensor, tile: int) -> Tensor:
+    """Return where each line's part of every tile begins, and at last ends, int64 `[tiles + 1, lines]`."""
+    padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % tile))
+    counts = padded.view(len(kept), -1, tile).sum(2)
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    return torch.cat([ends - counts, ends[:, -1:]], 1).t()
 
 
 def _check(x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor], patterns: Sequence[Pattern]) -> None:
@@ -84,7 +89,7 @@ def _check(x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor], patter
         for name, part in (("x", x), (f"values[{i}]", of_layer), (f"biases[{i}]", bias)):
             if part.dtype != torch.float32 or part.device.type != "cpu":
                 raise ValueError(f"{name}: got {part.dtype} on {part.device}, wanted torch.float32 on the CPU")
-        rows, columns, count = len(pattern.row_begins) - 1, len(pattern.column_begins) - 1, len(pattern.columns)
+        rows, columns, count = pattern.row_begins.shape[1], pattern.column_begins.shape[1], len(pattern.columns)
         is_blocks = of_layer.dim() == 3
         wanted = (count, 16, 4) if is_blocks else (count,)
         if tuple(of_layer.shape) != wanted:

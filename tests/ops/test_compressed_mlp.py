@@ -61,7 +61,7 @@ def problem(
         else:
             values.append(whole[kept])
         biases.append(draw(n))
-        patterns.append(ops.pattern_of(kept))
+        patterns.append(ops.pattern_of(kept, is_blocks=is_blocks))
     return Problem(draw(batch, widths[0]), values, biases, patterns, draw(batch, widths[-1]))
 
 
@@ -241,7 +241,7 @@ def test_values_of_another_pattern_raise() -> None:
     with pytest.raises(ValueError, match=r"values\[0\]: got shape .*, wanted .*, those of its pattern"):
         ops.compressed_mlp(case.x, case.values, case.biases, case.patterns)
     with pytest.raises(ValueError, match=r"kept: got torch.float32 \(3, 4\), wanted torch.bool \[rows, columns\]"):
-        ops.pattern_of(torch.zeros(3, 4))
+        ops.pattern_of(torch.zeros(3, 4), is_blocks=False)
 
 
 class forced:  # noqa: N801
