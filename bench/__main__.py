@@ -23,6 +23,7 @@ from bench import (
     record,
     request,
     serving,
+    sparse_training,
     tables,
     training,
     wide,
@@ -30,6 +31,7 @@ from bench import (
 
 USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
+    " | sparse-training [--short]"
     " | networks [NETWORK ... | --short] | frozen [--short] | gpu [--dry OUT] | gpu-bytes"
     " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
@@ -58,6 +60,10 @@ def main(arguments: list[str]) -> int:
             default.run()
         case ["default", "--short"]:
             default.run(is_short=True)
+        case ["sparse-training"]:
+            sparse_training.run()
+        case ["sparse-training", "--short"]:
+            sparse_training.run(is_short=True)
         case ["networks", "--short"]:
             networks.run(is_short=True)
         case ["networks", *names]:

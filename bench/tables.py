@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import default, experiments, gpu, networks, record, serving, wide
+from bench import default, experiments, gpu, networks, record, serving, sparse_training, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -321,6 +321,13 @@ def _networks() -> str:
     return "\n\n".join(parts)
 
 
+def _sparse_training() -> str:
+    parts = []
+    for measured in record.read("sparse_training").values():
+        parts += [f"{_where(measured['machine'])}, engine {measured['engine']}:", sparse_training.table_of(measured)]
+    return "\n\n".join(parts)
+
+
 def _default() -> str:
     return _per_machine("default", default.table_of)
 
@@ -628,6 +635,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "wide": _wide,
     "networks": _networks,
     "default": _default,
+    "sparse_training": _sparse_training,
     "no_amx": _no_amx,
     "microseconds": _microseconds,
     "engine": _engine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +155,11 @@ class MaskedAdam:
             "free": [dict(self._adam.state.get(parameter, {})) for parameter in self._free],
             "masked": [moments._asdict() for moments in self._moments_of_all()],
         }
+
+    def state_of(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, tuple[Tensor, ...]]:
+        """Return the moments of parameters that step as they are; none before their first step."""
+        states = {parameter: self._adam.state.get(parameter, {}) for parameter in parameters}
+        return {p: tuple(state[name] for name in MOMENTS if name in state) for p, state in states.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state of a checkpoint of the same model, whose masks the model already has.
