@@ -17,6 +17,7 @@ import typer
 import typer.core
 
 from lt4rec_sparse import __version__, cli_features
+from lt4rec_sparse.cli_training import BaseRates
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.command import serve
 
@@ -177,6 +178,7 @@ def run(
             help="How model.safetensors holds embeddings: fp32, fp16 or int8, a half or a third of the bytes."
         ),
     ] = "fp32",
+    base_rates: BaseRates = True,
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -206,6 +208,7 @@ def run(
         dtype=_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
+        base_rates=base_rates,
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
@@ -252,6 +255,7 @@ def experiment(
     ] = "dlrm",
     precision: TrainingPrecision = "auto",
     sparse_gradients: SparseGradients = False,
+    base_rates: BaseRates = False,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -313,6 +317,7 @@ def experiment(
         losses=_losses(loss or []),
         dtype=dtype,
         sparse_gradients=sparse_gradients,
+        base_rates=base_rates,
     )
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
     if data is None and (training, variants) != (Training(dtype=dtype), Variants()):

@@ -54,6 +54,7 @@ class RunSettings:
     dtype: str = "float32"
     sparse_gradients: bool = False
     embeddings: str = "fp32"
+    base_rates: bool = True
 
     def __post_init__(self) -> None:
         check_counts(seeds=self.seeds)
@@ -78,6 +79,7 @@ class RunSettings:
             batch_size=self.batch_size,
             dtype=self.dtype,
             sparse_gradients=self.sparse_gradients,
+            base_rates=self.base_rates,
         )
 
 

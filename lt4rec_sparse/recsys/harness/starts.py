@@ -15,6 +15,7 @@ from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
+from lt4rec_sparse.recsys.harness.base_rates import base_rates
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
@@ -38,6 +39,7 @@ class Starts:
         self.prepared, self.folder = prepared, folder
         self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
         self._streams: dict[tuple[str, int, int], BatchStream] = {}
+        self._rates: dict[tuple[tuple[str, ...], bool], dict[str, float]] = {}
 
     def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
         """Return the record of a single-task baseline, `validation` and `seconds`; train it first if need be.
@@ -72,7 +74,7 @@ class Starts:
         """Return a new network as its seed draws it; `options` are the model's own."""
         torch.manual_seed(seed)
         encoder = self.prepared.encoder
-        return build(
+        model = build(
             name,
             encoder.fields,
             encoder.table_sizes,
@@ -84,6 +86,16 @@ class Starts:
             sparse_gradients=training.sparse_gradients,
             **options,
         )
+        if training.base_rates:
+            model.start_at(self.base_rates(tasks, name == "esmm"))
+        return model
+
+    def base_rates(self, tasks: tuple[str, ...], entire_space: bool = False) -> dict[str, float]:
+        """Return the tasks' rates on the training days; see `base_rates.base_rates`."""
+        key = (tasks, entire_space)
+        if key not in self._rates:
+            self._rates[key] = base_rates(self.prepared, tasks, entire_space)
+        return self._rates[key]
 
     def sparse_sharing(self, training: Training, tasks: tuple[str, ...], seed: int, warm: tuple[str, ...] = ()) -> Any:
         """Return the shared network, or a task's part of it, at the seed's start or after a warm-up of tasks `warm`."""

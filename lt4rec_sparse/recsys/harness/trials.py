@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 LATER: dict[str, Any] = {
     "sparse_gradients": False,
     "embeddings": "fp32",
+    "base_rates": False,
 }  # settings that came later, as all were before
 
 
@@ -73,6 +74,8 @@ class Training:
             float32, and models are judged in float32.
         sparse_gradients: Whether a step moves only the embeddings that its batch looks up (the lazy step of
             `MaskedAdam`): its time then does not grow with the tables.
+        base_rates: Whether every task's scores start at the task's mean label on the training days (`base_rates`),
+            not at one half.
     """
 
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -88,6 +91,7 @@ class Training:
     losses: tuple[tuple[str, str], ...] = ()
     dtype: str = "float32"
     sparse_gradients: bool = False
+    base_rates: bool = False
 
     def __post_init__(self) -> None:
         _check(self.dtype, DTYPES, "dtype")
