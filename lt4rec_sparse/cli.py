@@ -17,7 +17,7 @@ import typer
 import typer.core
 
 from lt4rec_sparse import __version__, cli_features
-from lt4rec_sparse.cli_training import BaseRates
+from lt4rec_sparse.cli_training import BaseRates, ClipNorm, Ema, Patience, Schedule, WarmUpSteps, WeightDecay
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.command import serve
 
@@ -178,7 +178,13 @@ def run(
             help="How model.safetensors holds embeddings: fp32, fp16 or int8, a half or a third of the bytes."
         ),
     ] = "fp32",
+    patience: Patience = 0,
     base_rates: BaseRates = True,
+    schedule: Schedule = "constant",
+    warm_up_steps: WarmUpSteps = 0,
+    weight_decay: WeightDecay = 0.0,
+    clip_norm: ClipNorm = 0.0,
+    ema: Ema = 0.0,
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -208,7 +214,13 @@ def run(
         dtype=_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
+        patience=patience,
         base_rates=base_rates,
+        schedule=schedule,
+        warm_up_steps=warm_up_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        ema=ema,
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
@@ -240,13 +252,7 @@ def experiment(
         str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training, or the most.")] = 1,
-    patience: Annotated[
-        int,
-        typer.Option(
-            help="End a training after so many epochs without a gain on the validation days, with the weights of the "
-            "best; 0 for all epochs."
-        ),
-    ] = 0,
+    patience: Patience = 0,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
     embedding_dim: Annotated[int, typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
@@ -256,6 +262,11 @@ def experiment(
     precision: TrainingPrecision = "auto",
     sparse_gradients: SparseGradients = False,
     base_rates: BaseRates = False,
+    schedule: Schedule = "constant",
+    warm_up_steps: WarmUpSteps = 0,
+    weight_decay: WeightDecay = 0.0,
+    clip_norm: ClipNorm = 0.0,
+    ema: Ema = 0.0,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -318,6 +329,11 @@ def experiment(
         dtype=dtype,
         sparse_gradients=sparse_gradients,
         base_rates=base_rates,
+        schedule=schedule,
+        warm_up_steps=warm_up_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        ema=ema,
     )
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
     if data is None and (training, variants) != (Training(dtype=dtype), Variants()):

@@ -1,4 +1,4 @@
-"""Options of `run` and `experiment` that say how models train."""
+"""Options of `run` and `experiment` that say how models train; docs/training.md describes them."""
 
 from __future__ import annotations
 
@@ -10,4 +10,23 @@ _BASE_RATES = (
     "Start every task's scores at its mean label on the training days (its share of positives), or, as in the paper, "
     "near one half."
 )
+_PATIENCE = (
+    "End a training after so many epochs without a gain on the validation days, with the weights of the best; 0 for "
+    "all epochs."
+)
+_EMA = (
+    "Judge and serve a moving average of the weights, of this decay per step, such as 0.999; 0 for the weights "
+    "themselves."
+)
+
 BaseRates = Annotated[bool, typer.Option("--base-rates/--no-base-rates", help=_BASE_RATES)]
+Patience = Annotated[int, typer.Option(help=_PATIENCE)]
+Schedule = Annotated[
+    str, typer.Option(help="How learning rates fall over all epochs: constant, linear (to 0) or cosine (to 0).")
+]
+WarmUpSteps = Annotated[int, typer.Option(help="Training steps in which learning rates rise from 0 first.")]
+WeightDecay = Annotated[
+    float, typer.Option(help="Decoupled weight decay, as AdamW's, of the weights of the MLPs; 0 for none.")
+]
+ClipNorm = Annotated[float, typer.Option(help="Scale a step's gradients down to this global norm; 0 for never.")]
+Ema = Annotated[float, typer.Option(help=_EMA)]

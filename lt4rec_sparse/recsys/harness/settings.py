@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_befo
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
 MASKS = ("best", "random", "tickets")
+EARLIER = {**LATER, "patience": 0}  # settings that older runs do not name, as they were
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class RunSettings:
     sparse_gradients: bool = False
     embeddings: str = "fp32"
     base_rates: bool = True
+    patience: int = 0
+    schedule: str = "constant"
+    warm_up_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         check_counts(seeds=self.seeds)
@@ -71,16 +78,8 @@ class RunSettings:
     @property
     def training(self) -> Training:
         """How every model trains, but for widths and learning rates."""
-        return Training(
-            self.hidden,
-            self.embedding_dim,
-            learning_rate=self.learning_rates[0],
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            sparse_gradients=self.sparse_gradients,
-            base_rates=self.base_rates,
-        )
+        shared = {field.name: getattr(self, field.name) for field in fields(Training) if hasattr(self, field.name)}
+        return Training(learning_rate=self.learning_rates[0], **shared)
 
 
 # For the simulated log, which is small: a result in a minute on two cores.
@@ -116,7 +115,7 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSetting
         raise InputError(f"{error}; choose another --out") from error
     if got.get("layout") != LAYOUT:
         raise InputError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
-    got, wanted = {**LATER, **got}, {**LATER, **_config(data, settings)}
+    got, wanted = {**EARLIER, **got}, {**EARLIER, **_config(data, settings)}
     for key, value in wanted.items():
         if key != "seeds" and got.get(key) != value:
             raise InputError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.files import read_json, write_whole
-from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.base_rates import base_rates
@@ -20,7 +19,7 @@ from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.stored import load_weights, read_seconds, save_weights
-from lt4rec_sparse.recsys.training import EarlyStopping, Objective, TaskAdam, evaluate, train
+from lt4rec_sparse.recsys.training import EarlyStopping, Objective, Schedule, TaskAdam, averaged_model, evaluate, train
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging
@@ -119,7 +118,8 @@ class Starts:
 
     def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
         """Return a training's optimiser: every task's steps have the task's learning rate."""
-        return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
+        rates = {task: training.rate(task) for task in self.kinds}
+        return TaskAdam(model, rates, training.clip_norm, training.weight_decay)
 
     def once(
         self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int, **how: Any
@@ -140,7 +140,7 @@ class Starts:
         objective: Objective,
         training: Training,
         seed: int,
-        optimizer: MaskedAdam | None = None,
+        optimizer: TaskAdam | None = None,
         skip: int = 0,
         has_state: bool = False,
         **how: Any,
@@ -156,19 +156,27 @@ class Starts:
             judged = self.judge(path, model, "validation", objective.names)["all"]
             return {task: judged[task][LOSS[self.kinds[task]]] for task in objective.names}
 
-        stops = training.patience and not {"after_batch", "batches"} & how.keys()
+        optimizer = optimizer or self.optimizer(model, training)
+        schedule = Schedule(training.schedule, training.warm_up_steps)
+
+        def before_batch(done: int, total: int) -> None:
+            optimizer.factor = schedule.factor(done, total)
+
+        is_whole = not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
         return train(
             model,
-            optimizer or self.optimizer(model, training),
+            optimizer,
             stream,
             objective,
             training.epochs,
             skip=skip,
             checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
-            stopping=EarlyStopping(losses, training.patience) if stops else None,
+            stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
+            before_batch=before_batch,
+            averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
             **how,
         )
 
