@@ -17,7 +17,16 @@ import typer
 import typer.core
 
 from lt4rec_sparse import __version__, cli_features
-from lt4rec_sparse.cli_training import BaseRates, ClipNorm, Ema, Patience, Schedule, WarmUpSteps, WeightDecay
+from lt4rec_sparse.cli_training import (
+    BaseRates,
+    ClipNorm,
+    Ema,
+    Patience,
+    PatienceOfRun,
+    Schedule,
+    WarmUpSteps,
+    WeightDecay,
+)
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.command import serve
 
@@ -125,7 +134,10 @@ def run(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How often everything is trained, each time from another start.")] = 1,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of every training. By default 1, or 2 on the simulated log.")
+        int | None,
+        typer.Option(
+            help="Epochs of every training. By default as many as make 800 steps, at least 1; 2 on the simulated log."
+        ),
     ] = None,
     masks: Annotated[
         str,
@@ -140,7 +152,10 @@ def run(
     ] = None,
     density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.1,
     batch_size: Annotated[
-        int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
+        int | None,
+        typer.Option(
+            help="Impressions per training step. By default 1024, or fewer where an epoch would have under 150 steps."
+        ),
     ] = None,
     learning_rate: Annotated[
         str | None,
@@ -178,7 +193,7 @@ def run(
             help="How model.safetensors holds embeddings: fp32, fp16 or int8, a half or a third of the bytes."
         ),
     ] = "fp32",
-    patience: Patience = 0,
+    patience: PatienceOfRun = None,
     base_rates: BaseRates = True,
     schedule: Schedule = "constant",
     warm_up_steps: WarmUpSteps = 0,
@@ -202,6 +217,7 @@ def run(
         "learning_rates": None if learning_rate is None else _rates(learning_rate),
         "epochs": epochs,
         "batch_size": batch_size,
+        "patience": patience,
         "rounds": rounds,
     }
     settings = replace(
@@ -214,7 +230,6 @@ def run(
         dtype=_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
-        patience=patience,
         base_rates=base_rates,
         schedule=schedule,
         warm_up_steps=warm_up_steps,
@@ -226,6 +241,8 @@ def run(
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with shown_progress(quiet) as progress:
         finished = run_product(data, out, settings, progress, Resources(workers))
+    if finished.warning:
+        typer.echo(f"few steps: {finished.warning}", err=True)
     typer.echo(finished.verdict)
     typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 

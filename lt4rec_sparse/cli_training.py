@@ -21,6 +21,9 @@ _EMA = (
 
 BaseRates = Annotated[bool, typer.Option("--base-rates/--no-base-rates", help=_BASE_RATES)]
 Patience = Annotated[int, typer.Option(help=_PATIENCE)]
+PatienceOfRun = Annotated[
+    int | None, typer.Option(help=f"{_PATIENCE} By default 2 where --epochs is left out and there are several.")
+]
 Schedule = Annotated[
     str, typer.Option(help="How learning rates fall over all epochs: constant, linear (to 0) or cosine (to 0).")
 ]

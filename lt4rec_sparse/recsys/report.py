@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.nn.quantization import TOLERANCE
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, SMALL
 from lt4rec_sparse.recsys.harness.statistics import paired_difference, summary
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
@@ -28,7 +29,6 @@ from lt4rec_sparse.recsys.tables import (
 )
 
 MISCALIBRATED = 0.1  # how far predicted over observed may be from 1 without a warning
-FEW_STEPS = 100  # of the optimiser per task; with fewer, scores are hardly better than a constant
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -236,11 +236,8 @@ def _warnings(run: _Run) -> str:
                 f"- **{task} is miscalibrated**: the served model predicts {ratio:.2f} times what the test days show. "
                 "The order by this score is unaffected; recalibrate it before multiplying it with anything else."
             )
-    if run.results["steps"] < FEW_STEPS:
-        lines.append(
-            f"- **Few steps**: every model took {run.results['steps']} per task. With fewer than about {FEW_STEPS} it "
-            "is hardly trained: use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
-        )
+    if warning := few_steps(run.results["steps"]):
+        lines.append(f"- **Few steps**: {warning}")
     return "## Warnings\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -253,7 +250,7 @@ def _made(run: _Run) -> str:
     text = (
         f"{data['counts']['rows_read']:,} impressions, of which {data['counts']['duplicates']:,} duplicates were "
         f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
-        f"{count(config['epochs'], 'epoch')} of batches of {config['batch_size']} for every model; learning rates "
+        f"{_epochs(config)} of batches of {config['batch_size']} for every model; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; matrix products in {config['dtype']} while training; {masks} "
         f"{config['density']:.0%} of the hidden weights{pruned}; {count(config['seeds'], 'seed')}."
     )
@@ -277,6 +274,11 @@ def _made(run: _Run) -> str:
             line += [f"{counts['tasks'][task]['rows']:,}", f"{counts['tasks'][task]['label_mean']:.3f}"]
         lines.append(line)
     return f"{where}\n\n{text}\n\n{table(header, lines)}"
+
+
+def _epochs(config: Mapping[str, Any]) -> str:
+    epochs, patience = count(config["epochs"], "epoch"), config.get("patience", 0)
+    return f"at most {epochs}, {patience} without a gain end a training," if patience else epochs
 
 
 def _ownership(run: _Run) -> str:

@@ -21,6 +21,7 @@ from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Rows, narrow_factor
@@ -41,10 +42,11 @@ MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "res
 
 
 class Finished(NamedTuple):
-    """What a run leaves: the path of `report.md`, and its verdict in one sentence."""
+    """What a run leaves: the path of `report.md`, its verdict in one sentence, and a warning, if there is one."""
 
     report: Path
     verdict: str
+    warning: str | None = None
 
 
 def run(
@@ -101,6 +103,7 @@ def run(
         }
         if data is None:
             facts["truth"] = read_json(source / "truth.json", "fields")
+        settings = settings.of_rows(prepared.counts["train"]["rows"])
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:
@@ -113,7 +116,7 @@ def run(
                 "seconds": perf_counter() - started,
             }
             write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        return Finished(write_report(results, out), verdict(results))
+        return Finished(write_report(results, out), verdict(results), few_steps(results["steps"]))
 
 
 def _measured(
@@ -161,7 +164,7 @@ def _measured(
     return {
         "rows": study.rows,
         "learning_rates": study.rates,
-        "steps": lab.batches(settings.training) * settings.epochs,
+        "steps": lab.batches(settings.training) * settings.training.epochs,
         "files": files,
         "frozen": frozen,
         "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},

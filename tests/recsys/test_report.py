@@ -223,7 +223,9 @@ def test_a_calibration_far_from_1_is_remarked(words, calibration, warned):
 
 
 def test_few_steps_are_remarked(words):
-    assert "**Few steps**: every model took 20 per task." in words(results_of(TEST, steps=20))
+    for steps in (20, 299):
+        assert f"**Few steps**: every model took {steps} per task." in words(results_of(TEST, steps=steps))
+    assert "Few steps" not in words(results_of(TEST, steps=300))
     assert "Few steps" not in words(results_of(TEST))
 
 

@@ -23,6 +23,7 @@ from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
 from lt4rec_sparse.recsys.data import DataError, Prepared
 from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.harness.by_rows import by_rows
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
 from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, locked, pin_settings
@@ -610,3 +611,29 @@ def test_fewer_seeds_than_before_drop_none(tmp_path):
     assert check_settings(tmp_path, "log", RunSettings(seeds=1)).seeds == 3
     assert check_settings(tmp_path, "log", RunSettings(seeds=4)).seeds == 4
     assert check_settings(tmp_path / "new", "log", RunSettings(seeds=2)) is None
+
+
+def test_what_nobody_asked_for_goes_by_rows_and_stays(small_folder, tmp_path):
+    """A run that left sizes open goes on with those it began with, also if they are named."""
+    open_sizes = replace(SETTINGS, batch_size=None, epochs=None, masks="random", hidden=(4,), embedding_dim=2)
+    assert open_sizes.of_rows(2_676) == replace(open_sizes, batch_size=64, epochs=20, patience=2)
+    pin_settings(tmp_path, "log", open_sizes.of_rows(2_676))
+    named = replace(open_sizes, batch_size=64, epochs=20, patience=2)
+    for asked in (open_sizes, named, replace(open_sizes, epochs=20)):
+        assert check_settings(tmp_path, "log", asked) == named
+    with pytest.raises(InputError, match="got epochs = 20, wanted 3; choose another --out"):
+        check_settings(tmp_path, "log", replace(open_sizes, epochs=3))
+
+
+def test_a_run_by_rows_trains_by_them_and_says_so(small_folder, tmp_path):
+    settings = replace(SETTINGS, batch_size=None, epochs=None, masks="random", hidden=(4,), embedding_dim=2)
+    finished = go(small_folder, tmp_path, settings)
+    config, results = json.loads((tmp_path / "config.json").read_text()), results_of(tmp_path)
+    rows = results["data"]["counts"]["train"]["rows"]
+    sizes = by_rows(rows)
+    assert {name: config[name] for name in sizes._fields} == sizes._asdict()
+    assert results["steps"] >= 800
+    assert finished.warning is None
+    assert (
+        f"at most {sizes.epochs} epochs, 2 without a gain end a training, of batches of" in finished.report.read_text()
+    )
