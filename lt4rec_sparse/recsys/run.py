@@ -21,6 +21,7 @@ from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
+from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
@@ -152,8 +153,11 @@ def _measured(
     files = {served: MODEL}
     if S_WEIGHT_LAST in first and first[S_WEIGHT_LAST]["state"] != first[served]["state"]:
         files[S_WEIGHT_LAST] = MODEL_LAST
-    progress("freeze and measure", 0, 1)
     lab = laboratory(out)
+    progress("baselines", 0, 1)
+    found = baselines(lab, tuple(facts["tasks"]), settings.seeds)
+    progress("baselines", 1, 1)
+    progress("freeze and measure", 0, 1)
     frozen = {
         row: freeze_and_compare(lab, study.trials[row, 0][0], out / file, settings.embeddings)
         for row, file in files.items()
@@ -162,13 +166,14 @@ def _measured(
     masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)
     return {
-        "rows": study.rows,
+        "rows": study.rows | found.rows,
+        "left_out": study.left_out | found.left_out,
         "learning_rates": study.rates,
         "steps": lab.batches(settings.training) * settings.training.epochs,
         "files": files,
         "frozen": frozen,
         "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
-        "records": study.records,
+        "records": study.records + found.records,
     }
 
 

@@ -22,7 +22,7 @@ from lt4rec_sparse.ranker.features import SchemaError
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
 from lt4rec_sparse.recsys.data import DataError, Prepared
-from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.harness import baselines, starts
 from lt4rec_sparse.recsys.harness.by_rows import by_rows
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
@@ -111,8 +111,9 @@ def test_a_run_leaves_all_that_it_says(finished):
 
 def test_every_row_of_the_product_is_trained_and_every_metric_is_a_number(finished):
     results = results_of(finished)
-    assert list(results["rows"]) == ROWS
-    for row in ROWS:
+    assert list(results["rows"]) == [*ROWS, *baselines.TITLES]
+    assert results["left_out"] == {}
+    for row in results["rows"]:
         found = [record for record in results["records"] if record["row"] == row]
         for part in ("all", "tab_0"):
             metrics = {task: values for record in found for task, values in record["test"][part].items()}
@@ -131,7 +132,7 @@ def test_the_narrow_network_has_as_many_weights_as_the_masks_keep(small_folder, 
 def test_a_run_without_a_search_trains_baselines_and_random_masks_alone(small_folder, tmp_path):
     report = go(small_folder, tmp_path / "run", replace(SETTINGS, masks="random")).report
     results = results_of(tmp_path / "run")
-    assert list(results["rows"]) == [BASE, HARD, HARD + SMALL, RANDOM_RESCALED]
+    assert list(results["rows"]) == [BASE, HARD, HARD + SMALL, RANDOM_RESCALED, *baselines.TITLES]
     assert not (tmp_path / "run" / "searches").exists()
     assert {path.name for path in (tmp_path / "run").glob("*.safetensors")} == {MODEL}
     ranker = load(tmp_path / "run" / MODEL)
