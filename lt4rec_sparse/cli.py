@@ -24,6 +24,7 @@ from lt4rec_sparse.cli_training import (
     Patience,
     PatienceOfRun,
     Schedule,
+    TopK,
     WarmUpSteps,
     WeightDecay,
 )
@@ -200,6 +201,7 @@ def run(
     weight_decay: WeightDecay = 0.0,
     clip_norm: ClipNorm = 0.0,
     ema: Ema = 0.0,
+    top_k: TopK = 10,
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -236,6 +238,7 @@ def run(
         weight_decay=weight_decay,
         clip_norm=clip_norm,
         ema=ema,
+        top_k=top_k,
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
@@ -284,6 +287,7 @@ def experiment(
     weight_decay: WeightDecay = 0.0,
     clip_norm: ClipNorm = 0.0,
     ema: Ema = 0.0,
+    top_k: TopK = 0,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -353,14 +357,14 @@ def experiment(
         ema=ema,
     )
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
-    if data is None and (training, variants) != (Training(dtype=dtype), Variants()):
+    if data is None and (training, variants, top_k) != (Training(dtype=dtype), Variants(), 0):
         raise InputError("regimes: got options of networks or training, wanted none: its rows train in one way")
     with shown_progress(quiet) as progress:
         if data is None:
             regimes = around(Regime() if impressions is None else Regime(impressions))
             report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
         else:
-            report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
+            report = run_experiment(name, data, out, seeds, training, resources, progress, variants, top_k)
     typer.echo(f"{report}, report.html, records.json")
 
 

@@ -20,7 +20,7 @@ from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
-from lt4rec_sparse.recsys.harness.trials import Training, check_counts
+from lt4rec_sparse.recsys.harness.trials import Training, check_counts, check_top_k
 from lt4rec_sparse.recsys.report import write_page
 
 
@@ -89,6 +89,7 @@ def run_experiment(
     resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
+    top_k: int = 0,
 ) -> Path:
     """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
@@ -110,6 +111,7 @@ def run_experiment(
         resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
         variants: Settings of the paper's variants.
+        top_k: See `Trial`.
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, or another process works in
@@ -119,6 +121,7 @@ def run_experiment(
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
     check_counts(seeds=seeds)
+    check_top_k(top_k)
     experiment = EXPERIMENTS[name]
     training, schema = training or Training(), open_source(data).schema
     kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
@@ -132,7 +135,7 @@ def run_experiment(
         table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
             table2 if name == "table2" else experiment.rows,
-            Rows(tuple(kinds), training),
+            Rows(tuple(kinds), training, top_k=top_k),
             seeds,
             schema,
             out,
@@ -140,7 +143,7 @@ def run_experiment(
             others=table2,
         )
         progress(f"{name}: baselines", 0, 1)
-        beside = baselines(laboratory(out), tuple(kinds), seeds)
+        beside = baselines(laboratory(out), tuple(kinds), seeds, top_k)
         progress(f"{name}: baselines", 1, 1)
         (out / name / "plots").mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {

@@ -138,6 +138,7 @@ def _measured(
         density=settings.density,
         granularity=settings.granularity,
         narrow=narrow_factor(in_features, settings.hidden, settings.density),
+        top_k=settings.top_k,
     )
     study = carry_out(
         lambda rows: rows.product(settings.masks),
@@ -155,7 +156,7 @@ def _measured(
         files[S_WEIGHT_LAST] = MODEL_LAST
     lab = laboratory(out)
     progress("baselines", 0, 1)
-    found = baselines(lab, tuple(facts["tasks"]), settings.seeds)
+    found = baselines(lab, tuple(facts["tasks"]), settings.seeds, settings.top_k)
     progress("baselines", 1, 1)
     progress("freeze and measure", 0, 1)
     frozen = {

@@ -93,6 +93,7 @@ def results_of(folder):
 
 def trial_of(row, masks="tickets", seed=0):
     rows = Rows(TASKS, SETTINGS.training, tuple(dict.fromkeys(TASKS, 1e-3).items()), SETTINGS.rounds)
+    rows = replace(rows, top_k=SETTINGS.top_k)
     (found,) = (r for r in rows.product(masks) if r.key == row)
     return found.trials[0].at(seed, dict.fromkeys(TASKS, 1e-3))
 
@@ -117,7 +118,7 @@ def test_every_row_of_the_product_is_trained_and_every_metric_is_a_number(finish
         found = [record for record in results["records"] if record["row"] == row]
         for part in ("all", "tab_0"):
             metrics = {task: values for record in found for task, values in record["test"][part].items()}
-            assert {task: len(values) for task, values in metrics.items()} == {"ctr": 4, "cvr": 2}
+            assert {task: len(values) for task, values in metrics.items()} == {"ctr": 6, "cvr": 2}
             assert all(math.isfinite(value) for values in metrics.values() for value in values.values())
 
 
@@ -480,6 +481,7 @@ def test_names_without_a_place_are_refused_before_any_work(small_folder, tmp_pat
         ({"density": math.nan}, "density: got nan"),
         ({"learning_rates": (1e-3, 0.0)}, "learning_rate: got 0.0, wanted more than 0"),
         ({"learning_rates": ()}, "learning_rates: got none"),
+        ({"top_k": -1}, "top_k: got -1, wanted 0 or more"),
         ({"dtype": "int8"}, "dtype: got 'int8', wanted one of float32, bfloat16"),
     ],
 )

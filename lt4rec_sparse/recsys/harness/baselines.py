@@ -42,19 +42,19 @@ class Baselines:
     records: list[dict[str, Any]]
 
 
-def baselines(starts: Starts, tasks: tuple[str, ...], seeds: int) -> Baselines:
+def baselines(starts: Starts, tasks: tuple[str, ...], seeds: int, top_k: int = 0) -> Baselines:
     """Return the baselines of a log, trained and judged, or read from `baselines/` of its folder.
 
     The constant is each task's base rate on the training days. The trees are scikit-learn's, of each task for itself,
     stopped early by the validation days; a seed draws the rows from which their thresholds are taken. They take the
     ids that the encoder gives, as categories where a column has few; of a column of many values, how many they are and
-    the first.
+    the first. `top_k` is as in `metrics_of`.
     """
     makers: dict[str, Callable[[Starts, tuple[str, ...], int], nn.Module]] = {CONSTANT: _constant, TREES: _trees}
     missing = obstacle(starts.prepared, tasks)
     left_out = {TITLES[TREES]: missing} if missing else {}
     rows = {row: title for row, title in TITLES.items() if title not in left_out}
-    records = [_record(starts, row, makers[row], tasks, seed) for row in rows for seed in range(seeds)]
+    records = [_record(starts, row, makers[row], tasks, seed, top_k) for row in rows for seed in range(seeds)]
     return Baselines(rows, left_out, records)
 
 
@@ -78,8 +78,9 @@ def _record(
     make: Callable[[Starts, tuple[str, ...], int], nn.Module],
     tasks: tuple[str, ...],
     seed: int,
+    top_k: int,
 ) -> dict[str, Any]:
-    settings = digest({"tasks": list(tasks)})
+    settings = digest({"tasks": list(tasks), "top_k": top_k})
     path = starts.made("baselines", f"{row}-{settings}-seed_{seed}.json")
     if not path.exists():
         began = process_time()
@@ -88,8 +89,8 @@ def _record(
         record = {
             "row": row,
             "seed": seed,
-            "validation": starts.judge(path, model, "validation", tasks),
-            "test": starts.judge(path, model, "test", tasks),
+            "validation": starts.judge(path, model, "validation", tasks, top_k),
+            "test": starts.judge(path, model, "test", tasks, top_k),
             "seconds": {"train": seconds, "search": 0.0},
             "parameters": len(tasks) if row == CONSTANT else None,
             "multiply_adds": 0 if row == CONSTANT else None,

@@ -15,7 +15,7 @@ from lt4rec_sparse.files import read_json, sweep, write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.rows import EMBEDDINGS
 from lt4rec_sparse.recsys.harness.by_rows import Sizes, by_rows
-from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts
+from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts, check_top_k
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
@@ -41,6 +41,7 @@ class RunSettings:
             which the validation days choose.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
         tasks: Names of the schema's tasks to train, in this order; empty for all but the extra ones.
+        top_k: See `Trial`.
         embeddings: How the artefact holds embeddings: "fp32", "fp16" or "int8" (`ranker.save`).
     """
 
@@ -65,9 +66,11 @@ class RunSettings:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     ema: float = 0.0
+    top_k: int = 10
 
     def __post_init__(self) -> None:
         check_counts(seeds=self.seeds)
+        check_top_k(self.top_k)
         if self.embeddings not in EMBEDDINGS:
             raise InputError(f"embeddings: got {self.embeddings!r}, wanted one of {', '.join(EMBEDDINGS)}")
         if self.masks not in MASKS:

@@ -180,9 +180,10 @@ class Starts:
             **how,
         )
 
-    def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
-        """Return a model's metrics on a split; `path` names the model in the log."""
-        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), {task: self.kinds[task] for task in tasks})
+    def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...], top_k: int = 0) -> Judged:
+        """Return a model's metrics on a split; `path` names the model in the log, `top_k` is as in `metrics_of`."""
+        kinds = {task: self.kinds[task] for task in tasks}
+        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), kinds, top_k)
         self._log(path, {"split": split, "metrics": judged})
         return judged
 

@@ -30,6 +30,7 @@ LATER: dict[str, Any] = {
     "weight_decay": 0.0,
     "clip_norm": 0.0,
     "ema": 0.0,
+    "top_k": 0,
 }  # settings that came later, as all were before
 
 
@@ -57,6 +58,12 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise InputError(f"{name}: got {count}, wanted at least 1")
+
+
+def check_top_k(top_k: int) -> None:
+    """Check the number of rows that a model is judged by at the top."""
+    if top_k < 0:
+        raise InputError(f"top_k: got {top_k}, wanted 0 or more")
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,8 @@ class Trial:
         conflict: Thresholds and factors for rows that were clicked but hardly watched, or None.
         options: Other options of the model.
         is_tested: Whether the test days are read; choices are made without them.
+        top_k: The model is judged by the first so many rows of each group too (`metrics_of`); 0 for not. It trains
+            nothing else.
     """
 
     model: str
@@ -258,8 +267,10 @@ class Trial:
     conflict: Conflict | None = None
     options: tuple[tuple[str, Any], ...] = ()
     is_tested: bool = True
+    top_k: int = 0
 
     def __post_init__(self) -> None:
+        check_top_k(self.top_k)
         _check(self.model, MODELS, "model")
         _check(self.objective, OBJECTIVES, "objective")
         if self.training.rates and self.steps_together:
@@ -278,4 +289,5 @@ class Trial:
     def at(self, seed: int, rates: Mapping[str, float] | None = None, is_tested: bool = True) -> Trial:
         """Return the same trial at another seed, with the learning rates of its tasks if they are given."""
         own = {task: rate for task, rate in (rates or {}).items() if task in self.tasks}
-        return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested)
+        top_k = self.top_k if is_tested else 0
+        return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested, top_k=top_k)

@@ -176,6 +176,21 @@ def test_what_is_judged_is_the_average(lab):
     assert judged[0] != judged[1]
 
 
+@pytest.mark.parametrize("tasks", [TASKS, ("ctr",)])
+def test_another_top_k_judges_what_is_trained_and_trains_nothing(lab, monkeypatch, tasks):
+    plain = Trial("sparse_sharing", tasks, 0, TRAINING)
+    before = lab.run(plain)
+    monkeypatch.setattr(module, "train", None)
+    after = lab.run(replace(plain, top_k=3))
+    assert after["state"] == before["state"]
+    for split in ("validation", "test"):
+        for part, judged in after[split].items():
+            assert {"ndcg@3", "hit_rate@3"} <= judged["ctr"].keys()
+            rest = {name: value for name, value in judged["ctr"].items() if "@" not in name}
+            assert rest == before[split][part]["ctr"]
+    assert replace(plain, top_k=3).at(0, is_tested=False).top_k == 0, "choices are made without it"
+
+
 def test_metrics_are_logged_for_every_training(small_log, tmp_path):
     lab = Laboratory(small_log, tmp_path)
     trial = Trial("sparse_sharing", TASKS, 0, TRAINING, Masks("random", SEARCH))

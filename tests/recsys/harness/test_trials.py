@@ -21,6 +21,7 @@ OTHERS = {
     "conflict": replace(TRIAL, conflict=Conflict()),
     "options": replace(TRIAL, options=(("experts", 2),)),
     "is_tested": replace(TRIAL, is_tested=False),
+    "top_k": replace(TRIAL, top_k=10),
 }
 
 
@@ -104,6 +105,7 @@ def test_searches_that_take_the_same_steps_share_a_folder():
         (lambda: Training(weight_decay=-0.1), "weight_decay: got -0.1, wanted 0 or more, and finite"),
         (lambda: Training(clip_norm=float("nan")), "clip_norm: got nan, wanted 0 or more, and finite"),
         (lambda: Training(ema=1.0), "ema: got 1.0, wanted at least 0 and less than 1"),
+        (lambda: Trial("mmoe", ("ctr",), top_k=-1), "top_k: got -1, wanted 0 or more"),
         (lambda: Trial("oracle", ("ctr",)), "model: got 'oracle', wanted one of"),
         (lambda: replace(TRIAL, objective="both"), "objective: got 'both', wanted one of alternating"),
     ],
