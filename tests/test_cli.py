@@ -87,7 +87,8 @@ def finished(tmp_path_factory):
     verdict, left = result.stdout.splitlines()
     assert verdict.startswith("Serve ")
     assert left == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl"
-    lines = result.stderr.splitlines()
+    *lines, warning = result.stderr.splitlines()
+    assert warning.startswith("few steps: every model took ")
     assert all(re.fullmatch(r".+: \d+ of \d+(, about .+ left)?", line) for line in lines)
     assert lines[:2] == ["simulate: 0 of 1", "simulate: 1 of 1"]
     assert lines[-1] == "freeze and measure: 1 of 1"
@@ -315,6 +316,8 @@ def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
     assert invoke("run", "--out", tmp_path).stderr == "train: 1 of 2\n"
     result = invoke("run", "--out", tmp_path, "-q")
     assert (result.stderr, result.stdout.split(",")[0]) == ("", f"Serve this.\n{tmp_path}/report.md")
+    monkeypatch.setattr(run_module, "run", lambda *a: run_module.Finished(tmp_path, "Serve this.", "none."))
+    assert invoke("run", "--out", tmp_path, "-q").stderr == "few steps: none.\n"
 
 
 def test_help_imports_nothing_that_computes():
@@ -352,6 +355,13 @@ def test_help_imports_nothing_that_computes():
         (["--rounds", "0"], "rounds: got 0, wanted at least 1"),
         (["--masks", "some"], "masks: got 'some', wanted one of best, random, tickets"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--patience", "-1"], "patience: got -1, wanted 0 or more epochs"),
+        (["--schedule", "step"], "schedule: got 'step', wanted one of constant, linear, cosine"),
+        (["--warm-up-steps", "-1"], "warm_up_steps: got -1, wanted 0 or more"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, wanted 0 or more, and finite"),
+        (["--clip-norm", "-0.5"], "clip_norm: got -0.5, wanted 0 or more, and finite"),
+        (["--ema", "1"], "ema: got 1.0, wanted at least 0 and less than 1"),
+        (["--top-k", "-1"], "top_k: got -1, wanted 0 or more"),
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),
         (["--embedding-dim", "0"], "Invalid value for '--embedding-dim': got 0, wanted 1 to 4,096"),
@@ -371,6 +381,13 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
     [
         (["--hidden", "16,0"], r"hidden: got \(16, 0\), wanted at least one width, each at least 1"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--patience", "-1"], "patience: got -1, wanted 0 or more epochs"),
+        (["--schedule", "step"], "schedule: got 'step', wanted one of constant, linear, cosine"),
+        (["--warm-up-steps", "-1"], "warm_up_steps: got -1, wanted 0 or more"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, wanted 0 or more, and finite"),
+        (["--clip-norm", "-0.5"], "clip_norm: got -0.5, wanted 0 or more, and finite"),
+        (["--ema", "1"], "ema: got 1.0, wanted at least 0 and less than 1"),
+        (["--top-k", "-1"], "top_k: got -1, wanted 0 or more"),
         (["--batch-size", "-1"], "batch_size: got -1, wanted at least 1"),
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--cross", "dcn"], "cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"),
@@ -406,6 +423,7 @@ def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, argumen
     [
         (["experiment", "table2"], "--data: got none, wanted a folder with a log"),
         (["experiment", "regimes", "--data", "{tmp}"], "--data: got .* for regimes, wanted none"),
+        (["experiment", "regimes", "--top-k", "3"], "regimes: got options of networks or training, wanted none"),
         (["experiment", "regimes", "--epochs", "3"], "regimes: got options of networks or training, wanted none"),
         (
             ["experiment", "table2", "--data", "{tmp}", "--impressions", "9"],
