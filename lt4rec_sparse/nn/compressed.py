@@ -14,6 +14,9 @@ from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.masks import pack_bits, unpack_bits
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP, task_index
 
+# The share of kept weights up to which a step of them alone is faster than one of torch's dense layers.
+BREAK_EVEN = {"blocks": 0.5, "weights": 0.2}
+
 
 class _View(NamedTuple):
     """How a task sees a layer: its parts, and where their weights stand in what the engine reads."""
@@ -148,7 +151,8 @@ class CompressedMLP(nn.Module):
     """A `MaskedMLP` whose parameters are its kept weights alone, and whose every product skips what is pruned.
 
     It is what a network trains in while its masks stay as they are: values, gradients and an optimiser's moments take
-    the memory of kept weights, and a step's time falls with them. It computes in float32 on the CPU. Heads are dense.
+    the memory of kept weights, and a step's time falls with them. It computes in float32 on the CPU, also under
+    autocast. Heads are dense.
 
     Example:
         >>> masked = MaskedMLP(8, hidden=(4, 2), tasks=("ctr", "cvr"))
@@ -178,6 +182,19 @@ class CompressedMLP(nn.Module):
             ValueError: If a parameter is not float32 on the CPU.
         """
         return cls(masked)
+
+    @staticmethod
+    def is_faster_than(masked: MaskedMLP) -> bool:
+        """Tell whether training steps of kept weights alone take less time, as measured (`BREAK_EVEN`)."""
+        if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in masked.parameters()):
+            return False
+        if ops.cpu_engine() == "reference":
+            return False
+        layers = masked.masked_layers()
+        is_blocks = all(BlockWeight.keeps_blocks(mask) for layer in layers for mask in layer.masks)
+        kept = sum(int(layer.masks.sum()) for layer in layers) / len(masked.tasks)
+        break_even = BREAK_EVEN["blocks" if is_blocks else "weights"]
+        return kept <= break_even * sum(layer.weight.numel() for layer in layers)
 
     def to_masked(self) -> MaskedMLP:
         """Return the same network as a `MaskedMLP`: weights that no task keeps are 0, all others are the same bits."""
@@ -217,6 +234,8 @@ class CompressedMLP(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
         rows = x.reshape(-1, self.in_features)
+        if ops.is_autocast(x):
+            rows = rows.float()  # of all products these are not in a lower dtype
         logits = [self.heads[name](self._hidden(rows, name)) for name in tasks]
         y = logits[0] if len(tasks) == 1 else torch.cat(logits, dim=-1)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -153,7 +153,8 @@ class Laboratory(Searches):
         kinds = {task: self.kinds[task] for task in trial.tasks}
         balance = UncertaintyWeights(trial.tasks, kinds) if trial.objective == "uncertainty" else None
         objective = objectives.of_trial(trial, kinds, balance)
-        optimizer = self.optimizer(model if balance is None else nn.ModuleList([model, balance]), trial.training)
+        # Without weights of its own beside the model `train` makes the optimiser.
+        optimizer = None if balance is None else self.optimizer(nn.ModuleList([model, balance]), trial.training)
         has_state = trial.objective in ("uncertainty", "pcgrad")
         return self.once(state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state)
 

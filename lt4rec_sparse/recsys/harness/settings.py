@@ -60,6 +60,7 @@ class RunSettings:
     sparse_gradients: bool = False
     embeddings: str = "fp32"
     base_rates: bool = True
+    sparse_steps: bool = True
     patience: int | None = None
     schedule: str = "constant"
     warm_up_steps: int = 0

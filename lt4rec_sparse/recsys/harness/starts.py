@@ -156,29 +156,31 @@ class Starts:
             judged = self.judge(path, model, "validation", objective.names)["all"]
             return {task: judged[task][LOSS[self.kinds[task]]] for task in objective.names}
 
-        optimizer = optimizer or self.optimizer(model, training)
+        stays = optimizer is None and not has_state and "after_batch" not in how  # what has a state knows the model
         schedule = Schedule(training.schedule, training.warm_up_steps)
-
-        def before_batch(done: int, total: int) -> None:
-            optimizer.factor = schedule.factor(done, total)
-
         is_whole = not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
-        return train(
-            model,
-            optimizer,
-            stream,
-            objective,
-            training.epochs,
-            skip=skip,
-            checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
-            log=lambda record: self._log(path, {"split": "train", **record}),
-            stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
-            before_batch=before_batch,
-            averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
-            **how,
-        )
+        with sparse_steps(model) if training.sparse_steps and stays else nullcontext():
+            stepping = optimizer or self.optimizer(model, training)
+
+            def before_batch(done: int, total: int) -> None:
+                stepping.factor = schedule.factor(done, total)
+
+            return train(
+                model,
+                stepping,
+                stream,
+                objective,
+                training.epochs,
+                skip=skip,
+                checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
+                log=lambda record: self._log(path, {"split": "train", **record}),
+                stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
+                before_batch=before_batch,
+                averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
+                **how,
+            )
 
     def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...], top_k: int = 0) -> Judged:
         """Return a model's metrics on a split; `path` names the model in the log, `top_k` is as in `metrics_of`."""

@@ -25,6 +25,7 @@ LATER: dict[str, Any] = {
     "sparse_gradients": False,
     "embeddings": "fp32",
     "base_rates": False,
+    "sparse_steps": False,
     "schedule": "constant",
     "warm_up_steps": 0,
     "weight_decay": 0.0,
@@ -90,6 +91,8 @@ class Training:
             `MaskedAdam`): its time then does not grow with the tables.
         base_rates: Whether every task's scores start at the task's mean label on the training days (`base_rates`),
             not at one half.
+        sparse_steps: Whether a training whose masks stay as they are computes with kept weights alone, in float32, where
+            that is faster (`sparse_steps`).
         schedule: How learning rates fall over all epochs, one of `SCHEDULES`; see `Schedule`.
         warm_up_steps: Batches in which they rise first.
         weight_decay: Decoupled decay of the weights of linear layers (`TaskAdam`); 0 for none.
@@ -112,6 +115,7 @@ class Training:
     dtype: str = "float32"
     sparse_gradients: bool = False
     base_rates: bool = False
+    sparse_steps: bool = False
     schedule: str = "constant"
     warm_up_steps: int = 0
     weight_decay: float = 0.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from lt4rec_sparse.nn.compressed import CompressedLinear
 from lt4rec_sparse.nn.masked import MaskedLinear
 from lt4rec_sparse.nn.optim import MaskedAdam
 
@@ -42,6 +43,7 @@ class TaskAdam(MaskedAdam):
         self._clip_norm, self._weight_decay = clip_norm, weight_decay
         self._parameters = list(model.parameters())
         self._linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        self._of_parts = [m for m in model.modules() if isinstance(m, CompressedLinear)]
 
     def step(self, *tasks: str) -> None:
         """Move what any of `tasks` owns; with no names, what any task owns; see `MaskedAdam.step`.
@@ -81,6 +83,10 @@ class TaskAdam(MaskedAdam):
                 owned = _owned(layer, tasks)
                 decayed = layer.weight * factor
                 layer.weight.copy_(decayed if owned is None else torch.where(owned, decayed, layer.weight))
+        for of_parts in self._of_parts:
+            for part, owners in zip(of_parts.parts, of_parts.owners, strict=True):
+                if part.grad is not None and not (tasks and owners.isdisjoint(tasks)):
+                    part.mul_(factor)
 
 
 def _owned(layer: nn.Linear, tasks: tuple[str, ...]) -> Tensor | None:
