@@ -84,6 +84,17 @@ void leaky_relu(const float* slopes, float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = leaky_relu_of(values[i], slopes[i]);
 }
 
+inline float dice_of(float v, float scale, float shift, float alpha) {
+  return v * __builtin_fmaf(1 - alpha, sigmoid_of(__builtin_fmaf(v, scale, shift)), alpha);
+}
+
+void dice(const float* constants, int64_t stride, int is_one, float* values, int64_t count) {
+  const float *scale = constants, *shift = scale + stride, *alpha = shift + stride;
+  if (is_one)
+    return map(values, count, [a = *scale, b = *shift, c = *alpha](float v) { return dice_of(v, a, b, c); });
+  for (int64_t i = 0; i < count; ++i) values[i] = dice_of(values[i], scale[i], shift[i], alpha[i]);
+}
+
 void activate(uint32_t activation, float slope, float* values, int64_t count) {
   switch (activation) {
     case ACTIVATION_SIGMOID: return map(values, count, [](float v) { return sigmoid_of(v); });

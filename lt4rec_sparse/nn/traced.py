@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lt4rec_sparse.nn import dice
 from lt4rec_sparse.nn.chain import DROPPED
 from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
@@ -135,11 +136,15 @@ class _Tracer(fx.Tracer):
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation: torch's own, or ours."""
+    """Whether a module is one operation: torch's own, or ours, or another library's that is fused as ours."""
     is_torchs = type(module).__module__.startswith("torch.nn") and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict
     )
-    return is_torchs or isinstance(module, MaskedLinear | MaskedMLP | SparseMLP)
+    return is_torchs or isinstance(module, MaskedLinear | MaskedMLP | SparseMLP) or _is_dice(module)
+
+
+def _is_dice(module: nn.Module) -> bool:
+    return dice.is_called_so(module) and dice.difference(module) is None
 
 
 def _takes_inputs_alone(module: nn.Module) -> bool:
@@ -200,7 +205,8 @@ def _part(made: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
     if node.op == "call_module":
         module = made.get_submodule(str(node.target))
-        return module if isinstance(module, _KINDS) and len(node.args) == 1 and not node.kwargs else None
+        is_of_chains = isinstance(module, _KINDS) or _is_dice(module)
+        return module if is_of_chains and len(node.args) == 1 and not node.kwargs else None
     make = FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     try:
         return None if make is None else make(*node.args[1:], **node.kwargs)

@@ -120,6 +120,7 @@ LEFT_ACTIVATIONS = (
     ("leaky_relu", 0.1),
     ("leaky_relu", -1.5),
     ("elu", 0.7),
+    ("dice", torch.tensor([[0.9], [-0.3], [-0.2]])),  # scale, shift, alpha of one output
 )
 
 
@@ -127,7 +128,7 @@ def with_every_activation(make: Callable[[Sequence[int]], Sequence[MaskedLayer]]
     """Return a task with a layer for each of `LEFT_ACTIVATIONS`; `make` makes it from its widths."""
     widths = (in_features, *range(20 + len(LEFT_ACTIVATIONS), 20, -1))
     return [
-        layer._replace(activation=name, slope=slope)
+        layer._replace(activation=name, slope=slope.expand(-1, len(layer.weight)) if isinstance(slope, Tensor) else slope)
         for layer, (name, slope) in zip(make(widths), LEFT_ACTIVATIONS, strict=True)
     ]
 

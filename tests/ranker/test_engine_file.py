@@ -435,7 +435,7 @@ class Editor:
 
 
 EDITS: list[tuple[str, tuple[Any, ...]]] = [
-    (r"version: got 2, wanted 1", ("of_header", "version", 2)),
+    (r"version: got 3, wanted 2", ("of_header", "version", 3)),
     (r"precision: got 3", ("of_header", "precision", 3)),
     (r"rows_kind: got 3", ("of_header", "rows_kind", 3)),
     (r"dim: got 0, wanted 1 to 65536", ("of_header", "dim", 0)),
@@ -484,7 +484,7 @@ EDITS: list[tuple[str, tuple[Any, ...]]] = [
     (r"own_layers\[0\].out_features: got 48, wanted 1", ("of_record", "own_layers", 0, "is_head", 1)),
     (r"own_layers\[0\].takes_bias: got 0, wanted 1", ("of_record", "own_layers", 0, "takes_bias", 0)),
     (r"own_layers\[1\].takes_bias: got 1, wanted 0", ("of_record", "own_layers", 1, "takes_bias", 1)),
-    (r"own_layers\[1\].activation: got 10", ("of_record", "own_layers", 1, "activation", 10)),
+    (r"own_layers\[1\].activation: got 11", ("of_record", "own_layers", 1, "activation", 11)),
     (r"own_layers\[1\].slope: got inf", ("of_record", "own_layers", 1, "slope", math.inf)),
     (r"own_layers\[1\].slopes: got 2, wanted 32", ("of_record", "own_layers", 1, "slopes", 2, "count")),
     (r"own_layers\[1\].bias: got 31, wanted 32", ("of_record", "own_layers", 1, "bias", 31, "count")),
