@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _graph_of(module: nn.Module) -> fx.Graph | None:
         return None
     before = [dict(vars(part)) for part in parts]
     try:
-        graph = _Tracer().trace(module)
+        graph = _Tracer(parts).trace(module)
     except Exception:  # a forward that does not find tensors raises whatever it likes
         graph = None
     for part, had in zip(parts, before, strict=True):
@@ -131,8 +131,12 @@ def _with_sequentials(module: nn.Module, is_wanted: Callable[[nn.Module], bool])
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, parts: Collection[nn.Module] = ()) -> None:
+        super().__init__()
+        self._parts = set(parts)  # known beforehand: what a Dice computes cannot be tried while calls are traced
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m)
+        return m not in self._parts
 
 
 def _is_leaf(module: nn.Module) -> bool:
