@@ -3,8 +3,8 @@
 docs/artefact.md is its specification, byte by byte; tests/ranker/reader.py is a second reader, written from that page.
 
 A file has the least version that it needs, so that older readers read what they can: 1 has `SharedWeight` alone; 2 has
-a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output; 4 has the activation dice. What an older reader
-may ignore (`codes`, `context`, `digests`) needs no version.
+a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output; 4 has the activation
+dice. What an older reader may ignore (`codes`, `context`, `digests`) needs no version.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
