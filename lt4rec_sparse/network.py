@@ -145,6 +145,12 @@ class FrozenNetwork:
         return (*(layer.weight.shape[0] for layer in self.hidden), *heads)
 
     @property
+    def activations(self) -> frozenset[str]:
+        """Which activations its layers end in."""
+        hidden, heads = self.hidden, self.heads.values()
+        return frozenset([*(layer.activation for layer in hidden), *(head.activation for head in heads)])
+
+    @property
     def is_in_blocks(self) -> bool:
         """Whether all hidden layers are kept in blocks of 16 x 4, which kernels take as they are."""
         return all(isinstance(layer.weight, BlockWeight) for layer in self.hidden) and bool(self.hidden)

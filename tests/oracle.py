@@ -81,7 +81,9 @@ ACTIVATIONS = {
     "none": Activation(lambda z, slope: z, lambda slope: 1),
     "relu": Activation(lambda z, slope: z.relu(), lambda slope: 1),
     # exp, the sum and the quotient.
-    "sigmoid": Activation(lambda z, slope: z.sigmoid(), lambda slope: 1 / 4, 3, lambda z, value, slope: torch.ones_like(z)),
+    "sigmoid": Activation(
+        lambda z, slope: z.sigmoid(), lambda slope: 1 / 4, 3, lambda z, value, slope: torch.ones_like(z)
+    ),
     "tanh": Activation(lambda z, slope: z.tanh(), lambda slope: 1, 3),
     "silu": Activation(lambda z, slope: F.silu(z), lambda slope: 1.1, 3, _of_z),
     # z times a probability, which takes a square, a difference, exp, a product or two, and a sum.

@@ -15,9 +15,9 @@ DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at infe
 class Chain:
     """Linear layers one after the other, with what belongs to each; built module by module.
 
-    Activations (`plain.is_activation`) belong to the linear layer before them. BatchNorm1d is folded into the linear layer before
-    it, or the one after it, as it computes in `eval()` on `[batch, features]`; the products are formed in float64.
-    `DROPPED` are dropped.
+    Activations (`plain.is_activation`) belong to the linear layer before them. BatchNorm1d is folded into the linear
+    layer before it, or the one after it, as it computes in `eval()` on `[batch, features]`; the products are formed in
+    float64. `DROPPED` are dropped.
 
     Args:
         begin: The place of the first module that can be taken.

@@ -70,9 +70,7 @@ def save_module(module: nn.Module, path: str | Path) -> None:
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got a {type(value).__name__} in the state, wanted tensors alone")
             tensors[f"state.{name}"] = value
-    networks = [call.network for call in places]
-    layers = [layer for network in networks for layer in (*network.hidden, *network.heads.values())]
-    version = 2 if any(layer.activation == "dice" for layer in layers) else 1
+    version = 2 if any("dice" in call.network.activations for call in places) else 1
     meta = {"version": version, "calls": calls, "absorbed": absorbed, "traced": graphs}
     checked_file.write(path, KEY, meta, tensors)
 

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from lt4rec_sparse.formats import VALUE_DTYPES, format_for
-from lt4rec_sparse.network import SLOPED, FrozenNetwork, Slope, SparseLayer
+from lt4rec_sparse.network import SLOPED, SLOPES, FrozenNetwork, Slope, SparseLayer
 from lt4rec_sparse.nn import dice
 from lt4rec_sparse.nn.reading import computes_as, hook_of, pruned
 
@@ -168,8 +168,8 @@ def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = 
         ValueError: If it is none of these.
     """
     if isinstance(activation, str):
-        if activation in SLOPED:
-            wanted = "nn.LeakyReLU or nn.ELU, which have one"
+        if activation in (*SLOPED, *SLOPES):
+            wanted = "nn.LeakyReLU, nn.ELU or a Dice, which have one"
             raise ValueError(f"{name}: got {activation!r} without a slope, wanted {wanted}")
         return layer._replace(activation=activation)
     if not is_activation(activation):
@@ -179,8 +179,9 @@ def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = 
         raise ValueError(f"{name}: {reason}")
     kind, slope = FUSED[dice.Dice if dice.is_called_so(activation) else type(activation)](activation)
     if isinstance(slope, Tensor) and slope.shape[-1] != len(layer.weight):
-        got, wanted = f"a {type(activation).__name__} with {slope.shape[-1]} slopes", len(layer.weight)
-        raise ValueError(f"{name}: got {got}, wanted {'1 or ' if isinstance(activation, nn.PReLU) else ''}{wanted}")
+        got = f"a {type(activation).__name__} with {slope.shape[-1]} slopes"
+        least = "1 or " if isinstance(activation, nn.PReLU) else ""
+        raise ValueError(f"{name}: got {got}, wanted {least}{len(layer.weight)}")
     if not torch.as_tensor(slope).isfinite().all():
         raise ValueError(f"{name}: got a {type(activation).__name__} with NaN or infinity in it, wanted finite numbers")
     return layer._replace(activation=kind, slope=slope)

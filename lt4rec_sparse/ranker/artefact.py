@@ -63,9 +63,8 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     _check_finite(tensors)
     absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
     is_third = "inputs.scales" in rows or bool(absent) or any(name.endswith(".slope") for name in network)
-    layers = of_network["layers"]
-    is_fourth = any(layer["activation"] == "dice" for layer in layers)
-    version = 4 if is_fourth else 3 if is_third else 2 if any("block" in layer for layer in layers) else 1
+    is_second = any("block" in layer for layer in of_network["layers"])
+    version = 4 if "dice" in ranker.mlp.network.activations else 3 if is_third else 2 if is_second else 1
     meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
     checked_file.write(path, KEY, meta, tensors)
 

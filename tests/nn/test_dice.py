@@ -87,9 +87,9 @@ def fuxi_ctr(features: int, size: int | None = None) -> nn.Module:
             self.bn = nn.BatchNorm1d(features, affine=False, eps=1e-9, momentum=0.01)
             self.alpha = nn.Parameter(torch.zeros(features if size is None else size))
 
-        def forward(self, X):
-            p = torch.sigmoid(self.bn(X))
-            return p * X + (1 - p) * self.alpha * X
+        def forward(self, x):
+            p = torch.sigmoid(self.bn(x))
+            return p * x + (1 - p) * self.alpha * x
 
     return drawn(Dice())
 
@@ -475,7 +475,8 @@ def test_constants_that_cannot_be_are_refused(slope, message):
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(torch.nan), nn.ELU(torch.inf), nn.PReLU(16, init=torch.nan)])
 def test_an_activation_with_nan_is_left_to_torch(activation):
     model = nn.Sequential(pruned(9, 16), activation, pruned(16, 4))
-    assert [type(part).__name__ for part in freeze(model)] == ["SparseLinear", type(activation).__name__, "SparseLinear"]
+    kinds = [type(part).__name__ for part in freeze(model)]
+    assert kinds == ["SparseLinear", type(activation).__name__, "SparseLinear"]
     with pytest.raises(ValueError, match=r"1: got a .* with NaN or infinity in it, wanted finite numbers"):
         SparseMLP.from_sequential(model)
 
