@@ -50,7 +50,7 @@ class Dice(nn.Module):
         if x.dim() != 2:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [batch, {self.bn.num_features}]")
         p = torch.sigmoid(self.bn(x))
-        return p * x + (1 - p) * self.alpha * x
+        return (p * x + (1 - p) * self.alpha * x).to(x.dtype)  # which alpha may be wider than
 
 
 def is_called_so(module: nn.Module) -> bool:

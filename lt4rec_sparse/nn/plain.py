@@ -201,7 +201,7 @@ def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwor
 def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
     """Return the plain modules of one task, one after the other: linear layers with exactly its weights, activations.
 
-    Parameters are copies, in the dtype that the network keeps its weights in.
+    Parameters are copies, in the dtype that the network keeps its weights in; those of Dice in float32.
 
     Raises:
         ValueError: If there is no such task.
@@ -216,7 +216,9 @@ def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
             linear.bias = nn.Parameter(layer.bias.to(network.dtype, copy=True))
         modules.append(linear)
         if layer.activation != "none":
-            modules.append(MODULES[layer.activation](layer.slope))
+            activation = MODULES[layer.activation](layer.slope)
+            # torch takes PReLU's slopes in the dtype of x alone, and a norm's statistics in float32 too.
+            modules.append(activation if isinstance(activation, dice.Dice) else activation.to(network.dtype))
     return modules
 
 

@@ -8,7 +8,7 @@ from oracle import UNIT_ROUNDOFF, Bounded, activated, assert_exact, assert_round
 from pruned_models import Residual, in_blocks, pruned
 from torch import nn
 
-from lt4rec_sparse import MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
+from lt4rec_sparse import Dice, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
 from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.network import ACTIVATIONS, SLOPED
 from lt4rec_sparse.nn.plain import MODULES
@@ -38,6 +38,15 @@ def test_every_activation_leads_back():
         again = SparseMLP.from_sequential(layer.to_dense()).network.hidden[0]
         assert again.activation == name
         assert_exact(torch.as_tensor(again.slope), torch.as_tensor(slope))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", [nn.PReLU(8, init=-0.3), Dice(8)], ids=["PReLU", "Dice"])
+def test_activations_with_parameters_compute_in_16_bits(dtype, activation):
+    mlp = SparseMLP.from_sequential(nn.Sequential(pruned(9, 8), activation, pruned(8, 4)))
+    x, dense = torch.randn(5, 9), mlp.to(dtype).to_dense()
+    assert dense(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(dense(x.to(dtype)).float(), mlp(x), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("layer", [pruned(9, 6), in_blocks(40, 32), nn.Linear(3, 2, bias=False)])
