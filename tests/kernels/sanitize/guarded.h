@@ -263,7 +263,7 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     state().isa->dice(copied(2, constants, 2 * stride + (is_one ? 1 : count)), stride, is_one, target, count);
     std::memcpy(values, target, size_t(count) * sizeof(float));
   };
-  wrapped.line_f32 = [const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
+  wrapped.line_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     line<LineF32>(state().isa->line_f32, a, b, bias, count, has_relu, to);
   };
   wrapped.line_bf16 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, uint16_t* to) {
