@@ -226,11 +226,11 @@ inline Network random_network(Random& random, const std::vector<std::vector<int>
       layer.activation = layer.is_head && chance(random, 0.5) ? ACTIVATION_NONE : ACTIVATION_RELU;
       if (chance(random, 0.3)) {
         layer.activation = ACTIVATION_DICE;
-        // A gate that is 1 or as good as 0, whatever z is: z or alpha z, which are exact.
+        // A gate that is 1, or lost beside alpha, whatever z is: z or alpha z, which are exact.
         layer.slopes.resize(size_t(3 * widths[i + 1]));
         for (int row = 0; row < widths[i + 1]; ++row) {
           layer.slopes[size_t(widths[i + 1] + row)] = chance(random, 0.5) ? 100.0f : -100.0f;
-          layer.slopes[size_t(2 * widths[i + 1] + row)] = float(below(random, 3) - 1);
+          layer.slopes[size_t(2 * widths[i + 1] + row)] = chance(random, 0.5) ? -1.0f : 2.0f;
         }
       }
       if (i > 0) layer.input_scale = 0.1, layer.input_zero_point = below(random, 3) * 10;
