@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
-from lt4rec_sparse import MaskedMLP, Ranker, freeze
+from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -76,7 +77,12 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def make(
-    context: bool = True, kind: str = "fp32", dim: int = 5, precision: str = "fp32", blocks: bool = False
+    context: bool = True,
+    kind: str = "fp32",
+    dim: int = 5,
+    precision: str = "fp32",
+    blocks: bool = False,
+    activation: str = "relu",
 ) -> Ranker:
     schema = Schema.from_dict(SCHEMA if context else {**SCHEMA, "context": []})
     rows = {
@@ -108,6 +114,12 @@ def make(
         else:
             mlp.set_mask(Mask.random(shapes, {n: r * c // 2 for n, (r, c) in shapes.items()}, generator), task)
     frozen = freeze(mlp, sigmoid=True)
+    if activation == "dice":
+        hidden = (
+            layer._replace(activation="dice", slope=torch.randn(3, layer.weight.shape[0], generator=generator))
+            for layer in frozen.network.hidden
+        )
+        frozen = SparseMLP(replace(frozen.network, hidden=tuple(hidden)))
     if precision == "int8":
         frozen = frozen.calibrated(torch.randn(500, inputs.out_features))
     return Ranker(encoder, inputs, frozen.to_precision(precision))

@@ -2,6 +2,7 @@
 
 from lt4rec_sparse.nn.compressed import CompressedMLP
 from lt4rec_sparse.nn.convert import freeze, unfreeze
+from lt4rec_sparse.nn.dice import Dice
 from lt4rec_sparse.nn.layer_report import Report, report
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.masking import mask_linears
@@ -12,6 +13,7 @@ from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 
 __all__ = [
     "CompressedMLP",
+    "Dice",
     "MaskedAdam",
     "MaskedLinear",
     "MaskedMLP",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.stored import load_weights, read_seconds, save_weights
-from lt4rec_sparse.recsys.training import EarlyStopping, Objective, Schedule, TaskAdam, averaged_model, evaluate, train
+from lt4rec_sparse.recsys.training import (
+    EarlyStopping,
+    Objective,
+    Schedule,
+    TaskAdam,
+    averaged_model,
+    evaluate,
+    sparse_steps,
+    train,
+)
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging

@@ -7,6 +7,7 @@ from lt4rec_sparse.recsys.training.objectives import Alternating, Factors, Joint
 from lt4rec_sparse.recsys.training.precision import fastest_dtype
 from lt4rec_sparse.recsys.training.rates import TaskAdam
 from lt4rec_sparse.recsys.training.schedule import SCHEDULES, Schedule
+from lt4rec_sparse.recsys.training.sparse_steps import sparse_steps
 from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "evaluate",
     "fastest_dtype",
     "predict",
+    "sparse_steps",
     "train",
 ]
