@@ -395,7 +395,10 @@ def test_more_seeds_are_added_to_the_old_ones(small_folder, finished, again, mon
     first, second = ([r for r in results_of(again)["records"] if r["seed"] == seed] for seed in (0, 1))
     assert first == results_of(finished)["records"]
     assert [record["row"] for record in second] == [record["row"] for record in first]
-    assert all(a["test"] != b["test"] for a, b in zip(first, second, strict=True))
+    drawn = [(a, b) for a, b in zip(first, second, strict=True) if a["row"] not in baselines.TITLES]
+    assert all(a["test"] != b["test"] for a, b in drawn), (
+        "a seed draws nothing of a constant, and of so few rows' trees"
+    )
     assert (again / MODEL).read_bytes() == (finished / MODEL).read_bytes()
     assert json.loads((again / "config.json").read_text())["seeds"] == 2
     assert "2 seeds" in report.read_text()

@@ -144,14 +144,13 @@ def _trees(starts: Starts, tasks: tuple[str, ...], seed: int) -> nn.Module:
         kind = HistGradientBoostingClassifier if starts.kinds[task] == "binary" else HistGradientBoostingRegressor
         x, y, weights = _of_task(train, task)
         x_val, y_val, weights_val = _of_task(validation, task)
-        forest = kind(
-            max_iter=ROUNDS,
-            early_stopping=True,
-            n_iter_no_change=PATIENCE,
-            categorical_features=_categories(starts.prepared.encoder),
-            random_state=seed,
-        )
-        forests[task] = forest.fit(x, y, sample_weight=weights, X_val=x_val, y_val=y_val, sample_weight_val=weights_val)
+        how = {"categorical_features": _categories(starts.prepared.encoder), "random_state": seed}
+        stopped = kind(max_iter=ROUNDS, early_stopping=True, n_iter_no_change=PATIENCE, **how)
+        stopped.fit(x, y, sample_weight=weights, X_val=x_val, y_val=y_val, sample_weight_val=weights_val)
+        # scikit-learn keeps the rounds after the best one, which on few rows are worse than a constant; score 0 is of
+        # no round.
+        best = max(1, int(np.argmax(stopped.validation_score_)))
+        forests[task] = kind(max_iter=best, early_stopping=False, **how).fit(x, y, sample_weight=weights)
     return _Trees(forests)
 
 
