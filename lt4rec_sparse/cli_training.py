@@ -19,6 +19,10 @@ _EMA = (
     "themselves."
 )
 
+_SPARSE_STEPS = (
+    "Let steps through masks that stay as they are compute with kept weights alone, in fp32, where that is faster."
+)
+SparseSteps = Annotated[bool, typer.Option("--sparse-steps/--dense-steps", help=_SPARSE_STEPS)]
 BaseRates = Annotated[bool, typer.Option("--base-rates/--no-base-rates", help=_BASE_RATES)]
 Patience = Annotated[int, typer.Option(help=_PATIENCE)]
 PatienceOfRun = Annotated[

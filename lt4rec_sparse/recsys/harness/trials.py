@@ -91,8 +91,8 @@ class Training:
             `MaskedAdam`): its time then does not grow with the tables.
         base_rates: Whether every task's scores start at the task's mean label on the training days (`base_rates`),
             not at one half.
-        sparse_steps: Whether a training whose masks stay as they are computes with kept weights alone, in float32, where
-            that is faster (`sparse_steps`).
+        sparse_steps: Whether a training whose masks stay as they are computes with kept weights alone, in float32,
+            where that is faster (`sparse_steps`).
         schedule: How learning rates fall over all epochs, one of `SCHEDULES`; see `Schedule`.
         warm_up_steps: Batches in which they rise first.
         weight_decay: Decoupled decay of the weights of linear layers (`TaskAdam`); 0 for none.
