@@ -130,6 +130,12 @@ def test_the_suite_of_whole_networks_runs_in_its_short_form() -> None:
 
 
 @pytest.mark.bench_short
+def test_the_suite_of_sparse_training_runs_in_its_short_form() -> None:
+    printed = bench("sparse-training", "--short")
+    assert all(f"| {way}, 90% |" in printed for way in ("blocks", "single weights")), printed
+
+
+@pytest.mark.bench_short
 def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     measured = json.loads(bench("training", str(small_log.folder), "--short"))
     assert set(measured["steps"]["rows_per_second"]) >= {"lt4rec_sparse, fp32", "lt4rec_sparse, bf16"}

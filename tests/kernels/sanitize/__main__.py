@@ -3,11 +3,12 @@
 Builds csrc/ without Python, with drivers of its own, once for each sanitizer, below `build/sanitize`, and runs it over
 a wide set of networks and calls:
 
-- address (AddressSanitizer, UndefinedBehaviorSanitizer): every network, kernel and batch against plain loops; a fuzz of
-  prepack; calls from several threads; sizes and headers for which there is no memory. Then engine files with faults,
-  of every precision and kind of embedding: each is refused with a message, or serves requests.
-- thread (ThreadSanitizer): callers at the same time, each with a team of threads. `openmp.cpp` takes the place of
-  GCC's OpenMP, which the sanitizer does not see through.
+- address (AddressSanitizer, UndefinedBehaviorSanitizer): every network, kernel and batch against plain loops, and
+  training steps; a fuzz of prepack; calls from several threads; sizes and headers for which there is no memory. Then
+  engine files with faults, of every precision and kind of embedding: each is refused with a message, or serves
+  requests.
+- thread (ThreadSanitizer): callers at the same time, each with a team of threads, and training steps of a team.
+  `openmp.cpp` takes the place of GCC's OpenMP, which the sanitizer does not see through.
 - release (no sanitizer, the optimisation of setup.py): every argument of every kernel between inaccessible pages, which
   finds what both sanitizers miss: gathers, vector loads, and an overrun from one piece of scratch memory into the next.
 
@@ -62,7 +63,7 @@ class Build(NamedTuple):
 ADDRESS = Build(
     "address",
     ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
-    ("cases", "threads", "fuzz", "huge", "memory"),
+    ("cases", "threads", "training", "fuzz", "huge", "memory"),
     {
         "overrun": "AddressSanitizer: heap-buffer-overflow",
         "misaligned": "runtime error: load of misaligned address",
@@ -72,7 +73,7 @@ ADDRESS = Build(
 THREAD = Build(
     "thread",
     ("-fsanitize=thread",),
-    ("threads",),
+    ("threads", "training"),
     {"race": "ThreadSanitizer: data race", "team": "ThreadSanitizer: data race"},
     has_own_openmp=True,
     file_modes=("threads",),

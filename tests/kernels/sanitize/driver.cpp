@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "guarded.h"
+#include "training_cases.h"
 
 namespace {
 
@@ -419,12 +420,13 @@ void run_fault(const std::string& fault) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CHECK(argc == 3, "usage: driver cases|guarded|threads|fuzz|huge|memory|overrun|misaligned|page|race|team quick|full");
+  CHECK(argc == 3, "usage: driver cases|guarded|threads|training|fuzz|huge|memory|overrun|misaligned|page|race|team quick|full");
   const std::string mode = argv[1];
   is_quick = std::string(argv[2]) == "quick";
   if (mode == "cases") run_cases();
   else if (mode == "guarded") run_guarded();
   else if (mode == "threads") run_threads();
+  else if (mode == "training") calls += training_cases::run(3, is_quick);
   else if (mode == "fuzz") run_fuzz();
   else if (mode == "huge") run_huge();
   else if (mode == "memory") run_without_memory();
