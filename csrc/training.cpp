@@ -177,10 +177,18 @@ extern "C" int lt4rec_training_backward(const Isa* isa, const TrainingLayer* lay
     if (l == 0 && !dx) break;
     const int64_t size = panel_floats(layer.in_features), of_outputs = panel_floats(layer.out_features);
     if (l > 0) before = floats(panel_count * size);
+    const Floats by_column = floats(layer.is_blocks ? 0 : layer.count);
+    for (int64_t i = 0; !layer.is_blocks && i < layer.count; ++i)
+      by_column[size_t(i)] = reinterpret_cast<const float*>(
+          layer.values)[reinterpret_cast<const uint32_t*>(layer.column_places)[i]];
     has_memory &= in_parallel(panel_count, threads, [&](int64_t panel) {
       const Floats own = floats(l > 0 ? 0 : size);
       float* to = l > 0 ? before.get() + panel * size : own.get();
-      (layer.is_blocks ? kernels.inputs_blocks : kernels.inputs_weights)(&layer, dz.get() + panel * of_outputs, to);
+      const float* of_panel = dz.get() + panel * of_outputs;
+      if (layer.is_blocks)
+        kernels.inputs_blocks(&layer, of_panel, to);
+      else
+        kernels.inputs_weights(&layer, by_column.get(), of_panel, to);
       if (l == 0)
         return from_panel(isa, to, rows_of(batch, panel), layer.in_features, dx + panel * PANEL_ROWS * dx_stride,
                           dx_stride);

@@ -65,7 +65,8 @@ typedef struct {
   void (*weights_blocks)(const Isa* isa, const TrainingLayer* layer, int64_t first, int64_t last, const float* dz,
                          const float* x, float* gradient, float* bias_gradient);
   void (*forward_weights)(const TrainingLayer* layer, const float* bias, const float* x, float* h);
-  void (*inputs_weights)(const TrainingLayer* layer, const float* dz, float* dx);
+  // `values` are those of the layer column by column.
+  void (*inputs_weights)(const TrainingLayer* layer, const float* values, const float* dz, float* dx);
   // Adds to gradient[count].
   void (*weights_weights)(const Isa* isa, const TrainingLayer* layer, int64_t first, int64_t last, const float* dz,
                           const float* x, float* gradient, float* bias_gradient);

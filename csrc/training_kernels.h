@@ -238,11 +238,10 @@ void forward_weights(const TrainingLayer* layer, const float* bias, const float*
 }
 
 template <class V, int kLines>
-void inputs_weights(const TrainingLayer* layer, const float* dz, float* dx) {
-  const auto *places = at<uint32_t>(layer->column_places), *rows = at<uint32_t>(layer->column_rows);
-  const auto* values = at<float>(layer->values);
+void inputs_weights(const TrainingLayer* layer, const float* values, const float* dz, float* dx) {
+  const auto* rows = at<uint32_t>(layer->column_rows);
   for (int64_t i = 0; i < layer->in_features * PANEL_ROWS; i += V::kWidth) V::store(dx + i, V::zero());
-  const auto item = [&](uint32_t place) { return Product{rows[place], values + places[place]}; };
+  const auto item = [&](uint32_t place) { return Product{rows[place], values + place}; };
   add_tiles<V, kLines>(at<uint32_t>(layer->column_begins), layer->row_tiles, layer->in_features, item, dz, false, dx);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lt4rec_sparse.kernels import cpu
 
-TILE = 64  # columns or rows of single weights whose part of a panel stays in the first cache
+TILE = 128  # columns or rows of single weights whose part of a panel stays in the first cache
 _LAYER = struct.Struct("<16q")  # TrainingLayer of csrc/training.h
 
 
