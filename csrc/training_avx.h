@@ -9,7 +9,7 @@ inline float sum_of_four(__m128 four) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Adds four such sums to what stands there.
+// Adds four such sums to the four floats at `to`.
 inline void add_sums_of_four(__m128 a, __m128 b, __m128 c, __m128 d, float* to) {
   _MM_TRANSPOSE4_PS(a, b, c, d);
   const __m128 all = _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d));

@@ -173,7 +173,7 @@ struct Product {
   const float* value;  // by this weight
 };
 
-// Adds the products of kLines rows or columns of weights, of one tile, to what stands in `to`: as many sums are under
+// Adds the products of kLines rows or columns of weights, of one tile, to the sums in `to`: as many sums are under
 // way. All take turns while the last has some left.
 template <class V, int kLines, class Item>
 inline void add_lines(const uint32_t* begins, const uint32_t* ends, const Item& item, const float* from, bool has_relu,

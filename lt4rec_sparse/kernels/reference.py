@@ -95,7 +95,7 @@ def _places(layer: TrainingLayer) -> tuple[Tensor, Tensor]:
 
 
 def kept_of(layer: TrainingLayer, dense: Tensor) -> Tensor:
-    """Return what stands in a dense `[out_features, in_features]` where a training layer has weights."""
+    """Return the elements of a dense `[out_features, in_features]` where a training layer has weights."""
     if layer.values.dim() == 1:
         return dense[_places(layer)]
     high, wide = layer.values.shape[1:]

@@ -106,7 +106,7 @@ class CompressedLinear(nn.Module):
         """Write what is kept, and the bias, into a layer of the same masks; what no task keeps stays as it is.
 
         Raises:
-            ValueError: If its masks are others.
+            ValueError: If it has other masks.
         """
         if masked.tasks != self.tasks or not torch.equal(pack_bits(masked.masks.cpu()), self.mask_bits):
             raise ValueError("masked: got a layer of other masks, wanted those that this one was made with")
@@ -208,7 +208,7 @@ class CompressedMLP(nn.Module):
         """Write what is kept, biases and heads into an MLP of the same masks; what no task keeps stays as it is.
 
         Raises:
-            ValueError: If its layers, tasks or masks are others.
+            ValueError: If it has other layers, tasks or masks.
         """
         if masked.tasks != self.tasks or len(masked.layers) != len(self.layers):
             got, wanted = (f"{len(mlp.layers)} layers of {', '.join(mlp.tasks)}" for mlp in (masked, self))

@@ -51,9 +51,9 @@ def compressed_mlp(
 
     Args:
         x: `[batch, in_features]`, float32, on the CPU.
-        values: Of each layer what its pattern keeps: float32 `[blocks, 16, 4]`, or `[count]` of single weights.
-        biases: Of each layer, float32 `[out_features]`.
-        patterns: Of each layer, `pattern_of` its mask.
+        values: What the pattern of each layer keeps: float32 `[blocks, 16, 4]`, or `[count]` of single weights.
+        biases: The bias of each layer, float32 `[out_features]`.
+        patterns: `pattern_of` the mask of each layer.
 
     Returns:
         `[batch, out_features]` of the last layer, float32.

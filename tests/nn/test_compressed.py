@@ -66,7 +66,7 @@ def test_a_task_s_gradient_reaches_what_the_task_owns_alone(granularity: str) ->
 
 
 def there(dense: Tensor, places: Tensor) -> Tensor:
-    """Return what stands at places of a flattened weight; 0 beyond its edges."""
+    """Return the elements of a weight at places; 0 beyond its edges."""
     return torch.where(places >= 0, dense.flatten()[places.clamp(min=0)], 0)
 
 
