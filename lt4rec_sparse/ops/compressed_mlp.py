@@ -165,13 +165,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, values, biases, patterns = inputs
     _, panels = output
     ctx.mark_non_differentiable(panels)
+    ctx.set_materialize_grads(False)  # zeros for the panels would be as many as they are
     ctx.count = len(values)
     ctx.save_for_backward(panels, x, *values, *biases, *patterns)
 
 
-def _backward(ctx: Any, dh: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dh: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     panels, x, *parts = ctx.saved_tensors
     n, needs_x = ctx.count, ctx.needs_input_grad[0]
+    if dh is None:
+        return None, [None] * n, [None] * n, [None] * len(parts[2 * n :])
     values, biases, patterns = parts[:n], parts[n : 2 * n], parts[2 * n :]
     dx, *rest = torch.ops.lt4rec_sparse.compressed_mlp_backward(dh, panels, x, values, biases, patterns, needs_x)
     return dx if needs_x else None, rest[:n], rest[n:], [None] * len(patterns)
