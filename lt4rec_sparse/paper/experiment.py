@@ -20,7 +20,7 @@ from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.harness.trials import Training, check_counts
-from lt4rec_sparse.recsys.report import write_page
+from lt4rec_sparse.recsys.report import worded, write_page
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def run_experiment(
         raise InputError(
             f"{name}: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
         )
+    if experiment.carried and schema.group is None:
+        raise InputError(f"{name}: got a log without [group], wanted the user of each row: a request is one user's")
     kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
     if experiment.kinds and list(kinds.values()) != list(experiment.kinds):
         wanted = ", ".join(experiment.kinds)
@@ -145,4 +147,4 @@ def run_experiment(
         results = {**facts, "further": findings.further, "records": study.records}
         write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(text, f"{name}: {schema.name}", out / name)
+        return write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lt4rec_sparse.errors import InputError, shown
 
@@ -21,6 +22,23 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items() if item is not None}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def later(default: Any, before: Any = MISSING) -> Any:
+    """Return a field that records stored earlier lack, and what those that lack it mean: by default its default."""
+    return dataclasses.field(default=default, metadata={"before": default if before is MISSING else before})
+
+
+def to_stored(value: Any) -> Any:
+    """Return a record as data for JSON, without what records stored before a field was there mean by its absence."""
+    if not is_dataclass(value):
+        return [to_stored(item) for item in value] if isinstance(value, tuple) else value
+    held = ((known, getattr(value, known.name)) for known in fields(value))
+    return {
+        known.name: to_stored(item)
+        for known, item in held
+        if item is not None and not ("before" in known.metadata and known.metadata["before"] == item)
+    }
 
 
 def to_toml(record: Any) -> str:
@@ -61,7 +79,10 @@ def from_plain(value: Any, hint: Any, where: str) -> Any:
             wanted = ", ".join(map(repr, get_args(hint)))
             raise SchemaError(f"{where}: got {shown(value)}, wanted one of {wanted}")
         return value
-    accepted = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    accepted = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    arms = [arm for arm in accepted if arm is not NoneType]
+    if len(arms) < len(accepted) and len(arms) == 1 and value is not None:  # an optional table, list or literal
+        return from_plain(value, arms[0], where)
     if type(value) not in accepted:  # `type`, not isinstance: True is not 1 here
         wanted = " or ".join(kind.__name__ for kind in accepted if kind is not NoneType)
         raise SchemaError(f"{where}: got {shown(value)}, wanted {wanted}")

@@ -1,4 +1,4 @@
-"""The contents of a click log: its columns, its tasks, its days, and the columns that no model may see.
+"""The contents of a click log: its columns, its tasks, its splits, and the columns that no model may see.
 
 A schema is plain data. It is written as TOML beside a log, is stored as JSON in the served artefact, and is checked
 once, here, so that all other code can trust it.
@@ -10,13 +10,13 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import check_depth, check_regular
-from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, to_plain, to_toml
+from lt4rec_sparse.ranker.features.records import SchemaError, from_plain, later, to_plain, to_stored, to_toml
 
 ValueType = Literal["int", "string"]
 # Prepared data stores ids as int32.
@@ -71,24 +71,58 @@ class Time:
 
 @dataclass(frozen=True)
 class Split:
-    """Train, validation and test by day: the last days of the log by number, or all three as explicit lists."""
+    """Which rows train, validate and test.
+
+    Attributes:
+        test_days: The last days of the log, by number; only by "day".
+        validation_days: The days before them; only by "day".
+        train: What is in this split: days, values of the column, or globs of files of the log.
+        validation: Likewise. By "column" and "files" it may be empty: `validation_share` of the training rows.
+        test: Likewise.
+        by: "day"; "random", a seeded hash of the row's place in the log; "hash", one of its value in `column`, so that
+            no value (no user) is in two splits; "column", whose values the lists name, by default train, validation
+            and test; or "files". None: by day if the log has a time, else at random.
+        column: The column that "column" and "hash" read.
+        test_share: Share of the rows, or of the values, that a hash gives the test; in (0, 1).
+        validation_share: Likewise; together they are below 1.
+        seed: Of the hash.
+    """
 
     test_days: int = 2
     validation_days: int = 2
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    by: Literal["day", "random", "hash", "column", "files"] | None = later(None)
+    column: str | None = later(None)
+    test_share: float = later(0.1)
+    validation_share: float = later(0.1)
+    seed: int = later(0)
 
     def __post_init__(self) -> None:
         lists = (self.train, self.validation, self.test)
-        if any(lists) and not all(lists):
-            raise SchemaError("split: got some of the lists train, validation, test, wanted all three or none")
-        twice = _repeated(day for days in lists for day in days)
+        twice = _repeated(item for items in lists for item in items)
         if twice is not None:
-            raise SchemaError(f"split: day {twice!r} is listed twice, wanted it in one split")
+            raise SchemaError(f"split: {self.by or 'day'} {twice!r} is listed twice, wanted it in one split")
+        if self.by in ("column", "files"):
+            if bool(self.train) != bool(self.test) or (self.validation and not self.train):
+                raise SchemaError("split: got some of the lists train, test, wanted both, or none")
+            if self.by == "files" and not self.train:
+                raise SchemaError("split: got by='files' without lists, wanted globs of files in train and test")
+        elif any(lists) and (self.by in ("random", "hash") or not all(lists)):
+            wanted = f"none by {self.by!r}" if self.by in ("random", "hash") else "all three or none"
+            raise SchemaError(f"split: got some of the lists train, validation, test, wanted {wanted}")
+        if (self.column is not None) != (self.by in ("column", "hash")):
+            wanted = "a column by 'column' and 'hash', and none by anything else"
+            raise SchemaError(f"split: got by={self.by!r} and column={self.column!r}, wanted {wanted}")
         if self.test_days < 1 or self.validation_days < 1:
             got = f"test_days={shown(self.test_days)}, validation_days={shown(self.validation_days)}"
             raise SchemaError(f"split: got {got}, wanted at least 1 each")
+        if not (self.test_share > 0 and self.validation_share > 0 and self.test_share + self.validation_share < 1):
+            got = f"test_share={shown(self.test_share)}, validation_share={shown(self.validation_share)}"
+            raise SchemaError(f"split: got {got}, wanted shares above 0 that sum to less than 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise SchemaError(f"split: got seed={shown(self.seed)}, wanted 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -220,14 +254,19 @@ class Schema:
     Where there are any, the group's column and what the histories make are in common too, without being named. It
     changes no training: a served ranker computes what is in common once, where a request gives it once.
 
+    A log without a `time` has no days: no histories, no derived ages. One without a `group` has no histories, and
+    reports leave GAUC out. Exact duplicates, rows that equal an earlier row of their day in every column of the files,
+    are kept, or dropped by `duplicates = "drop"`.
+
     Raises:
         SchemaError: If names repeat or do not resolve, tables disagree, or an outcome is a feature.
     """
 
     name: str
     files: Files
-    time: Time
-    group: Group
+    _: KW_ONLY
+    time: Time | None = None
+    group: Group | None = None
     columns: tuple[Column, ...]
     tasks: tuple[Task, ...]
     outcomes: tuple[str, ...] = ()
@@ -238,9 +277,11 @@ class Schema:
     slices: tuple[Slice, ...] = ()
     carried: tuple[str, ...] = ()
     context: tuple[str, ...] = ()
+    duplicates: Literal["keep", "drop"] = later("keep", before="drop")
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_time()
         categorical = {column.name for column in self.columns if column.kind != "dense"}
         for history in self.histories:
             for name in history.columns:
@@ -286,7 +327,29 @@ class Schema:
             return frozenset()
         declared = {column.name for column in self.columns}
         made = {column.name for column in self.features} - declared
-        return frozenset(made | ({*self.context, self.group.column} & declared))
+        group = () if self.group is None else (self.group.column,)
+        return frozenset(made | ({*self.context, *group} & declared))
+
+    @property
+    def keys(self) -> dict[str, ValueType]:
+        """The columns by which features are found, and their types: the group, and the keys of side tables."""
+        keys = {join.on: join.type for join in self.joins}
+        return keys if self.group is None else keys | {self.group.column: self.group.type}
+
+    @property
+    def moment(self) -> str | None:
+        """The column that says when a row was: its day, or its timestamp."""
+        return None if self.time is None else self.time.day or self.time.timestamp
+
+    @property
+    def order(self) -> str | None:
+        """The column that sorts the rows of a day."""
+        return None if self.time is None else self.time.order or self.time.timestamp
+
+    @property
+    def split_by(self) -> str:
+        """How rows are split: `split.by`, or its default."""
+        return self.split.by or ("random" if self.time is None else "day")
 
     @property
     def forbidden(self) -> frozenset[str]:
@@ -309,13 +372,27 @@ class Schema:
         schema: Schema = from_plain(data, cls, "schema")
         return schema
 
+    def to_stored(self) -> dict[str, Any]:
+        """Return the schema as JSON-able data for files, in which a schema of before a key was there stays the same."""
+        data: dict[str, Any] = to_stored(self)
+        return data
+
+    @classmethod
+    def from_stored(cls, data: Any) -> Schema:
+        """Read `to_stored` back; a key that is absent means what was done before it was there.
+
+        Raises:
+            SchemaError: As in `from_dict`.
+        """
+        return cls.from_dict({"duplicates": "drop", **data} if isinstance(data, Mapping) else data)
+
     def to_toml(self) -> str:
         """Return the schema as TOML without the defaults; `Schema.from_toml` reads it back equal."""
         return to_toml(self) + "\n"
 
     @classmethod
-    def from_toml(cls, path: Path | str) -> Schema:
-        """Read a schema file; errors begin with its path.
+    def from_toml(cls, path: Path | str, stored: bool = False) -> Schema:
+        """Read a schema file; errors begin with its path. `stored` reads it as `from_stored` does.
 
         Raises:
             SchemaError: As in `from_dict`, or if the file is not TOML or is nested deeper than any schema.
@@ -330,9 +407,24 @@ class Schema:
             raise SchemaError(f"{path}: {error}") from error
         try:
             check_depth(content, "schema")
-            return cls.from_dict(content)
+            return cls.from_stored(content) if stored else cls.from_dict(content)
         except InputError as error:
             raise SchemaError(f"{path}: {error}") from error
+
+    def _check_time(self) -> None:
+        """Refuse what needs days or groups in a log that has none."""
+        absent = [f"[{name}]" for name in ("time", "group") if getattr(self, name) is None]
+        if self.histories and absent:
+            got = f"history {self.histories[0].name!r}: got a log without {' and '.join(absent)}"
+            raise SchemaError(f"{got}, wanted both: it is a group's rows of earlier days")
+        if self.derived and self.time is None:
+            raise SchemaError(
+                f"derived {self.derived[0].name!r}: got a log without [time], wanted the days of its rows"
+            )
+        if self.split_by == "day" and self.time is None:
+            raise SchemaError("split: got by='day' without [time], wanted 'random', 'hash', 'column' or 'files'")
+        if self.time is None and (self.split.train and self.split.by is None):
+            raise SchemaError("split: got lists without `by`, wanted by='column' or by='files': the log has no [time]")
 
     def _check_names(self) -> None:
         named: dict[str, Sequence[Any]] = {

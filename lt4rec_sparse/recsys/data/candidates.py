@@ -30,7 +30,7 @@ def ids_of(path: Path, schema: Schema, tasks: Sequence[str]) -> tuple[str, ...]:
     """
     check_regular(path, kind=DataError)
     features = {column.name for column in schema.features}
-    ids = {schema.group.column, schema.time.day, schema.time.timestamp, *(join.on for join in schema.joins)}
+    ids = {*schema.keys, schema.moment}
     there = [name for name in column_names(path) if name in ids or name not in features]
     unfit = {*tasks, *list_columns(path)}
     return tuple(name for name in there if name not in unfit)

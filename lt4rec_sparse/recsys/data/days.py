@@ -1,12 +1,14 @@
-"""The log, day by day: read once, labels checked while the file is still known, exact duplicates dropped.
+"""The log, day by day: read once, labels checked while the file is still known, and each row's split noted.
 
-One pass distributes the rows to one file per day; then each day is freed of duplicates, sorted and written with the
-columns that the schema needs. Memory is bounded by one day of the log, however long the log is.
+One pass distributes the rows to one file per day; then each day is freed of duplicates if the schema asks for it,
+sorted and written with the columns that the schema needs. Memory is bounded by one day of the log, however long the log
+is. A log without a time is one day, named "", in the order of the files, and streamed but for dropping duplicates.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lt4rec_sparse.ranker.features import Schema, Time
+from lt4rec_sparse.recsys.data.batches import SPLITS
 from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, is_list, raw_types, read_file
+from lt4rec_sparse.recsys.data.splits import RowSplits, split_counts, split_days
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
 
-POSITION = "__position__"
+POSITION, SPLIT = "__position__", "__split__"
 # Each day keeps a file open while rows are distributed, and a process may usually open 1,024.
 MAX_DAYS = 900
 MAX_WEIGHT = float(np.finfo(np.float32).max)
@@ -37,11 +41,16 @@ class DayLog:
     rows_read: int
     duplicates: int  # rows dropped because they equal an earlier row of the same day
     paths: dict[str, Path]  # by day, ascending: as numbers if all days are numbers, else as text, such as ISO dates
+    splits: dict[str, tuple[str, ...]] | None  # the days that have rows of each split, if rows are not split by day
 
     @property
     def days(self) -> tuple[str, ...]:
         """The days, ascending."""
         return tuple(self.paths)
+
+    def days_of(self, schema: Schema) -> dict[str, tuple[str, ...]]:
+        """Return the days of train, validation and test; by rows, those that have some of them."""
+        return split_days(self.days, schema.split) if self.splits is None else self.splits
 
     def earlier(self, day: str, where: str) -> int:
         """Return how many days of the log are before `day`, which may be any; `where` begins an error's message.
@@ -76,7 +85,8 @@ def _log_columns(source: Source) -> list[str]:
             raise DataError(
                 f"{path}: column {min(differing)!r} is in one of this and {first.name}, wanted the same columns"
             )
-    roles = {"group": schema.group.column, "time": schema.time.day or schema.time.timestamp, "order": schema.time.order}
+    roles = {"time": schema.moment, "order": schema.order, "split": schema.split.column}
+    roles["group"] = None if schema.group is None else schema.group.column
     for task in schema.tasks:
         roles |= {f"label of {task.name}": task.label, f"weight of {task.name}": task.weight}
         roles |= {f"row filter {row!r} of {task.name}": row for row in task.rows}
@@ -89,7 +99,7 @@ def _log_columns(source: Source) -> list[str]:
 
 
 def partition(source: Source, folder: Path, batch_rows: int, progress: Progress, keep: Collection[str] = ()) -> DayLog:
-    """Read the log once and write it to `folder`, for temporary files, by day, without duplicates and in order.
+    """Read the log once and write it to `folder`, for temporary files, by day and in order.
 
     `DayLog.read` yields record batches of `batch_rows`, of the columns that the schema needs and those in `keep`.
     Progress is reported after every file read and day sorted.
@@ -98,6 +108,7 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
         DataError: If a file, a type, a label or a day contradicts the schema, or the log has no such column to keep.
     """
     types, names = raw_types(source.schema), _log_columns(source)
+    schema = source.schema
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
@@ -105,21 +116,53 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
     absent = next((name for name in keep if name not in names), None)
     if absent is not None:
         raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
-    needed = [name for name in names if name in types or name in keep]
-    paths, kept = {}, 0
+    by_rows = schema.split_by != "day"
+    needed = [name for name in names if name in types or name in keep] + [SPLIT] * by_rows
+    paths: dict[str, Path] = {}
+    split: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
+    kept = 0
     for index, day in enumerate(days):
-        table = _distinct(dealt[day], names)
-        order = source.schema.time.order or source.schema.time.timestamp
-        if order is not None:  # stable: rows at the same moment keep the order of the files
-            table = table.take(np.argsort(table[order].to_numpy(), kind="stable"))
-        table = table.select(needed)
         paths[day] = folder / f"day-{index}.arrow"
-        with pa.OSFile(str(paths[day]), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=batch_rows)
+        counts: Counter[str] = Counter()
+        with pa.memory_map(str(dealt[day])) as dealt_file, ExitStack() as stack:
+            reader, writer = pa.ipc.open_stream(dealt_file), None
+            for table in _ordered(reader, schema, names, needed, batch_rows):
+                if writer is None:
+                    file = stack.enter_context(pa.OSFile(str(paths[day]), "wb"))
+                    writer = stack.enter_context(pa.ipc.new_stream(file, table.schema))
+                writer.write_table(table, max_chunksize=batch_rows)
+                kept += table.num_rows
+                if by_rows:
+                    counts.update(split_counts(table[SPLIT].to_numpy()))
+        split = {name: (*held, day) if counts[name] else held for name, held in split.items()}
         dealt[day].unlink()
-        kept += table.num_rows
         progress("order days", index + 1, len(days))
-    return DayLog(names, rows_read, rows_read - kept, paths)
+    if schema.duplicates == "drop":
+        progress("duplicates dropped", rows_read - kept, rows_read)
+    return DayLog(names, rows_read, rows_read - kept, paths, split if by_rows else None)
+
+
+def _ordered(reader: Any, schema: Schema, names: list[str], needed: list[str], batch_rows: int) -> Iterator[Any]:
+    """Yield the rows of a day as tables: at once if they are sorted or compared, else some batches at a time."""
+    order = schema.order
+    if order is None and schema.duplicates == "keep":
+        held: list[Any] = []
+        for batch in reader:
+            held.append(batch.select(needed))
+            if sum(part.num_rows for part in held) >= batch_rows:
+                table = pa.Table.from_batches(held)
+                whole = table.num_rows - table.num_rows % batch_rows
+                yield table.slice(0, whole).combine_chunks()
+                held = table.slice(whole).combine_chunks().to_batches()
+        if held:
+            yield pa.Table.from_batches(held).combine_chunks()
+        return
+    table = reader.read_all()
+    if schema.duplicates == "drop":
+        table = _distinct(table, names)
+    if order is not None:  # stable: rows at the same moment keep the order of the files
+        table = table.take(np.argsort(table[order].to_numpy(), kind="stable"))
+    yield table.select(needed)
 
 
 def _deal(
@@ -128,13 +171,16 @@ def _deal(
     paths: dict[str, Path] = {}
     writers: dict[str, Any] = {}
     layout, rows = None, 0
+    splits = None if source.schema.split_by == "day" else RowSplits(source)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with ExitStack() as stack:
         for done, path in enumerate(source.log):
             for batch in read_file(path, types, names):
-                layout = layout or batch.schema
                 _check(path, batch, source.schema)
-                for day, part in _by_day(path, batch, source.schema.time):
+                if splits is not None:
+                    batch = batch.append_column(SPLIT, pa.array(splits.of(path, batch)))
+                layout = layout or batch.schema
+                for day, part in _by_day(path, batch, source.schema.time) if source.schema.time else [("", batch)]:
                     if day not in writers:
                         paths[day] = folder / f"dealt-{len(paths)}.arrow"
                         if len(paths) > MAX_DAYS:
@@ -197,12 +243,10 @@ def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
         yield day, ordered.slice(begin, end - begin)
 
 
-def _distinct(path: Path, names: list[str]) -> Any:
+def _distinct(table: Any, names: list[str]) -> Any:
     """Return the rows of a day without those that equal an earlier one in every column."""
-    with pa.memory_map(str(path)) as file:
-        table = pa.ipc.open_stream(file).read_all()
     keys = table.append_column(POSITION, pa.array(np.arange(table.num_rows)))
-    for place, name in enumerate(table.column_names):
+    for place, name in enumerate(names):
         if is_list(table[name].type):  # Arrow does not group by lists: they become text
             text = pc.binary_join(table[name].cast(pa.list_(pa.string())), "\x1f")
             keys = keys.set_column(place, name, text)
@@ -215,7 +259,7 @@ def _check(path: Path, batch: Any, schema: Schema) -> None:
 
     A missing label is no error: its row does not belong to the task. With `divide_by` no value is an error.
     """
-    if batch[schema.group.column].null_count:
+    if schema.group is not None and batch[schema.group.column].null_count:
         raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
     for task in schema.tasks:
         label = batch[task.label]

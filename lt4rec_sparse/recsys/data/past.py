@@ -12,13 +12,16 @@ from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.source import Source
 
 
-def noted_rows(log: DayLog, day: str, joined: Joined, histories: Histories) -> Iterator[tuple[Ids, dict[str, Any]]]:
-    """Yield the groups and the joined columns of a day's rows; after the last ones the day is past to `histories`."""
-    group = joined.schema.group.column
+def noted_rows(
+    log: DayLog, day: str, joined: Joined, histories: Histories
+) -> Iterator[tuple[Ids | None, dict[str, Any]]]:
+    """Yield the groups (None without) and joined columns of a day's rows; then the day is past to `histories`."""
+    group = joined.schema.group
     for batch in log.read(day):
         columns = joined.columns(day, dict(zip(batch.schema.names, batch.columns, strict=True)))
-        groups = group_ids(columns[group])
-        histories.note(groups, columns)
+        groups = None if group is None else group_ids(columns[group.column])
+        if groups is not None:
+            histories.note(groups, columns)
         yield groups, columns
     histories.end_day()
 

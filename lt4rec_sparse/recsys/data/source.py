@@ -28,6 +28,7 @@ from lt4rec_sparse.files import check_regular, whole_folder
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
+TRUTH = "truth.json"  # beside the schema of a simulated log
 # Text of about 150,000 rows of a wide log: large enough to be fast, small compared with a day of any log.
 CSV_BLOCK_BYTES = 16 << 20
 DIGEST_BLOCK_BYTES = 1 << 20
@@ -85,10 +86,11 @@ def open_source(folder: Path, schema: Schema | None = None) -> Source:
     if not folder.is_dir():
         raise DataError(f"{folder}: got no folder, wanted a data set")
     if schema is None and (folder / SCHEMA_FILE).is_file():
-        schema = Schema.from_toml(folder / SCHEMA_FILE)
+        # Simulated logs of before `duplicates` could be named dropped them: trials on them stay valid.
+        schema = Schema.from_toml(folder / SCHEMA_FILE, stored=(folder / TRUTH).is_file())
     if schema is None:
         schema = kuairand_schema()
-        if not any(_matches(folder, pattern) for pattern in schema.files.log):
+        if not any(matching_files(folder, pattern) for pattern in schema.files.log):
             wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
             raise DataError(f"{folder}: got no data set, wanted {wanted}")
     joins = tuple(_found(folder, join.files) for join in schema.joins)
@@ -121,16 +123,23 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
     numbers = [name for task in schema.tasks for name in (task.label, task.divide_by, task.weight, *task.rows)]
     numbers += [history.when for history in schema.histories]
     numbers += [name for name in schema.carried if name not in made]
-    for name in (*numbers, schema.time.order):
+    time = schema.time
+    for name in numbers:
         use(name, pa.float64())
-    for name in (*(derived.days_since for derived in schema.derived), schema.time.day):
-        use(name, pa.string())
+    for derived in schema.derived:
+        use(derived.days_since, pa.string())
     for part in schema.slices:
         use(part.column, pa.int64() if isinstance(part.value, int) else pa.string())
     for join in schema.joins:
         use(join.on, ARROW_TYPES[join.type])
-    use(schema.group.column, ARROW_TYPES[schema.group.type])
-    use(schema.time.timestamp, pa.timestamp(schema.time.unit))
+    if schema.group is not None:
+        use(schema.group.column, ARROW_TYPES[schema.group.type])
+    if time is not None:
+        use(time.order, pa.float64())
+        use(time.day, pa.string())
+        use(time.timestamp, pa.timestamp(time.unit))
+    if schema.split.column is not None:
+        types.setdefault(schema.split.column, RawType(pa.string()))
     return types
 
 
@@ -180,7 +189,8 @@ def _opened(path: Path, columns: list[str] | None) -> Iterator[tuple[list[str], 
         raise DataError(f"{path}: got {str(error).splitlines()[0]}, wanted {wanted}") from error
 
 
-def _matches(folder: Path, pattern: str) -> list[Path]:
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files that a glob finds in the folder, or else in its `data/`, sorted."""
     if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder and within it")
     return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
@@ -191,7 +201,7 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
         raise DataError(f"{folder}: got an empty list of files, wanted at least one pattern")
     paths: list[Path] = []
     for pattern in patterns:
-        matches = _matches(folder, pattern)
+        matches = matching_files(folder, pattern)
         if not matches:
             raise DataError(f"{folder}: got no file {pattern!r}, wanted one there or in data/")
         for path in matches:
