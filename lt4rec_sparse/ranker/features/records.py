@@ -50,7 +50,7 @@ def to_toml(record: Any) -> str:
     tables: list[str] = []
     for field in fields(record):
         value = getattr(record, field.name)
-        if value == field.default:
+        if value is None or value == field.default:
             continue
         if is_dataclass(value):
             tables += ["", f"[{field.name}]", to_toml(value)]
@@ -66,7 +66,8 @@ def to_toml(record: Any) -> str:
 def from_plain(value: Any, hint: Any, where: str) -> Any:
     """Return parsed `value` as the annotated type `hint`: a dataclass, `tuple[X, ...]`, literal, union or scalar.
 
-    An unknown or absent key, or a value that is not of its type, is a `SchemaError` that begins with `where`.
+    An unknown or absent key, or a value that is not of its type, is a `SchemaError` that begins with `where`. A key
+    whose type includes None may be absent.
     """
     if is_dataclass(hint):
         return _record(value, hint, where)
@@ -103,7 +104,10 @@ def _record(value: Any, cls: Any, where: str) -> Any:
     for key in value:
         if key not in known:
             raise SchemaError(f"{where}: key {shown(key)} is unknown, wanted one of {', '.join(known)}")
-    for key, field in known.items():
-        if key not in value and field.default is MISSING:
-            raise SchemaError(f"{where}: key {key!r} is absent, wanted {', '.join(known)}")
-    return cls(**{key: from_plain(item, hints[key], f"{where}: {key}") for key, item in value.items()})
+    undefined = [key for key, field in known.items() if field.default is MISSING]
+    needed = [key for key in undefined if NoneType not in get_args(hints[key])]
+    absent = next((key for key in needed if key not in value), None)
+    if absent is not None:
+        raise SchemaError(f"{where}: key {absent!r} is absent, wanted at least {', '.join(needed)}")
+    given = {key: from_plain(item, hints[key], f"{where}: {key}") for key, item in value.items()}
+    return cls(**dict.fromkeys(undefined) | given)

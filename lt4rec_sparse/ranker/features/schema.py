@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ class Split:
         column: The column that "column" and "hash" read.
         test_share: Share of the rows, or of the values, that a hash gives the test; in (0, 1).
         validation_share: Likewise; together they are below 1.
-        seed: Of the hash.
+        seed: Chooses the hash.
     """
 
     test_days: int = 2
@@ -264,9 +264,8 @@ class Schema:
 
     name: str
     files: Files
-    _: KW_ONLY
-    time: Time | None = None
-    group: Group | None = None
+    time: Time | None
+    group: Group | None
     columns: tuple[Column, ...]
     tasks: tuple[Task, ...]
     outcomes: tuple[str, ...] = ()
