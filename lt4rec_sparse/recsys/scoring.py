@@ -16,8 +16,8 @@ from lt4rec_sparse.recsys.data import open_source, read_candidates
 from lt4rec_sparse.recsys.data.batches import SPLITS
 from lt4rec_sparse.recsys.data.candidates import ids_of
 from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
+from lt4rec_sparse.recsys.data.reading import column_names, list_columns, log_form
 from lt4rec_sparse.recsys.data.rows import RowReader
-from lt4rec_sparse.recsys.data.source import column_names, list_columns
 from lt4rec_sparse.recsys.data.written import check_table_name, written_table
 
 CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
@@ -79,7 +79,7 @@ def score_log(
         ids = [name for name in (*reversed(schema.keys), schema.moment) if name is not None]
         if not ids:
             features = {column.name for column in schema.features}
-            ids = [name for name in column_names(source.log[0]) if name not in features]
+            ids = [name for name in column_names(source.log[0], log_form(schema)) if name not in features]
         unfit = {*ranker.tasks, *(list_columns(source.log[0]) if out.suffix == ".csv" else ())}
         keep = tuple(name for name in dict.fromkeys(ids) if name not in unfit)
     _check_kept(ranker, keep)

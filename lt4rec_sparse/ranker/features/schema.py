@@ -30,43 +30,83 @@ def _repeated(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
+def _check_form(delimiter: str | None, names: tuple[str, ...], where: str) -> None:
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n' or not delimiter.isascii()):
+        raise SchemaError(f"{where}: got delimiter={shown(delimiter)}, wanted one sign, such as ';' or a tab")
+    twice = _repeated(names)
+    if twice is not None:
+        raise SchemaError(f"{where}: got {twice!r} twice in names, wanted each column once")
+
+
 @dataclass(frozen=True)
 class Files:
-    """The files of the log, as globs relative to its folder or to the folder's `data/`; CSV and Parquet."""
+    """The files of the log, as globs relative to its folder or to the folder's `data/`; CSV and Parquet.
+
+    Attributes:
+        log: The globs. `.parquet` says Parquet; any other name CSV, also compressed (.gz, .zst, .bz2).
+        delimiter: One sign between the columns of CSV. None: a tab in `.tsv`, else a comma.
+        names: The columns of CSV files without a header.
+        encoding: Of CSV.
+        missing: The texts that stand for a missing value, in CSV and Parquet. None: in CSV the empty text, NA, N/A,
+            NULL, null, NaN and nan; in Parquet, which has nulls, none. An empty number is missing in any case.
+    """
 
     log: tuple[str, ...]
+    delimiter: str | None = later(None)
+    names: tuple[str, ...] = later(())
+    encoding: str = later("utf8")
+    missing: tuple[str, ...] | None = later(None)
+
+    def __post_init__(self) -> None:
+        _check_form(self.delimiter, self.names, "files")
 
 
 @dataclass(frozen=True)
 class Join:
     """A side table (users, videos, ...) that adds its columns to every row with the same key.
 
-    If the log and a side table have the same column, the log's is used.
+    If the log and a side table have the same column, the log's is used. How its files are written is said as in
+    `Files`, and as there if it is not said; but for `names`, without which each file has a header.
     """
 
     files: tuple[str, ...]
     on: str
     type: ValueType = "int"
+    delimiter: str | None = later(None)
+    names: tuple[str, ...] = later(())
+    encoding: str | None = later(None)
+    missing: tuple[str, ...] | None = later(None)
+
+    def __post_init__(self) -> None:
+        _check_form(self.delimiter, self.names, f"join {' '.join(self.files)}")
 
 
 @dataclass(frozen=True)
 class Time:
     """The day of a row: a `day` column (sortable, e.g. 20220425 or 2022-04-25), or the date of a `timestamp`.
 
-    `order` sorts the rows of a day for histories; without it they keep the order of the files.
+    A timestamp is an epoch in `unit`, also with a fraction, a text in ISO 8601, or one in `format`; without a zone of
+    its own it is a time of UTC. Its date is that in `zone`, a name such as "Asia/Shanghai" or an offset such as
+    "+05:30", or whole hours from UTC. `format` (of Python's `strptime`) also reads a `day` such as 25/04/2022, which is
+    then named 2022-04-25 everywhere else. `order` sorts the rows of a day for histories; without it the timestamp does,
+    and without that they keep the order of the files.
     """
 
     day: str | None = None
     timestamp: str | None = None
-    unit: Literal["s", "ms", "us"] = "ms"
+    unit: Literal["s", "ms", "us", "ns"] = "ms"
     utc_offset_hours: int = 0
     order: str | None = None
+    zone: str | None = later(None)
+    format: str | None = later(None)
 
     def __post_init__(self) -> None:
         if (self.day is None) == (self.timestamp is None):
             raise SchemaError(f"time: got day={self.day!r} and timestamp={self.timestamp!r}, wanted exactly one")
         if not -24 < self.utc_offset_hours < 24:
             raise SchemaError(f"time: got utc_offset_hours={shown(self.utc_offset_hours)}, wanted -23 to 23")
+        if self.zone is not None and (self.utc_offset_hours or self.timestamp is None):
+            raise SchemaError(f"time: got zone={self.zone!r}, wanted it with a timestamp, and no utc_offset_hours")
 
 
 @dataclass(frozen=True)
@@ -176,8 +216,10 @@ class Column:
 class Task:
     """One thing to predict.
 
-    `binary`: the label is 0 or 1, the loss cross-entropy, the metric AUC (higher is better).
+    `binary`: the label is 0 or 1 (or true or false), the loss cross-entropy, the metric AUC (higher is better). Where
+    `positive` lists texts, these are 1 and all others 0, or, with `negative`, those that it lists.
     `ratio`: the label is in [0, 1], or made so by `clip(label / divide_by, 0, 1)`; the metric is MSE (lower is better).
+    `divide_by` is a column or a constant.
 
     A row belongs to the task when every column in `rows` is nonzero and the label exists: it is not missing, and with
     `divide_by` the numerator is not negative and the divisor is positive. Other tasks keep the row. In labels, divisors
@@ -190,12 +232,23 @@ class Task:
     name: str
     kind: Literal["binary", "ratio"]
     label: str
-    divide_by: str | None = None
+    divide_by: str | int | float | None = None
     rows: tuple[str, ...] = ()
     weight: str | None = None
     extra: bool = False
+    positive: tuple[str, ...] = later(())
+    negative: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
+        if self.positive and self.kind == "ratio":
+            raise SchemaError(f"task {self.name!r}: got positive in a ratio task, wanted kind='binary'")
+        if self.negative and not self.positive:
+            raise SchemaError(f"task {self.name!r}: got negative alone, wanted positive with it")
+        twice = _repeated((*self.positive, *self.negative))
+        if twice is not None:
+            raise SchemaError(f"task {self.name!r}: got {twice!r} twice in positive and negative, wanted it once")
+        if isinstance(self.divide_by, int | float) and not 0 < self.divide_by < float("inf"):
+            raise SchemaError(f"task {self.name!r}: got divide_by={shown(self.divide_by)}, wanted a number above 0")
         if self.kind == "binary" and self.divide_by is not None:
             raise SchemaError(
                 f"task {self.name!r}: got divide_by={self.divide_by!r} in a binary task, wanted kind='ratio'"
@@ -228,10 +281,14 @@ class History:
 
 @dataclass(frozen=True)
 class Derived:
-    """A column made by the data layer: whole days from the date in column `days_since` to the row's day."""
+    """A column made by the data layer: whole days from the date in column `days_since` to the row's day.
+
+    The date is ISO or 20220425, or in `format` (of Python's `strptime`).
+    """
 
     name: str
     days_since: str
+    format: str | None = later(None)
 
 
 @dataclass(frozen=True)

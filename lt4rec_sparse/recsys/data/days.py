@@ -22,7 +22,10 @@ import pyarrow.compute as pc
 
 from lt4rec_sparse.ranker.features import Schema, Time
 from lt4rec_sparse.recsys.data.batches import SPLITS
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, is_list, raw_types, read_file
+from lt4rec_sparse.recsys.data.casts import is_list
+from lt4rec_sparse.recsys.data.labels import stray_label
+from lt4rec_sparse.recsys.data.reading import Form, column_names, is_parquet, log_form, read_file
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, raw_types
 from lt4rec_sparse.recsys.data.splits import RowSplits, split_counts, split_days
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
@@ -78,9 +81,10 @@ class DayLog:
 def _log_columns(source: Source) -> list[str]:
     """Return the columns of the log, in which its files agree and none is absent that must be there."""
     schema, first = source.schema, source.log[0]
-    names = column_names(first)
+    form = log_form(schema)
+    names = column_names(first, form)
     for path in source.log[1:]:
-        differing = set(names) ^ set(column_names(path))
+        differing = set(names) ^ set(column_names(path, form))
         if differing:
             raise DataError(
                 f"{path}: column {min(differing)!r} is in one of this and {first.name}, wanted the same columns"
@@ -92,10 +96,18 @@ def _log_columns(source: Source) -> list[str]:
         roles |= {f"row filter {row!r} of {task.name}": row for row in task.rows}
     roles |= {f"history {history.name}": history.when for history in schema.histories}
     roles |= {f"join {join.files[0]}": join.on for join in schema.joins}
-    for role, name in roles.items():
-        if name is not None and name not in names:
-            raise DataError(f"{first}: column {name!r} is absent, wanted it in the log ({role})")
+    wanted = {role: name for role, name in roles.items() if name is not None}
+    for role, name in wanted.items():
+        if name not in names:
+            hint = _header_hint(first, form, names) if not set(names) & set(wanted.values()) else ""
+            raise DataError(f"{first}: column {name!r} is absent, wanted it in the log ({role}){hint}")
     return names
+
+
+def _header_hint(path: Path, form: Form, names: list[str]) -> str:
+    if is_parquet(path) or form.names:
+        return ""
+    return f"; its first line is {', '.join(names)[:80]}: if that is no header, wanted names = [...] in [files]"
 
 
 def partition(source: Source, folder: Path, batch_rows: int, progress: Progress, keep: Collection[str] = ()) -> DayLog:
@@ -112,6 +124,7 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    _check_order(source.log[0], schema, dealt)
     days = sorted(dealt, key=int if are_numbers(dealt) else str)
     absent = next((name for name in keep if name not in names), None)
     if absent is not None:
@@ -175,7 +188,7 @@ def _deal(
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with ExitStack() as stack:
         for done, path in enumerate(source.log):
-            for batch in read_file(path, types, names):
+            for batch in read_file(path, types, names, log_form(source.schema)):
                 _check(path, batch, source.schema)
                 if splits is not None:
                     batch = batch.append_column(SPLIT, pa.array(splits.of(path, batch)))
@@ -218,13 +231,38 @@ def days_of(path: Path, batch: Any, time: Time) -> Any:
         raise DataError(f"{path}: column {column!r}: got a missing day, wanted one in every row")
     if time.timestamp is None:
         return days
-    local = pc.add(days, pa.scalar(timedelta(hours=time.utc_offset_hours)))
-    return local.cast(pa.date32(), safe=False).cast(pa.string())
+    return _local(days, time).cast(pa.date32(), safe=False).cast(pa.string())
+
+
+def _local(moments: Any, time: Time) -> Any:
+    """Return moments of UTC as they are in the schema's zone."""
+    zone = time.zone
+    offset = re.fullmatch(r"([+-])(\d\d):?(\d\d)", zone or "")
+    if offset is not None:
+        shift = timedelta(hours=int(offset[2]), minutes=int(offset[3]))
+        return pc.add(moments, pa.scalar(shift if offset[1] == "+" else -shift))
+    if zone is None:
+        return pc.add(moments, pa.scalar(timedelta(hours=time.utc_offset_hours)))
+    try:
+        return pc.local_timestamp(moments.cast(pa.timestamp("us", zone)))
+    except pa.ArrowInvalid as error:
+        got = f"time: got zone={zone!r}"
+        raise DataError(f"{got}, wanted a name such as Asia/Shanghai, or an offset such as +05:30") from error
 
 
 def are_numbers(days: Iterable[str]) -> bool:
     """Return whether days are whole numbers, which are ordered as such."""
     return all(day.removeprefix("-").isdecimal() for day in days)
+
+
+def _check_order(path: Path, schema: Schema, days: Collection[str]) -> None:
+    """Refuse days whose order as text is not that of time: 25/04/2022, or 2022-4-9 beside 2022-4-10."""
+    for day in days:
+        parts = re.fullmatch(r"(\d+)[/.-](\d+)[/.-](\d+)", day)
+        if parts is not None and (len(parts[1]) < 4 or {len(parts[2]), len(parts[3])} != {2}):
+            shape = "%Y-%m-%d" if len(parts[1]) == 4 else "%d/%m/%Y"
+            got = f"{path}: column {schema.moment!r}: got day {day!r}, which does not sort as text"
+            raise DataError(f"{got}, wanted its format in [time], such as {shape!r}")
 
 
 def _form(day: str) -> str:
@@ -263,11 +301,16 @@ def _check(path: Path, batch: Any, schema: Schema) -> None:
         raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
     for task in schema.tasks:
         label = batch[task.label]
-        if task.kind == "binary":
+        if task.positive:
+            stray = stray_label(task, label)
+            if stray is not None:
+                wanted = f"one of {', '.join((*task.positive, *task.negative))} for task {task.name!r}"
+                raise DataError(f"{path}: column {task.label!r}: got {stray!r}, wanted {wanted}")
+        elif task.kind == "binary":
             fine, wanted = pc.or_(pc.equal(label, 0), pc.equal(label, 1)), "0 or 1"
         else:
             fine, wanted = pc.and_(pc.greater_equal(label, 0), pc.less_equal(label, 1)), "a ratio in [0, 1]"
-        if task.divide_by is None:
+        if task.divide_by is None and not task.positive:
             _refuse_first(path, task.label, label, fine, f"{wanted} for task {task.name!r}")
         if task.weight is not None:
             weight = batch[task.weight]

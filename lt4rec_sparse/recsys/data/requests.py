@@ -16,19 +16,12 @@ import pyarrow as pa
 
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.recsys.data.casts import typed
 from lt4rec_sparse.recsys.data.days import Progress, days_of, partition
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.past import Past
-from lt4rec_sparse.recsys.data.source import (
-    DataError,
-    RawType,
-    Source,
-    column_names,
-    feature_type,
-    raw_types,
-    read_file,
-    typed,
-)
+from lt4rec_sparse.recsys.data.reading import column_names, read_file, request_form
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, feature_type, raw_types
 
 CHUNK_ROWS = 65_536
 
@@ -139,7 +132,7 @@ def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], A
     there = column_names(path)
     _check_columns(schema, path, there, at)
     types, all_types = _types(schema), raw_types(schema)
-    batches = [batch for batch in read_file(path, types, there) if batch.num_rows]
+    batches = [batch for batch in read_file(path, types, there, request_form(schema)) if batch.num_rows]
     days = [pa.repeat(at or "", batch.num_rows) for batch in batches]
     if at is None and schema.time is not None:
         moments = (typed(path, batch.select([schema.moment]), all_types) for batch in batches)

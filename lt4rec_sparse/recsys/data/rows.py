@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from lt4rec_sparse.ranker.features import Task
+from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.features.tables import Ids
 from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, SPLITS, VALUE, WEIGHT
+from lt4rec_sparse.recsys.data.casts import floats
 from lt4rec_sparse.recsys.data.days import SPLIT, DayLog
 from lt4rec_sparse.recsys.data.history import Histories
 from lt4rec_sparse.recsys.data.joined import Joined, raw_column
+from lt4rec_sparse.recsys.data.labels import label_of, number_of
 from lt4rec_sparse.recsys.data.past import noted_rows
-from lt4rec_sparse.recsys.data.source import DataError, Source, floats, raw_types
+from lt4rec_sparse.recsys.data.source import DataError, Source, raw_types
 from lt4rec_sparse.recsys.data.splits import inside
 
 
@@ -74,7 +76,7 @@ class RowReader:
         features = {column.name: raw_column(columns[column.name]) for column in self._schema.columns}
         others: dict[str, Any] = {}
         for task in self._schema.tasks:
-            others |= _task_columns(task, columns)
+            others |= _task_columns(self._schema, task, columns)
         if groups is not None:
             others[GROUP] = groups
             features |= histories.features(groups)
@@ -85,16 +87,17 @@ class RowReader:
         return Rows(day, split, features, others, {name: columns[name] for name in self._keep})
 
 
-def _task_columns(task: Task, columns: Mapping[str, Any]) -> dict[str, Any]:
-    label = floats(columns[task.label])
+def _task_columns(schema: Schema, task: Task, columns: Mapping[str, Any]) -> dict[str, Any]:
+    label = label_of(task, columns[task.label])
     member = ~np.isnan(label)
     if task.divide_by is not None:
-        divisor = floats(columns[task.divide_by])
+        by = task.divide_by
+        divisor = floats(columns[by]) if isinstance(by, str) else np.full(len(label), by, np.float64)
         member &= (label >= 0) & (divisor > 0)  # NaN compares false: no divisor, no label
         with np.errstate(over="ignore"):  # a ratio beyond float64 is cut to 1 like any other above 1
             label = np.clip(np.divide(label, divisor, out=np.zeros_like(label), where=member), 0, 1)
     for name in task.rows:
-        member &= np.nan_to_num(floats(columns[name])) != 0
+        member &= np.nan_to_num(number_of(schema, name, columns[name])) != 0
     weight = np.ones_like(label) if task.weight is None else floats(columns[task.weight])
     member &= ~np.isnan(weight)
     return {
