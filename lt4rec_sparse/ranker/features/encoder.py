@@ -242,7 +242,7 @@ class FeatureEncoder:
 
 def _new_fit(column: Column) -> Fit:
     if column.kind == "dense":
-        return id_tables.QuantileFit(column.buckets)
+        return id_tables.QuantileFit(column.buckets, column.encoding == "nonzero_buckets")
     if column.encoding == "hash":
         return id_tables.HashTable(column.size)
     return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)

@@ -182,7 +182,9 @@ class Column:
         kind: `single` value, `multi` (a bag of values) or `dense` (a number, cut at quantiles of the training days).
         type: The type of the raw values; `dense` ignores it.
         table: The embedding table; columns that name the same table share its ids. Empty: the column's own table.
-        encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted).
+        encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted). Of a `dense` column `buckets`,
+            cut at quantiles of all training values, which needs not be said, or `nonzero_buckets`, at quantiles of the
+            nonzero ones, with a bucket more for 0: for columns that are mostly 0.
         size: Number of ids of a hashed table, including the one for a missing value; below 2^31.
         min_count: A value that is rarer than this in training counts as unseen.
         separator: Between the values of a `multi` column that is stored as text.
@@ -193,7 +195,7 @@ class Column:
     kind: Literal["single", "multi", "dense"] = "single"
     type: ValueType = "string"
     table: str = ""
-    encoding: Literal["vocabulary", "hash"] = "vocabulary"
+    encoding: Literal["vocabulary", "hash", "buckets", "nonzero_buckets", "number"] = "vocabulary"
     size: int = 0
     min_count: int = 1
     separator: str = ","
@@ -202,11 +204,19 @@ class Column:
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", self.table or self.name)
         where = f"column {self.name!r}"
+        if self.encoding == "number":
+            no = "no input of a model is a raw number"
+            raise SchemaError(f"{where}: got encoding='number', wanted 'buckets' or 'nonzero_buckets': {no}")
+        if self.encoding in ("buckets", "nonzero_buckets") and self.kind != "dense":
+            raise SchemaError(f"{where}: got encoding={self.encoding!r} of kind={self.kind!r}, wanted kind='dense'")
+        if self.encoding == "buckets":
+            object.__setattr__(self, "encoding", "vocabulary")  # as stored schemas have it, and so equal to them
         if self.encoding == "hash" and (self.kind == "dense" or not 2 <= self.size <= MAX_IDS):
             got = f"hash of kind={self.kind!r}, size={shown(self.size)}"
             raise SchemaError(f"{where}: got {got}, wanted categorical, size 2 to {MAX_IDS}")
-        if self.encoding == "vocabulary" and self.size:
-            raise SchemaError(f"{where}: got size={shown(self.size)} with a vocabulary, wanted encoding='hash'")
+        if self.encoding != "hash" and self.size:
+            kind = "a vocabulary" if self.encoding == "vocabulary" else "buckets"
+            raise SchemaError(f"{where}: got size={shown(self.size)} with {kind}, wanted encoding='hash'")
         if self.min_count < 1 or not 2 <= self.buckets <= MAX_BUCKETS or not self.separator:
             got = f"min_count={shown(self.min_count)}, buckets={shown(self.buckets)}, separator={self.separator!r}"
             raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets 2 to {MAX_BUCKETS}, a separator")
