@@ -76,7 +76,8 @@ def score_log(
     source = open_source(data, ranker.encoder.schema)
     schema = source.schema
     if keep is None:
-        ids = [name for name in (*reversed(schema.keys), schema.moment) if name is not None]
+        group = None if schema.group is None else schema.group.column
+        ids = [name for name in (group, *schema.keys, schema.moment) if name is not None]
         if not ids:
             features = {column.name for column in schema.features}
             ids = [name for name in column_names(source.log[0], log_form(schema)) if name not in features]
