@@ -75,6 +75,13 @@ def test_dropped_duplicates_are_told(plain, tmp_path, monkeypatch):
     assert "600 impressions, of which 1 duplicates were dropped." in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_a_drafted_schema_runs(plain, tmp_path, monkeypatch):
+    (plain / "schema.toml").unlink()
+    assert invoke("schema", plain, "--out", plain / "schema.toml").exit_code == 0
+    quick_run(monkeypatch, plain, tmp_path / "run")
+    assert "on the test rows" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_table3_wants_users(plain, tmp_path):
     shutil.copytree(plain, tmp_path / "copy")
     text = SCHEMA.replace('name = "plain"', 'name = "plain"\ncarried = ["play_time_ms", "duration_ms", "time_ms"]')

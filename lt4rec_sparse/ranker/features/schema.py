@@ -46,7 +46,7 @@ class Files:
         log: The globs. `.parquet` says Parquet; any other name CSV, also compressed (.gz, .zst, .bz2).
         delimiter: One sign between the columns of CSV. None: a tab in `.tsv`, else a comma.
         names: The columns of CSV files without a header.
-        encoding: Of CSV.
+        encoding: The encoding of CSV files, by Python's name.
         missing: The texts that stand for a missing value, in CSV and Parquet. None: in CSV the empty text, NA, N/A,
             NULL, null, NaN and nan; in Parquet, which has nulls, none. An empty number is missing in any case.
     """
