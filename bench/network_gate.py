@@ -131,7 +131,7 @@ class _Rounded(TorchDispatchMode):
         off = U * y.abs() if off is None else off + U * y.abs()
         if z is not None:
             activation = ACTIVATIONS[name]
-            off = off + activation.operations * 2 * U * activation.scale(z, y)
+            off = off + activation.operations * 2 * U * activation.scale(z, y, 0.0)
         if name in NORMS:
             off = off + NORMS[name] * 2 * U * y.abs().amax(-1, keepdim=True)
         y.add_(self._uniform(y) * off)

@@ -78,10 +78,27 @@ inline void map(float* values, int64_t count, Function function) {
   for (int64_t i = 0; i < count; ++i) values[i] = function(values[i]);
 }
 
-inline float leaky_relu_of(float v, float slope) { return v > 0 ? v : v * slope; }
+// v above 0, else another value. By bits: a choice of two is a branch on AVX2, whose sign is hard to predict.
+inline float above_or(float v, float other) {
+  const uint32_t above = 0u - uint32_t(v > 0);
+  return float_of((bits_of(v) & above) | (bits_of(other) & ~above));
+}
+
+inline float leaky_relu_of(float v, float slope) { return above_or(v, v * slope); }
 
 void leaky_relu(const float* slopes, float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = leaky_relu_of(values[i], slopes[i]);
+}
+
+inline float dice_of(float v, float scale, float shift, float alpha) {
+  return v * __builtin_fmaf(1 - alpha, sigmoid_of(__builtin_fmaf(v, scale, shift)), alpha);
+}
+
+void dice(const float* constants, int64_t stride, int is_one, float* values, int64_t count) {
+  const float *scale = constants, *shift = scale + stride, *alpha = shift + stride;
+  if (is_one)
+    return map(values, count, [a = *scale, b = *shift, c = *alpha](float v) { return dice_of(v, a, b, c); });
+  for (int64_t i = 0; i < count; ++i) values[i] = dice_of(values[i], scale[i], shift[i], alpha[i]);
 }
 
 void activate(uint32_t activation, float slope, float* values, int64_t count) {
@@ -93,7 +110,7 @@ void activate(uint32_t activation, float slope, float* values, int64_t count) {
     case ACTIVATION_GELU_TANH: return map(values, count, [](float v) { return gelu_tanh_of(v); });
     case ACTIVATION_HARDSWISH: return map(values, count, [](float v) { return hardswish_of(v); });
     case ACTIVATION_LEAKY_RELU: return map(values, count, [slope](float v) { return leaky_relu_of(v, slope); });
-    case ACTIVATION_ELU: return map(values, count, [slope](float v) { return v > 0 ? v : slope * expm1_of(v); });
+    case ACTIVATION_ELU: return map(values, count, [slope](float v) { return above_or(v, slope * expm1_of(v)); });
     default: return;
   }
 }

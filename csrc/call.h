@@ -137,6 +137,8 @@ bool is_left(const LayerRecord& layer) { return layer.activation > ACTIVATION_RE
 // Applies an activation that was left. A score has the bits that it had in version 0.1: those of libm's exp. Where that
 // overflows the quotient is 0, as it should be.
 void activate(const Network& net, const LayerRecord& layer, float* values, int64_t count) {
+  if (layer.activation == ACTIVATION_DICE)
+    return net.isa->dice(net.floats(layer.slopes), layer.out_features, false, values, count);
   if (layer.slopes) return net.isa->leaky_relu(net.floats(layer.slopes), values, count);
   if (layer.activation != ACTIVATION_SIGMOID || !layer.is_head)
     return net.isa->activate(layer.activation, layer.slope, values, count);

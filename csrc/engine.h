@@ -172,7 +172,7 @@ static inline int64_t panel_count(int64_t features, int is_s8) {
 // Given bias: the biases of the layers that read x may come with each call, in place of what the blob holds: what
 // another network makes of the inputs that a whole batch has in common. They are added when a layer's products are, and
 // count as part of the sum.
-enum { BLOB_VERSION = 9, BLOB_ALIGNMENT = 64 };
+enum { BLOB_VERSION = 10, BLOB_ALIGNMENT = 64 };
 #define BLOB_MAGIC 0x53523354u /* "T3RS" */
 
 typedef struct {
@@ -216,7 +216,14 @@ enum {
   ACTIVATION_HARDSWISH = 7,
   ACTIVATION_LEAKY_RELU = 8,
   ACTIVATION_ELU = 9,
+  ACTIVATION_DICE = 10,  // v * (alpha + (1 - alpha) * sigmoid(scale * v + shift))
 };
+
+// Numbers per output among `slopes`: rows of out_features each. Of DICE scale, shift and alpha, which it always has; of
+// LEAKY_RELU one row, in place of `slope`, or none.
+static inline int64_t slope_rows(int64_t activation) {
+  return activation == ACTIVATION_DICE ? 3 : activation == ACTIVATION_LEAKY_RELU ? 1 : 0;
+}
 enum { LAYER_LINEAR = 0, LAYER_SHARED = 1, LAYER_COMBINED = 2 };
 
 typedef struct {
@@ -254,7 +261,7 @@ typedef struct {
   uint64_t scale;          // float[padded(out_features)]: of the product; not in SHARED
   uint64_t start;          // int32_t[padded(out_features)]: -zero_point * the sum of the row's weights; not in COMBINED
   uint64_t signed_start;   // the same for codes that count from -128 on: (128 - zero_point) * that sum
-  uint64_t slopes;         // float[out_features] of a LEAKY_RELU that has one per output, in place of `slope`; or 0
+  uint64_t slopes;         // float[slope_rows][out_features]; or 0
 } LayerRecord;
 
 // One task's layer in canonical form, which is that of formats.py and of artefacts. Tasks whose layers have the same
@@ -277,7 +284,7 @@ typedef struct {
   double input_scale;    // S8: what one step of the quantised input is worth; above 0
   int64_t input_zero_point;
   double slope;          // of LEAKY_RELU and ELU
-  int64_t slopes;        // float[out_features] of a LEAKY_RELU with one per output, or 0
+  int64_t slopes;        // float[slope_rows][out_features], or 0
   int64_t takes_bias;    // 1: its bias comes with each call, and `bias` is 0; all layers that read x, or none
 } CanonicalLayer;
 
@@ -366,9 +373,11 @@ typedef struct Isa {
   void (*recode_s32)(const int32_t* a, const int32_t* b, const float* scale, const float* bias, int64_t count,
                      int has_relu, float inverse_scale, int32_t zero_point, uint8_t* codes);
 
-  // In place; one of ACTIVATION_SIGMOID and those after it.
+  // In place; one of ACTIVATION_SIGMOID to ACTIVATION_ELU.
   void (*activate)(uint32_t activation, float slope, float* values, int64_t count);
   void (*leaky_relu)(const float* slopes, float* values, int64_t count);  // a slope per value
+  // DICE, in place. Scale, shift and alpha stand `stride` apart: for each value its own, or for `is_one` the first.
+  void (*dice)(const float* constants, int64_t stride, int is_one, float* values, int64_t count);
 
   // Rows of embeddings: halves, and bytes with a scale.
   void (*widen_f16)(const uint16_t* from, int64_t count, float* to);

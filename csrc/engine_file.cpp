@@ -250,7 +250,7 @@ CanonicalLayer read_layer(const File& file, const FileLayer& from, const Place& 
   const uint64_t rows = from.out_features, columns = from.in_features;
   want(columns >= 1 && columns <= MAX_IN_FEATURES, place.of("in_features"), columns, "1 to 2^24");
   want(rows >= 1 && rows <= MAX_OUT_FEATURES, place.of("out_features"), rows, "1 to 2^24");
-  want(from.activation <= ACTIVATION_ELU, place.of("activation"), from.activation, "one of engine.h");
+  want(from.activation <= ACTIVATION_DICE, place.of("activation"), from.activation, "one of engine.h");
   for (const auto& [part, flag] : {std::pair<const char*, uint32_t>{"is_blocks", from.is_blocks},
                                    {"is_head", from.is_head}, {"takes_bias", from.takes_bias}})
     want(flag <= 1, place.of(part), flag, "0 or 1");
@@ -270,9 +270,11 @@ CanonicalLayer read_layer(const File& file, const FileLayer& from, const Place& 
     want_equal(place.of("planes"), from.planes.count, from.tasks * grid_rows * ((grid_columns + 7) / 8));
   }
   if (from.bias.count) want_equal(place.of("bias"), from.bias.count, rows);
-  if (from.slopes.count) want_equal(place.of("slopes"), from.slopes.count, rows);
-  if (from.slopes.count && from.activation != ACTIVATION_LEAKY_RELU)
+  const auto of_each = uint64_t(slope_rows(from.activation));
+  if (from.slopes.count && !of_each)
     refuse(place.of("slopes"), "some for activation " + text(uint64_t{from.activation}), "none");
+  if (from.slopes.count || from.activation == ACTIVATION_DICE)
+    want_equal(place.of("slopes"), from.slopes.count, of_each * rows);
   CanonicalLayer to{};
   to.is_blocks = from.is_blocks;
   to.values = address_of(values);

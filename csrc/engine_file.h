@@ -24,7 +24,7 @@ namespace lt4rec {
 using std::size_t;
 
 constexpr char kMagic[8] = {'L', 'T', '4', 'R', 'E', 'C', 'E', 'F'};
-constexpr uint32_t kFileVersion = 1;
+constexpr uint32_t kFileVersion = 2;
 
 struct Array {
   uint64_t offset;  // from the beginning of the file, in bytes
@@ -87,7 +87,7 @@ struct FileLayer {           // 120 bytes: a CanonicalLayer of engine.h
   Array values;              // float[]
   Array planes;              // uint8_t[]; none for a dense weight
   Array bias;                // float[out_features], or none
-  Array slopes;              // float[out_features], or none
+  Array slopes;              // float[slope_rows][out_features], or none
 };
 
 static_assert(sizeof(FileHeader) == 208 && sizeof(FileField) == 48 && sizeof(FileTable) == 56 &&

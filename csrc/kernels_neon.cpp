@@ -244,7 +244,7 @@ extern "C" const Isa lt4rec_isa_neon = {
     add_f32,        add_s32,            line_f32,            line_bf16,
     dequantize_s32,
     line_u8,        requantize_s32,     codes_f32,           recode_f32,
-    dequantize_f32, codes_u8,           recode_s32,          activate, leaky_relu,
+    dequantize_f32, codes_u8,           recode_s32,          activate, leaky_relu, dice,
     widen_f16,      widen_s8,           cross,
     /*slices_from_f32=*/4, /*slices_from_bf16=*/4, /*slices_from_s8=*/NEVER,
     /*filled_from_many=*/0.65f, /*filled_from_some=*/0.65f,

@@ -200,7 +200,7 @@ extern "C" const Isa lt4rec_isa_scalar = {
     add_f32,        add_s32,            line_f32,            line_bf16,
     dequantize_s32,
     line_u8,        requantize_s32,     codes_f32,           recode_f32,
-    dequantize_f32, codes_u8,           recode_s32,          activate, leaky_relu,
+    dequantize_f32, codes_u8,           recode_s32,          activate, leaky_relu, dice,
     widen_f16,      widen_s8,           cross,
     /*slices_from_f32=*/5, /*slices_from_bf16=*/9, /*slices_from_s8=*/6,
     /*filled_from_many=*/0.9f, /*filled_from_some=*/0.9f, /*filled_from_few_cached=*/0.9f, /*filled_from_few=*/0.9f};

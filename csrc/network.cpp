@@ -71,6 +71,16 @@ std::vector<float> in_order(const std::vector<float>& values, const Positions& p
   return ordered;
 }
 
+// The same of rows of slopes, one after the other.
+std::vector<float> slopes_in_order(const std::vector<float>& slopes, const Positions& positions) {
+  std::vector<float> ordered;
+  for (auto row = slopes.begin(); row != slopes.end(); row += int64_t(positions.size())) {
+    const std::vector<float> of_row = in_order({row, row + int64_t(positions.size())}, positions);
+    ordered.insert(ordered.end(), of_row.begin(), of_row.end());
+  }
+  return ordered;
+}
+
 std::vector<uint32_t> order_of(const Positions& positions) {
   const Positions order = inverse(positions);
   return {order.begin(), order.end()};
@@ -79,7 +89,7 @@ std::vector<uint32_t> order_of(const Positions& positions) {
 Layer linear(const CanonicalLayer& from, const View& view, const Positions& columns, const Positions& rows) {
   Layer layer = without_weights(from);
   layer.bias = in_order(layer.bias, rows);
-  layer.slopes = in_order(layer.slopes, rows);
+  layer.slopes = slopes_in_order(layer.slopes, rows);
   if (from.takes_bias) layer.bias_order = order_of(rows);
   layer.weight.columns = from.in_features;
   layer.weight.expect(kept_weights(from));
@@ -168,7 +178,7 @@ Layer without_weights(const CanonicalLayer& from) {
   layer.zero_point = int32_t(from.input_zero_point);
   if (const auto* bias = reinterpret_cast<const float*>(from.bias)) layer.bias.assign(bias, bias + from.out_features);
   if (const auto* slopes = reinterpret_cast<const float*>(from.slopes))
-    layer.slopes.assign(slopes, slopes + from.out_features);
+    layer.slopes.assign(slopes, slopes + slope_rows(from.activation) * from.out_features);
   return layer;
 }
 
@@ -211,6 +221,10 @@ bool is_canonical(const CanonicalLayer& layer, int64_t index, int64_t precision,
     if (layer.input_zero_point < 0 || layer.input_zero_point > 255)
       return refuse("input_zero_point", layer.input_zero_point, "0 to", 255);
   }
+  if (layer.activation < ACTIVATION_NONE || layer.activation > ACTIVATION_DICE)
+    return refuse("activation", layer.activation, "at most", ACTIVATION_DICE);
+  if (layer.slopes ? slope_rows(layer.activation) == 0 : layer.activation == ACTIVATION_DICE)
+    return refuse("slopes", layer.slopes != 0, "as many as there are for activation", layer.activation);
   if (layer.planes == 0) {
     const int64_t all = layer.in_features * layer.out_features;
     return layer.nnz == all || refuse("values", layer.nnz, "one for each weight of a dense layer,", all);
@@ -282,7 +296,7 @@ std::vector<Layer> arrange(const CanonicalLayer* layers, int64_t count, int64_t 
     if (is_first && is_shared) {
       Layer layer = without_weights(from);
       layer.bias = in_order(layer.bias, shared_positions);
-      layer.slopes = in_order(layer.slopes, shared_positions);
+      layer.slopes = slopes_in_order(layer.slopes, shared_positions);
       if (from.takes_bias) layer.bias_order = order_of(shared_positions);
       layer.kind = LAYER_COMBINED;
       layer.parts = parts_of_task[task++];

@@ -63,7 +63,7 @@ struct Layer {
   uint32_t activation = ACTIVATION_NONE, is_head = 0, takes_bias = 0;
   std::vector<uint32_t> bias_order;  // of what it takes, by output; none: in place
   float slope = 0;
-  std::vector<float> slopes;  // out_features, or none
+  std::vector<float> slopes;  // slope_rows x out_features, or none
   std::vector<uint32_t> parts;  // COMBINED
   uint32_t part_features = 0;   // as in LayerRecord
   // S8: of each row the largest weight, or in blocks half of the largest sum of two neighbours (no overflow), by

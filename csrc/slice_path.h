@@ -240,7 +240,9 @@ class SlicePath {
   void activate_tile(const LayerRecord& layer, int64_t rows, int lanes, float* tile) const {
     for (int64_t feature = 0; feature < layer.out_features; ++feature) {
       float* row = tile + tile_row(feature) * lane_stride(lanes);
-      if (layer.slopes)
+      if (layer.activation == ACTIVATION_DICE)
+        net_.isa->dice(net_.floats(layer.slopes) + feature, layer.out_features, true, row, rows);
+      else if (layer.slopes)
         net_.isa->activate(layer.activation, net_.floats(layer.slopes)[feature], row, rows);
       else
         activate(net_, layer, row, rows);

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lt4rec_sparse.masks import Mask
     from lt4rec_sparse.network import FrozenNetwork
     from lt4rec_sparse.nn import (
+        Dice,
         MaskedAdam,
         MaskedLinear,
         MaskedMLP,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Dice": "nn",
     "FrozenNetwork": "network",
     "Mask": "masks",
     "MaskedAdam": "nn",
@@ -58,6 +60,7 @@ _HOMES = {
 
 __all__ = [
     "BlockWeight",
+    "Dice",
     "FrozenNetwork",
     "Mask",
     "MaskedAdam",

@@ -17,6 +17,17 @@ import typer
 import typer.core
 
 from lt4rec_sparse import __version__, cli_features, cli_schema
+from lt4rec_sparse.cli_training import (
+    BaseRates,
+    ClipNorm,
+    Ema,
+    Patience,
+    PatienceOfRun,
+    Schedule,
+    TopK,
+    WarmUpSteps,
+    WeightDecay,
+)
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.serve.command import serve
 
@@ -124,7 +135,10 @@ def run(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How often everything is trained, each time from another start.")] = 1,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of every training. By default 1, or 2 on the simulated log.")
+        int | None,
+        typer.Option(
+            help="Epochs of every training. By default as many as make 800 steps, at least 1; 2 on the simulated log."
+        ),
     ] = None,
     masks: Annotated[
         str,
@@ -139,7 +153,10 @@ def run(
     ] = None,
     density: Annotated[float, typer.Option(help="Share of the hidden weights that each task keeps in the end.")] = 0.1,
     batch_size: Annotated[
-        int | None, typer.Option(help="Impressions per training step. By default 1024, or 512 on the simulated log.")
+        int | None,
+        typer.Option(
+            help="Impressions per training step. By default 1024, or fewer where an epoch would have under 150 steps."
+        ),
     ] = None,
     learning_rate: Annotated[
         str | None,
@@ -177,6 +194,14 @@ def run(
             help="How model.safetensors holds embeddings: fp32, fp16 or int8, a half or a third of the bytes."
         ),
     ] = "fp32",
+    patience: PatienceOfRun = None,
+    base_rates: BaseRates = True,
+    schedule: Schedule = "constant",
+    warm_up_steps: WarmUpSteps = 0,
+    weight_decay: WeightDecay = 0.0,
+    clip_norm: ClipNorm = 0.0,
+    ema: Ema = 0.0,
+    top_k: TopK = 10,
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -194,6 +219,7 @@ def run(
         "learning_rates": None if learning_rate is None else _rates(learning_rate),
         "epochs": epochs,
         "batch_size": batch_size,
+        "patience": patience,
         "rounds": rounds,
     }
     settings = replace(
@@ -206,11 +232,20 @@ def run(
         dtype=_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
+        base_rates=base_rates,
+        schedule=schedule,
+        warm_up_steps=warm_up_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        ema=ema,
+        top_k=top_k,
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / (data.resolve().name if data else "simulated")
     with shown_progress(quiet) as progress:
         finished = run_product(data, out, settings, progress, Resources(workers))
+    if finished.warning:
+        typer.echo(f"few steps: {finished.warning}", err=True)
     typer.echo(finished.verdict)
     typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 
@@ -237,13 +272,7 @@ def experiment(
         str, typer.Option(help="Where trainings run: processes; ray, if it is installed; here, one after another.")
     ] = "processes",
     epochs: Annotated[int, typer.Option(help="Epochs of every training, or the most.")] = 1,
-    patience: Annotated[
-        int,
-        typer.Option(
-            help="End a training after so many epochs without a gain on the validation days, with the weights of the "
-            "best; 0 for all epochs."
-        ),
-    ] = 0,
+    patience: Patience = 0,
     batch_size: Annotated[int, typer.Option(help="Impressions per training step.")] = 1024,
     embedding_dim: Annotated[int, typer.Option(callback=_EMBEDDING_DIM, help="Width of an embedding.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the MLP's hidden layers, from the input on.")] = "512,256,128",
@@ -252,6 +281,13 @@ def experiment(
     ] = "dlrm",
     precision: TrainingPrecision = "auto",
     sparse_gradients: SparseGradients = False,
+    base_rates: BaseRates = False,
+    schedule: Schedule = "constant",
+    warm_up_steps: WarmUpSteps = 0,
+    weight_decay: WeightDecay = 0.0,
+    clip_norm: ClipNorm = 0.0,
+    ema: Ema = 0.0,
+    top_k: TopK = 0,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -313,16 +349,22 @@ def experiment(
         losses=_losses(loss or []),
         dtype=dtype,
         sparse_gradients=sparse_gradients,
+        base_rates=base_rates,
+        schedule=schedule,
+        warm_up_steps=warm_up_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        ema=ema,
     )
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
-    if data is None and (training, variants) != (Training(dtype=dtype), Variants()):
+    if data is None and (training, variants, top_k) != (Training(dtype=dtype), Variants(), 0):
         raise InputError("regimes: got options of networks or training, wanted none: its rows train in one way")
     with shown_progress(quiet) as progress:
         if data is None:
             regimes = around(Regime() if impressions is None else Regime(impressions))
             report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
         else:
-            report = run_experiment(name, data, out, seeds, training, resources, progress, variants)
+            report = run_experiment(name, data, out, seeds, training, resources, progress, variants, top_k)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -413,6 +455,7 @@ def score(
     """Score a file of candidates, or a log's own rows, with an artefact."""
     from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.recsys.data import open_source
     from lt4rec_sparse.recsys.data.written import check_table_name
     from lt4rec_sparse.recsys.scoring import score_file, score_log
 
@@ -422,7 +465,7 @@ def score(
         raise InputError(f"score: got {', '.join(map(str, files))}, wanted {wanted}")
     if data is None and days is not None:
         raise InputError(f"--days: got {days!r} without --data, wanted both")
-    check_out(out, model, *candidates)
+    check_out(out, model, *candidates, *([] if plan is None else [plan]))
     check_table_name(out)
     is_gpu = _is_gpu(device)
     measured = None if plan is None else Plan.load(plan)
@@ -439,8 +482,10 @@ def score(
     if data is None:
         score_file(ranker, candidates[0], out, kept)
         return
+    source = open_source(data, ranker.encoder.schema)
+    check_out(out, *source.files)
     with shown_progress(quiet) as progress:
-        score_log(ranker, data, out, days or "test", kept, progress)
+        score_log(ranker, source, out, days or "test", kept, progress)
 
 
 @app.command()

@@ -45,11 +45,15 @@ def candidates(
     from lt4rec_sparse.files import scratch_beside
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import complete_requests, open_source
-    from lt4rec_sparse.recsys.data.written import check_table_name, csv_table, written_table
+    from lt4rec_sparse.recsys.data.reading import list_columns
+    from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, csv_table, written_table
 
     check_out(out, model, requests)
     check_table_name(out)
     source = open_source(data, load(model).encoder.schema)
+    check_out(out, *source.files)
+    features = {column.name for column in source.schema.features}  # whose lists become text
+    check_flat(out, sorted(list_columns(requests) - features))
     with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
         made = complete_requests(source, requests, at, scratch, progress)
     table = csv_table(source.schema, made.table) if out.suffix == ".csv" else made.table
@@ -79,16 +83,19 @@ def features(
     from lt4rec_sparse.cli import check_out, shown_progress
     from lt4rec_sparse.files import scratch_beside
     from lt4rec_sparse.ranker import load
-    from lt4rec_sparse.ranker.store import FeatureStore, write_features
+    from lt4rec_sparse.ranker.store import write_features
     from lt4rec_sparse.recsys.data import open_source, take_snapshot
 
     check_out(out, model)
     source = open_source(data, load(model).encoder.schema)
+    check_out(out, *source.files)
     with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
         taken = take_snapshot(source, at, scratch, progress)
     write_features(out, source.schema, taken.tables, taken.day)
-    store = FeatureStore.open(out)
-    keys = tuple(dict.fromkeys(store.columns.values()))
-    brought = [*keys, *(name for name in store.absent if name not in keys)]
-    typer.echo(f"{out}: {len(store.columns)} features by {', '.join(keys)}")
-    typer.echo(f"as of {store.day}; a request brings {', '.join(brought)}")
+    found = taken.columns
+    keys = tuple(dict.fromkeys(found.values()))
+    rest = (column.name for column in source.schema.features if column.name not in found)
+    brought = dict.fromkeys((*keys, *rest))
+    typer.echo(f"{out}: {len(found)} features by {', '.join(keys)}")
+    moment = "" if taken.day is None else f"as of {taken.day}; "
+    typer.echo(f"{moment}a request brings {', '.join(brought)}")

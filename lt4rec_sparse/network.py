@@ -15,7 +15,7 @@ from lt4rec_sparse.formats import VALUE_DTYPES, BlockWeight, CompressedWeight
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
-Slope = float | Tensor  # a tensor: one per output
+Slope = float | Tensor  # a tensor: numbers for each output, which its last dimension counts (`slopes_shape`)
 
 # The one table of activations: the position of a name is its code in csrc/engine.h. Each takes z, which it may
 # overwrite, and the layer's slope, which those in `SLOPED` use.
@@ -32,8 +32,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, Any], Tensor]] = {
         F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu_(z, slope)
     ),
     "elu": lambda z, slope: F.elu_(z, slope),
+    "dice": lambda z, slope: _dice(z, *slope),
 }
-SLOPED = ("leaky_relu", "elu")  # below 0: z * slope, and slope * (exp(z) - 1)
+SLOPED = ("leaky_relu", "elu")  # a number, below 0: z * slope, and slope * (exp(z) - 1)
+# A tensor: of leaky_relu, in place of the number, a slope for each output; of dice always, scale, shift and alpha.
+SLOPES: Mapping[str, tuple[int, ...]] = {"leaky_relu": (), "dice": (3,)}
+
+
+def slopes_shape(activation: str, out_features: int) -> tuple[int, ...] | None:
+    """Return the shape of a slope that is a tensor, `[..., out_features]`; None if the activation has none."""
+    return (*SLOPES[activation], out_features) if activation in SLOPES else None
+
+
+def _dice(z: Tensor, scale: Tensor, shift: Tensor, alpha: Tensor) -> Tensor:
+    # In float32 at least, as the constants are, and rounded once.
+    return (z * (alpha + (1 - alpha) * torch.sigmoid(z * scale + shift))).to(z.dtype)
 
 
 class QuantizationParameters(NamedTuple):
@@ -49,7 +62,7 @@ class SparseLayer(NamedTuple):
     weight: CompressedWeight
     bias: Tensor | None  # [out_features], float
     activation: str
-    slope: Slope = 0.0  # of activations in SLOPED; of leaky_relu it can be a tensor, float32 [out_features]
+    slope: Slope = 0.0  # of activations in SLOPED a number, of those in SLOPES a float32 tensor
 
 
 class DenseLayer(NamedTuple):
@@ -130,6 +143,12 @@ class FrozenNetwork:
         """`out_features` of each layer, the heads' last."""
         heads = [int(head.weight.shape[0]) for head in self.heads.values()][:1]
         return (*(layer.weight.shape[0] for layer in self.hidden), *heads)
+
+    @property
+    def activations(self) -> frozenset[str]:
+        """Which activations its layers end in."""
+        hidden, heads = self.hidden, self.heads.values()
+        return frozenset([*(layer.activation for layer in hidden), *(head.activation for head in heads)])
 
     @property
     def is_in_blocks(self) -> bool:
@@ -267,17 +286,21 @@ def _check_layer(name: str, out_features: int, layer: SparseLayer | DenseLayer) 
         raise ValueError(f"{name}: got activation {layer.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
     if isinstance(layer.slope, Tensor):
         _check_slopes(name, out_features, layer.activation, layer.slope)
+    elif layer.activation in SLOPES and layer.activation not in SLOPED:
+        wanted = f"torch.float32 {slopes_shape(layer.activation, out_features)} of {layer.activation}"
+        raise ValueError(f"{name}: got slope {layer.slope}, wanted finite {wanted}")
     elif not math.isfinite(layer.slope) or (layer.slope and layer.activation not in SLOPED):
         wanted = "a finite one" if layer.activation in SLOPED else f"none for {layer.activation}"
         raise ValueError(f"{name}: got slope {layer.slope}, wanted {wanted}")
 
 
 def _check_slopes(name: str, out_features: int, activation: str, slopes: Tensor) -> None:
-    if activation != "leaky_relu":
-        raise ValueError(f"{name}: got a slope per output of {activation}, wanted one of leaky_relu alone")
-    if slopes.dtype != torch.float32 or slopes.shape != (out_features,) or not slopes.isfinite().all():
+    shape = slopes_shape(activation, out_features)
+    if shape is None:
+        raise ValueError(f"{name}: got a slope per output of {activation}, wanted one of {' or '.join(SLOPES)} alone")
+    if slopes.dtype != torch.float32 or slopes.shape != shape or not slopes.isfinite().all():
         got = f"{slopes.dtype} {tuple(slopes.shape)}"
-        raise ValueError(f"{name}: got slopes {got}, wanted finite torch.float32 ({out_features},)")
+        raise ValueError(f"{name}: got slopes {got}, wanted finite torch.float32 {shape}")
 
 
 def _rounded(part: Tensor, dtype: torch.dtype) -> Tensor:

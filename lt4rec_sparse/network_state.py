@@ -1,8 +1,8 @@
 """A frozen network as named tensors and plain data: what artefacts and `state_dict` carry, and are not trusted with.
 
 Tensors (names and bit order of compressed-tensors where it has them): `layers.<i>.compressed`, `.bitmask`,
-`.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`; `.slope` of a layer with a slope per
-output. Data, as JSON holds it: `tasks`; `layers` with the shape and activation of each, its `slope` if it is a number,
+`.row_offsets` of hidden layer i and its `.bias`; `heads.<task>.weight`, `.bias`; `.slope` of a layer whose slope is a
+tensor. Data, as JSON holds it: `tasks`; `layers` with the shape and activation of each, its `slope` if it is a number,
 and `block`, [16, 4], if weights are kept in such blocks; `heads`, task -> activation, or [activation, slope]; where the
 network is calibrated `codes`, task -> [scale, zero point] of the input of each layer. A layer without a bias has no
 such tensor.

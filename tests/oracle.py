@@ -14,7 +14,7 @@ its bound only, and rounding it adds `u_operand |h|`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +42,48 @@ class Layer(NamedTuple):
 class Activation(NamedTuple):
     """An activation in float64, and how its result may round."""
 
-    function: Callable[[Tensor, float | Tensor], Tensor]  # of z and the slope, or one per output
-    lipschitz: Callable[[float | Tensor], float | Tensor]  # of the slope
+    function: Callable[[Tensor, Any], Tensor]  # of z and the slope: a number, one per output, or what dice has
+    lipschitz: Callable[[Any], float | Tensor]  # of the slope
     operations: int = 0  # each rounds within an ulp of `scale`
-    scale: Callable[[Tensor, Tensor], Tensor] = lambda z, value: value.abs()
+    scale: Callable[[Tensor, Tensor, Any], Tensor] = lambda z, value, slope: value.abs()
 
 
-def _of_z(z: Tensor, value: Tensor) -> Tensor:
+def _of_z(z: Tensor, value: Tensor, slope: Any) -> Tensor:
     return z.abs()
+
+
+def _dice(z: Tensor, slope: Tensor) -> Tensor:
+    """`p z + (1 - p) alpha z` with `p = sigmoid(scale z + shift)`."""
+    scale, shift, alpha = slope.double()
+    p = (scale * z + shift).sigmoid()
+    return p * z + (1 - p) * alpha * z
+
+
+def _dice_lipschitz(slope: Tensor) -> Tensor:
+    """Of `alpha + (1 - alpha) p`, between alpha and 1, and `z (1 - alpha) p'` with `scale z = t - shift`.
+
+    Nowhere is `|t| sigmoid'(t)` above 0.224, nor `sigmoid'` above 1 / 4.
+    """
+    _, shift, alpha = slope.double()
+    return alpha.abs().clamp(min=1) + (1 - alpha).abs() * (0.224 + shift.abs() / 4)
+
+
+def _dice_scale(z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Bound each operation: the gate's by 1, its argument's by what an error of an ulp of its terms moves the gate.
+
+    Of the argument `t` the terms are at most `|t| + 2 |shift|`: by them, times `sigmoid'` near t, the gate moves.
+    """
+    _, shift, alpha = slope.double()
+    return z.abs() * (alpha.abs() + (1 - alpha).abs() * (1.25 + shift.abs() / 2))
 
 
 ACTIVATIONS = {
     "none": Activation(lambda z, slope: z, lambda slope: 1),
     "relu": Activation(lambda z, slope: z.relu(), lambda slope: 1),
     # exp, the sum and the quotient.
-    "sigmoid": Activation(lambda z, slope: z.sigmoid(), lambda slope: 1 / 4, 3, lambda z, value: torch.ones_like(z)),
+    "sigmoid": Activation(
+        lambda z, slope: z.sigmoid(), lambda slope: 1 / 4, 3, lambda z, value, slope: torch.ones_like(z)
+    ),
     "tanh": Activation(lambda z, slope: z.tanh(), lambda slope: 1, 3),
     "silu": Activation(lambda z, slope: F.silu(z), lambda slope: 1.1, 3, _of_z),
     # z times a probability, which takes a square, a difference, exp, a product or two, and a sum.
@@ -68,6 +95,8 @@ ACTIVATIONS = {
     ),
     # The slope's own rounding, exp - 1 and the product.
     "elu": Activation(lambda z, slope: F.elu(z, slope), lambda slope: max(1, abs(slope)), 3),
+    # Two of the argument, three of the sigmoid, 1 - alpha, two products and a sum.
+    "dice": Activation(_dice, _dice_lipschitz, 9, _dice_scale),
 }
 
 
@@ -118,7 +147,7 @@ def activated(z: Bounded, activation: str, slope: float | Tensor, u: float) -> B
     """Apply an activation to a bounded value, in arithmetic of unit roundoff `u`."""
     function, lipschitz, operations, scale = ACTIVATIONS[activation]
     value = function(z.value, slope)
-    return Bounded(value, lipschitz(slope) * z.bound + operations * 2 * u * scale(z.value, value))
+    return Bounded(value, lipschitz(slope) * z.bound + operations * 2 * u * scale(z.value, value, slope))
 
 
 def assert_rounding(y: Tensor, reference: Bounded) -> None:

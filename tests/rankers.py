@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
-from lt4rec_sparse import MaskedMLP, Ranker, freeze
+from lt4rec_sparse import MaskedMLP, Ranker, SparseMLP, freeze
 from lt4rec_sparse.masks import Mask
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
@@ -35,6 +36,23 @@ SCHEMA = {
         {"name": "cvr", "kind": "binary", "label": "buy"},
     ],
 }
+
+
+class NotAvailable:
+    """What pandas has for a missing value: comparisons with it have no answer, and are it again."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+NA = NotAvailable()
+
+
 INTS = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([2**62, -(2**62), 2**63 - 1, -(2**63)]))
 TEXTS = st.one_of(st.sampled_from(["red", "green", "", "grün", "红", " a", "\x1fb\x85"]), st.text(max_size=9))
 NUMBERS = st.one_of(st.none(), st.floats(-3, 3), st.sampled_from([float("nan"), float("inf"), -1e300]))
@@ -59,7 +77,12 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def make(
-    context: bool = True, kind: str = "fp32", dim: int = 5, precision: str = "fp32", blocks: bool = False
+    context: bool = True,
+    kind: str = "fp32",
+    dim: int = 5,
+    precision: str = "fp32",
+    blocks: bool = False,
+    activation: str = "relu",
 ) -> Ranker:
     schema = Schema.from_dict(SCHEMA if context else {**SCHEMA, "context": []})
     rows = {
@@ -91,6 +114,12 @@ def make(
         else:
             mlp.set_mask(Mask.random(shapes, {n: r * c // 2 for n, (r, c) in shapes.items()}, generator), task)
     frozen = freeze(mlp, sigmoid=True)
+    if activation == "dice":
+        hidden = (
+            layer._replace(activation="dice", slope=torch.randn(3, layer.weight.shape[0], generator=generator))
+            for layer in frozen.network.hidden
+        )
+        frozen = SparseMLP(replace(frozen.network, hidden=tuple(hidden)))
     if precision == "int8":
         frozen = frozen.calibrated(torch.randn(500, inputs.out_features))
     return Ranker(encoder, inputs, frozen.to_precision(precision))

@@ -87,7 +87,8 @@ def finished(tmp_path_factory):
     verdict, left = result.stdout.splitlines()
     assert verdict.startswith("Serve ")
     assert left == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl"
-    lines = result.stderr.splitlines()
+    *lines, warning = result.stderr.splitlines()
+    assert warning.startswith("few steps: every model took ")
     assert all(re.fullmatch(r".+: \d+ of \d+(, about .+ left)?", line) for line in lines)
     assert lines[:2] == ["simulate: 0 of 1", "simulate: 1 of 1"]
     assert lines[-1] == "freeze and measure: 1 of 1"
@@ -315,6 +316,8 @@ def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
     assert invoke("run", "--out", tmp_path).stderr == "train: 1 of 2\n"
     result = invoke("run", "--out", tmp_path, "-q")
     assert (result.stderr, result.stdout.split(",")[0]) == ("", f"Serve this.\n{tmp_path}/report.md")
+    monkeypatch.setattr(run_module, "run", lambda *a: run_module.Finished(tmp_path, "Serve this.", "none."))
+    assert invoke("run", "--out", tmp_path, "-q").stderr == "few steps: none.\n"
 
 
 def test_help_imports_nothing_that_computes():
@@ -352,6 +355,13 @@ def test_help_imports_nothing_that_computes():
         (["--rounds", "0"], "rounds: got 0, wanted at least 1"),
         (["--masks", "some"], "masks: got 'some', wanted one of best, random, tickets"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--patience", "-1"], "patience: got -1, wanted 0 or more epochs"),
+        (["--schedule", "step"], "schedule: got 'step', wanted one of constant, linear, cosine"),
+        (["--warm-up-steps", "-1"], "warm_up_steps: got -1, wanted 0 or more"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, wanted 0 or more, and finite"),
+        (["--clip-norm", "-0.5"], "clip_norm: got -0.5, wanted 0 or more, and finite"),
+        (["--ema", "1"], "ema: got 1.0, wanted at least 0 and less than 1"),
+        (["--top-k", "-1"], "top_k: got -1, wanted 0 or more"),
         (["--batch-size", "0"], "batch_size: got 0, wanted at least 1"),
         (["--learning-rate", "-1"], "learning_rate: got -1.0, wanted more than 0"),
         (["--embedding-dim", "0"], "Invalid value for '--embedding-dim': got 0, wanted 1 to 4,096"),
@@ -371,6 +381,13 @@ def test_a_wrong_argument_of_run_is_named(small_folder, tmp_path, arguments, mes
     [
         (["--hidden", "16,0"], r"hidden: got \(16, 0\), wanted at least one width, each at least 1"),
         (["--epochs", "0"], "epochs: got 0, wanted at least 1"),
+        (["--patience", "-1"], "patience: got -1, wanted 0 or more epochs"),
+        (["--schedule", "step"], "schedule: got 'step', wanted one of constant, linear, cosine"),
+        (["--warm-up-steps", "-1"], "warm_up_steps: got -1, wanted 0 or more"),
+        (["--weight-decay", "nan"], "weight_decay: got nan, wanted 0 or more, and finite"),
+        (["--clip-norm", "-0.5"], "clip_norm: got -0.5, wanted 0 or more, and finite"),
+        (["--ema", "1"], "ema: got 1.0, wanted at least 0 and less than 1"),
+        (["--top-k", "-1"], "top_k: got -1, wanted 0 or more"),
         (["--batch-size", "-1"], "batch_size: got -1, wanted at least 1"),
         (["--seeds", "0"], "seeds: got 0, wanted at least 1"),
         (["--cross", "dcn"], "cross: got 'dcn', wanted one of dlrm, wide_deep, deepfm"),
@@ -406,6 +423,7 @@ def test_a_wrong_argument_of_experiment_is_named(small_folder, tmp_path, argumen
     [
         (["experiment", "table2"], "--data: got none, wanted a folder with a log"),
         (["experiment", "regimes", "--data", "{tmp}"], "--data: got .* for regimes, wanted none"),
+        (["experiment", "regimes", "--top-k", "3"], "regimes: got options of networks or training, wanted none"),
         (["experiment", "regimes", "--epochs", "3"], "regimes: got options of networks or training, wanted none"),
         (
             ["experiment", "table2", "--data", "{tmp}", "--impressions", "9"],
@@ -806,7 +824,7 @@ def test_scores_come_with_the_columns_that_are_kept(finished, candidates, tmp_pa
         (["s.parquet", "--keep", "ctr"], "--keep: got 'ctr', the name of a task, wanted columns of other names"),
         (
             ["s.csv", "--keep", "tags"],
-            "--keep: got column 'tags', which holds lists, wanted an OUT that ends in .parquet",
+            "column 'tags': got lists, wanted an OUT that ends in .parquet for them",
         ),
         (["s.txt"], "OUT: got 's.txt', wanted a name that ends in .csv or .parquet"),
         (["s"], "OUT: got 's', wanted a name that ends in .csv or .parquet"),
@@ -972,7 +990,7 @@ def test_a_store_of_features_completes_requests(finished, tmp_path):
         (["candidates", "{model}", "{tmp}/r.csv", "{tmp}/none/c.csv", "--data", "{data}"], "in a folder that exists"),
         (
             ["features", "{model}", "{tmp}/f", "--data", "{data}", "--at", "6 May"],
-            "got '6 May', wanted a date such as 2022-04-25",
+            "--at: got day '6 May', wanted one in the form of the log's days, such as 2024-01-",
         ),
         (["features", "{model}", "{tmp}/none/f", "--data", "{data}"], "wanted a file in a folder that exists"),
     ],
@@ -1002,3 +1020,88 @@ def test_no_result_takes_the_place_of_what_it_is_made_of(finished, tmp_path, arg
     line = refusal(*(argument.format(tmp=tmp_path, name=tmp_path.name) for argument in arguments))
     assert re.fullmatch("OUT: got '.+', which is read, wanted another file", line)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("taken", ["log/2024-01-02.parquet", "videos.parquet"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "{model}", "{taken}", "--data", "{data}"],
+        ["candidates", "{model}", "{tmp}/r.csv", "{taken}", "--data", "{data}"],
+        ["features", "{model}", "{taken}", "--data", "{data}"],
+    ],
+)
+def test_no_result_takes_the_place_of_a_file_of_the_data(finished, tmp_path, arguments, taken):
+    data = shutil.copytree(finished / "simulated", tmp_path / "data")
+    (tmp_path / "r.csv").write_text("user_id,video_id,date\n1,2,2024-01-03\n")
+    places = {"model": finished / "model.safetensors", "tmp": tmp_path, "data": data}
+    before = contents(tmp_path)
+    for out in (data / taken, data / "log" / ".." / taken):
+        line = refusal(*(argument.format(taken=out, **places) for argument in arguments))
+        assert line == f"OUT: got {str(out)!r}, which is read, wanted another file"
+        assert contents(tmp_path) == before
+
+
+def test_scores_do_not_take_the_place_of_the_plan(finished, candidates, tmp_path):
+    pq.write_table(candidates, tmp_path / "candidates.parquet")
+    model, plan = finished / "model.safetensors", tmp_path / "plan.csv"
+    assert invoke("plan", model, plan, "--batch", "1").exit_code == 0
+    before = contents(tmp_path)
+    line = refusal("score", model, tmp_path / "candidates.parquet", plan, "--plan", plan)
+    assert line == f"OUT: got {str(plan)!r}, which is read, wanted another file"
+    assert contents(tmp_path) == before
+
+
+def refused_at_once(monkeypatch, *arguments):
+    """Return the line of a refusal that comes before any row of a log, of candidates or of requests is read."""
+
+    def read(*_):
+        raise AssertionError("rows were read")
+
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.days._deal", read)
+    monkeypatch.setattr("lt4rec_sparse.recsys.scoring.read_candidates", read)
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.complete_requests", read)
+    return refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("out", "keep", "message"),
+    [
+        ("s.parquet", "ghost", "column 'ghost' is absent, wanted one of "),
+        ("s.csv", "user_id,bag", "column 'bag': got lists, wanted an OUT that ends in .parquet for them"),
+    ],
+)
+def test_columns_of_a_log_that_cannot_be_kept_are_refused_before_it_is_read(
+    finished, tmp_path, monkeypatch, out, keep, message
+):
+    data = shutil.copytree(finished / "simulated", tmp_path / "data")
+    in_log(with_column("bag", lambda table: pa.array([[1]] * len(table))))(data)
+    rest = (finished / "model.safetensors", tmp_path / out, "--data", data, "--keep", keep)
+    assert message in refused_at_once(monkeypatch, "score", *rest)
+
+
+def test_lists_of_candidates_that_cannot_be_kept_are_refused_before_they_are_read(
+    finished, candidates, tmp_path, monkeypatch
+):
+    model, path, out = finished / "model.safetensors", tmp_path / "candidates.parquet", tmp_path / "s.csv"
+    pq.write_table(candidates.append_column("bag", pa.array([[1]] * len(candidates))), path)
+    for name in ("tags", "bag"):
+        line = refused_at_once(monkeypatch, "score", model, path, out, "--keep", name)
+        assert line == f"column {name!r}: got lists, wanted an OUT that ends in .parquet for them"
+
+
+def test_lists_of_requests_that_csv_cannot_hold_are_refused_before_the_log_is_read(finished, tmp_path, monkeypatch):
+    asked = {"user_id": [1], "video_id": [2], "date": ["2024-01-03"], "bag": [[1]]}
+    pq.write_table(pa.table(asked), tmp_path / "r.parquet")
+    rest = (finished / "model.safetensors", tmp_path / "r.parquet", tmp_path / "c.csv", "--data")
+    line = refused_at_once(monkeypatch, "candidates", *rest, finished / "simulated")
+    assert line == "column 'bag': got lists, wanted an OUT that ends in .parquet for them"
+
+
+def test_features_are_listed_without_reading_the_file_again(finished, tmp_path, monkeypatch):
+    def opened(*_):
+        raise AssertionError("the file was read again")
+
+    monkeypatch.setattr(FeatureStore, "open", opened)
+    rest = ("--data", finished / "simulated", "-q")
+    assert invoke("features", finished / "model.safetensors", tmp_path / "features.safetensors", *rest).exit_code == 0

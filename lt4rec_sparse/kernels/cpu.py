@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.formats import BlockWeight
-from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork, Slope
+from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, SLOPES, FrozenNetwork, Slope, slopes_shape
 
 _engine: Any
 _absence_reason = ""
@@ -64,7 +64,7 @@ class PackLayer(NamedTuple):
     # Of the input, in int8 only: q = round(x / input_scale) + input_zero_point, within 0 to 255.
     input_scale: float = 0.0
     input_zero_point: int = 0
-    slope: Slope = 0.0  # of the activations in network.SLOPED; of leaky_relu it can be a tensor, float32 [out_features]
+    slope: Slope = 0.0  # as a layer of FrozenNetwork has it
     takes_bias: bool = False  # its bias comes with each call; all layers that read x, or none
 
 
@@ -471,9 +471,11 @@ def _canonical_layer(layer: PackLayer, where: str, is_head: bool) -> tuple[int, 
         _check_part(f"{where}.bias", layer.bias, torch.float32, (rows,))
     slopes = layer.slope if isinstance(layer.slope, Tensor) else None
     if slopes is not None:
-        _check_part(f"{where}.slope", slopes, torch.float32, (rows,))
-        if layer.activation != "leaky_relu":
-            raise ValueError(f"{where}.slope: got a tensor for {layer.activation}, wanted one for leaky_relu alone")
+        shape = slopes_shape(layer.activation, rows)
+        if shape is None:
+            wanted = f"one for {' or '.join(SLOPES)} alone"
+            raise ValueError(f"{where}.slope: got a tensor for {layer.activation}, wanted {wanted}")
+        _check_part(f"{where}.slope", slopes, torch.float32, shape)
     return (
         is_blocks,
         layer.values.data_ptr(),

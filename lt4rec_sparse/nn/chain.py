@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from lt4rec_sparse.nn.plain import FUSED, PlainLayer, computes_as, hook_of, of_linear, pruned, with_activation
+from lt4rec_sparse.nn.plain import FUSED, PlainLayer, is_activation, of_linear, with_activation
+from lt4rec_sparse.nn.reading import affine_of, computes_as, hook_of
 
 DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at inference
 
@@ -14,9 +15,9 @@ DROPPED = (nn.Dropout, nn.AlphaDropout, nn.Identity)  # these do nothing at infe
 class Chain:
     """Linear layers one after the other, with what belongs to each; built module by module.
 
-    Activations in `FUSED` belong to the linear layer before them. BatchNorm1d is folded into the linear layer before
-    it, or the one after it, as it computes in `eval()` on `[batch, features]`; the products are formed in float64.
-    `DROPPED` are dropped.
+    Activations (`plain.is_activation`) belong to the linear layer before them. BatchNorm1d is folded into the linear
+    layer before it, or the one after it, as it computes in `eval()` on `[batch, features]`; the products are formed in
+    float64. `DROPPED` are dropped.
 
     Args:
         begin: The place of the first module that can be taken.
@@ -48,8 +49,8 @@ class Chain:
             raise ValueError(f"{name}: {reason}")
         if computes_as(module, nn.BatchNorm1d):
             assert isinstance(module, nn.BatchNorm1d)
-            self._take_norm(*_affine(module, name), name)
-        elif type(module) in FUSED and computes_as(module, type(module)):
+            self._take_norm(*affine_of(module, name), name)
+        elif is_activation(module):
             if not self.layers or self.layers[-1].activation != "none" or self.waiting is not None:
                 raise ValueError(f"{name}: got a {type(module).__name__}, wanted it right after a linear layer")
             self.layers[-1] = with_activation(self.layers[-1], module, name)
@@ -122,21 +123,6 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _flat(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
-
-
-def _affine(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, float64 `[features]`, with which a BatchNorm1d computes at inference."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{name}: got a BatchNorm1d without running statistics, wanted them: it needs the batch's own")
-    mean, variance = norm.running_mean.detach().cpu().double(), norm.running_var.detach().cpu().double()
-    scale = (variance + norm.eps).rsqrt()
-    shift = -mean * scale
-    if norm.weight is not None:
-        weight, bias = (pruned(norm, part) for part in ("weight", "bias"))
-        assert weight is not None and bias is not None
-        weight, bias = weight.detach().cpu().double(), bias.detach().cpu().double()
-        scale, shift = scale * weight, shift * weight + bias
-    return scale, shift
 
 
 def _before(layer: PlainLayer, scale: Tensor, shift: Tensor, name: str) -> PlainLayer:

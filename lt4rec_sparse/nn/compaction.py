@@ -120,7 +120,7 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     # Up: each constant goes into the biases above it, after which nothing reads it.
     for i in range(len(path) - 1):
         is_constant = ~masks[i].any(1)
-        value = path[i].activate(biases[i].clone()[None])[0]  # [1, out_features], for a slope per output
+        value = path[i].activate(biases[i].clone()[None])[0]  # [1, out_features], for slopes per output
         folded = (weights[i + 1].double() * value).masked_fill(~masks[i + 1], 0)  # what does not read it meets no inf
         biases[i + 1] = biases[i + 1] + folded[:, is_constant].sum(1)
         masks[i + 1] = masks[i + 1] & ~is_constant
@@ -137,6 +137,6 @@ def _compact_task(network: FrozenNetwork, task: str) -> tuple[Tensor, list[Dense
     layers = []
     for layer, weight, mask, bias, rows, read in zip(path, weights, masks, biases, kept, columns, strict=True):
         left = weight.masked_fill(~mask, 0)[rows][:, read]
-        slope = layer.slope[rows] if isinstance(layer.slope, Tensor) else layer.slope
+        slope = layer.slope[..., rows] if isinstance(layer.slope, Tensor) else layer.slope
         layers.append(layer._replace(weight=left, bias=bias[rows].float(), slope=slope))
     return masks[0][kept[0]].any(0), layers

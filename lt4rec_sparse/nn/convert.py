@@ -18,6 +18,7 @@ from lt4rec_sparse.nn.fused import Absorbed, FusedSequential
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
 from lt4rec_sparse.nn.observe import batch_of, calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.plan import check_asked
+from lt4rec_sparse.nn.reading import computes_as, hook_of
 from lt4rec_sparse.nn.sparse import SparseLinear, SparseMLP
 from lt4rec_sparse.nn.traced import with_sequentials
 from lt4rec_sparse.nn.transformer import call_sparse_parts, feed_forward, restore_fast_path
@@ -44,7 +45,7 @@ def freeze(
     - what is between such layers in an `nn.Sequential`, in one call of the engine: activations, BatchNorm1d, Dropout
       (`SparseMLP.from_sequential`), and linear layers that are not pruned, if they are small. The first of these
       modules is replaced by the call, the others by `fused.Absorbed`, which refuse to be called one by one. Where
-      BatchNorm1d or a PReLU with several slopes is among them, `x` of the call is `[batch, features]`;
+      BatchNorm1d, Dice or a PReLU with several slopes is among them, `x` of the call is `[batch, features]`;
     - the feed-forward part of torch's own transformer layers, in one call.
 
     Everything else is copied: layers with a forward or hooks of their own too, masked ones among them. Where all masks
@@ -208,7 +209,7 @@ def _frozen_alone(
 
 def _calls(module: nn.Module, reader: _Reader) -> Iterator[Call]:
     """Yield what becomes calls of an `nn.Sequential`; nothing of another module."""
-    if not plain.computes_as(module, nn.Sequential):
+    if not computes_as(module, nn.Sequential):
         return
     for chain in chains_of(module, reader):
         for first, last, call in _calls_of_chain(chain, reader):
@@ -270,7 +271,7 @@ def obstacle(linear: nn.Module) -> str | None:
 def _does_more(masked: nn.Module) -> bool:
     """Tell whether a masked module, or a part of it, has hooks or a forward of its own, which nothing would call."""
     parts = [part for part in masked.modules() if isinstance(part, MaskedMLP | nn.Linear)]
-    return any(plain.hook_of(part) or not plain.computes_as(part, MaskedMLP, MaskedLinear, nn.Linear) for part in parts)
+    return any(hook_of(part) or not computes_as(part, MaskedMLP, MaskedLinear, nn.Linear) for part in parts)
 
 
 def _freeze_masked(module: nn.Module, sigmoid: bool) -> nn.Module | None:

@@ -57,7 +57,7 @@ class DenseRun:
         activations = [(layer.activation, layer.slope) for layer in layers]
         if index == 0 and len(set(activations)) == 1:
             activation, slope = activations[0]
-            slope = slope.repeat(len(layers)) if isinstance(slope, Tensor) else slope
+            slope = torch.cat([slope] * len(layers), -1) if isinstance(slope, Tensor) else slope
             with ops.without_autocast(weights[0]):
                 weights, biases, activations = [torch.cat(weights)], [torch.cat(biases)], [(activation, slope)]
         self.nbytes = sum(part.nbytes for part in (*weights, *biases))

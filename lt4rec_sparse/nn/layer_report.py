@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.network import FrozenNetwork
-from lt4rec_sparse.nn import plain
+from lt4rec_sparse.nn import dice, plain
 from lt4rec_sparse.nn.convert import LEAST_SPARSITY, obstacle
 from lt4rec_sparse.nn.dense import dense_kernels
 from lt4rec_sparse.nn.masked import MaskedLinear
 from lt4rec_sparse.nn.observe import calls_of, inputs_of, rows_of
 from lt4rec_sparse.nn.plan.executor import follow, make_run
 from lt4rec_sparse.nn.plan.plan import Segment
+from lt4rec_sparse.nn.reading import hook_of
 from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.stopwatch import interleaved
 
@@ -55,9 +56,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """The linear layers of a model; printed as a table."""
+    """The linear layers of a model; printed as a table.
+
+    Attributes:
+        entries: One per layer, or call of several.
+        left: Name of a module that is called Dice and left to torch -> why.
+    """
 
     entries: tuple[Entry, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         names = [entry.name or "(the model)" for entry in self.entries]
@@ -70,6 +77,7 @@ class Report:
             line = f"{name:<{name_width}} {width:<{widths_width}} {entry.format:<8} {entry.density:>8.1%}"
             line += f" {entry.nbytes / 1000:>9,.1f} {share:>9.0%}  {_comparison(entry)}"
             lines.append(line.rstrip())
+        lines += [f"{name or '(the model)'}: left to torch: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
 
@@ -91,7 +99,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
     calls = calls_of(model)
     inputs = {} if example is None or not calls else _inputs_in_eval(model, example)
     times = _times({name: (calls[name], of_call[-1]) for name, of_call in inputs.items()})
-    entries = []
+    entries, left = [], {}
     for name, module in model.named_modules():
         if isinstance(module, SparseMLP):
             entry = _of_call(name, module.network)
@@ -105,7 +113,9 @@ def report(model: nn.Module, example: Any = None) -> Report:
             entries.append(entry)
         elif isinstance(module, nn.Linear):
             entries.append(_of_linear(name, module))
-    return Report(tuple(entries))
+        elif dice.is_called_so(module) and (why := dice.obstacle(module)):
+            left[name] = why
+    return Report(tuple(entries), left)
 
 
 def _inputs_in_eval(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
@@ -133,7 +143,7 @@ def _of_call(name: str, network: FrozenNetwork) -> Entry:
 def _of_linear(name: str, linear: nn.Linear) -> Entry:
     why, density = obstacle(linear), 1.0
     if isinstance(linear, MaskedLinear):
-        why, density = plain.hook_of(linear) or "not frozen", linear.masks.float().mean().item()
+        why, density = hook_of(linear) or "not frozen", linear.masks.float().mean().item()
     elif why is None:
         density = plain.of_linear(linear).mask.float().mean().item()
         is_pruned = 1 - density >= LEAST_SPARSITY

@@ -13,6 +13,7 @@ from lt4rec_sparse import ops
 from lt4rec_sparse.masks import Mask, pack_words
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import layers_of
+from lt4rec_sparse.nn.reading import pruned
 
 
 class MaskedLinear(nn.Linear):
@@ -133,7 +134,7 @@ class MaskedLinear(nn.Linear):
         They are the attributes of these names but where `torch.nn.utils.prune` is at work: it computes the attributes
         before each forward pass, so that after a step of an optimiser they are those of the step before.
         """
-        weight, bias = (plain.pruned(self, name) for name in ("weight", "bias"))
+        weight, bias = (pruned(self, name) for name in ("weight", "bias"))
         assert weight is not None
         return weight, bias
 

@@ -3,6 +3,7 @@
 Metadata `lt4rec_sparse_module` (see `checked_file`): `calls`, one entry per call of the engine, with its `places` in
 the module, `kind`, `precision` and the data of `network_state`; `absorbed`, the places of what calls absorbed;
 `traced`, those of modules that torch.fx traced, which compute otherwise than the model does.
+A file has the least version that it needs: 2 if a layer has the activation dice, else 1.
 Tensors: `calls.<i>.<name>` of `network_state`, and `state.<name>`, what `state_dict` holds of everything else.
 """
 
@@ -24,7 +25,7 @@ from lt4rec_sparse.nn.traced import traced
 from lt4rec_sparse.nn.transformer import call_sparse_parts
 
 KEY = "lt4rec_sparse_module"
-VERSION = 1
+VERSIONS = (1, 2)
 KINDS: dict[str, type[SparseMLP]] = {"SparseLinear": SparseLinear, "SparseMLP": SparseMLP}
 _WANTED = "what save_module wrote"
 
@@ -69,7 +70,8 @@ def save_module(module: nn.Module, path: str | Path) -> None:
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name}: got a {type(value).__name__} in the state, wanted tensors alone")
             tensors[f"state.{name}"] = value
-    meta = {"version": VERSION, "calls": calls, "absorbed": absorbed, "traced": graphs}
+    version = 2 if any("dice" in call.network.activations for call in places) else 1
+    meta = {"version": version, "calls": calls, "absorbed": absorbed, "traced": graphs}
     checked_file.write(path, KEY, meta, tensors)
 
 
@@ -88,7 +90,7 @@ def load_module(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ArtefactError: If the file is truncated, altered, of another kind or version, or does not fit the model.
     """
-    meta, tensors = checked_file.read(path, KEY, _WANTED, (VERSION,))
+    meta, tensors = checked_file.read(path, KEY, _WANTED, VERSIONS)
     try:
         calls = _calls(meta, tensors)
         state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.prune import BasePruningMethod
 
 from lt4rec_sparse.formats import VALUE_DTYPES, format_for
-from lt4rec_sparse.network import SLOPED, FrozenNetwork, Slope, SparseLayer
+from lt4rec_sparse.network import SLOPED, SLOPES, FrozenNetwork, Slope, SparseLayer
+from lt4rec_sparse.nn import dice
+from lt4rec_sparse.nn.reading import computes_as, hook_of, pruned
 
 # What the engine computes in the call of the layer before it.
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, Slope]]] = {
@@ -25,6 +26,7 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, Slope]]] = {
     nn.LeakyReLU: lambda module: ("leaky_relu", float(module.negative_slope)),
     nn.ELU: lambda module: ("elu", float(module.alpha)),
     nn.PReLU: lambda module: ("leaky_relu", _slopes_of(module)),
+    dice.Dice: lambda module: ("dice", dice.constants_of(module)),
 }
 # And back: a module that computes the same.
 MODULES: dict[str, Callable[[Any], nn.Module]] = {
@@ -37,6 +39,7 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "hardswish": lambda slope: nn.Hardswish(),
     "leaky_relu": lambda slope: _prelu(slope) if isinstance(slope, Tensor) else nn.LeakyReLU(slope),
     "elu": nn.ELU,
+    "dice": lambda slope: dice.of_constants(slope),
 }
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -48,7 +51,7 @@ class PlainLayer(NamedTuple):
     mask: Tensor  # bool, of the same shape
     bias: Tensor | None  # [out_features]
     activation: str = "none"
-    slope: Slope = 0.0  # one per output: float32 [out_features]
+    slope: Slope = 0.0  # as a layer of FrozenNetwork has it
 
 
 def of_tensors(weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> PlainLayer:
@@ -132,13 +135,6 @@ def obstacle(linear: nn.Module) -> str | None:
     return None
 
 
-def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Tell whether a module computes as one of some classes does, and not by a forward of its own."""
-    if "forward" in vars(module):
-        return False
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-
-
 def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
     """Return what an `nn.Linear` computes with.
 
@@ -160,36 +156,34 @@ def of_linear(linear: nn.Module, name: str = "linear") -> PlainLayer:
         raise ValueError(f"{name}: {error}") from error
 
 
-def pruned(module: nn.Module, name: str) -> Tensor | None:
-    """Return a parameter as the next forward pass reads it.
-
-    It is the attribute of that name but where `torch.nn.utils.prune` is at work: it computes the attribute before each
-    forward pass, so that after a step of an optimiser it is that of the step before.
-    """
-    original = module._parameters.get(f"{name}_orig")
-    if original is None:
-        value: Tensor | None = getattr(module, name)
-        return value
-    return original * module.get_buffer(f"{name}_mask").to(original)
+def is_activation(module: nn.Module) -> bool:
+    """Tell whether a module computes as one of `FUSED`, or is called Dice, of which every library has one."""
+    return dice.is_called_so(module) or (type(module) in FUSED and computes_as(module, type(module)))
 
 
 def with_activation(layer: PlainLayer, activation: str | nn.Module, name: str = "activation") -> PlainLayer:
-    """Return the layer with an activation: one of `network.ACTIVATIONS` without a slope, or a module of `FUSED`.
+    """Return the layer with an activation: one of `network.ACTIVATIONS` without a slope, or a module (`is_activation`).
 
     Raises:
         ValueError: If it is none of these.
     """
     if isinstance(activation, str):
-        if activation in SLOPED:
-            wanted = "nn.LeakyReLU or nn.ELU, which have one"
+        if activation in (*SLOPED, *SLOPES):
+            wanted = "nn.LeakyReLU, nn.ELU or a Dice, which have one"
             raise ValueError(f"{name}: got {activation!r} without a slope, wanted {wanted}")
         return layer._replace(activation=activation)
-    if type(activation) not in FUSED:
+    if not is_activation(activation):
         wanted = ", ".join(kind.__name__ for kind in FUSED)
         raise ValueError(f"{name}: got a {type(activation).__name__}, wanted one of {wanted}")
-    kind, slope = FUSED[type(activation)](activation)
-    if isinstance(slope, Tensor) and len(slope) != len(layer.weight):
-        raise ValueError(f"{name}: got a PReLU with {len(slope)} slopes, wanted 1 or {len(layer.weight)}")
+    if dice.is_called_so(activation) and (reason := dice.obstacle(activation)):
+        raise ValueError(f"{name}: {reason}")
+    kind, slope = FUSED[dice.Dice if dice.is_called_so(activation) else type(activation)](activation)
+    if isinstance(slope, Tensor) and slope.shape[-1] != len(layer.weight):
+        got = f"a {type(activation).__name__} with {slope.shape[-1]} slopes"
+        least = "1 or " if isinstance(activation, nn.PReLU) else ""
+        raise ValueError(f"{name}: got {got}, wanted {least}{len(layer.weight)}")
+    if not torch.as_tensor(slope).isfinite().all():
+        raise ValueError(f"{name}: got a {type(activation).__name__} with NaN or infinity in it, wanted finite numbers")
     return layer._replace(activation=kind, slope=slope)
 
 
@@ -207,7 +201,7 @@ def network_of(layers: Sequence[PlainLayer], task: str = "task") -> FrozenNetwor
 def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
     """Return the plain modules of one task, one after the other: linear layers with exactly its weights, activations.
 
-    Parameters are copies, in the dtype that the network keeps its weights in.
+    Parameters are copies, in the dtype that the network keeps its weights in; those of Dice in float32.
 
     Raises:
         ValueError: If there is no such task.
@@ -222,7 +216,9 @@ def modules_of(network: FrozenNetwork, task: str) -> list[nn.Module]:
             linear.bias = nn.Parameter(layer.bias.to(network.dtype, copy=True))
         modules.append(linear)
         if layer.activation != "none":
-            modules.append(MODULES[layer.activation](layer.slope))
+            activation = MODULES[layer.activation](layer.slope)
+            # torch takes PReLU's slopes in the dtype of x alone, and a norm's statistics in float32 too.
+            modules.append(activation if isinstance(activation, dice.Dice) else activation.to(network.dtype))
     return modules
 
 
@@ -237,13 +233,6 @@ def _prelu(slopes: Tensor) -> nn.PReLU:
     module = nn.PReLU(len(slopes))
     module.weight = nn.Parameter(slopes.clone())
     return module
-
-
-def hook_of(module: nn.Module) -> str | None:
-    """Return what is said of a forward hook that nothing would call: any but those of `torch.nn.utils.prune`."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    others = [hook for hook in hooks if not isinstance(hook, BasePruningMethod)]
-    return f"got a hook, {type(others[0]).__name__}, wanted none: nothing would call it" if others else None
 
 
 def _check_tensor(name: str, part: Any) -> None:

@@ -80,9 +80,9 @@ class SparseMLP(nn.Module):
         """Compress an `nn.Sequential` that is pruned already: all its linear layers, in one call of the engine.
 
         It computes what `sequential.eval()` does, within rounding. Linear layers keep what `torch.nn.utils.prune` kept,
-        or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Hardswish, Sigmoid, Tanh),
-        BatchNorm1d is folded, Dropout and Identity are dropped. BatchNorm1d and a PReLU with several slopes are taken
-        as they compute on an `x` of `[batch, features]`.
+        or what is not zero. Activations are fused (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Hardswish, Sigmoid, Tanh,
+        Dice), BatchNorm1d is folded, Dropout and Identity are dropped. BatchNorm1d, Dice and a PReLU with several
+        slopes are taken as they compute on an `x` of `[batch, features]`.
 
         Example:
             >>> layers = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lt4rec_sparse.nn import dice
 from lt4rec_sparse.nn.chain import DROPPED
 from lt4rec_sparse.nn.copying import copy_of
 from lt4rec_sparse.nn.masked import MaskedLinear, MaskedMLP
@@ -93,7 +94,7 @@ def _graph_of(module: nn.Module) -> fx.Graph | None:
         return None
     before = [dict(vars(part)) for part in parts]
     try:
-        graph = _Tracer().trace(module)
+        graph = _Tracer(parts).trace(module)
     except Exception:  # a forward that does not find tensors raises whatever it likes
         graph = None
     for part, had in zip(parts, before, strict=True):
@@ -130,16 +131,24 @@ def _with_sequentials(module: nn.Module, is_wanted: Callable[[nn.Module], bool])
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, parts: Collection[nn.Module] = ()) -> None:
+        super().__init__()
+        self._parts = set(parts)  # known beforehand: what a Dice computes cannot be tried while calls are traced
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m)
+        return m not in self._parts
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation: torch's own, or ours."""
+    """Whether a module is one operation: torch's own, or ours, or another library's that is fused as ours."""
     is_torchs = type(module).__module__.startswith("torch.nn") and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict
     )
-    return is_torchs or isinstance(module, MaskedLinear | MaskedMLP | SparseMLP)
+    return is_torchs or isinstance(module, MaskedLinear | MaskedMLP | SparseMLP) or _is_dice(module)
+
+
+def _is_dice(module: nn.Module) -> bool:
+    return dice.is_called_so(module) and dice.difference(module) is None
 
 
 def _takes_inputs_alone(module: nn.Module) -> bool:
@@ -200,7 +209,8 @@ def _part(made: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
     if node.op == "call_module":
         module = made.get_submodule(str(node.target))
-        return module if isinstance(module, _KINDS) and len(node.args) == 1 and not node.kwargs else None
+        is_of_chains = isinstance(module, _KINDS) or _is_dice(module)
+        return module if is_of_chains and len(node.args) == 1 and not node.kwargs else None
     make = FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     try:
         return None if make is None else make(*node.args[1:], **node.kwargs)

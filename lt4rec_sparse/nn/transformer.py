@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lt4rec_sparse.nn.plain import computes_as
+from lt4rec_sparse.nn.reading import computes_as
 from lt4rec_sparse.nn.sparse import SparseMLP
 from lt4rec_sparse.nn.traced import FUNCTIONS
 

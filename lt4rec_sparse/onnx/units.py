@@ -11,6 +11,7 @@ from onnx import NodeProto
 from torch import nn
 from torch.nn.utils import prune
 
+from lt4rec_sparse.onnx.dice import dice_of
 from lt4rec_sparse.onnx.forms import activation_of
 from lt4rec_sparse.onnx.graph import Array, Graph
 from lt4rec_sparse.onnx.source import attribute
@@ -50,7 +51,7 @@ def unit_at(graph: Graph, value: str) -> Unit | None:
         module = _module(graph, node)
         if module is not None and not any(graph.uses(name) or name in graph.outputs for name in node.output[1:]):
             return Unit(module, frozenset(uses), node.output[0])
-    found = activation_of(graph, value)
+    found = dice_of(graph, value) or activation_of(graph, value)
     return None if found is None else Unit(*found)
 
 

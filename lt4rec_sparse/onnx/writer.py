@@ -76,6 +76,8 @@ class Writer:
             self.node("Gemm", inputs, z, transB=1)
             if layer.activation == "silu":
                 self.node("Mul", [z, self.node("Sigmoid", [z], f"{name}/sigmoid")], last)
+            elif layer.activation == "dice":
+                self._dice(name, z, layer.slope, last)
             elif isinstance(layer.slope, Tensor):
                 self.node("PRelu", [z, self.constant(f"{name}.slope", layer.slope)], last)
             elif layer.activation != "none":
@@ -83,6 +85,16 @@ class Writer:
                 filled = {key: layer.slope if value is None else value for key, value in attributes.items()}
                 self.node(operator, [z], last, **filled)
             x = last
+
+    def _dice(self, name: str, z: str, slope: Any, output: str) -> None:
+        """Add `output = z (alpha + (1 - alpha) sigmoid(scale z + shift))`; `onnx.dice` reads these nodes."""
+        scale, shift, alpha = slope
+        value = self.node("Mul", [z, self.constant(f"{name}.scale", scale)], f"{name}/scaled")
+        value = self.node("Add", [value, self.constant(f"{name}.shift", shift)], f"{name}/shifted")
+        value = self.node("Sigmoid", [value], f"{name}/gate")
+        value = self.node("Mul", [value, self.constant(f"{name}.rest", 1 - alpha)], f"{name}/of_rest")
+        value = self.node("Add", [value, self.constant(f"{name}.alpha", alpha)], f"{name}/factor")
+        self.node("Mul", [z, value], output)
 
     def model(self, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto]) -> ModelProto:
         """Return the model, checked.

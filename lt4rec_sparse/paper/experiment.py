@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ from lt4rec_sparse.paper import declared, pages
 from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.paper.frontier import frontier
 from lt4rec_sparse.recsys.data import open_source, prepare
-from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained
+from lt4rec_sparse.recsys.harness.baselines import baselines
+from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
-from lt4rec_sparse.recsys.harness.trials import Training, check_counts
+from lt4rec_sparse.recsys.harness.trials import Training, check_counts, check_top_k
 from lt4rec_sparse.recsys.report import worded, write_page
 
 
@@ -27,8 +28,8 @@ from lt4rec_sparse.recsys.report import worded, write_page
 class Experiment:
     """The parts of an experiment: what makes its rows, and what writes its page from their records.
 
-    It trains every task of the log only if `all_tasks`; `carried` are columns that its page reads in addition to the
-    features, `kinds` those of its tasks, in order, if its page needs certain kinds.
+    It trains every task of the log only if `all_tasks`; `carried` are columns that the part of its page `named` reads
+    in addition to the features, user by user, `kinds` those of its tasks, in order, if that part needs certain kinds.
     """
 
     rows: Callable[[Rows], list[Row]]
@@ -36,6 +37,21 @@ class Experiment:
     all_tasks: bool = False
     carried: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    named: str = ""
+
+    def obstacle(self, kinds: Mapping[str, str], carried: Collection[str], grouped: bool = True) -> dict[str, str]:
+        """Return which part of the page this log cannot have, and why; nothing if it can have all."""
+        missing = [column for column in self.carried if column not in carried]
+        if missing:
+            return {
+                self.named: f"got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
+            }
+        if self.carried and not grouped:
+            return {self.named: "got a log without [group], wanted the user of each row: a request is one user's"}
+        if self.kinds and tuple(kinds.values()) != self.kinds:
+            got = f"tasks of the kinds {', '.join(kinds.values())}"
+            return {self.named: f"got {got}, wanted {', '.join(self.kinds)}"}
+        return {}
 
 
 CHEAP = ("rounds_last", "one_shot_last", "gradual_last", "drop_and_grow_last", RANDOM)
@@ -45,7 +61,11 @@ EXPERIMENTS = {
         partial(pages.page, title="Table 2: models and variants", shown=(S_WEIGHT, "s_neuron", RANDOM)),
     ),
     "table3": Experiment(
-        declared.table3, pages.table3, carried=("play_time_ms", "duration_ms", "time_ms"), kinds=("binary", "ratio")
+        declared.table3,
+        pages.table3,
+        carried=("play_time_ms", "duration_ms", "time_ms"),
+        kinds=("binary", "ratio"),
+        named=pages.REPLAY,
     ),
     "figure4": Experiment(declared.figure4, pages.figure4),
     "granularity": Experiment(declared.granularity, pages.granularity),
@@ -71,6 +91,7 @@ def run_experiment(
     resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
+    top_k: int = 0,
 ) -> Path:
     """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
@@ -79,8 +100,9 @@ def run_experiment(
     `tuning.json`, every learning rate that was tried; and one folder per experiment with `report.md`, `report.html`,
     `plots/` and `records.json`, everything that the report says.
 
-    Every row trains for the same epochs, on the same batches in the same order; the learning rates of all are searched
-    alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
+    Rows that the log cannot train, and a part of a page for which it lacks columns, users or tasks, are left out with
+    the reason. Every row trains for the same epochs, on the same batches in the same order; the learning rates of all
+    are searched alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
@@ -91,28 +113,21 @@ def run_experiment(
         resources: The processes that train.
         progress: Called with a stage's name, steps done and steps in all.
         variants: Settings of the paper's variants.
+        top_k: See `Trial`.
 
     Raises:
-        InputError: If there is no such experiment or no seed, a loss names an unknown task, the log lacks what the page
-            needs, or another process works in `out`.
+        InputError: If there is no such experiment or no seed, a loss names an unknown task, or another process works in
+            `out`.
         DataError: If the data do not match their schema, or `out` holds trials on other data.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
     check_counts(seeds=seeds)
+    check_top_k(top_k)
     experiment = EXPERIMENTS[name]
     training, schema = training or Training(), open_source(data).schema
-    missing = [column for column in experiment.carried if column not in schema.carried]
-    if missing:
-        raise InputError(
-            f"{name}: got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
-        )
-    if experiment.carried and schema.group is None:
-        raise InputError(f"{name}: got a log without [group], wanted the user of each row: a request is one user's")
     kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
-    if experiment.kinds and list(kinds.values()) != list(experiment.kinds):
-        wanted = ", ".join(experiment.kinds)
-        raise InputError(f"{name}: got tasks of the kinds {', '.join(kinds.values())}, wanted {wanted}")
+    part = experiment.obstacle(kinds, schema.carried, schema.group is not None)
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
@@ -122,13 +137,16 @@ def run_experiment(
         table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
             table2 if name == "table2" else experiment.rows,
-            Rows(tuple(kinds), training),
+            Rows(tuple(kinds), training, top_k=top_k),
             seeds,
             schema,
             out,
             carrier(out, resources or Resources(), progress, name),
             others=table2,
         )
+        progress(f"{name}: baselines", 0, 1)
+        beside = baselines(laboratory(out), tuple(kinds), seeds, top_k)
+        progress(f"{name}: baselines", 1, 1)
         (out / name / "plots").mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "experiment": name,
@@ -136,7 +154,8 @@ def run_experiment(
             "counts": prepared.counts,
             "tasks": kinds,
             "rows": study.rows,
-            "left_out": study.left_out,
+            "left_out": part | study.left_out | beside.left_out,
+            "baselines": asdict(beside),
             "seeds": seeds,
             "training": asdict(training),
             "learning_rates": study.rates,

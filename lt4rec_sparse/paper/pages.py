@@ -24,10 +24,11 @@ from lt4rec_sparse.recsys.harness.study import Study
 from lt4rec_sparse.recsys.harness.trials import Trial
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing
 from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, table
+from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, reasons, table
 from lt4rec_sparse.recsys.training import Predictions
 from lt4rec_sparse.stopwatch import interleaved
 
+REPLAY = "the replay of requests"  # a part of Table 3's page
 CANDIDATES = (1, 32, 256)  # of the requests that the granularity experiment times
 
 
@@ -47,6 +48,9 @@ class Findings:
     def __post_init__(self) -> None:
         self.rows, self.records = self.study.rows, self.study.records
         self.tasks: Mapping[str, str] = self.facts["tasks"]
+        # Beside the rows: a constant and trees, which are neither frozen nor timed.
+        beside = self.facts.get("baselines", {"rows": {}, "records": []})
+        self.all_rows, self.all_records = self.rows | beside["rows"], self.records + beside["records"]
 
     def plot(self, name: str, caption: str, draw: Callable[[Path], object]) -> str:
         """Draw `plots/<name>.png` and return it as Markdown."""
@@ -55,15 +59,22 @@ class Findings:
 
 
 def table3(findings: Findings) -> str:
-    """Return Table 3 offline: the four arms' lists replayed on the logged requests of the test days."""
+    """Return Table 3 offline: the four arms' lists replayed on the logged requests of the test days.
+
+    Of a log that cannot be replayed, the page compares the models that the arms combine.
+    """
+    left_out = findings.facts["left_out"]
+    models = comparison_table(findings.all_records, findings.all_rows, BASE, findings.tasks)
+    after = [f"## The models\n\n{models}", *([reasons(left_out)] if left_out else [])]
+    if REPLAY in left_out:
+        return "\n\n".join([_head(findings, "Table 3: the models of its arms"), *after]) + "\n"
     results = {seed: _replayed(findings, seed) for seed in range(findings.facts["seeds"])}
     merged = over_seeds(results)
     findings.further["replay"] = merged
     parts = [_head(findings, "Table 3: the four arms replayed offline"), REPLAY_LEGEND]
     for k, found in merged["k"].items():
         parts.append(f"## The top {k} of requests of more than {k} impressions\n\n{_replay_table(found)}")
-    parts.append(f"## The models\n\n{comparison_table(findings.records, findings.rows, BASE, findings.tasks)}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *after]) + "\n"
 
 
 def figure4(findings: Findings) -> str:
@@ -126,8 +137,11 @@ def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Seque
     sections = [_head(findings, title), LEGEND]
     for part in findings.records[0]["test"]:
         caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
-        rows = comparison_table(findings.records, findings.rows, BASE, findings.tasks, part)
+        left_out = findings.facts["left_out"]
+        rows = comparison_table(findings.all_records, findings.all_rows, BASE, findings.tasks, part, left_out)
         sections.append(f"## {caption}\n\n{rows}")
+    if findings.facts["left_out"]:
+        sections.append(reasons(findings.facts["left_out"]))
     sections += parts
     masked = {record["row"] for record in findings.records if record["masks"]}
     if owners := {key: findings.rows[key] for key in shown if key in masked}:
@@ -137,10 +151,7 @@ def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Seque
             lambda path: plot_ownership(findings.records, owners, path),
         )
         sections.append(f"## Who owns which weights\n\n{plot}")
-    if findings.facts["left_out"]:
-        reasons = "\n".join(f"- {title}: {reason}." for title, reason in findings.facts["left_out"].items())
-        sections.append(f"## Left out because this log cannot train them\n\n{reasons}")
-    further = further_table(findings.records, findings.rows, findings.tasks)
+    further = further_table(findings.all_records, findings.all_rows, findings.tasks)
     sections.append(f"## Every other metric, and what each row costs\n\n{further}")
     return "\n\n".join(sections) + "\n"
 

@@ -3,8 +3,8 @@
 docs/artefact.md is its specification, byte by byte; tests/ranker/reader.py is a second reader, written from that page.
 
 A file has the least version that it needs, so that older readers read what they can: 1 has `SharedWeight` alone; 2 has
-a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output. What an older reader may ignore
-(`codes`, `context`, `digests`) needs no version.
+a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output; 4 has the activation
+dice. What an older reader may ignore (`codes`, `context`, `digests`) needs no version.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
@@ -31,7 +31,7 @@ from lt4rec_sparse.ranker.ranker import Ranker
 from lt4rec_sparse.ranker.rows import RoundedRows
 
 KEY = "lt4rec_sparse"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 # The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
 
@@ -63,7 +63,8 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     _check_finite(tensors)
     absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
     is_third = "inputs.scales" in rows or bool(absent) or any(name.endswith(".slope") for name in network)
-    version = 3 if is_third else 2 if any("block" in layer for layer in of_network["layers"]) else 1
+    is_second = any("block" in layer for layer in of_network["layers"])
+    version = 4 if "dice" in ranker.mlp.network.activations else 3 if is_third else 2 if is_second else 1
     meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
     checked_file.write(path, KEY, meta, tensors)
 

@@ -24,7 +24,7 @@ from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.request import request_parts
 
-MAGIC, VERSION = b"LT4RECEF", 1
+MAGIC, VERSION = b"LT4RECEF", 2
 ALIGNMENT = 64  # of arrays, as cache lines have it
 
 ARRAY = np.dtype([("offset", "<u8"), ("count", "<u8")])

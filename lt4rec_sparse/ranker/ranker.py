@@ -193,21 +193,23 @@ class Ranker:
 
         Raises:
             ValueError: As `score` does; if a column is in both parts, one of `context` has several rows, `k` is below
-                1, or `by` names neither a task nor a column of finite numbers of at least 0.
+                1, `by` names neither a task nor a column of finite numbers of at least 0, or a rank score is infinite
+                or NaN.
 
         Source: LT4REC (arXiv 2008.09872), Eq 3.
         """
         k, powers = checked_k(k), dict.fromkeys(self.tasks, 1.0) if by is None else checked_powers(by)
         candidates = raw_columns.columns_of(candidates)
         context = None if context is None else raw_columns.columns_of(context)
-        of_tasks = self._score(candidates, context, embeddings)
-        scores, batch = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}, len(of_tasks)
         columns = {**candidates, **(context or {})}
-        twice = next((name for name in powers if context and name in context and name in candidates), None)
-        if twice is not None:
-            raise _in_both(twice)
-        factors = {name: scores[name] if name in scores else _factor(name, columns, batch) for name in powers}
-        return ranking(scores, rank_scores(factors, powers), k)
+        if context is not None and len(columns) < len(candidates) + len(context):
+            twice = next(name for name in context if name in candidates)
+            raise InputError(f"column {twice!r}: got it in candidates and in context, wanted it in one of them")
+        numbers = {name: _numbers(name, columns) for name in powers if name not in self.tasks}
+        of_tasks = self._score(candidates, context, embeddings)
+        scores = {task: of_tasks[:, i] for i, task in enumerate(self.tasks)}
+        of_columns = {name: _repeated(name, values, len(of_tasks)) for name, values in numbers.items()}
+        return ranking(scores, rank_scores({**scores, **of_columns}, powers), k)
 
     @torch.inference_mode()
     def score_encoded(self, features: EncodedFeatures, embeddings: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -243,29 +245,29 @@ class Ranker:
 def _together(candidates: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a request: those of one row hold for all candidates."""
     for name, values in context.items():
-        if name in candidates:
-            raise _in_both(name)
         rows = raw_columns.rows_of(Column(name, "multi"), values)
         if rows != 1:
             raise InputError(f"column {name!r}: got {rows} rows in context, wanted 1")
     return {**candidates, **context}
 
 
-def _in_both(name: str) -> InputError:
-    return InputError(f"column {name!r}: got it in candidates and in context, wanted it in one of them")
-
-
-def _factor(name: str, columns: Mapping[str, Any], batch: int) -> NDArray[np.float64]:
-    """Return the numbers of a column that rank scores are made of, one for each of `batch` rows."""
+def _numbers(name: str, columns: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return the numbers of a column that rank scores are made of."""
     if name not in columns:
         raise InputError(f"by: got {name!r}, wanted a task or a column of the request")
     column = Column(name, "dense")
+    raw_columns.rows_of(column, columns[name])  # which refuses what is no sequence
     values, present = raw_columns.single(column, columns[name])
-    if len(present) not in (1, batch):
-        raise InputError(f"column {name!r}: got {len(present)} rows, wanted {batch}, or 1")
     numbers = np.full(len(present), np.nan)
     numbers[present] = values
-    return np.broadcast_to(checked_factor(name, numbers), batch)
+    return checked_factor(name, numbers)
+
+
+def _repeated(name: str, numbers: NDArray[np.float64], batch: int) -> NDArray[np.float64]:
+    """Return numbers of a column for `batch` rows; a single one holds for all."""
+    if len(numbers) not in (1, batch):
+        raise InputError(f"column {name!r}: got {len(numbers)} rows, wanted {batch}, or 1")
+    return np.broadcast_to(numbers, batch)
 
 
 def _vectors(column: str, vectors: Tensor | NDArray[Any]) -> Tensor:

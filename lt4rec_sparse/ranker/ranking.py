@@ -68,18 +68,26 @@ def rank_scores(factors: Mapping[str, Scores | Doubles], powers: Mapping[str, fl
 
     `0 ** 0` is 1, so that an exponent of 0 removes its factor.
 
+    Raises:
+        InputError: If one is infinite, or NaN: a power beyond float64 times 0, or of a task's NaN.
+
     Source: LT4REC (arXiv 2008.09872), Eq 3.
     """
     product = np.ones(len(next(iter(factors.values()))))
-    for name, power in powers.items():
-        factor = factors[name].astype(np.float64)
-        product *= factor if power == 1 else factor**power
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # refused below; what underflows is 0
+        for name, power in powers.items():
+            factor = factors[name].astype(np.float64)
+            product *= factor if power == 1 else factor**power
+    wrong = ~np.isfinite(product)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(f"rank score of row {row}: got {product[row]:g}, wanted a finite number")
     return product
 
 
 def ranking(scores: Mapping[str, Scores], of_rows: Doubles, k: int | None) -> Ranking:
-    """Return the `k` best candidates, or all; a NaN comes last."""
-    order = np.argsort(-of_rows, kind="stable")[:k]  # numpy puts NaN last
+    """Return the `k` best candidates, or all."""
+    order = np.argsort(-of_rows, kind="stable")[:k]
     return Ranking(order, of_rows[order], {task: of_task[order] for task, of_task in scores.items()})
 
 

@@ -13,6 +13,8 @@ from markdown_it import MarkdownIt
 
 from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.nn.quantization import TOLERANCE
+from lt4rec_sparse.recsys.harness.baselines import TREES
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, SMALL
 from lt4rec_sparse.recsys.harness.statistics import paired_difference, summary
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
@@ -24,12 +26,12 @@ from lt4rec_sparse.recsys.tables import (
     count,
     further_table,
     levels_table,
+    reasons,
     table,
     values_of,
 )
 
 MISCALIBRATED = 0.1  # how far predicted over observed may be from 1 without a warning
-FEW_STEPS = 100  # of the optimiser per task; with fewer, scores are hardly better than a constant
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -168,6 +170,7 @@ def _percent(share: float) -> str:
 def _sections(run: _Run) -> list[str]:
     tasks, records, titles = run.tasks, run.records, run.titles
     shown = {row: f"**{title}**" if row == run.served else title for row, title in titles.items()}
+    left_out = run.results.get("left_out", {})
     parts = [name for name in records[0]["test"] if name != "all"]
     truth = [f"{key} {value:.4f}" for key, value in run.data.get("truth", {}).items() if isinstance(value, float)]
     levels = (
@@ -184,7 +187,8 @@ def _sections(run: _Run) -> list[str]:
         f"## What to do next\n\n{_next(run)}",
         _warnings(run),
         f"## How it was made\n\n{_made(run)}",
-        f"## Accuracy on the test days\n\n{comparison_table(records, shown, BASE, tasks)}",
+        f"## Accuracy on the test days\n\n{comparison_table(records, shown, BASE, tasks, left_out=left_out)}",
+        reasons(left_out),
         f"The best values that the planted truth allows on these days: {', '.join(truth)}." if truth else "",
         LEGEND,
         *(f"The slice `{part}`:\n\n{comparison_table(records, shown, BASE, tasks, part)}" for part in parts),
@@ -208,10 +212,10 @@ def _next(run: _Run) -> str:
         "- Score the log's test days: `lt4rec-sparse score model.safetensors SCORES.csv --data FOLDER`. For requests "
         "of your own, `lt4rec-sparse candidates` makes what `score` reads."
     ]
-    mains = {task: MAIN_METRIC[kind] for task, kind in run.tasks.items()}
-    gains = {t: run.mean(HARD + SMALL, t, metric) - run.mean(run.served, t, metric) for t, metric in mains.items()}
-    if all(_is_gain(gain, mains[task]) for task, gain in gains.items()):
+    if _is_beaten(run, HARD + SMALL):
         lines.append("- The narrow dense network is better at every task and simpler to serve: consider it instead.")
+    if TREES in run.titles and _is_beaten(run, TREES):
+        lines.append("- Gradient-boosted trees are better at every task: networks need more rows, or longer training.")
     if run.config["seeds"] == 1:
         lines.append("- One seed cannot tell a difference from noise: `--seeds 3` adds two to this run.")
     if len(run.config["learning_rates"]) == 1:
@@ -234,6 +238,12 @@ def _next(run: _Run) -> str:
     return "\n".join(lines)
 
 
+def _is_beaten(run: _Run, row: str) -> bool:
+    """Return whether a row is better than the served one at every task."""
+    mains = {task: MAIN_METRIC[kind] for task, kind in run.tasks.items()}
+    return all(_is_gain(run.mean(row, t, main) - run.mean(run.served, t, main), main) for t, main in mains.items())
+
+
 def _warnings(run: _Run) -> str:
     lines = []
     for task in run.tasks:
@@ -243,11 +253,8 @@ def _warnings(run: _Run) -> str:
                 f"- **{task} is miscalibrated**: the served model predicts {ratio:.2f} times what the test days show. "
                 "The order by this score is unaffected; recalibrate it before multiplying it with anything else."
             )
-    if run.results["steps"] < FEW_STEPS:
-        lines.append(
-            f"- **Few steps**: every model took {run.results['steps']} per task. With fewer than about {FEW_STEPS} it "
-            "is hardly trained: use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
-        )
+    if warning := few_steps(run.results["steps"]):
+        lines.append(f"- **Few steps**: {warning}")
     return "## Warnings\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -260,7 +267,7 @@ def _made(run: _Run) -> str:
     text = (
         f"{data['counts']['rows_read']:,} impressions{_dropped(data['counts'])}. "
         f"{len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
-        f"{count(config['epochs'], 'epoch')} of batches of {config['batch_size']} for every model; learning rates "
+        f"{_epochs(config)} of batches of {config['batch_size']} for every model; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; matrix products in {config['dtype']} while training; {masks} "
         f"{config['density']:.0%} of the hidden weights{pruned}; {count(config['seeds'], 'seed')}."
     )
@@ -271,7 +278,7 @@ def _made(run: _Run) -> str:
     if "split_by" in data["counts"]:
         text += f" Rows are split {data['counts']['split_by']}."
     if any(kind == "binary" for kind in run.tasks.values()) and not data.get("grouped", True):
-        text += " There is no GAUC: the log has no group, within which it compares rows."
+        text += f" There is no {_of_groups(config)}: the log has no group, within which rows are compared."
     where = (
         f"`{run.results['command']}`, {run.results['seconds']:.0f} s on {count(machine['cores'], 'core')} "
         f"({machine['architecture']}, {machine['torch_capability']}, engine: {machine['engine']}); lt4rec-sparse "
@@ -294,6 +301,15 @@ def _made(run: _Run) -> str:
 def _dropped(counts: Mapping[str, Any]) -> str:
     duplicates = counts["duplicates"]
     return f", of which {duplicates:,} duplicates were dropped" if duplicates else ""
+
+
+def _of_groups(config: Mapping[str, Any]) -> str:
+    return "GAUC, NDCG or hit rate" if config.get("top_k") else "GAUC"
+
+
+def _epochs(config: Mapping[str, Any]) -> str:
+    epochs, patience = count(config["epochs"], "epoch"), config.get("patience", 0)
+    return f"at most {epochs}, {patience} without a gain end a training," if patience else epochs
 
 
 def _ownership(run: _Run) -> str:

@@ -21,6 +21,8 @@ from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
+from lt4rec_sparse.recsys.harness.baselines import baselines
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Rows, narrow_factor
@@ -41,10 +43,11 @@ MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "res
 
 
 class Finished(NamedTuple):
-    """What a run leaves: the path of `report.md`, and its verdict in one sentence."""
+    """What a run leaves: the path of `report.md`, its verdict in one sentence, and a warning, if there is one."""
 
     report: Path
     verdict: str
+    warning: str | None = None
 
 
 def run(
@@ -102,6 +105,7 @@ def run(
         }
         if data is None:
             facts["truth"] = read_json(source / "truth.json", "fields")
+        settings = settings.of_rows(prepared.counts["train"]["rows"])
         config = pin_settings(out, name, settings)
         results = _earlier(out, config)
         if results is None:
@@ -114,7 +118,7 @@ def run(
                 "seconds": perf_counter() - started,
             }
             write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        return Finished(write_report(results, out), verdict(results))
+        return Finished(write_report(results, out), verdict(results), few_steps(results["steps"]))
 
 
 def _measured(
@@ -135,6 +139,7 @@ def _measured(
         density=settings.density,
         granularity=settings.granularity,
         narrow=narrow_factor(in_features, settings.hidden, settings.density),
+        top_k=settings.top_k,
     )
     study = carry_out(
         lambda rows: rows.product(settings.masks),
@@ -150,8 +155,11 @@ def _measured(
     files = {served: MODEL}
     if S_WEIGHT_LAST in first and first[S_WEIGHT_LAST]["state"] != first[served]["state"]:
         files[S_WEIGHT_LAST] = MODEL_LAST
-    progress("freeze and measure", 0, 1)
     lab = laboratory(out)
+    progress("baselines", 0, 1)
+    found = baselines(lab, tuple(facts["tasks"]), settings.seeds, settings.top_k)
+    progress("baselines", 1, 1)
+    progress("freeze and measure", 0, 1)
     frozen = {
         row: freeze_and_compare(lab, study.trials[row, 0][0], out / file, settings.embeddings)
         for row, file in files.items()
@@ -160,13 +168,14 @@ def _measured(
     masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)
     return {
-        "rows": study.rows,
+        "rows": study.rows | found.rows,
+        "left_out": study.left_out | found.left_out,
         "learning_rates": study.rates,
-        "steps": lab.batches(settings.training) * settings.epochs,
+        "steps": lab.batches(settings.training) * settings.training.epochs,
         "files": files,
         "frozen": frozen,
         "recovery": {row: recovery(lab, study.trials[row, 0][0], planted) for row in masked},
-        "records": study.records,
+        "records": study.records + found.records,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -12,13 +11,14 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import scratch_beside
 from lt4rec_sparse.ranker import Ranker
 from lt4rec_sparse.ranker.features import Schema
-from lt4rec_sparse.recsys.data import open_source, read_candidates
+from lt4rec_sparse.recsys.data import read_candidates
 from lt4rec_sparse.recsys.data.batches import SPLITS
 from lt4rec_sparse.recsys.data.candidates import ids_of
 from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
 from lt4rec_sparse.recsys.data.reading import column_names, list_columns, log_form
 from lt4rec_sparse.recsys.data.rows import RowReader
-from lt4rec_sparse.recsys.data.written import check_table_name, written_table
+from lt4rec_sparse.recsys.data.source import Source
+from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, written_table
 
 CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
 
@@ -40,8 +40,9 @@ def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] 
     if keep is None:
         keep = ids_of(candidates, schema, ranker.tasks)
     _check_kept(ranker, keep)
+    lists = list_columns(candidates) | {column.name for column in schema.features if column.kind == "multi"}
+    check_flat(out, (name for name in keep if name in lists))
     features, kept = read_candidates(candidates, schema, keep)
-    _check_flat(kept, out)
     columns = dict(zip(kept.column_names, kept.columns, strict=True))
     with written_table(out) as append:
         append(pa.table(columns | ranker.score(features)))
@@ -49,7 +50,7 @@ def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] 
 
 def score_log(
     ranker: Ranker,
-    data: Path,
+    source: Source,
     out: Path,
     days: str = "test",
     keep: Sequence[str] | None = None,
@@ -61,8 +62,8 @@ def score_log(
     holds one day of the log.
 
     Args:
-        ranker: The model, whose schema says how the log is read.
-        data: The folder of the log.
+        ranker: The model.
+        source: The log with its side tables, and the schema of the model.
         out: CSV or Parquet, as its name says: the columns to keep, then one column per task.
         days: "train", "validation", "test", or days of the log, separated by commas.
         keep: Columns of the log. None: the group, the keys of side tables, and the day or time; without any of these,
@@ -73,7 +74,6 @@ def score_log(
         InputError: If the log contradicts the schema, there is no such day, or a column to keep is not in the log.
     """
     check_table_name(out)
-    source = open_source(data, ranker.encoder.schema)
     schema = source.schema
     if keep is None:
         group = None if schema.group is None else schema.group.column
@@ -84,13 +84,14 @@ def score_log(
         unfit = {*ranker.tasks, *(list_columns(source.log[0]) if out.suffix == ".csv" else ())}
         keep = tuple(name for name in dict.fromkeys(ids) if name not in unfit)
     _check_kept(ranker, keep)
+    lists = {column.name for column in schema.columns if column.kind == "multi"}.union(*map(list_columns, source.log))
+    check_flat(out, (name for name in keep if name in lists))
     with scratch_beside(out) as scratch:
         log = partition(source, scratch, CHUNK_ROWS, progress, keep)
         split, wanted = _split_and_days(log, schema, days)
         scored: set[str] = set()
         with written_table(out) as append:
             for rows in RowReader(source, log, keep).read(wanted, split):
-                _check_flat(pa.table(rows.kept), out)
                 append(pa.table(rows.kept | ranker.score(rows.features)))
                 scored.add(rows.day)
                 progress("score days", len(scored), len(wanted))
@@ -113,11 +114,3 @@ def _check_kept(ranker: Ranker, keep: Sequence[str]) -> None:
     twice = next((name for name in keep if name in ranker.tasks), None)
     if twice is not None:
         raise InputError(f"--keep: got {twice!r}, the name of a task, wanted columns of other names")
-
-
-def _check_flat(kept: Any, out: Path) -> None:
-    nested = next((field.name for field in kept.schema if pa.types.is_nested(field.type)), None)
-    if out.suffix == ".csv" and nested is not None:
-        raise InputError(
-            f"--keep: got column {nested!r}, which holds lists, wanted an OUT that ends in .parquet for it"
-        )

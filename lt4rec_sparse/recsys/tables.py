@@ -33,7 +33,12 @@ def count(number: int, of: str) -> str:
 
 
 def comparison_table(
-    records: Iterable[Record], rows: Mapping[str, str], base: str, tasks: Mapping[str, str], part: str = "all"
+    records: Iterable[Record],
+    rows: Mapping[str, str],
+    base: str,
+    tasks: Mapping[str, str],
+    part: str = "all",
+    left_out: Iterable[str] = (),
 ) -> str:
     """Return each row's main metrics on the test days and their paired differences to the base's; see `LEGEND`.
 
@@ -41,7 +46,8 @@ def comparison_table(
     lacks seeds is paired with the base at the seeds that both have. Unknown values are "n/a". Records of one row and
     seed that name different tasks (models of single tasks) make one line.
 
-    `rows` are titles in the order of the lines; `tasks` are kinds; `part` is "all" rows of the data, or a slice.
+    `rows` are titles in the order of the lines; `tasks` are kinds; `part` is "all" rows of the data, or a slice;
+    `left_out` are titles of rows that could not be trained, see `reasons`.
     """
     records = list(records)
     header = ["model", "seeds"]
@@ -57,7 +63,13 @@ def comparison_table(
             others = values_of(records, base, task, metric, part)
             line.append("" if row == base else _against(values, others, metric))
         lines.append(line)
+    lines += [[title, "left out", *("" for _ in header[2:])] for title in left_out]
     return table(header, lines)
+
+
+def reasons(left_out: Mapping[str, str]) -> str:
+    """Return why rows were left out, title -> reason, as a list; empty without any."""
+    return "\n".join(f"- {title} is left out: {reason}." for title, reason in left_out.items())
 
 
 def further_table(records: Sequence[Record], rows: Mapping[str, str], tasks: Mapping[str, str]) -> str:
@@ -78,8 +90,8 @@ def further_table(records: Sequence[Record], rows: Mapping[str, str], tasks: Map
         "train, s": (lambda record: record["seconds"]["train"], ",.1f"),
         "search, s": (lambda record: record["seconds"]["search"], ",.1f"),
         "together, s": (lambda record: record["seconds"]["train"] + record["seconds"]["search"], ",.1f"),
-        "parameters": (lambda record: record["parameters"], ",.0f"),
-        "multiply-adds": (lambda record: record["multiply_adds"], ",.0f"),
+        "parameters": (lambda record: _or_nan(record["parameters"]), ",.0f"),
+        "multiply-adds": (lambda record: _or_nan(record["multiply_adds"]), ",.0f"),
     }
     header = ["model", "seeds", *(f"{task} {metric.replace('_', ' ')}" for task, metric in columns)]
     header += [*costs, *(f"{task} density" for task in tasks)]
@@ -151,4 +163,9 @@ def _against(values: Values, base: Values, metric: str) -> str:
 
 
 def _mean(values: Sequence[float], form: str) -> str:
-    return f"{summary(values).mean:{form}}" if values else NOT_KNOWN
+    mean = summary(values).mean if values else math.nan
+    return NOT_KNOWN if math.isnan(mean) else f"{mean:{form}}"
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

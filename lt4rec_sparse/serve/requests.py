@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lt4rec_sparse.ranker import Ranker
 from lt4rec_sparse.ranker.ranking import Ranking
 from lt4rec_sparse.serve.settings import Limits, RequestError
@@ -42,10 +40,6 @@ def rank(ranker: Ranker, request: Request) -> Ranking:
     """Rank the candidates of a request.
 
     Raises:
-        InputError: As `Ranker.rank` does, or if a rank score is beyond float64.
+        InputError: As `Ranker.rank` does.
     """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # of `value ** exponent`, looked at below
-        ranking = ranker.rank(request.candidates, request.context, request.k, by=request.by)
-    if not np.isfinite(ranking.rank_scores).all():
-        raise RequestError("by: got exponents that make rank scores beyond float64, wanted smaller ones")
-    return ranking
+    return ranker.rank(request.candidates, request.context, request.k, by=request.by)

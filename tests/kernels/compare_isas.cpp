@@ -157,6 +157,11 @@ void compare_functions(const Isa& isa, uint32_t seed) {
     std::copy_n(c.data(), count, to);
     on.leaky_relu(a.data(), to, count);
   });
+  const int is_one = int(draw.below(2));
+  compare_function(isa, "dice", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 30 * c[i];
+    on.dice(a.data(), kRoom / 4, is_one, to, std::min<int64_t>(count, kRoom / 4));
+  });
   compare_function(isa, "widen_f16", seed, kRoom, 7.0f, [&](const Isa& on, float* to) {
     on.widen_f16(halves.data(), count, to);
   });
@@ -212,7 +217,7 @@ struct Weight {
 
 struct Network {
   std::vector<Weight> weights;
-  std::vector<std::vector<float>> biases;  // of each layer
+  std::vector<std::vector<float>> biases, slopes;  // of each layer
   std::vector<CanonicalLayer> layers;
   int64_t in_features, outputs = 0, bias_features = 0;
   bool takes_bias;  // the first layers, from the call
@@ -245,8 +250,11 @@ struct Network {
         layer.task = is_of_union ? task : 0;
         layer.in_features = in;
         layer.out_features = out;
-        layer.activation = draw.below(2) ? draw.below(2) : draw.below(ACTIVATION_ELU + 1);
+        layer.activation = draw.below(2) ? draw.below(2) : draw.below(ACTIVATION_DICE + 1);
         layer.slope = double(draw.below(100)) / 50 - 0.5;
+        std::vector<float>& of_layer = slopes.emplace_back();
+        if (layer.activation == ACTIVATION_DICE || draw.below(2))
+          for (int64_t i = 0; i < slope_rows(layer.activation) * out; ++i) of_layer.push_back(2 * draw.of_unit());
         layer.is_head = is_head;
         layer.takes_bias = is_first && takes_bias;
         layer.input_scale = is_first ? 0.01 : (1 + double(draw.below(100))) / 2000;
@@ -262,6 +270,7 @@ struct Network {
       layers[i].planes = reinterpret_cast<int64_t>(weight.planes.data());
       layers[i].tasks = weight.tasks;
       layers[i].nnz = int64_t(weight.values.size()) / (layers[i].is_blocks ? GROUP * QUAD : 1);
+      layers[i].slopes = slopes[i].empty() ? 0 : reinterpret_cast<int64_t>(slopes[i].data());
       layers[i].bias = biases[i].empty() ? 0 : reinterpret_cast<int64_t>(biases[i].data());
     }
   }

@@ -120,6 +120,7 @@ LEFT_ACTIVATIONS = (
     ("leaky_relu", 0.1),
     ("leaky_relu", -1.5),
     ("elu", 0.7),
+    ("dice", torch.tensor([[0.9], [-0.3], [-0.2]])),  # scale, shift, alpha of one output
 )
 
 
@@ -127,9 +128,14 @@ def with_every_activation(make: Callable[[Sequence[int]], Sequence[MaskedLayer]]
     """Return a task with a layer for each of `LEFT_ACTIVATIONS`; `make` makes it from its widths."""
     widths = (in_features, *range(20 + len(LEFT_ACTIVATIONS), 20, -1))
     return [
-        layer._replace(activation=name, slope=slope)
+        layer._replace(activation=name, slope=_for_each(slope, len(layer.weight)))
         for layer, (name, slope) in zip(make(widths), LEFT_ACTIVATIONS, strict=True)
     ]
+
+
+def _for_each(slope: float | Tensor, out_features: int) -> float | Tensor:
+    """Let outputs have constants that differ, where they have their own."""
+    return slope * torch.linspace(0.5, 1.5, out_features) if isinstance(slope, Tensor) else slope
 
 
 def pack_bits(mask: Tensor) -> Tensor:

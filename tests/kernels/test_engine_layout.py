@@ -49,6 +49,7 @@ ACTIVATIONS = {
     "hardswish": 7,
     "leaky_relu": 8,
     "elu": 9,
+    "dice": 10,
 }
 PRECISIONS = ("fp32", "bf16", "int8")
 LAYOUTS = {"tables": 1, "slices": 2, "filled": 8}
@@ -456,7 +457,7 @@ def test_the_header_says_what_was_packed(name: str, precision: str) -> None:
     header = blob.header
     parts = [layer for layer in layers if layer.kind == SHARED]
     assert bool(parts) == name.startswith("shared")
-    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 9)
+    assert (header.magic, header.version) == (int.from_bytes(b"T3RS", "little"), 10)
     assert header.layouts == sum(LAYOUTS.values()) - (LAYOUTS["filled"] if precision == "int8" else 0)
     largest = 0
     for layer in layers if precision == "int8" else ():

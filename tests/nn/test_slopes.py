@@ -112,8 +112,8 @@ def test_dense_layers_of_several_tasks_have_them_too():
         ("leaky_relu", torch.ones(2), r"got slopes torch.float32 \(2,\), wanted finite torch.float32 \(3,\)"),
         ("leaky_relu", torch.ones(3).double(), r"got slopes torch.float64 \(3,\), wanted"),
         ("leaky_relu", torch.tensor([1.0, torch.nan, 1.0]), r"wanted finite"),
-        ("elu", torch.ones(3), "got a slope per output of elu, wanted one of leaky_relu alone"),
-        ("relu", torch.ones(3), "got a slope per output of relu, wanted one of leaky_relu alone"),
+        ("elu", torch.ones(3), "got a slope per output of elu, wanted one of leaky_relu or dice alone"),
+        ("relu", torch.ones(3), "got a slope per output of relu, wanted one of leaky_relu or dice alone"),
     ],
 )
 def test_slopes_that_cannot_be_are_refused(activation, slope, message):

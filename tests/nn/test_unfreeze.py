@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from oracle import assert_exact, small_integers
+from oracle import UNIT_ROUNDOFF, Bounded, activated, assert_exact, assert_rounding, small_integers
 from pruned_models import Residual, in_blocks, pruned
 from torch import nn
 
-from lt4rec_sparse import MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
+from lt4rec_sparse import Dice, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
 from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.network import ACTIVATIONS, SLOPED
 from lt4rec_sparse.nn.plain import MODULES
@@ -26,12 +26,27 @@ def integers(model: nn.Module, seed: int = 0) -> nn.Module:
 def test_every_activation_leads_back():
     assert MODULES.keys() == ACTIVATIONS.keys() - {"none"}
     for name, make in MODULES.items():
-        z = torch.linspace(-4, 4, 33)
-        slope = 0.25 if name in SLOPED else 0.0
-        assert_exact(make(slope)(z), ACTIVATIONS[name](z.clone(), slope))
-        layer = SparseLinear.from_dense(torch.eye(33), activation=make(slope))
+        z = torch.linspace(-4, 4, 33)[None]
+        slope = 0.25 if name in SLOPED else torch.randn(3, 33) if name == "dice" else 0.0
+        module = make(slope).eval()
+        if name == "dice":  # a norm's operations are others
+            exact = Bounded(z.double(), torch.zeros_like(z, dtype=torch.float64))
+            assert_rounding(module(z).detach(), activated(exact, name, slope, UNIT_ROUNDOFF[torch.float32]))
+        else:
+            assert_exact(module(z), ACTIVATIONS[name](z.clone(), slope))
+        layer = SparseLinear.from_dense(torch.eye(33), activation=module)
         again = SparseMLP.from_sequential(layer.to_dense()).network.hidden[0]
-        assert (again.activation, again.slope) == (name, slope)
+        assert again.activation == name
+        assert_exact(torch.as_tensor(again.slope), torch.as_tensor(slope))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", [nn.PReLU(8, init=-0.3), Dice(8)], ids=["PReLU", "Dice"])
+def test_activations_with_parameters_compute_in_16_bits(dtype, activation):
+    mlp = SparseMLP.from_sequential(nn.Sequential(pruned(9, 8), activation, pruned(8, 4)))
+    x, dense = torch.randn(5, 9), mlp.to(dtype).to_dense()
+    assert dense(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(dense(x.to(dtype)).float(), mlp(x), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("layer", [pruned(9, 6), in_blocks(40, 32), nn.Linear(3, 2, bias=False)])

@@ -23,9 +23,13 @@ PER_OUTPUT = "leaky_relu, a slope per output"
 
 def mlp_of(activation: str) -> SparseMLP:
     layers = [of_tensors(pruned(16, 12, 1), torch.randn(16)), of_tensors(pruned(5, 16, 2))]
-    slope = torch.randn(16, generator=torch.Generator().manual_seed(3)) if activation == PER_OUTPUT else 0.25
-    if activation not in (*SLOPED, PER_OUTPUT):
-        slope = 0.0
+    generator = torch.Generator().manual_seed(3)
+    drawn = {
+        PER_OUTPUT: torch.randn(16, generator=generator),
+        "dice": torch.randn(3, 16, generator=generator),
+        **dict.fromkeys(SLOPED, 0.25),
+    }
+    slope = drawn.get(activation, 0.0)
     activation = "leaky_relu" if activation == PER_OUTPUT else activation
     layers[0] = layers[0]._replace(activation=activation, slope=slope)
     return SparseMLP(network_of(layers)).eval()

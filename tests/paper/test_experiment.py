@@ -68,6 +68,77 @@ def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
     assert run_experiment(name, log, tmp_path, seeds, TRAINING, HERE) == report
 
 
+@pytest.fixture(scope="module")
+def two_binary(tmp_path_factory):
+    """A log with two binary tasks, and without durations."""
+    folder = tmp_path_factory.mktemp("binary") / "shop"
+    folder.mkdir()
+    rows = [f"{i % 5},{i % 7},i{i % 11},{i % 3 == 0:d},{i % 4 == 0:d}" for i in range(400)]
+    (folder / "log.csv").write_text("\n".join(["day,user,item,clicked,bought", *rows]) + "\n")
+    tasks = [f'[[tasks]]\nname = "{n}"\nkind = "binary"\nlabel = "{n}"' for n in ("clicked", "bought")]
+    head = 'name = "shop"\nfiles = {log = ["log.csv"]}\ntime = {day = "day"}\ngroup = {column = "user"}'
+    columns = 'columns = [{name = "user", type = "int"}, {name = "item"}]'
+    split = "[split]\nvalidation_days = 1\ntest_days = 1"
+    (folder / "schema.toml").write_text("\n".join([head, columns, split, *tasks]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["table2", "table3"])
+def test_a_log_with_two_binary_tasks_leaves_out_what_it_cannot_have(two_binary, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
+    report = run_experiment(name, two_binary, tmp_path, 1, TRAINING, HERE)
+    records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
+    text = report.read_text(encoding="utf-8")
+    wanted = {
+        "table2": {
+            "S-Weight-gradientconflict": "conflict: got 0 tasks of a ratio among clicked, bought, wanted one",
+            "S-Weight-tuning": "conflict: got 0 tasks of a ratio among clicked, bought, wanted one",
+        },
+        "table3": {
+            pages.REPLAY: "got a log that does not carry play_time_ms, duration_ms, time_ms, wanted it in the schema's "
+            "carried"
+        },
+    }[name]
+    assert {title: records["left_out"][title] for title in wanted} == wanted
+    assert all(f"- {title} is left out: {reason}." in text for title, reason in records["left_out"].items())
+    assert all(f"| {title} | 1 |" in text for title in records["rows"].values())
+    assert all(f"| {title} | 1 |" in text for title in records["baselines"]["rows"].values())
+    if name == "table2":
+        assert "| S-Weight-tuning | left out |" in text
+        assert len(records["rows"]) > 20
+
+
+@pytest.mark.parametrize(
+    ("kinds", "carried", "wanted"),
+    [
+        (("binary", "ratio"), ("play_time_ms", "duration_ms", "time_ms"), {}),
+        (
+            ("binary", "binary"),
+            ("play_time_ms", "duration_ms", "time_ms"),
+            {pages.REPLAY: "got tasks of the kinds binary, binary, wanted binary, ratio"},
+        ),
+        (
+            ("binary", "ratio"),
+            ("time_ms",),
+            {
+                pages.REPLAY: "got a log that does not carry play_time_ms, duration_ms, wanted it in the schema's "
+                "carried"
+            },
+        ),
+    ],
+)
+def test_the_replay_needs_a_click_a_ratio_and_times(kinds, carried, wanted):
+    assert EXPERIMENTS["table3"].obstacle(dict(zip("ab", kinds, strict=True)), carried) == wanted
+    assert EXPERIMENTS["table2"].obstacle(dict(zip("ab", kinds, strict=True)), carried) == {}
+
+
+def test_the_replay_needs_users():
+    kinds, table3 = {"ctr": "binary", "cvr": "ratio"}, EXPERIMENTS["table3"]
+    wanted = {pages.REPLAY: "got a log without [group], wanted the user of each row: a request is one user's"}
+    assert table3.obstacle(kinds, table3.carried, grouped=False) == wanted
+    assert EXPERIMENTS["table2"].obstacle(kinds, table3.carried, grouped=False) == {}
+
+
 def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     run_experiment("table3", log, tmp_path / "out", 1, TRAINING, HERE)

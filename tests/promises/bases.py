@@ -59,6 +59,7 @@ def artefacts() -> list[File]:
             ("item", "tags"), (3, 2), generator, activations=("leaky_relu", "elu"), embeddings="int8", has_past=True
         ),
         _artefact(("item", "colour"), (2,), generator, embeddings="int8", without=("item",)),
+        _artefact(("item", "colour"), (3, 2), generator, activations=("dice", "relu")),
     ]
     return [taken_apart(content, ARTEFACT) for content in made]
 
@@ -77,6 +78,7 @@ def modules() -> list[File]:
     generator = torch.Generator().manual_seed(0)
     networks = [
         SparseMLP(_network(5, (4, 3), generator, SharedWeight, ("relu", "elu"), True)),
+        SparseMLP(_network(5, (4,), generator, SharedWeight, ("dice",), False)),
         SparseMLP(_network(6, (18,), generator, BlockWeight, ("hardswish",), False), "bf16"),
     ]
     return [taken_apart(_written(lambda path, mlp=mlp: save_module(mlp, path)), MODULE) for mlp in networks]
@@ -136,6 +138,8 @@ def _network(
         slope: Any = 0.25 if activation in ("leaky_relu", "elu") else 0.0
         if has_slopes and activation == "leaky_relu":
             slope = torch.linspace(-0.5, 1, out)
+        if activation == "dice":
+            slope = torch.randn(3, out, generator=generator)
         layers.append(SparseLayer(weight, torch.randn(out, generator=generator) / 4, activation, slope))
         width = out
     return replace(network, hidden=tuple(layers))

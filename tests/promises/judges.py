@@ -109,9 +109,7 @@ class Modules(Subject):
             m = x.double().abs()
             for layer in layers:
                 bias = 0.0 if layer.bias is None else layer.bias.double().abs()
-                m = (m @ layer.weight.double().abs().T + bias) * torch.as_tensor(layer.slope).double().abs().clamp(
-                    min=1
-                )
+                m = (m @ layer.weight.double().abs().T + bias) * torch.as_tensor(_gain(layer))
                 most = max(most, m.max())
         if not most < LARGEST:
             return BEYOND
@@ -174,6 +172,12 @@ def _reference(x: torch.Tensor, tasks: list[list[Layer]], operands: torch.dtype 
     return Bounded(*(torch.cat(parts, 1) for parts in zip(*references, strict=True)))
 
 
+def _gain(layer: Any) -> Any:
+    """Return how many times as large as a sum the result of its activation can be; dice is between z and alpha z."""
+    slope = layer.slope[2] if layer.activation == "dice" else layer.slope
+    return np.maximum(1, np.abs(np.asarray(slope, np.float64)))
+
+
 def largest(reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray]) -> float:
     """Return the largest magnitude that a sum of the network may have on the way, however its terms are signed.
 
@@ -186,7 +190,7 @@ def largest(reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray
         for task in reader.tasks:
             m = most
             for layer in reader.layers(task):
-                m = (m @ np.abs(layer.weight).T + np.abs(layer.bias)) * np.maximum(1, np.abs(layer.slope))
+                m = (m @ np.abs(layer.weight).T + np.abs(layer.bias)) * _gain(layer)
                 biggest.append(m.max(initial=0))
     worst = float(np.max(biggest))
     return math.inf if math.isnan(worst) else worst

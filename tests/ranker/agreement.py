@@ -31,7 +31,7 @@ def bounded_scores(
     for task, of_task in reader.score(columns, given).items():
         layers = [
             Layer(torch.from_numpy(weight), torch.from_numpy(bias), activation, torch.as_tensor(slope))
-            if activation == "leaky_relu"
+            if activation in ("leaky_relu", "dice")
             else Layer(torch.from_numpy(weight), torch.from_numpy(bias), activation, float(slope))
             for weight, bias, activation, slope in reader.layers(task)
         ]

@@ -34,6 +34,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda z, slope: z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
     "leaky_relu": lambda z, slope: np.where(z > 0, z, slope * z),
     "elu": lambda z, slope: np.where(z > 0, z, slope * np.expm1(np.minimum(z, 0))),
+    "dice": lambda z, slope: z * (slope[2] + (1 - slope[2]) / (1 + np.exp(-(slope[0] * z + slope[1])))),
 }
 
 

@@ -30,8 +30,8 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
 # With the scores that they gave. Version 1 was written by the code of commit cb0158c, which defined the format; 2, of
 # blocks with ragged edges, by that of aac1169; 3, of int8 rows, a table elsewhere, slopes and bfloat16 weights, by the
-# first that wrote digests.
-GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3)}
+# first that wrote digests; 4, of Dice, by the first that had it.
+GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3, 4)}
 VERSION_1 = GOLDEN[1]
 EXPECTED = json.loads(VERSION_1.with_suffix(".json").read_text())
 
@@ -240,13 +240,15 @@ def test_a_slope_per_output_has_its_version_and_comes_back(tmp_path, blocks):
     if blocks:
         dense = {task: torch.ones(weight.shape, dtype=torch.bool) for task in original.tasks}
         weight = BlockWeight.from_dense(torch.randn(weight.shape), dense)
-    for slope, version in ((torch.linspace(-1, 1, weight.shape[0]), 3), (0.25, 2 if blocks else 1)):
-        hidden = (first._replace(weight=weight, activation="leaky_relu", slope=slope), *rest)
+    least = 2 if blocks else 1
+    slopes = torch.randn(3, weight.shape[0])
+    for activation, slope, version in (("leaky_relu", slopes[0], 3), ("leaky_relu", 0.25, least), ("dice", slopes, 4)):
+        hidden = (first._replace(weight=weight, activation=activation, slope=slope), *rest)
         network = replace(original.mlp.network, hidden=hidden)
         ranker = Ranker(original.encoder, original.inputs, SparseMLP(network))
         save(ranker, tmp_path / "m.safetensors")
         meta, tensors = contents(tmp_path / "m.safetensors")
-        assert (meta["version"], "layers.0.slope" in tensors) == (version, version == 3)
+        assert (meta["version"], "layers.0.slope" in tensors) == (version, version > least)
         for task, scores in load(tmp_path / "m.safetensors").score(EXPECTED["candidates"]).items():
             assert np.array_equal(scores, ranker.score(EXPECTED["candidates"])[task])
 

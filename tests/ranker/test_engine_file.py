@@ -85,6 +85,18 @@ def test_scores_are_those_of_the_ranker_to_the_bit(
     model.close()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("context", [True, False])
+def test_slopes_are_in_the_file(tmp_path: Path, precision: str, blocks: bool, context: bool) -> None:
+    ranker = make(context, precision=precision, blocks=blocks, activation="dice")
+    model = exported(ranker, tmp_path)
+    for rows in (1, 3, 70):
+        columns = shown_rows(rows)
+        assert (model.score(columns, rows) == wanted(ranker, columns)).all()
+    model.close()
+
+
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 def test_every_instruction_set_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranker: Ranker, isa: str
@@ -435,7 +447,7 @@ class Editor:
 
 
 EDITS: list[tuple[str, tuple[Any, ...]]] = [
-    (r"version: got 2, wanted 1", ("of_header", "version", 2)),
+    (r"version: got 3, wanted 2", ("of_header", "version", 3)),
     (r"precision: got 3", ("of_header", "precision", 3)),
     (r"rows_kind: got 3", ("of_header", "rows_kind", 3)),
     (r"dim: got 0, wanted 1 to 65536", ("of_header", "dim", 0)),
@@ -484,9 +496,10 @@ EDITS: list[tuple[str, tuple[Any, ...]]] = [
     (r"own_layers\[0\].out_features: got 48, wanted 1", ("of_record", "own_layers", 0, "is_head", 1)),
     (r"own_layers\[0\].takes_bias: got 0, wanted 1", ("of_record", "own_layers", 0, "takes_bias", 0)),
     (r"own_layers\[1\].takes_bias: got 1, wanted 0", ("of_record", "own_layers", 1, "takes_bias", 1)),
-    (r"own_layers\[1\].activation: got 10", ("of_record", "own_layers", 1, "activation", 10)),
+    (r"own_layers\[1\].activation: got 11", ("of_record", "own_layers", 1, "activation", 11)),
     (r"own_layers\[1\].slope: got inf", ("of_record", "own_layers", 1, "slope", math.inf)),
-    (r"own_layers\[1\].slopes: got 2, wanted 32", ("of_record", "own_layers", 1, "slopes", 2, "count")),
+    (r"own_layers\[1\].slopes: got some for activation 1, w", ("of_record", "own_layers", 1, "slopes", 2, "count")),
+    (r"own_layers\[1\].slopes: got 0, wanted 96", ("of_record", "own_layers", 1, "activation", 10)),
     (r"own_layers\[1\].bias: got 31, wanted 32", ("of_record", "own_layers", 1, "bias", 31, "count")),
     (r"own_layers\[1\].planes: got 1, wanted", ("of_record", "own_layers", 1, "planes", 1, "count")),
     (r"own_layers\[1\].tasks: got 0", ("of_record", "own_layers", 1, "tasks", 0)),

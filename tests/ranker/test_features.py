@@ -15,9 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rankers import NA
 
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Column, EncodedFeatures, FeatureEncoder, Schema, SchemaError
-from lt4rec_sparse.ranker.features.raw import single
+from lt4rec_sparse.ranker.features.raw import bags, single
 from lt4rec_sparse.ranker.features.tables import (
     IntFit,
     IntVocabulary,
@@ -63,6 +65,49 @@ ROW = st.fixed_dictionaries(
     }
 )
 ROWS = st.lists(ROW, min_size=1, max_size=12)
+
+
+class Series:
+    """A column of a data frame, of no type that numpy knows."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def to_list(self) -> list[Any]:
+        return self._values
+
+
+@pytest.mark.parametrize("as_column", [list, Series, lambda values: np.array(values, object)])
+def test_the_na_of_data_frames_is_a_missing_value(as_column: Any) -> None:
+    encoder = FeatureEncoder.fit(SCHEMA, [NA_ROWS])
+    one, other = (
+        encoder.encode({name: as_column([*values, missing]) for name, values in NA_ROWS.items()})
+        for missing in (NA, None)
+    )
+    for part in ("single", "multi_values", "multi_offsets"):
+        assert torch.equal(getattr(one, part), getattr(other, part))
+
+
+NA_ROWS: dict[str, list[Any]] = {
+    "video": [1, 1, 2],
+    "price": [1.5, 2.5, 3.5],
+    "colour": ["red", "red", "green"],
+    "tags": ["a,b", "b", "a"],
+    "seen": ["1,2", "2", "1"],
+    "shop": ["x", "y", "z"],
+}
+
+
+def test_na_within_a_list_is_left_out_and_other_values_are_still_refused() -> None:
+    column = Column("tags", "multi")
+    values, offsets = bags(column, [["a", NA], NA, [NA, "b"]])
+    assert (values.tolist(), offsets.tolist()) == (["a", "b"], [0, 1, 1, 2])
+    for wrong in (np.array([1, 2]), object()):  # whose comparison is no bool, or one
+        with pytest.raises(InputError, match=r"column 'town': got .*, wanted str"):
+            single(Column("town"), ["Ulm", wrong])
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

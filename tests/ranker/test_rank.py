@@ -1,8 +1,12 @@
 """A request: the candidates in order, what they have in common given once."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from rankers import NA
 
 from lt4rec_sparse import MaskedMLP, Ranker, freeze
 from lt4rec_sparse.errors import InputError
@@ -78,6 +82,15 @@ def test_a_column_multiplies_the_rank_score_by_its_power(ranker):
     assert ranked.rows[-1] == 3  # which has a length of 0
 
 
+def test_the_na_of_data_frames_is_missing_from_a_request(ranker):
+    def request_with(missing):
+        candidates = {name: [*values[:4], missing] for name, values in CANDIDATES.items()}
+        return candidates, {name: [missing] for name in CONTEXT}
+
+    with_na, with_none = ranker.rank(*request_with(NA)), ranker.rank(*request_with(None))
+    assert (with_na.rows == with_none.rows).all() and (with_na.rank_scores == with_none.rank_scores).all()
+
+
 def test_k_candidates_are_the_first_of_all(ranker):
     every = ranker.rank(CANDIDATES, CONTEXT)
     for k in (1, 3, 5, 9):
@@ -114,12 +127,43 @@ def test_level_candidates_keep_their_order_and_none_give_none(ranker):
             {"by": {"bid": 1}},
             "column 'bid': got it in candidates",
         ),
+        (CANDIDATES | {"bid": [1] * 5}, CONTEXT | {"bid": [1]}, {}, "column 'bid': got it in candidates"),
+        (CANDIDATES | {"bid": 3}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got 3 (int), wanted a sequence"),
         (CANDIDATES | {"bid": [None] * 5}, CONTEXT, {"by": {"bid": 1}}, "column 'bid': got nan in row 0"),
     ],
 )
 def test_a_wrong_request_is_refused(ranker, candidates, context, options, message):
-    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+    with pytest.raises(InputError, match=re.escape(message)):
         ranker.rank(candidates, context, **options)
+
+
+def test_what_ranks_is_checked_before_anything_is_scored(ranker):
+    with pytest.raises(InputError, match="by: got 'price', wanted a task or a column of the request"):
+        ranker.rank({"item": [1]}, by={"price": 1})
+    with pytest.raises(InputError, match="column 'item': got it in candidates and in context, wanted it in one of"):
+        ranker.rank({"item": [1]}, {"item": [1]}, by={"item": 1})
+    with pytest.raises(InputError, match="column 'item': got -1 in row 0, wanted finite numbers of at least 0"):
+        ranker.rank({"item": [-1]}, by={"item": 1})
+
+
+@pytest.mark.parametrize(
+    ("columns", "by", "message"),
+    [
+        ({"bid": [1, 1, 1e200, 1, 1]}, {"bid": 2}, "rank score of row 2: got inf, wanted a finite number"),
+        ({"bid": [1, 1e200, 1, 1, 1], "fee": [1e200]}, {"bid": 1, "fee": 1}, "rank score of row 1: got inf"),
+        ({"bid": [1, 1, 1, 1e200, 1], "fee": [0]}, {"bid": 2, "fee": 1}, "rank score of row 3: got nan"),
+    ],
+)
+def test_a_rank_score_beyond_float64_is_refused_with_its_row(ranker, columns, by, message):
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(InputError, match=message):
+        warnings.simplefilter("always")
+        ranker.rank(CANDIDATES | columns | {"fee": columns.get("fee", [1]) * 5}, CONTEXT, by=by)
+    assert not warned
+
+
+def test_the_largest_rank_scores_are_still_in_order(ranker):
+    bids = {"bid": [1e154, 1e-200, 0, 1.3e154, 1]}
+    assert ranker.rank(CANDIDATES | bids, CONTEXT, by={"bid": 2}).rows.tolist() == [3, 0, 4, 1, 2]
 
 
 def test_the_schema_says_what_candidates_have_in_common():

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ ITEMS = FeatureTable(
         "sizes": [[1], [2, 3], []],
     },
 )
-SHOPS = FeatureTable("shop", ["x", ""], {"city": ["Ulm", None]})
+SHOPS = FeatureTable("shop", ["x", "", "y"], {"city": ["Ulm", None, "Bonn"]})
 USERS = FeatureTable(
     "user",
     hash64(np.array(["eve", "bob"], object)).view(np.int64),
@@ -141,6 +142,31 @@ def test_what_a_request_has_stays_and_keys_are_wanted_for_the_rest(path):
         store.complete({"item": 7}, {"user": ["eve"], "shop": ["x"]})
 
 
+class Frame:
+    """A table such as a data frame: columns by name, and no mapping."""
+
+    def __init__(self, columns):
+        self.columns, self._values = list(columns), columns
+
+    def __getitem__(self, name):
+        return self._values[name]
+
+
+@pytest.mark.parametrize("table", [pa.table, pa.RecordBatch.from_pydict, Frame])
+def test_a_request_may_be_of_tables_as_for_a_ranker(path, table):
+    request = {"item": [9, 7, 4], "hour": [1, 2, 3]}, {"user": ["eve"], "shop": ["x"]}
+    store = FeatureStore.open(path)
+    made = store.complete(*map(table, request))
+    for part, wanted in zip(made, store.complete(*request), strict=True):
+        assert list(part) == list(wanted)
+        for name, values in part.items():
+            plain = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else listed(values)
+            assert plain == listed(wanted[name])
+    for wrong in ((3,), (request[0], 3)):
+        with pytest.raises(InputError, match="columns: got int, wanted a dict of columns, a record batch or a data"):
+            store.complete(*wrong)
+
+
 def test_keys_of_candidates_may_be_users(path):
     candidates, _ = FeatureStore.open(path).complete({"item": [7, 7], "user": ["bob", "eve"]}, {"shop": ["x"]})
     assert listed(candidates["clicked_item"]) == [[], [7, 9, 7]]
@@ -177,6 +203,8 @@ def test_rows_of_a_column_are_what_was_stored(stored, data):
     [
         (FeatureTable("colour", ["red"], {}), "key: got 'colour', wanted one of item, shop, user"),
         (FeatureTable("item", [1, 1], {}), "keys of 'item': got one twice, wanted each once"),
+        (FeatureTable("shop", ["x", "x"], {}), "keys of 'shop': got one twice, wanted each once"),
+        (FeatureTable("user", np.array([5, 5]), {}), "keys of 'user': got one twice, wanted each once"),
         (FeatureTable("item", [1, None], {}), "keys of 'item': got a missing one, wanted values"),
         (FeatureTable("item", ["a"], {}), "column 'item': got 'a'"),
         (
@@ -296,7 +324,8 @@ def rewritten(path: Path, changes, arrays) -> None:
         ("0.3.starts", lambda starts: starts.fill_(1), "column 'tags': starts: got no ascending cut of 3 values"),
         ("0.3.item.places", lambda places: places.fill_(-1), "column 'tags': item: got a missing value in a bag"),
         ("0.4.item.missing", lambda missing: missing.fill_(1), "column 'sizes': item: got a missing value in a bag"),
-        ("0.key.keys", lambda keys: keys.fill_(7), "keys of 'item': got one twice"),
+        ("0.key.keys", lambda keys: keys.fill_(7), "keys of 'item': keys: got 7 twice, wanted each"),
+        ("1.key.bytes", lambda text: text.fill_(ord("x")), "keys of 'shop': keys: got 'x' twice, wanted each once"),
     ],
 )
 def test_arrays_that_would_be_read_beyond_their_ends_are_refused(path, array, change, message):

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from lt4rec_sparse.recsys import report
+from lt4rec_sparse.recsys.harness.baselines import TREES
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC
 
@@ -17,6 +18,7 @@ TITLES = {
     RANDOM_RESCALED: "random masks",
     S_WEIGHT: "S-Weight",
     S_WEIGHT_LAST: "S-Weight at 20 %",
+    TREES: "trees",
 }
 TEST = {  # row -> (AUC, MSE)
     BASE: (0.70, 0.200),
@@ -222,8 +224,22 @@ def test_a_calibration_far_from_1_is_remarked(words, calibration, warned):
     assert ("## Warnings" in text) == warned
 
 
+def test_trees_that_are_better_at_every_task_are_remarked(words):
+    remark = "Gradient-boosted trees are better at every task"
+    assert remark in words(results_of({**TEST, TREES: (0.72, 0.1)}))
+    assert remark not in words(results_of({**TEST, TREES: (0.72, 0.3)}))
+
+
+def test_rows_that_were_left_out_are_in_the_table_with_the_reason(words):
+    text = words(results_of(TEST) | {"left_out": {"gradient-boosted trees": "got none, wanted some"}})
+    assert "| gradient-boosted trees | left out |" in text
+    assert "- gradient-boosted trees is left out: got none, wanted some." in text
+
+
 def test_few_steps_are_remarked(words):
-    assert "**Few steps**: every model took 20 per task." in words(results_of(TEST, steps=20))
+    for steps in (20, 299):
+        assert f"**Few steps**: every model took {steps} per task." in words(results_of(TEST, steps=steps))
+    assert "Few steps" not in words(results_of(TEST, steps=300))
     assert "Few steps" not in words(results_of(TEST))
 
 

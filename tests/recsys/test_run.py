@@ -22,7 +22,8 @@ from lt4rec_sparse.ranker.features import SchemaError
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys import run as run_module
 from lt4rec_sparse.recsys.data import DataError, Prepared
-from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.harness import baselines, starts
+from lt4rec_sparse.recsys.harness.by_rows import by_rows
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, RANDOM_RESCALED, S_WEIGHT, S_WEIGHT_LAST, SMALL, Rows
 from lt4rec_sparse.recsys.harness.settings import RunSettings, check_settings, locked, pin_settings
@@ -92,6 +93,7 @@ def results_of(folder):
 
 def trial_of(row, masks="tickets", seed=0):
     rows = Rows(TASKS, SETTINGS.training, tuple(dict.fromkeys(TASKS, 1e-3).items()), SETTINGS.rounds)
+    rows = replace(rows, top_k=SETTINGS.top_k)
     (found,) = (r for r in rows.product(masks) if r.key == row)
     return found.trials[0].at(seed, dict.fromkeys(TASKS, 1e-3))
 
@@ -110,12 +112,13 @@ def test_a_run_leaves_all_that_it_says(finished):
 
 def test_every_row_of_the_product_is_trained_and_every_metric_is_a_number(finished):
     results = results_of(finished)
-    assert list(results["rows"]) == ROWS
-    for row in ROWS:
+    assert list(results["rows"]) == [*ROWS, *baselines.TITLES]
+    assert results["left_out"] == {}
+    for row in results["rows"]:
         found = [record for record in results["records"] if record["row"] == row]
         for part in ("all", "tab_0"):
             metrics = {task: values for record in found for task, values in record["test"][part].items()}
-            assert {task: len(values) for task, values in metrics.items()} == {"ctr": 4, "cvr": 2}
+            assert {task: len(values) for task, values in metrics.items()} == {"ctr": 6, "cvr": 2}
             assert all(math.isfinite(value) for values in metrics.values() for value in values.values())
 
 
@@ -130,7 +133,7 @@ def test_the_narrow_network_has_as_many_weights_as_the_masks_keep(small_folder, 
 def test_a_run_without_a_search_trains_baselines_and_random_masks_alone(small_folder, tmp_path):
     report = go(small_folder, tmp_path / "run", replace(SETTINGS, masks="random")).report
     results = results_of(tmp_path / "run")
-    assert list(results["rows"]) == [BASE, HARD, HARD + SMALL, RANDOM_RESCALED]
+    assert list(results["rows"]) == [BASE, HARD, HARD + SMALL, RANDOM_RESCALED, *baselines.TITLES]
     assert not (tmp_path / "run" / "searches").exists()
     assert {path.name for path in (tmp_path / "run").glob("*.safetensors")} == {MODEL}
     ranker = load(tmp_path / "run" / MODEL)
@@ -392,7 +395,10 @@ def test_more_seeds_are_added_to_the_old_ones(small_folder, finished, again, mon
     first, second = ([r for r in results_of(again)["records"] if r["seed"] == seed] for seed in (0, 1))
     assert first == results_of(finished)["records"]
     assert [record["row"] for record in second] == [record["row"] for record in first]
-    assert all(a["test"] != b["test"] for a, b in zip(first, second, strict=True))
+    drawn = [(a, b) for a, b in zip(first, second, strict=True) if a["row"] not in baselines.TITLES]
+    assert all(a["test"] != b["test"] for a, b in drawn), (
+        "a seed draws nothing of a constant, and of so few rows' trees"
+    )
     assert (again / MODEL).read_bytes() == (finished / MODEL).read_bytes()
     assert json.loads((again / "config.json").read_text())["seeds"] == 2
     assert "2 seeds" in report.read_text()
@@ -478,6 +484,7 @@ def test_names_without_a_place_are_refused_before_any_work(small_folder, tmp_pat
         ({"density": math.nan}, "density: got nan"),
         ({"learning_rates": (1e-3, 0.0)}, "learning_rate: got 0.0, wanted more than 0"),
         ({"learning_rates": ()}, "learning_rates: got none"),
+        ({"top_k": -1}, "top_k: got -1, wanted 0 or more"),
         ({"dtype": "int8"}, "dtype: got 'int8', wanted one of float32, bfloat16"),
     ],
 )
@@ -610,3 +617,29 @@ def test_fewer_seeds_than_before_drop_none(tmp_path):
     assert check_settings(tmp_path, "log", RunSettings(seeds=1)).seeds == 3
     assert check_settings(tmp_path, "log", RunSettings(seeds=4)).seeds == 4
     assert check_settings(tmp_path / "new", "log", RunSettings(seeds=2)) is None
+
+
+def test_what_nobody_asked_for_goes_by_rows_and_stays(small_folder, tmp_path):
+    """A run that left sizes open goes on with those it began with, also if they are named."""
+    open_sizes = replace(SETTINGS, batch_size=None, epochs=None, masks="random", hidden=(4,), embedding_dim=2)
+    assert open_sizes.of_rows(2_676) == replace(open_sizes, batch_size=64, epochs=20, patience=2)
+    pin_settings(tmp_path, "log", open_sizes.of_rows(2_676))
+    named = replace(open_sizes, batch_size=64, epochs=20, patience=2)
+    for asked in (open_sizes, named, replace(open_sizes, epochs=20)):
+        assert check_settings(tmp_path, "log", asked) == named
+    with pytest.raises(InputError, match="got epochs = 20, wanted 3; choose another --out"):
+        check_settings(tmp_path, "log", replace(open_sizes, epochs=3))
+
+
+def test_a_run_by_rows_trains_by_them_and_says_so(small_folder, tmp_path):
+    settings = replace(SETTINGS, batch_size=None, epochs=None, masks="random", hidden=(4,), embedding_dim=2)
+    finished = go(small_folder, tmp_path, settings)
+    config, results = json.loads((tmp_path / "config.json").read_text()), results_of(tmp_path)
+    rows = results["data"]["counts"]["train"]["rows"]
+    sizes = by_rows(rows)
+    assert {name: config[name] for name in sizes._fields} == sizes._asdict()
+    assert results["steps"] >= 800
+    assert finished.warning is None
+    assert (
+        f"at most {sizes.epochs} epochs, 2 without a gain end a training, of batches of" in finished.report.read_text()
+    )

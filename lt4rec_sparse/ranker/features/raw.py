@@ -1,8 +1,9 @@
 """Raw columns in the forms that callers have them, checked once and reduced to present values and their positions.
 
 A categorical or dense column is a sequence of `batch` values (list, array, masked array, or a column of pyarrow, polars
-or pandas); None, NaN and masked are missing. A multi-valued column is a sequence of `batch` lists or separated strings,
-or the pair `(values, offsets)` with row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the fast form.
+or pandas); None, NaN, pandas' NA and masked are missing. A multi-valued column is a sequence of `batch` lists or
+separated strings, or the pair `(values, offsets)` with row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the
+fast form.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ def _is_bags(column: Column, raw: Any) -> bool:
 
 
 def _bag(column: Column, row: Any) -> Any:
-    if row is None or row is np.ma.masked or (isinstance(row, float) and np.isnan(row)):
-        return ()
     if isinstance(row, str):
         texts = [text for part in row.split(column.separator) if (text := part.strip())]
         return texts if column.type == "string" else [_parsed(column, text) for text in texts]
     if isinstance(row, list | tuple | np.ndarray):
-        return row
+        return () if row is np.ma.masked else row
+    if not _is_there(row):
+        return ()
     raise _refuse(column, row, f"a list or a string separated by {column.separator!r}")
 
 
@@ -108,7 +109,7 @@ def _numbers(column: Column, raw: Any) -> tuple[Array, Present]:
     if values.dtype.kind not in "iuf":
         if values.dtype.kind != "O":
             raise _refuse(column, values[0], "a number")
-        present &= np.fromiter((value is not None for value in values), np.bool_, len(values))
+        present &= _there(values)
         numbers = int | float | np.number
         stray = next((v for v in values[present] if not isinstance(v, numbers) or isinstance(v, bool)), None)
         if stray is not None:
@@ -181,8 +182,18 @@ def _array(raw: Any) -> Array:
 
 
 def _there(values: Array) -> Present:
-    """Return which objects are neither None nor NaN; only NaN differs from itself."""
-    return np.fromiter((value is not None and value == value for value in values), np.bool_, len(values))
+    """Return which objects are there."""
+    return np.fromiter(map(_is_there, values), np.bool_, len(values))
+
+
+def _is_there(value: Any) -> bool:
+    """Return whether a value is neither None, NaN, which differs from itself, nor NA, whose `NA == NA` is NA."""
+    if value is None:
+        return False
+    same = value == value
+    if same is True:  # soon: there are many
+        return True
+    return bool(same) if isinstance(same, bool | np.bool_) else same is not value
 
 
 def _refuse(column: Column, got: Any, wanted: str) -> InputError:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.store.file import Features, read_features
 from lt4rec_sparse.ranker.store.table import Keys, read_keys
 
@@ -57,9 +57,7 @@ class FeatureStore:
         features = self._features
         return tuple(column.name for column in features.schema.features if column.name not in features.columns)
 
-    def complete(
-        self, candidates: Mapping[str, Any], context: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def complete(self, candidates: Any, context: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Add the features of a request's keys: what `Ranker.rank` takes.
 
         Features go where their key is: those of a user in `context` have one row, those of items in `candidates` one
@@ -67,18 +65,19 @@ class FeatureStore:
         counts of histories of 0.
 
         Args:
-            candidates: Column name -> one value per candidate, as in `Ranker.rank`.
-            context: Column name -> a sequence of one value: what all candidates have in common.
+            candidates: Column name -> one value per candidate, or a table, as in `Ranker.rank`.
+            context: Column name -> a sequence of one value, or a table of one row: what candidates have in common.
 
         Returns:
             `(candidates, context)`, new mappings.
 
         Raises:
-            InputError: If a key is absent whose features are needed, or keys have another type than the schema's.
+            InputError: If a part is no table, a key is absent whose features are needed, or keys have another type than
+                the schema's.
         """
         features = self._features  # once: a reload meanwhile changes nothing of this request
-        given = dict(candidates), dict(context or {})
-        completed = dict(candidates), dict(context or {})
+        given = raw_columns.columns_of(candidates), {} if context is None else raw_columns.columns_of(context)
+        completed = dict(given[0]), dict(given[1])
         keys: dict[str, Keys] = {}  # several tables may have the same
         for table in features.tables:
             needed = [name for name in table.columns if name not in given[0] and name not in given[1]]

@@ -10,7 +10,7 @@ import numpy as np
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import Column
 from lt4rec_sparse.ranker.features import raw as raw_columns
-from lt4rec_sparse.ranker.features.tables import Array, IntVocabulary, StringVocabulary, checked_array, hash64
+from lt4rec_sparse.ranker.features.tables import Array, IntVocabulary, StringVocabulary, hash64
 from lt4rec_sparse.ranker.store.columns import StoredColumn
 
 Keys = tuple[Array, raw_columns.Present]
@@ -21,12 +21,12 @@ class KeyedTable:
 
     Args:
         key: The column of a request that holds keys, of type int or string.
-        index: The keys, in the order of the rows.
+        index: The keys, in the order of the rows, each once.
         is_hashed: Whether the keys are strings of which the 64-bit hashes alone are known (`hash64`, as int64).
         columns: Name -> values of the keys, and at row `n` of any other key.
 
     Raises:
-        InputError: If keys repeat, or a column has another number of rows.
+        InputError: If a column has another number of rows.
     """
 
     def __init__(
@@ -34,8 +34,6 @@ class KeyedTable:
     ) -> None:
         self.key, self.index, self.is_hashed, self.columns = key, index, is_hashed, dict(columns)
         self.rows = index.size - 2
-        if len(np.unique(index.keys) if isinstance(index, IntVocabulary) else set(index.keys)) != self.rows:
-            raise InputError(f"keys of {key.name!r}: got one twice, wanted each once")
         for name, column in self.columns.items():
             if len(column) != self.rows + 1:
                 raise InputError(f"column {name!r}: got {len(column) - 1} rows, wanted {self.rows}, one per key")
@@ -75,13 +73,15 @@ def key_index(key: Column, keys: Any) -> tuple[IntVocabulary | StringVocabulary,
     """Return keys that can be looked up, and whether they are hashes of strings: int64 ones of a string column.
 
     Raises:
-        InputError: If a key is missing or has another type.
+        InputError: If a key is missing, there twice, or of another type.
     """
     is_hashed = key.type == "string" and isinstance(keys, np.ndarray) and keys.dtype == np.int64
     kind = Column(key.name, type="int") if is_hashed else key
     values, present = raw_columns.single(kind, keys)
     if not present.all():
         raise InputError(f"keys of {key.name!r}: got a missing one, wanted values")
+    if len(np.unique(values) if kind.type == "int" else set(values)) != len(values):
+        raise InputError(f"keys of {key.name!r}: got one twice, wanted each once")
     return (IntVocabulary(values) if kind.type == "int" else StringVocabulary(values.tolist())), is_hashed
 
 
@@ -89,10 +89,12 @@ def stored_index(key: Column, is_hashed: Any, arrays: Mapping[str, Array]) -> In
     """Read the keys of a table back.
 
     Raises:
-        ValueError: If an array is absent or malformed.
+        InputError: If an array is absent or malformed, or a key is there twice.
     """
     if not isinstance(is_hashed, bool) or (is_hashed and key.type == "int"):
         raise InputError(f"hashed: got {shown(is_hashed)}, wanted whether keys of {key.type} are hashes")
-    if is_hashed or key.type == "int":
-        return IntVocabulary(checked_array(arrays, "keys", np.int64))
-    return StringVocabulary.from_arrays(dict(arrays))
+    kind = IntVocabulary if is_hashed or key.type == "int" else StringVocabulary
+    try:
+        return kind.from_arrays(dict(arrays))
+    except ValueError as error:
+        raise InputError(f"keys of {key.name!r}: {error}") from error

@@ -56,6 +56,6 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
     batches = list(read_file(path, types, names, request_form(schema)))
     if not batches:
         return {name: [] for name in types}, pa.table({name: pa.nulls(0) for name in keep})
-    table = pa.Table.from_batches(batches).combine_chunks()
+    table = pa.Table.from_batches(batches)
     features = {name: raw_column(pa.concat_arrays(table[name].chunks)) if table.num_rows else [] for name in types}
     return features, table.select(list(dict.fromkeys(keep)))

@@ -61,15 +61,9 @@ class DayLog:
         Raises:
             DataError: If the day is written in another form than the log's are, and so cannot be compared with them.
         """
-        forms = {_form(known) for known in self.paths}
-        numeric = are_numbers(self.paths)
-        # Numbers that all have eight digits are dates, or might be; others count days.
-        fits = are_numbers([day]) if numeric and forms != {"00000000"} else _form(day) in forms
-        if not fits:
-            raise DataError(
-                f"{where}: got day {day!r}, wanted one in the form of the log's days, such as {self.days[-1]}"
-            )
-        key = int if numeric else str
+        if not _fits(self.paths, day):
+            raise _other_form(self.paths, day, where)
+        key = int if are_numbers(self.paths) else str
         return sum(key(known) < key(day) for known in self.paths)  # type: ignore[operator]
 
     def read(self, day: str) -> Iterator[Any]:
@@ -121,14 +115,14 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
     """
     types, names = raw_types(source.schema), _log_columns(source)
     schema = source.schema
+    absent = next((name for name in keep if name not in names), None)
+    if absent is not None:
+        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     dealt, rows_read = _deal(source, folder, types, names, progress)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
     _check_order(source.log[0], schema, dealt)
     days = sorted(dealt, key=int if are_numbers(dealt) else str)
-    absent = next((name for name in keep if name not in names), None)
-    if absent is not None:
-        raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
     by_rows = schema.split_by != "day"
     needed = [name for name in names if name in types or name in keep] + [SPLIT] * by_rows
     paths: dict[str, Path] = {}
@@ -248,6 +242,40 @@ def _local(moments: Any, time: Time) -> Any:
     except pa.ArrowInvalid as error:
         got = f"time: got zone={zone!r}"
         raise DataError(f"{got}, wanted a name such as Asia/Shanghai, or an offset such as +05:30") from error
+
+
+def check_days(source: Source, days: Collection[str], where: str) -> None:
+    """Refuse a day in another form than the log's days have; `where` begins the message.
+
+    The log is read until its days have the forms of all: its first rows, unless one is refused.
+
+    Raises:
+        DataError: If one cannot be compared with the log's, the log has no row, or its columns contradict the schema.
+    """
+    _log_columns(source)
+    schema, types = source.schema, raw_types(source.schema)
+    assert schema.time is not None and schema.moment is not None  # nobody asks for a day of a log without
+    known: dict[str, None] = {}
+    for path in source.log:
+        for batch in read_file(path, types, [schema.moment], log_form(schema)):
+            known |= dict.fromkeys(days_of(path, batch, schema.time).unique().to_pylist())
+            if known and all(_fits(known, day) for day in days):
+                return
+    if not known:
+        raise DataError(f"{source.log[0]}: got no row, wanted a log")
+    raise _other_form(known, next(day for day in days if not _fits(known, day)), where)
+
+
+def _fits(known: Collection[str], day: str) -> bool:
+    """Return whether a day is in a form of known ones, and so can be compared with them."""
+    forms = {_form(other) for other in known}
+    # Numbers that all have eight digits are dates, or might be; others count days.
+    return are_numbers([day]) if are_numbers(known) and forms != {"00000000"} else _form(day) in forms
+
+
+def _other_form(known: Iterable[str], day: str, where: str) -> DataError:
+    wanted = f"one in the form of the log's days, such as {[*known][-1]}"
+    return DataError(f"{where}: got day {day!r}, wanted {wanted}")
 
 
 def are_numbers(days: Iterable[str]) -> bool:

@@ -160,7 +160,7 @@ class _Draft:
                 self._note(f"group: {seen.name}, {seen.distinct:,} values")
                 keyed = {join.on: join.type for join in self.joins}
                 return Group(seen.name, keyed.get(seen.name, "int" if seen.kind == "int" else "string"))
-        self._note("no [group]: no column is named as one of users is; reports then have no GAUC")
+        self._note("no [group]: no column is named as one of users is; reports then have no GAUC, NDCG or hit rate")
         return None
 
     def _found_time(self) -> Time | None:

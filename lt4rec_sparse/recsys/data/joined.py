@@ -1,7 +1,7 @@
 """Columns of rows, of the side tables that their keys find, and derived from both: the same for a log and for requests.
 
-Columns that the rows have take precedence over columns of a side table with the same name, and an earlier side table
-over a later one.
+A column that the log has is the log's, whether rows have it or not: no side table stands in for it. What rows have
+themselves takes precedence over a side table, and an earlier side table over a later one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import Join
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
-from lt4rec_sparse.recsys.data.reading import Form, column_names, join_form, read_file
+from lt4rec_sparse.recsys.data.reading import Form, column_names, join_form, log_form, read_file
 from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, raw_types
 
 
@@ -33,34 +33,51 @@ class Joined:
     Attributes:
         schema: That of the source.
         sides: One per join of the schema.
-        absent: Wanted columns that neither the rows nor a side table has.
+        absent: Wanted columns that rows lack, and that are the log's or in no side table.
     """
 
     def __init__(self, source: Source, there: Collection[str], wanted: Collection[str]) -> None:
-        self.schema = source.schema
+        self.schema, self._source = source.schema, source
         self._derived = {item.name: item.days_since for item in source.schema.derived if item.name in wanted}
         types = raw_types(source.schema)
-        left = list(dict.fromkeys(self._derived.get(name, name) for name in wanted))
-        left = [name for name in left if name not in there]
+        lacked = list(dict.fromkeys(self._derived.get(name, name) for name in wanted))
+        lacked = [name for name in lacked if name not in there]
+        of_log = {*column_names(source.log[0], log_form(source.schema))}
+        left = [name for name in lacked if name not in of_log]
         self.sides = []
         for join, paths in zip(source.schema.joins, source.joins, strict=True):
             side = SideTable(join, paths, types, left, join_form(source.schema, join))
             left = [name for name in left if name not in side.columns]
             self.sides.append(side)
-        self.absent = tuple(left)
+        self.absent = tuple(name for name in lacked if name in of_log or name in left)
 
-    def columns(self, day: str, rows: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of rows of a day, those of the side tables, and derived ones; all Arrow arrays."""
+    def check_none_absent(self) -> None:
+        """Refuse a wanted column that is nowhere.
+
+        Raises:
+            DataError: If one is absent.
+        """
+        if self.absent:
+            files = ", ".join(path.name for path in self._source.files)
+            raise DataError(f"{self._source.folder}: column {self.absent[0]!r} is absent, wanted it in one of {files}")
+
+    def columns(self, day: str, rows: Mapping[str, Any], names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return the columns of rows of a day, and those of side tables and derived ones that are among `names`.
+
+        None stands for all wanted columns. All are Arrow arrays.
+        """
+        dates = {name: date for name, date in self._derived.items() if names is None or name in names}
         columns = dict(rows)
         for side in self.sides:
-            if side.columns:
-                columns |= side.lookup(columns[side.on])
-        return columns | self.derived(day, columns)
+            of_side = [name for name in side.columns if names is None or name in names or name in dates.values()]
+            if of_side:
+                columns |= side.lookup(columns[side.on], of_side)
+        return columns | {name: _days_since(day, date, columns[date]) for name, date in dates.items()}
 
     def derived(self, day: str, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Return the derived columns of rows of a day: those whose dates are among the columns."""
-        dates = {name: days_since for name, days_since in self._derived.items() if days_since in columns}
-        return {name: _days_since(day, days_since, columns[days_since]) for name, days_since in dates.items()}
+        dates = {name: date for name, date in self._derived.items() if date in columns}
+        return {name: _days_since(day, date, columns[date]) for name, date in dates.items()}
 
 
 class SideTable:
@@ -101,13 +118,13 @@ class SideTable:
         self.keys = keys.to_numpy(zero_copy_only=False)
         self._index = IntVocabulary(self.keys) if join.type == "int" else StringVocabulary(self.keys)
 
-    def lookup(self, keys: Any) -> dict[str, Any]:
-        """Return the columns at the keys; an unknown or missing key has missing values."""
+    def lookup(self, keys: Any, names: Collection[str]) -> dict[str, Any]:
+        """Return the named columns at the keys; an unknown or missing key has missing values."""
         present = keys.is_valid().to_numpy(zero_copy_only=False)
         places = np.full(len(keys), -1, np.int64)
         places[present] = self._index.lookup(keys.drop_null().to_numpy(zero_copy_only=False)) - 2
         rows = pa.array(places, mask=places < 0)
-        return {name: column.take(rows) for name, column in self.columns.items()}
+        return {name: self.columns[name].take(rows) for name in names}
 
 
 def group_ids(column: Any) -> Ids:

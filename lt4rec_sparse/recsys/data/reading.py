@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Join, Schema
 from lt4rec_sparse.recsys.data.casts import typed
 from lt4rec_sparse.recsys.data.source import DataError, RawType
@@ -74,10 +75,18 @@ def column_names(path: Path, form: Form = PLAIN) -> list[str]:
 
 
 def list_columns(path: Path) -> set[str]:
-    """Return the names of a file's columns that hold lists or structures; in CSV all are text."""
+    """Return the names of a file's columns that hold lists or structures; in CSV all are text.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    check_regular(path, kind=DataError)
     if not is_parquet(path):
         return set()
-    return {field.name for field in pq.read_schema(path) if pa.types.is_nested(field.type)}
+    try:
+        return {field.name for field in pq.read_schema(path) if pa.types.is_nested(field.type)}
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
 
 
 def read_file(path: Path, types: Mapping[str, RawType], columns: Sequence[str], form: Form = PLAIN) -> Iterator[Any]:
@@ -110,11 +119,15 @@ def _opened(path: Path, columns: list[str] | None, form: Form) -> Iterator[tuple
         with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as reader:
             yield reader.schema.names, reader
     except UNREADABLE as error:
-        wanted = "Parquet" if is_parquet(path) else "CSV with a line of column names"
-        got = str(error).splitlines()[0]
-        if "codec can't decode" in got or "UTF8" in got:
-            wanted += ', in UTF-8, or the name of its encoding, such as encoding = "latin-1" in [files]'
-        raise DataError(f"{path}: got {got}, wanted {wanted}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    wanted = "Parquet" if is_parquet(path) else "CSV with a line of column names"
+    got = str(error).splitlines()[0]
+    if "codec can't decode" in got or "UTF8" in got:
+        wanted += ', in UTF-8, or the name of its encoding, such as encoding = "latin-1" in [files]'
+    return DataError(f"{path}: got {got}, wanted {wanted}")
 
 
 def _names(path: Path, delimiter: str, form: Form) -> list[str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.casts import typed
-from lt4rec_sparse.recsys.data.days import Progress, days_of, partition
+from lt4rec_sparse.recsys.data.days import Progress, check_days, days_of, partition
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.past import Past
 from lt4rec_sparse.recsys.data.reading import column_names, read_file, request_form
@@ -31,8 +31,8 @@ class Candidates(NamedTuple):
 
     Attributes:
         table: The columns of the requests, then all other features, a `pyarrow.Table`.
-        absent: Features of the log, and dates of derived ones, that neither requests nor side tables have: they are
-            missing in every row.
+        absent: Features, and dates of derived ones, that requests lack, and that are the log's or in no side table:
+            they are missing in every row.
     """
 
     table: Any
@@ -48,10 +48,10 @@ def complete_requests(
 ) -> Candidates:
     """Make candidates of a file of requests, CSV or Parquet, in any order.
 
-    Columns that the requests have take precedence over those of side tables, as a log's do; those that are no feature
-    are carried through. Equal rows stay, each with its own result. A group without a past has empty histories, a count
-    of 0 and no rate; a key that a side table lacks has missing values. Memory holds the requests, the side tables, the
-    histories and one day of the log.
+    A column that the log has is the log's, as in training: requests bring it, or it is missing. Any other that requests
+    have takes precedence over those of side tables; those that are no feature are carried through. Equal rows stay,
+    each with its own result. A group without a past has empty histories, a count of 0 and no rate; a key that a side
+    table lacks has missing values. Memory holds the requests, the side tables, the histories and one day of the log.
 
     Args:
         source: The log with its side tables, and the schema of the model.
@@ -69,14 +69,16 @@ def complete_requests(
     coded = days.dictionary_encode()
     moments, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
     past, ended = None, dict.fromkeys(moments, 0)
+    where = f"{path}: column {schema.moment!r}" if at is None else "--at"
     if schema.histories and moments:
         log = partition(source, scratch, CHUNK_ROWS, progress)
-        where = f"{path}: column {schema.moment!r}" if at is None else "--at"
         ended = {moment: log.earlier(moment, where) for moment in moments}
         past = Past(source, log)
+    elif moments and schema.time is not None:
+        check_days(source, moments, where)
     joined = Joined(source, rows, [column.name for column in schema.columns])
     types = _types(schema)
-    known = rows | {name: pa.nulls(len(days), types[name].arrow) for name in joined.absent}
+    complete = rows | {name: pa.nulls(len(days), types[name].arrow) for name in joined.absent}
     places = [np.empty(0, np.int64)]
     parts = [_no_rows(schema)]
     for done, moment in enumerate(sorted(moments, key=ended.__getitem__)):
@@ -85,7 +87,7 @@ def complete_requests(
         of_moment = np.flatnonzero(codes == moments.index(moment))
         for first in range(0, len(of_moment), CHUNK_ROWS):
             places.append(of_moment[first : first + CHUNK_ROWS])
-            taken = {name: column.take(pa.array(places[-1])) for name, column in known.items()}
+            taken = {name: column.take(pa.array(places[-1])) for name, column in complete.items()}
             parts.append(_features(joined, moment, taken, past))
         progress("complete requests", done + 1, len(moments))
     made = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))

@@ -16,8 +16,8 @@ from lt4rec_sparse.recsys.data.days import SPLIT, DayLog
 from lt4rec_sparse.recsys.data.history import Histories
 from lt4rec_sparse.recsys.data.joined import Joined, raw_column
 from lt4rec_sparse.recsys.data.labels import label_of, number_of
-from lt4rec_sparse.recsys.data.past import noted_rows
-from lt4rec_sparse.recsys.data.source import DataError, Source, raw_types
+from lt4rec_sparse.recsys.data.past import columns_of_histories, noted_rows
+from lt4rec_sparse.recsys.data.source import Source, raw_types
 from lt4rec_sparse.recsys.data.splits import inside
 
 
@@ -38,11 +38,7 @@ class RowReader:
         self._schema, self._log, self._keep = source.schema, log, keep
         made = [derived.name for derived in source.schema.derived]
         self._joined = Joined(source, log.columns, (*raw_types(source.schema), *made))
-        if self._joined.absent:
-            files = ", ".join(path.name for paths in (source.log, *source.joins) for path in paths)
-            raise DataError(
-                f"{source.folder}: column {self._joined.absent[0]!r} is absent, wanted it in one of {files}"
-            )
+        self._joined.check_none_absent()
 
     def read(self, days: frozenset[str] | None = None, split: str | None = None) -> Iterator[Rows]:
         """Yield rows in order: of some days or of all that have such rows, and of one split or of all three.
@@ -58,8 +54,10 @@ class RowReader:
             split_of = {day: name for name in wanted for day in of_splits[name]}
             days = frozenset(split_of)
         last = max(map(self._log.days.index, days), default=-1)
+        past_only = columns_of_histories(self._schema)
         for day in self._log.days[: last + 1]:
-            for groups, columns in noted_rows(self._log, day, self._joined, histories):
+            names = None if day in days else past_only
+            for groups, columns in noted_rows(self._log, day, self._joined, histories, names):
                 if day not in days:
                     continue
                 if SPLIT not in columns:

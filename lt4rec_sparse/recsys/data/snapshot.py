@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lt4rec_sparse.ranker.store import FeatureTable
-from lt4rec_sparse.recsys.data.days import DayLog, Progress, are_numbers, partition
+from lt4rec_sparse.recsys.data.days import DayLog, Progress, are_numbers, check_days, partition
 from lt4rec_sparse.recsys.data.joined import Joined, as_date, raw_column
 from lt4rec_sparse.recsys.data.past import Past
 from lt4rec_sparse.recsys.data.requests import CHUNK_ROWS
@@ -20,13 +20,18 @@ class Snapshot(NamedTuple):
     day: str | None
     tables: tuple[FeatureTable, ...]
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Feature -> the column of a request by which it is found."""
+        return {name: table.key for table in self.tables for name in table.columns}
+
 
 def take_snapshot(
     source: Source, at: str | None, scratch: Path, progress: Progress = lambda stage, done, total: None
 ) -> Snapshot:
     """Return every feature that is found by a key: of the side tables, derived from them, and of the histories.
 
-    They are those of `complete_requests` for requests of the same day. Features of the log alone are in no table.
+    They are those of `complete_requests` for requests of the same day. Features that the log has are in no table.
 
     Args:
         source: The log with its side tables, and the schema of the model.
@@ -35,21 +40,27 @@ def take_snapshot(
         progress: Called with stage, done and total.
 
     Raises:
-        DataError: If the log contradicts its schema, or `at` cannot be compared with its days.
+        DataError: If no feature is found by a key, the log contradicts its schema, or `at` cannot be compared with its
+            days.
     """
     schema = source.schema
     tables: list[FeatureTable] = []
     past = None
     if at is not None and schema.time is None:
         raise DataError(f"--at: got {at!r}, wanted none: the log has no [time]")
+    keys = list(schema.keys)
+    features = {column.name for column in schema.columns}
+    joined = Joined(source, keys, [column.name for column in schema.columns])
+    if not schema.histories and not any(side.columns for side in joined.sides):
+        wanted = "a model with histories, or features of side tables"
+        raise DataError(f"schema {schema.name!r}: got no feature that is found by a key, wanted {wanted}")
     if schema.histories or (at is None and schema.time is not None):
         log = partition(source, scratch, CHUNK_ROWS, progress)
         at = day_after(log) if at is None else at
         past = Past(source, log)
         past.advance(log.earlier(at, "--at"))
-    keys = list(schema.keys)
-    features = {column.name for column in schema.columns}
-    joined = Joined(source, keys, [column.name for column in schema.columns])
+    elif at is not None:
+        check_days(source, [at], "--at")
     for side in joined.sides:
         columns = side.columns | joined.derived(at or "", side.columns)
         raw = {name: raw_column(column) for name, column in columns.items() if name in features}

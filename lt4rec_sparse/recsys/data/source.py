@@ -53,6 +53,11 @@ class Source:
     log: tuple[Path, ...]
     joins: tuple[tuple[Path, ...], ...]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, of the log and of the side tables."""
+        return (*self.log, *(path for join in self.joins for path in join))
+
     def states(self, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return the state of every file, by its path relative to the folder, given earlier states.
 
@@ -60,7 +65,7 @@ class Source:
         A copy has another time and the same digest: the digest decides, and the time only saves reading the file again.
         """
         states = {}
-        for path in (*self.log, *(path for join in self.joins for path in join)):
+        for path in self.files:
             name, stat = str(path.relative_to(self.folder)), path.stat()
             state: dict[str, Any] = {"size_bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
             before = known.get(name, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def check_table_name(out: Path) -> None:
         raise InputError(f"OUT: got {out.name!r}, wanted a name that ends in .csv or .parquet")
 
 
+def check_flat(out: Path, lists: Iterable[str]) -> None:
+    """Refuse columns of lists, by name, in a file of CSV.
+
+    Raises:
+        InputError: If there is one.
+    """
+    name = next(iter(lists), None)
+    if out.suffix == ".csv" and name is not None:
+        raise InputError(f"column {name!r}: got lists, wanted an OUT that ends in .parquet for them")
+
+
 @contextmanager
 def written_table(out: Path) -> Iterator[Callable[[Any], None]]:
     """Give a function that appends a `pyarrow.Table` to the file; it has the columns of the first one.
@@ -44,9 +55,7 @@ def written_table(out: Path) -> Iterator[Callable[[Any], None]]:
         def append(table: Any) -> None:
             nonlocal writer
             if writer is None:
-                nested = next((field.name for field in table.schema if pa.types.is_nested(field.type)), None)
-                if out.suffix == ".csv" and nested is not None:
-                    raise InputError(f"column {nested!r}: got lists, wanted an OUT that ends in .parquet for them")
+                check_flat(out, (field.name for field in table.schema if pa.types.is_nested(field.type)))
                 writer = stack.enter_context(WRITERS[out.suffix](str(temporary), table.schema))
             writer.write_table(table)
 

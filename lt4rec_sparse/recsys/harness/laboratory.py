@@ -129,7 +129,7 @@ class Laboratory(Searches):
             "seed": trial.seed,
             "trial": asdict(trial),
             "state": str(state.relative_to(self.folder)),
-            "validation": self.judge(name, model, "validation", trial.tasks),
+            "validation": self.judge(name, model, "validation", trial.tasks, trial.top_k),
             "seconds": {
                 "train": seconds,
                 "search": self.seconds(trial.masks, trial.tasks, trial.seed) if trial.masks else 0.0,
@@ -141,7 +141,7 @@ class Laboratory(Searches):
             "best_level": {task: self._best(task, of_task).level for task, of_task in found.items()} or None,
         }
         if trial.is_tested:
-            record["test"] = self.judge(name, model, "test", trial.tasks)
+            record["test"] = self.judge(name, model, "test", trial.tasks, trial.top_k)
         return record
 
     def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
@@ -182,14 +182,15 @@ class Laboratory(Searches):
         return best_ticket(tickets, metric, HIGHER_IS_BETTER[metric])
 
     def _is_single(self, trial: Trial) -> bool:
-        plain = Trial("sparse_sharing", trial.tasks, trial.seed, trial.training, is_tested=trial.is_tested)
+        how: dict[str, Any] = {"is_tested": trial.is_tested, "top_k": trial.top_k}
+        plain = Trial("sparse_sharing", trial.tasks, trial.seed, trial.training, **how)
         return len(trial.tasks) == 1 and trial == plain and not trial.training.warm_up
 
     def _state_file(self, trial: Trial, model: nn.Module) -> Path:
         """Return the path of the trained weights; trials whose masks are equal share one training."""
         if self._is_single(trial):
             return self.single_file(trial.training, trial.tasks[0], trial.seed)
-        settings: dict[str, Any] = asdict(replace(trial, masks=None, is_tested=True))
+        settings: dict[str, Any] = asdict(replace(trial, masks=None, is_tested=True, top_k=0))
         if trial.masks is not None:
             before = trial.masks.search.training
             warm = warm_name(before, trial.tasks) if before.warm_up else None

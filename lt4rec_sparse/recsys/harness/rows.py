@@ -38,6 +38,7 @@ class Rows:
         rounds: See `Search`, for `granularity` too.
         density: Share of the weights kept by random masks and by the tickets of the last round.
         narrow: Factor of the hidden widths of narrow dense networks.
+        top_k: See `Trial`.
     """
 
     tasks: tuple[str, ...]
@@ -47,10 +48,13 @@ class Rows:
     density: float = 0.2
     granularity: str = "weight"
     narrow: float = 0.25  # some 20 % of the weights, since the first layer has most of them
+    top_k: int = 0
 
     def base(self) -> Row:
         """Return the single-task models."""
-        trials = tuple(Trial("sparse_sharing", (task,), training=self.training) for task in self.tasks)
+        trials = tuple(
+            Trial("sparse_sharing", (task,), training=self.training, top_k=self.top_k) for task in self.tasks
+        )
         return Row(BASE, "base (single-task)", trials, BASE)
 
     def hard(self) -> Row:
@@ -71,7 +75,8 @@ class Rows:
         """Return a multi-task model without masks; its key names the objective if it is not the one of its authors."""
         usual = "alternating" if model == HARD else "joint"
         key = model if objective == usual else f"{model}_{objective}"
-        return Row(key, title, (Trial(model, self.tasks, training=self.training, objective=objective),), key)
+        how: dict[str, Any] = {"training": self.training, "objective": objective, "top_k": self.top_k}
+        return Row(key, title, (Trial(model, self.tasks, **how),), key)
 
     def search(self, **changes: Any) -> Search:
         """Return the paper's search with some changes; each task has the learning rate of its baseline."""
@@ -110,7 +115,7 @@ class Rows:
             cross=searched.cross,
             warm_up=searched.warm_up,
         )
-        trial = Trial("sparse_sharing", self.tasks, training=training, masks=masks, **changes)
+        trial = Trial("sparse_sharing", self.tasks, training=training, masks=masks, top_k=self.top_k, **changes)
         return Row(key, title, (trial,), rate_of)
 
     def product(self, masks: str) -> list[Row]:

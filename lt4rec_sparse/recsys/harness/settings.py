@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import read_json, sweep, write_whole
 from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.rows import EMBEDDINGS
-from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts
+from lt4rec_sparse.recsys.harness.by_rows import Sizes, by_rows
+from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts, check_top_k
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
 MASKS = ("best", "random", "tickets")
+EARLIER = {**LATER, "patience": 0}  # settings that older runs do not name, as they were
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """What a run does; the defaults follow the paper and its published code where they fit a public log.
 
-    One epoch, as in the paper: on KuaiRand the validation metrics are best after one. Blocks at a tenth of the weights,
+    One epoch of batches of 1,024 where there are enough rows (`by_rows`), as in the paper: on KuaiRand the validation
+    metrics are best after one. Blocks at a tenth of the weights,
     unlike the paper: they rank as well as single weights at a fifth in less than half of the time (docs/experiments.md,
     "Sparse against small and dense"). What is not described here is described at `Training` and `Search`.
 
@@ -33,10 +36,12 @@ class RunSettings:
         seeds: How many seeds, from 0 on; each is a whole search and training.
         learning_rates: Adam's. A single one is used for every task of every model; of several, each model takes the
             best on the validation days, per task (`study.tuned_rates`).
+        epochs, batch_size, patience: None leaves them to the rows of the training days.
         masks: Where the tasks' masks come from: "random", without a search; "tickets", the paper's; or "best", both, of
             which the validation days choose.
         density: Share of the hidden weights that a random mask keeps, or the last ticket.
         tasks: Names of the schema's tasks to train, in this order; empty for all but the extra ones.
+        top_k: See `Trial`.
         embeddings: How the artefact holds embeddings: "fp32", "fp16" or "int8" (`ranker.save`).
     """
 
@@ -44,8 +49,8 @@ class RunSettings:
     embedding_dim: int = 16
     hidden: tuple[int, ...] = (512, 256, 128)
     learning_rates: tuple[float, ...] = (1e-3,)
-    epochs: int = 1
-    batch_size: int = 1024
+    epochs: int | None = None
+    batch_size: int | None = None
     masks: str = "best"
     rounds: int = 4
     density: float = 0.1
@@ -54,9 +59,18 @@ class RunSettings:
     dtype: str = "float32"
     sparse_gradients: bool = False
     embeddings: str = "fp32"
+    base_rates: bool = True
+    patience: int | None = None
+    schedule: str = "constant"
+    warm_up_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    top_k: int = 10
 
     def __post_init__(self) -> None:
         check_counts(seeds=self.seeds)
+        check_top_k(self.top_k)
         if self.embeddings not in EMBEDDINGS:
             raise InputError(f"embeddings: got {self.embeddings!r}, wanted one of {', '.join(EMBEDDINGS)}")
         if self.masks not in MASKS:
@@ -70,20 +84,19 @@ class RunSettings:
     @property
     def training(self) -> Training:
         """How every model trains, but for widths and learning rates."""
-        return Training(
-            self.hidden,
-            self.embedding_dim,
-            learning_rate=self.learning_rates[0],
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            sparse_gradients=self.sparse_gradients,
-        )
+        shared = {field.name: getattr(self, field.name, None) for field in fields(Training)}
+        known = {name: value for name, value in shared.items() if value is not None}
+        return Training(learning_rate=self.learning_rates[0], **known)
+
+    def of_rows(self, rows: int) -> RunSettings:
+        """Return the settings of a log with so many training rows, in which nothing is left open (`by_rows`)."""
+        found: dict[str, Any] = by_rows(rows, self.batch_size, self.epochs, self.patience)._asdict()
+        return replace(self, **found)
 
 
 # For the simulated log, which is small: a result in a minute on two cores.
 SIMULATED = RunSettings(
-    embedding_dim=8, hidden=(256, 128, 64), learning_rates=(4e-3,), epochs=2, batch_size=512, rounds=2
+    embedding_dim=8, hidden=(256, 128, 64), learning_rates=(4e-3,), epochs=2, batch_size=256, rounds=2
 )
 
 
@@ -100,8 +113,9 @@ def tasks_of(schema: Schema, named: tuple[str, ...]) -> tuple[Task, ...]:
 def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSettings | None:
     """Return the settings with which a run that was begun in the folder goes on; None if there is none.
 
-    They are those that were asked for, with at least as many seeds as before: none are dropped. Other data or settings,
-    of which the first difference is named, another version, or no run, are an InputError.
+    They are those that were asked for, with at least as many seeds as before: none are dropped. What was left open is
+    as the run began. Other data or settings, of which the first difference is named, another version, or no run, are
+    an InputError.
     """
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
@@ -114,14 +128,22 @@ def check_settings(folder: Path, data: str, settings: RunSettings) -> RunSetting
         raise InputError(f"{error}; choose another --out") from error
     if got.get("layout") != LAYOUT:
         raise InputError(f"{folder}: got a run of another version, wanted one of this; choose another --out")
-    got, wanted = {**LATER, **got}, {**LATER, **_config(data, settings)}
+    got, wanted = {**EARLIER, **got}, {**EARLIER, **_config(data, settings)}
     for key, value in wanted.items():
-        if key != "seeds" and got.get(key) != value:
+        if key != "seeds" and not (key in Sizes._fields and value is None) and got.get(key) != value:
             raise InputError(f"{path}: got {key} = {got.get(key)}, wanted {value}; choose another --out")
-    seeds = got.get("seeds")
-    if type(seeds) is not int:
-        raise InputError(f"{path}: got seeds = {shown(seeds)}, wanted a count; choose another --out")
-    return replace(settings, seeds=max(settings.seeds, seeds))
+    counts = {
+        name: _count(path, got, name) for name in ("seeds", *(n for n in Sizes._fields if got.get(n) is not None))
+    }
+    found: dict[str, Any] = {**counts, "seeds": max(settings.seeds, counts["seeds"])}
+    return replace(settings, **found)
+
+
+def _count(path: Path, config: Mapping[str, Any], name: str) -> int:
+    count = config.get(name)
+    if type(count) is not int:
+        raise InputError(f"{path}: got {name} = {shown(count)}, wanted a count; choose another --out")
+    return count
 
 
 def pin_settings(folder: Path, data: str, settings: RunSettings) -> dict[str, Any]:

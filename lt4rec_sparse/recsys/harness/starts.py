@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.files import read_json, write_whole
-from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
+from lt4rec_sparse.recsys.harness.base_rates import base_rates
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
 from lt4rec_sparse.recsys.stored import load_weights, read_seconds, save_weights
-from lt4rec_sparse.recsys.training import EarlyStopping, Objective, TaskAdam, evaluate, train
+from lt4rec_sparse.recsys.training import EarlyStopping, Objective, Schedule, TaskAdam, averaged_model, evaluate, train
 
 Judged = dict[str, dict[str, dict[str, float]]]  # slice -> task -> metric -> value
 JUDGED_ROWS = 4096  # rows per batch while judging
@@ -38,6 +38,7 @@ class Starts:
         self.prepared, self.folder = prepared, folder
         self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
         self._streams: dict[tuple[str, int, int], BatchStream] = {}
+        self._rates: dict[tuple[tuple[str, ...], bool], dict[str, float]] = {}
 
     def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
         """Return the record of a single-task baseline, `validation` and `seconds`; train it first if need be.
@@ -72,7 +73,7 @@ class Starts:
         """Return a new network as its seed draws it; `options` are the model's own."""
         torch.manual_seed(seed)
         encoder = self.prepared.encoder
-        return build(
+        model = build(
             name,
             encoder.fields,
             encoder.table_sizes,
@@ -84,6 +85,16 @@ class Starts:
             sparse_gradients=training.sparse_gradients,
             **options,
         )
+        if training.base_rates:
+            model.start_at(self.base_rates(tasks, name == "esmm"))
+        return model
+
+    def base_rates(self, tasks: tuple[str, ...], entire_space: bool = False) -> dict[str, float]:
+        """Return the tasks' rates on the training days; see `base_rates.base_rates`."""
+        key = (tasks, entire_space)
+        if key not in self._rates:
+            self._rates[key] = base_rates(self.prepared, tasks, entire_space)
+        return self._rates[key]
 
     def sparse_sharing(self, training: Training, tasks: tuple[str, ...], seed: int, warm: tuple[str, ...] = ()) -> Any:
         """Return the shared network, or a task's part of it, at the seed's start or after a warm-up of tasks `warm`."""
@@ -107,7 +118,8 @@ class Starts:
 
     def optimizer(self, model: nn.Module, training: Training) -> TaskAdam:
         """Return a training's optimiser: every task's steps have the task's learning rate."""
-        return TaskAdam(model, {task: training.rate(task) for task in self.kinds})
+        rates = {task: training.rate(task) for task in self.kinds}
+        return TaskAdam(model, rates, training.clip_norm, training.weight_decay)
 
     def once(
         self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int, **how: Any
@@ -128,7 +140,7 @@ class Starts:
         objective: Objective,
         training: Training,
         seed: int,
-        optimizer: MaskedAdam | None = None,
+        optimizer: TaskAdam | None = None,
         skip: int = 0,
         has_state: bool = False,
         **how: Any,
@@ -144,25 +156,34 @@ class Starts:
             judged = self.judge(path, model, "validation", objective.names)["all"]
             return {task: judged[task][LOSS[self.kinds[task]]] for task in objective.names}
 
-        stops = training.patience and not {"after_batch", "batches"} & how.keys()
+        optimizer = optimizer or self.optimizer(model, training)
+        schedule = Schedule(training.schedule, training.warm_up_steps)
+
+        def before_batch(done: int, total: int) -> None:
+            optimizer.factor = schedule.factor(done, total)
+
+        is_whole = not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
         return train(
             model,
-            optimizer or self.optimizer(model, training),
+            optimizer,
             stream,
             objective,
             training.epochs,
             skip=skip,
             checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
             log=lambda record: self._log(path, {"split": "train", **record}),
-            stopping=EarlyStopping(losses, training.patience) if stops else None,
+            stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
+            before_batch=before_batch,
+            averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
             **how,
         )
 
-    def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...]) -> Judged:
-        """Return a model's metrics on a split; `path` names the model in the log."""
-        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), {task: self.kinds[task] for task in tasks})
+    def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...], top_k: int = 0) -> Judged:
+        """Return a model's metrics on a split; `path` names the model in the log, `top_k` is as in `metrics_of`."""
+        kinds = {task: self.kinds[task] for task in tasks}
+        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), kinds, top_k)
         self._log(path, {"split": split, "metrics": judged})
         return judged
 

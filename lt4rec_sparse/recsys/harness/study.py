@@ -142,7 +142,11 @@ def tuned_rates(
         return {row.key: {task: grid[0] for trial in row.trials for task in trial.tasks} for row in own}
     path = folder / FILE
     known: dict[str, Any] = read_json(path) if path.exists() else {}
-    names = {trial: f"{row.key}-{trial.at(0).key}-{'-'.join(map(str, grid))}" for row in own for trial in row.trials}
+    names = {
+        trial: f"{row.key}-{replace(trial, top_k=0).at(0).key}-{'-'.join(map(str, grid))}"
+        for row in own
+        for trial in row.trials
+    }
     tried: dict[Trial, Tried] = {trial: {} for trial, name in names.items() if name not in known}
 
     def attempt(wanted: Mapping[Trial, Sequence[tuple[float, ...]]]) -> None:

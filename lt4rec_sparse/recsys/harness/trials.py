@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import GRANULARITIES
 from lt4rec_sparse.recsys.models import CROSSES, LOSSES, Conflict
 from lt4rec_sparse.recsys.models.build import MODELS
+from lt4rec_sparse.recsys.training import SCHEDULES
 
 METHODS = ("rounds", "one_shot", "gradual", "drop_and_grow")
 SEARCHED = ("tickets", "random_like", "one_for_all")  # kinds of masks for which tickets must be found first
@@ -22,6 +24,13 @@ DTYPES = ("float32", "bfloat16")
 LATER: dict[str, Any] = {
     "sparse_gradients": False,
     "embeddings": "fp32",
+    "base_rates": False,
+    "schedule": "constant",
+    "warm_up_steps": 0,
+    "weight_decay": 0.0,
+    "clip_norm": 0.0,
+    "ema": 0.0,
+    "top_k": 0,
 }  # settings that came later, as all were before
 
 
@@ -51,6 +60,12 @@ def check_counts(**counts: int) -> None:
             raise InputError(f"{name}: got {count}, wanted at least 1")
 
 
+def check_top_k(top_k: int) -> None:
+    """Check the number of rows that a model is judged by at the top."""
+    if top_k < 0:
+        raise InputError(f"top_k: got {top_k}, wanted 0 or more")
+
+
 @dataclass(frozen=True)
 class Training:
     """The network and how it is trained; a search and the trials that use its masks may share one.
@@ -73,6 +88,14 @@ class Training:
             float32, and models are judged in float32.
         sparse_gradients: Whether a step moves only the embeddings that its batch looks up (the lazy step of
             `MaskedAdam`): its time then does not grow with the tables.
+        base_rates: Whether every task's scores start at the task's mean label on the training days (`base_rates`),
+            not at one half.
+        schedule: How learning rates fall over all epochs, one of `SCHEDULES`; see `Schedule`.
+        warm_up_steps: Batches in which they rise first.
+        weight_decay: Decoupled decay of the weights of linear layers (`TaskAdam`); 0 for none.
+        clip_norm: The largest norm of a step's gradients (`TaskAdam`); 0 for any.
+        ema: Decay of the moving average of weights that is judged and served (`averaged_model`); 0 for the weights
+            themselves. Warm-ups, and searches that prune while they train, have none.
     """
 
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -88,9 +111,16 @@ class Training:
     losses: tuple[tuple[str, str], ...] = ()
     dtype: str = "float32"
     sparse_gradients: bool = False
+    base_rates: bool = False
+    schedule: str = "constant"
+    warm_up_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.dtype, DTYPES, "dtype")
+        _check(self.schedule, SCHEDULES, "schedule")
         _check(self.cross, CROSSES, "cross")
         for _, loss in self.losses:
             _check(loss, tuple(LOSSES), "loss")
@@ -102,6 +132,13 @@ class Training:
         for rate in (self.learning_rate, *(rate for _, rate in self.rates)):
             if not rate > 0:
                 raise InputError(f"learning_rate: got {rate}, wanted more than 0")
+        if self.warm_up_steps < 0:
+            raise InputError(f"warm_up_steps: got {self.warm_up_steps}, wanted 0 or more")
+        for name in ("weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: got {getattr(self, name)}, wanted 0 or more, and finite")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema: got {self.ema}, wanted at least 0 and less than 1")
 
     def rate(self, task: str) -> float:
         """Return the learning rate of a task's steps."""
@@ -216,6 +253,8 @@ class Trial:
         conflict: Thresholds and factors for rows that were clicked but hardly watched, or None.
         options: Other options of the model.
         is_tested: Whether the test days are read; choices are made without them.
+        top_k: The model is judged by the first so many rows of each group too (`metrics_of`); 0 for not. It trains
+            nothing else.
     """
 
     model: str
@@ -228,8 +267,10 @@ class Trial:
     conflict: Conflict | None = None
     options: tuple[tuple[str, Any], ...] = ()
     is_tested: bool = True
+    top_k: int = 0
 
     def __post_init__(self) -> None:
+        check_top_k(self.top_k)
         _check(self.model, MODELS, "model")
         _check(self.objective, OBJECTIVES, "objective")
         if self.training.rates and self.steps_together:
@@ -248,4 +289,5 @@ class Trial:
     def at(self, seed: int, rates: Mapping[str, float] | None = None, is_tested: bool = True) -> Trial:
         """Return the same trial at another seed, with the learning rates of its tasks if they are given."""
         own = {task: rate for task, rate in (rates or {}).items() if task in self.tasks}
-        return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested)
+        top_k = self.top_k if is_tested else 0
+        return replace(self, seed=seed, training=self.training.at(own), is_tested=is_tested, top_k=top_k)

@@ -6,9 +6,10 @@ shared bottom 0.71, MMoE 1.20, PLE 1.46, AITM 1.42.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,19 @@ class MultiTask(nn.Module, ABC):
         `tasks` are all of the model's tasks in order, or one.
         """
 
+    @abstractmethod
+    def head(self, task: str) -> nn.Linear:
+        """Return the layer that gives a task's logit."""
+
+    @torch.no_grad()
+    def start_at(self, rates: Mapping[str, float]) -> None:
+        """Set the bias of each task's head to `logit(rate) = log(rate / (1 - rate))`, task -> rate in (0, 1).
+
+        Before it is trained, the model then scores every row near its task's rate; without, near one half.
+        """
+        for task, rate in rates.items():
+            self.head(task).bias.fill_(math.log(rate / (1 - rate)))
+
 
 class SparseSharing(MultiTask):
     """One embedding, one cross and one MLP for all tasks; each task sees the MLP through its own mask.
@@ -93,6 +107,9 @@ class SparseSharing(MultiTask):
         logits: Tensor = self.mlp(x, tasks[0] if len(tasks) == 1 else None)
         return logits
 
+    def head(self, task: str) -> nn.Linear:
+        return cast(nn.Linear, self.mlp.heads[task])
+
 
 class HardSharing(MultiTask):
     """Embedding and cross are shared; each task has its own MLP.
@@ -106,6 +123,9 @@ class HardSharing(MultiTask):
 
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return torch.cat([self.mlps[task](x, task) for task in tasks], dim=1)
+
+    def head(self, task: str) -> nn.Linear:
+        return cast(nn.Linear, cast(MaskedMLP, self.mlps[task]).heads[task])
 
 
 class MLP(nn.Module):
@@ -159,6 +179,9 @@ class ESMM(MultiTask):
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return torch.cat([self.towers[task](x) for task in tasks], dim=1)
 
+    def head(self, task: str) -> nn.Linear:
+        return _head(self.towers, task)
+
 
 class SharedBottom(MultiTask):
     """`logit_t = tower_t(bottom(x))`: all layers but the last are shared.
@@ -175,6 +198,9 @@ class SharedBottom(MultiTask):
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         h = self.bottom(x)
         return torch.cat([self.towers[task](h) for task in tasks], dim=1)
+
+    def head(self, task: str) -> nn.Linear:
+        return _head(self.towers, task)
 
 
 class MMoE(MultiTask):
@@ -196,6 +222,9 @@ class MMoE(MultiTask):
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         outputs = [expert(x) for expert in self.experts]
         return torch.cat([self.towers[task](self.gates[task](x, outputs)) for task in tasks], dim=1)
+
+    def head(self, task: str) -> nn.Linear:
+        return _head(self.towers, task)
 
 
 class Extraction(nn.Module):
@@ -255,6 +284,9 @@ class PLE(MultiTask):
             of_task, shared = level({task: of_task[task] for task in (tasks if last else self.tasks)}, shared)
         return torch.cat([self.towers[task](of_task[task]) for task in tasks], dim=1)
 
+    def head(self, task: str) -> nn.Linear:
+        return _head(self.towers, task)
+
 
 class Transfer(nn.Module):
     """Attend to two vectors: `z = sum over u of w_u value(u)`, `w = softmax over u of query(u) . key(u) / sqrt(k)`.
@@ -313,6 +345,9 @@ class AITM(MultiTask):
     def logits(self, x: Tensor, tasks: tuple[str, ...]) -> Tensor:
         return self.score(dict.fromkeys(self.tasks, x), tasks)
 
+    def head(self, task: str) -> nn.Linear:
+        return cast(nn.Linear, self.heads[task])
+
 
 CLASSES: dict[str, Any] = {
     "single_task": SparseSharing,
@@ -328,6 +363,10 @@ CLASSES: dict[str, Any] = {
 
 def _towers(in_features: int, hidden: Sequence[int], tasks: Iterable[str]) -> nn.ModuleDict:
     return nn.ModuleDict({task: MLP(in_features, hidden, head=1) for task in tasks})
+
+
+def _head(towers: nn.ModuleDict, task: str) -> nn.Linear:
+    return cast(nn.Linear, cast(MLP, towers[task]).head)
 
 
 def _lower_and_upper(hidden: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

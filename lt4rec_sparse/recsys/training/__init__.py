@@ -1,13 +1,16 @@
 """One plain loop for every model: what a step is (objectives), the loop itself, and how a model is judged."""
 
+from lt4rec_sparse.recsys.training.averages import averaged_model
 from lt4rec_sparse.recsys.training.evaluation import Predictions, evaluate, predict
 from lt4rec_sparse.recsys.training.loop import train
 from lt4rec_sparse.recsys.training.objectives import Alternating, Factors, Joint, Objective, Projected, TaskLosses
 from lt4rec_sparse.recsys.training.precision import fastest_dtype
 from lt4rec_sparse.recsys.training.rates import TaskAdam
+from lt4rec_sparse.recsys.training.schedule import SCHEDULES, Schedule
 from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
 __all__ = [
+    "SCHEDULES",
     "Alternating",
     "EarlyStopping",
     "Factors",
@@ -15,8 +18,10 @@ __all__ = [
     "Objective",
     "Predictions",
     "Projected",
+    "Schedule",
     "TaskAdam",
     "TaskLosses",
+    "averaged_model",
     "evaluate",
     "fastest_dtype",
     "predict",

@@ -24,11 +24,13 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, stream: BatchStream, kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(
+    model: nn.Module, stream: BatchStream, kinds: Mapping[str, str], top_k: int = 0
+) -> dict[str, dict[str, dict[str, float]]]:
     """Judge a model, `model(features, task) -> logits [rows, 1]`, on one epoch of `stream`.
 
-    `kinds` is task -> kind of its label, which names its metrics (`metrics_of`). The result is slice name ("all", and
-    each slice of the data) -> task -> metric -> value.
+    `kinds` is task -> kind of its label, which with `top_k` names its metrics (`metrics_of`). The result is slice name
+    ("all", and each slice of the data) -> task -> metric -> value.
     """
     model.eval()
     parts: dict[str, dict[str, dict[str, Metric]]] = {}
@@ -39,7 +41,7 @@ def evaluate(model: nn.Module, stream: BatchStream, kinds: Mapping[str, str]) ->
             labels, groups = batch.labels[task][rows].double(), None if batch.groups is None else batch.groups[rows]
             inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
             for name, chosen in inside.items():
-                metrics = parts.setdefault(name, {}).setdefault(task, metrics_of(kind, groups is not None))
+                metrics = parts.setdefault(name, {}).setdefault(task, metrics_of(kind, top_k, groups is not None))
                 pick = slice(None) if chosen is None else chosen
                 of_groups = None if groups is None else groups[pick].numpy()
                 for metric in metrics.values():

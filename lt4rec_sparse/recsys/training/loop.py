@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import whole_file
@@ -34,6 +35,8 @@ def train(
     log: Callable[[dict[str, Any]], None] = lambda record: None,
     after_batch: AfterBatch = lambda batch, done, total: None,
     stopping: EarlyStopping | None = None,
+    before_batch: Callable[[int, int], None] = lambda done, total: None,
+    averaged: AveragedModel | None = None,
 ) -> float:
     """Train a model in place, batch by batch, as the objective says.
 
@@ -45,7 +48,11 @@ def train(
     the first. `stopping` may end it at the end of an earlier epoch, and leaves the weights of the best one. `log` is
     called once per epoch and task with {"task", "epoch", "batches", "train_loss"}, a mean; `after_batch` after each
     batch with the batch, batches done and batches in all. It may prune while the model trains; checkpoints do not hold
-    its state.
+    its state. `before_batch` is called before each batch with batches done and the batches of all epochs: it must
+    depend on these two numbers alone.
+
+    `averaged`, of `averaged_model`, follows the model batch by batch; it is what `stopping` judges, and its weights are
+    the model's in the end.
 
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
@@ -63,6 +70,8 @@ def train(
         (first_epoch, first_batch), sums, before = state["cursor"], state["sums"], state["seconds"]
         if stopping is not None:
             stopping.load_state_dict(state["stopping"])
+        if averaged is not None:
+            averaged.load_state_dict(state["averaged"])
     started = process_time()
 
     def save(path: Path, following: tuple[int, int]) -> None:
@@ -73,6 +82,7 @@ def train(
             "sums": sums,
             "seconds": before + process_time() - started,
             "stopping": None if stopping is None else stopping.state_dict(),
+            "averaged": None if averaged is None else averaged.state_dict(),
         }
         with whole_file(path) as temporary:
             torch.save(state, temporary)
@@ -84,12 +94,15 @@ def train(
         if done >= total:
             break
         for index, batch in enumerate(stream.epoch(epoch, first), start=first):
+            before_batch(done, epochs * len(stream))
             for name, loss in objective.step(model, optimizer, batch).items():
                 if not torch.isfinite(loss):
                     raise InputError(
                         f"loss of {name}: got {loss.item()} in epoch {epoch}, batch {index}, wanted a number"
                     )
                 sums[name] = (sums[name][0] + loss.item(), sums[name][1] + 1)
+            if averaged is not None:
+                averaged.update_parameters(model)
             done += 1
             after_batch(batch, done, total)
             if done == total:
@@ -99,10 +112,12 @@ def train(
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
         sums = dict(nothing)
-        if stopping is not None and stopping.is_over(model):
+        if stopping is not None and stopping.is_over(model if averaged is None else averaged.module):
             break
         if checkpoint is not None and done < total:
             save(checkpoint, (epoch + 1, 0))
+    if averaged is not None:
+        model.load_state_dict(averaged.module.state_dict())
     if stopping is not None:
         stopping.restore(model)
     if checkpoint is not None:

@@ -88,16 +88,16 @@ QUICK = (
     THREAD._replace(name="thread_quick"),
 )
 
-# Precision, embeddings, and whether weights are kept in blocks; every second one has nothing in common, and the last
-# lacks tables.
+# Precision, embeddings, whether weights are kept in blocks, and the activation; every second one has nothing in common,
+# and the last lacks tables.
 SEEDS = (
-    ("fp32", "fp32", False),
-    ("bf16", "fp16", False),
-    ("int8", "int8", False),
-    ("fp32", "fp16", True),
-    ("int8", "fp32", True),
-    ("fp32", "fp32", False),
-    ("int8", "int8", True),
+    ("fp32", "fp32", False, "relu"),
+    ("bf16", "fp16", False, "dice"),
+    ("int8", "int8", False, "relu"),
+    ("fp32", "fp16", True, "dice"),
+    ("int8", "fp32", True, "relu"),
+    ("fp32", "fp32", False, "dice"),
+    ("int8", "int8", True, "relu"),
 )
 
 FILE_FAULTS = {
@@ -195,9 +195,9 @@ def make(build: Build) -> Path:
 def run_files(program: Path, build: Build) -> bool:
     """Open engine files, and make one fault that must be found; whether all was as it must be."""
     files = []
-    for i, (precision, kind, blocks) in enumerate(SEEDS):
+    for i, (precision, kind, blocks, activation) in enumerate(SEEDS):
         files.append(program.with_name(f"{i}.engine"))
-        ranker = rankers.make(context=i % 2 == 0, kind=kind, precision=precision, blocks=blocks)
+        ranker = rankers.make(context=i % 2 == 0, kind=kind, precision=precision, blocks=blocks, activation=activation)
         if i == len(SEEDS) - 1:
             ranker = rankers.Ranker(ranker.encoder, ranker.inputs.without(["shop", "video"]), ranker.mlp)
         ranker.to_engine_file(files[-1])

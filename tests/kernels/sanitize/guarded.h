@@ -258,6 +258,11 @@ inline Isa wrap(const Isa* isa, bool is_at_end) {
     state().isa->leaky_relu(copied(2, slopes, count), target, count);
     std::memcpy(values, target, size_t(count) * sizeof(float));
   };
+  wrapped.dice = [](const float* constants, int64_t stride, int is_one, float* values, int64_t count) {
+    float* target = const_cast<float*>(copied(5, values, count));
+    state().isa->dice(copied(2, constants, 2 * stride + (is_one ? 1 : count)), stride, is_one, target, count);
+    std::memcpy(values, target, size_t(count) * sizeof(float));
+  };
   wrapped.line_f32 = [](const float* a, const float* b, const float* bias, int64_t count, int has_relu, float* to) {
     line<LineF32>(state().isa->line_f32, a, b, bias, count, has_relu, to);
   };

@@ -2,7 +2,9 @@
 // whose rows do not depend on each other; one with a stale checksum must be refused. `mutants threads 0 FILE...` serves
 // whole files to several threads. `mutants freed 0 FILE` and `mutants shared 0 FILE` are faults on purpose. Prints what it
 // did, and how many mutants per second.
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -139,7 +141,10 @@ void serve(const lt4rec_model* model) {
   const size_t tasks = all.size() / rows.size();
   std::vector<int64_t> order(5);
   int64_t count = 0;
-  CHECK(lt4rec_rank(made, 1, nullptr, 5, order.data(), nullptr, nullptr, &count) == LT4REC_OK && count == 5, "rank");
+  const bool is_finite = std::all_of(all.begin(), all.end(), [](float score) { return std::isfinite(score); });
+  const int status = lt4rec_rank(made, 1, nullptr, 5, order.data(), nullptr, nullptr, &count);
+  CHECK(is_finite ? status == LT4REC_OK && count == 5 : status == LT4REC_BAD_VALUE, "rank: status %d: %s", status,
+        lt4rec_message(made));
   for (int64_t row : {0, 5, 16}) {
     const std::vector<float> one = scores_of(made, model, {row});
     for (size_t task = 0; task < tasks; ++task)

@@ -78,6 +78,7 @@ struct Layer {
   size_t weight = 0;  // of the network's
   int64_t task = 0;
   std::vector<float> bias;
+  std::vector<float> slopes;  // of DICE
   int64_t activation = ACTIVATION_NONE, is_head = 0;
   double input_scale = 0.05;
   int64_t input_zero_point = 100;
@@ -116,11 +117,13 @@ struct Prepacked {
     std::vector<CanonicalLayer> layers;
     for (Layer& layer : held.layers) {
       layer.bias = exactly(layer.bias);
+      layer.slopes = exactly(layer.slopes);
       const Weight &weight = held.weight(layer), &whole = network.weight(layer);
       const auto nnz = int64_t(weight.values.size()) / (whole.is_blocks ? GROUP * QUAD : 1);
       layers.push_back({whole.is_blocks, int64_t(weight.values.data()), int64_t(weight.planes.data()), weight.tasks,
                         layer.task, int64_t(layer.bias.data()), whole.in_features, whole.out_features, nnz,
-                        layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point, 0, 0, 0});
+                        layer.activation, layer.is_head, layer.input_scale, layer.input_zero_point, 0,
+                        layer.slopes.empty() ? 0 : int64_t(layer.slopes.data()), 0});
       if (takes_bias && (layers.size() == 1 || layers[layers.size() - 2].is_head)) {
         layers.back().bias = 0;
         layers.back().takes_bias = 1;
@@ -221,6 +224,15 @@ inline Network random_network(Random& random, const std::vector<std::vector<int>
         for (int row = 0; row < widths[i + 1]; ++row) layer.bias.push_back(float(below(random, 5) - 2));
       layer.is_head = i + 2 == widths.size();
       layer.activation = layer.is_head && chance(random, 0.5) ? ACTIVATION_NONE : ACTIVATION_RELU;
+      if (chance(random, 0.3)) {
+        layer.activation = ACTIVATION_DICE;
+        // A gate that is 1, or lost beside alpha, whatever z is: z or alpha z, which are exact.
+        layer.slopes.resize(size_t(3 * widths[i + 1]));
+        for (int row = 0; row < widths[i + 1]; ++row) {
+          layer.slopes[size_t(widths[i + 1] + row)] = chance(random, 0.5) ? 100.0f : -100.0f;
+          layer.slopes[size_t(2 * widths[i + 1] + row)] = chance(random, 0.5) ? -1.0f : 2.0f;
+        }
+      }
       if (i > 0) layer.input_scale = 0.1, layer.input_zero_point = below(random, 3) * 10;
       network.layers.push_back(layer);
     }
@@ -256,6 +268,7 @@ inline std::vector<float> reference(const Network& network, const std::vector<fl
         if (weight.keeps(layer.task, int64_t(row), column)) y[row] += value * (is_bf16 ? rounded_to_bf16(v) : v);
       }
       if (layer.activation == ACTIVATION_RELU && y[row] < 0) y[row] = 0;
+      if (layer.activation == ACTIVATION_DICE && layer.slopes[y.size() + row] < 0) y[row] *= layer.slopes[2 * y.size() + row];
     }
     if (layer.is_head) out.insert(out.end(), y.begin(), y.end());
     h = layer.is_head ? std::vector<double>(x.begin(), x.end()) : y;

@@ -25,6 +25,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Schema, Split
 from lt4rec_sparse.recsys.data import Batch, DataError, Prepared, prepare
 from lt4rec_sparse.recsys.data.days import partition
+from lt4rec_sparse.recsys.data.joined import SideTable
 from lt4rec_sparse.recsys.data.prepare import load_encoder
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import open_source
@@ -40,6 +41,30 @@ def rows_of(folder: Path, schema: Schema, scratch: Path, batch_rows: int = 100) 
     scratch.mkdir()
     log = partition(source, scratch, batch_rows, lambda stage, done, total: None)
     return list(RowReader(source, log).read(frozenset(log.days)))
+
+
+def test_days_that_only_enter_histories_are_joined_with_nothing_else(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[tuple[int, set[str]]] = []
+    lookup = SideTable.lookup
+
+    def noted(side: SideTable, keys: Any, *names: Any) -> dict[str, Any]:
+        columns = lookup(side, keys, *names)
+        looked_up.append((len(keys), {*columns}))
+        return columns
+
+    monkeypatch.setattr(SideTable, "lookup", noted)
+    histories = [{"name": "past", "when": "click", "columns": ["video", "town"], "length": 2}]
+    users = {"user": [1, 2], "town": ["Ulm", None], "age": [30, 40]}
+    columns = [{"name": "video", "type": "int"}, {"name": "town"}, {"name": "age", "type": "int"}]
+    folder, schema = make(users=users, histories=histories, columns=columns)
+    source = open_source(folder, schema)
+    log = partition(source, tmp_path, 100, lambda stage, done, total: None)
+    (rows,) = RowReader(source, log).read(frozenset(["3"]))
+    assert looked_up == [(2, {"town"}), (2, {"town"}), (2, {"town", "age"})]
+    assert rows.features["past_town"][0].tolist() == ["Ulm", "Ulm"]
+    assert rows.features["age"].tolist() == [30, 40]
 
 
 def only_batch(prepared: Prepared, split: str) -> Batch:

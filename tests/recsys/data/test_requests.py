@@ -186,6 +186,46 @@ def test_a_column_of_the_requests_takes_precedence_over_a_side_table(make: Make)
     assert table["town"].to_pylist() == ["Bonn", None]
 
 
+def test_a_column_of_the_log_is_never_taken_from_a_side_table(make: Make) -> None:
+    """Training takes the log's, which says something else: a request that lacks it has none."""
+    users = USERS | {"length": [77.0, 88.0], "video": [1, 2]}
+    lacking = {name: values for name, values in REQUESTS.items() if name != "length"}
+    made = made_of(make(users=users), lacking)
+    assert made.absent == ("length",)
+    assert made.table["length"].to_pylist() == [None, None]
+    assert made.table["town"].to_pylist() == ["Ulm", None]
+    assert made_of(make(users=users), REQUESTS).table["length"].to_pylist() == [1.0, 2.0]
+
+
+def test_the_date_of_a_derived_column_is_that_of_the_log(make: Make, log: dict[str, list[Any]]) -> None:
+    dated = log | {"day": ["2024-01-02"] * 3 + ["2024-01-05"] * 3, "since": ["2024-01-01"] * 6}
+    age = {"derived": [{"name": "age", "days_since": "since"}]}
+    columns = [*SCHEMA["columns"], {"name": "age", "kind": "dense"}]
+    made = make(dated, USERS | {"since": ["2020-01-01"] * 2}, columns=columns, **age)
+    asked = {name: values for name, values in REQUESTS.items() if name != "day"}
+    lacking, having = (made_of(made, asked | own, at="2024-01-06") for own in ({}, {"since": ["2024-01-04"] * 2}))
+    assert lacking.absent == ("since",) and having.absent == ()
+    assert lacking.table["age"].to_pylist() == [None, None] and having.table["age"].to_pylist() == [2.0, 2.0]
+
+
+def test_a_history_of_a_column_that_is_nowhere_is_refused(make: Make, log: dict[str, list[Any]]) -> None:
+    made = make({name: values for name, values in log.items() if name != "tags"})
+    with pytest.raises(DataError, match=r"column 'tags' is absent, wanted it in one of log\.csv, users\.csv"):
+        made_of(made, REQUESTS)
+
+
+def test_a_model_without_histories_compares_days_too(make: Make, log: dict[str, list[Any]], tmp_path: Path) -> None:
+    made = make(log | {"day": ["d1"] * 3 + ["d2"] * 3}, histories=[])
+    write(made[0] / "log_2.csv", log | {"day": ["d10"] * 6})  # in a form that the first file has not
+    asked = {name: values for name, values in REQUESTS.items() if name != "day"}
+    for day in ("d3", "d11"):
+        assert made_of(made, asked, at=day).table["town"].to_pylist() == ["Ulm", None]
+    with pytest.raises(DataError, match="--at: got day 'foo', wanted one in the form of the log's days, such as d10"):
+        made_of(made, asked, at="foo")
+    with pytest.raises(DataError, match="column 'day': got day '3', wanted one in the form of the log's days"):
+        made_of(made, asked | {"day": ["d1", "3"]})
+
+
 def test_no_requests_make_no_candidates(make: Make, tmp_path: Path) -> None:
     folder, schema = make()
     pq.write_table(pa.Table.from_pylist([], LAYOUT), tmp_path / "none.parquet")
@@ -278,3 +318,22 @@ def test_a_table_in_csv_is_read_back_equal_or_refused(rows: list[tuple[Any, list
         read = [read_candidates(Path(name) / f"rows.{kind}", schema)[0] for kind in ("csv", "parquet")]
     for column in types:
         assert values_of(read[0][column]) == values_of(read[1][column]) == values[column]
+
+
+def test_days_of_a_log_without_histories_are_read_in_its_form(make: Make) -> None:
+    """The log has no header, another delimiter and days in a format; requests are plain CSV."""
+    names = ["user", "video", "day", "click"]
+    columns = [{"name": "video", "type": "int"}, {"name": "town"}]
+    tasks = [{"name": "ctr", "kind": "binary", "label": "click"}]
+    files = {"log": ["log.txt"], "delimiter": "|", "names": names}
+    joins = [{"files": ["users.csv"], "on": "user", "delimiter": ","}]
+    time = {"day": "day", "format": "%d/%m/%Y"}
+    changes = {"columns": columns, "tasks": tasks, "files": files, "joins": joins, "time": time}
+    made = make(histories=[], slices=[], **changes)
+    (made[0] / "log.txt").write_text("1|1|25/04/2022|1\n2|1|26/04/2022|0\n")
+    asked = {"user": [1, 2], "video": [1, 2]}
+    assert made_of(made, asked, at="2022-05-01").table["town"].to_pylist() == ["Ulm", None]
+    assert made_of(made, asked | {"day": ["01/05/2022"] * 2}).absent == ()
+    with pytest.raises(DataError, match="--at: got day '7', wanted one in the form of the log's days, such as 2022-04"):
+        made_of(made, asked, at="7")
+    assert made_of(made, {"user": [1]}, at="2022-05-01").absent == ("video",)

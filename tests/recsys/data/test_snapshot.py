@@ -130,3 +130,43 @@ def test_text_groups_are_found_by_their_hash(make: Make, log: dict[str, list[Any
     assert context["past_count"].tolist() == [2.0] and context["town"].tolist() == ["Ulm"]
     assert context["past_video"][0].tolist() == [1, 2]
     assert store.complete({}, {"user": ["u9"]})[1]["past_count"].tolist() == [0.0]
+
+
+def test_a_column_of_the_log_is_in_no_table_and_a_request_brings_it(make: Make, tmp_path: Path) -> None:
+    """Training takes the log's; a column of that name in a side table differs."""
+    source = open_source(*make(users={"user": [1, 2], "town": ["Ulm", None], "length": [77.0, 88.0]}))
+    store = store_of(source, "3", tmp_path)
+    assert "length" in store.absent and store.columns["town"] == "user"
+    _, context = store.complete({}, {"user": [1]})
+    assert "length" not in context and context["town"].tolist() == ["Ulm"]
+
+
+def test_a_history_of_a_column_that_is_nowhere_is_refused(
+    make: Make, log: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    source = open_source(*make({name: values for name, values in log.items() if name != "tags"}))
+    with pytest.raises(DataError, match=r"column 'tags' is absent, wanted it in one of log\.csv, users\.csv"):
+        store_of(source, "3", tmp_path)
+
+
+def test_a_model_whose_features_are_all_of_the_log_has_none_to_store(make: Make, tmp_path: Path) -> None:
+    columns = [{"name": "video", "type": "int"}]
+    for joins in ([], [{"files": ["users.*"], "on": "user"}]):
+        source = open_source(*make(columns=columns, joins=joins, histories=[], slices=[]))
+        with pytest.raises(DataError, match="schema 'small': got no feature that is found by a key, wanted a model"):
+            store_of(source, "3", tmp_path)
+    assert not [*tmp_path.glob("features*")]
+
+
+def test_a_day_that_is_none_of_the_logs_form_is_refused_without_histories(make: Make, tmp_path: Path) -> None:
+    source = open_source(*make(histories=[]))
+    with pytest.raises(DataError, match="--at: got day 'foo', wanted one in the form of the log's days, such as 3"):
+        store_of(source, "foo", tmp_path)
+    assert store_of(source, "7", tmp_path).day == "7"
+
+
+def test_a_snapshot_names_its_features_by_key_as_the_store_does(make: Make, tmp_path: Path) -> None:
+    source = open_source(*make())
+    with tempfile.TemporaryDirectory() as scratch:
+        taken = take_snapshot(source, "3", Path(scratch))
+    assert list(taken.columns.items()) == list(store_of(source, "3", tmp_path).columns.items())

@@ -95,6 +95,7 @@ def test_a_link_to_a_regular_file_is_read(tmp_path: Path, make: Callable[..., tu
 def test_states_follow_size_time_and_bytes(make: Callable[..., tuple[Path, Schema]]) -> None:
     folder, schema = make()
     source = open_source(folder, schema)
+    assert source.files == (folder / "log.csv", folder / "users.csv")
     first = source.states({})
     assert list(first) == ["log.csv", "users.csv"]
     assert source.states(first) == first

@@ -116,8 +116,14 @@ def test_equal_masks_are_trained_once(lab, monkeypatch):
     assert trained
 
 
-def test_a_training_that_was_interrupted_goes_on_and_ends_the_same(small_log, tmp_path, monkeypatch):
-    trial = Trial("sparse_sharing", TASKS, 0, TRAINING, Masks("random", SEARCH), is_tested=False)
+EVERYTHING = replace(
+    TRAINING, base_rates=True, schedule="linear", warm_up_steps=2, weight_decay=0.1, clip_norm=0.05, ema=0.9
+)
+
+
+@pytest.mark.parametrize("training", [TRAINING, EVERYTHING, replace(EVERYTHING, epochs=2, patience=1)])
+def test_a_training_that_was_interrupted_goes_on_and_ends_the_same(small_log, tmp_path, monkeypatch, training):
+    trial = Trial("sparse_sharing", TASKS, 0, training, Masks("random", SEARCH), is_tested=False)
     whole = Laboratory(small_log, tmp_path / "whole")
     wanted = whole.run(trial)
     train = module.train
@@ -140,6 +146,49 @@ def test_a_training_that_was_interrupted_goes_on_and_ends_the_same(small_log, tm
     states = [laboratory.model(trial).state_dict() for laboratory in (whole, lab)]
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
     assert not list((tmp_path / "cut").rglob("*.checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"schedule": "cosine"}, {"warm_up_steps": 4}, {"weight_decay": 0.5}, {"clip_norm": 0.01}, {"ema": 0.9}]
+)
+def test_every_option_of_a_step_changes_what_is_trained_and_no_pruned_weight(lab, change):
+    plain, changed = (
+        Trial("sparse_sharing", TASKS, 0, training, Masks("random", SEARCH), is_tested=False)
+        for training in (TRAINING, replace(TRAINING, **change))
+    )
+    for trial in (plain, changed):
+        lab.run(trial)
+    start = lab._new(plain).mlp.masked_layers()
+    layers = [lab.model(trial).mlp.masked_layers() for trial in (plain, changed)]
+    for first, a, b in zip(start, *layers, strict=True):
+        kept = first.masks.any(0)
+        assert torch.equal(a.weight[~kept], first.weight[~kept])
+        assert torch.equal(b.weight[~kept], first.weight[~kept])
+        assert not torch.equal(a.weight[kept], b.weight[kept])
+
+
+def test_what_is_judged_is_the_average(lab):
+    """Were it the weights themselves, an average would not change the metrics of the validation days."""
+    judged = [
+        lab.run(Trial("mmoe", TASKS, 0, replace(TRAINING, ema=ema), objective="joint", is_tested=False))["validation"]
+        for ema in (0.0, 0.9)
+    ]
+    assert judged[0] != judged[1]
+
+
+@pytest.mark.parametrize("tasks", [TASKS, ("ctr",)])
+def test_another_top_k_judges_what_is_trained_and_trains_nothing(lab, monkeypatch, tasks):
+    plain = Trial("sparse_sharing", tasks, 0, TRAINING)
+    before = lab.run(plain)
+    monkeypatch.setattr(module, "train", None)
+    after = lab.run(replace(plain, top_k=3))
+    assert after["state"] == before["state"]
+    for split in ("validation", "test"):
+        for part, judged in after[split].items():
+            assert {"ndcg@3", "hit_rate@3"} <= judged["ctr"].keys()
+            rest = {name: value for name, value in judged["ctr"].items() if "@" not in name}
+            assert rest == before[split][part]["ctr"]
+    assert replace(plain, top_k=3).at(0, is_tested=False).top_k == 0, "choices are made without it"
 
 
 def test_metrics_are_logged_for_every_training(small_log, tmp_path):

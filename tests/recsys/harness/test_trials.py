@@ -21,6 +21,7 @@ OTHERS = {
     "conflict": replace(TRIAL, conflict=Conflict()),
     "options": replace(TRIAL, options=(("experts", 2),)),
     "is_tested": replace(TRIAL, is_tested=False),
+    "top_k": replace(TRIAL, top_k=10),
 }
 
 
@@ -99,6 +100,12 @@ def test_searches_that_take_the_same_steps_share_a_folder():
         (lambda: Masks(shared=0.5), "shared: got 0.5 with tickets masks"),
         (lambda: Training(dtype="float8"), "dtype: got 'float8', wanted one of float32, bfloat16"),
         (lambda: Training(learning_rate=0.0), "learning_rate: got 0.0, wanted more than 0"),
+        (lambda: Training(schedule="step"), "schedule: got 'step', wanted one of constant, linear, cosine"),
+        (lambda: Training(warm_up_steps=-1), "warm_up_steps: got -1, wanted 0 or more"),
+        (lambda: Training(weight_decay=-0.1), "weight_decay: got -0.1, wanted 0 or more, and finite"),
+        (lambda: Training(clip_norm=float("nan")), "clip_norm: got nan, wanted 0 or more, and finite"),
+        (lambda: Training(ema=1.0), "ema: got 1.0, wanted at least 0 and less than 1"),
+        (lambda: Trial("mmoe", ("ctr",), top_k=-1), "top_k: got -1, wanted 0 or more"),
         (lambda: Trial("oracle", ("ctr",)), "model: got 'oracle', wanted one of"),
         (lambda: replace(TRIAL, objective="both"), "objective: got 'both', wanted one of alternating"),
     ],

@@ -11,7 +11,16 @@ from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.metrics import AUC, MSE
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing, loss_of
 from lt4rec_sparse.recsys.stored import load_checkpoint
-from lt4rec_sparse.recsys.training import Alternating, EarlyStopping, TaskLosses, evaluate, train
+from lt4rec_sparse.recsys.training import (
+    Alternating,
+    EarlyStopping,
+    Schedule,
+    TaskAdam,
+    TaskLosses,
+    averaged_model,
+    evaluate,
+    train,
+)
 
 KINDS = {"ctr": "binary", "cvr": "ratio"}
 LOSSES = {task: loss_of(kind) for task, kind in KINDS.items()}
@@ -54,11 +63,12 @@ class MachineGoneError(Exception):
     """Stands for a machine that goes away."""
 
 
+@pytest.mark.parametrize("is_plain", [True, False])
 @pytest.mark.parametrize("sparse_gradients", [False, True])
 @pytest.mark.parametrize("patience", [0, 1])
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
 def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(
-    small_log, tmp_path, stop_after, patience, sparse_gradients
+    small_log, tmp_path, stop_after, patience, sparse_gradients, is_plain
 ):
     def go(model, checkpoint, stop=None):
         def after_batch(batch, done, total):
@@ -68,12 +78,21 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_does(
         stream = small_log.stream("train", 512, seed=3)
         assert 4 < len(stream) < 9, "the stops above stand for the first epoch, its end and the second"
         records = []
+        optimizer, schedule = MaskedAdam(model), Schedule("cosine", warm_up_steps=3)
+        if not is_plain:
+            optimizer = TaskAdam(model, {"ctr": 1e-3, "cvr": 2e-3}, clip_norm=0.05, weight_decay=0.1)
+
+        def before_batch(done, total):
+            optimizer.factor = schedule.factor(done, total)
+
         train(
             model,
-            MaskedAdam(model),
+            optimizer,
             stream,
             ALTERNATING,
             epochs=2,
+            before_batch=before_batch,
+            averaged=None if is_plain else averaged_model(model, 0.9),
             checkpoint=checkpoint,
             checkpoint_every=2,
             log=records.append,
