@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from lt4rec_sparse import __version__, cli_features
+from lt4rec_sparse import __version__, cli_features, cli_schema
 from lt4rec_sparse.cli_training import (
     BaseRates,
     ClipNorm,
@@ -416,6 +416,7 @@ def simulate(
 
 app.command()(cli_features.candidates)
 app.command()(cli_features.features)
+app.command()(cli_schema.schema)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def candidates(
     from lt4rec_sparse.files import scratch_beside
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import complete_requests, open_source
-    from lt4rec_sparse.recsys.data.source import list_columns
+    from lt4rec_sparse.recsys.data.reading import list_columns
     from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, csv_table, written_table
 
     check_out(out, model, requests)
@@ -97,4 +97,5 @@ def features(
     rest = (column.name for column in source.schema.features if column.name not in found)
     brought = dict.fromkeys((*keys, *rest))
     typer.echo(f"{out}: {len(found)} features by {', '.join(keys)}")
-    typer.echo(f"as of {taken.day}; a request brings {', '.join(brought)}")
+    moment = "" if taken.day is None else f"as of {taken.day}; "
+    typer.echo(f"{moment}a request brings {', '.join(brought)}")

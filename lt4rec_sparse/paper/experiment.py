@@ -21,7 +21,7 @@ from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
 from lt4rec_sparse.recsys.harness.trials import Training, check_counts, check_top_k
-from lt4rec_sparse.recsys.report import write_page
+from lt4rec_sparse.recsys.report import worded, write_page
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Experiment:
     """The parts of an experiment: what makes its rows, and what writes its page from their records.
 
     It trains every task of the log only if `all_tasks`; `carried` are columns that the part of its page `named` reads
-    in addition to the features, `kinds` those of its tasks, in order, if that part needs certain kinds.
+    in addition to the features, user by user, `kinds` those of its tasks, in order, if that part needs certain kinds.
     """
 
     rows: Callable[[Rows], list[Row]]
@@ -39,13 +39,15 @@ class Experiment:
     kinds: tuple[str, ...] = ()
     named: str = ""
 
-    def obstacle(self, kinds: Mapping[str, str], carried: Collection[str]) -> dict[str, str]:
+    def obstacle(self, kinds: Mapping[str, str], carried: Collection[str], grouped: bool = True) -> dict[str, str]:
         """Return which part of the page this log cannot have, and why; nothing if it can have all."""
         missing = [column for column in self.carried if column not in carried]
         if missing:
             return {
                 self.named: f"got a log that does not carry {', '.join(missing)}, wanted it in the schema's carried"
             }
+        if self.carried and not grouped:
+            return {self.named: "got a log without [group], wanted the user of each row: a request is one user's"}
         if self.kinds and tuple(kinds.values()) != self.kinds:
             got = f"tasks of the kinds {', '.join(kinds.values())}"
             return {self.named: f"got {got}, wanted {', '.join(self.kinds)}"}
@@ -98,9 +100,9 @@ def run_experiment(
     `tuning.json`, every learning rate that was tried; and one folder per experiment with `report.md`, `report.html`,
     `plots/` and `records.json`, everything that the report says.
 
-    Rows that the log cannot train, and a part of a page for which it lacks columns or tasks, are left out with the
-    reason. Every row trains for the same epochs, on the same batches in the same order; the learning rates of all are
-    searched alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
+    Rows that the log cannot train, and a part of a page for which it lacks columns, users or tasks, are left out with
+    the reason. Every row trains for the same epochs, on the same batches in the same order; the learning rates of all
+    are searched alike (`tuned_rates`). Each trial reads the test days once, when it is trained.
 
     Args:
         name: One of `EXPERIMENTS`.
@@ -125,7 +127,7 @@ def run_experiment(
     experiment = EXPERIMENTS[name]
     training, schema = training or Training(), open_source(data).schema
     kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
-    part = experiment.obstacle(kinds, schema.carried)
+    part = experiment.obstacle(kinds, schema.carried, schema.group is not None)
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
@@ -164,4 +166,4 @@ def run_experiment(
         results = {**facts, "further": findings.further, "records": study.records}
         write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(text, f"{name}: {schema.name}", out / name)
+        return write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)

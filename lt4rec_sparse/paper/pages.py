@@ -194,7 +194,7 @@ def _replayed(findings: Findings, seed: int) -> dict[str, Any]:
             rows = lab.predictions(trial, "test")
             for task, probability in rows.probabilities.items():
                 predicted[task][row] = probability.double().numpy()
-    assert rows is not None
+    assert rows is not None and rows.groups is not None
     click, watch = findings.tasks
     values = {name: column.numpy() for name, column in rows.values.items()}
     users, times = rows.groups.numpy(), values["time_ms"].astype(np.int64)

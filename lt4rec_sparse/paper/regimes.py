@@ -19,7 +19,7 @@ from lt4rec_sparse.paper import declared, figures
 from lt4rec_sparse.paper.equal_time import CHOSEN, PRECISIONS, choices, chosen_table, curves_of, difference, measure
 from lt4rec_sparse.paper.pages import Findings
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
-from lt4rec_sparse.recsys.data.simulator import TRUTH
+from lt4rec_sparse.recsys.data.source import TRUTH
 from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST, Rows

@@ -118,8 +118,8 @@ def _served(
             logits = torch.logit(scores[p].double(), eps=2.0**-25)
             for i, (task, metric) in enumerate(metrics[p].items()):
                 rows = batch.rows[task]
-                labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
-                metric.update(logits[rows, i].numpy(), labels.numpy(), groups.numpy())
+                groups = None if batch.groups is None else batch.groups[rows].numpy()
+                metric.update(logits[rows, i].numpy(), batch.labels[task][rows].double().numpy(), groups)
     return (
         {p: {task: {MAIN_METRIC[kinds[task]]: m.compute()} for task, m in metrics[p].items()} for p in rankers},
         {p: dict(zip(kinds, largest[p].tolist(), strict=True)) for p in rankers},

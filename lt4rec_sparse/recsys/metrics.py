@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Groups = NDArray[np.int64] | None  # None: the log has none
 Ints = NDArray[np.int64]
 
 MAIN_METRIC = {"binary": "auc", "ratio": "mse"}  # kind of a task -> the metric that compares its models
@@ -20,7 +21,7 @@ HIGHER_IS_BETTER = {"auc": True, "mse": False}
 class Metric(Protocol):
     """A metric over a stream of rows."""
 
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
+    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
         """Add rows: logits, labels and the group (user) of each, `[n]`; a binary label over 0.5 is positive."""
 
     def compute(self) -> float:
@@ -40,7 +41,7 @@ class AUC:
     def __init__(self) -> None:
         self.counts = np.zeros((2, self.BINS), np.int64)
 
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
+    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
         """Add rows; a NaN logit is a ValueError."""
         if np.isnan(logits).any():
             raise ValueError(f"logits: got {int(np.isnan(logits).sum())} NaN of {len(logits)}, wanted numbers")
@@ -67,8 +68,10 @@ class GAUC:
     def __init__(self) -> None:
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows."""
+    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
+        """Add rows; without groups a ValueError."""
+        if groups is None:
+            raise ValueError("groups: got none, wanted the group of each row")
         self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
 
     def compute(self) -> float:
@@ -105,8 +108,10 @@ class _AtTop:
         self.k = k
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
-        """Add rows."""
+    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
+        """Add rows; without groups a ValueError."""
+        if groups is None:
+            raise ValueError("groups: got none, wanted the group of each row")
         self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
 
     def compute(self) -> float:
@@ -177,7 +182,7 @@ class Quotient:
         self.terms = terms
         self.total = self.count = 0.0
 
-    def update(self, logits: Array, labels: Array, groups: NDArray[np.int64]) -> None:
+    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
         """Add rows."""
         total, count = self.terms(logits, labels)
         self.total += float(total)
@@ -195,17 +200,17 @@ MSE = partial(Quotient, lambda logits, labels: (((probability(logits) - labels) 
 Calibration = partial(Quotient, lambda logits, labels: (probability(logits).sum(), labels.sum()))
 
 
-def metrics_of(kind: str, top_k: int = 0) -> dict[str, Metric]:
+def metrics_of(kind: str, top_k: int = 0, grouped: bool = True) -> dict[str, Metric]:
     """Return fresh metrics for a task of this kind, its main metric first.
 
-    "binary": auc, gauc, log_loss, calibration, and with a `top_k` above 0 ndcg@k and hit_rate@k. "ratio" (a label in
-    [0, 1]): mse, calibration.
+    "binary": auc, gauc, log_loss, calibration, and with a `top_k` above 0 ndcg@k and hit_rate@k; gauc and those at the
+    top only of rows that are `grouped`. "ratio" (a label in [0, 1]): mse, calibration.
     """
     if kind == "binary":
-        at_top: dict[str, Metric] = {}
-        if top_k:
-            at_top = {f"ndcg@{top_k}": NDCG(top_k), f"hit_rate@{top_k}": HitRate(top_k)}
-        return {"auc": AUC(), "gauc": GAUC(), **at_top, "log_loss": LogLoss(), "calibration": Calibration()}
+        of_groups: dict[str, Metric] = {"gauc": GAUC()} if grouped else {}
+        if grouped and top_k:
+            of_groups |= {f"ndcg@{top_k}": NDCG(top_k), f"hit_rate@{top_k}": HitRate(top_k)}
+        return {"auc": AUC(), **of_groups, "log_loss": LogLoss(), "calibration": Calibration()}
     if kind == "ratio":
         return {"mse": MSE(), "calibration": Calibration()}
     raise ValueError(f"kind: got {kind!r}, wanted 'binary' or 'ratio'")

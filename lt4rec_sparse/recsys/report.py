@@ -21,6 +21,7 @@ from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.plots import plot_latency, plot_ownership, plot_tickets
 from lt4rec_sparse.recsys.tables import (
     LEGEND,
+    NOT_KNOWN,
     comparison_table,
     count,
     further_table,
@@ -75,6 +76,7 @@ def write_report(results: Results, folder: Path) -> Path:
     plot_ownership(run.records, {run.served: run.titles[run.served]}, plots / "ownership.png")
     plot_latency(run.frozen, run.titles, plots / "latency.png")
     text = "\n\n".join(section for section in _sections(run) if section) + "\n"
+    text = worded(text, run.data["counts"])
     return write_page(text, f"LT4REC, sparse: {results['data']['name']}", folder)
 
 
@@ -91,7 +93,12 @@ def verdict(results: Results) -> str:
         f"{_against(run, HARD + SMALL, 'a dense network with as many weights')}"
     )
     found = _found(run)
-    return f"{text}; {found}." if found else f"{text}."
+    return worded(f"{text}; {found}." if found else f"{text}.", run.data["counts"])
+
+
+def worded(text: str, counts: Mapping[str, Any]) -> str:
+    """Return a text about the rows of splits, which are whole days only in a log that is split by day."""
+    return re.sub(r"\b(training|validation|test) days\b", r"\1 rows", text) if "split_by" in counts else text
 
 
 class _Run:
@@ -258,8 +265,8 @@ def _made(run: _Run) -> str:
     masks = f"{config['rounds']} rounds of pruning to" if run.searched else "random masks that keep"
     rates = sorted({rate for of_row in run.results["learning_rates"].values() for rate in of_row.values()})
     text = (
-        f"{data['counts']['rows_read']:,} impressions, of which {data['counts']['duplicates']:,} duplicates were "
-        f"dropped. {len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
+        f"{data['counts']['rows_read']:,} impressions{_dropped(data['counts'])}. "
+        f"{len(data['fields'])} input fields, {config['embedding_dim']} wide; MLP {hidden}; "
         f"{_epochs(config)} of batches of {config['batch_size']} for every model; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; matrix products in {config['dtype']} while training; {masks} "
         f"{config['density']:.0%} of the hidden weights{pruned}; {count(config['seeds'], 'seed')}."
@@ -268,6 +275,10 @@ def _made(run: _Run) -> str:
         text += " A step moves only the embeddings that its batch looks up."
     if "embeddings" in config:
         text += f" The artefact holds embeddings in {config['embeddings']}."
+    if "split_by" in data["counts"]:
+        text += f" Rows are split {data['counts']['split_by']}."
+    if any(kind == "binary" for kind in run.tasks.values()) and not data.get("grouped", True):
+        text += f" There is no {_of_groups(config)}: the log has no group, within which rows are compared."
     where = (
         f"`{run.results['command']}`, {run.results['seconds']:.0f} s on {count(machine['cores'], 'core')} "
         f"({machine['architecture']}, {machine['torch_capability']}, engine: {machine['engine']}); lt4rec-sparse "
@@ -279,11 +290,21 @@ def _made(run: _Run) -> str:
     for split in ("train", "validation", "test"):
         counts = data["counts"][split]
         days = counts["days"]
-        line = [split, days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}", f"{counts['rows']:,}"]
+        span = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else NOT_KNOWN
+        line = [split, span, f"{counts['rows']:,}"]
         for task in run.tasks:
             line += [f"{counts['tasks'][task]['rows']:,}", f"{counts['tasks'][task]['label_mean']:.3f}"]
         lines.append(line)
     return f"{where}\n\n{text}\n\n{table(header, lines)}"
+
+
+def _dropped(counts: Mapping[str, Any]) -> str:
+    duplicates = counts["duplicates"]
+    return f", of which {duplicates:,} duplicates were dropped" if duplicates else ""
+
+
+def _of_groups(config: Mapping[str, Any]) -> str:
+    return "GAUC, NDCG or hit rate" if config.get("top_k") else "GAUC"
 
 
 def _epochs(config: Mapping[str, Any]) -> str:

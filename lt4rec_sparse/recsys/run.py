@@ -99,6 +99,7 @@ def run(
         facts = {
             "name": "simulated click log" if data is None else source.resolve().name,
             "counts": prepared.counts,
+            "grouped": schema.group is not None,
             "tasks": {task.name: task.kind for task in tasks},
             "fields": [field.column for field in prepared.encoder.fields],
         }

@@ -10,13 +10,14 @@ import pyarrow as pa
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import scratch_beside
 from lt4rec_sparse.ranker import Ranker
+from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data import read_candidates
 from lt4rec_sparse.recsys.data.batches import SPLITS
 from lt4rec_sparse.recsys.data.candidates import ids_of
 from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
-from lt4rec_sparse.recsys.data.prepare import split_days
+from lt4rec_sparse.recsys.data.reading import column_names, list_columns, log_form
 from lt4rec_sparse.recsys.data.rows import RowReader
-from lt4rec_sparse.recsys.data.source import Source, list_columns
+from lt4rec_sparse.recsys.data.source import Source
 from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, written_table
 
 CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
@@ -57,7 +58,7 @@ def score_log(
 ) -> None:
     """Score rows of a log as training would have seen them: joined, with histories of strictly earlier days.
 
-    Rows come by day, within a day in the order of the schema; exact duplicates are dropped, as in training. Memory
+    Rows come by day, within a day in the order of the schema, without those that training dropped as duplicates. Memory
     holds one day of the log.
 
     Args:
@@ -65,7 +66,8 @@ def score_log(
         source: The log with its side tables, and the schema of the model.
         out: CSV or Parquet, as its name says: the columns to keep, then one column per task.
         days: "train", "validation", "test", or days of the log, separated by commas.
-        keep: Columns of the log. None: the group, the keys of side tables, and the day or time.
+        keep: Columns of the log. None: the group, the keys of side tables, and the day or time; without any of these,
+            all that are no feature.
         progress: Called with stage, done and total.
 
     Raises:
@@ -74,31 +76,38 @@ def score_log(
     check_table_name(out)
     schema = source.schema
     if keep is None:
-        ids = (schema.group.column, *(join.on for join in schema.joins), schema.time.day, schema.time.timestamp)
-        keep = tuple(dict.fromkeys(name for name in ids if name is not None and name not in ranker.tasks))
+        group = None if schema.group is None else schema.group.column
+        ids = [name for name in (group, *schema.keys, schema.moment) if name is not None]
+        if not ids:
+            features = {column.name for column in schema.features}
+            ids = [name for name in column_names(source.log[0], log_form(schema)) if name not in features]
+        unfit = {*ranker.tasks, *(list_columns(source.log[0]) if out.suffix == ".csv" else ())}
+        keep = tuple(name for name in dict.fromkeys(ids) if name not in unfit)
     _check_kept(ranker, keep)
     lists = {column.name for column in schema.columns if column.kind == "multi"}.union(*map(list_columns, source.log))
     check_flat(out, (name for name in keep if name in lists))
     with scratch_beside(out) as scratch:
         log = partition(source, scratch, CHUNK_ROWS, progress, keep)
-        wanted = _days(log, ranker, days)
+        split, wanted = _split_and_days(log, schema, days)
         scored: set[str] = set()
         with written_table(out) as append:
-            for rows in RowReader(source, log, keep).read(wanted):
+            for rows in RowReader(source, log, keep).read(wanted, split):
                 append(pa.table(rows.kept | ranker.score(rows.features)))
                 scored.add(rows.day)
                 progress("score days", len(scored), len(wanted))
 
 
-def _days(log: DayLog, ranker: Ranker, text: str) -> frozenset[str]:
+def _split_and_days(log: DayLog, schema: Schema, text: str) -> tuple[str | None, frozenset[str]]:
     if text in SPLITS:
-        return frozenset(split_days(log.days, ranker.encoder.schema.split)[text])
+        return text, frozenset(log.days_of(schema)[text])
+    if schema.time is None:
+        raise InputError(f"--days: got {text!r}, wanted {', '.join(SPLITS)}: the log has no [time]")
     named = frozenset(day.strip() for day in text.split(",") if day.strip())
     stray = next((day for day in sorted(named) if day not in log.paths), None)
     if stray is not None or not named:
         got = repr(text if stray is None else stray)
         raise InputError(f"--days: got {got}, wanted {', '.join(SPLITS)}, or days of {log.days[0]} to {log.days[-1]}")
-    return named
+    return None, named
 
 
 def _check_kept(ranker: Ranker, keep: Sequence[str]) -> None:

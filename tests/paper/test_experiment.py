@@ -132,6 +132,13 @@ def test_the_replay_needs_a_click_a_ratio_and_times(kinds, carried, wanted):
     assert EXPERIMENTS["table2"].obstacle(dict(zip("ab", kinds, strict=True)), carried) == {}
 
 
+def test_the_replay_needs_users():
+    kinds, table3 = {"ctr": "binary", "cvr": "ratio"}, EXPERIMENTS["table3"]
+    wanted = {pages.REPLAY: "got a log without [group], wanted the user of each row: a request is one user's"}
+    assert table3.obstacle(kinds, table3.carried, grouped=False) == wanted
+    assert EXPERIMENTS["table2"].obstacle(kinds, table3.carried, grouped=False) == {}
+
+
 def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     run_experiment("table3", log, tmp_path / "out", 1, TRAINING, HERE)

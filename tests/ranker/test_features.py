@@ -182,6 +182,14 @@ def test_a_carried_outcome_is_no_feature_and_must_be_none() -> None:
         ({"columns": []}, "got 0 columns and 2 tasks"),
         ({"columns": [{"name": "a", "encoding": "hash"}]}, "column 'a': got hash of kind='single', size=0"),
         ({"columns": [{"name": "a", "size": 3}]}, "column 'a': got size=3 with a vocabulary"),
+        (
+            {"columns": [{"name": "a", "encoding": "buckets"}]},
+            "got encoding='buckets' of kind='single', wanted",
+        ),
+        (
+            {"columns": [{"name": "a", "kind": "dense", "encoding": "number"}]},
+            "column 'a': got encoding='number', wanted 'buckets' or 'nonzero_buckets': no input of a model is a raw",
+        ),
         ({"columns": [{"name": "a"}, {"name": "b", "table": "a", "type": "int"}]}, "table 'a': 'a' and 'b' differ"),
         (
             {"columns": [{"name": "a", "kind": "dense"}, {"name": "b", "table": "a", "kind": "dense"}]},
@@ -316,6 +324,35 @@ def test_dense_buckets_are_quantiles_and_a_tie_has_its_own() -> None:
     table = fit.table()
     assert table.cuts.tolist() == [0.0, 1.0]
     assert table.lookup(np.array([-np.inf, 0, 0.5, 1, 2, np.inf])).tolist() == [1, 1, 2, 2, 3, 3]
+
+
+@given(st.lists(st.integers(-3, 3) | st.floats(-2, 2), max_size=30), st.integers(2, 5))
+def test_zero_is_alone_where_it_does_not_count(values: list[float], buckets: int) -> None:
+    """Other values are cut as without the zeros, but for the two cuts about 0."""
+    all_values, nonzero = np.array(values, np.float64), np.array([v for v in values if v], np.float64)
+    fits = QuantileFit(buckets, nonzero=True), QuantileFit(buckets)
+    fits[0].add(all_values)
+    fits[1].add(nonzero)
+    table, plain = (fit.table() for fit in fits)
+    about_zero = {0.0, nonzero[nonzero < 0].max(initial=-np.inf)}
+    assert set(plain.cuts) <= set(table.cuts) <= {*plain.cuts, *about_zero}
+    if 0 in values:
+        zero, ids = table.lookup(np.zeros(1))[0], table.lookup(nonzero)
+        assert (ids != zero).all() and (ids[nonzero > 0] > zero).all()
+    else:
+        assert table.cuts.tolist() == plain.cuts.tolist()
+
+
+def test_a_column_that_is_mostly_zero_has_buckets_for_the_rest() -> None:
+    amounts = {"price": [0.0] * 97 + [1.0, 2.0, 3.0]}
+    cuts = {}
+    for encoding in ("buckets", "nonzero_buckets"):
+        columns = [{"name": "price", "kind": "dense", "buckets": 4, "encoding": encoding}]
+        fitted = FeatureEncoder.fit(Schema.from_dict(schema_dict(columns=columns)), [amounts])
+        cuts[encoding] = fitted.to_arrays()[0]["price.cuts"].tolist()
+        meta = json.loads(json.dumps(fitted.to_arrays()[1]))
+        assert FeatureEncoder.from_arrays(fitted.to_arrays()[0], meta).schema == fitted.schema
+    assert cuts == {"buckets": [0.0], "nonzero_buckets": [0.0, 1.0, 2.0]}
 
 
 def test_dense_column_of_missing_values_only() -> None:

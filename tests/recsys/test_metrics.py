@@ -148,6 +148,7 @@ def test_the_best_order_has_an_ndcg_and_a_hit_rate_of_one(seed, n, k):
 def test_metrics_at_the_top_have_names_and_a_range():
     assert list(metrics_of("binary", 5)) == ["auc", "gauc", "ndcg@5", "hit_rate@5", "log_loss", "calibration"]
     assert list(metrics_of("ratio", 5)) == list(metrics_of("ratio"))
+    assert list(metrics_of("binary", 5, grouped=False)) == ["auc", "log_loss", "calibration"]
     with pytest.raises(ValueError, match="k: got 0, wanted at least 1"):
         NDCG(0)
 
@@ -157,6 +158,12 @@ def test_means_by_hand():
     for metric, wanted in ((LogLoss(), math.log(2)), (MSE(), 0.25), (Calibration(), 1.0)):
         metric.update(logits, labels, groups)
         assert same(metric.compute(), wanted)
+
+
+@pytest.mark.parametrize("metric", [GAUC(), NDCG(3), HitRate(3)])
+def test_metrics_within_groups_want_groups(metric):
+    with pytest.raises(ValueError, match="groups: got none, wanted the group of each row"):
+        metric.update(np.zeros(2), np.ones(2), None)
 
 
 def test_nothing_seen_is_nan():

@@ -196,7 +196,7 @@ class FeatureEncoder:
             f"{name}.{part}": array for name, table in self._tables.items() for part, array in table.to_arrays().items()
         }
         # Beside the schema, where readers of before it was there do not look.
-        schema = self.schema.to_dict()
+        schema = self.schema.to_stored()
         context = {"context": named} if (named := schema.pop("context")) else {}
         return arrays, {"format": FORMAT, "schema": schema, **context}
 
@@ -212,7 +212,7 @@ class FeatureEncoder:
         described = meta.get("schema", {})
         if isinstance(described, Mapping):
             described = {**described, "context": meta.get("context", [])}
-        schema = Schema.from_dict(described)
+        schema = Schema.from_stored(described)
         by_table: dict[str, dict[str, Array]] = {}
         for name, array in arrays.items():
             table, _, part = name.rpartition(".")  # names of tables may hold dots: only the last part names the array
@@ -242,7 +242,7 @@ class FeatureEncoder:
 
 def _new_fit(column: Column) -> Fit:
     if column.kind == "dense":
-        return id_tables.QuantileFit(column.buckets)
+        return id_tables.QuantileFit(column.buckets, column.encoding == "nonzero_buckets")
     if column.encoding == "hash":
         return id_tables.HashTable(column.size)
     return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)

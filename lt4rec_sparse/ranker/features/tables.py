@@ -207,11 +207,23 @@ class IntFit(_Histogram):
 
 
 class QuantileFit(_Histogram):
-    """Quantiles of a stream: exact up to `SKETCH_POINTS` distinct values, then of that many equal parts."""
+    """Quantiles of a stream: exact up to `SKETCH_POINTS` distinct values, then of that many equal parts.
 
-    def __init__(self, buckets: int) -> None:
+    Args:
+        buckets: The most of them.
+        nonzero: Zeros do not count, and have a bucket of their own beside the others.
+    """
+
+    def __init__(self, buckets: int, nonzero: bool = False) -> None:
         super().__init__(np.float64, SKETCH_POINTS)
-        self._buckets = buckets
+        self._buckets, self._nonzero = buckets, nonzero
+        self._zeros = 0
+
+    def add(self, values: Array) -> None:
+        """Count one chunk."""
+        kept = values[values != 0] if self._nonzero else values
+        self._zeros += len(values) - len(kept)
+        super().add(kept)
 
     def table(self) -> QuantileTable:
         """Return the cuts at `1/buckets, 2/buckets, ...`; equal cuts merge, and none lies at the largest value."""
@@ -220,8 +232,14 @@ class QuantileFit(_Histogram):
             return QuantileTable(values)
         below = np.cumsum(counts)
         ranks = np.arange(1, self._buckets) * below[-1] / self._buckets
-        cuts = np.unique(values[np.searchsorted(below, ranks)])
-        return QuantileTable(cuts[cuts < values[-1]])
+        cuts = values[np.searchsorted(below, ranks)]
+        largest = values[-1]
+        if self._zeros:
+            # A value on a cut is below it: 0 is alone between the largest negative value and itself.
+            cuts = np.concatenate([cuts, values[values < 0][-1:], [0.0]])
+            largest = max(largest, 0.0)
+        cuts = np.unique(cuts)
+        return QuantileTable(cuts[cuts < largest])
 
 
 Table = IntVocabulary | StringVocabulary | HashTable | QuantileTable

@@ -103,7 +103,7 @@ def write_features(path: Path | str, schema: Schema, tables: Sequence[FeatureTab
         tensors |= {
             name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()
         }
-    meta = {"version": VERSION, "day": day, "schema": schema.to_dict(), "tables": described}
+    meta = {"version": VERSION, "day": day, "schema": schema.to_stored(), "tables": described}
     checked_file.write(path, KIND, meta, tensors)
 
 
@@ -122,7 +122,7 @@ def read_features(path: Path | str) -> Features:
         day = meta.get("day")
         if not (day is None or isinstance(day, str)):
             raise InputError(f"day: got {shown(day)}, wanted text or null")
-        schema = Schema.from_dict(meta.get("schema", {}))
+        schema = Schema.from_stored(meta.get("schema", {}))
         tables = meta.get("tables")
         if not isinstance(tables, list):
             raise InputError(f"tables: got {shown(tables)}, wanted a list")
@@ -149,10 +149,9 @@ def _under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _key(schema: Schema, name: Any) -> Column:
-    types = {join.on: join.type for join in schema.joins} | {schema.group.column: schema.group.type}
-    if not isinstance(name, str) or name not in types:
-        raise InputError(f"key: got {shown(name)}, wanted one of {', '.join(types)}")
-    return Column(name, type=types[name])
+    if not isinstance(name, str) or name not in schema.keys:
+        raise InputError(f"key: got {shown(name)}, wanted one of {', '.join(schema.keys)}")
+    return Column(name, type=schema.keys[name])
 
 
 def _check_distinct(tables: Sequence[KeyedTable]) -> None:

@@ -39,7 +39,7 @@ class Batch:
     """Rows with their labels; every tensor but the features is `[batch]`."""
 
     features: EncodedFeatures
-    groups: Tensor  # int64, the group (user) of each row
+    groups: Tensor | None  # int64, the group (user) of each row; None in a log without
     labels: dict[str, Tensor]  # per task, float32; 0 where the row does not belong to the task
     rows: dict[str, Tensor]  # per task, bool: True where the row belongs to the task
     weights: dict[str, Tensor]  # per task, float32
@@ -55,12 +55,12 @@ class Batch:
     def nbytes(self) -> int:
         """Memory of all tensors."""
         columns = (column for part in self._parts() for column in part.values())
-        return self.features.nbytes + self.groups.nbytes + sum(column.nbytes for column in columns)
+        return self.features.nbytes + sum(column.nbytes for column in columns)
 
     def take(self, rows: Tensor) -> Batch:
         """Return the rows at positions `rows [n]` int64, in that order."""
         parts = [{name: column.index_select(0, rows) for name, column in part.items()} for part in self._parts()]
-        return Batch(self.features.take(rows), self.groups.index_select(0, rows), *parts)
+        return Batch(self.features.take(rows), parts[0].get(""), *parts[1:])
 
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
@@ -70,10 +70,11 @@ class Batch:
         alike = zip(*(batch._parts() for batch in batches), strict=True)
         parts = [{name: torch.cat([part[name] for part in same]) for name in same[0]} for same in alike]
         features = EncodedFeatures.cat([batch.features for batch in batches])
-        return Batch(features, torch.cat([batch.groups for batch in batches]), *parts)
+        return Batch(features, parts[0].get(""), *parts[1:])
 
     def _parts(self) -> tuple[dict[str, Tensor], ...]:
-        return self.labels, self.rows, self.weights, self.slices, self.values
+        groups = {} if self.groups is None else {"": self.groups}
+        return groups, self.labels, self.rows, self.weights, self.slices, self.values
 
 
 class BatchStream:
@@ -178,7 +179,7 @@ def _decoded(table: Any) -> Batch:
             torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids])),
             torch.from_numpy(np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)),
         ),
-        _tensors(table, GROUP)[""],
+        _tensors(table, GROUP).get(""),
         *(_tensors(table, prefix) for prefix in (LABEL, MEMBER, WEIGHT, SLICE, VALUE)),
     )
 

@@ -11,13 +11,8 @@ import pyarrow as pa
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.joined import raw_column
-from lt4rec_sparse.recsys.data.source import (
-    DataError,
-    column_names,
-    feature_type,
-    list_columns,
-    read_file,
-)
+from lt4rec_sparse.recsys.data.reading import column_names, list_columns, read_file, request_form
+from lt4rec_sparse.recsys.data.source import DataError, feature_type
 
 EVERY = "every feature of the model, as `lt4rec-sparse candidates` makes them of requests"
 
@@ -30,7 +25,7 @@ def ids_of(path: Path, schema: Schema, tasks: Sequence[str]) -> tuple[str, ...]:
     """
     check_regular(path, kind=DataError)
     features = {column.name for column in schema.features}
-    ids = {schema.group.column, schema.time.day, schema.time.timestamp, *(join.on for join in schema.joins)}
+    ids = {*schema.keys, schema.moment}
     there = [name for name in column_names(path) if name in ids or name not in features]
     unfit = {*tasks, *list_columns(path)}
     return tuple(name for name in there if name not in unfit)
@@ -58,7 +53,7 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
             if name not in there:
                 raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
     names = list(dict.fromkeys((*types, *keep)))
-    batches = list(read_file(path, types, names))
+    batches = list(read_file(path, types, names, request_form(schema)))
     if not batches:
         return {name: [] for name in types}, pa.table({name: pa.nulls(0) for name in keep})
     table = pa.Table.from_batches(batches)

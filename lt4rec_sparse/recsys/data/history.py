@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import History, Schema
 from lt4rec_sparse.ranker.features.tables import Array, Ids, IntVocabulary
-from lt4rec_sparse.recsys.data.source import floats, is_list
+from lt4rec_sparse.recsys.data.casts import is_list
+from lt4rec_sparse.recsys.data.labels import number_of
 
 Floats = NDArray[np.float64]
 # The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
@@ -32,6 +33,7 @@ class Histories:
     """
 
     def __init__(self, schema: Schema) -> None:
+        self._schema = schema
         self._pasts = {history: PastRows(history) for history in schema.histories}
         self._noted: dict[History, list[Events]] = {history: [] for history in self._pasts}
 
@@ -54,7 +56,7 @@ class Histories:
     def note(self, groups: Ids, columns: Mapping[str, Any]) -> None:
         """Take in rows of the day, in its order: their groups `[n]` and the columns of the schema."""
         for history, noted in self._noted.items():
-            counts = np.nan_to_num(floats(columns[history.when])) != 0
+            counts = np.nan_to_num(number_of(self._schema, history.when, columns[history.when])) != 0
             kept = pa.array(counts)
             noted.append((groups, counts, {name: columns[name].filter(kept) for name in history.columns}))
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import Join
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, column_names, raw_types, read_file
+from lt4rec_sparse.recsys.data.reading import Form, column_names, join_form, log_form, read_file
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, raw_types
 
 
 class Joined:
@@ -41,11 +42,11 @@ class Joined:
         types = raw_types(source.schema)
         lacked = list(dict.fromkeys(self._derived.get(name, name) for name in wanted))
         lacked = [name for name in lacked if name not in there]
-        of_log = {*column_names(source.log[0])}
+        of_log = {*column_names(source.log[0], log_form(source.schema))}
         left = [name for name in lacked if name not in of_log]
         self.sides = []
         for join, paths in zip(source.schema.joins, source.joins, strict=True):
-            side = SideTable(join, paths, types, left)
+            side = SideTable(join, paths, types, left, join_form(source.schema, join))
             left = [name for name in left if name not in side.columns]
             self.sides.append(side)
         self.absent = tuple(name for name in lacked if name in of_log or name in left)
@@ -88,16 +89,18 @@ class SideTable:
         keys: The key of every row, int64 or str.
     """
 
-    def __init__(self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str]) -> None:
+    def __init__(
+        self, join: Join, paths: tuple[Path, ...], types: Mapping[str, RawType], wanted: list[str], form: Form
+    ) -> None:
         self.on = join.on
         where = f"{paths[0].parent}: {' '.join(path.name for path in paths)}"
         parts = []
         for path in paths:
-            there = column_names(path)
+            there = column_names(path, form)
             if join.on not in there:
                 raise DataError(f"{path}: column {join.on!r} is absent, wanted the key of the side table")
             columns = [join.on, *(name for name in wanted if name in there and name != join.on)]
-            parts += [pa.table(batch) for batch in read_file(path, types, columns)]
+            parts += [pa.table(batch) for batch in read_file(path, types, columns, form)]
         if len({tuple(part.column_names) for part in parts}) > 1:
             raise DataError(f"{where}: differ in columns, wanted the same in each")
         if not parts:

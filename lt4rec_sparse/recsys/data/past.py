@@ -15,16 +15,17 @@ from lt4rec_sparse.recsys.data.source import Source
 
 def noted_rows(
     log: DayLog, day: str, joined: Joined, histories: Histories, names: Collection[str] | None = None
-) -> Iterator[tuple[Ids, dict[str, Any]]]:
-    """Yield the groups and the joined columns of a day's rows; after the last ones the day is past to `histories`.
+) -> Iterator[tuple[Ids | None, dict[str, Any]]]:
+    """Yield the groups (None without) and joined columns of a day's rows; then the day is past to `histories`.
 
     `names` are those of `Joined.columns`, to which the columns of histories belong.
     """
-    group = joined.schema.group.column
+    group = joined.schema.group
     for batch in log.read(day):
         columns = joined.columns(day, dict(zip(batch.schema.names, batch.columns, strict=True)), names)
-        groups = group_ids(columns[group])
-        histories.note(groups, columns)
+        groups = None if group is None else group_ids(columns[group.column])
+        if groups is not None:
+            histories.note(groups, columns)
         yield groups, columns
     histories.end_day()
 

@@ -1,13 +1,14 @@
 """From a click log to a prepared folder: `prepare` once, then train for any number of epochs.
 
 ```text
-prepared.json                 fingerprint, states of the source's files, days of each split, counts
+prepared.json                 fingerprint, states of the source's files, counts, days of each split
 encoder.safetensors           the fitted tables; format and schema as JSON in its metadata
-<split>/part-<number>.parquet one file per day, in order of days; split is train, validation or test
+<split>/part-<number>.parquet one file per day of the split, in order; split is train, validation or test
 ```
 
 Columns of a part: `feature.<field>` (int32, or list of int32), and for every task `label.<task>` (float32),
-`member.<task>` (bool: the row belongs to the task), `weight.<task>` (float32); `group` (int64); `slice.<name>` (bool);
+`member.<task>` (bool: the row belongs to the task), `weight.<task>` (float32); `group` (int64) if the log has one;
+`slice.<name>` (bool);
 `value.<column>` (float64, NaN where missing) for every carried column; `day` (string).
 """
 
@@ -17,9 +18,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from safetensors.numpy import save_file
 
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file, write_whole
-from lt4rec_sparse.ranker.features import FeatureEncoder, Schema, Split
-from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, GROUP, LABEL, MEMBER, SPLITS, BatchStream, damaged
+from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
+from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, LABEL, MEMBER, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import Progress, partition
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, prepared_folder
+from lt4rec_sparse.recsys.data.splits import described
 
 PREPARED, ENCODER = "prepared.json", "encoder.safetensors"
 # To be raised when the layout or the contents change: older prepared folders are then stale.
@@ -47,7 +49,8 @@ ROW_GROUP_ROWS = 65_536
 class Prepared:
     """A prepared folder, with the encoder as fitted on the training days.
 
-    `counts` are `rows_read`, `duplicates`, and per split `days`, `rows` and per task `rows` and `label_mean`.
+    `counts` are `rows_read`, `duplicates` dropped, and per split `days`, `rows` and per task `rows` and `label_mean`;
+    `split_by` says in words how rows were split if it was not by day.
     """
 
     folder: Path
@@ -92,7 +95,7 @@ def prepare(
     row_group_rows: int = ROW_GROUP_ROWS,
     replace: bool = True,
 ) -> Prepared:
-    """Read a click log, join, split by day, fit the encoder on the training days and write encoded Parquet.
+    """Read a click log, join, split, fit the encoder on the training rows and write encoded Parquet.
 
     The log is streamed: memory holds one day of it, the side tables, the vocabularies and the histories. `out` appears
     completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
@@ -106,7 +109,7 @@ def prepare(
         DataError: If the data or the schema is wrong, or `out` holds something else or must not be replaced.
     """
     source = open_source(source_folder, schema)
-    rules = json.dumps([source.schema.to_dict(), [VERSION, row_group_rows]], sort_keys=True)
+    rules = json.dumps([source.schema.to_stored(), [VERSION, row_group_rows]], sort_keys=True)
     fingerprint = hashlib.sha256(rules.encode()).hexdigest()  # the states of the files cover the rest
     if _is_current(out, source, fingerprint):
         return Prepared.load(out)
@@ -119,13 +122,15 @@ def prepare(
         scratch = folder / "scratch"
         scratch.mkdir()
         log = partition(source, scratch, row_group_rows, progress)
-        splits = split_days(log.days, source.schema.split)
+        splits = log.days_of(source.schema)
         reader = RowReader(source, log)
-        train = _reported(reader.read(frozenset(splits["train"])), "fit", len(splits["train"]), progress)
+        train = _reported(reader.read(split="train"), "fit", len(splits["train"]), progress)
         encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in train))
-        days = {day: split for split in SPLITS for day in splits[split]}
-        stream = _reported(reader.read(frozenset(days)), "encode", len(days), progress)
-        counts = {"rows_read": log.rows_read, "duplicates": log.duplicates}
+        days = {day for split in SPLITS for day in splits[split]}
+        stream = _reported(reader.read(), "encode", len(days), progress)
+        counts: dict[str, Any] = {"rows_read": log.rows_read, "duplicates": log.duplicates}
+        if (split_by := described(source.schema)) is not None:
+            counts["split_by"] = split_by
         counts |= _write(folder, encoder, stream, splits, str(source_folder))
         arrays, meta = encoder.to_arrays()
         with whole_file(folder / ENCODER) as path:  # for the permissions: safetensors gives them to the owner alone
@@ -136,57 +141,42 @@ def prepare(
     return Prepared.load(out)
 
 
-def split_days(days: tuple[str, ...], split: Split) -> dict[str, tuple[str, ...]]:
-    """Return the days of train, validation and test."""
-    if split.train:
-        listed = dict(zip(SPLITS, (split.train, split.validation, split.test), strict=True))
-        for name, wanted in listed.items():
-            for day in wanted:
-                if day not in days:
-                    raise DataError(f"split {name!r}: got day {day!r}, wanted one of {', '.join(days)}")
-        return listed
-    held_out = split.validation_days + split.test_days
-    if len(days) <= held_out:
-        got = f"{len(days)} days ({', '.join(days)})"
-        parts = f"{split.validation_days} to validate, {split.test_days} to test, at least 1 to train on"
-        raise DataError(f"split: got {got}, wanted more than {held_out}: {parts}")
-    train, test = len(days) - held_out, len(days) - split.test_days
-    return {"train": days[:train], "validation": days[train:test], "test": days[test:]}
-
-
 def _write(
     folder: Path, encoder: FeatureEncoder, stream: Iterator[Rows], splits: dict[str, tuple[str, ...]], where: str
 ) -> dict[str, Any]:
     """Write the parts of every split and return its counts; no task may be without rows in a split."""
     tasks = [task.name for task in encoder.schema.tasks]
     counts: dict[str, Any] = {
-        split: {"days": list(days), "rows": 0, "tasks": {task: {"rows": 0, "label_mean": 0.0} for task in tasks}}
+        split: {
+            "days": [day for day in days if day],
+            "rows": 0,
+            "tasks": {task: {"rows": 0, "label_mean": 0.0} for task in tasks},
+        }
         for split, days in splits.items()
     }
     parts = dict.fromkeys(SPLITS, 0)
 
-    def tables(split: str, chunks: Iterator[Rows]) -> Iterator[Any]:
-        for rows in chunks:
-            day = pa.repeat(rows.day, len(rows.columns[GROUP]))
-            table = pa.table(_feature_columns(encoder, rows) | rows.columns | {DAY: day})
-            counts[split]["rows"] += len(table)
-            for name, task in counts[split]["tasks"].items():
-                task["rows"] += int(rows.columns[MEMBER + name].sum())
-                # A sum until all rows are counted. Labels are 0 outside the task, so it needs no mask.
-                task["label_mean"] += float(rows.columns[LABEL + name].sum(dtype=np.float64))
-            yield table
+    def encoded(rows: Rows) -> Any:
+        table = pa.table(_feature_columns(encoder, rows) | rows.columns)
+        counts[rows.split]["rows"] += len(table)
+        for name, task in counts[rows.split]["tasks"].items():
+            task["rows"] += int(rows.columns[MEMBER + name].sum())
+            # A sum until all rows are counted. Labels are 0 outside the task, so it needs no mask.
+            task["label_mean"] += float(rows.columns[LABEL + name].sum(dtype=np.float64))
+        return table.append_column(DAY, pa.repeat(rows.day, len(table)))
 
     for split in SPLITS:
         (folder / split).mkdir()
-    for day, chunks in groupby(stream, lambda rows: rows.day):
-        split = next(name for name in SPLITS if day in splits[name])
-        of_day = tables(split, chunks)
-        first = next(of_day)
-        path = folder / split / f"part-{parts[split]:05}.parquet"
-        with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
-            for table in chain([first], of_day):
-                writer.write_table(table)
-        parts[split] += 1
+    for _, of_day in groupby(stream, lambda rows: rows.day):
+        writers: dict[str, Any] = {}
+        with ExitStack() as stack:
+            for rows in of_day:
+                split, table = rows.split, encoded(rows)
+                if split not in writers:
+                    path = folder / split / f"part-{parts[split]:05}.parquet"
+                    writers[split] = stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+                    parts[split] += 1
+                writers[split].write_table(table)
     for split, count in counts.items():
         for name, task in count["tasks"].items():
             if not task["rows"]:

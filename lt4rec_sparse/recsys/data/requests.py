@@ -16,19 +16,12 @@ import pyarrow as pa
 
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.recsys.data.casts import typed
 from lt4rec_sparse.recsys.data.days import Progress, check_days, days_of, partition
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.past import Past
-from lt4rec_sparse.recsys.data.source import (
-    DataError,
-    RawType,
-    Source,
-    column_names,
-    feature_type,
-    raw_types,
-    read_file,
-    typed,
-)
+from lt4rec_sparse.recsys.data.reading import column_names, read_file, request_form
+from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, feature_type, raw_types
 
 CHUNK_ROWS = 65_536
 
@@ -76,12 +69,12 @@ def complete_requests(
     coded = days.dictionary_encode()
     moments, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
     past, ended = None, dict.fromkeys(moments, 0)
-    where = f"{path}: column {_time_column(schema)!r}" if at is None else "--at"
+    where = f"{path}: column {schema.moment!r}" if at is None else "--at"
     if schema.histories and moments:
         log = partition(source, scratch, CHUNK_ROWS, progress)
         ended = {moment: log.earlier(moment, where) for moment in moments}
         past = Past(source, log)
-    elif moments:
+    elif moments and schema.time is not None:
         check_days(source, moments, where)
     joined = Joined(source, rows, [column.name for column in schema.columns])
     types = _types(schema)
@@ -105,13 +98,9 @@ def _types(schema: Schema) -> dict[str, RawType]:
     """Return how the columns are read that features are made of: they have the types of the log."""
     made = {derived.name: derived.days_since for derived in schema.derived}
     names = [made.get(column.name, column.name) for column in schema.columns]
-    names += [schema.group.column, *(join.on for join in schema.joins)]
+    names += schema.keys
     types = raw_types(schema)
     return {name: types[name] for name in names}
-
-
-def _time_column(schema: Schema) -> str:
-    return schema.time.day or schema.time.timestamp or ""
 
 
 def _check_columns(schema: Schema, path: Path, there: Sequence[str], at: str | None) -> None:
@@ -121,11 +110,16 @@ def _check_columns(schema: Schema, path: Path, there: Sequence[str], at: str | N
     given = next((name for name in there if name in made), None)
     if given is not None:
         raise DataError(f"{path}: column {given!r}: got values, wanted none: it is made of the log and the side tables")
-    roles = {join.on: f"the key of {join.files[0]}" for join in schema.joins} | {schema.group.column: "the group"}
+    roles = {join.on: f"the key of {join.files[0]}" for join in schema.joins}
+    roles |= {} if schema.group is None else {schema.group.column: "the group"}
     for name, role in roles.items():
         if name not in there:
             raise DataError(f"{path}: column {name!r} is absent, wanted {role}")
-    time = _time_column(schema)
+    time = schema.moment
+    if schema.time is None:
+        if at is not None:
+            raise DataError(f"--at: got {at!r}, wanted none: the log has no [time]")
+        return
     if at is not None and time in there:
         raise DataError(f"{path}: column {time!r} and --at: got both, wanted one of them")
     if at is None and time not in there:
@@ -140,16 +134,16 @@ def _read(source: Source, path: Path, at: str | None) -> tuple[dict[str, Any], A
     there = column_names(path)
     _check_columns(schema, path, there, at)
     types, all_types = _types(schema), raw_types(schema)
-    batches = [batch for batch in read_file(path, types, there) if batch.num_rows]
-    days = [pa.repeat(at, batch.num_rows) for batch in batches if at is not None]
-    if at is None:
-        moments = (typed(path, batch.select([_time_column(schema)]), all_types) for batch in batches)
+    batches = [batch for batch in read_file(path, types, there, request_form(schema)) if batch.num_rows]
+    days = [pa.repeat(at or "", batch.num_rows) for batch in batches]
+    if at is None and schema.time is not None:
+        moments = (typed(path, batch.select([schema.moment]), all_types) for batch in batches)
         days = [days_of(path, moment, schema.time) for moment in moments]
     if not batches:
         kinds = {name: types[name].arrow if name in types else pa.string() for name in there}
         return {name: pa.nulls(0, kind) for name, kind in kinds.items()}, pa.nulls(0, pa.string())
     rows = {name: pa.concat_arrays([batch[name] for batch in batches]) for name in there}
-    if rows[schema.group.column].null_count:
+    if schema.group is not None and rows[schema.group.column].null_count:
         raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
     return rows, pa.concat_arrays(days)
 
@@ -158,7 +152,7 @@ def _features(joined: Joined, moment: str, rows: Mapping[str, Any], past: Past |
     """Return every feature of rows of one day, as a table."""
     schema = joined.schema
     columns = joined.columns(moment, rows)
-    if past is not None:
+    if past is not None and schema.group is not None:
         made = past.histories.features(group_ids(columns[schema.group.column]))
         columns |= {name: _arrow(values) for name, values in made.items()}
     return pa.table({column.name: columns[column.name].cast(feature_type(column).arrow) for column in schema.features})

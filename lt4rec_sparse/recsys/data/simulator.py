@@ -42,10 +42,9 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import read_json
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.planted import draw_fields, feature_kinds, planted_schema, signals, standardised
-from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError, prepared_folder
+from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, TRUTH, DataError, prepared_folder
 from lt4rec_sparse.recsys.metrics import AUC
 
-TRUTH = "truth.json"
 FIRST_DAY = date(2024, 1, 1)
 FACTORS = 6
 SEGMENTS, AGES, CATEGORIES, TAGS, TABS, HOURS = 16, 6, 20, 40, 5, 24

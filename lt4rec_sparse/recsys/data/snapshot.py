@@ -15,9 +15,9 @@ from lt4rec_sparse.recsys.data.source import DataError, Source
 
 
 class Snapshot(NamedTuple):
-    """Tables of features as of a day."""
+    """Tables of features as of a day; None of a log without a time."""
 
-    day: str
+    day: str | None
     tables: tuple[FeatureTable, ...]
 
     @property
@@ -46,25 +46,27 @@ def take_snapshot(
     schema = source.schema
     tables: list[FeatureTable] = []
     past = None
-    keys = [schema.group.column, *(join.on for join in schema.joins)]
+    if at is not None and schema.time is None:
+        raise DataError(f"--at: got {at!r}, wanted none: the log has no [time]")
+    keys = list(schema.keys)
     features = {column.name for column in schema.columns}
     joined = Joined(source, keys, [column.name for column in schema.columns])
     if not schema.histories and not any(side.columns for side in joined.sides):
         wanted = "a model with histories, or features of side tables"
         raise DataError(f"schema {schema.name!r}: got no feature that is found by a key, wanted {wanted}")
-    if schema.histories or at is None:
+    if schema.histories or (at is None and schema.time is not None):
         log = partition(source, scratch, CHUNK_ROWS, progress)
         at = day_after(log) if at is None else at
         past = Past(source, log)
         past.advance(log.earlier(at, "--at"))
-    else:
+    elif at is not None:
         check_days(source, [at], "--at")
     for side in joined.sides:
-        columns = side.columns | joined.derived(at, side.columns)
+        columns = side.columns | joined.derived(at or "", side.columns)
         raw = {name: raw_column(column) for name, column in columns.items() if name in features}
         if raw:
             tables.append(FeatureTable(side.on, side.keys, raw))
-    if past is not None and schema.histories:
+    if past is not None and schema.histories and schema.group is not None:
         groups = past.histories.groups
         tables.append(FeatureTable(schema.group.column, groups, past.histories.features(groups)))
     return Snapshot(at, tuple(tables))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.ranker.features import Column, Schema
-from lt4rec_sparse.recsys.data.source import NULL_TEXTS
+from lt4rec_sparse.recsys.data.reading import missing_texts
 
 WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pq.ParquetWriter}
 
@@ -69,24 +69,27 @@ def csv_table(schema: Schema, table: Any) -> Any:
         InputError: If a text would be read as missing, as several values or on several lines.
     """
     features = {column.name: column for column in schema.features}
+    missing = missing_texts(schema)
     columns = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
         if name in features and features[name].kind == "multi":
-            values = _joined_lists(features[name], values)
+            values = _joined_lists(features[name], values, missing)
         elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             if name in features:
-                _refuse_first(name, values, pc.is_in(values, pa.array(NULL_TEXTS)))
+                _refuse_first(name, values, pc.is_in(values, pa.array(missing, pa.string())))
+                if "" not in missing:
+                    _refuse_first(name, values, values.is_null())
             _refuse_first(name, values, _has_line_break(values))
         columns[name] = values
     return pa.table(columns)
 
 
-def _joined_lists(column: Column, lists: Any) -> Any:
+def _joined_lists(column: Column, lists: Any, missing: tuple[str, ...]) -> Any:
     texts = lists.cast(pa.list_(pa.string()))
     items = pc.list_flatten(texts)
     _refuse_first(column.name, items, pc.match_substring(items, column.separator))
     _refuse_first(column.name, items, pc.not_equal(pc.utf8_trim_whitespace(items), items))
-    _refuse_first(column.name, items, pc.is_in(items, pa.array(NULL_TEXTS)))
+    _refuse_first(column.name, items, pc.is_in(items, pa.array(missing, pa.string())))
     _refuse_first(column.name, items, _has_line_break(items))
     return pc.binary_join(texts, column.separator)
 

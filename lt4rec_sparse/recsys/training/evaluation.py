@@ -19,7 +19,7 @@ class Predictions(NamedTuple):
     probabilities: dict[str, Tensor]  # per task float32, also for rows of other tasks
     rows: dict[str, Tensor]
     labels: dict[str, Tensor]
-    groups: Tensor
+    groups: Tensor | None
     values: dict[str, Tensor]
 
 
@@ -38,13 +38,14 @@ def evaluate(
         for task, kind in kinds.items():
             rows = rows_of(batch, task)
             logits = model(batch.features.take(rows), task).squeeze(1).double()
-            labels, groups = batch.labels[task][rows].double(), batch.groups[rows]
+            labels, groups = batch.labels[task][rows].double(), None if batch.groups is None else batch.groups[rows]
             inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
             for name, chosen in inside.items():
-                metrics = parts.setdefault(name, {}).setdefault(task, metrics_of(kind, top_k))
-                pick = [t if chosen is None else t[chosen] for t in (logits, labels, groups)]
+                metrics = parts.setdefault(name, {}).setdefault(task, metrics_of(kind, top_k, groups is not None))
+                pick = slice(None) if chosen is None else chosen
+                of_groups = None if groups is None else groups[pick].numpy()
                 for metric in metrics.values():
-                    metric.update(*(t.numpy() for t in pick))
+                    metric.update(logits[pick].numpy(), labels[pick].numpy(), of_groups)
     return {
         name: {task: {key: metric.compute() for key, metric in metrics.items()} for task, metrics in tasks.items()}
         for name, tasks in parts.items()
@@ -56,6 +57,7 @@ def predict(model: nn.Module, stream: BatchStream, tasks: tuple[str, ...]) -> Pr
     """Score every row of one epoch of `stream` for every task, including rows that belong to no task."""
     model.eval()
     batches = list(stream.epoch(0))
+    groups = [batch.groups for batch in batches if batch.groups is not None]
     scores = {
         task: torch.cat([torch.sigmoid(model(batch.features, task).squeeze(1)) for batch in batches]) for task in tasks
     }
@@ -63,6 +65,6 @@ def predict(model: nn.Module, stream: BatchStream, tasks: tuple[str, ...]) -> Pr
         scores,
         {task: torch.cat([batch.rows[task] for batch in batches]) for task in tasks},
         {task: torch.cat([batch.labels[task] for batch in batches]) for task in tasks},
-        torch.cat([batch.groups for batch in batches]),
+        torch.cat(groups) if groups else None,
         {name: torch.cat([batch.values[name] for batch in batches]) for name in batches[0].values},
     )

@@ -26,9 +26,10 @@ from lt4rec_sparse.ranker.features import Schema, Split
 from lt4rec_sparse.recsys.data import Batch, DataError, Prepared, prepare
 from lt4rec_sparse.recsys.data.days import partition
 from lt4rec_sparse.recsys.data.joined import SideTable
-from lt4rec_sparse.recsys.data.prepare import load_encoder, split_days
+from lt4rec_sparse.recsys.data.prepare import load_encoder
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import open_source
+from lt4rec_sparse.recsys.data.splits import split_days
 
 Log = dict[str, list[Any]]
 Make = Callable[..., tuple[Path, Schema]]
@@ -133,7 +134,7 @@ def test_csv_and_parquet_prepare_alike(make: Make, tmp_path: Path) -> None:
 def test_exact_duplicates_of_a_day_are_dropped(make: Make, log: Log, tmp_path: Path) -> None:
     twice = {name: values + values[:2] for name, values in log.items()}
     twice["note"] = [0] * 6 + [0, 1]  # the last one differs in a column that nobody reads
-    folder, schema = make(twice)
+    folder, schema = make(twice, duplicates="drop")
     counts = prepare(folder, tmp_path / "out", schema).counts
     assert (counts["rows_read"], counts["duplicates"], counts["train"]["rows"]) == (8, 1, 3)
 
@@ -141,7 +142,7 @@ def test_exact_duplicates_of_a_day_are_dropped(make: Make, log: Log, tmp_path: P
 def test_duplicates_across_files_and_in_lists_are_dropped(make: Make, log: Log, tmp_path: Path) -> None:
     log |= {"tags": [["a", "b"], [], ["b"], ["a", "b"], ["a"], ["c"]]}
     make(log, name="log_1.parquet")
-    folder, schema = make(log, name="log_2.parquet")
+    folder, schema = make(log, name="log_2.parquet", duplicates="drop")
     assert prepare(folder, tmp_path / "out", schema).counts["duplicates"] == 6
 
 

@@ -318,3 +318,22 @@ def test_a_table_in_csv_is_read_back_equal_or_refused(rows: list[tuple[Any, list
         read = [read_candidates(Path(name) / f"rows.{kind}", schema)[0] for kind in ("csv", "parquet")]
     for column in types:
         assert values_of(read[0][column]) == values_of(read[1][column]) == values[column]
+
+
+def test_days_of_a_log_without_histories_are_read_in_its_form(make: Make) -> None:
+    """The log has no header, another delimiter and days in a format; requests are plain CSV."""
+    names = ["user", "video", "day", "click"]
+    columns = [{"name": "video", "type": "int"}, {"name": "town"}]
+    tasks = [{"name": "ctr", "kind": "binary", "label": "click"}]
+    files = {"log": ["log.txt"], "delimiter": "|", "names": names}
+    joins = [{"files": ["users.csv"], "on": "user", "delimiter": ","}]
+    time = {"day": "day", "format": "%d/%m/%Y"}
+    changes = {"columns": columns, "tasks": tasks, "files": files, "joins": joins, "time": time}
+    made = make(histories=[], slices=[], **changes)
+    (made[0] / "log.txt").write_text("1|1|25/04/2022|1\n2|1|26/04/2022|0\n")
+    asked = {"user": [1, 2], "video": [1, 2]}
+    assert made_of(made, asked, at="2022-05-01").table["town"].to_pylist() == ["Ulm", None]
+    assert made_of(made, asked | {"day": ["01/05/2022"] * 2}).absent == ()
+    with pytest.raises(DataError, match="--at: got day '7', wanted one in the form of the log's days, such as 2022-04"):
+        made_of(made, asked, at="7")
+    assert made_of(made, {"user": [1]}, at="2022-05-01").absent == ("video",)

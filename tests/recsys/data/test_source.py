@@ -13,7 +13,8 @@ import pytest
 
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data import DataError, kuairand_schema, open_source, read_candidates
-from lt4rec_sparse.recsys.data.source import RawType, raw_types, read_file
+from lt4rec_sparse.recsys.data.reading import read_file
+from lt4rec_sparse.recsys.data.source import RawType, raw_types
 
 BAGS = RawType(pa.list_(pa.int64()), "|")
 
