@@ -234,7 +234,7 @@ class CrossedEmbeddings(nn.Module):
 
     def can_take(self, given: Mapping[str, Tensor]) -> bool:
         """Whether given vectors are of fields, and finite; if not, `check` says what is wrong."""
-        columns = {field.column for field in self.fields}
+        columns = {field.column for field in self.fields} if given else set()  # most requests give none
         return all(
             column in columns and rows.dtype in VALUE_DTYPES and bool(rows.isfinite().all())
             for column, rows in given.items()

@@ -78,9 +78,9 @@ def rank_scores(factors: Mapping[str, Scores | Doubles], powers: Mapping[str, fl
         for name, power in powers.items():
             factor = factors[name].astype(np.float64)
             product *= factor if power == 1 else factor**power
-    wrong = ~np.isfinite(product)
-    if wrong.any():
-        row = int(wrong.argmax())
+    finite = np.isfinite(product)
+    if not finite.all():
+        row = int(finite.argmin())
         raise InputError(f"rank score of row {row}: got {product[row]:g}, wanted a finite number")
     return product
 
