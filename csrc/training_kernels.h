@@ -161,7 +161,7 @@ void weights_blocks(const Isa* isa, const TrainingLayer* layer, int64_t first, i
     for (; block + kBlocks <= ends[g]; block += kBlocks) {
       inputs(block + kBlocks, next);
       add_block_gradients<V, kBlocks>(by_row, now, next, gradient + int64_t{block} * GROUP * QUAD);
-      std::copy(next, next + kBlocks, now);
+      for (int b = 0; b < kBlocks; ++b) now[b] = next[b];
     }
     for (int b = 0; block < ends[g]; ++block, ++b)
       add_block_gradients<V, 1>(by_row, now + b, now + b, gradient + int64_t{block} * GROUP * QUAD);

@@ -1,5 +1,4 @@
 // The readable definition of the training kernels, and what other processors run.
-#include <algorithm>
 #include <cmath>
 
 #include "training.h"
