@@ -126,7 +126,7 @@ def test_missing_means_the_same_in_csv_and_parquet(
     pq.write_table(pa.table({"land": known}), folder / "a.parquet")
     wanted = [None if text in missing else text for text in known]
     assert read(folder / "a.csv", form, land=TEXT) == read(folder / "a.parquet", form, land=TEXT) == {"land": wanted}
-    pq.write_table(pa.table({"land": pa.array(texts).dictionary_encode()}), folder / "b.parquet")
+    pq.write_table(pa.table({"land": pa.array(texts, pa.string()).dictionary_encode()}), folder / "b.parquet")
     assert read(folder / "b.parquet", form, land=TEXT)["land"] == [None if t in missing else t for t in texts]
 
 
