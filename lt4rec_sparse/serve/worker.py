@@ -52,7 +52,7 @@ def run(settings: Settings, host: str, port: int, workers: int, stop_seconds: in
             backlog=backlog,
             timeout_keep_alive=75,  # longer than a balancer's minute, so that it is the one to close
             timeout_graceful_shutdown=stop_seconds,
-            timeout_worker_healthcheck=30,  # a worker that loads holds Python's lock for longer than the usual 5
+            timeout_worker_healthcheck=10,  # while it loads, a worker can hold Python's lock for longer than the usual 5
         )
         if folder and (Path(folder) / REFUSED).exists():
             raise SystemExit(STARTUP_FAILURE)  # uvicorn ends with 0 when its workers could not start
@@ -65,7 +65,8 @@ def app() -> Any:
     """Return the application of this process, its model loaded and warmed up.
 
     Raises:
-        SystemExit: If the artefact cannot be served, or the examples are none of its requests, after one line.
+        SystemExit: If the artefact cannot be served, or the examples are none of its requests, after one line. One of
+            several workers ends its process.
     """
     from lt4rec_sparse.serve.app import create_app
     from lt4rec_sparse.serve.service import LOG, Service
@@ -84,6 +85,10 @@ def app() -> Any:
         print(f"lt4rec-sparse: {error}", file=sys.stderr)  # noqa: T201  # as the command line says what it refuses
         if service.settings.shared_folder:
             (Path(service.settings.shared_folder) / REFUSED).touch()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # At once: Python takes long to end, and a supervisor that asks a worker on its way out waits for an answer.
+            os._exit(STARTUP_FAILURE)
         raise SystemExit(STARTUP_FAILURE) from error
     return create_app(service)
 
