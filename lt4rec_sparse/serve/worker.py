@@ -52,7 +52,7 @@ def run(settings: Settings, host: str, port: int, workers: int, stop_seconds: in
             backlog=backlog,
             timeout_keep_alive=75,  # longer than a balancer's minute, so that it is the one to close
             timeout_graceful_shutdown=stop_seconds,
-            timeout_worker_healthcheck=10,  # while it loads, a worker can hold Python's lock for longer than the usual 5
+            timeout_worker_healthcheck=10,  # while it loads, a worker can hold Python's lock for more than the usual 5
         )
         if folder and (Path(folder) / REFUSED).exists():
             raise SystemExit(STARTUP_FAILURE)  # uvicorn ends with 0 when its workers could not start
