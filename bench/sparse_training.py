@@ -30,7 +30,7 @@ from lt4rec_sparse.stopwatch import interleaved
 WIDTHS = (1024, 512, 256, 128)
 TASKS = ("ctr", "cvr")
 KINDS: dict[str, Callable[..., Mask]] = {"blocks": block_mask, "single weights": uniform_mask}
-SPARSITIES, BATCHES, THREADS = (0.8, 0.9, 0.95), (1024, 4096), (1, 2)
+SPARSITIES, BATCHES, THREADS = (0.5, 0.8, 0.9, 0.95), (1024, 4096), (1, 2)
 DENSE = ("dense fp32", "dense bf16")
 
 
