@@ -107,6 +107,7 @@ def constants_of(module: nn.Module) -> Tensor:
 def of_constants(slope: Tensor) -> Dice:
     """Return the Dice that computes with scale, shift and alpha, `[3, features]`: `constants_of` it gives their bits.
 
+    It is in `eval()`, since in training it would compute with the statistics of each batch, and take them over.
     Its norm has a weight and a bias: powers of two where a scale is that of no variance, else 1 or -1; and what the
     rounding of the mean left of the shift.
     """
@@ -127,7 +128,7 @@ def of_constants(slope: Tensor) -> Dice:
     norm.bias.data = (shift + norm.running_mean.double() * scale).float()
     module.bn = norm
     module.alpha.data = alpha.float()
-    return module
+    return module.eval()
 
 
 def _norm_of(module: nn.Module) -> nn.BatchNorm1d:

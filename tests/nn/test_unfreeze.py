@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from oracle import UNIT_ROUNDOFF, Bounded, activated, assert_exact, assert_rounding, small_integers
+from oracle import (
+    UNIT_ROUNDOFF,
+    Bounded,
+    Layer,
+    activated,
+    assert_exact,
+    assert_rounding,
+    mlp_reference,
+    small_integers,
+)
 from pruned_models import Residual, in_blocks, pruned
 from torch import nn
 
@@ -44,9 +53,16 @@ def test_every_activation_leads_back():
 @pytest.mark.parametrize("activation", [nn.PReLU(8, init=-0.3), Dice(8)], ids=["PReLU", "Dice"])
 def test_activations_with_parameters_compute_in_16_bits(dtype, activation):
     mlp = SparseMLP.from_sequential(nn.Sequential(pruned(9, 8), activation, pruned(8, 4)))
+    first, _, last = mlp.to_dense()
+    of_first = mlp.network.hidden[0]
+    layers = [
+        Layer(first.weight.detach(), first.bias.detach(), of_first.activation, of_first.slope),
+        Layer(last.weight.detach(), last.bias.detach(), "none"),
+    ]
     x, dense = torch.randn(5, 9), mlp.to(dtype).to_dense()
-    assert dense(x.to(dtype)).dtype == dtype
-    torch.testing.assert_close(dense(x.to(dtype)).float(), mlp(x), rtol=0.1, atol=0.05)
+    y = dense(x.to(dtype)).detach()
+    assert y.dtype == dtype
+    assert_rounding(y, mlp_reference(x, layers, accumulate=dtype, operands=dtype))
 
 
 @pytest.mark.parametrize("layer", [pruned(9, 6), in_blocks(40, 32), nn.Linear(3, 2, bias=False)])
