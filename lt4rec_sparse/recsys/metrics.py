@@ -59,26 +59,38 @@ class AUC:
         return float((positive * below).sum() / pairs) if pairs else float("nan")
 
 
-class GAUC:
-    """AUC within each group (user), averaged with the group's row count as weight; groups of one class do not count.
-
-    Exact: it keeps 13 bytes per row.
-    """
+class _OfGroups:
+    """The rows of all groups, 13 bytes per row."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
+        self._parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
     def update(self, logits: Array, labels: Array, groups: Groups) -> None:
         """Add rows; without groups a ValueError."""
         if groups is None:
             raise ValueError("groups: got none, wanted the group of each row")
-        self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
+        self._parts.append((groups, logits.astype(np.float32), labels > 0.5))
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]] | None:
+        """Return the groups, logits and labels of all rows; None if there is none."""
+        if not sum(len(groups) for groups, *_ in self._parts):
+            return None
+        groups, logits, positive = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        return groups, logits, positive
+
+
+class GAUC(_OfGroups):
+    """AUC within each group (user), averaged with the group's row count as weight; groups of one class do not count.
+
+    Exact.
+    """
 
     def compute(self) -> float:
         """Return the weighted mean over groups with both classes."""
-        if not sum(len(part[0]) for part in self.parts):
+        rows_of_groups = self.rows()
+        if rows_of_groups is None:
             return float("nan")
-        groups, logits, positive = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        groups, logits, positive = rows_of_groups
         order = np.lexsort((logits, groups))
         groups, logits, positive = groups[order], logits[order], positive[order]
         starts = np.r_[True, groups[1:] != groups[:-1]]
@@ -95,30 +107,25 @@ class GAUC:
         return float(np.average(wins[both] / pairs[both], weights=rows[both])) if both.any() else float("nan")
 
 
-class _AtTop:
+class _AtTop(_OfGroups):
     """The rows of each group in descending order of their logits; a mean over the groups with a positive row.
 
     Rows of one logit stand in a random order: a metric is its expected value over all of them, so that a constant
-    scores what chance does. It keeps 13 bytes per row.
+    scores what chance does.
     """
 
     def __init__(self, k: int) -> None:
         if k < 1:
             raise ValueError(f"k: got {k}, wanted at least 1")
+        super().__init__()
         self.k = k
-        self.parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
-
-    def update(self, logits: Array, labels: Array, groups: Groups) -> None:
-        """Add rows; without groups a ValueError."""
-        if groups is None:
-            raise ValueError("groups: got none, wanted the group of each row")
-        self.parts.append((groups, logits.astype(np.float32), labels > 0.5))
 
     def compute(self) -> float:
         """Return the mean over groups; NaN if none has a positive row."""
-        if not sum(len(part[0]) for part in self.parts):
+        rows_of_groups = self.rows()
+        if rows_of_groups is None:
             return float("nan")
-        groups, logits, positive = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        groups, logits, positive = rows_of_groups
         order = np.lexsort((-logits, groups))
         groups, logits, positive = groups[order], logits[order], positive[order]
         is_first = np.r_[True, groups[1:] != groups[:-1]]

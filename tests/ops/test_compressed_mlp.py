@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -244,16 +245,6 @@ def test_values_of_another_pattern_raise() -> None:
         ops.pattern_of(torch.zeros(3, 4), is_blocks=False)
 
 
-class forced:  # noqa: N801
+def forced(isa: str) -> AbstractContextManager[None]:
     """Hold the engine to an instruction set, where there is an engine."""
-
-    def __init__(self, isa: str) -> None:
-        self._held = None if isa == "reference" else cpu.forced_isa(isa)
-
-    def __enter__(self) -> None:
-        if self._held:
-            self._held.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._held:
-            self._held.__exit__(*error)
+    return nullcontext() if isa == "reference" else cpu.forced_isa(isa)
