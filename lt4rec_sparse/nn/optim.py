@@ -86,12 +86,16 @@ class MaskedAdam:
         weight_decay: float = 0.0,
     ) -> None:
         self._masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
-        self._compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
         self._sparse = [m for m in model.modules() if isinstance(m, MaskedLinear | CompressedLinear)]
         self._check_weights()
         self._adam = torch.optim.Adam(model.parameters(), learning_rate, betas, eps, weight_decay, fused=True)
         masked = {id(layer.weight) for layer in self._masked}
-        self._owners = {part: owners for layer in self._compressed for part, owners in _owned(layer)}
+        self._owners = {
+            part: owners
+            for layer in self._sparse
+            if isinstance(layer, CompressedLinear)
+            for part, owners in zip(layer.parts, layer.owners, strict=True)
+        }
         self._free = [p for p in model.parameters() if id(p) not in masked and p not in self._owners]
         self._gather([_nothing(layer) for layer in self._masked])
 
@@ -316,10 +320,6 @@ class MaskedAdam:
         if not all(torch.equal(layer.masks, mask) for layer, mask in zip(self._masked, self._masks, strict=True)):
             raise RuntimeError("masks: they changed since the last remask(), wanted remask() after every change")
         self._versions = versions
-
-
-def _owned(layer: CompressedLinear) -> list[tuple[nn.Parameter, frozenset[str]]]:
-    return list(zip(layer.parts, layer.owners, strict=True))
 
 
 def _size(layer: MaskedLinear | CompressedLinear) -> int:

@@ -215,7 +215,7 @@ def _of_epochs(column: Any, unit: str) -> Any:
         us = pc.round(pc.multiply(column.cast(pa.float64()), UNITS_US[unit])).cast(pa.int64())
     moments = us.cast(pa.timestamp("us"))
     years = pc.year(moments)
-    odd = pc.or_(pc.less(years, PLAUSIBLE.start), pc.greater(years, PLAUSIBLE.stop))
+    odd = pc.or_(pc.less(years, PLAUSIBLE.start), pc.greater_equal(years, PLAUSIBLE.stop))
     for value, moment in zip(column.filter(odd).slice(0, 1000), moments.filter(odd).slice(0, 1000), strict=True):
         other = next((name for name in UNITS_US if _is_plausible(value.as_py(), name)), None)
         if other is not None:
