@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from bench import default, experiments, gpu, networks, record, serving, sparse_training, wide
@@ -215,7 +215,7 @@ def _training_of(found: dict[str, Any]) -> str:
     rows = [[name, f"{rate:,.0f}"] for name, rate in steps["rows_per_second"].items()]
     of = steps["rows_per_second"]
     ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
-    # Records from before there were sparse gradients lack the last part.
+    # Older records lack the last parts.
     large = [_large_tables(found["embeddings"])] if "embeddings" in found else []
     return "\n\n".join(
         [
@@ -224,17 +224,40 @@ def _training_of(found: dict[str, Any]) -> str:
             f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
             "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
             f"{search['ours_s']:.0f} s (two processes, bf16, the baseline as first round), where the plain loop takes "
-            f"{search['plain_s']:.0f} s (fp32, two threads, baselines apart).",
+            f"{search['plain_s']:.0f} s (fp32, two threads, baselines apart).{_search_in_blocks(search)}",
+            *([_joint_training(found["joint"])] if "joint" in found else []),
             *large,
         ]
     )
 
 
+def _search_in_blocks(search: dict[str, Any]) -> str:
+    if "ours_in_blocks_s" not in search:
+        return ""
+    return f" In blocks, by steps of kept weights alone from the second round on: {search['ours_in_blocks_s']:.0f} s."
+
+
+def _joint_training(found: list[dict[str, Any]]) -> str:
+    metrics = [
+        (task, MAIN_METRIC["binary" if "auc" in of_task else "ratio"])
+        for task, of_task in found[0]["validation"].items()
+    ]
+    rows = []
+    for steps in dict.fromkeys(part["steps"] for part in found):
+        parts = [part for part in found if part["steps"] == steps]
+        line = [steps, f"{median(part['train_s'] for part in parts):.1f}"]
+        for task, metric in metrics:
+            values = [part["validation"][task][metric] for part in parts]
+            line.append(", ".join(f"{value:.5f}" for value in values))
+        rows.append(line)
+    header = ["joint training in blocks, 20 % kept; steps", "seconds, median"]
+    header += [f"{task}: validation {metric} of each seed" for task, metric in metrics]
+    return table(header, rows)
+
+
 def _large_tables(found: dict[str, Any]) -> str:
     us = {name: timing["median_us"] for name, timing in found["timings_us"].items()}
-    rows = [
-        [name, f"{median / 1e3:.2f}", f"{median / us['torch.optim.SparseAdam']:.2f}"] for name, median in us.items()
-    ]
+    rows = [[name, f"{taken / 1e3:.2f}", f"{taken / us['torch.optim.SparseAdam']:.2f}"] for name, taken in us.items()]
     what = f"{found['batch']:,} rows of a table of {found['rows']:,} x {found['dim']}: lookup, gradient and step"
     return table([what, "ms", "against SparseAdam"], rows)
 

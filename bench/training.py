@@ -1,4 +1,4 @@
-"""How fast training is: steps compared with another library on the same rows, the mask search, and large tables.
+"""How fast training is: steps beside another library, the mask search, joint training, and large tables.
 
 The opponent is torch-rechub's MMoE (`pip install torch-rechub`), with the same rows, fields, embedding and expert
 widths, optimiser and batch. Its layers are its own: batch normalisation in every MLP, one lookup per field. It is timed
@@ -9,6 +9,8 @@ The plain loop is Algorithm 1 as in every public implementation: each round read
 `weight * mask` in float32 with torch's Adam over every weight, one task after another, and trains the single-task
 baselines separately.
 
+Joint training of sparse sharing is timed as a whole, by dense steps and by those of kept weights alone.
+
 A step of embeddings alone, in a large table: `MaskedAdam` with dense gradients and with sparse ones, beside
 `torch.optim.SparseAdam`. Lookup, gradient and step are timed together.
 """
@@ -18,8 +20,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,12 +39,14 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Batch, Prepared
 from lt4rec_sparse.recsys.harness.jobs import DATA, jobs_of, run_jobs
+from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import Rows
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.models import build, loss_of
 from lt4rec_sparse.recsys.training import Joint, TaskLosses, fastest_dtype, train
 from lt4rec_sparse.stopwatch import interleaved
 
+SEEDS = 3
 BATCH, STEPS = 1024, 20  # one call of the stopwatch trains this many batches
 EXPERTS, EXPERT, TOWER = 4, (256, 128), (128,)  # those of our MMoE at 512-256-128
 TASKS = ("ctr", "cvr")
@@ -66,7 +70,13 @@ def measured(data: Path, steps: int, rounds: int) -> dict[str, Any]:
     prepared = Prepared.load(data)
     found = _steps(prepared, steps, rounds)
     where = {"machine": record.machine(), "threads": torch.get_num_threads()}
-    return {**where, "steps": found, "search": _search(prepared), "embeddings": embedding_steps(TABLE, rounds)}
+    return {
+        **where,
+        "steps": found,
+        "search": _search(prepared),
+        "joint": _joint(prepared, SEEDS if rounds > 1 else 1),
+        "embeddings": embedding_steps(TABLE, rounds),
+    }
 
 
 def _steps(prepared: Prepared, steps: int, rounds: int) -> dict[str, Any]:
@@ -191,21 +201,51 @@ def _embedding_step(embedding: nn.Embedding, optimizer: Any, generator: torch.Ge
 def _search(prepared: Prepared) -> dict[str, Any]:
     """Time the search of both tasks' tickets, including baselines, and the plain loop."""
     training = Training(dtype=fastest_dtype())
-    rows = Rows(TASKS, training)
-    trials = [Trial("sparse_sharing", TASKS, masks=Masks(search=rows.search()), training=training)]
-    result: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        (Path(folder) / DATA).symlink_to(prepared.folder.resolve())
-        wanted = {key: job for key, job in jobs_of(Path(folder), trials).items() if not isinstance(key, Trial)}
-        started = perf_counter()
-        run_jobs(wanted)
-        result["ours_s"] = perf_counter() - started
-        shutil.rmtree(Path(folder) / "searches")
+    result = {
+        "ours_s": _seconds_of_search(prepared, Rows(TASKS, training)),
+        "ours_in_blocks_s": _seconds_of_search(
+            prepared, Rows(TASKS, replace(training, sparse_steps=True), granularity="16x4")
+        ),
+    }
     started = perf_counter()
     for task in TASKS:
-        plain_search(prepared, task, training, rows.search())
-    result["plain_s"] = perf_counter() - started
-    return result
+        plain_search(prepared, task, training, Rows(TASKS, training).search())
+    return {**result, "plain_s": perf_counter() - started}
+
+
+def _seconds_of_search(prepared: Prepared, rows: Rows) -> float:
+    trial = Trial("sparse_sharing", TASKS, masks=Masks(search=rows.search()), training=rows.training)
+    with _folder(prepared) as folder:
+        wanted = {key: job for key, job in jobs_of(folder, [trial]).items() if not isinstance(key, Trial)}
+        started = perf_counter()
+        run_jobs(wanted)
+        return perf_counter() - started
+
+
+def _joint(prepared: Prepared, seeds: int) -> list[dict[str, Any]]:
+    """Train sparse sharing through random blocks, of a fifth of the weights: by dense steps, and by kept weights alone.
+
+    What is timed is a whole training: batches, embeddings, the optimiser, and the validation days' losses.
+    """
+    found = []
+    for seed in range(seeds):
+        for steps in ("dense", "kept weights alone"):
+            training = Training(sparse_steps=steps != "dense")
+            masks = Masks("random", Search(training, granularity="16x4", density=0.2))
+            trial = Trial("sparse_sharing", TASKS, seed, training, masks, is_tested=False)
+            with _folder(prepared) as folder:
+                judged = Laboratory(prepared, folder).run(trial)
+            metrics = {task: judged["validation"]["all"][task] for task in TASKS}
+            found.append({"steps": steps, "seed": seed, "train_s": judged["seconds"]["train"], "validation": metrics})
+    return found
+
+
+@contextlib.contextmanager
+def _folder(prepared: Prepared) -> Iterator[Path]:
+    """Yield a folder in which nothing was trained on the log yet."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / DATA).symlink_to(prepared.folder.resolve())
+        yield Path(folder)
 
 
 def plain_search(prepared: Prepared, task: str, training: Training, search: Search) -> list[float]:

@@ -194,6 +194,49 @@ struct BlocksS8 {
 #include "entries.h"
 #include "transpose_avx.h"
 
+// Sixteen rows by sixteen columns: whole lines of the cache on both sides. Full masks spare a false warning of GCC 12.
+inline void transpose_16x16(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 row[16], pair[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_maskz_unpacklo_ps(0xffff, row[i], row[i + 1]);
+    pair[i + 1] = _mm512_maskz_unpackhi_ps(0xffff, row[i], row[i + 1]);
+  }
+  // row[4 q + k]: rows 4 q to 4 q + 3 of columns k, 4 + k, 8 + k and 12 + k.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    row[i] = _mm512_maskz_shuffle_ps(0xffff, pair[i], pair[i + 2], 0x44);
+    row[i + 1] = _mm512_maskz_shuffle_ps(0xffff, pair[i], pair[i + 2], 0xee);
+    row[i + 2] = _mm512_maskz_shuffle_ps(0xffff, pair[i + 1], pair[i + 3], 0x44);
+    row[i + 3] = _mm512_maskz_shuffle_ps(0xffff, pair[i + 1], pair[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m512 even_low = _mm512_maskz_shuffle_f32x4(0xffff, row[k], row[4 + k], 0x88);
+    const __m512 even_high = _mm512_maskz_shuffle_f32x4(0xffff, row[8 + k], row[12 + k], 0x88);
+    const __m512 odd_low = _mm512_maskz_shuffle_f32x4(0xffff, row[k], row[4 + k], 0xdd);
+    const __m512 odd_high = _mm512_maskz_shuffle_f32x4(0xffff, row[8 + k], row[12 + k], 0xdd);
+    _mm512_storeu_ps(to + k * to_stride, _mm512_maskz_shuffle_f32x4(0xffff, even_low, even_high, 0x88));
+    _mm512_storeu_ps(to + (4 + k) * to_stride, _mm512_maskz_shuffle_f32x4(0xffff, odd_low, odd_high, 0x88));
+    _mm512_storeu_ps(to + (8 + k) * to_stride, _mm512_maskz_shuffle_f32x4(0xffff, even_low, even_high, 0xdd));
+    _mm512_storeu_ps(to + (12 + k) * to_stride, _mm512_maskz_shuffle_f32x4(0xffff, odd_low, odd_high, 0xdd));
+  }
+}
+
+void transpose_by_16(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                     int64_t to_stride) {
+  const int64_t whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
+  for (int64_t c = 0; c < whole_columns; c += 16)
+    for (int64_t r = 0; r < whole_rows; r += 16)
+      transpose_16x16(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+  transpose_f32(from + whole_columns, from_stride, rows, columns - whole_columns, to + whole_columns * to_stride,
+                to_stride);
+  transpose_f32(from + whole_rows * from_stride, from_stride, rows - whole_rows, whole_columns, to + whole_rows,
+                to_stride);
+}
+
 // bits_of_rounded of sixteen values, at half the instructions that compilers make of it. The lower half stays.
 inline __m512i rounded(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v), even = _mm512_set1_epi32(1);
@@ -409,7 +452,7 @@ extern "C" const Isa LT4REC_ISA = {
     slices_f32,     slices_bf16,        slices_widened_bf16,
     table_f32,      table_bf16,         table_s8,
     blocks_f32,     native(blocks_bf16), widened(blocks_bf16), blocks_s8,
-    transpose_f32,  widen_bf16,         round_bf16,          round_widened_bf16,
+    transpose_by_16, widen_bf16,         round_bf16,          round_widened_bf16,
     add_f32,        add_s32,            line_f32,            line_bf16,
     dequantize_s32,
     line_u8,        requantize_s32,     codes_f32,           recode_f32,

@@ -42,14 +42,13 @@ void clear_rest(int64_t features, float* panel) {
   std::fill(panel + features * PANEL_ROWS, panel + panel_floats(features), 0.0f);
 }
 
-// Rows of a batch as a panel: zeros where it has none. A line of the cache at a time, since rows a power of two apart
-// share few places of the first cache.
+// Rows of a batch as a panel: zeros where it has none.
 void to_panel(const Isa* isa, const float* from, int64_t stride, int64_t rows, int64_t features, float* panel) {
-  constexpr int64_t kLine = 8;
+  const int64_t at_once = kernels_of(isa).rows_at_once;
   if (rows < PANEL_ROWS) std::fill(panel, panel + features * PANEL_ROWS, 0.0f);
   clear_rest(features, panel);
-  for (int64_t row = 0; row < rows; row += kLine)
-    isa->transpose_f32(from + row * stride, stride, std::min(kLine, rows - row), features, panel + row, PANEL_ROWS);
+  for (int64_t row = 0; row < rows; row += at_once)
+    isa->transpose_f32(from + row * stride, stride, std::min(at_once, rows - row), features, panel + row, PANEL_ROWS);
 }
 
 void from_panel(const Isa* isa, const float* panel, int64_t rows, int64_t features, float* to, int64_t stride) {

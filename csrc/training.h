@@ -72,6 +72,9 @@ typedef struct {
                           const float* x, float* gradient, float* bias_gradient);
   // dz = 0 where h is at most 0.
   void (*gate)(const float* h, int64_t count, float* dz);
+  // Of a batch that are turned into a panel: where that reads parts of lines, few, since rows a power of two apart share
+  // few places of the first cache.
+  int64_t rows_at_once;
 } TrainingKernels;
 
 extern const TrainingKernels lt4rec_training_scalar;

@@ -42,7 +42,7 @@ struct Ymm {
 
 extern "C" const TrainingKernels lt4rec_training_avx2 = {
     forward_blocks<Ymm, 4, 2>,  inputs_blocks<Ymm, 2>,  weights_blocks<Ymm, 1>, forward_weights<Ymm, 2>,
-    inputs_weights<Ymm, 2>,     weights_weights<Ymm, 4>, gate<Ymm>};
+    inputs_weights<Ymm, 2>,     weights_weights<Ymm, 4>, gate<Ymm>, 8};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -47,7 +47,7 @@ struct Zmm {
 
 extern "C" const TrainingKernels lt4rec_training_avx512 = {
     forward_blocks<Zmm, 8, 2>,  inputs_blocks<Zmm, 4>,  weights_blocks<Zmm, 4>, forward_weights<Zmm, 2>,
-    inputs_weights<Zmm, 2>,     weights_weights<Zmm, 4>, gate<Zmm>};
+    inputs_weights<Zmm, 2>,     weights_weights<Zmm, 4>, gate<Zmm>, PANEL_ROWS};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -57,4 +57,4 @@ struct Plain {
 
 extern "C" const TrainingKernels lt4rec_training_scalar = {
     forward_blocks<Plain, 4, 1>,  inputs_blocks<Plain, 1>,  weights_blocks<Plain, 1>, forward_weights<Plain, 1>,
-    inputs_weights<Plain, 1>,     weights_weights<Plain, 1>, gate<Plain>};
+    inputs_weights<Plain, 1>,     weights_weights<Plain, 1>, gate<Plain>, 8};

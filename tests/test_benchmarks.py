@@ -140,6 +140,7 @@ def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     measured = json.loads(bench("training", str(small_log.folder), "--short"))
     assert set(measured["steps"]["rows_per_second"]) >= {"lt4rec_sparse, fp32", "lt4rec_sparse, bf16"}
     assert measured["search"]["ours_s"] > 0 and measured["search"]["plain_s"] > 0
+    assert {part["steps"] for part in measured["joint"]} == {"dense", "kept weights alone"}
     assert len(measured["embeddings"]["timings_us"]) == 3
 
 

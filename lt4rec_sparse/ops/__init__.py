@@ -19,6 +19,7 @@ from lt4rec_sparse.ops.sparse_mlp import (
     sparse_mlp,
     sparse_mlp_of,
 )
+from lt4rec_sparse.ops.tracing import is_traced
 
 __all__ = [
     "ROW_KINDS",
@@ -35,6 +36,7 @@ __all__ = [
     "cpu_engine",
     "executor",
     "is_autocast",
+    "is_traced",
     "layer_inputs",
     "layout_nbytes",
     "layouts",

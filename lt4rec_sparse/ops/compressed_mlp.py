@@ -11,6 +11,7 @@ from torch import Tensor
 from lt4rec_sparse.kernels import cpu, reference, training
 from lt4rec_sparse.kernels.autocast import without_autocast
 from lt4rec_sparse.kernels.training import TILE, Layer, Pattern
+from lt4rec_sparse.ops.tracing import is_traced
 
 # `patterns` holds the five tensors of each layer's `Pattern`, one layer after the other. `panels` is what the engine
 # keeps for the gradients, empty elsewhere: x and the outputs of every layer.
@@ -64,8 +65,11 @@ def compressed_mlp(
     Source: LT4REC (arXiv 2008.09872), section 2.2, `sNET * mask`.
     """
     _check(x, values, biases, patterns)
-    flat = [part for pattern in patterns for part in pattern]
-    h, _ = torch.ops.lt4rec_sparse.compressed_mlp(x, list(values), list(biases), flat)
+    if is_traced(x):
+        flat = [part for pattern in patterns for part in pattern]
+        h, _ = torch.ops.lt4rec_sparse.compressed_mlp(x, list(values), list(biases), flat)
+    else:
+        h, _ = _Eager.apply(patterns, x, *values, *biases)
     return cast(Tensor, h)
 
 
@@ -102,17 +106,15 @@ def _check(x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor], patter
         width = len(bias)
 
 
-def _layers(x: Tensor, values: list[Tensor], biases: list[Tensor], patterns: list[Tensor]) -> list[Layer]:
-    widths = [x.shape[1], *(len(bias) for bias in biases)]
-    of_layers = [Pattern(*patterns[5 * i : 5 * i + 5]) for i in range(len(values))]
+def _layers(x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[Layer]:
+    widths = [x.shape[1], *(bias.shape[0] for bias in biases)]
     return [
         Layer(pattern, of_layer.contiguous(), bias.contiguous(), width)
-        for pattern, of_layer, bias, width in zip(of_layers, values, biases, widths[:-1], strict=True)
+        for pattern, of_layer, bias, width in zip(patterns, values, biases, widths[:-1], strict=True)
     ]
 
 
-def _forward(x: Tensor, values: list[Tensor], biases: list[Tensor], patterns: list[Tensor]) -> tuple[Tensor, Tensor]:
-    layers = _layers(x, values, biases, patterns)
+def _forward(x: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor]:
     if cpu.is_available():
         return training.forward(layers, x)
     with without_autocast(x):
@@ -120,6 +122,53 @@ def _forward(x: Tensor, values: list[Tensor], biases: list[Tensor], patterns: li
 
 
 def _gradients(
+    dh: Tensor, panels: Tensor, x: Tensor, layers: list[Layer], needs_x: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    if len(panels):
+        return training.backward(layers, panels, dh, needs_x)
+    with without_autocast(x):
+        return reference.compressed_mlp_backward(layers, x, dh)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the operator: what torch registers for it takes half a millisecond of Python per step."""
+
+    @staticmethod
+    def forward(patterns: Sequence[Pattern], x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(patterns)
+        return _forward(x, _layers(x, weights[:count], weights[count:], patterns))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        patterns, *tensors = inputs
+        _, panels = output
+        ctx.mark_non_differentiable(panels)
+        ctx.set_materialize_grads(False)  # zeros for the panels would be as many as they are
+        ctx.patterns = patterns
+        ctx.save_for_backward(panels, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("compressed_mlp: got create_graph=True, wanted gradients of a MaskedMLP for that")
+        panels, x, *weights = ctx.saved_tensors
+        if dh is None:
+            return None, None, *[None] * len(weights)
+        count, needs_x = len(ctx.patterns), ctx.needs_input_grad[1]
+        layers = _layers(x, weights[:count], weights[count:], ctx.patterns)
+        dx, of_values, of_biases = _gradients(dh, panels, x, layers, needs_x)
+        return None, dx if needs_x else None, *of_values, *of_biases
+
+
+def _patterns(flat: list[Tensor]) -> list[Pattern]:
+    return [Pattern(*flat[i : i + len(Pattern._fields)]) for i in range(0, len(flat), len(Pattern._fields))]
+
+
+def _forward_op(x: Tensor, values: list[Tensor], biases: list[Tensor], patterns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return _forward(x, _layers(x, values, biases, _patterns(patterns)))
+
+
+def _backward_op(
     dh: Tensor,
     panels: Tensor,
     x: Tensor,
@@ -128,17 +177,12 @@ def _gradients(
     patterns: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    layers = _layers(x, values, biases, patterns)
-    if len(panels):
-        dx, of_values, of_biases = training.backward(layers, panels, dh, needs_x)
-    else:
-        with without_autocast(x):
-            dx, of_values, of_biases = reference.compressed_mlp_backward(layers, x, dh)
-    return [dx if dx is not None else x.new_empty(0), *of_values, *of_biases]
+    dx, *rest = _gradients(dh, panels, x, _layers(x, values, biases, _patterns(patterns)), needs_x)
+    return [dx if dx is not None else x.new_empty(0), *rest[0], *rest[1]]
 
 
-_library.impl("compressed_mlp", _forward, "CompositeExplicitAutograd")
-_library.impl("compressed_mlp_backward", _gradients, "CompositeExplicitAutograd")
+_library.impl("compressed_mlp", _forward_op, "CompositeExplicitAutograd")
+_library.impl("compressed_mlp_backward", _backward_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lt4rec_sparse::compressed_mlp")

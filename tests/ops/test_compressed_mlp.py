@@ -210,6 +210,25 @@ def test_a_call_without_the_engine_gives_the_same_on_integers(monkeypatch: pytes
         assert_exact(got, wanted)
 
 
+def test_the_operator_of_traced_graphs_gives_the_same_bits() -> None:
+    case = problem([33, 18, 7], 20, is_blocks=True)
+    h, found = gradients(case)
+    flat = [part for pattern in case.patterns for part in pattern]
+    leaves = [leaf.requires_grad_() for leaf in (case.x, *case.values, *case.biases)]
+    of_operator, _ = torch.ops.lt4rec_sparse.compressed_mlp(case.x, case.values, case.biases, flat)
+    assert_exact(of_operator, h)
+    for got, wanted in zip(torch.autograd.grad(of_operator, leaves, case.dh), found, strict=True):
+        assert_exact(got, wanted)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    case = problem([6, 5], 3, is_blocks=False)
+    x = case.x.requires_grad_()
+    h = ops.compressed_mlp(x, case.values, case.biases, case.patterns)
+    with pytest.raises(RuntimeError, match="got create_graph=True, wanted gradients of a MaskedMLP"):
+        torch.autograd.grad(h, x, case.dh, create_graph=True)
+
+
 def test_the_schema_holds() -> None:
     case = problem([20, 16, 8], 10, is_blocks=True)
     flat = [part for pattern in case.patterns for part in pattern]
