@@ -1,5 +1,6 @@
 """Each script in examples/ runs as a user runs it, prints its table, and what it says of itself is true."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from oracle import Layer, assert_rounding, mlp_reference
 from torch import nn
 
 import lt4rec_sparse
-from examples import from_deepsparse, prune_your_own, serve_pruned
+from examples import fit, from_deepsparse, prune_your_own, serve_pruned
 from lt4rec_sparse import SparseMLP, to_onnx
 from lt4rec_sparse.formats import BlockWeight
 
@@ -41,6 +42,16 @@ def test_a_model_of_ones_own_learns_while_it_is_pruned_to_blocks(capsys, monkeyp
         assert isinstance(call.network.hidden[0].weight, BlockWeight)
         assert call.network.densities[0] <= prune_your_own.DENSITY
     assert "blocks, 10% kept, frozen" in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_a_ranker_is_fitted_to_tables_and_the_best_come_first(capsys):
+    ranker = fit.main()
+    printed = capsys.readouterr().out
+    assert ranker.tasks == ("is_click", "long_view")
+    assert "play_time_ms" not in {column.name for column in ranker.schema.features}, "it says what the label is"
+    assert f"auc {ranker.metrics['test']['is_click']['auc']:.3f}" in printed
+    assert re.search(r"by their rows: \[\d, \d, \d\]", printed)
 
 
 def test_each_way_in_computes_what_the_pruned_network_did():

@@ -32,15 +32,10 @@ CALIBRATION_ROWS = 16_384  # of the training days; 4,096 of another split gave e
 Product = Callable[[Tensor], Tensor]
 
 
-def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path, embeddings: str = "fp32") -> dict[str, Any]:
-    """Freeze a trained trial of sparse sharing to `path`, load it back, and compare it with the trained model.
+def freeze_trial(lab: Laboratory, trial: Trial, path: Path, embeddings: str = "fp32") -> SparseSharing:
+    """Freeze a trained trial of sparse sharing to `path`, calibrated for int8 on training rows; return its model.
 
-    `embeddings` is how the artefact holds them (`ranker.save`), whatever the precision. The artefact is calibrated on
-    training rows, and its precisions are accepted by their metrics on validation rows.
-
-    Returns:
-        Overlap of the masks per layer, bytes, the largest difference of scores over the test split, what each precision
-        serves (`_precisions`), and request latencies against dense torch, timed in one interleaved run.
+    `embeddings` is how the artefact holds them (`ranker.save`), whatever the precision.
     """
     model = cast(SparseSharing, lab.model(trial))
     frozen = freeze(model.mlp, sigmoid=True)
@@ -49,6 +44,19 @@ def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path, embeddings: st
         rows = lab.prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True).epoch(0)
         frozen = frozen.calibrated(model.inputs(next(rows).features))
     save(Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), frozen), path, embeddings)
+    return model
+
+
+def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path, embeddings: str = "fp32") -> dict[str, Any]:
+    """Freeze a trial with `freeze_trial`, load the artefact back, and compare it with the trained model.
+
+    Its precisions are accepted by their metrics on validation rows.
+
+    Returns:
+        Overlap of the masks per layer, bytes, the largest difference of scores over the test split, what each precision
+        serves (`_precisions`), and request latencies against dense torch, timed in one interleaved run.
+    """
+    model = freeze_trial(lab, trial, path, embeddings)
     rankers = {precision: load(path, precision) for precision in PRECISIONS}
     trained = Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), rankers["fp32"].mlp)
     masks = {task: model.mlp.mask(task) for task in model.tasks}

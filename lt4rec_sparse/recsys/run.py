@@ -8,7 +8,8 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
-from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Rows, narrow_factor
+from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Row, Rows, narrow_factor
 from lt4rec_sparse.recsys.harness.settings import (
     RunSettings,
     check_settings,
@@ -34,7 +35,7 @@ from lt4rec_sparse.recsys.harness.settings import (
     tasks_of,
 )
 from lt4rec_sparse.recsys.harness.statistics import best_of
-from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
+from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.report import verdict, write_report
 
@@ -81,59 +82,94 @@ def run(
         SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
     started = perf_counter()
-    source = out / "simulated" if data is None else data
-    name = "simulated" if data is None else data.resolve().name
-    begun = check_settings(out, name, settings)
-    settings = begun or settings
-    with locked(out):
-        if data is None and not (source / "truth.json").exists():
-            progress("simulate", 0, 1)
-            simulate(SimulatorConfig(planted_fields=PLANTED_FIELDS), source)
-            progress("simulate", 1, 1)
-        schema = open_source(source).schema
-        tasks = tasks_of(schema, settings.tasks)
-        _check_names(schema)
-        # Earlier trials were trained on the data as they were then.
-        prepared = prepare(source, out / DATA, schema, progress, replace=begun is None)
-        _check_classes(prepared, source, tasks)
+    given = _simulated(out, progress) if data is None else Given(data.resolve().name, lambda is_begun: (data, None))
+    with begun(given, out, settings, progress) as log:
         facts = {
-            "name": "simulated click log" if data is None else source.resolve().name,
-            "counts": prepared.counts,
-            "grouped": schema.group is not None,
-            "tasks": {task.name: task.kind for task in tasks},
-            "fields": [field.column for field in prepared.encoder.fields],
+            "name": "simulated click log" if data is None else given.name,
+            "counts": log.prepared.counts,
+            "grouped": log.prepared.schema.group is not None,
+            "tasks": log.tasks,
+            "fields": [field.column for field in log.prepared.encoder.fields],
         }
         if data is None:
-            facts["truth"] = read_json(source / "truth.json", "fields")
-        settings = settings.of_rows(prepared.counts["train"]["rows"])
-        config = pin_settings(out, name, settings)
-        results = _earlier(out, config)
+            facts["truth"] = read_json(log.source / "truth.json", "fields")
+        results = _earlier(out, log.config)
         if results is None:
             results = {
                 "data": facts,
-                "config": config,
+                "config": log.config,
                 "machine": _machine(),
                 "command": shlex.join(["lt4rec-sparse", *sys.argv[1:]]),
-                **_measured(prepared, out, settings, facts, progress, resources or Resources()),
+                **_measured(log, out, facts, progress, resources or Resources()),
                 "seconds": perf_counter() - started,
             }
             write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
         return Finished(write_report(results, out), verdict(results), few_steps(results["steps"]))
 
 
-def _measured(
-    prepared: Prepared,
-    out: Path,
-    settings: RunSettings,
-    facts: Mapping[str, Any],
-    progress: Progress,
-    resources: Resources,
-) -> dict[str, Any]:
-    """Train, choose on the validation days, freeze and measure."""
-    fields = len(prepared.encoder.fields)
+class Given(NamedTuple):
+    """A log to train on: its name, and what brings it to a folder.
+
+    `place` is told whether the run folder holds a run already, and returns the folder of the log, and its schema where
+    it is not the folder's.
+    """
+
+    name: str
+    place: Callable[[bool], tuple[Path, Schema | None]]
+
+
+class Begun(NamedTuple):
+    """A log that a run folder was begun with: its folder, what was prepared, tasks and kinds, and the settings."""
+
+    source: Path
+    prepared: Prepared
+    tasks: dict[str, str]
+    settings: RunSettings
+    config: dict[str, Any]
+
+
+def _simulated(out: Path, progress: Progress) -> Given:
+    def place(is_begun: bool) -> tuple[Path, None]:
+        source = out / "simulated"
+        if not (source / "truth.json").exists():
+            progress("simulate", 0, 1)
+            simulate(SimulatorConfig(planted_fields=PLANTED_FIELDS), source)
+            progress("simulate", 1, 1)
+        return source, None
+
+    return Given("simulated", place)
+
+
+@contextmanager
+def begun(given: Given, out: Path, settings: RunSettings, progress: Progress) -> Iterator[Begun]:
+    """Prepare a log in a run folder and pin the settings, of which nothing is left open.
+
+    The folder is locked meanwhile. Raises what `run` does.
+    """
+    known = check_settings(out, given.name, settings)
+    settings = known or settings
+    with locked(out):
+        source, schema = given.place(known is not None)
+        schema = open_source(source, schema).schema
+        tasks = tasks_of(schema, settings.tasks)
+        _check_names(schema)
+        # Earlier trials were trained on the data as they were then.
+        prepared = prepare(source, out / DATA, schema, progress, replace=known is None)
+        _check_classes(prepared, source, tasks)
+        settings = settings.of_rows(prepared.counts["train"]["rows"])
+        config = pin_settings(out, given.name, settings)
+        yield Begun(source, prepared, {task.name: task.kind for task in tasks}, settings, config)
+
+
+def trained(
+    log: Begun, out: Path, progress: Progress, resources: Resources, wanted: Callable[[Row], bool] = lambda row: True
+) -> Study:
+    """Train the rows of a run that are wanted, by default all; what was trained before is read from the folder."""
+    settings = log.settings
+    fields = len(log.prepared.encoder.fields)
     in_features = fields * settings.embedding_dim + fields * (fields - 1) // 2
     rows = Rows(
-        tuple(facts["tasks"]),
+        tuple(log.tasks),
         settings.training,
         rounds=settings.rounds,
         density=settings.density,
@@ -141,30 +177,38 @@ def _measured(
         narrow=narrow_factor(in_features, settings.hidden, settings.density),
         top_k=settings.top_k,
     )
-    study = carry_out(
-        lambda rows: rows.product(settings.masks),
+    return carry_out(
+        lambda rows: [row for row in rows.product(settings.masks) if wanted(row)],
         rows,
         settings.seeds,
-        prepared.schema,
+        log.prepared.schema,
         out,
         carrier(out, resources, progress, "models"),
         settings.learning_rates,
     )
+
+
+def _measured(
+    log: Begun, out: Path, facts: Mapping[str, Any], progress: Progress, resources: Resources
+) -> dict[str, Any]:
+    """Train, choose on the validation days, freeze and measure."""
+    settings = log.settings
+    study = trained(log, out, progress, resources)
     first = {record["row"]: record for record in study.records if record["seed"] == 0}
-    served = _served(study.records, settings.masks, facts["tasks"])
+    served = served_row(study.records, settings.masks, log.tasks)
     files = {served: MODEL}
     if S_WEIGHT_LAST in first and first[S_WEIGHT_LAST]["state"] != first[served]["state"]:
         files[S_WEIGHT_LAST] = MODEL_LAST
     lab = laboratory(out)
     progress("baselines", 0, 1)
-    found = baselines(lab, tuple(facts["tasks"]), settings.seeds, settings.top_k)
+    found = baselines(lab, tuple(log.tasks), settings.seeds, settings.top_k)
     progress("baselines", 1, 1)
     progress("freeze and measure", 0, 1)
     frozen = {
         row: freeze_and_compare(lab, study.trials[row, 0][0], out / file, settings.embeddings)
         for row, file in files.items()
     }
-    planted = facts["truth"]["fields"] if "truth" in facts and facts["tasks"].keys() >= PLANTED.keys() else {}
+    planted = facts["truth"]["fields"] if "truth" in facts and log.tasks.keys() >= PLANTED.keys() else {}
     masked = [row for row in study.rows if planted and first[row]["masks"]]
     progress("freeze and measure", 1, 1)
     return {
@@ -179,7 +223,7 @@ def _measured(
     }
 
 
-def _served(records: Sequence[Mapping[str, Any]], masks: str, kinds: Mapping[str, str]) -> str:
+def served_row(records: Sequence[Mapping[str, Any]], masks: str, kinds: Mapping[str, str]) -> str:
     """Return the row to serve: of several masked ones, the best on the validation days at seed 0."""
     if masks == "tickets":
         return S_WEIGHT

@@ -163,8 +163,8 @@ def test_the_validation_days_choose_what_is_served(best):
         for seed in (0, 0.5)  # another seed has no say
     ]
     kinds = {"ctr": "binary", "cvr": "ratio"}
-    assert run_module._served(records, "best", kinds) == best
-    assert run_module._served(records, "tickets", kinds) == S_WEIGHT
+    assert run_module.served_row(records, "best", kinds) == best
+    assert run_module.served_row(records, "tickets", kinds) == S_WEIGHT
 
 
 @pytest.mark.parametrize(("row", "file"), [(S_WEIGHT, MODEL), (S_WEIGHT_LAST, MODEL_LAST)])

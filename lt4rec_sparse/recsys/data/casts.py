@@ -31,6 +31,12 @@ WHOLE = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 ZONED = r"[0-9](Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 NUMBER = " (a label of other texts: positive in its task; another spelling of a missing value: missing in [files])"
 TEXT_IDS = ' (type = "string" reads ids of any kind)'
+OTHER_LISTS = (pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_large_list_view)
+USUAL = {
+    pa.types.is_string_view: pa.string(),
+    pa.types.is_binary_view: pa.binary(),
+    pa.types.is_float16: pa.float32(),
+}
 TIMES = (
     ' (wanted an epoch, ISO 8601 such as 2024-01-13T10:00:00+02:00, or its format in [time], such as "%d/%m/%Y %H:%M")'
 )
@@ -44,6 +50,43 @@ def is_list(kind: Any) -> bool:
 def is_text(kind: Any) -> bool:
     """Return whether an Arrow type is one of texts."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def plain(column: Any) -> Any:
+    """Return an Arrow array as one of a type that all readers know; its values stay the same.
+
+    Dictionaries and runs become their values, extension types what they store, views and lists of a fixed size usual
+    texts and lists, small decimals and floats larger ones.
+
+    Raises:
+        TypeError: If an extension type stores bytes, as of a UUID, whose text only its maker knows; or Arrow knows no
+            way (`pyarrow.ArrowException`).
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return plain(column.dictionary_decode())
+    if pa.types.is_run_end_encoded(kind):
+        return plain(pc.run_end_decode(column))
+    if isinstance(kind, pa.BaseExtensionType):
+        if pa.types.is_fixed_size_binary(kind.storage_type):
+            raise TypeError(f"got {kind}, wanted it as text")
+        return plain(column.storage)
+    if is_list(kind) or any(is_kind(kind) for is_kind in OTHER_LISTS):
+        return _plain_lists(column)
+    wanted = next((wanted for is_kind, wanted in USUAL.items() if is_kind(kind)), kind)
+    if pa.types.is_decimal(kind) and kind.bit_width < 128:
+        wanted = pa.decimal128(kind.precision, kind.scale)
+    return column if wanted == kind else column.cast(wanted)
+
+
+def _plain_lists(lists: Any) -> Any:
+    found = lists.flatten()  # without those of missing lists
+    values = plain(found)
+    if is_list(lists.type) and values.type == found.type:
+        return lists
+    # A cast of views loses lists after a missing one (Arrow 26).
+    ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values, mask=lists.is_null())
 
 
 def floats(column: Any) -> NDArray[np.float64]:
@@ -60,8 +103,7 @@ def typed(path: Path, batch: Any, types: Mapping[str, RawType], missing: Sequenc
     """
     columns = []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
+        column = plain_column(path, name, column)
         if missing and is_text(column.type):
             absent = pc.is_in(column, pa.array(missing, column.type))
             column = pc.if_else(absent, pa.scalar(None, column.type), column)
@@ -72,10 +114,24 @@ def typed(path: Path, batch: Any, types: Mapping[str, RawType], missing: Sequenc
                 got = str(error).splitlines()[0]
                 wanted = f"{types[name].arrow}{_hint(types[name])}"
                 raise DataError(f"{path}: column {name!r}: {got}, wanted {wanted}") from error
-        elif pa.types.is_nested(column.type) and not is_list(column.type):
-            raise DataError(f"{path}: column {name!r}: got {column.type}, wanted values or lists of values")
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def plain_column(path: Path | str, name: str, column: Any) -> Any:
+    """Return a column of a file or a table through `plain`.
+
+    Raises:
+        DataError: If it holds neither values nor lists of values.
+    """
+    try:
+        found = plain(column)
+    except (pa.ArrowException, TypeError) as error:
+        got = str(error).splitlines()[0]
+        raise DataError(f"{path}: column {name!r}: {got}, wanted values or lists of values") from error
+    if pa.types.is_nested(found.type) and not is_list(found.type):
+        raise DataError(f"{path}: column {name!r}: got {found.type}, wanted values or lists of values")
+    return found
 
 
 def _hint(wanted: RawType) -> str:

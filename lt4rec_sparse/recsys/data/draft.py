@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,24 +47,32 @@ MANY_VALUES = 1_000  # of which rare ones share the unseen id
 BINS = 64
 
 
-def draft_schema(folder: Path) -> str:
+def draft_schema(folder: Path, log: str | None = None, keys: Mapping[str, str] | None = None) -> str:
     """Return a schema as TOML, with what was guessed and why in comments.
 
-    It reads the first 200,000 rows of the largest table, taken as the log, and of every other, which is a side table if
-    one of its columns is in the log and has each value once.
+    It reads the first 200,000 rows of the log and of every other table, which is a side table if one of its columns is
+    in the log and has each value once.
+
+    Args:
+        folder: The folder with the tables.
+        log: The name of the log's file; None for the largest table.
+        keys: File -> the column by which a side table is found, where that is known.
 
     Raises:
         DataError: If there are no tables, a file cannot be read, or no column can be a label.
     """
-    (log, *others), unread = tables_of(folder)
-    return _Draft(folder, log, others, unread).text()
+    tables, unread = tables_of(folder)
+    tables.sort(key=lambda table: log not in (None, *(path.name for path in table.paths)))
+    return _Draft(folder, tables[0], tables[1:], unread, keys or {}).text()
 
 
 class _Draft:
     """The parts of a schema, as they are found."""
 
-    def __init__(self, folder: Path, log: Table, others: Sequence[Table], unread: Sequence[str]) -> None:
-        self._folder, self._log = folder, log
+    def __init__(
+        self, folder: Path, log: Table, others: Sequence[Table], unread: Sequence[str], keys: Mapping[str, str]
+    ) -> None:
+        self._folder, self._log, self._keys = folder, log, keys
         self._left = dict(log.columns)  # columns without a role
         self._notes = [f"- not read: {reason}" for reason in unread]
         self._remarks: dict[str, str] = {}  # column -> what is said beside it
@@ -115,6 +123,7 @@ class _Draft:
             keys = [
                 seen for seen in table.columns.values()
                 if seen.name in self._log.columns and seen.kind in ("int", "text") and seen.distinct == table.rows
+                and self._keys.get(table.paths[0].name, seen.name) == seen.name
             ]  # fmt: skip
             if not keys or len(table.paths) > 1:
                 self._note(f"not read: {names}: no column of it is in the log and has each value once")

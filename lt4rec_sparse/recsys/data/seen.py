@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -80,7 +80,7 @@ def tables_of(folder: Path) -> tuple[list[Table], list[str]]:
         DataError: If there is none.
     """
     for place in (folder, folder / "data"):
-        paths = sorted(path for path in place.glob("*") if path.is_file() and _is_table(path)) if place.is_dir() else []
+        paths = sorted(path for path in place.glob("*") if path.is_file() and is_table(path)) if place.is_dir() else []
         if paths:
             break
     else:
@@ -108,9 +108,16 @@ def all_of(table: Table, name: str) -> Iterator[Seen]:
             yield _seen(name, [batch[name]])
 
 
-def _is_table(path: Path) -> bool:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return bool(suffixes) and suffixes[-1] in TABLES and not path.name.lower().startswith(("readme", "license"))
+def table_suffix(path: PurePath) -> str | None:
+    """Return how the name of a table ends, such as .csv.gz; None if it is not the name of one."""
+    packed = path.suffix if path.suffix in PACKED else ""
+    kind = PurePath(path.name.removesuffix(packed)).suffix
+    return kind + packed if kind in TABLES else None
+
+
+def is_table(path: PurePath) -> bool:
+    """Return whether a file in a folder is a table by its name."""
+    return table_suffix(path) is not None and not path.name.lower().startswith(("readme", "license"))
 
 
 def form_of(path: Path) -> Form:

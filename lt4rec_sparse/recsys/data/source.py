@@ -85,16 +85,21 @@ def open_source(folder: Path, schema: Schema | None = None) -> Source:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: got no folder, wanted a data set")
-    if schema is None and (folder / SCHEMA_FILE).is_file():
-        # Simulated logs of before `duplicates` could be named dropped them: trials on them stay valid.
-        schema = Schema.from_toml(folder / SCHEMA_FILE, stored=(folder / TRUTH).is_file())
+    schema = schema or schema_of(folder)
     if schema is None:
-        schema = kuairand_schema()
-        if not any(matching_files(folder, pattern) for pattern in schema.files.log):
-            wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(schema.files.log)} there or in data/"
-            raise DataError(f"{folder}: got no data set, wanted {wanted}")
+        wanted = f"{SCHEMA_FILE}, or KuaiRand's {' '.join(kuairand_schema().files.log)} there or in data/"
+        raise DataError(f"{folder}: got no data set, wanted {wanted}")
     joins = tuple(_found(folder, join.files) for join in schema.joins)
     return Source(folder, schema, _found(folder, schema.files.log), joins)
+
+
+def schema_of(folder: Path) -> Schema | None:
+    """Return the schema of a folder: its `schema.toml`, or KuaiRand's if its log is there, or None."""
+    if (folder / SCHEMA_FILE).is_file():
+        # Simulated logs of before `duplicates` could be named dropped them: trials on them stay valid.
+        return Schema.from_toml(folder / SCHEMA_FILE, stored=(folder / TRUTH).is_file())
+    schema = kuairand_schema()
+    return schema if any(matching_files(folder, pattern) for pattern in schema.files.log) else None
 
 
 def kuairand_schema() -> Schema:
