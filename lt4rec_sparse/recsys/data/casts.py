@@ -64,7 +64,7 @@ def plain(column: Any) -> Any:
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return plain(column.dictionary_decode())
+        return plain(column.dictionary).take(column.indices)  # Arrow decodes none of views
     if pa.types.is_run_end_encoded(kind):
         return plain(pc.run_end_decode(column))
     if isinstance(kind, pa.BaseExtensionType):

@@ -153,6 +153,9 @@ KINDS: dict[str, pa.Array] = {
     "dictionary": pa.array(["a", "b", None]).dictionary_encode(),
     "large dictionary": pa.array(["a", "b", None], pa.large_string()).dictionary_encode(),
     "dictionary of lists": pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array([["x"], ["y", "z"]])),
+    "dictionary of views": pa.DictionaryArray.from_arrays(
+        pa.array([1, 0, None]), pa.array(["a", "b"], pa.string_view())
+    ),
     "large text": pa.array(["a", "b", None], pa.large_string()),
     "views of text": pa.array(["a", "a long text that is beside", None], pa.string_view()),
     "views of bytes": pa.array([b"a", b"b", None], pa.binary_view()),
