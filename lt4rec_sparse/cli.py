@@ -125,10 +125,11 @@ Artefact = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: m
 @app.command()
 def run(
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A folder with Parquet or CSV files and a schema.toml, or in KuaiRand's layout. "
-            "Without it a small click log is simulated."
+            metavar="FOLDER",
+            help="A folder with Parquet or CSV files and a schema.toml, or in KuaiRand's layout; or its URL, such as "
+            "s3://bucket/shop. Without it a small click log is simulated.",
         ),
     ] = None,
     out: Annotated[
@@ -211,6 +212,7 @@ def run(
     It finds a mask per task, trains one shared network, freezes it and measures it beside other models. The run folder
     then holds report.md, report.html and model.safetensors, which `score` serves.
     """
+    from lt4rec_sparse.recsys.data.remote import data_name, located
     from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.run import run as run_product
@@ -225,7 +227,7 @@ def run(
         "rounds": rounds,
     }
     settings = replace(
-        RunSettings() if data else SIMULATED,
+        SIMULATED if data is None else RunSettings(),
         seeds=seeds,
         masks=masks,
         density=density,
@@ -244,9 +246,9 @@ def run(
         top_k=top_k,
         **{name: value for name, value in given.items() if value is not None},
     )
-    out = out or Path("runs") / (data.resolve().name if data else "simulated")
+    out = out or Path("runs") / ("simulated" if data is None else data_name(data))
     with shown_progress(quiet) as progress:
-        finished = run_product(data, out, settings, progress, Resources(workers))
+        finished = run_product(None if data is None else located(data), out, settings, progress, Resources(workers))
     if finished.warning:
         typer.echo(f"few steps: {finished.warning}", err=True)
     typer.echo(finished.verdict)
@@ -432,8 +434,12 @@ def score(
         ),
     ],
     data: Annotated[
-        Path | None,
-        typer.Option(help="Score rows of the log in this folder, as `run --data` takes it, instead of CANDIDATES."),
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Score rows of the log in this folder, or at its URL, as `run --data` takes it, instead of "
+            "CANDIDATES.",
+        ),
     ] = None,
     days: Annotated[
         str | None,
@@ -461,6 +467,7 @@ def score(
     from lt4rec_sparse.nn import Plan
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import open_source
+    from lt4rec_sparse.recsys.data.remote import local_for
     from lt4rec_sparse.recsys.data.written import check_table_name
     from lt4rec_sparse.recsys.scoring import score_file, score_log
 
@@ -487,9 +494,10 @@ def score(
     if data is None:
         score_file(ranker, candidates[0], out, kept)
         return
-    source = open_source(data, ranker.encoder.schema)
-    check_out(out, *source.files)
-    with shown_progress(quiet) as progress:
+    schema = ranker.encoder.schema
+    with shown_progress(quiet) as progress, local_for(data, out, schema, progress) as folder:
+        source = open_source(folder, schema)
+        check_out(out, *source.files)
         score_log(ranker, source, out, days or "test", kept, progress)
 
 

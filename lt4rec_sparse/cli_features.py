@@ -9,9 +9,11 @@ import typer
 
 Model = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 Data = Annotated[
-    Path,
+    str,
     typer.Option(
-        help="The folder with the log and its side tables, as `run --data` takes it. How to read it, the model says."
+        metavar="FOLDER",
+        help="The folder with the log and its side tables, or its URL, as `run --data` takes it. How to read it, the "
+        "model says.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
@@ -46,17 +48,20 @@ def candidates(
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data import complete_requests, open_source
     from lt4rec_sparse.recsys.data.reading import list_columns
+    from lt4rec_sparse.recsys.data.remote import local_for
     from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, csv_table, written_table
 
     check_out(out, model, requests)
     check_table_name(out)
-    source = open_source(data, load(model).encoder.schema)
-    check_out(out, *source.files)
-    features = {column.name for column in source.schema.features}  # whose lists become text
-    check_flat(out, sorted(list_columns(requests) - features))
-    with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
-        made = complete_requests(source, requests, at, scratch, progress)
-    table = csv_table(source.schema, made.table) if out.suffix == ".csv" else made.table
+    schema = load(model).encoder.schema
+    with shown_progress(quiet) as progress, local_for(data, out, schema, progress) as folder:
+        source = open_source(folder, schema)
+        check_out(out, *source.files)
+        features = {column.name for column in schema.features}  # whose lists become text
+        check_flat(out, sorted(list_columns(requests) - features))
+        with scratch_beside(out) as scratch:
+            made = complete_requests(source, requests, at, scratch, progress)
+    table = csv_table(schema, made.table) if out.suffix == ".csv" else made.table
     with written_table(out) as append:
         append(table)
     if made.absent:
@@ -85,16 +90,19 @@ def features(
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.ranker.store import write_features
     from lt4rec_sparse.recsys.data import open_source, take_snapshot
+    from lt4rec_sparse.recsys.data.remote import local_for
 
     check_out(out, model)
-    source = open_source(data, load(model).encoder.schema)
-    check_out(out, *source.files)
-    with scratch_beside(out) as scratch, shown_progress(quiet) as progress:
-        taken = take_snapshot(source, at, scratch, progress)
-    write_features(out, source.schema, taken.tables, taken.day)
+    schema = load(model).encoder.schema
+    with shown_progress(quiet) as progress, local_for(data, out, schema, progress) as folder:
+        source = open_source(folder, schema)
+        check_out(out, *source.files)
+        with scratch_beside(out) as scratch:
+            taken = take_snapshot(source, at, scratch, progress)
+    write_features(out, schema, taken.tables, taken.day)
     found = taken.columns
     keys = tuple(dict.fromkeys(found.values()))
-    rest = (column.name for column in source.schema.features if column.name not in found)
+    rest = (column.name for column in schema.features if column.name not in found)
     brought = dict.fromkeys((*keys, *rest))
     typer.echo(f"{out}: {len(found)} features by {', '.join(keys)}")
     moment = "" if taken.day is None else f"as of {taken.day}; "

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 
 def schema(
-    data: Annotated[Path, typer.Argument(help="A folder with Parquet or CSV files, in it or in its data/.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="A folder with Parquet or CSV files, in it or in its data/; or its URL, such as s3://bucket/shop.",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The file to write, such as DATA/schema.toml. By default it is printed.")
     ] = None,
@@ -22,12 +29,14 @@ def schema(
     from lt4rec_sparse.errors import InputError
     from lt4rec_sparse.files import write_whole
     from lt4rec_sparse.recsys.data.draft import draft_schema
+    from lt4rec_sparse.recsys.data.remote import local_tables
 
     if out is not None and out.exists():
         raise InputError(f"--out: got {str(out)!r}, which is there, wanted a new file")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out: got {str(out)!r}, wanted a file in a folder that exists")
-    text = draft_schema(data)
+    with TemporaryDirectory(prefix="lt4rec-sparse-") as scratch:
+        text = draft_schema(local_tables(data, Path(scratch)))
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -1,5 +1,6 @@
 """The command line: what it answers to good input, and its one line to bad input, after which nothing has changed."""
 
+import importlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -896,6 +898,47 @@ def test_scores_of_a_log_are_those_of_training(finished, tmp_path, kind, split):
     assert scores["user_id"].to_pylist() == batch.groups.tolist()
     served = load(model).score_encoded(batch.features).numpy()
     assert np.array_equal(np.float32(np.stack([scores[task].to_numpy() for task in ("ctr", "cvr")], 1)), served)
+
+
+@pytest.fixture
+def url(finished):
+    """The URL of the log of `finished`, in a memory that stands for a remote side."""
+    system = fsspec.filesystem("memory")
+    for path in (finished / "simulated").rglob("*"):
+        if path.is_file():
+            system.pipe_file(f"/bucket/shop/{path.relative_to(finished / 'simulated')}", path.read_bytes())
+    yield "memory://bucket/shop"
+    system.store.clear()
+
+
+def test_data_at_a_url_are_those_of_the_folder(finished, url, requests, tmp_path):
+    model = finished / "model.safetensors"
+    for command in (("score", model), ("candidates", model, requests), ("features", model)):
+        written = []
+        for data in (finished / "simulated", url):
+            out = tmp_path / ("features.safetensors" if command[0] == "features" else "out.parquet")
+            assert invoke(*command, out, "--data", data, "-q").exit_code == 0
+            written.append(out.read_bytes())
+            out.unlink()
+        assert written[0] == written[1]
+    assert not [path for path in tmp_path.iterdir() if path != requests], "copies are removed"
+
+
+def test_a_schema_is_drafted_from_a_url(url, tmp_path):
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/bucket/people/people.csv", b"town,rich\n" + b"Ulm,1\nBonn,0\nUlm,0\n" * 40)
+    drafted = invoke("schema", "memory://bucket/people", "--out", tmp_path / "schema.toml")
+    assert 'name = "people"' in (tmp_path / "schema.toml").read_text()
+    assert drafted.stdout.strip().endswith("lt4rec-sparse run --data memory://bucket/people")
+
+
+def test_a_url_whose_package_is_absent_is_named(tmp_path, monkeypatch):
+    known = importlib.import_module("fsspec.registry").known_implementations
+    monkeypatch.setitem(known, "cloud", {"class": "no_such_package.System", "err": "Install cloudfs to access clouds"})
+    line = "cloud://shop: got no package for it, wanted one: Install cloudfs to access clouds"
+    assert refusal("run", "--data", "cloud://shop", "--out", tmp_path / "out") == line
+    assert refusal("schema", "cloud://shop") == line
+    assert not contents(tmp_path)
 
 
 def test_scores_of_named_days_with_columns_of_the_log(finished, tmp_path):

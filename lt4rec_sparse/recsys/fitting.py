@@ -17,6 +17,7 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker import Ranker, load
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.draft import draft_schema
+from lt4rec_sparse.recsys.data.remote import data_name, is_folder, local_data
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, schema_of
 from lt4rec_sparse.recsys.data.table_folder import write_tables
 from lt4rec_sparse.recsys.frozen import freeze_trial
@@ -24,7 +25,7 @@ from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import laboratory
 from lt4rec_sparse.recsys.harness.settings import RunSettings
 from lt4rec_sparse.recsys.harness.study import Progress, Resources
-from lt4rec_sparse.recsys.run import MODEL, Given, begun, served_row, trained
+from lt4rec_sparse.recsys.run import COPY, MODEL, Given, begun, served_row, trained
 from lt4rec_sparse.recsys.training import fastest_dtype
 
 TABLE = "table"  # the folder of tables in a run folder, and the name of their data
@@ -71,7 +72,7 @@ def fit(
     Args:
         table: The log: anything with the Arrow PyCapsule interface (`__arrow_c_stream__`: a data frame of pandas or
             polars, a relation of duckdb, a Table or RecordBatchReader of pyarrow), a `Dataset` of pyarrow, or the path
-            of a file: all that is read once, in batches. Or the path of a folder, as `run --data` takes it.
+            or URL of a file: all that is read once, in batches. Or a folder or its URL, as `run --data` takes it.
         schema: A `Schema`, a mapping as in `Schema.from_dict`, or the path of a schema.toml. Names of files in it count
             for a folder only, and a mapping may leave out `name` and `files`. None: a folder's own schema, or else a
             draft made from the columns, as by `lt4rec-sparse schema`: read it before you rely on the ranker.
@@ -113,10 +114,10 @@ def _fit(
 ) -> Fitted:
     if isinstance(schema, str | Path):
         schema = Schema.from_toml(schema)
-    if isinstance(table, str | Path) and Path(table).is_dir():
+    if isinstance(table, str | Path) and is_folder(table):
         if joins:
             raise InputError(f"joins: got side tables beside the folder {table}, wanted them in its schema")
-        given = Given(Path(table).resolve().name, partial(_of_folder, Path(table), schema, out))
+        given = Given(data_name(table), partial(_of_folder, table, schema, out, progress))
     else:
         given = Given(TABLE, partial(_of_tables, table, schema, joins, out / TABLE))
     with torch.random.fork_rng(devices=[]), begun(given, out, settings, progress) as log:
@@ -140,10 +141,11 @@ def _of_tables(
 
 
 def _of_folder(
-    folder: Path, schema: Schema | Mapping[str, Any] | None, out: Path, is_begun: bool
+    place: str | Path, schema: Schema | Mapping[str, Any] | None, out: Path, progress: Progress, is_begun: bool
 ) -> tuple[Path, Schema]:
     if isinstance(schema, Mapping):
         schema = Schema.from_dict(schema)
+    folder = local_data(place, out / COPY, schema, progress)
     schema = schema or schema_of(folder)
     if schema is None:
         write_whole(out / SCHEMA_FILE, draft_schema(folder))

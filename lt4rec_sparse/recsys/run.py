@@ -21,6 +21,7 @@ from lt4rec_sparse import __version__, ops
 from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
+from lt4rec_sparse.recsys.data.remote import data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
 from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
@@ -39,6 +40,7 @@ from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carri
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.report import verdict, write_report
 
+COPY = "copy"  # of data at a URL
 PLANTED_FIELDS = 2  # of each kind in the simulated log: enough to see whether masks find them
 MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "results.json"
 
@@ -52,7 +54,7 @@ class Finished(NamedTuple):
 
 
 def run(
-    data: Path | None,
+    data: Path | str | None,
     out: Path,
     settings: RunSettings,
     progress: Progress = lambda stage, done, total: None,
@@ -70,7 +72,8 @@ def run(
     `singles/`, `searches/` and `trials/`, what was trained; `metrics.jsonl`.
 
     Args:
-        data: A folder with a schema file, or in KuaiRand's layout; None simulates a click log.
+        data: A folder with a schema file, or in KuaiRand's layout, or the URL of one, of which `out` gets a copy
+            (`local_data`); None simulates a click log.
         out: The run folder; its report covers every seed that was ever asked for in it.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
@@ -82,7 +85,7 @@ def run(
         SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
     started = perf_counter()
-    given = _simulated(out, progress) if data is None else Given(data.resolve().name, lambda is_begun: (data, None))
+    given = _simulated(out, progress) if data is None else _of_folder(data, out, progress)
     with begun(given, out, settings, progress) as log:
         facts = {
             "name": "simulated click log" if data is None else given.name,
@@ -126,6 +129,10 @@ class Begun(NamedTuple):
     tasks: dict[str, str]
     settings: RunSettings
     config: dict[str, Any]
+
+
+def _of_folder(data: Path | str, out: Path, progress: Progress) -> Given:
+    return Given(data_name(data), lambda is_begun: (local_data(data, out / COPY, progress=progress), None))
 
 
 def _simulated(out: Path, progress: Progress) -> Given:

@@ -1,7 +1,9 @@
 """`fit`: tables in, a ranker out, which is the one that a run serves."""
 
+import io
 import json
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,6 +152,38 @@ def test_a_folder_a_file_and_a_table_give_the_same(fitted, tmp_path):
         found = fit(table, schema, **HOW)
         assert found.metrics == wanted.metrics
         assert_same_scores(found, wanted)
+
+
+@pytest.fixture
+def url():
+    """A table and its data set in a memory that stands for a remote side: the URL of their folder."""
+    system, buffer = fsspec.filesystem("memory"), io.BytesIO()
+    pq.write_table(log().append_column("town", ITEMS["town"].take(log()["item"])), buffer)
+    system.pipe_file("/bucket/shop/log.parquet", buffer.getvalue())
+    schema = Schema.from_dict({"name": "shop", "files": {"log": ["*.parquet"]}, **SCHEMA})
+    system.pipe_file("/bucket/shop/schema.toml", schema.to_toml().encode())
+    yield "memory://bucket/shop"
+    system.store.clear()
+
+
+def test_a_folder_and_a_file_at_a_url_give_the_same(fitted, url, tmp_path):
+    for place, schema, out in ((url, None, tmp_path / "one"), (f"{url}/log.parquet", SCHEMA, tmp_path / "two")):
+        assert_same_scores(fit(place, schema, out=out, **HOW), fitted[1])
+    assert {path.name for path in (tmp_path / "one" / "copy").iterdir()} == {"log.parquet", "schema.toml"}
+    assert {path.name for path in (tmp_path / "two" / "table").iterdir()} == {"log.parquet", "schema.toml"}
+
+
+@pytest.mark.heavy
+def test_a_run_on_a_url_goes_on_with_its_copies(url, tmp_path):
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in HOW.items()}
+    fit(url, out=tmp_path, **HOW)
+    copied = (tmp_path / "copy" / "log.parquet").stat().st_ino
+    run(url, tmp_path, RunSettings(**given), resources=Resources(executor="here"))
+    assert json.loads((tmp_path / "results.json").read_text())["data"]["name"] == "shop"
+    assert (tmp_path / "copy" / "log.parquet").stat().st_ino == copied
+    fsspec.filesystem("memory").pipe_file("/bucket/shop/log.parquet", b"other")
+    with pytest.raises(DataError, match="got data of other files"):
+        run(url, tmp_path, RunSettings(**given), resources=Resources(executor="here"))
 
 
 def test_without_a_schema_the_columns_are_guessed(tmp_path):

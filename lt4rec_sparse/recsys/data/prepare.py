@@ -35,6 +35,7 @@ from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, LABEL, MEMBER, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import Progress, partition
+from lt4rec_sparse.recsys.data.remote import local_data
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, prepared_folder
 from lt4rec_sparse.recsys.data.splits import described
@@ -88,7 +89,7 @@ class Prepared:
 
 
 def prepare(
-    source_folder: Path,
+    source_folder: Path | str,
     out: Path,
     schema: Schema | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -101,14 +102,16 @@ def prepare(
     completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
     are the same if their bytes are; files whose size and modification time have not changed are not read again.
 
-    `source_folder` and `schema` are those of `open_source`; `progress` is called with stage, done and total. Rows
-    of a group of `row_group_rows` are read and shuffled together. `replace` says whether `out` is replaced if its
-    source, the schema or the layout has changed since.
+    `source_folder` and `schema` are those of `open_source`; the files of a URL are first copied to `<out>.copy`, which
+    stays (`local_data`). `progress` is called with stage, done and total. Rows of a group of `row_group_rows` are read
+    and shuffled together. `replace` says whether `out` is replaced if its source, the schema or the layout has changed
+    since.
 
     Raises:
         DataError: If the data or the schema is wrong, or `out` holds something else or must not be replaced.
     """
-    source = open_source(source_folder, schema)
+    local = local_data(source_folder, out.with_name(f"{out.name}.copy"), schema, progress)
+    source = open_source(local, schema)
     rules = json.dumps([source.schema.to_stored(), [VERSION, row_group_rows]], sort_keys=True)
     fingerprint = hashlib.sha256(rules.encode()).hexdigest()  # the states of the files cover the rest
     if _is_current(out, source, fingerprint):

@@ -164,9 +164,14 @@ def raw_types(schema: Schema) -> dict[str, RawType]:
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
     """Return the files that a glob finds in the folder, or else in its `data/`, sorted."""
+    check_pattern(folder, pattern)
+    return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
+
+
+def check_pattern(folder: Path | str, pattern: str) -> None:
+    """Refuse a glob that is empty or leaves the folder."""
     if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise DataError(f"{folder}: got file pattern {pattern!r}, wanted one relative to the folder and within it")
-    return sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
 
 
 def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:

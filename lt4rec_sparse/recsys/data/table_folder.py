@@ -9,7 +9,7 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -21,12 +21,13 @@ from lt4rec_sparse.ranker.features import Join, Schema
 from lt4rec_sparse.ranker.features.schema import ValueType
 from lt4rec_sparse.recsys.data.casts import plain_column
 from lt4rec_sparse.recsys.data.draft import draft_schema
+from lt4rec_sparse.recsys.data.remote import copy_file, located
 from lt4rec_sparse.recsys.data.seen import TABLES, table_suffix
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError
 
 ROW_GROUP_ROWS = 65_536
 LOG, SIDE = "log", "side_{}"  # names of the files, without what says their kind
-WANTED = "a table with __arrow_c_stream__ (pandas, polars, duckdb, pyarrow), a Dataset of pyarrow, or a path of a table"
+WANTED = "a table with __arrow_c_stream__ (pandas, polars, duckdb, pyarrow), a Dataset of pyarrow, or a path or URL"
 
 
 def write_tables(
@@ -36,7 +37,7 @@ def write_tables(
 
     A table is anything with the Arrow PyCapsule interface (`__arrow_c_stream__` or `__arrow_c_array__`) or a `Dataset`
     of pyarrow, whose batches become row groups of 65,536 rows one after another, so that memory holds a few of them; or
-    the path of a file, to which the folder gets a link.
+    the path of a file, to which the folder gets a link, or a URL, of which it gets a copy.
 
     Args:
         table: The log.
@@ -111,7 +112,8 @@ def _check_joined(schema: Schema, sides: list[tuple[str, Path]]) -> None:
 def _write(table: Any, folder: Path, stem: str, where: str, is_begun: bool) -> Path:
     """Write or link a table; return the path of its file."""
     if isinstance(table, str | Path):
-        return _link(Path(table), folder, stem, where)
+        place = located(table)
+        return _link(place, folder, stem, where) if isinstance(place, Path) else _copied(place, folder, stem, where)
     path = folder / f"{stem}.parquet"
     with whole_file(path) as temporary:
         _write_batches(_batches(table, where), temporary, where)
@@ -128,6 +130,15 @@ def _link(table: Path, folder: Path, stem: str, where: str) -> Path:
         link.unlink()
     link.symlink_to(table.resolve())
     return link
+
+
+def _copied(url: str, folder: Path, stem: str, where: str) -> Path:
+    suffix = table_suffix(PurePosixPath(url))
+    if suffix is None:
+        raise DataError(f"{where}: got {url!r}, wanted a file, {', '.join(sorted(TABLES))}")
+    path = folder / f"{stem}{suffix}"
+    copy_file(url, path)
+    return path
 
 
 def _write_batches(batches: Iterator[Any], path: Path, where: str) -> None:
