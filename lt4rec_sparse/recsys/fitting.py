@@ -63,7 +63,7 @@ def fit(
 
     Rows are split, batches and epochs chosen by their number, masks found, and the served model chosen on the
     validation rows, as there; what `run` trains for comparison is left out, and so is its report. `run --data OUT/table
-    --out OUT` adds both to a folder, and trains nothing again. The test rows are read once, after training.
+    --out OUT` with the same settings adds both, and trains nothing again. The test rows are read once, after training.
 
     Example:
         `fit(clicks, joins={"video_id": videos}, out="runs/shop").rank({"video_id": [7, 9], ...})`, where `clicks` and
@@ -73,9 +73,9 @@ def fit(
         table: The log: anything with the Arrow PyCapsule interface (`__arrow_c_stream__`: a data frame of pandas or
             polars, a relation of duckdb, a Table or RecordBatchReader of pyarrow), a `Dataset` of pyarrow, or the path
             or URL of a file: all that is read once, in batches. Or a folder or its URL, as `run --data` takes it.
-        schema: A `Schema`, a mapping as in `Schema.from_dict`, or the path of a schema.toml. Names of files in it count
-            for a folder only, and a mapping may leave out `name` and `files`. None: a folder's own schema, or else a
-            draft made from the columns, as by `lt4rec-sparse schema`: read it before you rely on the ranker.
+        schema: A `Schema`, a mapping as in `Schema.from_dict`, or the path of a schema.toml. Of a table the names of
+            files in it do not count, and a mapping may leave out `name` and `files`. None: a folder's own schema, or
+            else a draft made from the columns, as by `lt4rec-sparse schema`: read it before you rely on the ranker.
         joins: Key column -> the side table with this column, in any form of a table, or a list of them.
         out: The run folder, which a later call with the same arguments continues; None for a temporary one. The tables
             are written to its `table/`, with their schema; the artefact is `model.safetensors`.

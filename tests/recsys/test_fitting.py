@@ -117,6 +117,21 @@ def test_it_goes_on_where_it_stopped_and_trains_nothing_twice(fitted, monkeypatc
     assert_same_scores(again, ranker)
 
 
+def test_a_call_that_stops_underway_is_continued(fitted, tmp_path):
+    class StopError(Exception):
+        """A power failure."""
+
+    def stop(stage, done, total):
+        if (stage, done) == ("models: train", 1):
+            raise StopError
+
+    with pytest.raises(StopError):
+        fit(log(), SCHEMA, joins={"item": ITEMS}, out=tmp_path, progress=stop, **HOW)
+    assert (tmp_path / "config.json").exists()
+    assert not (tmp_path / MODEL).exists()
+    assert_same_scores(fit(log(), SCHEMA, joins={"item": ITEMS}, out=tmp_path, **HOW), fitted[1])
+
+
 def test_other_tables_schemas_and_settings_are_refused_and_nothing_changes(fitted):
     out, _ = fitted
     kept = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}

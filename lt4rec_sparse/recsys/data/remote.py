@@ -156,7 +156,14 @@ class _Remote:
 
     def has(self, name: str) -> bool:
         """Return whether there is a file of this name."""
-        return bool(self._told(partial(self._system.isfile, f"{self._root}/{name}")))
+        return self._told(partial(self._is_file, f"{self._root}/{name}"))
+
+    def _is_file(self, path: str) -> bool:
+        # fsspec's own `isfile` takes every error for a "no", also that of a network.
+        try:
+            return bool(self._system.info(path)["type"] == "file")
+        except FileNotFoundError:
+            return False
 
     def matching(self, pattern: str) -> list[str]:
         """Return the files that a glob finds, or else in `data/`, sorted, as paths below the URL."""

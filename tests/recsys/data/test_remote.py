@@ -262,6 +262,22 @@ def test_what_breaks_underway_is_one_line_and_no_part_of_a_file_is_left(
     assert not contents(tmp_path / "copy")
 
 
+def test_a_file_that_cannot_be_asked_for_is_not_taken_for_absent(
+    memory: Any, uploaded: tuple[Path, Schema], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `truth.json` a simulated log would be read in another way."""
+    info = type(memory).info
+
+    def lost(system: Any, path: str, **rest: Any) -> Any:
+        if path.endswith("truth.json"):
+            raise ConnectionError("no route")
+        return info(system, path, **rest)
+
+    monkeypatch.setattr(type(memory), "info", lost)
+    with pytest.raises(DataError, match="shop: got ConnectionError: no route, wanted a folder that can be read"):
+        local_data(URL, tmp_path / "copy")
+
+
 def test_times_of_reading_are_no_change(memory: Any, uploaded: tuple[Path, Schema], tmp_path: Path) -> None:
     system = type(memory)
     info = system.info
