@@ -264,8 +264,11 @@ def experiment(
         ),
     ],
     data: Annotated[
-        Path | None,
-        typer.Option(help="A folder with a schema.toml, or in KuaiRand's layout; none for regimes."),
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder with a schema.toml, or in KuaiRand's layout, or its URL; none for regimes.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -334,6 +337,7 @@ def experiment(
     from lt4rec_sparse.paper.declared import Variants
     from lt4rec_sparse.paper.experiment import run_experiment
     from lt4rec_sparse.paper.regimes import TRAINING, Regime, around, run_regimes
+    from lt4rec_sparse.recsys.data.remote import data_name, located
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
 
@@ -343,7 +347,7 @@ def experiment(
         raise InputError("--data: got none, wanted a folder with a log")
     if data is not None and impressions is not None:
         raise InputError(f"--impressions: got {impressions} with --data, wanted none: only regimes simulates its logs")
-    out = out or Path("runs") / "experiments" / (data.resolve().name if data else "regimes")
+    out = out or Path("runs") / "experiments" / ("regimes" if data is None else data_name(data))
     resources, dtype = Resources(workers, executor), _dtype(precision)
     training = Training(
         hidden=_widths(hidden),
@@ -371,7 +375,7 @@ def experiment(
             regimes = around(Regime() if impressions is None else Regime(impressions))
             report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
         else:
-            report = run_experiment(name, data, out, seeds, training, resources, progress, variants, top_k)
+            report = run_experiment(name, located(data), out, seeds, training, resources, progress, variants, top_k)
     typer.echo(f"{report}, report.html, records.json")
 
 

@@ -938,6 +938,7 @@ def test_a_url_whose_package_is_absent_is_named(tmp_path, monkeypatch):
     line = "cloud://shop: got no package for it, wanted one: Install cloudfs to access clouds"
     assert refusal("run", "--data", "cloud://shop", "--out", tmp_path / "out") == line
     assert refusal("schema", "cloud://shop") == line
+    assert refusal("experiment", "table2", "--data", "cloud://shop", "--out", tmp_path / "out") == line
     assert not contents(tmp_path)
 
 

@@ -15,6 +15,7 @@ from lt4rec_sparse.paper import declared, pages
 from lt4rec_sparse.paper.declared import Variants
 from lt4rec_sparse.paper.frontier import frontier
 from lt4rec_sparse.recsys.data import open_source, prepare
+from lt4rec_sparse.recsys.data.remote import COPY, local_data
 from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
@@ -84,7 +85,7 @@ EXPERIMENTS = {
 
 def run_experiment(
     name: str,
-    data: Path,
+    data: Path | str,
     out: Path,
     seeds: int,
     training: Training | None = None,
@@ -106,7 +107,7 @@ def run_experiment(
 
     Args:
         name: One of `EXPERIMENTS`.
-        data: A folder with a schema file, or in KuaiRand's layout.
+        data: A folder with a schema file, or in KuaiRand's layout, or the URL of one, of which `out` gets a copy.
         out: The folder for all results.
         seeds: How many seeds, from 0 on.
         training: How every row trains, except for its learning rates.
@@ -125,6 +126,7 @@ def run_experiment(
     check_counts(seeds=seeds)
     check_top_k(top_k)
     experiment = EXPERIMENTS[name]
+    data = local_data(data, out / COPY, progress=progress)
     training, schema = training or Training(), open_source(data).schema
     kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
     part = experiment.obstacle(kinds, schema.carried, schema.group is not None)

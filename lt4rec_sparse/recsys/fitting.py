@@ -17,7 +17,7 @@ from lt4rec_sparse.files import write_whole
 from lt4rec_sparse.ranker import Ranker, load
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.draft import draft_schema
-from lt4rec_sparse.recsys.data.remote import data_name, is_folder, local_data
+from lt4rec_sparse.recsys.data.remote import COPY, data_name, is_folder, local_data
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, schema_of
 from lt4rec_sparse.recsys.data.table_folder import write_tables
 from lt4rec_sparse.recsys.frozen import freeze_trial
@@ -25,7 +25,7 @@ from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import laboratory
 from lt4rec_sparse.recsys.harness.settings import RunSettings
 from lt4rec_sparse.recsys.harness.study import Progress, Resources
-from lt4rec_sparse.recsys.run import COPY, MODEL, Given, begun, served_row, trained
+from lt4rec_sparse.recsys.run import MODEL, Given, begun, served_row, trained
 from lt4rec_sparse.recsys.training import fastest_dtype
 
 TABLE = "table"  # the folder of tables in a run folder, and the name of their data

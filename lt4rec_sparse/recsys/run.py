@@ -21,7 +21,7 @@ from lt4rec_sparse import __version__, ops
 from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
-from lt4rec_sparse.recsys.data.remote import data_name, local_data
+from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
 from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
@@ -40,7 +40,6 @@ from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carri
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.report import verdict, write_report
 
-COPY = "copy"  # of data at a URL
 PLANTED_FIELDS = 2  # of each kind in the simulated log: enough to see whether masks find them
 MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "results.json"
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, replace
 from functools import partial
 
+import fsspec
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.paper import equal_time, experiment, pages, regimes
 from lt4rec_sparse.paper.experiment import EXPERIMENTS, run_experiment
 from lt4rec_sparse.paper.regimes import Regime, around, run_regimes
-from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, simulate
+from lt4rec_sparse.recsys.data import DataError, SimulatorConfig, open_source, simulate
 from lt4rec_sparse.recsys.harness import starts, study
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.harness.trials import Training
@@ -149,6 +150,27 @@ def test_trials_on_other_data_are_refused(log, tmp_path, monkeypatch):
 
 
 @pytest.mark.end_to_end
+def test_a_log_at_a_url_is_copied_first(small_folder, tmp_path, monkeypatch):
+    system = fsspec.filesystem("memory")
+    for path in small_folder.rglob("*"):
+        if path.is_file():
+            system.pipe_file(f"/bucket/shop/{path.relative_to(small_folder)}", path.read_bytes())
+    prepared = []
+
+    def stop(data, *arguments, **rest):
+        prepared.append(data)
+        raise InputError("enough")
+
+    monkeypatch.setattr(experiment, "prepare", stop)
+    try:
+        with pytest.raises(InputError, match="enough"):
+            run_experiment("table3", "memory://bucket/shop", tmp_path / "out", 1, TRAINING, HERE)
+    finally:
+        system.store.clear()
+    assert prepared == [tmp_path / "out" / "copy"]
+    assert open_source(prepared[0]).schema == open_source(small_folder).schema
+
+
 def test_regimes_are_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(starts, "train", lambda *args, **kwargs: 0.0)
     middle = Regime(3_000, 0.2, planted_fields=1, hidden=(32, 16))

@@ -26,6 +26,7 @@ from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.seen import is_table, table_suffix
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, TRUTH, DataError, check_pattern, kuairand_schema, schema_of
 
+COPY = "copy"  # the folder of copies in a run folder
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # Of what a remote side says of a file, that it was read: no sign of a change.
 READ_TIMES = ("time", "atime", "accessed", "last_access_time")
