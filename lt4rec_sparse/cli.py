@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from lt4rec_sparse import __version__, cli_features, cli_schema
+from lt4rec_sparse import __version__, cli_features, cli_schema, cli_update
 from lt4rec_sparse.cli_training import (
     BaseRates,
     ClipNorm,
@@ -231,7 +231,7 @@ def run(
         density=density,
         granularity=granularity,
         tasks=_names(tasks),
-        dtype=_dtype(precision),
+        dtype=training_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
         base_rates=base_rates,
@@ -342,7 +342,7 @@ def experiment(
     if data is not None and impressions is not None:
         raise InputError(f"--impressions: got {impressions} with --data, wanted none: only regimes simulates its logs")
     out = out or Path("runs") / "experiments" / (data.resolve().name if data else "regimes")
-    resources, dtype = Resources(workers, executor), _dtype(precision)
+    resources, dtype = Resources(workers, executor), training_dtype(precision)
     training = Training(
         hidden=_widths(hidden),
         embedding_dim=embedding_dim,
@@ -414,6 +414,7 @@ def simulate(
     )
 
 
+app.command()(cli_update.update)
 app.command()(cli_features.candidates)
 app.command()(cli_features.features)
 app.command()(cli_schema.schema)
@@ -437,7 +438,7 @@ def score(
     ] = None,
     days: Annotated[
         str | None,
-        typer.Option(help="Which rows of --data: test (default), validation, train, or days such as DAY,DAY."),
+        typer.Option(help="Which rows of --data: test (default), validation, train, or days such as DAY,DAY..DAY."),
     ] = None,
     keep: Annotated[
         str | None,
@@ -690,7 +691,7 @@ def _losses(named: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items()))
 
 
-def _dtype(precision: str) -> str:
+def training_dtype(precision: str) -> str:
     """Return the dtype in which training multiplies matrices."""
     from lt4rec_sparse.recsys.training import fastest_dtype
 

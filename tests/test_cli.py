@@ -269,7 +269,7 @@ def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     assert lines[7] == "calibrated for int8: no"
 
 
-COMMANDS = ("run", "experiment", "simulate", "candidates", "features", "score", "plan", "export", "inspect")
+COMMANDS = ("run", "update", "experiment", "simulate", "candidates", "features", "score", "plan", "export", "inspect")
 
 
 def test_help_names_every_command():
@@ -933,6 +933,20 @@ def test_raw_requests_are_scored_as_the_log_is(finished, requests, tmp_path, kin
     for row in scores.to_pylist():
         known = of_log[tuple(row[key] for key in keys)]
         assert (row["ctr"], row["cvr"]) == (known["ctr"], known["cvr"])
+
+
+def test_an_update_says_what_changed_and_serves(finished, tmp_path):
+    model, data, out = finished / "model.safetensors", finished / "simulated", tmp_path / "update"
+    result = invoke("update", model, "--data", data, "--out", out, "--batch-size", 256, "-q")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert re.fullmatch(r"on \S+: ctr AUC 0\.\d{5} before, 0\.\d{5} after; cvr MSE .* before, .* after", first)
+    assert second == f"{out / 'model.safetensors'}, report.md, results.json"
+    assert load(model).encoder.until < load(out / "model.safetensors").encoder.until
+    assert invoke("score", out / "model.safetensors", tmp_path / "s.csv", "--data", data, "-q").exit_code == 0
+    message = refusal("update", out / "model.safetensors", "--data", data, "--out", tmp_path / "next")
+    assert message.startswith("--days: got 1 days after ")
+    assert not (tmp_path / "next").exists()
 
 
 def test_what_requests_lack_is_named(finished, requests, tmp_path):
