@@ -178,8 +178,8 @@ def _updated(
     tasks, rows = ranker.tasks, prepared.counts["train"]["rows"]
     training = settings.training(rows)
     starts = Starts(prepared, out)
-    before = _trainable(ranker, prepared.encoder, None)
-    model = _trainable(ranker, prepared.encoder, torch.Generator().manual_seed(settings.seed), training)
+    before = trainable(ranker, prepared.encoder, None)
+    model = trainable(ranker, prepared.encoder, torch.Generator().manual_seed(settings.seed), training)
     judged = {"before": starts.judge(out / "before", before, "validation", tasks)["all"]}
     progress("train", 0, 1)
     path = starts.made("trained.safetensors")
@@ -206,7 +206,7 @@ def _updated(
     }
 
 
-def _trainable(
+def trainable(
     ranker: Ranker, encoder: FeatureEncoder, generator: torch.Generator | None, training: Training | None = None
 ) -> SparseSharing:
     """Return a ranker's model, as it is stored, with rows for the encoder's new ids; see `CrossedEmbeddings.grown`."""

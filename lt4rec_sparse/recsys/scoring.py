@@ -88,7 +88,7 @@ def score_log(
     check_flat(out, (name for name in keep if name in lists))
     with scratch_beside(out) as scratch:
         log = partition(source, scratch, CHUNK_ROWS, progress, keep)
-        split, wanted = _split_and_days(log, schema, days)
+        split, wanted = chosen_rows(log, schema, days)
         scored: set[str] = set()
         with written_table(out) as append:
             for rows in RowReader(source, log, keep).read(wanted, split):
@@ -97,7 +97,8 @@ def score_log(
                 progress("score days", len(scored), len(wanted))
 
 
-def _split_and_days(log: DayLog, schema: Schema, text: str) -> tuple[str | None, frozenset[str]]:
+def chosen_rows(log: DayLog, schema: Schema, text: str) -> tuple[str | None, frozenset[str]]:
+    """Return the split and the days that `--days` names, as `RowReader.read` takes them."""
     if text in SPLITS:
         return text, frozenset(log.days_of(schema)[text])
     if schema.time is None:
