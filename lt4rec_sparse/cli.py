@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from lt4rec_sparse import __version__, cli_features, cli_schema, cli_update
+from lt4rec_sparse import __version__, cli_diff, cli_features, cli_schema, cli_update
 from lt4rec_sparse.cli_training import (
     BaseRates,
     ClipNorm,
@@ -570,6 +570,7 @@ def inspect(model: Artefact) -> None:
         typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
 
 
+app.command()(cli_diff.diff)
 app.command()(serve)
 
 

@@ -1,5 +1,6 @@
 """The command line: what it answers to good input, and its one line to bad input, after which nothing has changed."""
 
+import json
 import os
 import re
 import shutil
@@ -269,7 +270,19 @@ def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     assert lines[7] == "calibrated for int8: no"
 
 
-COMMANDS = ("run", "update", "experiment", "simulate", "candidates", "features", "score", "plan", "export", "inspect")
+COMMANDS = (
+    "run",
+    "update",
+    "experiment",
+    "simulate",
+    "candidates",
+    "features",
+    "score",
+    "plan",
+    "export",
+    "inspect",
+    "diff",
+)
 
 
 def test_help_names_every_command():
@@ -947,6 +960,38 @@ def test_an_update_says_what_changed_and_serves(finished, tmp_path):
     message = refusal("update", out / "model.safetensors", "--data", data, "--out", tmp_path / "next")
     assert message.startswith("--days: got 1 days after ")
     assert not (tmp_path / "next").exists()
+
+
+def test_a_diff_says_what_differs_and_copies_are_equal(finished, tmp_path):
+    model, data, out = finished / "model.safetensors", finished / "simulated", tmp_path / "other.safetensors"
+    shutil.copy(model, out)
+    assert invoke("diff", model, out).stdout == "equal: A and B have the same bytes\n"
+    ranker = load(model)
+    save(ranker, out, "int8")
+    result = invoke("diff", model, out, "--data", data, "-q", "--top-k", 3)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["embeddings", "fp32", "int8"] in lines
+    assert ["file", f"{model.stat().st_size:,}", f"{out.stat().st_size:,}"] in lines
+    assert next(line for line in lines if line[:1] == ["layers.0"])[4:6] == ["0.0000", "0.0000"]
+    told = json.loads(invoke("diff", model, out, "--data", data, "-q", "--top-k", 3, "--json").stdout)
+    assert told["equal"] is False and told["facts"] == [["embeddings", "fp32", "int8"]]
+    assert told["scores"]["k"] == 3 and set(told["scores"]["tasks"]) == {"ctr", "cvr"}
+    assert told["scores"]["tasks"]["ctr"]["mean"] < 0.01
+    assert set(told["layers"]["layers.0"]["masks"]) == {"ctr", "cvr"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--days", "test"], "--days: got 'test' without --data, wanted both"),
+        (["--top-k", "0"], "--top-k: got 0, wanted at least 1"),
+        (["--requests", "a.csv", "--data", "b"], "diff: got --requests and --data, wanted one of them"),
+        (["--requests", "none.csv"], "none.csv"),
+    ],
+)
+def test_a_diff_that_cannot_be_is_refused(finished, options, message):
+    assert message in refusal("diff", finished / "model.safetensors", finished / "model.safetensors", *options)
 
 
 def test_what_requests_lack_is_named(finished, requests, tmp_path):
