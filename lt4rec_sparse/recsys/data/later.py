@@ -61,7 +61,7 @@ def prepare_later(
     Histories read the days before, as in `prepare`, which says the rest.
 
     Args:
-        source: Of `open_later`.
+        source: The log, as `open_later` found it.
         out: The folder to write.
         encoder: The model's.
         tasks: The model's; each has rows in both splits.
