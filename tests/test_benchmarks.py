@@ -21,6 +21,7 @@ from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp
 from serve.models import small_ranker
 
 from bench import daily, record, served, serving, tables
+from bench.__main__ import main
 from bench.cpu import PRECISIONS, ratio, speed_table
 from bench.training import embedding_steps
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, ops, save
@@ -145,8 +146,9 @@ def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
 
 
 @pytest.mark.bench_short
-def test_the_daily_suite_runs_in_its_short_form(small_folder: Path) -> None:
-    measured = json.loads(bench("daily", str(small_folder), "--short"))
+def test_the_daily_suite_runs_in_its_short_form(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daily", str(small_folder), "--short"]) == 0
+    measured = json.loads(capsys.readouterr().out)
     (of_day,) = measured["seeds"]["0"]
     assert of_day["day"] == measured["days"][3] and of_day["grown"] > 0
     assert list(of_day["metrics"]) == ["alone", "updated", "anew"]

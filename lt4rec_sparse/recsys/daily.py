@@ -179,8 +179,9 @@ def _updated(
     training = settings.training(rows)
     starts = Starts(prepared, out)
     before = trainable(ranker, prepared.encoder, None)
-    model = trainable(ranker, prepared.encoder, torch.Generator().manual_seed(settings.seed), training)
     judged = {"before": starts.judge(out / "before", before, "validation", tasks)["all"]}
+    del before  # its embeddings are as large as those to train
+    model = trainable(ranker, prepared.encoder, torch.Generator().manual_seed(settings.seed), training)
     progress("train", 0, 1)
     path = starts.made("trained.safetensors")
     objective = objectives.plain(training, tasks, starts.kinds)
