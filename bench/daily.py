@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -27,13 +28,14 @@ from lt4rec_sparse.recsys.frozen import calibrated
 from lt4rec_sparse.recsys.harness.by_rows import by_rows
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import Starts
+from lt4rec_sparse.recsys.harness.statistics import paired_difference
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.tables import table
 
 TASKS = {"ctr": ("auc", "log_loss"), "cvr": ("mse",)}
 FIRST = 6  # days that the first model is trained on
 SEEDS = (0, 1, 2)
-TITLES = {"alone": "left alone", "updated": "updated every day", "anew": "trained anew every day"}
+MODELS = ("alone", "updated", "anew")
 
 
 def run(data: Path) -> Path:
@@ -123,35 +125,39 @@ def _chosen(metrics: Any) -> dict[str, dict[str, float]]:
 
 
 def daily_table(found: dict[str, Any]) -> str:
-    """Return the means over the seeds: each day's main metrics, then seconds."""
-    runs = list(found["seeds"].values())
-
-    def mean(i: int, *keys: str) -> float:
-        total = 0.0
-        for of_seed in runs:
-            value = of_seed[i]
-            for key in keys:
-                value = value[key]
-            total += value
-        return total / len(runs)
-
+    """Return the means over the seeds of each day's main metrics and seconds of training, and differences of means."""
+    runs: list[list[dict[str, Any]]] = list(found["seeds"].values())
     mains = {task: metrics[0] for task, metrics in TASKS.items()}
-    header = ["day"]
-    header += [f"{task} {main.upper()}, {title}" for task, main in mains.items() for title in TITLES.values()]
-    header += [f"seconds of training, {TITLES[name]}" for name in ("updated", "anew")]
+    columns = [("metrics", name, task, main) for task, main in mains.items() for name in MODELS]
+    columns += [("seconds", name, "train") for name in MODELS[1:]]
+    header = [f"{task} {main.upper()}, {name}" for task, main in mains.items() for name in MODELS]
+    header += [f"seconds, {name}" for name in MODELS[1:]]
     lines = []
-    for i, of_day in enumerate(runs[0]):
-        line = [of_day["day"]]
-        line += [f"{mean(i, 'metrics', name, task, main):.4f}" for task, main in mains.items() for name in TITLES]
-        lines.append([*line, *(f"{mean(i, 'seconds', name, 'train'):.0f}" for name in ("updated", "anew"))])
-    every = range(len(lines))
-    line = ["mean"]
-    line += [
-        f"{sum(mean(i, 'metrics', name, task, main) for i in every) / len(lines):.4f}"
-        for task, main in mains.items()
-        for name in TITLES
-    ]
-    line += [
-        f"{sum(mean(i, 'seconds', name, 'train') for i in every) / len(lines):.0f}" for name in ("updated", "anew")
-    ]
-    return table(header, [*lines, line])
+    for day, of_day in zip([first["day"] for first in runs[0]], zip(*runs, strict=True), strict=True):
+        lines.append([day, *(_cell(keys, [_at(of_seed, keys) for of_seed in of_day]) for keys in columns)])
+    every = [of_day for of_seed in runs for of_day in of_seed]
+    lines.append(["mean", *(_cell(keys, [_at(of_day, keys) for of_day in every]) for keys in columns)])
+    differences = []
+    for task, main in mains.items():
+        means = {
+            name: {
+                seed: fmean(_at(of_day, ("metrics", name, task, main)) for of_day in of_seed)
+                for seed, of_seed in enumerate(runs)
+            }
+            for name in MODELS
+        }
+        for base in ("alone", "anew"):
+            apart = paired_difference(means["updated"], means[base], relative=main == "mse")
+            differences.append(f"{task} {main.upper()}, updated against {base}: {apart}")
+    return f"{table(['day', *header], lines)}\n\n{'; '.join(differences)}."
+
+
+def _at(of_day: dict[str, Any], keys: Sequence[str]) -> float:
+    value: Any = of_day
+    for key in keys:
+        value = value[key]
+    return float(value)
+
+
+def _cell(keys: Sequence[str], values: Sequence[float]) -> str:
+    return f"{fmean(values):.{1 if keys[0] == 'seconds' else 4}f}"

@@ -154,7 +154,7 @@ def test_the_daily_suite_runs_in_its_short_form(small_folder: Path, capsys: pyte
     assert list(of_day["metrics"]) == ["alone", "updated", "anew"]
     lines = daily.daily_table(measured).splitlines()
     assert lines[2].startswith(f"| {of_day['day']} | {of_day['metrics']['alone']['ctr']['auc']:.4f} |")
-    assert lines[3].startswith("| mean |")
+    assert lines[3].startswith("| mean |") and "ctr AUC, updated against alone: " in lines[-1]
 
 
 @needs_engine

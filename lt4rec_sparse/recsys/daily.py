@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from lt4rec_sparse.recsys.daily_page import page, verdict
 from lt4rec_sparse.recsys.data.days import Progress
 from lt4rec_sparse.recsys.data.later import open_later, prepare_later
 from lt4rec_sparse.recsys.data.prepare import Prepared
-from lt4rec_sparse.recsys.data.source import file_digest
+from lt4rec_sparse.recsys.data.source import DataError, file_digest
 from lt4rec_sparse.recsys.frozen import calibrated
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.by_rows import by_rows
@@ -131,6 +131,7 @@ def update(
             progress,
             replace=not is_begun,
         )
+        _check_classes(data, prepared, ranker.tasks)
         write_whole(out / CONFIG, json.dumps(wanted, indent=1) + "\n")
         results = _earlier(out)
         if results is None:
@@ -163,6 +164,16 @@ def _check_config(model: Path, out: Path, wanted: Mapping[str, Any]) -> bool:
         if got.get(key) != value:
             raise InputError(f"{path}: got {key} = {shown(got.get(key))}, wanted {value}; choose another --out")
     return True
+
+
+def _check_classes(data: Path, prepared: Prepared, tasks: Sequence[str]) -> None:
+    """Refuse validation days on which a binary task has labels of one class: no model could be judged there."""
+    found = prepared.counts["validation"]
+    for task in prepared.schema.tasks:
+        mean = found["tasks"][task.name]["label_mean"]
+        if task.name in tasks and task.kind == "binary" and mean in (0, 1):
+            got = f"only labels {mean:.0f} of {task.name} on {', '.join(found['days'])}"
+            raise DataError(f"{data}: validation days: got {got}, wanted 0 and 1")
 
 
 def _earlier(out: Path) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from oracle import assert_exact
@@ -16,7 +18,7 @@ from lt4rec_sparse.nn import MaskedMLP, SparseMLP
 from lt4rec_sparse.ranker import Ranker, load, save
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.daily import UpdateSettings, update
-from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.data import DataError, Prepared
 from lt4rec_sparse.recsys.frozen import calibrated
 from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.models import SparseSharing
@@ -220,6 +222,22 @@ def test_what_cannot_be_trained_is_refused_before_the_log_is_read(ranker, tmp_pa
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         UpdateSettings(**changes)
+
+
+def test_validation_days_of_one_class_are_refused(artefact, small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "log")
+    path = folder / "log" / "2024-01-06.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.filter(pc.equal(rows["is_click"], 1)), path)
+    message = "validation days: got only labels 1 of ctr on 2024-01-06, wanted 0 and 1"
+    with pytest.raises(DataError, match=message):
+        update(artefact, folder, tmp_path / "out", SETTINGS)
+    # With others the same folder goes on.
+    update(artefact, folder, tmp_path / "out", replace(SETTINGS, days="2024-01-03..2024-01-05"))
+    with pytest.raises(DataError, match=r"split 'validation': got .* rows and none of task 'cvr', wanted some of every"):
+        pq.write_table(rows.filter(pc.equal(rows["is_click"], 0)), path)
+        update(artefact, folder, tmp_path / "other", SETTINGS)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("sparse_gradients", [False, True])
