@@ -568,6 +568,8 @@ def inspect(model: Artefact) -> None:
     typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
     if ranker.inputs.absent:
         typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
+    if ranker.encoder.until is not None:
+        typer.echo(f"trained until: {ranker.encoder.until}")
 
 
 app.command()(cli_diff.diff)

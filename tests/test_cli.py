@@ -244,7 +244,7 @@ def test_inspect_shows_what_an_artefact_holds(finished):
         assert line == f"  {kind}: {', '.join(sizes) or 'no engine'}"
     assert lines[8] == "calibrated for int8: yes"
     assert lines[9] == f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes"
-    assert len(lines) == 10
+    assert lines[10:] == ["trained until: 2024-01-02"]
 
 
 def test_inspect_says_how_embeddings_are_held_and_which_are_elsewhere(finished, tmp_path):
@@ -254,7 +254,7 @@ def test_inspect_says_how_embeddings_are_held_and_which_are_elsewhere(finished, 
     rows, dim = ranker.inputs.embedding.shape
     lines = invoke("inspect", tmp_path / "model").stdout.splitlines()
     assert lines[9] == f"embeddings: {(rows - ranker.encoder.table_sizes[table]) * (dim + 4):,} bytes in int8"
-    assert lines[10:] == [f"embeddings that must be given: {table}"]
+    assert lines[10:] == [f"embeddings that must be given: {table}", "trained until: 2024-01-02"]
 
 
 @pytest.fixture
