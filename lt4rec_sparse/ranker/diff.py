@@ -58,7 +58,7 @@ class LayerDifference:
 
     Attributes:
         shape: `[out_features, in_features]` of each; None where there is no such layer.
-        activation: Of each.
+        activation: The name of each one's.
         blocks: Whether each is kept in blocks of 16 x 4.
         masks: Task -> its masks, of tasks that both have; empty where shapes differ.
         weight: None where shapes differ.
@@ -78,12 +78,12 @@ class TableDifference:
     """The values of one embedding table, and their rows.
 
     Attributes:
-        rows: Of each, unseen and missing values counted; None where there is no such table.
+        rows: How many each has, those of unseen and missing values among them; None where there is no such table.
         added: How many values B's vocabulary has and A's lacks; None of a table that is no vocabulary in both.
         removed: How many A's has and B's lacks.
         moved: How many of both have another id.
         examples: Some values that were added, and some that were removed.
-        embeddings: Of the rows of equal values, those of unseen and missing values among them; None where there are no
+        embeddings: The rows of equal values, those of unseen and missing values among them; None where there are no
             such rows, where widths differ, or where embeddings are elsewhere.
     """
 

@@ -31,8 +31,8 @@ class TaskScores:
     """How far one task's scores are apart.
 
     Attributes:
-        mean: Of `|A - B|`.
-        largest: Likewise.
+        mean: The mean of `|A - B|`.
+        largest: The largest `|A - B|`.
         rank_correlation: Spearman's, over all rows, ties with their mean rank; None where a model's scores are all the
             same.
         top: How many of A's first `k` rows are among B's, over `k`: the mean over groups of more than `k` rows. Rows of
