@@ -119,7 +119,7 @@ def update(
     _check(model, ranker)
     source = open_later(data, ranker.encoder.schema)
     wanted = {"layout": LAYOUT, "model": file_digest(model), "data": data.resolve().name, **asdict(settings)}
-    is_begun = _check_config(model, out, wanted)
+    is_begun = _check_config(out, wanted)
     with locked(out):
         prepared = prepare_later(
             source,
@@ -150,14 +150,14 @@ def _check(path: Path, ranker: Ranker) -> None:
         raise InputError(f"{path}: cannot be trained: {error}") from error
 
 
-def _check_config(model: Path, out: Path, wanted: Mapping[str, Any]) -> bool:
+def _check_config(out: Path, wanted: Mapping[str, Any]) -> bool:
     """Return whether this update was begun in the folder; refuse one of another."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: got a file, wanted a folder for the update")
-    if (out / MODEL).exists() and (out / MODEL).samefile(model):
-        raise InputError(f"--out: got {str(out)!r}, where the artefact is that is read, wanted another folder")
     path = out / CONFIG
     if not path.exists():
+        if (out / MODEL).exists():
+            raise InputError(f"{out}: got {MODEL} of something else, wanted a folder for this update alone")
         return False
     got = read_json(path)
     for key, value in wanted.items():

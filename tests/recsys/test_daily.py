@@ -180,8 +180,10 @@ def test_a_folder_in_use_and_the_artefacts_own_are_refused(artefact, small_folde
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process works in this folder"):
             update(artefact, small_folder, out, SETTINGS)
-    with pytest.raises(InputError, match="where the artefact is that is read, wanted another folder"):
+    with pytest.raises(InputError, match=r"got model\.safetensors of something else, wanted a folder for this update"):
         update(artefact, small_folder, artefact.parent, SETTINGS)
+    with pytest.raises(InputError, match=r"config\.json: got model = '.*', wanted .*; choose another --out"):
+        update(out / "model.safetensors", small_folder, out, SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
