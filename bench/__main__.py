@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench import (
     cpu,
+    daily,
     default,
     embeddings,
     experiments,
@@ -33,7 +34,8 @@ USAGE = (
     "usage: python -m bench cpu [RUN_FOLDER | --short] | no-amx [--short] | wide [--short] | default [--short]"
     " | sparse-training [--short]"
     " | networks [NETWORK ... | --short] | frozen [--short] | gpu [--dry OUT] | gpu-bytes"
-    " | training PREPARED_FOLDER [--short] | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
+    " | training PREPARED_FOLDER [--short] | daily LOG_FOLDER [--short]"
+    " | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
     " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
@@ -80,6 +82,10 @@ def main(arguments: list[str]) -> int:
             print(training.run(Path(prepared)))
         case ["training", prepared, "--short"]:
             print(json.dumps(training.measured(Path(prepared), steps=2, rounds=1), indent=1))
+        case ["daily", data]:
+            print(daily.run(Path(data)))
+        case ["daily", data, "--short"]:
+            print(json.dumps(daily.short(Path(data)), indent=1))
         case ["embeddings", run_folder]:
             print(embeddings.run(Path(run_folder)))
         case ["request", run_folder]:

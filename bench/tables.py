@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bench import default, experiments, gpu, networks, record, serving, sparse_training, wide
+from bench import daily, default, experiments, gpu, networks, record, serving, sparse_training, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -619,6 +619,13 @@ def _promises() -> str:
     return "\n\n".join(parts)
 
 
+def _daily() -> str:
+    found = record.read("daily")
+    first, count = found["days"][: found["first"]], len(found["seeds"])
+    how = f"The first model knows {first[0]} to {first[-1]}; {count} seeds. Seconds of training, all cores together."
+    return f"{_where(found['machine'])}. {how}\n\n{daily.daily_table(found)}"
+
+
 def _commands() -> str:
     timed = record.read("commands")
     rows = [[c["command"], f"{c['seconds']:.0f}"] for c in timed["commands"]]
@@ -659,6 +666,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "networks": _networks,
     "default": _default,
     "sparse_training": _sparse_training,
+    "daily": _daily,
     "no_amx": _no_amx,
     "microseconds": _microseconds,
     "engine": _engine,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from lt4rec_sparse import __version__, cli_features, cli_schema
+from lt4rec_sparse import __version__, cli_diff, cli_features, cli_schema, cli_update
 from lt4rec_sparse.cli_training import (
     BaseRates,
     ClipNorm,
@@ -233,7 +233,7 @@ def run(
         density=density,
         granularity=granularity,
         tasks=_names(tasks),
-        dtype=_dtype(precision),
+        dtype=training_dtype(precision),
         sparse_gradients=sparse_gradients,
         embeddings=embeddings,
         base_rates=base_rates,
@@ -348,7 +348,7 @@ def experiment(
     if data is not None and impressions is not None:
         raise InputError(f"--impressions: got {impressions} with --data, wanted none: only regimes simulates its logs")
     out = out or Path("runs") / "experiments" / ("regimes" if data is None else data_name(data))
-    resources, dtype = Resources(workers, executor), _dtype(precision)
+    resources, dtype = Resources(workers, executor), training_dtype(precision)
     training = Training(
         hidden=_widths(hidden),
         embedding_dim=embedding_dim,
@@ -420,6 +420,7 @@ def simulate(
     )
 
 
+app.command()(cli_update.update)
 app.command()(cli_features.candidates)
 app.command()(cli_features.features)
 app.command()(cli_schema.schema)
@@ -447,7 +448,7 @@ def score(
     ] = None,
     days: Annotated[
         str | None,
-        typer.Option(help="Which rows of --data: test (default), validation, train, or days such as DAY,DAY."),
+        typer.Option(help="Which rows of --data: test (default), validation, train, or days such as DAY,DAY..DAY."),
     ] = None,
     keep: Annotated[
         str | None,
@@ -579,8 +580,11 @@ def inspect(model: Artefact) -> None:
     typer.echo(f"embeddings: {ranker.inputs.nbytes:,} bytes{kind}")
     if ranker.inputs.absent:
         typer.echo(f"embeddings that must be given: {', '.join(sorted(ranker.inputs.absent))}")
+    if ranker.encoder.until is not None:
+        typer.echo(f"trained until: {ranker.encoder.until}")
 
 
+app.command()(cli_diff.diff)
 app.command()(serve)
 
 
@@ -702,7 +706,7 @@ def _losses(named: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items()))
 
 
-def _dtype(precision: str) -> str:
+def training_dtype(precision: str) -> str:
     """Return the dtype in which training multiplies matrices."""
     from lt4rec_sparse.recsys.training import fastest_dtype
 

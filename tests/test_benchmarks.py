@@ -20,7 +20,8 @@ from kernels.networks import PATHS, Kernel, exact_reference, prepack, random_lay
 from oracle import Bounded, assert_exact, assert_rounding, linear_reference, mlp_reference
 from serve.models import small_ranker
 
-from bench import record, served, serving, tables
+from bench import daily, record, served, serving, tables
+from bench.__main__ import main
 from bench.cpu import PRECISIONS, ratio, speed_table
 from bench.training import embedding_steps
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, ops, save
@@ -142,6 +143,18 @@ def test_the_training_suite_runs_in_its_short_form(small_log: Any) -> None:
     assert measured["search"]["ours_s"] > 0 and measured["search"]["plain_s"] > 0
     assert {part["steps"] for part in measured["joint"]} == {"dense", "kept weights alone"}
     assert len(measured["embeddings"]["timings_us"]) == 3
+
+
+@pytest.mark.bench_short
+def test_the_daily_suite_runs_in_its_short_form(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daily", str(small_folder), "--short"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    (of_day,) = measured["seeds"]["0"]
+    assert of_day["day"] == measured["days"][3] and of_day["grown"] > 0
+    assert list(of_day["metrics"]) == ["alone", "updated", "anew"]
+    lines = daily.daily_table(measured).splitlines()
+    assert lines[2].startswith(f"| {of_day['day']} | {of_day['metrics']['alone']['ctr']['auc']:.4f} |")
+    assert lines[3].startswith("| mean |") and "ctr AUC, updated against alone: " in lines[-1]
 
 
 @needs_engine

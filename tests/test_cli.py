@@ -1,6 +1,7 @@
 """The command line: what it answers to good input, and its one line to bad input, after which nothing has changed."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -245,7 +246,7 @@ def test_inspect_shows_what_an_artefact_holds(finished):
         assert line == f"  {kind}: {', '.join(sizes) or 'no engine'}"
     assert lines[8] == "calibrated for int8: yes"
     assert lines[9] == f"embeddings: {ranker.inputs.embedding.numel() * 4:,} bytes"
-    assert len(lines) == 10
+    assert lines[10:] == ["trained until: 2024-01-02"]
 
 
 def test_inspect_says_how_embeddings_are_held_and_which_are_elsewhere(finished, tmp_path):
@@ -255,7 +256,7 @@ def test_inspect_says_how_embeddings_are_held_and_which_are_elsewhere(finished, 
     rows, dim = ranker.inputs.embedding.shape
     lines = invoke("inspect", tmp_path / "model").stdout.splitlines()
     assert lines[9] == f"embeddings: {(rows - ranker.encoder.table_sizes[table]) * (dim + 4):,} bytes in int8"
-    assert lines[10:] == [f"embeddings that must be given: {table}"]
+    assert lines[10:] == [f"embeddings that must be given: {table}", "trained until: 2024-01-02"]
 
 
 @pytest.fixture
@@ -271,7 +272,19 @@ def test_inspect_says_if_an_artefact_is_not_calibrated(uncalibrated):
     assert lines[7] == "calibrated for int8: no"
 
 
-COMMANDS = ("run", "experiment", "simulate", "candidates", "features", "score", "plan", "export", "inspect")
+COMMANDS = (
+    "run",
+    "update",
+    "experiment",
+    "simulate",
+    "candidates",
+    "features",
+    "score",
+    "plan",
+    "export",
+    "inspect",
+    "diff",
+)
 
 
 def test_help_names_every_command():
@@ -977,6 +990,52 @@ def test_raw_requests_are_scored_as_the_log_is(finished, requests, tmp_path, kin
     for row in scores.to_pylist():
         known = of_log[tuple(row[key] for key in keys)]
         assert (row["ctr"], row["cvr"]) == (known["ctr"], known["cvr"])
+
+
+def test_an_update_says_what_changed_and_serves(finished, tmp_path):
+    model, data, out = finished / "model.safetensors", finished / "simulated", tmp_path / "update"
+    result = invoke("update", model, "--data", data, "--out", out, "--batch-size", 256, "-q")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert re.fullmatch(r"on \S+: ctr AUC 0\.\d{5} before, 0\.\d{5} after; cvr MSE .* before, .* after", first)
+    assert second == f"{out / 'model.safetensors'}, report.md, results.json"
+    assert load(model).encoder.until < load(out / "model.safetensors").encoder.until
+    assert invoke("score", out / "model.safetensors", tmp_path / "s.csv", "--data", data, "-q").exit_code == 0
+    message = refusal("update", out / "model.safetensors", "--data", data, "--out", tmp_path / "next")
+    assert message.startswith("--days: got 1 days after ")
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_diff_says_what_differs_and_copies_are_equal(finished, tmp_path):
+    model, data, out = finished / "model.safetensors", finished / "simulated", tmp_path / "other.safetensors"
+    shutil.copy(model, out)
+    assert invoke("diff", model, out).stdout == "equal: A and B have the same bytes\n"
+    ranker = load(model)
+    save(ranker, out, "int8")
+    result = invoke("diff", model, out, "--data", data, "-q", "--top-k", 3)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["embeddings", "fp32", "int8"] in lines
+    assert ["file", f"{model.stat().st_size:,}", f"{out.stat().st_size:,}"] in lines
+    assert next(line for line in lines if line[:1] == ["layers.0"])[4:6] == ["0.0000", "0.0000"]
+    told = json.loads(invoke("diff", model, out, "--data", data, "-q", "--top-k", 3, "--json").stdout)
+    assert told["equal"] is False and told["facts"] == [["embeddings", "fp32", "int8"]]
+    assert told["scores"]["k"] == 3 and set(told["scores"]["tasks"]) == {"ctr", "cvr"}
+    assert told["scores"]["tasks"]["ctr"]["mean"] < 0.01
+    assert set(told["layers"]["layers.0"]["masks"]) == {"ctr", "cvr"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--days", "test"], "--days: got 'test' without --data, wanted both"),
+        (["--top-k", "0"], "--top-k: got 0, wanted at least 1"),
+        (["--requests", "a.csv", "--data", "b"], "diff: got --requests and --data, wanted one of them"),
+        (["--requests", "none.csv"], "none.csv"),
+    ],
+)
+def test_a_diff_that_cannot_be_is_refused(finished, options, message):
+    assert message in refusal("diff", finished / "model.safetensors", finished / "model.safetensors", *options)
 
 
 def test_what_requests_lack_is_named(finished, requests, tmp_path):

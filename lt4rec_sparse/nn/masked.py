@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lt4rec_sparse import ops
 from lt4rec_sparse.masks import Mask, pack_words
+from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn import plain
 from lt4rec_sparse.nn.chain import layers_of
 from lt4rec_sparse.nn.reading import pruned
@@ -305,6 +306,40 @@ class MaskedMLP(nn.Module):
                 head.weight.copy_(last.weight)
                 head.bias.copy_(torch.zeros(()) if last.bias is None else last.bias)
         made.heads.to(device, last.weight.dtype)
+        return made
+
+    @classmethod
+    def from_network(cls, network: FrozenNetwork) -> MaskedMLP:
+        """Return a frozen network as one to train on, in float32: its masks, weights, biases and heads.
+
+        A head that ends in a sigmoid gives logits. Weights that no task keeps are 0.
+
+        Raises:
+            ValueError: If there is no hidden layer or no head, a hidden layer does not end in ReLU, or a head in
+                anything but a sigmoid or nothing.
+        """
+        if not network.hidden or not network.heads:
+            raise ValueError("network: got one without hidden layers or without heads, wanted both")
+        ends: dict[str, tuple[str, tuple[str, ...]]]
+        ends = {f"layer {i}": (layer.activation, ("relu",)) for i, layer in enumerate(network.hidden)}
+        ends |= {f"head of {t}": (head.activation, ("none", "sigmoid")) for t, head in network.heads.items()}
+        for name, (activation, wanted) in ends.items():
+            if activation not in wanted:
+                raise ValueError(f"{name}: got activation {activation}, wanted {' or '.join(wanted)}")
+        *hidden, out_features = network.widths
+        made = cls(network.in_features, hidden, out_features, tasks=network.tasks)
+        layers: list[tuple[nn.Linear, Tensor, Tensor | None]] = []
+        for masked, sparse in zip(made.masked_layers(), network.hidden, strict=True):
+            masked.set_mask({task: sparse.weight.mask(task) for task in network.tasks})
+            layers.append((masked, sparse.weight.to_dense(), sparse.bias))
+        for task, head in network.heads.items():
+            linear = made.heads[task]
+            assert isinstance(linear, nn.Linear)
+            layers.append((linear, head.weight, head.bias))
+        with torch.no_grad():
+            for linear, weight, bias in layers:
+                linear.weight.copy_(weight)
+                linear.bias.copy_(torch.zeros(()) if bias is None else bias)
         return made
 
     def masked_layers(self) -> list[MaskedLinear]:

@@ -14,7 +14,10 @@ from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.ranker.features import EncodedFeatures, Field
+from lt4rec_sparse.ranker.features.tables import UNSEEN
 from lt4rec_sparse.ranker.rows import EMBEDDINGS, RoundedRows
+
+STD = 0.05  # of initial embeddings
 
 
 class CrossedEmbeddings(nn.Module):
@@ -54,7 +57,7 @@ class CrossedEmbeddings(nn.Module):
         fields: Sequence[tuple[str, str, bool]],
         table_sizes: Mapping[str, int],
         dim: int = 16,
-        std: float = 0.05,
+        std: float = STD,
         embedding: Tensor | RoundedRows | None = None,
         absent: Collection[str] = (),
         sparse_gradients: bool = False,
@@ -174,6 +177,33 @@ class CrossedEmbeddings(nn.Module):
                 self._span(table)
         absent = self.absent | set(tables)
         return self._with(self._parts([table for table in self.table_sizes if table not in absent]), absent)
+
+    def grown(
+        self, table_sizes: Mapping[str, int], generator: torch.Generator | None, sparse_gradients: bool = False
+    ) -> CrossedEmbeddings:
+        """Return the same inputs, to train, with more rows behind those of each table, which stay, in float32.
+
+        Args:
+            table_sizes: Table name -> number of rows, at least as many as here.
+            generator: Draws the new rows as initial ones are drawn. None: each is the row of values unseen in training,
+                by which such values were embedded before.
+            sparse_gradients: As in the constructor.
+
+        Raises:
+            InputError: If there are other tables, a table would shrink, or embeddings of a table are elsewhere.
+        """
+        if [*table_sizes] != [*self.table_sizes]:
+            raise InputError(f"tables: got {', '.join(table_sizes)}, wanted {', '.join(self.table_sizes)}")
+        parts = []
+        for name, rows in self.tables().items():
+            more = table_sizes[name] - len(rows)
+            if more < 0:
+                raise InputError(f"table {name!r}: got {table_sizes[name]} rows, wanted at least {len(rows)}")
+            new = rows.new_empty(more, self.dim)
+            parts += [rows, new.copy_(rows[UNSEEN]) if generator is None else new.normal_(0, STD, generator=generator)]
+        return CrossedEmbeddings(
+            self.fields, table_sizes, self.dim, embedding=torch.cat(parts), sparse_gradients=sparse_gradients
+        )
 
     def forward(self, features: EncodedFeatures, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Embed and cross a batch of the encoder's ids: `[batch, out_features]`, dtype of the embeddings.

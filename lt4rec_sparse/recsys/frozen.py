@@ -19,6 +19,7 @@ from lt4rec_sparse.nn import MaskedMLP, SparseMLP, freeze
 from lt4rec_sparse.nn.quantization import is_tolerable
 from lt4rec_sparse.ranker import Ranker, load, save
 from lt4rec_sparse.ranker.features import EncodedFeatures
+from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.trials import Trial
 from lt4rec_sparse.recsys.metrics import MAIN_METRIC, metrics_of
@@ -38,11 +39,7 @@ def freeze_trial(lab: Laboratory, trial: Trial, path: Path, embeddings: str = "f
     `embeddings` is how the artefact holds them (`ranker.save`), whatever the precision.
     """
     model = cast(SparseSharing, lab.model(trial))
-    frozen = freeze(model.mlp, sigmoid=True)
-    assert isinstance(frozen, SparseMLP)
-    with torch.inference_mode():
-        rows = lab.prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True).epoch(0)
-        frozen = frozen.calibrated(model.inputs(next(rows).features))
+    frozen = calibrated(model, lab.prepared)
     save(Ranker(lab.prepared.encoder, copy.deepcopy(model.inputs), frozen), path, embeddings)
     return model
 
@@ -70,6 +67,15 @@ def freeze_and_compare(lab: Laboratory, trial: Trial, path: Path, embeddings: st
         "engine": ops.cpu_engine(),
         "threads": torch.get_num_threads(),
     }
+
+
+@torch.inference_mode()
+def calibrated(model: SparseSharing, prepared: Prepared) -> SparseMLP:
+    """Freeze a trained model's MLP and calibrate it for int8 on rows of the training days."""
+    frozen = freeze(model.mlp, sigmoid=True)
+    assert isinstance(frozen, SparseMLP)
+    rows = prepared.stream("train", CALIBRATION_ROWS, seed=0, shuffle=True).epoch(0)
+    return frozen.calibrated(model.inputs(next(rows).features))
 
 
 @torch.inference_mode()

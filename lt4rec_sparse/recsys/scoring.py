@@ -65,7 +65,7 @@ def score_log(
         ranker: The model.
         source: The log with its side tables, and the schema of the model.
         out: CSV or Parquet, as its name says: the columns to keep, then one column per task.
-        days: "train", "validation", "test", or days of the log, separated by commas.
+        days: "train", "validation", "test", or days of the log as `DayLog.named` reads them.
         keep: Columns of the log. None: the group, the keys of side tables, and the day or time; without any of these,
             all that are no feature.
         progress: Called with stage, done and total.
@@ -88,7 +88,7 @@ def score_log(
     check_flat(out, (name for name in keep if name in lists))
     with scratch_beside(out) as scratch:
         log = partition(source, scratch, CHUNK_ROWS, progress, keep)
-        split, wanted = _split_and_days(log, schema, days)
+        split, wanted = chosen_rows(log, schema, days)
         scored: set[str] = set()
         with written_table(out) as append:
             for rows in RowReader(source, log, keep).read(wanted, split):
@@ -97,17 +97,13 @@ def score_log(
                 progress("score days", len(scored), len(wanted))
 
 
-def _split_and_days(log: DayLog, schema: Schema, text: str) -> tuple[str | None, frozenset[str]]:
+def chosen_rows(log: DayLog, schema: Schema, text: str) -> tuple[str | None, frozenset[str]]:
+    """Return the split and the days that `--days` names, as `RowReader.read` takes them."""
     if text in SPLITS:
         return text, frozenset(log.days_of(schema)[text])
     if schema.time is None:
         raise InputError(f"--days: got {text!r}, wanted {', '.join(SPLITS)}: the log has no [time]")
-    named = frozenset(day.strip() for day in text.split(",") if day.strip())
-    stray = next((day for day in sorted(named) if day not in log.paths), None)
-    if stray is not None or not named:
-        got = repr(text if stray is None else stray)
-        raise InputError(f"--days: got {got}, wanted {', '.join(SPLITS)}, or days of {log.days[0]} to {log.days[-1]}")
-    return None, named
+    return None, frozenset(log.named(text, "--days", f"{', '.join(SPLITS)}, or "))
 
 
 def _check_kept(ranker: Ranker, keep: Sequence[str]) -> None:

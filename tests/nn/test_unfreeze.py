@@ -1,6 +1,7 @@
 """`unfreeze` and `to_dense`: plain modules with exactly the weights that were served."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,13 @@ from torch import nn
 
 from lt4rec_sparse import Dice, MaskedLinear, MaskedMLP, SparseLinear, SparseMLP, freeze, unfreeze
 from lt4rec_sparse.lottery import random_masks
-from lt4rec_sparse.network import ACTIVATIONS, SLOPED
+from lt4rec_sparse.network import ACTIVATIONS, SLOPED, DenseLayer, FrozenNetwork
+from lt4rec_sparse.network_state import to_tensors
 from lt4rec_sparse.nn.plain import MODULES
+
+RELU = freeze(MaskedMLP(8, (4,), tasks=("a",))).network
+SWISH = replace(RELU, hidden=(RELU.hidden[0]._replace(activation="silu"),))
+TANH_HEAD = replace(RELU, heads={"a": RELU.heads["a"]._replace(activation="tanh")})
 
 
 def integers(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -128,3 +134,41 @@ def test_what_is_not_sparse_is_copied():
     dense = unfreeze(model)
     assert dense is not model
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("granularity", ["16x4", "weight", None])
+def test_a_frozen_network_goes_back_to_masks_and_is_the_same_when_it_is_frozen_again(granularity):
+    torch.manual_seed(0)
+    masked = MaskedMLP(24, (32, 16), tasks=("ctr", "cvr"))
+    if granularity is not None:
+        masked.set_mask(random_masks(masked.mask("ctr").shapes, 0.3, masked.tasks, torch.Generator(), granularity))
+    network = freeze(masked, sigmoid=True).network
+    again = MaskedMLP.from_network(network)
+    x = small_integers(5, 24, generator=torch.Generator().manual_seed(0))
+    for task in masked.tasks:
+        assert again.mask(task) == masked.mask(task)
+        assert_exact(again(x, task), masked(x, task))
+    (tensors, data), (wanted, same) = (to_tensors(n) for n in (freeze(again, sigmoid=True).network, network))
+    assert data == same and tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
+
+
+def test_a_network_in_16_bits_goes_back_to_its_stored_weights():
+    network = freeze(MaskedMLP(8, (4,), tasks=("a",))).network.to(torch.bfloat16)
+    again = MaskedMLP.from_network(network)
+    assert_exact(again.masked_layers()[0].weight.detach(), network.layer(0, "a").weight)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (SparseMLP.from_sequential(nn.Sequential(pruned(8, 4), nn.Tanh(), pruned(4, 2))).network, "wanted both"),
+        (FrozenNetwork((), {"a": DenseLayer(torch.ones(1, 2), None, "none")}), "wanted both"),
+        (SWISH, "layer 0: got activation silu, wanted relu"),
+        (TANH_HEAD, "head of a: got activation tanh, wanted none or sigmoid"),
+    ],
+)
+def test_other_networks_do_not_go_back_to_masks(network, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedMLP.from_network(network)

@@ -595,3 +595,30 @@ def test_an_int_column_with_a_missing_value_may_come_as_floats(values: Any) -> N
     got, present = single(Column("video", type="int"), values)
     assert got.tolist() == [7]
     assert present.tolist() == [True, False]
+
+
+@given(ROWS, ROWS, ROWS)
+def test_a_grown_encoder_keeps_every_id_and_adds_what_is_frequent(first, later, asked):
+    before = FeatureEncoder.fit(SCHEMA, [columns_of(first)], "1")
+    grown = before.grown([columns_of(later)], "2")
+    assert (before.until, grown.until) == ("1", "2")
+    old, new = before.encode(columns_of(asked)), grown.encode(columns_of(asked))
+    fitted = FeatureEncoder.fit(SCHEMA, [columns_of(later)])
+    for table in before.table_sizes:
+        a, b = before.table(table), grown.table(table)
+        if not isinstance(a, IntVocabulary | StringVocabulary):
+            assert a is b
+            continue
+        keys = list(a.keys)
+        assert list(b.keys) == keys + [key for key in fitted.table(table).keys if key not in keys]
+        assert grown.table_sizes[table] == len(b.keys) + 2
+    for kept, now in ((old.single, new.single), (old.multi_values, new.multi_values)):
+        assert torch.equal(kept[kept != 1], now[kept != 1])
+    assert torch.equal(old.multi_offsets, new.multi_offsets)
+    again = FeatureEncoder.from_arrays(*grown.to_arrays())
+    assert again.until == "2" and torch.equal(again.encode(columns_of(asked)).single, new.single)
+
+
+def test_a_day_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"^until: got 7, wanted a day, or none$"):
+        FeatureEncoder.from_arrays({}, {"format": 1, "schema": SCHEMA.to_stored(), "until": 7})

@@ -209,3 +209,41 @@ def test_vectors_that_cannot_be_are_refused(given, message):
     inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3, absent=["video"] if "video" in given or not given else [])
     with pytest.raises(InputError, match=message):
         inputs(encoded([[0, 0], [1, 2]], [[[1], []], [[0], [1]]]), given)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
+def test_grown_inputs_embed_old_ids_as_before_and_new_ones_as_unseen_or_anew(kind):
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3).rounded(kind)
+    sizes = {"video": 7, "tag": 4, "hour": 6}
+    old = encoded([[4, 2], [1, 1], [0, 1]], [[[3], [], [1, 1]], [[2, 4], [1], []]])
+    new = encoded([[4, 2], [6, 5], [0, 3]], [[[3], [], [1, 1]], [[2, 4], [5], []]])  # 1, unseen, where it was not known
+    assert_exact(inputs.grown(sizes, None)(new).detach(), inputs(old).detach())
+    drawn = inputs.grown(sizes, torch.Generator().manual_seed(1))
+    for table, rows in inputs.tables().items():
+        grown = drawn.table(table)
+        assert_exact(grown[: len(rows)], rows)
+        assert len(grown) == sizes[table] and len(grown.unique(dim=0)) == sizes[table]
+    again = inputs.grown(sizes, torch.Generator().manual_seed(1))
+    assert_exact(drawn.embedding.detach(), again.embedding.detach())
+    assert drawn.embedding.requires_grad and drawn.kind == "fp32"
+
+
+def test_new_rows_are_drawn_as_initial_ones_are():
+    torch.manual_seed(0)
+    inputs = CrossedEmbeddings([("a", "a", False)], {"a": 2}, dim=4)
+    grown = inputs.grown({"a": 5}, torch.Generator().manual_seed(7)).embedding.detach()[2:]
+    torch.manual_seed(7)
+    assert_exact(grown, CrossedEmbeddings([("a", "a", False)], {"a": 3}, dim=4).embedding.detach())
+
+
+def test_inputs_that_cannot_grow_are_refused():
+    inputs = CrossedEmbeddings(FIELDS, SIZES, dim=3)
+    for sizes, message in (
+        ({**SIZES, "tag": 3}, "table 'tag': got 3 rows, wanted at least 4"),
+        ({"video": 5, "tag": 4}, "tables: got video, tag, wanted video, tag, hour"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            inputs.grown(sizes, None)
+    with pytest.raises(InputError, match="embeddings: got none of table tag"):
+        inputs.without(["tag"]).grown(SIZES, None)

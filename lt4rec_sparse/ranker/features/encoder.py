@@ -17,7 +17,7 @@ from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.features import tables as id_tables
 from lt4rec_sparse.ranker.features.schema import Column, Schema
-from lt4rec_sparse.ranker.features.tables import MISSING, Array, Fit, Table
+from lt4rec_sparse.ranker.features.tables import MISSING, Array, Fit, IntVocabulary, StringVocabulary, Table
 
 FORMAT = 1
 
@@ -115,19 +115,21 @@ class FeatureEncoder:
     """Turn raw columns into ids, the same way in training and in serving.
 
     Id 0 is a missing value. In a vocabulary table 1 is a value unseen in training and 2, 3, ... are the known values by
-    descending count, then value. In a hashed table the ids from 1 are hashes, in a dense one quantile buckets.
+    descending count, then value, and behind them those that later days added (`grown`). In a hashed table the ids from
+    1 are hashes, in a dense one quantile buckets.
 
     Args:
         schema: The columns.
         tables: The fitted table of every table name in use.
+        until: The last day of a log that the model was trained on; None if that is not known.
 
     Attributes:
         fields: Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags).
         table_sizes: Rows of every embedding table, in the order of first use by `fields`.
     """
 
-    def __init__(self, schema: Schema, tables: Mapping[str, Table]) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema, tables: Mapping[str, Table], until: str | None = None) -> None:
+        self.schema, self.until = schema, until
         self._single = tuple(column for column in schema.features if column.kind != "multi")
         self._multi = tuple(column for column in schema.features if column.kind == "multi")
         columns = (*self._single, *self._multi)
@@ -136,17 +138,25 @@ class FeatureEncoder:
         self.table_sizes = {name: table.size for name, table in self._tables.items()}
 
     @classmethod
-    def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]]) -> FeatureEncoder:
+    def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
         """Learn vocabularies and quantiles from the chunks of the training days, one chunk in memory at a time.
 
         Columns that share a table share its counts. Chunks and errors are as in `encode`.
         """
-        fits = {column.table: _new_fit(column) for column in schema.features}
-        for chunk in chunks:
-            for column in schema.features:
-                part = raw_columns.bags if column.kind == "multi" else raw_columns.single
-                fits[column.table].add(part(column, chunk[column.name])[0])
-        return cls(schema, {name: fit.table() for name, fit in fits.items()})
+        return cls(schema, _fitted(schema.features, chunks), until)
+
+    def grown(self, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
+        """Return the encoder with values of later days added to its vocabularies: no id of before changes.
+
+        Values are counted in these chunks alone: one that they have at least `min_count` times is added, by descending
+        count, then value. Hashed tables and quantiles stay. Chunks and errors are as in `encode`.
+        """
+        kinds = (IntVocabulary, StringVocabulary)
+        columns = [column for column in self.schema.features if isinstance(self._tables[column.table], kinds)]
+        grown: dict[str, Any] = dict(self._tables)
+        for name, found in _fitted(columns, chunks).items():
+            grown[name] = grown[name].grown(found)
+        return FeatureEncoder(self.schema, grown, until)
 
     def encode(self, columns: Mapping[str, Any], given: Mapping[str, int] | None = None) -> EncodedFeatures:
         """Encode raw columns, in any of the forms that `features.raw` describes.
@@ -198,7 +208,8 @@ class FeatureEncoder:
         # Beside the schema, where readers of before it was there do not look.
         schema = self.schema.to_stored()
         context = {"context": named} if (named := schema.pop("context")) else {}
-        return arrays, {"format": FORMAT, "schema": schema, **context}
+        until = {} if self.until is None else {"until": self.until}
+        return arrays, {"format": FORMAT, "schema": schema, **context, **until}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> FeatureEncoder:
@@ -209,6 +220,9 @@ class FeatureEncoder:
         """
         if meta.get("format") != FORMAT:
             raise ValueError(f"encoder format: got {shown(meta.get('format'))}, wanted {FORMAT}")
+        until = meta.get("until")
+        if not isinstance(until, str | None):
+            raise ValueError(f"until: got {shown(until)}, wanted a day, or none")
         described = meta.get("schema", {})
         if isinstance(described, Mapping):
             described = {**described, "context": meta.get("context", [])}
@@ -221,7 +235,7 @@ class FeatureEncoder:
         for column in schema.features:  # columns that share a table are alike in all that makes it
             if column.table not in tables:
                 tables[column.table] = _stored_table(column, by_table.get(column.table, {}))
-        return cls(schema, tables)
+        return cls(schema, tables, until)
 
     def _rows(self, columns: Mapping[str, Any], given: Mapping[str, int]) -> int:
         """Return the rows of a batch: those of all columns but for columns of one row."""
@@ -238,6 +252,15 @@ class FeatureEncoder:
             elif got != wanted:
                 raise InputError(f"column {name!r}: got {got} rows, wanted {wanted} as in {first!r}, or 1")
         return wanted
+
+
+def _fitted(columns: Sequence[Column], chunks: Iterable[Mapping[str, Any]]) -> dict[str, Table]:
+    fits = {column.table: _new_fit(column) for column in columns}
+    for chunk in chunks:
+        for column in columns:
+            part = raw_columns.bags if column.kind == "multi" else raw_columns.single
+            fits[column.table].add(part(column, chunk[column.name])[0])
+    return {name: fit.table() for name, fit in fits.items()}
 
 
 def _new_fit(column: Column) -> Fit:

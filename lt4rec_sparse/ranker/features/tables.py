@@ -47,6 +47,10 @@ class IntVocabulary:
             ids[known] = self._order[place[known]] + 2
         return ids
 
+    def grown(self, other: IntVocabulary) -> IntVocabulary:
+        """Return the keys with those of another that are not among them behind, in its order: ids stay."""
+        return IntVocabulary(np.concatenate([self.keys, other.keys[~np.isin(other.keys, self.keys)]]))
+
     def to_arrays(self) -> dict[str, Array]:
         """Return `keys`, int64 in id order."""
         return {"keys": self.keys}
@@ -72,6 +76,10 @@ class StringVocabulary:
     def lookup(self, values: Array) -> Ids:
         """Return ids from a dict."""
         return np.fromiter(map(self._ids.get, values, repeat(UNSEEN)), np.int64, len(values))
+
+    def grown(self, other: StringVocabulary) -> StringVocabulary:
+        """Return the keys with those of another that are not among them behind, in its order: ids stay."""
+        return StringVocabulary([*self.keys, *(key for key in other.keys if key not in self._ids)])
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the keys as one run of UTF-8 `bytes` (uint8) and where each begins and ends (`offsets`, int64)."""

@@ -55,6 +55,33 @@ class DayLog:
         """Return the days of train, validation and test; by rows, those that have some of them."""
         return split_days(self.days, schema.split) if self.splits is None else self.splits
 
+    def later(self, day: str, where: str) -> tuple[str, ...]:
+        """Return the days of the log after `day`; errors are those of `earlier`."""
+        return tuple(known for known in self.days[self.earlier(day, where) :] if known != day)
+
+    def named(self, text: str, where: str, also: str = "") -> tuple[str, ...]:
+        """Return the days that a text names, ascending: days of the log and spans of them, as in "1,3..5".
+
+        `where` begins an error's message, `also` is what else would have been taken.
+
+        Raises:
+            DataError: If it names none, a day that the log does not have, or a span that ends before it begins.
+        """
+        found: set[str] = set()
+        for part in (part.strip() for part in text.split(",") if part.strip()):
+            first, dots, last = (side.strip() for side in part.partition(".."))
+            for day in (first, last) if dots else (first,):
+                if day not in self.paths:
+                    wanted = f"{also}days of {self.days[0]} to {self.days[-1]}"
+                    raise DataError(f"{where}: got {day!r}, wanted {wanted}")
+            begin, end = self.days.index(first), self.days.index(last if dots else first)
+            if end < begin:
+                raise DataError(f"{where}: got {part!r}, wanted the earlier day first")
+            found.update(self.days[begin : end + 1])
+        if not found:
+            raise DataError(f"{where}: got {text!r}, wanted {also}days of {self.days[0]} to {self.days[-1]}")
+        return tuple(day for day in self.days if day in found)
+
     def earlier(self, day: str, where: str) -> int:
         """Return how many days of the log are before `day`, which may be any; `where` begins an error's message.
 

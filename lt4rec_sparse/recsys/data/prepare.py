@@ -17,12 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ from lt4rec_sparse.errors import shown
 from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file, write_whole
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
 from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, LABEL, MEMBER, SPLITS, BatchStream, damaged
-from lt4rec_sparse.recsys.data.days import Progress, partition
+from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
 from lt4rec_sparse.recsys.data.remote import local_data
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
 from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, prepared_folder
@@ -112,12 +112,47 @@ def prepare(
     """
     local = local_data(source_folder, out.with_name(f"{out.name}.copy"), schema, progress)
     source = open_source(local, schema)
-    rules = json.dumps([source.schema.to_stored(), [VERSION, row_group_rows]], sort_keys=True)
-    fingerprint = hashlib.sha256(rules.encode()).hexdigest()  # the states of the files cover the rest
+
+    def encoded(log: DayLog, reader: RowReader) -> Encoded:
+        splits = log.days_of(source.schema)
+        train = reported(reader.read(split="train"), "fit", len(splits["train"]), progress)
+        until = next(reversed(splits["train"]), "") or None  # "" is the day of a log without a time
+        encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in train), until)
+        days = {day for split in SPLITS for day in splits[split]}
+        return Encoded(splits, encoder, reported(reader.read(), "encode", len(days), progress))
+
+    return prepare_as(source, out, (), encoded, progress, row_group_rows, replace)
+
+
+class Encoded(NamedTuple):
+    """What is written of a log: the days of each split, the encoder, and the rows with their splits, day by day."""
+
+    splits: Mapping[str, tuple[str, ...]]
+    encoder: FeatureEncoder
+    rows: Iterator[Rows]
+
+
+def prepare_as(
+    source: Source,
+    out: Path,
+    rules: Sequence[Any],
+    encoded: Callable[[DayLog, RowReader], Encoded],
+    progress: Progress,
+    row_group_rows: int = ROW_GROUP_ROWS,
+    replace: bool = True,
+    tasks: Sequence[str] = (),
+) -> Prepared:
+    """Write what `encoded` makes of a log, or open what was written by the same rules from the same files.
+
+    `rules` are what `encoded` depends on besides the source's schema, as data for JSON. Each of `tasks` (none: of all)
+    has rows in every split that has days. The rest is as in `prepare`.
+    """
+    how = json.dumps([source.schema.to_stored(), [VERSION, row_group_rows], *rules], sort_keys=True)
+    fingerprint = hashlib.sha256(how.encode()).hexdigest()  # the states of the files cover the rest
     if _is_current(out, source, fingerprint):
         return Prepared.load(out)
     if not replace and (out / PREPARED).is_file():
-        changed = f"got data of other files, contents, schema or version than {source_folder} has now"
+        changed = f"got data of other files, contents, schema or version than {source.folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
     with prepared_folder(out, PREPARED) as folder:
         # Before the log is read, so that a file that changes meanwhile is noticed next time.
@@ -125,16 +160,11 @@ def prepare(
         scratch = folder / "scratch"
         scratch.mkdir()
         log = partition(source, scratch, row_group_rows, progress)
-        splits = log.days_of(source.schema)
-        reader = RowReader(source, log)
-        train = _reported(reader.read(split="train"), "fit", len(splits["train"]), progress)
-        encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in train))
-        days = {day for split in SPLITS for day in splits[split]}
-        stream = _reported(reader.read(), "encode", len(days), progress)
+        splits, encoder, stream = encoded(log, RowReader(source, log))
         counts: dict[str, Any] = {"rows_read": log.rows_read, "duplicates": log.duplicates}
         if (split_by := described(source.schema)) is not None:
             counts["split_by"] = split_by
-        counts |= _write(folder, encoder, stream, splits, str(source_folder))
+        counts |= _write(folder, encoder, stream, splits, str(source.folder), tasks)
         arrays, meta = encoder.to_arrays()
         with whole_file(folder / ENCODER) as path:  # for the permissions: safetensors gives them to the owner alone
             save_file(arrays, path, metadata={"encoder": json.dumps(meta)})
@@ -145,9 +175,14 @@ def prepare(
 
 
 def _write(
-    folder: Path, encoder: FeatureEncoder, stream: Iterator[Rows], splits: dict[str, tuple[str, ...]], where: str
+    folder: Path,
+    encoder: FeatureEncoder,
+    stream: Iterator[Rows],
+    splits: Mapping[str, tuple[str, ...]],
+    where: str,
+    wanted: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the parts of every split and return its counts; no task may be without rows in a split."""
+    """Write the parts of every split and return its counts; no wanted task may be without rows in a split with days."""
     tasks = [task.name for task in encoder.schema.tasks]
     counts: dict[str, Any] = {
         split: {
@@ -182,10 +217,10 @@ def _write(
                 writers[split].write_table(table)
     for split, count in counts.items():
         for name, task in count["tasks"].items():
-            if not task["rows"]:
+            if not task["rows"] and splits[split] and name in (wanted or tasks):
                 got = f"{count['rows']} rows and none of task {name!r}"
                 raise DataError(f"{where}: split {split!r}: got {got}, wanted some of every task")
-            task["label_mean"] /= task["rows"]
+            task["label_mean"] /= max(task["rows"], 1)
     return counts
 
 
@@ -205,7 +240,7 @@ def _feature_columns(encoder: FeatureEncoder, rows: Rows) -> dict[str, Any]:
     return columns
 
 
-def _reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress) -> Iterator[Rows]:
+def reported(stream: Iterator[Rows], stage: str, total: int, progress: Progress) -> Iterator[Rows]:
     """Pass rows on and report the progress by days."""
     seen: set[str] = set()
     for rows in stream:

@@ -70,7 +70,7 @@ class Source:
             state: dict[str, Any] = {"size_bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
             before = known.get(name, {})
             is_known = "digest" in before and before.items() >= state.items()
-            states[name] = state | {"digest": before["digest"] if is_known else _digest(path)}
+            states[name] = state | {"digest": before["digest"] if is_known else file_digest(path)}
         return states
 
 
@@ -188,7 +188,8 @@ def _found(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the BLAKE2b of a file's bytes, in hex."""
     digest = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
         while block := file.read(DIGEST_BLOCK_BYTES):

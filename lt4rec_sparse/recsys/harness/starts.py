@@ -132,7 +132,7 @@ class Starts:
         return TaskAdam(model, rates, training.clip_norm, training.weight_decay)
 
     def once(
-        self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int, **how: Any
+        self, path: Path, model: nn.Module, objective: Objective, training: Training, seed: int | None, **how: Any
     ) -> float:
         """Train a model as `train` does and leave it at `path`, or load what was left there; return the seconds."""
         took = path.with_suffix(".seconds")
@@ -149,7 +149,7 @@ class Starts:
         model: nn.Module,
         objective: Objective,
         training: Training,
-        seed: int,
+        seed: int | None,
         optimizer: TaskAdam | None = None,
         skip: int = 0,
         has_state: bool = False,
@@ -157,6 +157,7 @@ class Starts:
     ) -> float:
         """Train a model in place; return the seconds of all cores together, whatever else the machine does.
 
+        `seed` shuffles the rows, as in `stream`.
         `path` names the training in the log. An interrupted training continues from a checkpoint beside it, unless
         something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
         are left out at the start; `how` is for `training.train`.

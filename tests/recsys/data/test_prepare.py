@@ -425,7 +425,7 @@ def test_more_or_fewer_files_are_others(make: Make, tmp_path: Path) -> None:
 def test_files_as_they_were_are_not_read_again(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, schema = make()
     prepare(folder, tmp_path / "out", schema)
-    monkeypatch.setattr("lt4rec_sparse.recsys.data.source._digest", None)
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.source.file_digest", None)
     prepare(folder, tmp_path / "out", schema, replace=False)
 
 
