@@ -54,6 +54,8 @@ def write_tables(
             folder.
         SchemaError: As in `Schema.from_dict`.
     """
+    if not isinstance(joins, Mapping):
+        raise InputError(f"joins: got {shown(joins)}, wanted a mapping of key columns to tables")
     folder.mkdir(parents=True, exist_ok=True)
     log = _write(table, folder, LOG, "table", is_begun)
     sides: list[tuple[str, Path]] = []

@@ -223,6 +223,8 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
             write_tables(what, SCHEMA, {}, tmp_path, False)
     with pytest.raises(InputError, match=r"^joins\['key'\]: got None of type NoneType, wanted a table"):
         write_tables(LOG, SCHEMA, {"key": None}, tmp_path, False)
+    with pytest.raises(InputError, match=r"^joins: got \[.*\], wanted a mapping of key columns to tables$"):
+        write_tables(LOG, SCHEMA, [("key", 7)], tmp_path, False)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"^table: got no row, wanted a table$"):
         write_tables(LOG.slice(0, 0), SCHEMA, {}, tmp_path, False)
 
@@ -315,5 +317,8 @@ def test_without_a_schema_one_is_drafted_with_the_keys_that_are_named(tmp_path: 
         assert (schema.files.log, schema.joins) == (("log.parquet",), (Join(("side_0.parquet",), key),))
         assert [task.name for task in schema.tasks] == ["is_click"]
     assert log.num_rows == rows
+    (tmp_path / "log.txt").write_text("a_id;is_click\n" + "1;0\n2;1\n1;1\n2;0\n" * 15)
+    write_tables(tmp_path / "log.txt", None, {}, tmp_path / "csv", False)
+    assert open_source(tmp_path / "csv").schema.files == Files(("log.txt",), ";", missing=("",))
     with pytest.raises(DataError, match=r"joins: got the key 'text', wanted a column of the log whose values are once"):
         write_tables(log, None, {"text": side}, tmp_path / "text", False)
