@@ -249,8 +249,8 @@ def run(
     out = out or Path("runs") / ("simulated" if data is None else data_name(data))
     with shown_progress(quiet) as progress:
         finished = run_product(None if data is None else located(data), out, settings, progress, Resources(workers))
-    if finished.warning:
-        typer.echo(f"few steps: {finished.warning}", err=True)
+    for warning in finished.warnings:
+        _warn(warning)
     typer.echo(finished.verdict)
     typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 
@@ -373,9 +373,10 @@ def experiment(
     with shown_progress(quiet) as progress:
         if data is None:
             regimes = around(Regime() if impressions is None else Regime(impressions))
-            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
+            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress, _warn)
         else:
-            report = run_experiment(name, located(data), out, seeds, training, resources, progress, variants, top_k)
+            args = name, located(data), out, seeds, training, resources
+            report = run_experiment(*args, progress, variants, top_k, _warn)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -656,6 +657,10 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _warn(warning: str) -> None:
+    typer.echo(f"warning: {warning}", err=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

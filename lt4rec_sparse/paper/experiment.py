@@ -17,6 +17,7 @@ from lt4rec_sparse.paper.frontier import frontier
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.data.remote import COPY, local_data
 from lt4rec_sparse.recsys.harness.baselines import baselines
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
@@ -93,6 +94,7 @@ def run_experiment(
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
     top_k: int = 0,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> Path:
     """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
@@ -115,6 +117,7 @@ def run_experiment(
         progress: Called with a stage's name, steps done and steps in all.
         variants: Settings of the paper's variants.
         top_k: See `Trial`.
+        warn: Called with each warning, before anything is trained.
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, or another process works in
@@ -136,6 +139,9 @@ def run_experiment(
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
+        few = few_steps(laboratory(out).batches(training) * training.epochs)
+        if few:
+            warn(f"few steps: {few}")
         table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
             table2 if name == "table2" else experiment.rows,
@@ -161,6 +167,7 @@ def run_experiment(
             "seeds": seeds,
             "training": asdict(training),
             "learning_rates": study.rates,
+            "few_steps": few,
         }
         progress(f"{name}: write", 0, 1)
         findings = pages.Findings(facts, study, out)

@@ -170,6 +170,7 @@ def _head(findings: Findings, title: str) -> str:
         f"{epochs} of batches of {training['batch_size']}, matrix products in {dtype}, {seeds}. Every task "
         f"has its own learning rate ({shown}), chosen on the validation days with seeds that are not among these; "
         "`records.json` lists the chosen rates, `tuning.json` everything that was tried."
+        + (f"\n\n**Few steps**: {facts['few_steps']}" if facts["few_steps"] else "")
     )
 
 

@@ -24,7 +24,6 @@ from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConf
 from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
 from lt4rec_sparse.recsys.harness.baselines import baselines
-from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Row, Rows, narrow_factor
@@ -38,18 +37,18 @@ from lt4rec_sparse.recsys.harness.settings import (
 from lt4rec_sparse.recsys.harness.statistics import best_of
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
 from lt4rec_sparse.recsys.metrics import LOSS
-from lt4rec_sparse.recsys.report import verdict, write_report
+from lt4rec_sparse.recsys.report import verdict, warned, write_report
 
 PLANTED_FIELDS = 2  # of each kind in the simulated log: enough to see whether masks find them
 MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "results.json"
 
 
 class Finished(NamedTuple):
-    """What a run leaves: the path of `report.md`, its verdict in one sentence, and a warning, if there is one."""
+    """What a run leaves: the path of `report.md`, its verdict, and its warnings, each in one line."""
 
     report: Path
     verdict: str
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def run(
@@ -106,7 +105,7 @@ def run(
                 "seconds": perf_counter() - started,
             }
             write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        return Finished(write_report(results, out), verdict(results), few_steps(results["steps"]))
+        return Finished(write_report(results, out), verdict(results), tuple(map(str, warned(results))))
 
 
 class Given(NamedTuple):
