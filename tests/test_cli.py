@@ -708,6 +708,13 @@ def _layout(path):
     return schema.names, schema.types
 
 
+def test_an_unknown_tracker_is_refused(tmp_path):
+    for command in (("run",), ("experiment", "tickets", "--data", tmp_path)):
+        line = refusal(*command, "--out", tmp_path / "out", "--tracker", "wandb")
+        assert line == "tracker: got 'wandb', wanted one of none, tensorboard, mlflow"
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_of_other_settings_is_refused_and_kept(finished):
     before = contents(finished)
     line = refusal("run", "--out", finished, *TINY, "--density", "0.5")

@@ -22,6 +22,7 @@ from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
+from lt4rec_sparse.recsys.harness.trackers import tracking
 from lt4rec_sparse.recsys.harness.trials import Training, check_counts, check_top_k
 from lt4rec_sparse.recsys.report import worded, write_page
 
@@ -113,7 +114,7 @@ def run_experiment(
         out: The folder for all results.
         seeds: How many seeds, from 0 on.
         training: How every row trains, except for its learning rates.
-        resources: The processes that train.
+        resources: The processes that train, and what tracks them.
         progress: Called with a stage's name, steps done and steps in all.
         variants: Settings of the paper's variants.
         top_k: See `Trial`.
@@ -136,6 +137,7 @@ def run_experiment(
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
+    resources = resources or Resources()
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
@@ -149,7 +151,7 @@ def run_experiment(
             seeds,
             schema,
             out,
-            carrier(out, resources or Resources(), progress, name),
+            carrier(out, resources, progress, name),
             others=table2,
         )
         progress(f"{name}: baselines", 0, 1)
@@ -175,4 +177,7 @@ def run_experiment(
         results = {**facts, "further": findings.further, "records": study.records}
         write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)
+        report = write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)
+        files = [report, out / name / "report.html", out / name / "records.json"]
+        tracking(out, resources.tracker).whole(facts["training"], seeds, study.records, files, name)
+        return report
