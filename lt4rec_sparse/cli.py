@@ -26,6 +26,7 @@ from lt4rec_sparse.cli_training import (
     Schedule,
     SparseSteps,
     TopK,
+    Tracker,
     WarmUpSteps,
     WeightDecay,
 )
@@ -205,6 +206,7 @@ def run(
     clip_norm: ClipNorm = 0.0,
     ema: Ema = 0.0,
     top_k: TopK = 10,
+    tracker: Tracker = "none",
     quiet: Quiet = False,
 ) -> None:
     """Train a sparse network on a click log and report it.
@@ -248,9 +250,11 @@ def run(
     )
     out = out or Path("runs") / ("simulated" if data is None else data_name(data))
     with shown_progress(quiet) as progress:
-        finished = run_product(None if data is None else located(data), out, settings, progress, Resources(workers))
-    if finished.warning:
-        typer.echo(f"few steps: {finished.warning}", err=True)
+        finished = run_product(
+            None if data is None else located(data), out, settings, progress, Resources(workers, tracker=tracker)
+        )
+    for warning in finished.warnings:
+        _warn(warning)
     typer.echo(finished.verdict)
     typer.echo(f"{finished.report}, report.html, model.safetensors, metrics.jsonl")
 
@@ -297,6 +301,7 @@ def experiment(
     clip_norm: ClipNorm = 0.0,
     ema: Ema = 0.0,
     top_k: TopK = 0,
+    tracker: Tracker = "none",
     loss: Annotated[
         list[str] | None,
         typer.Option(help="The loss of a task, such as ctr=focal: bce, focal or mse. May be given once per task."),
@@ -348,7 +353,7 @@ def experiment(
     if data is not None and impressions is not None:
         raise InputError(f"--impressions: got {impressions} with --data, wanted none: only regimes simulates its logs")
     out = out or Path("runs") / "experiments" / ("regimes" if data is None else data_name(data))
-    resources, dtype = Resources(workers, executor), training_dtype(precision)
+    resources, dtype = Resources(workers, executor, tracker), training_dtype(precision)
     training = Training(
         hidden=_widths(hidden),
         embedding_dim=embedding_dim,
@@ -373,9 +378,10 @@ def experiment(
     with shown_progress(quiet) as progress:
         if data is None:
             regimes = around(Regime() if impressions is None else Regime(impressions))
-            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress)
+            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress, _warn)
         else:
-            report = run_experiment(name, located(data), out, seeds, training, resources, progress, variants, top_k)
+            args = name, located(data), out, seeds, training, resources
+            report = run_experiment(*args, progress, variants, top_k, _warn)
     typer.echo(f"{report}, report.html, records.json")
 
 
@@ -656,6 +662,10 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _warn(warning: str) -> None:
+    typer.echo(f"warning: {warning}", err=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -37,6 +37,12 @@ WeightDecay = Annotated[
 ]
 ClipNorm = Annotated[float, typer.Option(help="Scale a step's gradients down to this global norm; 0 for never.")]
 Ema = Annotated[float, typer.Option(help=_EMA)]
+Tracker = Annotated[
+    str,
+    typer.Option(
+        help="Where losses and metrics can be watched meanwhile: tensorboard or mlflow, each an extra, or none."
+    ),
+]
 TopK = Annotated[
     int, typer.Option(help="Judge the first so many rows of each group too, by NDCG and hit rate; 0 for not.")
 ]

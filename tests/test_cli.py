@@ -90,8 +90,11 @@ def finished(tmp_path_factory):
     verdict, left = result.stdout.splitlines()
     assert verdict.startswith("Serve ")
     assert left == f"{out}/report.md, report.html, model.safetensors, metrics.jsonl"
-    *lines, warning = result.stderr.splitlines()
-    assert warning.startswith("few steps: every model took ")
+    told = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    lines = [line for line in result.stderr.splitlines() if line not in told]
+    assert result.stderr.splitlines() == [*lines, *told]
+    assert any(line.startswith("warning: few steps: every model takes ") for line in told)
+    assert told[-1].startswith("warning: one seed: ")
     assert all(re.fullmatch(r".+: \d+ of \d+(, about .+ left)?", line) for line in lines)
     assert lines[:2] == ["simulate: 0 of 1", "simulate: 1 of 1"]
     assert lines[-1] == "freeze and measure: 1 of 1"
@@ -331,8 +334,8 @@ def test_a_quiet_command_shows_its_result_only(tmp_path, monkeypatch):
     assert invoke("run", "--out", tmp_path).stderr == "train: 1 of 2\n"
     result = invoke("run", "--out", tmp_path, "-q")
     assert (result.stderr, result.stdout.split(",")[0]) == ("", f"Serve this.\n{tmp_path}/report.md")
-    monkeypatch.setattr(run_module, "run", lambda *a: run_module.Finished(tmp_path, "Serve this.", "none."))
-    assert invoke("run", "--out", tmp_path, "-q").stderr == "few steps: none.\n"
+    monkeypatch.setattr(run_module, "run", lambda *a: run_module.Finished(tmp_path, "Serve this.", ("none: here.",)))
+    assert invoke("run", "--out", tmp_path, "-q").stderr == "warning: none: here.\n"
 
 
 def test_help_imports_nothing_that_computes():
@@ -703,6 +706,13 @@ def test_a_side_table_row_without_a_key_is_nobodys(small_folder, tmp_path):
 def _layout(path):
     schema = pq.read_schema(path)
     return schema.names, schema.types
+
+
+def test_an_unknown_tracker_is_refused(tmp_path):
+    for command in (("run",), ("experiment", "tickets", "--data", tmp_path)):
+        line = refusal(*command, "--out", tmp_path / "out", "--tracker", "wandb")
+        assert line == "tracker: got 'wandb', wanted one of none, tensorboard, mlflow"
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_other_settings_is_refused_and_kept(finished):

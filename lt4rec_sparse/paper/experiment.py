@@ -17,10 +17,12 @@ from lt4rec_sparse.paper.frontier import frontier
 from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.data.remote import COPY, local_data
 from lt4rec_sparse.recsys.harness.baselines import baselines
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
+from lt4rec_sparse.recsys.harness.trackers import tracking
 from lt4rec_sparse.recsys.harness.trials import Training, check_counts, check_top_k
 from lt4rec_sparse.recsys.report import worded, write_page
 
@@ -93,6 +95,7 @@ def run_experiment(
     progress: Progress = lambda stage, done, total: None,
     variants: Variants | None = None,
     top_k: int = 0,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> Path:
     """Carry out an experiment, or the part of it that is not done yet; return the path of its `report.md`.
 
@@ -111,10 +114,11 @@ def run_experiment(
         out: The folder for all results.
         seeds: How many seeds, from 0 on.
         training: How every row trains, except for its learning rates.
-        resources: The processes that train.
+        resources: The processes that train, and what tracks them.
         progress: Called with a stage's name, steps done and steps in all.
         variants: Settings of the paper's variants.
         top_k: See `Trial`.
+        warn: Called with each warning, before anything is trained.
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, or another process works in
@@ -133,9 +137,13 @@ def run_experiment(
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
+    resources = resources or Resources()
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
+        few = few_steps(laboratory(out).batches(training) * training.epochs)
+        if few:
+            warn(f"few steps: {few}")
         table2 = partial(declared.table2, variants=variants or Variants())
         study = carry_out(
             table2 if name == "table2" else experiment.rows,
@@ -143,7 +151,7 @@ def run_experiment(
             seeds,
             schema,
             out,
-            carrier(out, resources or Resources(), progress, name),
+            carrier(out, resources, progress, name),
             others=table2,
         )
         progress(f"{name}: baselines", 0, 1)
@@ -161,6 +169,7 @@ def run_experiment(
             "seeds": seeds,
             "training": asdict(training),
             "learning_rates": study.rates,
+            "few_steps": few,
         }
         progress(f"{name}: write", 0, 1)
         findings = pages.Findings(facts, study, out)
@@ -168,4 +177,7 @@ def run_experiment(
         results = {**facts, "further": findings.further, "records": study.records}
         write_whole(out / name / "records.json", json.dumps(results, indent=1) + "\n")
         progress(f"{name}: write", 1, 1)
-        return write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)
+        report = write_page(worded(text, prepared.counts), f"{name}: {schema.name}", out / name)
+        files = [report, out / name / "report.html", out / name / "records.json"]
+        tracking(out, resources.tracker).whole(facts["training"], seeds, study.records, files, name)
+        return report

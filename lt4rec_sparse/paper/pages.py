@@ -24,7 +24,8 @@ from lt4rec_sparse.recsys.harness.study import Study
 from lt4rec_sparse.recsys.harness.trials import Trial
 from lt4rec_sparse.recsys.models import HardSharing, SparseSharing
 from lt4rec_sparse.recsys.plots import plot_ownership, plot_tickets
-from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, count, further_table, levels_table, reasons, table
+from lt4rec_sparse.recsys.report import render
+from lt4rec_sparse.recsys.tables import LEGEND, comparison_table, further_table, levels_table, reasons, table
 from lt4rec_sparse.recsys.training import Predictions
 from lt4rec_sparse.stopwatch import interleaved
 
@@ -67,14 +68,14 @@ def table3(findings: Findings) -> str:
     models = comparison_table(findings.all_records, findings.all_rows, BASE, findings.tasks)
     after = [f"## The models\n\n{models}", *([reasons(left_out)] if left_out else [])]
     if REPLAY in left_out:
-        return "\n\n".join([_head(findings, "Table 3: the models of its arms"), *after]) + "\n"
+        return _written(findings, "Table 3: the models of its arms", after)
     results = {seed: _replayed(findings, seed) for seed in range(findings.facts["seeds"])}
     merged = over_seeds(results)
     findings.further["replay"] = merged
-    parts = [_head(findings, "Table 3: the four arms replayed offline"), REPLAY_LEGEND]
+    parts = [REPLAY_LEGEND]
     for k, found in merged["k"].items():
         parts.append(f"## The top {k} of requests of more than {k} impressions\n\n{_replay_table(found)}")
-    return "\n\n".join([*parts, *after]) + "\n"
+    return _written(findings, "Table 3: the four arms replayed offline", [*parts, *after])
 
 
 def figure4(findings: Findings) -> str:
@@ -134,7 +135,7 @@ to compare the arms with: random, by length alone, as shown, and the best possib
 
 def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
     """Return a page: the comparison with single-task models, `parts`, and who owns the weights of the rows `shown`."""
-    sections = [_head(findings, title), LEGEND]
+    sections = [LEGEND]
     for part in findings.records[0]["test"]:
         caption = "All rows of the test days" if part == "all" else f"The slice `{part}` of the test days"
         left_out = findings.facts["left_out"]
@@ -153,23 +154,21 @@ def page(findings: Findings, title: str, parts: Sequence[str] = (), shown: Seque
         sections.append(f"## Who owns which weights\n\n{plot}")
     further = further_table(findings.all_records, findings.all_rows, findings.tasks)
     sections.append(f"## Every other metric, and what each row costs\n\n{further}")
-    return "\n\n".join(sections) + "\n"
+    return _written(findings, title, sections)
 
 
-def _head(findings: Findings, title: str) -> str:
+def _written(findings: Findings, title: str, sections: Sequence[str]) -> str:
+    """Return a page: what was trained and how, and its sections."""
     facts = findings.facts
-    training, counts = facts["training"], facts["counts"]
-    hidden = "-".join(str(width) for width in training["hidden"])
-    rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("train", "validation", "test"))
     rates = sorted({rate for of_row in facts["learning_rates"].values() for rate in of_row.values()})
-    shown = ", ".join(f"{rate:g}" for rate in rates)
-    epochs, seeds = count(training["epochs"], "epoch"), count(facts["seeds"], "seed")
-    dtype = f"{training['dtype']}{', sparse gradients of embeddings' if training.get('sparse_gradients') else ''}"
-    return (
-        f"# {title}\n\n{facts['data']}: impressions {rows}. MLP {hidden}, embeddings of {training['embedding_dim']}, "
-        f"{epochs} of batches of {training['batch_size']}, matrix products in {dtype}, {seeds}. Every task "
-        f"has its own learning rate ({shown}), chosen on the validation days with seeds that are not among these; "
-        "`records.json` lists the chosen rates, `tuning.json` everything that was tried."
+    return render(
+        "page.md",
+        "lt4rec_sparse.paper",
+        title=title,
+        facts=facts,
+        training=facts["training"],
+        rates=[f"{rate:g}" for rate in rates],
+        sections=sections,
     )
 
 

@@ -6,7 +6,7 @@ One regime is the middle; each other one differs from it in one thing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lt4rec_sparse.paper.equal_time import CHOSEN, PRECISIONS, choices, chosen_t
 from lt4rec_sparse.paper.pages import Findings
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.source import TRUTH
+from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST, Rows
@@ -89,6 +90,7 @@ def run_regimes(
     training: Training = TRAINING,
     resources: Resources | None = None,
     progress: Progress = lambda stage, done, total: None,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> Path:
     """Simulate a log per regime, train every row on each, time and judge what is served, and write the map.
 
@@ -103,6 +105,11 @@ def run_regimes(
         run_jobs(logs, resources.workers, resources.executor, partial(progress, "regimes: simulate"))
         (out / "plots").mkdir(exist_ok=True)
         results = []
+        few = {}
+        for title, folder in folders.items():
+            few[title] = few_steps(laboratory(folder).batches(training) * training.epochs)
+            if few[title]:
+                warn(f"few steps: {title}: {few[title]}")
         for title, regime in regimes.items():
             folder = folders[title]
             study = carry_out(
@@ -114,7 +121,8 @@ def run_regimes(
                 carrier(folder, resources, progress, f"regimes, {title}"),
             )
             facts = {"experiment": "regimes", "tasks": TASKS, "seeds": seeds}
-            results.append({"title": title, "regime": asdict(regime), **_found(Findings(facts, study, folder))})
+            known = {"title": title, "regime": asdict(regime), "few_steps": few[title]}
+            results.append({**known, **_found(Findings(facts, study, folder))})
         named = {"rows": results[0]["rows"], "tasks": TASKS, "seeds": seeds, "training": asdict(training)}
         write_whole(out / "records.json", json.dumps({**named, "cells": results}, indent=1) + "\n")
         return write_page(_page(results, out), "regimes: simulated logs", out)
@@ -178,7 +186,7 @@ def _page(cells: Sequence[Mapping[str, Any]], folder: Path) -> str:
             f"## {cell['title'].capitalize()}\n\n"
             f"{count(cell['counts']['train']['rows'], 'row')} to train on. The truth itself scores ctr AUC "
             f"{truth['ctr_auc']:.4f}, cvr MSE {truth['cvr_mse']:.5f}; a constant cvr MSE "
-            f"{truth['constant']['cvr_mse']:.5f}."
+            f"{truth['constant']['cvr_mse']:.5f}." + (f"\n\n**Few steps**: {few}" if (few := cell["few_steps"]) else "")
         )
         for precision in PRECISIONS:
             text = chosen_table(cell["chosen"][precision], cell["rows"], list(TASKS))

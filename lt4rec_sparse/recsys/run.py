@@ -24,7 +24,6 @@ from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConf
 from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
 from lt4rec_sparse.recsys.harness.baselines import baselines
-from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Row, Rows, narrow_factor
@@ -37,19 +36,20 @@ from lt4rec_sparse.recsys.harness.settings import (
 )
 from lt4rec_sparse.recsys.harness.statistics import best_of
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, Study, carrier, carry_out
+from lt4rec_sparse.recsys.harness.trackers import tracking
 from lt4rec_sparse.recsys.metrics import LOSS
-from lt4rec_sparse.recsys.report import verdict, write_report
+from lt4rec_sparse.recsys.report import verdict, warned, write_report
 
 PLANTED_FIELDS = 2  # of each kind in the simulated log: enough to see whether masks find them
 MODEL, MODEL_LAST, RESULTS = "model.safetensors", "model_last.safetensors", "results.json"
 
 
 class Finished(NamedTuple):
-    """What a run leaves: the path of `report.md`, its verdict in one sentence, and a warning, if there is one."""
+    """What a run leaves: the path of `report.md`, its verdict, and its warnings, each in one line."""
 
     report: Path
     verdict: str
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def run(
@@ -76,7 +76,7 @@ def run(
         out: The run folder; its report covers every seed that was ever asked for in it.
         settings: What to do.
         progress: Called with a stage's name, steps done and steps in all.
-        resources: The processes that train.
+        resources: The processes that train, and what tracks them.
 
     Raises:
         InputError: If `out` holds a run with other settings or of another version, or another process works there.
@@ -95,18 +95,21 @@ def run(
         }
         if data is None:
             facts["truth"] = read_json(log.source / "truth.json", "fields")
-        results = _earlier(out, log.config)
+        results, resources = _earlier(out, log.config), resources or Resources()
         if results is None:
             results = {
                 "data": facts,
                 "config": log.config,
                 "machine": _machine(),
                 "command": shlex.join(["lt4rec-sparse", *sys.argv[1:]]),
-                **_measured(log, out, facts, progress, resources or Resources()),
+                **_measured(log, out, facts, progress, resources),
                 "seconds": perf_counter() - started,
             }
             write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        return Finished(write_report(results, out), verdict(results), few_steps(results["steps"]))
+        report = write_report(results, out)
+        files = [report, out / "report.html", out / RESULTS, *(out / name for name in results["files"].values())]
+        tracking(out, resources.tracker).whole(log.config, log.settings.seeds, results["records"], files)
+        return Finished(report, verdict(results), tuple(map(str, warned(results))))
 
 
 class Given(NamedTuple):

@@ -57,6 +57,7 @@ def test_every_experiment_writes_its_page(log, tmp_path, name, monkeypatch):
     text = report.read_text(encoding="utf-8")
     records = json.loads((report.parent / "records.json").read_text(encoding="utf-8"))
     assert all(title in text for title in records["rows"].values())
+    assert f"**Few steps**: {records['few_steps']}" in text
     for picture in re.findall(r"\((plots/\w+\.png)\)", text):
         assert (report.parent / picture).stat().st_size > 0
     page = (report.parent / "report.html").read_text(encoding="utf-8")
@@ -169,6 +170,20 @@ def test_a_log_at_a_url_is_copied_first(small_folder, tmp_path, monkeypatch):
         system.store.clear()
     assert prepared == [tmp_path / "out" / "copy"]
     assert open_source(prepared[0]).schema == open_source(small_folder).schema
+
+
+def test_few_steps_are_warned_of_before_anything_is_trained(log, tmp_path, monkeypatch):
+    def stop(*arguments, **rest):
+        raise InputError("enough" if rest else arguments[0])
+
+    monkeypatch.setattr(experiment, "carry_out", stop)
+    few = r"few steps: every model takes \d+ steps per task at most\."
+    with pytest.raises(InputError, match=f"^{few}"):
+        run_experiment("tickets", log, tmp_path / "out", 1, TRAINING, HERE, warn=stop)
+    with pytest.raises(InputError, match=r"^enough$"):
+        run_experiment("tickets", log, tmp_path / "out", 1, replace(TRAINING, epochs=1_000), HERE, warn=stop)
+    with pytest.raises(InputError, match=rf"^few steps: small: {few.removeprefix('few steps: ')}"):
+        run_regimes(tmp_path / "map", 1, {"small": Regime(3_000, planted_fields=1)}, TRAINING, HERE, warn=stop)
 
 
 def test_regimes_are_mapped(tmp_path, monkeypatch):

@@ -373,8 +373,10 @@ def test_a_finished_run_trains_and_measures_nothing(small_folder, finished, agai
     stages = []
     found = go(small_folder, again, progress=lambda stage, done, total: stages.append(stage))
     assert not stages
-    assert found.verdict.startswith("Serve S-Weight (model.safetensors), the tickets that were asked for: ")
-    assert {path.relative_to(again): data for path, data in contents(again).items()} == {
+    assert found.verdict.startswith("Serve S-Weight (model.safetensors), the tickets that were asked for. ")
+    # The commands of the report name the folder.
+    here, there = bytes(again), bytes(finished)
+    assert {path.relative_to(again): data.replace(here, there) for path, data in contents(again).items()} == {
         path.relative_to(finished): data for path, data in contents(finished).items()
     }
     (again / MODEL).unlink()
@@ -639,7 +641,7 @@ def test_a_run_by_rows_trains_by_them_and_says_so(small_folder, tmp_path):
     sizes = by_rows(rows)
     assert {name: config[name] for name in sizes._fields} == sizes._asdict()
     assert results["steps"] >= 800
-    assert finished.warning is None
+    assert not [warning for warning in finished.warnings if warning.startswith("few steps")]
     assert (
         f"at most {sizes.epochs} epochs, 2 without a gain end a training, of batches of" in finished.report.read_text()
     )

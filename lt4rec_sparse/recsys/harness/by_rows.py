@@ -53,12 +53,12 @@ def by_rows(rows: int, batch_size: int | None = None, epochs: int | None = None,
 
 
 def few_steps(steps: int) -> str | None:
-    """Return a warning if every model takes so few steps per task at most; None if they are enough."""
+    """Return a warning, in one line, if every model takes so few steps per task at most; None if they are enough."""
     if steps >= FEW_STEPS:
         return None
     return (
-        f"every model took {steps} per task. With fewer than about {FEW_STEPS} it is hardly trained: use smaller "
-        "batches (`--batch-size`) or more epochs (`--epochs`)."
+        f"every model takes {steps} steps per task at most. With fewer than about {FEW_STEPS} it is hardly trained: "
+        "use smaller batches (`--batch-size`) or more epochs (`--epochs`)."
     )
 
 

@@ -21,6 +21,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.data import Prepared
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
+from lt4rec_sparse.recsys.harness.trackers import NONE, tracking
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Search, Training, Trial
 
 DATA = "data"
@@ -40,10 +41,11 @@ class Job:
     needs: tuple[Hashable, ...] = ()
 
 
-def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
+def jobs_of(folder: Path, trials: Iterable[Trial], tracker: str = NONE) -> dict[Hashable, Job]:
     """Return the jobs that carry out trials: single-task baselines and warm-ups, the searches task by task, the trials.
 
     The folder holds the prepared log, `data/`, and what the laboratory leaves. Trials are keys; equal ones run once.
+    The `tracker` is told of them.
     """
     trials = list(dict.fromkeys(trials))
     known = set(trials)
@@ -59,7 +61,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
     def started(what: str, training: Training, *rest: Any) -> Hashable:
         """Return the job that trains a baseline or a warm-up."""
         key = (what, training, *rest)
-        jobs.setdefault(key, Job(_train, (folder, *key)))
+        jobs.setdefault(key, Job(_train, (folder, tracker, *key)))
         return key
 
     for trial in trials:
@@ -75,7 +77,9 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             for task in trial.tasks:
                 key = _search_key(trial, task)
                 before = started(*(warm or singles[task]))
-                jobs.setdefault(key, Job(_train, (folder, "tickets", deepest[key], task, trial.tasks, seed), (before,)))
+                jobs.setdefault(
+                    key, Job(_train, (folder, tracker, "tickets", deepest[key], task, trial.tasks, seed), (before,))
+                )
                 needs.append(key)
             twin = replace(trial, masks=replace(masks, level="best"))
             if twin != trial and twin in known:
@@ -84,7 +88,7 @@ def jobs_of(folder: Path, trials: Iterable[Trial]) -> dict[Hashable, Job]:
             needs += [started(*key) for key in singles.values()]
         elif warm:
             needs.append(started(*warm))
-        of_trials[trial] = Job(_train, (folder, "trial", trial), tuple(needs))
+        of_trials[trial] = Job(_train, (folder, tracker, "trial", trial), tuple(needs))
     return jobs | of_trials
 
 
@@ -107,9 +111,10 @@ def laboratory(folder: Path) -> Laboratory:
     return Laboratory(Prepared.load(folder / DATA), folder)
 
 
-def _train(folder: Path, what: str, *arguments: Any) -> Any:
+def _train(folder: Path, tracker: str, what: str, *arguments: Any) -> Any:
     """Return a trial's record; what others need of a baseline, warm-up or search is on disk."""
     lab = laboratory(folder)
+    lab.tracking = tracking(folder, tracker)
     if what == "trial":
         return lab.run(*arguments)
     getattr(lab, what)(*arguments)

@@ -29,6 +29,7 @@ from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.searches import Searches
 from lt4rec_sparse.recsys.harness.starts import JUDGED_ROWS, warm_name
+from lt4rec_sparse.recsys.harness.trackers import flat
 from lt4rec_sparse.recsys.harness.trials import SEARCHED, Trial, digest
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, MAIN_METRIC
 from lt4rec_sparse.recsys.models import SparseSharing, UncertaintyWeights, mlp_multiply_adds
@@ -124,7 +125,7 @@ class Laboratory(Searches):
             ]
             for task, of_task in found.items()
         }
-        record = {
+        record: dict[str, Any] = {
             "key": trial.key,
             "seed": trial.seed,
             "trial": asdict(trial),
@@ -142,6 +143,9 @@ class Laboratory(Searches):
         }
         if trial.is_tested:
             record["test"] = self.judge(name, model, "test", trial.tasks, trial.top_k)
+        judged = {split: record[split] for split in ("validation", "test") if split in record}
+        results = {key: value for split in judged for key, value in flat(f"final/{split}", judged[split]).items()}
+        self.tracking.finish(self._stage(state), results)
         return record
 
     def _train(self, trial: Trial, model: nn.Module, state: Path) -> float:
@@ -156,7 +160,8 @@ class Laboratory(Searches):
         # Without weights of its own beside the model `train` makes the optimiser.
         optimizer = None if balance is None else self.optimizer(nn.ModuleList([model, balance]), trial.training)
         has_state = trial.objective in ("uncertainty", "pcgrad")
-        return self.once(state, model, objective, trial.training, trial.seed, optimizer=optimizer, has_state=has_state)
+        how: dict[str, Any] = {"optimizer": optimizer, "has_state": has_state, "described": {"trial": asdict(trial)}}
+        return self.once(state, model, objective, trial.training, trial.seed, **how)
 
     def _new(self, trial: Trial) -> nn.Module:
         """Return the model of a trial as it starts: initial weights behind its masks."""

@@ -16,6 +16,7 @@ from lt4rec_sparse.nn import MaskedMLP
 from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.starts import Starts, warm_name
+from lt4rec_sparse.recsys.harness.trackers import flat
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Masks, Search
 from lt4rec_sparse.recsys.stored import load_weights, read_seconds
 
@@ -79,6 +80,7 @@ class Searches(Starts):
             else:
                 seconds = self.train(folder / f"level_{level}", model, objective, training, seed, skip=skip)
                 judged = self.judge(folder / f"level_{level}", model, "validation", (task,))
+                self.tracking.finish(self._stage(folder / f"level_{level}"), flat("final/validation", judged))
             write_whole(folder / f"level_{level}.seconds", json.dumps(seconds))
             metrics: dict[str, float] = judged["all"][task]
             return metrics
@@ -123,7 +125,9 @@ class Searches(Starts):
                     moving = DropAndGrow(mlp, optimizer, loss, search.density_of(task), generator, every=EXCHANGE_EVERY)
                 after_batch = moving.after_batch
                 seconds = self.train(path, model, objective, training, seed, optimizer, after_batch=after_batch)
-                metrics = self.judge(path, model, "validation", (task,))["all"][task]
+                found = self.judge(path, model, "validation", (task,))
+                self.tracking.finish(self._stage(path), flat("final/validation", found))
+                metrics = found["all"][task]
                 mask = mlp.mask()
             write_whole(folder / "level_1.seconds", json.dumps(seconds))
             mask.save(saved)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.recsys.data import BatchStream, Prepared
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.base_rates import base_rates
+from lt4rec_sparse.recsys.harness.trackers import Course, Tracking, flat
 from lt4rec_sparse.recsys.harness.trials import Training, digest
 from lt4rec_sparse.recsys.metrics import LOSS
 from lt4rec_sparse.recsys.models import build
@@ -41,11 +43,12 @@ class Starts:
     At one seed every network of sparse sharing starts from the same weights: the single-task baselines, every round of
     a search, and the network that all tasks share. Baselines and warm-ups are left in `singles/` of the folder; losses
     and metrics are appended to its `metrics.jsonl`, one line per epoch and task, and one per evaluation. An interrupted
-    training may repeat a line.
+    training may repeat a line. `tracking` is told of the same while a training goes on.
     """
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.folder = prepared, folder
+        self.tracking = Tracking(folder)
         self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
         self._streams: dict[tuple[str, int, int], BatchStream] = {}
         self._rates: dict[tuple[tuple[str, ...], bool], dict[str, float]] = {}
@@ -60,8 +63,9 @@ class Starts:
         if not judged.exists():
             model = self.sparse_sharing(training, (task,), seed)
             seconds = self.once(path, model, objectives.plain(training, (task,), self.kinds), training, seed)
-            record = {"validation": self.judge(path, model, "validation", (task,)), "seconds": seconds}
-            write_whole(judged, json.dumps(record, indent=1))
+            validation = self.judge(path, model, "validation", (task,))
+            self.tracking.finish(self._stage(path), flat("final/validation", validation))
+            write_whole(judged, json.dumps({"validation": validation, "seconds": seconds}, indent=1))
         return read_json(judged, "validation", "seconds")
 
     def single_file(self, training: Training, task: str, seed: int) -> Path:
@@ -153,6 +157,7 @@ class Starts:
         optimizer: TaskAdam | None = None,
         skip: int = 0,
         has_state: bool = False,
+        described: Mapping[str, Any] | None = None,
         **how: Any,
     ) -> float:
         """Train a model in place; return the seconds of all cores together, whatever else the machine does.
@@ -160,17 +165,31 @@ class Starts:
         `seed` shuffles the rows, as in `stream`.
         `path` names the training in the log. An interrupted training continues from a checkpoint beside it, unless
         something besides model and optimiser has a state: the objective (`has_state`) or `after_batch`. `skip` batches
-        are left out at the start; `how` is for `training.train`.
+        are left out at the start; `described` is what a tracker is told of the training besides; `how` is for
+        `training.train`.
         """
+        latest: list[Judged] = []  # what patience has judged and the tracker was not told of
 
         def losses(model: nn.Module) -> dict[str, float]:
-            judged = self.judge(path, model, "validation", objective.names)["all"]
-            return {task: judged[task][LOSS[self.kinds[task]]] for task in objective.names}
+            latest[:] = [self.judge(path, model, "validation", objective.names)]
+            return {task: latest[0]["all"][task][LOSS[self.kinds[task]]] for task in objective.names}
+
+        def watched(course: Course, done: int, means: Mapping[str, float], judged: nn.Module | None) -> None:
+            metrics = {f"train_loss/{name}": mean for name, mean in means.items()}
+            if judged is not None:
+                found = latest or [self.judge(path, judged, "validation", objective.names)]
+                metrics |= flat("validation", found[0])
+                latest.clear()
+            course.log(done, metrics)
 
         stays = optimizer is None and not has_state and "after_batch" not in how  # what has a state knows the model
         schedule = Schedule(training.schedule, training.warm_up_steps)
         is_whole = not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
+        watch = None
+        if self.tracking.is_on:
+            settings = {"tasks": objective.names, "seed": seed, **asdict(training), **(described or {})}
+            watch = partial(watched, self.tracking.course(self._stage(path), settings))
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
         with sparse_steps(model) if training.sparse_steps and stays else nullcontext():
             stepping = optimizer or self.optimizer(model, training)
@@ -190,6 +209,7 @@ class Starts:
                 stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
                 before_batch=before_batch,
                 averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
+                watch=watch,
                 **how,
             )
 
@@ -214,8 +234,12 @@ class Starts:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def _stage(self, path: Path) -> str:
+        """Return the name of a training, or of a judged model, in logs."""
+        return str(path.relative_to(self.folder).with_suffix(""))
+
     def _log(self, path: Path, record: Mapping[str, Any]) -> None:
-        line = json.dumps({"stage": str(path.relative_to(self.folder).with_suffix("")), **record})
+        line = json.dumps({"stage": self._stage(path), **record})
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
 

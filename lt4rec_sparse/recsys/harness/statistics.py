@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Choice = TypeVar("Choice")
+UNLIKELY = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,37 @@ def is_better(difference: Difference, higher_is_better: bool) -> bool:
     """
     gain = difference.mean if higher_is_better else -difference.mean
     return gain > difference.error
+
+
+def is_clear(difference: Difference) -> bool:
+    """Return whether a difference is not 0 and exceeds the noise of its seeds: `chance` below 0.05. One seed: never."""
+    return chance(difference) < UNLIKELY
+
+
+def chance(difference: Difference) -> float:
+    """Return how probable a difference so far from 0, or further, is if only the noise of the seeds made it.
+
+    Two-sided: `P(|T| >= |mean| / error)` of Student's distribution with `seeds - 1` degrees of freedom. NaN with one
+    seed, or without a mean.
+
+    >>> round(chance(Difference(2.0, 1.0, seeds=3, relative=False)), 3)
+    0.184
+
+    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4.
+    """
+    freedom = difference.seeds - 1
+    if freedom < 1 or not math.isfinite(difference.mean):
+        return math.nan
+    if not difference.error:
+        return 0.0 if difference.mean else 1.0
+    angle = math.atan2(abs(difference.mean), difference.error * math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term, total = 1.0, 0.0
+    for i in range(freedom // 2):
+        total += term
+        term *= cosine**2 * (2 * i + 1 + odd) / (2 * i + 2 + odd)
+    within = math.sin(angle) * total * (cosine if odd else 1)
+    return max(0.0, 1 - (2 / math.pi * (angle + within) if odd else within))
 
 
 def best_of(losses: Mapping[Choice, Mapping[str, float]]) -> Choice:

@@ -17,6 +17,7 @@ from lt4rec_sparse.recsys.harness.jobs import jobs_of, run_jobs
 from lt4rec_sparse.recsys.harness.objectives import obstacle
 from lt4rec_sparse.recsys.harness.rows import BASE, Row, Rows
 from lt4rec_sparse.recsys.harness.statistics import best_of
+from lt4rec_sparse.recsys.harness.trackers import NONE, check_tracker, tracking
 from lt4rec_sparse.recsys.harness.trials import Trial
 from lt4rec_sparse.recsys.metrics import LOSS
 
@@ -34,10 +35,14 @@ Trials = Mapping[tuple[str, int], tuple[Trial, ...]]  # (row, seed) -> the trial
 
 @dataclass(frozen=True)
 class Resources:
-    """What a study may use: processes, None for one per core; and one of `jobs.EXECUTORS`."""
+    """What a study may use: processes, None for one per core; one of `jobs.EXECUTORS`; and a tracker, or "none"."""
 
     workers: int | None = None
     executor: str = "processes"
+    tracker: str = NONE
+
+    def __post_init__(self) -> None:
+        check_tracker(self.tracker)
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,11 @@ def train_all(trials: Trials, carry: Carry) -> list[dict[str, Any]]:
 
 def carrier(folder: Path, resources: Resources, progress: Progress, name: str) -> Carry:
     """Return a function that carries out trials on a folder's log."""
+    tracking(folder, resources.tracker).begin()
 
     def carry(stage: str, trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
         tell = partial(progress, f"{name}: {stage}")
-        results = run_jobs(jobs_of(folder, trials), resources.workers, resources.executor, tell)
+        results = run_jobs(jobs_of(folder, trials, resources.tracker), resources.workers, resources.executor, tell)
         return {trial: results[trial] for trial in trials}
 
     return carry

@@ -19,7 +19,11 @@ from lt4rec_sparse.recsys.stored import load_checkpoint
 from lt4rec_sparse.recsys.training.objectives import Objective
 from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
+WATCHED = 50  # batches of an epoch between two calls of `watch`
+
 AfterBatch = Callable[[Batch, int, int], None]
+Losses = dict[str, tuple[float, int]]  # loss -> its sum and count
+Watch = Callable[[int, dict[str, float], nn.Module | None], None]
 
 
 def train(
@@ -37,6 +41,7 @@ def train(
     stopping: EarlyStopping | None = None,
     before_batch: Callable[[int, int], None] = lambda done, total: None,
     averaged: AveragedModel | None = None,
+    watch: Watch | None = None,
 ) -> float:
     """Train a model in place, batch by batch, as the objective says.
 
@@ -54,6 +59,10 @@ def train(
     `averaged`, of `averaged_model`, follows the model batch by batch; it is what `stopping` judges, and its weights are
     the model's in the end.
 
+    `watch` is called every `WATCHED` batches of an epoch, and at its end, with the batches done, each loss's mean since
+    the call before, and at the end with the model as `stopping` judges it, after that, else None. Its time does not
+    count, and it must leave the model as it is, but for `train` and `eval`.
+
     Returns:
         Seconds of processor time, of all cores together, including those before an interruption.
 
@@ -61,7 +70,7 @@ def train(
         InputError: If a loss is NaN or infinite; the message names the batch and the task.
     """
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
-    nothing = dict.fromkeys(objective.names, (0.0, 0))  # loss -> its sum and count in the epoch so far
+    nothing: Losses = dict.fromkeys(objective.names, (0.0, 0))  # of the epoch so far
     (first_epoch, first_batch), sums, before = divmod(skip, len(stream)), dict(nothing), 0.0
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint)
@@ -72,7 +81,14 @@ def train(
             stopping.load_state_dict(state["stopping"])
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
-    started = process_time()
+    started, marked = process_time(), dict(sums)
+
+    def watched(done: int, judged: nn.Module | None) -> None:
+        nonlocal started, marked
+        began, (means, marked) = process_time(), (_since(marked, sums), dict(sums))
+        if watch is not None:
+            watch(done, means, judged)
+        started += process_time() - began
 
     def save(path: Path, following: tuple[int, int]) -> None:
         state = {
@@ -107,12 +123,17 @@ def train(
             after_batch(batch, done, total)
             if done == total:
                 break
+            if (index + 1) % WATCHED == 0 and index + 1 < len(stream):
+                watched(done, None)
             if checkpoint is not None and (index + 1) % checkpoint_every == 0 and index + 1 < len(stream):
                 save(checkpoint, (epoch, index + 1))
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
-        sums = dict(nothing)
-        if stopping is not None and stopping.is_over(model if averaged is None else averaged.module):
+        judged = model if averaged is None else averaged.module
+        is_over = stopping is not None and stopping.is_over(judged)
+        watched(done, judged)
+        sums, marked = dict(nothing), dict(nothing)
+        if is_over:
             break
         if checkpoint is not None and done < total:
             save(checkpoint, (epoch + 1, 0))
@@ -123,3 +144,9 @@ def train(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return before + process_time() - started
+
+
+def _since(before: Losses, now: Losses) -> dict[str, float]:
+    """Return the mean of each loss over the batches in which `now` went beyond `before`."""
+    added = {name: (whole - before[name][0], count - before[name][1]) for name, (whole, count) in now.items()}
+    return {name: whole / count for name, (whole, count) in added.items() if count}

@@ -42,4 +42,4 @@ def test_a_long_log_trains_as_the_paper_does():
 
 def test_few_steps_deserve_a_warning():
     assert few_steps(FEW_STEPS) is None
-    assert few_steps(FEW_STEPS - 1).startswith("every model took 299 per task.")
+    assert few_steps(FEW_STEPS - 1).startswith("every model takes 299 steps per task at most.")

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from lt4rec_sparse.recsys.harness.statistics import (
     Difference,
+    chance,
     is_better,
+    is_clear,
     or_none,
     paired_difference,
     summary,
@@ -77,6 +79,21 @@ def test_what_is_no_number_is_never_better_and_null_in_json(bad):
     assert not is_better(difference, False)
     assert difference.record()["difference"] is None
     assert summary([bad, 1.0]).record() == {"mean": None, "deviation": None, "seeds": 2}
+
+
+@given(st.floats(-100, 100).filter(bool), st.floats(1e-3, 100), st.integers(2, 40))
+def test_chance_is_that_of_a_t_test(mean, error, seeds):
+    stats = pytest.importorskip("scipy.stats")
+    exact = 2 * stats.t.sf(abs(mean) / error, seeds - 1)
+    # A handful of terms below 1, each rounded once or twice.
+    assert abs(chance(Difference(mean, error, seeds, False)) - exact) <= 4 * seeds * np.finfo(np.float64).eps
+
+
+def test_clear_is_beyond_chance_and_never_of_one_seed():
+    assert is_clear(Difference(12.8, 1.0, 2, False)) and not is_clear(Difference(-12.6, 1.0, 2, False))
+    assert is_clear(Difference(-4.31, 1.0, 3, True)) and not is_clear(Difference(4.30, 1.0, 3, True))
+    assert is_clear(Difference(1e-9, 0.0, 2, False)) and not is_clear(Difference(0.0, 0.0, 2, False))
+    assert not is_clear(Difference(5.0, math.nan, 1, False)) and not is_clear(Difference(math.nan, math.nan, 3, False))
 
 
 def test_percent_of_nothing_is_no_number():
