@@ -42,7 +42,7 @@ SCHEMA = {
 }
 CANDIDATES = {"item": [1, 2, 99], "town": ["Ulm", None, "Bonn"], "age": [20.0, None, 50.0]}
 
-pytestmark = pytest.mark.filterwarnings("ignore:every model took:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:every model takes:RuntimeWarning")
 
 
 def log(rows=ROWS, seed=0):
@@ -233,7 +233,7 @@ def test_the_best_masks_are_chosen_as_by_a_run(tmp_path, monkeypatch):
 
 
 def test_few_steps_are_warned_of():
-    with pytest.warns(RuntimeWarning, match="every model took 8 per task") as caught:
+    with pytest.warns(RuntimeWarning, match="every model takes 8 steps per task at most") as caught:
         fit(log(), SCHEMA, joins={"item": ITEMS}, **HOW)
     assert caught[0].filename == __file__
 
