@@ -24,7 +24,11 @@ def diff(
         typer.Option(help="Also compare scores on a Parquet or CSV file of candidates, as `score` takes it."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Also compare scores on rows of the log in this folder, as `score --data`.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also compare scores on rows of the log in this folder, or at its URL, as `score --data`.",
+        ),
     ] = None,
     days: Annotated[
         str | None,
@@ -62,19 +66,22 @@ def diff(
 
 
 def _scores(
-    a: Path, b: Path, requests: Path | None, data: Path | None, days: str, top_k: int, progress: Any
+    a: Path, b: Path, requests: Path | None, data: str | None, days: str, top_k: int, progress: Any
 ) -> ScoreDifference | None:
     from tempfile import TemporaryDirectory
 
     from lt4rec_sparse.ranker import load
+    from lt4rec_sparse.recsys.data.remote import local_data
     from lt4rec_sparse.recsys.score_diff import compare_file, compare_log
 
     if requests is not None:
         return compare_file(load(a), load(b), requests, top_k)
     if data is None:
         return None
-    with TemporaryDirectory() as scratch:
-        return compare_log(load(a), load(b), data, Path(scratch), days, top_k, progress)
+    first = load(a)
+    with TemporaryDirectory() as copies, TemporaryDirectory() as scratch:
+        folder = local_data(data, Path(copies) / "log", first.encoder.schema, progress)
+        return compare_log(first, load(b), folder, Path(scratch), days, top_k, progress)
 
 
 def _parts(found: Difference, scores: ScoreDifference | None) -> Iterator[str]:

@@ -17,8 +17,11 @@ from lt4rec_sparse.cli_training import ClipNorm, SparseSteps, WeightDecay
 def update(
     model: Annotated[Path, typer.Argument(help="The artefact to start from: model.safetensors.")],
     data: Annotated[
-        Path,
-        typer.Option(help="The folder with the log, as `run --data` takes it: the new days, and those before."),
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="The folder with the log, or its URL, as `run --data` takes it: the new days, and those before.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A folder for this update; one that was interrupted continues there.")],
     days: Annotated[
@@ -71,6 +74,7 @@ def update(
     from lt4rec_sparse.cli import shown_progress, training_dtype
     from lt4rec_sparse.recsys.daily import UpdateSettings
     from lt4rec_sparse.recsys.daily import update as update_model
+    from lt4rec_sparse.recsys.data.remote import located
 
     settings = UpdateSettings(
         days=days,
@@ -86,6 +90,6 @@ def update(
         embeddings=embeddings,
     )
     with shown_progress(quiet) as progress:
-        done = update_model(model, data, out, settings, progress)
+        done = update_model(model, located(data), out, settings, progress)
     typer.echo(done.verdict)
     typer.echo(f"{done.model}, report.md, results.json")

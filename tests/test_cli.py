@@ -945,6 +945,14 @@ def test_data_at_a_url_are_those_of_the_folder(finished, url, requests, tmp_path
             out.unlink()
         assert written[0] == written[1]
     assert not [path for path in tmp_path.iterdir() if path != requests], "copies are removed"
+    differences = [invoke("diff", model, model, "--data", data, "-q").stdout for data in (finished / "simulated", url)]
+    assert differences[0] == differences[1]
+    updated = []
+    for data in (finished / "simulated", url):
+        out = tmp_path / ("remote" if data == url else "local")
+        assert invoke("update", model, "--data", data, "--out", out, "--batch-size", 512, "-q").exit_code == 0
+        updated.append((out / "model.safetensors").read_bytes())
+    assert updated[0] == updated[1]
 
 
 def test_a_schema_is_drafted_from_a_url(url, tmp_path):

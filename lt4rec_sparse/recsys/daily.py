@@ -21,6 +21,7 @@ from lt4rec_sparse.recsys.daily_page import page, verdict
 from lt4rec_sparse.recsys.data.days import Progress
 from lt4rec_sparse.recsys.data.later import open_later, prepare_later
 from lt4rec_sparse.recsys.data.prepare import Prepared
+from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.data.source import DataError, file_digest
 from lt4rec_sparse.recsys.frozen import calibrated
 from lt4rec_sparse.recsys.harness import objectives
@@ -84,7 +85,7 @@ class Updated(NamedTuple):
 
 def update(
     model: Path,
-    data: Path,
+    data: Path | str,
     out: Path,
     settings: UpdateSettings | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -100,7 +101,7 @@ def update(
 
     Args:
         model: The artefact.
-        data: The folder of the log, with the days before for histories.
+        data: The folder of the log, with the days before for histories; or its URL, of which `out` gets a copy.
         out: A folder for this update alone.
         settings: How to train.
         progress: Called with a stage's name, steps done and steps in all.
@@ -117,10 +118,10 @@ def update(
     settings = settings or UpdateSettings()
     ranker = load(model)
     _check(model, ranker)
-    source = open_later(data, ranker.encoder.schema)
-    wanted = {"layout": LAYOUT, "model": file_digest(model), "data": data.resolve().name, **asdict(settings)}
+    wanted = {"layout": LAYOUT, "model": file_digest(model), "data": data_name(data), **asdict(settings)}
     is_begun = _check_config(out, wanted)
     with locked(out):
+        source = open_later(local_data(data, out / COPY, progress=progress), ranker.encoder.schema)
         prepared = prepare_later(
             source,
             out / DATA,
@@ -166,7 +167,7 @@ def _check_config(out: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-def _check_classes(data: Path, prepared: Prepared, tasks: Sequence[str]) -> None:
+def _check_classes(data: Path | str, prepared: Prepared, tasks: Sequence[str]) -> None:
     """Refuse validation days on which a binary task has labels of one class: no model could be judged there."""
     found = prepared.counts["validation"]
     for task in prepared.schema.tasks:
