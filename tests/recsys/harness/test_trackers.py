@@ -299,7 +299,7 @@ def test_mlflow_has_an_interrupted_training_as_one_run(small_log, tmp_path, monk
 
 
 @pytest.mark.heavy  # two interpreters
-@pytest.mark.filterwarnings("default::DeprecationWarning:mlflow.*")  # of the newest SQLAlchemy, which no constraint holds
+@pytest.mark.filterwarnings("default::DeprecationWarning:mlflow.*")  # of an SQLAlchemy beyond constraints.txt
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_workers_tell_trackers_side_by_side(small_folder, small_log, tmp_path, name):
     package = pytest.importorskip(name)
