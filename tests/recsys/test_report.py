@@ -381,7 +381,7 @@ def test_every_command_can_be_pasted(words, tmp_path, command):
         "rates": {**own, "learning_rate": "0.0005,0.001,0.002", "out": Path(f"{tmp_path}-rates")},
     }
     assert {"longer": longer, "seeds": seeds, "rates": rates} == changed
-    data = own["data"] or tmp_path / "simulated"
+    data = own["data"] or str(tmp_path / "simulated")
     assert (experiment["name"], experiment["data"], experiment["hidden"]) == ("tickets", data, "16,8")
     assert (experiment["batch_size"], experiment["epochs"], experiment["embedding_dim"]) == (512, 1, 4)
     assert (serve["model"], serve["precision"]) == (tmp_path / "model.safetensors", "bf16")

@@ -168,6 +168,19 @@ def test_what_was_trained_is_not_told_again(small_log, tmp_path, tiny):
         assert [what for name, what in told if name == entry and what != "log"] == ["made", "start", "finish"]
 
 
+def test_a_finished_entry_is_not_begun_again_by_a_trial_with_equal_masks(small_log, tmp_path, tiny):
+    masks = Masks("random", Search(TRAINING, density=0.3))
+    trial = Trial("sparse_sharing", TASKS, 0, TRAINING, masks)
+    lab = lab_of(small_log, tmp_path)
+    lab.tracking.begin()
+    lab.run(trial)
+    told = list(tiny.told)
+    same = replace(trial, masks=replace(masks, search=replace(masks.search, rounds=1)))
+    assert same.key != trial.key
+    assert lab.run(same)["state"] == lab.run(trial)["state"]
+    assert tiny.told == told
+
+
 def test_results_of_a_single_model_that_is_a_row_too_are_told_once_each(small_log, tmp_path, tiny):
     lab = lab_of(small_log, tmp_path)
     lab.tracking.begin()
@@ -237,8 +250,8 @@ def interrupted(log, folder, name, monkeypatch):
     """Train a trial, killed once in the middle, and return its laboratory."""
     tell = trackers.Course._tell
 
-    def killed(course, call):
-        tell(course, call)
+    def killed(course, *told):
+        tell(course, *told)
         if course._step >= 10:
             raise KeyboardInterrupt
 
@@ -286,6 +299,7 @@ def test_mlflow_has_an_interrupted_training_as_one_run(small_log, tmp_path, monk
 
 
 @pytest.mark.heavy  # two interpreters
+@pytest.mark.filterwarnings("default::DeprecationWarning:mlflow.*")  # of an SQLAlchemy beyond constraints.txt
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_workers_tell_trackers_side_by_side(small_folder, small_log, tmp_path, name):
     package = pytest.importorskip(name)

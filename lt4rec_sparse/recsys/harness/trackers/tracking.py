@@ -145,38 +145,38 @@ class Course:
     """The course of one training; its last step is on disk before the tracker is told, so that none is told twice."""
 
     def __init__(self, tracking: Tracking, entry: str, journal: Path, config: Mapping[str, Any]) -> None:
-        self._tracking, self._journal = tracking, journal
+        self._tracking, self._entry, self._journal, self._config = tracking, entry, journal, config
         known = read_json(journal) if journal.exists() else {}
         self._step: int = known.get("step", 0)
         self._told: list[str] | None = known.get("told")  # names of results; None while it goes on
-
-        def started() -> Tracker:
-            tracker = tracking.tracker(entry, self._step)
-            tracker.start(config)
-            return tracker
-
-        self._tracker: Tracker | None = tracking.guarded(started) if tracking.is_on else None
+        self._tracker: Tracker | None = None  # started when there is something to tell
 
     def log(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Tell the tracker metrics after so many steps, unless it was told of that step; return whether it was not."""
         if step <= self._step:
             return False
-        self._step, self._told = step, None
-        self._tell(lambda tracker: tracker.log(step, metrics))
+        self._tell(lambda tracker: tracker.log(step, metrics), step, None)
         return True
 
     def finish(self, results: Mapping[str, float], files: Sequence[Path]) -> None:
         """Tell the tracker the results that it was not told, if any, or that there is none."""
         new = {name: value for name, value in results.items() if name not in (self._told or ())}
         if new or self._told is None:
-            self._told = [*(self._told or ()), *new]
-            self._tell(lambda tracker: tracker.finish(new, files))
+            told = [*(self._told or ()), *new]
+            self._tell(lambda tracker: tracker.finish(new, files), self._step, told)
 
-    def _tell(self, call: Callable[[Tracker], None]) -> None:
-        tracker = self._tracker
-        if tracker is not None and self._tracking.is_on:
-            write_whole(self._journal, json.dumps({"step": self._step, "told": self._told}))
-            self._tracking.guarded(lambda: call(tracker))
+    def _tell(self, call: Callable[[Tracker], None], step: int, told: list[str] | None) -> None:
+        before, self._step, self._told = self._step, step, told
+        if self._tracking.is_on:
+            write_whole(self._journal, json.dumps({"step": step, "told": told}))
+            self._tracking.guarded(lambda: call(self._started(before)))
+
+    def _started(self, step: int) -> Tracker:
+        if self._tracker is None:
+            tracker = self._tracking.tracker(self._entry, step)
+            tracker.start(self._config)
+            self._tracker = tracker
+        return self._tracker
 
 
 def flat(split: str, judged: Judged) -> dict[str, float]:
