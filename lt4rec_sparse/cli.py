@@ -571,6 +571,9 @@ def inspect(model: Artefact) -> None:
     network = ranker.mlp.network
     typer.echo(f"tasks: {', '.join(ranker.tasks)}")
     typer.echo(f"fields: {', '.join(field.column for field in ranker.encoder.fields)}")
+    if ranker.encoder.numbers:
+        inputs = (f"{name} ({width})" for name, width in ranker.encoder.numbers.items())
+        typer.echo(f"numbers (inputs): {', '.join(inputs)}")
     for i, layer in enumerate(network.hidden):
         kept = ", ".join(f"{task} {layer.weight.mask(task).float().mean().item():.1%}" for task in ranker.tasks)
         rows, columns = layer.weight.shape

@@ -57,8 +57,8 @@ def to_onnx(module: nn.Module | Ranker, path: str | Path | None = None, *, spars
 
     - Of a `SparseMLP` or `SparseLinear` the input is `x [batch, in_features]`, and each output `[batch, out_features]`.
     - Of a `Ranker` there is an input per field, named for its column, as `Ranker.to_dense` has them: int64 `[batch]`,
-      or `[batch, values]` of a multi-valued one, filled up with -1. Each output is `[batch]`. Strings and numbers are
-      encoded outside, by `ranker.encoder`.
+      or `[batch, values]` of a multi-valued one, filled up with -1; raw numbers are one more input, `numbers`, float32
+      `[batch, numbers]`. Each output is `[batch]`. Strings and numbers are encoded outside, by `ranker.encoder`.
 
     Args:
         module: What to write.

@@ -4,7 +4,8 @@ docs/artefact.md is its specification, byte by byte; tests/ranker/reader.py is a
 
 A file has the least version that it needs, so that older readers read what they can: 1 has `SharedWeight` alone; 2 has
 a `BlockWeight`; 3 has int8 embeddings, is `without` a table, or has a slope per output; 4 has the activation
-dice. What an older reader may ignore (`codes`, `context`, `digests`) needs no version.
+dice; 5 has raw numbers or vectors; 6 has attention, or counts the last values of a bag alone. What an older reader may
+ignore (`codes`, `context`, `digests`) needs no version.
 
 A loaded ranker reads its weights from the memory-mapped file. Replace the file by renaming a new one to its name, as
 `save` does: writing into it would change a model that is in use.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.ranker.features import FeatureEncoder
-from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.ranker.inputs import AttentionUnit, CrossedEmbeddings, inputs_width
 from lt4rec_sparse.ranker.ranker import Ranker
 from lt4rec_sparse.ranker.rows import RoundedRows
 
 KEY = "lt4rec_sparse"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5, 6)
+UNIT = ("weight", "bias", "slope", "out", "out_bias")  # the tensors of an attention unit
 # The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
 
@@ -56,6 +58,8 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     rows = {"inputs.embedding": held.values if isinstance(held, RoundedRows) else held.detach()}
     if isinstance(held, RoundedRows) and held.scales is not None:
         rows["inputs.scales"] = held.scales
+    for i, unit in enumerate(inputs.units):
+        rows |= {f"inputs.attention.{i}.{name}": t for name, t in cast(AttentionUnit, unit).to_tensors().items()}
     network, of_network = network_to_tensors(ranker.mlp.network)
     arrays, description = ranker.encoder.to_arrays()
     tensors = network | rows
@@ -64,7 +68,10 @@ def save(ranker: Ranker, path: str | Path, embeddings: str | None = None, withou
     absent = {"without": [table for table in inputs.table_sizes if table in inputs.absent]} if inputs.absent else {}
     is_third = "inputs.scales" in rows or bool(absent) or any(name.endswith(".slope") for name in network)
     is_second = any("block" in layer for layer in of_network["layers"])
-    version = 4 if "dice" in ranker.mlp.network.activations else 3 if is_third else 2 if is_second else 1
+    is_fourth = "dice" in ranker.mlp.network.activations
+    is_sixth = bool(inputs.attention) or any(column.last for column in ranker.encoder.schema.features)
+    of_inputs = 6 if is_sixth else 5 if inputs.numbers else 1
+    version = max(of_inputs, 4 if is_fourth else 3 if is_third else 2 if is_second else 1)
     meta = {"version": version, "dim": inputs.dim, "encoder": description, **absent, **of_network}
     checked_file.write(path, KEY, meta, tensors)
 
@@ -135,14 +142,17 @@ def _ranker(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: s
     encoder = FeatureEncoder.from_arrays({name: t.numpy() for name, t in arrays.items()}, description)
     fields, dim = encoder.fields, network_state.width(meta.get("dim"), "dim")
     # The number of pairs grows with the square of the fields: it is compared with the network before they are made.
-    width = len(fields) * dim + len(fields) * (len(fields) - 1) // 2
+    width = inputs_width(len(fields), dim, encoder.n_numbers)
     if width != network.in_features:
         raise ValueError(f"network: got in_features {network.in_features}, wanted {width}, the width of the inputs")
     absent = meta.get("without", [])
     in_order = [table for table in encoder.table_sizes if isinstance(absent, list) and table in absent]
     if absent != in_order:
         raise ValueError(f"without: got {shown(absent)}, wanted some of {', '.join(encoder.table_sizes)}, in order")
-    inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, embedding=_embedding(tensors), absent=absent)
+    units = [_unit(tensors, i, dim) for i in range(len(encoder.attention))]
+    how: dict[str, Any] = {"embedding": _embedding(tensors), "absent": absent, "numbers": encoder.n_numbers}
+    how |= {"attention": encoder.attention, "units": units}
+    inputs = CrossedEmbeddings(fields, encoder.table_sizes, dim, **how)
     return Ranker(encoder, inputs, SparseMLP(network, precision).eval())
 
 
@@ -151,6 +161,15 @@ def _embedding(tensors: Mapping[str, Tensor]) -> Tensor | RoundedRows:
     if stored.dtype == torch.int8:
         return RoundedRows(stored, network_state.tensor(tensors, "inputs.scales"))
     return RoundedRows(stored) if stored.dtype == torch.float16 else stored.float()
+
+
+def _unit(tensors: Mapping[str, Tensor], place: int, dim: int) -> AttentionUnit:
+    where = f"inputs.attention.{place}"
+    of_unit = {name: network_state.tensor(tensors, f"{where}.{name}", (torch.float32,)) for name in UNIT}
+    try:
+        return AttentionUnit.from_tensors(of_unit, dim)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

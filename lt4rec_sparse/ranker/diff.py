@@ -15,6 +15,7 @@ from lt4rec_sparse.formats import BlockWeight
 from lt4rec_sparse.masks import Mask, overlap
 from lt4rec_sparse.network import DenseLayer, FrozenNetwork, SparseLayer
 from lt4rec_sparse.ranker.artefact import load
+from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.features.tables import (
     MISSING,
     UNSEEN,
@@ -103,7 +104,7 @@ class Difference:
         equal: Whether the files have the same bytes.
         facts: What differs in schema, tasks, days of training, widths and kinds of numbers: (where, of A, of B).
         tables: Table -> values and embeddings.
-        layers: `layers.<i>` and `heads.<task>` -> masks and weights.
+        layers: `layers.<i>`, `heads.<task>` and `attention.<column>`, a whole unit as one row -> masks and weights.
         quantization: Task -> B's scale over A's of the input of each layer; None where one is not calibrated.
         nbytes: What -> bytes of A and of B.
     """
@@ -132,7 +133,7 @@ def diff(a: str | Path, b: str | Path) -> Difference:
         _same_bytes(Path(a), Path(b)),
         tuple(_differing(_facts(first), _facts(second))),
         _tables(first, second),
-        _layers(*networks),
+        _layers(*networks) | _units(first, second),
         _quantization(*networks),
         sizes,
     )
@@ -159,7 +160,13 @@ def _facts(ranker: Ranker) -> dict[str, Any]:
         "hidden layers": len(network.hidden),
         "calibrated for int8": network.quantization is not None,
         "schema": encoder.schema.to_stored(),
+        "scales": {name: _scale(encoder, name) for name in encoder.numbers},
     }
+
+
+def _scale(encoder: FeatureEncoder, name: str) -> dict[str, Any]:
+    """Return what standardises a column of raw numbers."""
+    return {part: array.tolist() for part, array in encoder.scale(name).to_arrays().items()}
 
 
 def _differing(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -220,6 +227,22 @@ def _alone(a: Any, b: Any) -> list[Any]:
 
 def _keys(table: IntVocabulary | StringVocabulary) -> Any:
     return table.keys if isinstance(table, IntVocabulary) else np.array([*table.keys, None], object)[:-1]
+
+
+def _units(a: Ranker, b: Ranker) -> dict[str, LayerDifference]:
+    """Compare what weighs the values of bags by attention: each unit as one row of numbers."""
+    held = []
+    for inputs in (a.inputs, b.inputs):
+        flat = [torch.cat([t.detach().flatten() for t in unit.parameters()])[None] for unit in inputs.units]
+        held.append(dict(zip(inputs.attention, flat, strict=True)))
+    found = {}
+    for name in dict.fromkeys((*held[0], *held[1])):
+        one, other = (part.get(name) for part in held)
+        shape = None if one is None else tuple(one.shape), None if other is None else tuple(other.shape)
+        kind = None if one is None else "prelu", None if other is None else "prelu"
+        alike = None if one is None or other is None or one.shape != other.shape else _weights(one, other)
+        found[f"attention.{name}"] = LayerDifference(shape, kind, (False, False), {}, alike, None)
+    return found
 
 
 def _layers(a: FrozenNetwork, b: FrozenNetwork) -> dict[str, LayerDifference]:

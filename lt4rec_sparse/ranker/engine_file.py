@@ -22,7 +22,7 @@ from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.network import ACTIVATIONS, PRECISIONS, FrozenNetwork
 from lt4rec_sparse.ranker.features import FeatureEncoder
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
-from lt4rec_sparse.ranker.request import request_parts
+from lt4rec_sparse.ranker.request import beyond_engine, request_parts
 
 MAGIC, VERSION = b"LT4RECEF", 2
 ALIGNMENT = 64  # of arrays, as cache lines have it
@@ -66,8 +66,9 @@ def write_engine_file(
 
     Raises:
         InputError: If there is no such precision, the network is not calibrated for int8 or has no hidden layer, a
-            weight or an embedding is NaN or infinite, embeddings are neither float32, float16 nor int8, or the name of
-            a column or task is no text for C.
+            weight or an embedding is NaN or infinite, embeddings are neither float32, float16 nor int8, the name of a
+            column or task is no text for C, or a column is one that the file does not hold: raw numbers, attention, the
+            last values of a bag.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision: got {shown(precision)}, wanted one of {', '.join(PRECISIONS)}")
@@ -75,6 +76,10 @@ def write_engine_file(
         raise InputError("precision: got int8 of a network that is not calibrated for it, wanted fp32 or bf16")
     if not network.hidden:
         raise InputError("network: got no hidden layer, wanted at least one")
+    if (beyond := beyond_engine(encoder)) is not None:
+        name, kind = beyond
+        wanted = "ids, means of bags, or numbers in buckets: an engine file holds no others"
+        raise InputError(f"column {name!r}: got {kind}, wanted {wanted}")
     parts = request_parts(encoder, inputs, network)
     if parts.embedding.dtype not in ops.ROW_KINDS:
         wanted = ", ".join(map(str, ops.ROW_KINDS))

@@ -1,7 +1,8 @@
-"""From ids to the MLP's input: embeddings, mean-pooled multi-valued fields, pairwise dots; in training and serving."""
+"""From ids and numbers to the MLP's input: embeddings, mean-pooled bags, pairwise dots; in training and serving."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,78 @@ from lt4rec_sparse.ranker.features.tables import UNSEEN
 from lt4rec_sparse.ranker.rows import EMBEDDINGS, RoundedRows
 
 STD = 0.05  # of initial embeddings
+ATTENTION_WIDTH = 36
+
+
+class AttentionUnit(nn.Module):
+    """Sum a bag's vectors by their attention to a target: `y = sum over i of a(h_i, t) h_i`, without a softmax.
+
+    `a(h, t) = out(prelu(hidden([h, t, h * t])))` says how much a value of the bag matters for the target. What a bag
+    holds more often weighs more, and an empty one is zero. PReLU has a slope per unit.
+
+    Args:
+        dim: Width of the vectors `h` and `t`.
+        width: Hidden units.
+
+    Source: Deep Interest Network (arXiv 1706.06978), section 4.3 and Figure 2; its Figure has 36 units.
+    """
+
+    def __init__(self, dim: int, width: int = ATTENTION_WIDTH) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3 * dim, width), nn.Linear(width, 1)
+        self.slope = nn.Parameter(torch.full((width,), 0.25))  # torch's start of a PReLU
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the weights `a [..., 1]` of `h [..., dim]` for `t [..., dim]`."""
+        z = self.hidden(torch.cat([h, t, h * t], dim=-1))
+        # torch takes slopes of the second dimension, in one operation: three that spell it take 20 times as long.
+        activated = F.prelu(z.reshape(-1, z.shape[-1]), self.slope.to(z.dtype)).view_as(z)
+        weights: Tensor = self.out(activated)
+        return weights
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return `weight [width, 3 dim]`, `bias`, `slope` and `out [width]`, and `out_bias [1]`."""
+        return {
+            "weight": self.hidden.weight.detach(),
+            "bias": self.hidden.bias.detach(),
+            "slope": self.slope.detach(),
+            "out": self.out.weight.detach().flatten(),
+            "out_bias": self.out.bias.detach(),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], dim: int) -> AttentionUnit:
+        """Read `to_tensors` back, float32.
+
+        Raises:
+            ValueError: If a tensor has another shape.
+        """
+        weight = tensors["weight"]
+        width = len(weight) if weight.dim() else 0
+        shapes = {"weight": (width, 3 * dim), "bias": (width,), "slope": (width,), "out": (width,), "out_bias": (1,)}
+        for name, shape in shapes.items():
+            if tuple(tensors[name].shape) != shape or not width:
+                raise ValueError(f"{name}: got shape {list(tensors[name].shape)}, wanted {list(shape)}, no side 0")
+        with torch.device("meta"):
+            unit = cls(dim, width)
+        state = {
+            "hidden.weight": weight,
+            "hidden.bias": tensors["bias"],
+            "slope": tensors["slope"],
+            "out.weight": tensors["out"].view(1, width),
+            "out.bias": tensors["out_bias"],
+        }
+        unit.load_state_dict(state, assign=True)
+        return unit
 
 
 class CrossedEmbeddings(nn.Module):
-    """Embed every field and cross all pairs: `x = [e_1, ..., e_n, e_i . e_j for i < j]` (DLRM style).
+    """Embed every field and cross all pairs: `x = [e_1, ..., e_n, e_i . e_j for i < j, z]` (DLRM style).
 
-    A multi-valued field is the mean of its values' embeddings, and zero if it has none. One matrix holds all tables, so
-    that a batch takes one lookup for its single-valued fields and one pooled lookup for the others.
+    A multi-valued field is the mean of its values' embeddings, and zero if it has none; with `attention` it is their
+    sum, weighted by an `AttentionUnit` of its own. One matrix holds all tables, so that a batch takes one lookup for
+    its single-valued fields and one pooled lookup for means. `z` are the raw numbers of a row
+    (`EncodedFeatures.numbers`), as they are.
 
     Fields' vectors may also be given to a call (`embed`), from a feature store or a parameter server; tables of which
     all are need not be here (`without`).
@@ -39,6 +105,9 @@ class CrossedEmbeddings(nn.Module):
         absent: Names of tables that are not here: each call must be given the vectors of their fields.
         sparse_gradients: Whether the gradient of the embeddings is a sparse tensor that names the rows that a batch
             looks up, as `torch.nn.Embedding(sparse=True)` has it: `MaskedAdam` then steps these rows alone.
+        numbers: Raw numbers per row.
+        attention: Multi-valued column -> the single-valued one that its values attend to.
+        units: The units of `attention`, in the order of the fields, to use as they are, instead of new ones.
 
     Raises:
         ValueError: If there is no field, a field's table has no size, there is no such table to be absent, or
@@ -61,8 +130,12 @@ class CrossedEmbeddings(nn.Module):
         embedding: Tensor | RoundedRows | None = None,
         absent: Collection[str] = (),
         sparse_gradients: bool = False,
+        numbers: int = 0,
+        attention: Mapping[str, str] = {},
+        units: Sequence[AttentionUnit] | None = None,
     ) -> None:
         super().__init__()
+        self.numbers = numbers
         self.fields = tuple(Field(*field) for field in fields)
         self.table_sizes = dict(table_sizes)
         self.dim = dim
@@ -83,14 +156,18 @@ class CrossedEmbeddings(nn.Module):
         # Sizes may come from a file, so they are compared with the embedding before anything of that size is made.
         if embedding is None:
             embedding = torch.empty(total, dim).normal_(std=std)
-        numbers = embedding.values if isinstance(embedding, RoundedRows) else embedding
-        dtype = numbers.dtype if isinstance(embedding, RoundedRows) else torch.float32
-        if numbers.shape != (total, dim) or numbers.dtype != dtype:
-            got = f"{numbers.dtype} {tuple(numbers.shape)}"
+        held = embedding.values if isinstance(embedding, RoundedRows) else embedding
+        dtype = held.dtype if isinstance(embedding, RoundedRows) else torch.float32
+        if held.shape != (total, dim) or held.dtype != dtype:
+            got = f"{held.dtype} {tuple(held.shape)}"
             raise ValueError(f"embedding: got {got}, wanted {dtype} {(total, dim)}")
         self.embedding = embedding if isinstance(embedding, RoundedRows) else nn.Parameter(embedding)
         starts = torch.tensor([self._starts[field.table] for field in self._ordered])
         self.register_buffer("table_starts", starts, persistent=False)
+        self._places = {field.column: i for i, field in enumerate(self._ordered)}
+        self._check_attention(attention)
+        self.attention = {field.column: attention[field.column] for field in self._ordered if field.column in attention}
+        self.units = nn.ModuleList((AttentionUnit(dim) for _ in self.attention) if units is None else units)
         n = len(self.fields)
         rows, columns = torch.triu_indices(n, n, offset=1)
         self.register_buffer("pairs", rows * n + columns, persistent=False)
@@ -101,8 +178,8 @@ class CrossedEmbeddings(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """Width of the result: `n dim + n (n - 1) / 2`."""
-        return len(self.fields) * self.dim + self.pairs.numel()
+        """Width of the result: `n dim + n (n - 1) / 2 + numbers`."""
+        return inputs_width(len(self.fields), self.dim, self.numbers)
 
     @property
     def kind(self) -> str:
@@ -201,15 +278,23 @@ class CrossedEmbeddings(nn.Module):
                 raise InputError(f"table {name!r}: got {table_sizes[name]} rows, wanted at least {len(rows)}")
             new = rows.new_empty(more, self.dim)
             parts += [rows, new.copy_(rows[UNSEEN]) if generator is None else new.normal_(0, STD, generator=generator)]
-        return CrossedEmbeddings(
-            self.fields, table_sizes, self.dim, embedding=torch.cat(parts), sparse_gradients=sparse_gradients
-        )
+        how: dict[str, Any] = {"embedding": torch.cat(parts), "sparse_gradients": sparse_gradients}
+        grown = CrossedEmbeddings(self.fields, table_sizes, self.dim, **how, **self._beside())
+        grown.units.requires_grad_(True)  # a ranker's own are not
+        return grown
 
     def forward(self, features: EncodedFeatures, given: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Embed and cross a batch of the encoder's ids: `[batch, out_features]`, dtype of the embeddings.
+        """Return the network's input of an encoded batch: `[batch, out_features]`, dtype of the embeddings.
 
-        `given` and errors are those of `embed`.
+        `given` is that of `embed`.
+
+        Raises:
+            InputError: As `embed` does, or if the batch has another number of raw numbers.
         """
+        return with_numbers(self.crossed(features, given), features, self.numbers)
+
+    def crossed(self, features: EncodedFeatures, given: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Embed and cross a batch of the encoder's ids, without numbers; `given` and errors are those of `embed`."""
         embedded = self.embed(features, given)
         if self.pairs.numel() and torch.is_grad_enabled() and embedded.requires_grad:
             crossed: Tensor = _Cross.apply(embedded, self.pairs, self.pair_of)  # type: ignore[no-untyped-call]
@@ -223,30 +308,64 @@ class CrossedEmbeddings(nn.Module):
             features: A batch.
             given: Column -> the vectors of its field, `[batch, dim]`, or `[1, dim]` for all rows; float32, float16 or
                 bfloat16, finite. They stand in for the field's ids, which are not read; for a multi-valued field they
-                are what pooling would yield.
+                are what pooling would yield. What attends to a field attends to what is given for it.
 
         Raises:
             InputError: If no field has such a column, vectors have another shape or dtype or are not finite, or a
                 table is absent and vectors of its field are not given.
         """
-        self.check(given or {}, features.batch)
-        if not given:
+        given = given or {}
+        self.check(given, features.batch)
+        if not given and not self.attention:
             return self._look_up(features, self.table_starts)
-        places = [i for i, field in enumerate(self._ordered) if field.column not in given]
-        embedded = torch.empty(features.batch, len(self.fields), self.dim, dtype=self._dtype, device=self.device)
+        left = {**given, **self.attention}
+        places = [i for i, field in enumerate(self._ordered) if field.column not in left]
+        vectors: dict[str, Tensor] = {}
         if places:
-            embedded[:, places] = self._look_up(features.of_fields(places), self.table_starts[places])
-        for i, field in enumerate(self._ordered):
-            if field.column in given:
-                embedded[:, i] = given[field.column].to(embedded)
-        return embedded
+            found = self._look_up(features.of_fields(places), self.table_starts[places]).unbind(1)
+            vectors = {self._ordered[i].column: rows for i, rows in zip(places, found, strict=True)}
+        for column, rows in given.items():
+            vectors[column] = rows.to(self.device, self._dtype).expand(features.batch, self.dim)
+        for unit, (column, target) in zip(self.units, self.attention.items(), strict=True):
+            if column not in given:
+                vectors[column] = self._attended(features, self._places[column], unit, vectors[target])
+        return torch.stack([vectors[field.column] for field in self._ordered], dim=1)
+
+    def _attended(self, features: EncodedFeatures, place: int, unit: nn.Module, target: Tensor) -> Tensor:
+        """Return the bags of a field, `[batch, dim]`, each summed by attention to its row of `target [batch, dim]`."""
+        batch, first = features.batch, (place - self.n_single) * features.batch
+        offsets = features.multi_offsets[first : first + batch + 1]
+        ids = features.multi_values[int(offsets[0]) : int(offsets[-1])]
+        if not len(ids):
+            return torch.zeros_like(target)
+        h = self._rows(ids + self.table_starts[place])
+        row_of = torch.repeat_interleave(torch.arange(batch, device=ids.device), offsets.diff())
+        weights = unit(h, target.index_select(0, row_of)).squeeze(1).to(h.dtype)
+        at = torch.arange(len(ids), device=ids.device)
+        how: dict[str, Any] = {"mode": "sum", "per_sample_weights": weights, "include_last_offset": True}
+        return F.embedding_bag(at, h, offsets - offsets[0], **how)
+
+    def _check_attention(self, attention: Mapping[str, str]) -> None:
+        """Refuse attention of what is no bag to what is no single value of the same table."""
+        named = {field.column: field for field in self.fields}
+        for column, target in attention.items():
+            bag, one = named.get(column), named.get(target)
+            if bag is None or one is None or not bag.multi or one.multi or bag.table != one.table:
+                wanted = "a bag that attends to a single-valued field of the same table"
+                raise InputError(f"attention: got {shown(column)} to {shown(target)}, wanted {wanted}")
 
     @property
     def _dtype(self) -> torch.dtype:
         return torch.float32 if isinstance(self.embedding, RoundedRows) else self.embedding.dtype
 
     def _with(self, embedding: Tensor | RoundedRows, absent: Collection[str]) -> CrossedEmbeddings:
-        return CrossedEmbeddings(self.fields, self.table_sizes, self.dim, embedding=embedding, absent=absent).eval()
+        how: dict[str, Any] = {"embedding": embedding, "absent": absent}
+        return CrossedEmbeddings(self.fields, self.table_sizes, self.dim, **how, **self._beside()).eval()
+
+    def _beside(self) -> dict[str, Any]:
+        """Return what the constructor takes beside embeddings; the units are copies."""
+        units = copy.deepcopy(list(self.units))
+        return {"numbers": self.numbers, "attention": self.attention, "units": units}
 
     def _span(self, table: str) -> slice:
         here = [name for name in self.table_sizes if name not in self.absent]
@@ -317,6 +436,22 @@ class CrossedEmbeddings(nn.Module):
         else:
             rows, sparse = self.embedding, self.sparse_gradients
         return F.embedding_bag(ids, rows, offsets, mode="mean", include_last_offset=True, sparse=sparse)
+
+
+def inputs_width(fields: int, dim: int, numbers: int) -> int:
+    """Return the width of a network's input: `n dim + n (n - 1) / 2 + numbers` for n fields."""
+    return fields * dim + fields * (fields - 1) // 2 + numbers
+
+
+def with_numbers(x: Tensor, features: EncodedFeatures, wanted: int) -> Tensor:
+    """Return `x [batch, k]` with a batch's raw numbers behind it, `[batch, k + wanted]`.
+
+    Raises:
+        InputError: If the batch has another number of them.
+    """
+    if features.numbers.shape[1] != wanted:
+        raise InputError(f"numbers: got {features.numbers.shape[1]} per row, wanted {wanted}")
+    return torch.cat([x, features.numbers.to(x)], dim=1) if wanted else x
 
 
 def _cross(embedded: Tensor, pairs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lt4rec_sparse import ops
-from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.network import FrozenNetwork
 from lt4rec_sparse.nn import Plan, SparseMLP
 from lt4rec_sparse.ranker.engine_file import write_engine_file
@@ -35,10 +35,15 @@ class Ranker:
         mlp: The frozen MLP; each task's head has one output and ends in a sigmoid.
 
     Raises:
-        ValueError: If the widths of `inputs` and `mlp` differ, or a head has several outputs or no sigmoid.
+        ValueError: If the widths of `inputs` and `mlp` differ, a head has several outputs or no sigmoid, or the inputs
+            are not made for the encoder's numbers and attention.
     """
 
     def __init__(self, encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> None:
+        if (inputs.numbers, inputs.attention) != (encoder.n_numbers, encoder.attention):
+            held = f"{inputs.numbers} numbers and attention {shown(inputs.attention)}"
+            wanted = f"{encoder.n_numbers} and {shown(encoder.attention)}, as of the encoder"
+            raise ValueError(f"inputs: got {held}, wanted {wanted}")
         if inputs.out_features != mlp.in_features:
             raise ValueError(
                 f"mlp: got in_features {mlp.in_features}, wanted {inputs.out_features}, the width of the inputs"

@@ -42,14 +42,25 @@ class Parts(NamedTuple):
 def request_engine(encoder: FeatureEncoder, inputs: CrossedEmbeddings, mlp: SparseMLP) -> ops.RequestEngine | None:
     """Return the engine's request of a ranker, or of its inputs where another executor runs the MLP (`has_engine`).
 
-    None without an engine, or where the embeddings are on another device.
+    None without an engine, where the embeddings are on another device, or where there are columns that it does not
+    read: raw numbers, bags with attention or of which the last values count.
     """
-    if ops.cpu_engine() == "reference" or inputs.device.type != "cpu":
+    if ops.cpu_engine() == "reference" or inputs.device.type != "cpu" or beyond_engine(encoder):
         return None
     parts = request_parts(encoder, inputs, mlp.network, is_split=mlp.has_engine)
     if not parts.embedding.is_contiguous() or parts.embedding.dtype not in ops.ROW_KINDS:
         return None
     return ops.RequestEngine(*parts, mlp.precision)
+
+
+def beyond_engine(encoder: FeatureEncoder) -> tuple[str, str] | None:
+    """Return the first column that the engine does not read, and what it is of; None where it reads them all."""
+    for column in encoder.schema.features:
+        if column.is_number:
+            return column.name, "raw numbers"
+        if column.last or column.target is not None:
+            return column.name, "the last values of a bag" if column.last else "attention"
+    return None
 
 
 def request_parts(

@@ -20,6 +20,7 @@ from torch import nn
 from lt4rec_sparse import __version__, ops
 from lt4rec_sparse.files import read_json, write_whole
 from lt4rec_sparse.ranker.features import Schema, SchemaError, Task
+from lt4rec_sparse.ranker.inputs import inputs_width
 from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConfig, open_source, prepare, simulate
 from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
@@ -91,7 +92,7 @@ def run(
             "counts": log.prepared.counts,
             "grouped": log.prepared.schema.group is not None,
             "tasks": log.tasks,
-            "fields": [field.column for field in log.prepared.encoder.fields],
+            "fields": [*(field.column for field in log.prepared.encoder.fields), *log.prepared.encoder.numbers],
         }
         if data is None:
             facts["truth"] = read_json(log.source / "truth.json", "fields")
@@ -175,8 +176,8 @@ def trained(
 ) -> Study:
     """Train the rows of a run that are wanted, by default all; what was trained before is read from the folder."""
     settings = log.settings
-    fields = len(log.prepared.encoder.fields)
-    in_features = fields * settings.embedding_dim + fields * (fields - 1) // 2
+    encoder = log.prepared.encoder
+    in_features = inputs_width(len(encoder.fields), settings.embedding_dim, encoder.n_numbers)
     rows = Rows(
         tuple(log.tasks),
         settings.training,

@@ -40,7 +40,7 @@ def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] 
     if keep is None:
         keep = ids_of(candidates, schema, ranker.tasks)
     _check_kept(ranker, keep)
-    lists = list_columns(candidates) | {column.name for column in schema.features if column.kind == "multi"}
+    lists = list_columns(candidates) | {column.name for column in schema.features if column.is_list}
     check_flat(out, (name for name in keep if name in lists))
     features, kept = read_candidates(candidates, schema, keep)
     columns = dict(zip(kept.column_names, kept.columns, strict=True))
@@ -84,7 +84,7 @@ def score_log(
         unfit = {*ranker.tasks, *(list_columns(source.log[0]) if out.suffix == ".csv" else ())}
         keep = tuple(name for name in dict.fromkeys(ids) if name not in unfit)
     _check_kept(ranker, keep)
-    lists = {column.name for column in schema.columns if column.kind == "multi"}.union(*map(list_columns, source.log))
+    lists = {column.name for column in schema.columns if column.is_list}.union(*map(list_columns, source.log))
     check_flat(out, (name for name in keep if name in lists))
     with scratch_beside(out) as scratch:
         log = partition(source, scratch, CHUNK_ROWS, progress, keep)

@@ -4,6 +4,8 @@
   2^53, which FP64 holds exactly). Its shape is `[n]`; `[1]` beside others of `[n]` holds for all candidates.
 - A missing value is `null` in JSON and NaN in FP. For every datatype there is `<column>.present`, BOOL of the column's
   shape: false where the value is missing, whatever the column holds there.
+- A vector of `size` numbers is FP like a dense one, its rows one after another: `[n * size]`, and `[size]` beside
+  others for all candidates. One of NaN or `null` alone is missing; there is no `<column>.present`.
 - A multi-valued column is its values, `[values of all rows]`, and `<column>.offsets`, INT64 `[n + 1]`: row i has the
   values from `offsets[i]` to `offsets[i + 1]`. Without offsets it is BYTES `[n]`, text with the schema's separator. A
   row without values is a missing one.
@@ -38,7 +40,7 @@ class Columns:
         self.features = {column.name: column for column in schema.features}
         self.limits = limits
         multi = {f"{c.name}.offsets": c for c in schema.features if c.kind == "multi"}
-        others = {f"{c.name}.present": c for c in schema.features if c.kind != "multi"}
+        others = {f"{c.name}.present": c for c in schema.features if not c.is_list}
         # A declared column keeps its name, whatever it ends in.
         self._beside = {name: c for name, c in (multi | others).items() if name not in self.features}
 
@@ -46,7 +48,8 @@ class Columns:
         """Return name, datatype and shape of every input that a request must have, as the protocol lists them."""
         listed = []
         for column in self.features.values():
-            datatype = "FP64" if column.kind == "dense" else "INT64" if column.type == "int" else BYTES
+            is_number = column.kind in ("dense", "vector")
+            datatype = "FP64" if is_number else "INT64" if column.type == "int" else BYTES
             listed.append({"name": column.name, "datatype": datatype, "shape": [-1]})
             if column.kind == "multi":
                 listed.append({"name": f"{column.name}.offsets", "datatype": "INT64", "shape": [-1]})
@@ -57,6 +60,8 @@ class Columns:
         column = self.features.get(name)
         if column is not None and column.kind == "multi":
             return self.limits.rows * self.limits.bag_values
+        if column is not None and column.kind == "vector":
+            return self.limits.rows * column.size
         return self.limits.rows + 1 if name in self._beside else self.limits.rows
 
     def raw(self, tensors: Mapping[str, Tensor], others: Collection[str]) -> dict[str, Any]:
@@ -113,6 +118,8 @@ class Columns:
         if column.kind == "multi":
             offsets = tensors.get(f"{column.name}.offsets") if f"{column.name}.offsets" in self._beside else None
             return self._bags(column, tensor, offsets)
+        if column.kind == "vector":
+            return _vectors(column, tensor)
         if column.kind == "dense":
             values = _numbers(tensor)
         else:
@@ -167,6 +174,15 @@ def _numbers(tensor: Tensor) -> NDArray[Any]:
     if values.dtype.kind in "iu" and len(values) and (int(values.max()) > EXACT or int(values.min()) < -EXACT):
         raise RequestError(f"input {tensor.name!r}: got ints beyond 2^53, wanted FP64, or ints that it holds exactly")
     return values if values.dtype == np.float64 else values.astype(np.float64)
+
+
+def _vectors(column: Column, tensor: Tensor) -> NDArray[np.float64]:
+    values = np.ma.filled(_numbers(tensor), np.nan)
+    if len(values) % column.size:
+        wanted = f"a multiple of {column.size}, the size of a vector"
+        raise RequestError(f"input {column.name!r}: got {len(values)} elements, wanted {wanted}")
+    rows: NDArray[np.float64] = values.reshape(-1, column.size)
+    return rows
 
 
 def _masked(values: NDArray[Any], present: Tensor) -> NDArray[Any]:

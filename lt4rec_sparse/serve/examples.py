@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from lt4rec_sparse.serve.columns import Columns
 
 FREQUENT = 1_000  # values of a vocabulary to draw from; it begins with the most frequent ones
 BAG = 4  # values of a made bag, at most
+MOST_LOG = 80.0  # whose exponential float32 holds
 
 
 def from_file(path: str | Path, columns: Columns) -> list[dict[str, Any]]:
@@ -60,10 +62,25 @@ def made(encoder: FeatureEncoder, requests: int, rows: int) -> list[dict[str, An
 
 def _draw(column: Column, arrays: Mapping[str, Any]) -> Callable[[random.Random], Any]:
     """Return what draws a value of a column."""
+    if column.is_number:
+        return _draw_numbers(column, arrays)
     one = _draw_one(column, arrays)
     if column.kind != "multi":
         return one
     return lambda chance: [one(chance) for _ in range(chance.randrange(BAG + 1))]
+
+
+def _draw_numbers(column: Column, arrays: Mapping[str, Any]) -> Callable[[random.Random], Any]:
+    """Return what draws a number or a vector about as far from the mean as those of training."""
+    mean, std = (arrays[f"{column.name}.{part}"].tolist() for part in ("mean", "std"))
+
+    def draw(chance: random.Random) -> Any:
+        drawn = [m + s * chance.uniform(-1, 1) for m, s in zip(mean, std, strict=True)]
+        if column.encoding == "log":
+            drawn = [math.copysign(math.expm1(min(abs(z), MOST_LOG)), z) for z in drawn]
+        return drawn if column.kind == "vector" else drawn[0]
+
+    return draw
 
 
 def _draw_one(column: Column, arrays: Mapping[str, Any]) -> Callable[[random.Random], Any]:

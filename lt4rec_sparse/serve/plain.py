@@ -1,8 +1,8 @@
 """A request in short JSON, for people, and its response.
 
 `{"context": {...}, "candidates": {...} or [{...}, ...], "k": 10, "by": {"ctr": 1}}`: candidates as columns or as rows.
-A column in `context` has one value; a multi-valued one has a list, or text with the schema's separator. A missing value
-is `null`. `precision` may name another precision that the artefact has; a `name` is ignored.
+A column in `context` has one value; a multi-valued one or a vector has a list, or text with the schema's separator. A
+missing value is `null`. `precision` may name another precision that the artefact has; a `name` is ignored.
 """
 
 from __future__ import annotations
@@ -95,16 +95,18 @@ def _check(name: str, values: list[Any], columns: Columns) -> None:
     """Refuse values that are too long, or lists where a column has none; the encoder judges their types."""
     column = columns.features.get(name, Column(name, "dense"))
     kinds = {*map(type, values)}
-    if dict in kinds or (list in kinds and column.kind != "multi"):
+    if dict in kinds or (list in kinds and not column.is_list):
         stray = next(value for value in values if isinstance(value, dict | list))
         raise RequestError(f"column {name!r}: got {shown(stray)}, wanted one value")
     texts = {value for value in values if isinstance(value, str)} if str in kinds else set()
-    if column.kind == "multi":
-        for text in texts:
+    if column.is_list:
+        is_bag = column.kind == "multi"  # a vector has its size
+        for text in texts if is_bag else ():
             columns.check_bag(column, text.count(column.separator) + 1)
         for bag in values:
             if isinstance(bag, list):
-                columns.check_bag(column, len(bag))
+                if is_bag:
+                    columns.check_bag(column, len(bag))
                 if any(isinstance(value, list | dict) for value in bag):
                     raise RequestError(f"column {name!r}: got {shown(bag)}, wanted a list of values")
                 texts |= {value for value in bag if isinstance(value, str)}

@@ -26,6 +26,10 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "tags": {"kind": "multi", "separator": "|"},
     "user": {"encoding": "hash", "size": 4},
     "visit": {"type": "int", "encoding": "hash", "size": 3},
+    "length": {"kind": "dense", "encoding": "standardised"},
+    "gain": {"kind": "dense", "encoding": "log"},
+    "view": {"kind": "vector", "size": 2, "separator": "|"},
+    "seen": {"kind": "multi", "type": "int", "pooling": "attention", "target": "item", "last": 2},
 }
 FITTED = {
     "item": [7, -3, 2**40],
@@ -34,6 +38,10 @@ FITTED = {
     "tags": [["a", "b"], ["b"], ["ü"]],
     "user": ["u"],
     "visit": [1],
+    "length": [1.0, None, 9.0],
+    "gain": [0.0, -1.5, 1e6],
+    "view": [[0.5, -1.0], None, [1.5, 3.0]],
+    "seen": [[7, -3, 7], [], [2**40]],
     "bought_item": [[7]],
     "bought_count": [0.0, 1.0],
     "bought_rate": [0.0, 0.5],
@@ -60,6 +68,8 @@ def artefacts() -> list[File]:
         ),
         _artefact(("item", "colour"), (2,), generator, embeddings="int8", without=("item",)),
         _artefact(("item", "colour"), (3, 2), generator, activations=("dice", "relu")),
+        _artefact(("length", "item", "gain", "view"), (3,), generator, embeddings="int8", context=["length"]),
+        _artefact(("seen", "length", "item"), (3,), generator, has_past=True, attention="attention"),
     ]
     return [taken_apart(content, ARTEFACT) for content in made]
 
@@ -94,8 +104,10 @@ def _artefact(
     without: tuple[str, ...] = (),
     has_past: bool = False,
     context: list[str] = [],  # noqa: B006  # read alone
+    attention: str = "mean",
 ) -> bytes:
-    past = [{"name": "bought", "when": "buy", "columns": ["item"], "rates": True}] if has_past else []
+    of_past = {"name": "bought", "when": "buy", "columns": ["item"], "rates": True, "pooling": attention}
+    past = [of_past] if has_past else []
     schema = Schema.from_dict(
         {
             "name": "shop",
@@ -109,7 +121,9 @@ def _artefact(
         }
     )
     encoder = FeatureEncoder.fit(schema, [FITTED])
-    inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, 2)
+    torch.manual_seed(generator.initial_seed())
+    made_for = {"numbers": encoder.n_numbers, "attention": encoder.attention}
+    inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, 2, **made_for)
     inputs.embedding.data = torch.randn(inputs.embedding.shape, generator=generator)
     network = _network(inputs.out_features, hidden, generator, kind, activations, embeddings != "fp32")
     ranker = Ranker(

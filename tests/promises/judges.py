@@ -16,6 +16,7 @@ import torch
 from lt4rec_sparse import Plan, SparseMLP, load, load_module
 from lt4rec_sparse.checked_file import ArtefactError
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features import Column
 from tests.oracle import Bounded, Layer, assert_rounding, mlp_reference
 from tests.promises import bases, mutants
 from tests.promises.bases import SAMPLES
@@ -68,14 +69,16 @@ class Artefacts(Subject):
     def served(self, path: Path, content: bytes, rng: random.Random) -> str:
         precision = rng.choice(PRECISIONS)
         ranker = load(path, precision)
-        columns = {
-            column.name: SAMPLES[column.kind if column.kind == "dense" else f"{column.kind} {column.type}"]
-            for column in ranker.encoder.schema.features
-        }
+        columns = {column.name: samples_of(column) for column in ranker.encoder.schema.features}
         absent = [field.column for field in ranker.inputs.fields if field.table in ranker.inputs.absent]
         given = {column: np.full((3, ranker.inputs.dim), 0.5, np.float32) for column in absent}
-        scores = ranker.score(columns, given)
         reader = Reader(content)
+        try:
+            scores = ranker.score(columns, given)
+        except InputError as error:  # a scale that makes too much of an ordinary number
+            assert reader.numbers and re.fullmatch(r"column .*: got .* too far from [^\n]+", str(error)), error
+            assert largest(reader, columns, given) >= LARGEST, error
+            return BEYOND
         if largest(reader, columns, given) >= LARGEST:
             return BEYOND
         if precision in OPERANDS:
@@ -178,6 +181,13 @@ def _gain(layer: Any) -> Any:
     return np.maximum(1, np.abs(np.asarray(slope, np.float64)))
 
 
+def samples_of(column: Column) -> list[Any]:
+    """Return three values of a column."""
+    if column.kind == "vector":
+        return [[2.5] * column.size, None, "|".join(["100"] * column.size).replace("|", column.separator)]
+    return SAMPLES[column.kind if column.kind == "dense" else f"{column.kind} {column.type}"]
+
+
 def largest(reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray]) -> float:
     """Return the largest magnitude that a sum of the network may have on the way, however its terms are signed.
 
@@ -186,7 +196,7 @@ def largest(reader: Reader, columns: dict[str, Any], given: dict[str, np.ndarray
     """
     with np.errstate(over="ignore", invalid="ignore"):
         embedded, most, _ = reader.inputs(columns, given)
-        biggest = [np.abs(embedded).max(initial=0), most.max(initial=0)]
+        biggest = [np.abs(embedded).max(initial=0), most.max(initial=0), reader.peak]
         for task in reader.tasks:
             m = most
             for layer in reader.layers(task):

@@ -42,6 +42,7 @@ ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 4, 16, 2**31 - 1, 2**31, 2**63, 2**70, -(2**70), 10**400),
     *(0.0, 0.5, -1.0, 1e308, float("inf"), float("nan"), 127.5),
     *("", "a", "x", "relu", "none", "elu", "leaky_relu", "multi", "dense", "hash", "int", "string", "x\ny", "\ud800"),
+    *("vector", "standardised", "log", "attention", "seen"),
     *("a" * 10_000, "ä", "__class__", "item", "click", "encoder.item.keys"),
     *([], {}, [[]], [None], {"a": {}}, [1, 2, 3], [16, 4], [1, 1], ["click"], [[1.0, 0]], {"x": 1}),
 ]

@@ -113,10 +113,12 @@ def raised(message):
 
 def test_small_artefacts_are_of_every_version_and_kind():
     files = [Reader(mutants.put_together(file)) for file in bases.artefacts()]
-    assert {reader.meta["version"] for reader in files} == {1, 2, 3, 4}
+    assert {reader.meta["version"] for reader in files} == {1, 2, 3, 4, 5, 6}
     assert {str(reader.tensors["inputs.embedding"].dtype) for reader in files} == {"float32", "float16", "int8"}
     assert {field.kind for reader in files for field in reader.fields} == {"single", "multi", "dense"}
     assert {field.encoding for reader in files for field in reader.fields} == {"vocabulary", "hash"}
+    assert {field.kind for reader in files for field in reader.numbers} == {"dense", "vector"}
+    assert any(field.target and field.last for reader in files for field in reader.fields)
     assert any("without" in reader.meta for reader in files)
     assert any("layers.0.slope" in reader.tensors for reader in files)
 

@@ -26,6 +26,7 @@ def bounded_scores(
     x, magnitudes, terms = reader.inputs(columns, given)
     rounding = 6 * (terms + 1) ** 0.5 * UNIT_ROUNDOFF[torch.float32] * magnitudes
     rounding[:, len(reader.fields) * reader.meta["dim"] :] *= 3
+    rounding[:, x.shape[1] - reader.raw_numbers(columns, len(x)).shape[1] :] = 0  # numbers are exact
     inputs = Bounded(torch.from_numpy(x), torch.from_numpy(rounding))
     scores = {}
     for task, of_task in reader.score(columns, given).items():

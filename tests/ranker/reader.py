@@ -53,6 +53,8 @@ class Feature(NamedTuple):
     encoding: str
     size: int
     separator: str
+    last: int
+    target: str | None
 
 
 class Reader:
@@ -74,7 +76,10 @@ class Reader:
         if is_checked:
             self._check(parts)
         self.tasks = self.meta["tasks"]
-        self.fields = fields_of(self.meta["encoder"]["schema"])
+        features = features_of(self.meta["encoder"]["schema"])
+        self.numbers = [f for f in features if f.encoding in ("standardised", "log")]
+        self.fields = [f for f in features if f.kind != "multi" and f not in self.numbers]
+        self.fields += [f for f in features if f.kind == "multi"]
         self.tables = {feature.table: self._rows(feature) for feature in self.fields}
 
     def score(self, columns: dict[str, list[Any]], given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
@@ -98,23 +103,70 @@ class Reader:
         for table, rows in self.tables.items():
             starts[table] = total
             total += 0 if table in self.meta.get("without", []) else rows
-        vectors, magnitudes, terms = [], [], self.meta["dim"]
+        vectors, magnitudes, terms, units = [], [], self.meta["dim"], 0
+        by_name: dict[str, np.ndarray] = {}
+        self.peak = 0.0
         for feature in self.fields:
+            place, units = units, units + (feature.target is not None)
             if given is not None and feature.name in given:
                 vectors.append(given[feature.name].astype(np.float64))
                 magnitudes.append(np.abs(vectors[-1]))
+                by_name[feature.name] = vectors[-1]
                 continue
             bags = [self.ids(feature, value) for value in columns[feature.name]]
             rows = [embedding[[starts[feature.table] + i for i in bag]] for bag in bags]
+            if feature.target is not None:
+                targets = np.broadcast_to(by_name[feature.target], (len(rows), self.meta["dim"]))
+                found = [self.attended(place, h, t) for h, t in zip(rows, targets, strict=True)]
+                vectors.append(np.stack([value for value, _ in found]))
+                magnitudes.append(np.stack([most for _, most in found]))
+                width = len(self.tensors[f"inputs.attention.{place}.bias"])
+                # Three sums, one in the other: the roots of their terms add up to that of three times all at most.
+                terms = max(terms, 3 * (3 * self.meta["dim"] + width + max(map(len, bags), default=0) + 4))
+                continue
             vectors.append(np.stack([r.mean(0) if len(r) else np.zeros(self.meta["dim"]) for r in rows]))
             magnitudes.append(np.stack([np.abs(r).mean(0) if len(r) else np.zeros(self.meta["dim"]) for r in rows]))
             terms = max(terms, *map(len, bags), 1)
+            by_name[feature.name] = vectors[-1]
         pairs = [(i, j) for i in range(len(vectors)) for j in range(i + 1, len(vectors))]
         x, most = (
             np.concatenate([*e, *((e[i] * e[j]).sum(1, keepdims=True) for i, j in pairs)], 1)
             for e in (vectors, magnitudes)
         )
-        return x, most, terms
+        numbers = self.raw_numbers(columns, len(x))
+        return np.concatenate([x, numbers], 1), np.concatenate([most, np.abs(numbers)], 1), terms
+
+    def attended(self, place: int, h: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sum of a bag `h [values, dim]` by attention to `t [dim]`, and of its terms' magnitudes."""
+        weight, bias, slope, out, out_bias = (
+            self.tensors[f"inputs.attention.{place}.{name}"].astype(np.float64)
+            for name in ("weight", "bias", "slope", "out", "out_bias")
+        )
+        of_bag = np.broadcast_to(t, h.shape)
+        z = np.concatenate([h, of_bag, h * of_bag], 1) @ weight.T + bias
+        value = (np.where(z > 0, z, slope * z) @ out + out_bias) @ h
+        most = np.abs(np.concatenate([h, of_bag, h * of_bag], 1)) @ np.abs(weight).T + np.abs(bias)
+        hidden = most * np.maximum(1, np.abs(slope))
+        weights = hidden @ np.abs(out) + np.abs(out_bias)
+        self.peak = max(self.peak, hidden.max(initial=0), weights.max(initial=0))
+        return value, weights @ np.abs(h)
+
+    def raw_numbers(self, columns: dict[str, list[Any]], rows: int) -> np.ndarray:
+        """Return the inputs of raw numbers, `[rows, ...]`: float32 as float64, for they are exact."""
+        found = [np.zeros((rows, 0))]
+        for feature in self.numbers:
+            mean, std, missing = (self.tensors[f"encoder.{feature.name}.{part}"] for part in ("mean", "std", "missing"))
+            z = np.zeros((rows, len(mean) + int(missing[0])))
+            for row, value in enumerate(columns[feature.name]):
+                places = numbers_of(feature, value)
+                for i, v in enumerate(places):
+                    v = signed_log(v) if feature.encoding == "log" else v
+                    with np.errstate(over="ignore"):
+                        z[row, i] = np.float32((np.float64(v) - mean[i]) / std[i])
+                if missing[0]:
+                    z[row, -1] = not places
+            found.append(z)
+        return np.concatenate(found, 1)
 
     def layers(self, task: str) -> list[Layer]:
         """Return a task's layers, its head last."""
@@ -145,7 +197,8 @@ class Reader:
         if isinstance(value, str):
             texts = [text for part in value.split(feature.separator) if (text := part.strip())]
             value = texts if feature.type == "string" else [int(text) for text in texts]
-        return [self._id(feature, item) for item in ([] if is_missing(value) else value) if not is_missing(item)]
+        there = [item for item in ([] if is_missing(value) else value) if not is_missing(item)]
+        return [self._id(feature, item) for item in there[-feature.last :]]  # 0 is all
 
     def _id(self, feature: Feature, value: Any) -> int:
         if feature.kind == "dense":
@@ -175,8 +228,8 @@ class Reader:
             raise ValueError([n for n in parts if digests.get(n) != hashlib.sha256(parts[n]).hexdigest()])
 
 
-def fields_of(schema: dict[str, Any]) -> list[Feature]:
-    """Return the fields: features that are no bags, then bags."""
+def features_of(schema: dict[str, Any]) -> list[Feature]:
+    """Return the features, in order."""
     columns = {column["name"]: column for column in schema["columns"]}
     features = [feature(column, name, column.get("kind", "single")) for name, column in columns.items()]
     bags = []
@@ -184,9 +237,11 @@ def fields_of(schema: dict[str, Any]) -> list[Feature]:
         if history.get("rates", False):
             names = [f"{history['name']}_{what}" for what in ("count", "rate")]
             features += [feature({"name": name}, name, "dense") for name in names]
-        bags += [feature(columns[name], f"{history['name']}_{name}", "multi") for name in history["columns"]]
-    features += bags
-    return [f for f in features if f.kind != "multi"] + [f for f in features if f.kind == "multi"]
+        for name in history["columns"]:
+            target = name if history.get("pooling") == "attention" else None
+            bag = feature({**columns[name], "last": 0}, f"{history['name']}_{name}", "multi")
+            bags.append(bag._replace(target=target))
+    return features + bags
 
 
 def feature(column: dict[str, Any], name: str, kind: str) -> Feature:
@@ -195,11 +250,36 @@ def feature(column: dict[str, Any], name: str, kind: str) -> Feature:
         name,
         kind,
         get("type", "string"),
-        get("table", "") or column["name"],
+        get("table", "") or get("target") or column["name"],
         get("encoding", "vocabulary"),
         get("size", 0),
         get("separator", ","),
+        get("last", 0),
+        get("target"),
     )
+
+
+def numbers_of(feature: Feature, value: Any) -> list[float]:
+    """Return the numbers of one raw value; none if it is missing."""
+    if feature.kind == "dense":
+        return [] if is_missing(value) else [value]
+    if isinstance(value, str):
+        value = [float(text) for text in value.split(feature.separator)] if value.strip() else []
+    return [] if is_missing(value) or all(map(is_missing, value)) else list(value)
+
+
+def signed_log(v: float) -> float:
+    """Return sign(v) ln(1 + |v|) by the steps of the page."""
+    u = 1.0 + abs(v)
+    c = (abs(v) - (u - 1.0)) / u
+    m, e = math.frexp(u)
+    if m < math.sqrt(0.5):
+        m, e = 2.0 * m, e - 1
+    s = (m - 1.0) / (m + 1.0)
+    series = 0.0
+    for k in range(21, 0, -2):
+        series = series * (s * s) + 1.0 / k
+    return math.copysign(e * math.log(2) + (2.0 * s * series + c), v)
 
 
 def hashed(value: int | str) -> int:

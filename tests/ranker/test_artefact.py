@@ -30,8 +30,9 @@ from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 
 # With the scores that they gave. Version 1 was written by the code of commit cb0158c, which defined the format; 2, of
 # blocks with ragged edges, by that of aac1169; 3, of int8 rows, a table elsewhere, slopes and bfloat16 weights, by the
-# first that wrote digests; 4, of Dice, by the first that had it.
-GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3, 4)}
+# first that wrote digests; 4, of Dice, 5, of raw numbers and vectors, and 6, of attention
+# and last values, by the first that had them.
+GOLDEN = {version: Path(__file__).with_name(f"artefact_v{version}.safetensors") for version in (1, 2, 3, 4, 5, 6)}
 VERSION_1 = GOLDEN[1]
 EXPECTED = json.loads(VERSION_1.with_suffix(".json").read_text())
 

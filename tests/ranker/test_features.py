@@ -188,7 +188,7 @@ def test_a_carried_outcome_is_no_feature_and_must_be_none() -> None:
         ),
         (
             {"columns": [{"name": "a", "kind": "dense", "encoding": "number"}]},
-            "column 'a': got encoding='number', wanted 'buckets' or 'nonzero_buckets': no input of a model is a raw",
+            "column.*'a': encoding: got 'number', wanted one of .*'standardised', 'log'",
         ),
         ({"columns": [{"name": "a"}, {"name": "b", "table": "a", "type": "int"}]}, "table 'a': 'a' and 'b' differ"),
         (

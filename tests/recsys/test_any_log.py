@@ -9,10 +9,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from lt4rec_sparse import freeze
 from lt4rec_sparse.paper import pages
-from lt4rec_sparse.ranker import load
+from lt4rec_sparse.ranker import Ranker, load, save
 from lt4rec_sparse.recsys import frozen
-from lt4rec_sparse.recsys.harness import starts
+from lt4rec_sparse.recsys.data import prepare
+from lt4rec_sparse.recsys.harness import laboratory, starts, trials
 from tests.test_cli import invoke, refusal
 
 TINY = ("--masks", "random", "--hidden", "8", "--embedding-dim", 2, "--batch-size", 64, "-q")
@@ -98,3 +100,32 @@ def test_the_replay_of_table3_wants_users(plain, tmp_path, monkeypatch):
     report = (tmp_path / "out" / "table3" / "report.md").read_text()
     reason = "got a log without [group], wanted the user of each row: a request is one user's"
     assert f"- {pages.REPLAY} is left out: {reason}." in report and "gauc" not in report
+
+
+def test_raw_numbers_and_vectors_are_trained_on_and_scored(plain, tmp_path):
+    rng = np.random.default_rng(1)
+    size, view = rng.normal(size=600), rng.normal(size=(600, 2))
+    texts = [f"{a!r} {b!r}" if i % 5 else None for i, (a, b) in enumerate(view.tolist())]
+    columns = {"colour": ["red", "blue"] * 300, "size": size, "view": texts}
+    columns |= {"bought": (size + view[:, 1] > 0).astype(int)}
+    pyarrow.csv.write_csv(pa.table(columns), plain / "log.csv")
+    as_number = '"dense", encoding = "standardised"}, {name = "view", kind = "vector", size = 2, separator = " "}'
+    (plain / "schema.toml").write_text(SCHEMA.replace('"dense"}', as_number))
+    lab = laboratory.Laboratory(prepare(plain, tmp_path / "prepared"), tmp_path / "lab")
+    training = trials.Training(epochs=8, batch_size=32, hidden=(16,), embedding_dim=2, learning_rate=0.03)
+    trial = trials.Trial("sparse_sharing", ("buy",), 0, training)
+    assert lab.run(trial)["test"]["all"]["buy"]["auc"] > 0.9  # size and view alone tell
+    model = lab.model(trial)
+    ranker = Ranker(lab.prepared.encoder, model.inputs, freeze(model.mlp, sigmoid=True))
+    path = tmp_path / "model.safetensors"
+    save(ranker, path)
+    assert "numbers (inputs): size (1), view (3)" in invoke("inspect", path).stdout
+    out = tmp_path / "scores.parquet"
+    assert invoke("score", path, out, "--data", plain, "-q").exit_code == 0
+    batches = lab.prepared.stream("test", 1000, shuffle=False).epoch(0)
+    of_batches = load(path).score_encoded(next(batches).features)[:, 0].tolist()
+    assert pq.read_table(out)["buy"].to_pylist() == of_batches
+    candidates = tmp_path / "candidates.csv"
+    pyarrow.csv.write_csv(pa.table(columns).drop_columns("bought"), candidates)
+    assert invoke("score", path, candidates, out, "-q").exit_code == 0
+    assert pq.read_table(out)["buy"].to_pylist() == load(path).score(pa.table(columns))["buy"].tolist()

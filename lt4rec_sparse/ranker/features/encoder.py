@@ -1,6 +1,6 @@
 """The encoder: fitted on the training days, stored in the artefact, and the only way from raw values to ids.
 
-Its ids are the input of every model of this project.
+Its ids, and the numbers beside them, are the input of every model of this project.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.ranker.features import raw as raw_columns
 from lt4rec_sparse.ranker.features import tables as id_tables
+from lt4rec_sparse.ranker.features.numbers import Scale, ScaleFit
 from lt4rec_sparse.ranker.features.schema import Column, Schema
 from lt4rec_sparse.ranker.features.tables import MISSING, Array, Fit, IntVocabulary, StringVocabulary, Table
 
 FORMAT = 1
+NO_NUMBERS = torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class EncodedFeatures:
     """Ids of `batch` rows, each local to its embedding table; id 0 is a missing value.
 
     Attributes:
-        single: `[batch, n_single]` int64: the single-valued and dense columns, in the order of `encoder.fields`.
+        single: `[batch, n_single]` int64: the single-valued and bucketed columns, in the order of `encoder.fields`.
         multi_values: `[nnz]` int64: the bags of all multi-valued columns, one after another.
         multi_offsets: `[n_multi * batch + 1]` int64: bag `f * batch + b` of field `f` and row `b` is
             `multi_values[multi_offsets[f * batch + b] : multi_offsets[f * batch + b + 1]]`, as `EmbeddingBag` wants it
             with `include_last_offset`. An empty bag pools to zero.
+        numbers: `[batch, encoder.n_numbers]` float32: the inputs of raw numbers and vectors, in the order of
+            `encoder.numbers`. Rows that are made without any have none.
 
     Ids may be stored as int32, as in a cache; `take` always returns int64.
     """
@@ -39,6 +44,11 @@ class EncodedFeatures:
     single: Tensor
     multi_values: Tensor
     multi_offsets: Tensor
+    numbers: Tensor = NO_NUMBERS
+
+    def __post_init__(self) -> None:
+        if self.numbers is NO_NUMBERS:
+            object.__setattr__(self, "numbers", torch.empty(self.batch, 0, device=self.single.device))
 
     @property
     def batch(self) -> int:
@@ -47,8 +57,8 @@ class EncodedFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the three tensors."""
-        return sum(part.nbytes for part in (self.single, self.multi_values, self.multi_offsets))
+        """Memory of the tensors."""
+        return sum(part.nbytes for part in (self.single, self.multi_values, self.multi_offsets, self.numbers))
 
     def take(self, rows: Tensor) -> EncodedFeatures:
         """Return the rows at positions `rows [n]` int64, in that order; a row may be taken twice."""
@@ -63,10 +73,10 @@ class EncodedFeatures:
         # Value i of a bag that begins at s in the source and at t in the result comes from s + (i - t).
         shift = torch.repeat_interleave(starts - offsets[:-1], lengths)
         values = self.multi_values.index_select(0, torch.arange(len(shift), device=device) + shift).long()
-        return EncodedFeatures(single, values, offsets)
+        return EncodedFeatures(single, values, offsets, self.numbers.index_select(0, rows))
 
     def of_fields(self, places: Sequence[int]) -> EncodedFeatures:
-        """Return the same rows with the fields at some places alone, in ascending order.
+        """Return the same rows with the fields at some places alone, in ascending order; numbers stay.
 
         Places count the single-valued fields, then the multi-valued ones.
         """
@@ -78,11 +88,13 @@ class EncodedFeatures:
             self.single[:, [place for place in places if place < n_single]],
             torch.cat([self.multi_values[:0], *(self.multi_values[first:last] for first, last in ends)]),
             torch.cat([self.multi_offsets[:1], *lengths]).cumsum(0),
+            self.numbers,
         )
 
     def to(self, device: torch.device | str) -> EncodedFeatures:
         """Return the same rows on `device`."""
-        return EncodedFeatures(self.single.to(device), self.multi_values.to(device), self.multi_offsets.to(device))
+        parts = (self.single, self.multi_values, self.multi_offsets, self.numbers)
+        return EncodedFeatures(*(part.to(device) for part in parts))
 
     @staticmethod
     def cat(parts: Sequence[EncodedFeatures]) -> EncodedFeatures:
@@ -100,6 +112,7 @@ class EncodedFeatures:
             torch.cat([part.single for part in parts]),
             torch.cat(values) if values else parts[0].multi_values,
             torch.cat([parts[0].multi_offsets[:1], *lengths]).cumsum(0),
+            torch.cat([part.numbers for part in parts]),
         )
 
 
@@ -118,45 +131,66 @@ class FeatureEncoder:
     descending count, then value, and behind them those that later days added (`grown`). In a hashed table the ids from
     1 are hashes, in a dense one quantile buckets.
 
+    Raw numbers and vectors have no ids: `Scale` makes inputs of them.
+
     Args:
         schema: The columns.
         tables: The fitted table of every table name in use.
+        scales: The fitted scale of every column of raw numbers.
         until: The last day of a log that the model was trained on; None if that is not known.
 
     Attributes:
-        fields: Single-valued and dense fields in schema order (as in `single`), then multi-valued ones (as the bags).
+        fields: Single-valued and bucketed ones in schema order (as in `single`), then multi-valued ones (as the bags).
         table_sizes: Rows of every embedding table, in the order of first use by `fields`.
+        numbers: Column -> its inputs, of raw numbers and vectors, in schema order.
+        attention: Multi-valued column -> the single-valued one that its values attend to, in the order of `fields`.
     """
 
-    def __init__(self, schema: Schema, tables: Mapping[str, Table], until: str | None = None) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        tables: Mapping[str, Table],
+        scales: Mapping[str, Scale] = {},
+        until: str | None = None,
+    ) -> None:
         self.schema, self.until = schema, until
-        self._single = tuple(column for column in schema.features if column.kind != "multi")
-        self._multi = tuple(column for column in schema.features if column.kind == "multi")
+        self._numbers = tuple(column for column in schema.features if column.is_number)
+        with_ids = [column for column in schema.features if not column.is_number]
+        self._single = tuple(column for column in with_ids if column.kind != "multi")
+        self._multi = tuple(column for column in with_ids if column.kind == "multi")
         columns = (*self._single, *self._multi)
         self._tables = {column.table: tables[column.table] for column in columns}
         self.fields = tuple(Field(column.name, column.table, column.kind == "multi") for column in columns)
         self.table_sizes = {name: table.size for name, table in self._tables.items()}
+        self._scales = {column.name: scales[column.name] for column in self._numbers}
+        self.numbers = {name: scale.width for name, scale in self._scales.items()}
+        self.attention = {column.name: column.target for column in self._multi if column.target is not None}
+
+    @property
+    def n_numbers(self) -> int:
+        """Inputs of all raw numbers and vectors together."""
+        return sum(self.numbers.values())
 
     @classmethod
     def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
-        """Learn vocabularies and quantiles from the chunks of the training days, one chunk in memory at a time.
+        """Learn vocabularies, quantiles and scales from the chunks of the training days, one in memory at a time.
 
         Columns that share a table share its counts. Chunks and errors are as in `encode`.
         """
-        return cls(schema, _fitted(schema.features, chunks), until)
+        return cls(schema, *_fitted(schema.features, chunks), until)
 
     def grown(self, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
         """Return the encoder with values of later days added to its vocabularies: no id of before changes.
 
         Values are counted in these chunks alone: one that they have at least `min_count` times is added, by descending
-        count, then value. Hashed tables and quantiles stay. Chunks and errors are as in `encode`.
+        count, then value. Hashed tables, quantiles and scales stay. Chunks and errors are as in `encode`.
         """
         kinds = (IntVocabulary, StringVocabulary)
-        columns = [column for column in self.schema.features if isinstance(self._tables[column.table], kinds)]
+        columns = [column for column in self.schema.features if isinstance(self._tables.get(column.table), kinds)]
         grown: dict[str, Any] = dict(self._tables)
-        for name, found in _fitted(columns, chunks).items():
+        for name, found in _fitted(columns, chunks)[0].items():
             grown[name] = grown[name].grown(found)
-        return FeatureEncoder(self.schema, grown, until)
+        return FeatureEncoder(self.schema, grown, self._scales, until)
 
     def encode(self, columns: Mapping[str, Any], given: Mapping[str, int] | None = None) -> EncodedFeatures:
         """Encode raw columns, in any of the forms that `features.raw` describes.
@@ -167,10 +201,11 @@ class FeatureEncoder:
             given: Column -> rows of the vectors that replace it: it is not read, its ids are those of missing values.
 
         Returns:
-            Int64 ids on the CPU.
+            Int64 ids and float32 numbers, on the CPU.
 
         Raises:
-            ValueError: If a column is absent, has another number of rows, or has a value of a wrong type.
+            ValueError: If a column is absent, has another number of rows, or has a value of a wrong type, or a number
+                that `Scale` refuses.
         """
         given = given or {}
         batch = self._rows(columns, given)
@@ -194,16 +229,35 @@ class FeatureEncoder:
             torch.from_numpy(single),
             torch.from_numpy(np.concatenate(ids)),
             torch.from_numpy(np.cumsum(np.concatenate(lengths))),
+            torch.from_numpy(self._inputs_of_numbers(columns, given, batch)),
         )
+
+    def _inputs_of_numbers(
+        self, columns: Mapping[str, Any], given: Mapping[str, int], batch: int
+    ) -> NDArray[np.float32]:
+        """Return `[batch, n_numbers]`; a column of one row holds for all."""
+        found = np.zeros((batch, self.n_numbers), np.float32)
+        end = 0
+        for name, scale in self._scales.items():
+            begin, end = end, end + scale.width
+            if name not in given:  # which no number may be: the model says so
+                found[:, begin:end] = scale.inputs(*raw_columns.numbers(scale.column, columns[name]))
+        return found
 
     def table(self, name: str) -> Table:
         """Return a fitted table."""
         return self._tables[name]
 
+    def scale(self, name: str) -> Scale:
+        """Return the fitted scale of a column of raw numbers."""
+        return self._scales[name]
+
     def to_arrays(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Return the fitted tables as arrays named `<table>.<part>`, and the schema as data for JSON."""
+        """Return what was fitted as arrays named `<table>.<part>`, and the schema as data for JSON."""
         arrays = {
-            f"{name}.{part}": array for name, table in self._tables.items() for part, array in table.to_arrays().items()
+            f"{name}.{part}": array
+            for name, fitted in (*self._tables.items(), *self._scales.items())
+            for part, array in fitted.to_arrays().items()
         }
         # Beside the schema, where readers of before it was there do not look.
         schema = self.schema.to_stored()
@@ -232,15 +286,18 @@ class FeatureEncoder:
             table, _, part = name.rpartition(".")  # names of tables may hold dots: only the last part names the array
             by_table.setdefault(table, {})[part] = array
         tables: dict[str, Table] = {}
+        scales: dict[str, Scale] = {}
         for column in schema.features:  # columns that share a table are alike in all that makes it
-            if column.table not in tables:
+            if column.is_number:
+                scales[column.name] = _stored_scale(column, by_table.get(column.name, {}))
+            elif column.table not in tables:
                 tables[column.table] = _stored_table(column, by_table.get(column.table, {}))
-        return cls(schema, tables, until)
+        return cls(schema, tables, scales, until)
 
     def _rows(self, columns: Mapping[str, Any], given: Mapping[str, int]) -> int:
         """Return the rows of a batch: those of all columns but for columns of one row."""
         first, wanted = "", 1
-        for column in (*self._single, *self._multi):
+        for column in (*self._single, *self._multi, *self._numbers):
             if column.name not in columns and column.name not in given:
                 raise InputError(f"column {column.name!r}: got nothing, wanted values; it is a feature")
             name = column.name
@@ -254,13 +311,19 @@ class FeatureEncoder:
         return wanted
 
 
-def _fitted(columns: Sequence[Column], chunks: Iterable[Mapping[str, Any]]) -> dict[str, Table]:
-    fits = {column.table: _new_fit(column) for column in columns}
+def _fitted(
+    columns: Sequence[Column], chunks: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, Table], dict[str, Scale]]:
+    fits = {column.table: _new_fit(column) for column in columns if not column.is_number}
+    scales = {column.name: ScaleFit(column) for column in columns if column.is_number}
     for chunk in chunks:
         for column in columns:
+            if column.is_number:
+                scales[column.name].add(*raw_columns.numbers(column, chunk[column.name]))
+                continue
             part = raw_columns.bags if column.kind == "multi" else raw_columns.single
             fits[column.table].add(part(column, chunk[column.name])[0])
-    return {name: fit.table() for name, fit in fits.items()}
+    return {name: fit.table() for name, fit in fits.items()}, {name: fit.scale() for name, fit in scales.items()}
 
 
 def _new_fit(column: Column) -> Fit:
@@ -269,6 +332,13 @@ def _new_fit(column: Column) -> Fit:
     if column.encoding == "hash":
         return id_tables.HashTable(column.size)
     return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)
+
+
+def _stored_scale(column: Column, arrays: dict[str, Array]) -> Scale:
+    try:
+        return Scale.from_arrays(column, arrays)
+    except ValueError as error:
+        raise ValueError(f"encoder column {column.name!r}: {error}") from error
 
 
 def _stored_table(column: Column, arrays: dict[str, Array]) -> Table:

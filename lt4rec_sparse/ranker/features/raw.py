@@ -3,7 +3,8 @@
 A categorical or dense column is a sequence of `batch` values (list, array, masked array, or a column of pyarrow, polars
 or pandas); None, NaN, pandas' NA and masked are missing. A multi-valued column is a sequence of `batch` lists or
 separated strings, or the pair `(values, offsets)` with row `b` in `values[offsets[b] : offsets[b + 1]]`, which is the
-fast form.
+fast form. A vector has these forms too, and that of an array `[batch, size]`; an empty one is missing, and so is one of
+NaN alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def rows_of(column: Column, raw: Any) -> int:
     """Return how many rows a raw column has."""
     if _is_bags(column, raw):
         return len(raw[1]) - 1
-    dimensions = (1, 2) if column.kind == "multi" else (1,)  # of an array, whose rows may be the bags
+    dimensions = (1, 2) if column.is_list else (1,)  # of an array, whose rows may be the lists
     if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or getattr(raw, "ndim", 1) not in dimensions:
         raise _refuse(column, raw, "a sequence of values")
     return len(raw)
@@ -65,29 +66,75 @@ def single(column: Column, raw: Any) -> tuple[Array, Present]:
 
 
 def bags(column: Column, raw: Any) -> tuple[Array, Ids]:
-    """Return a multi-valued column as `(values [nnz], offsets [batch + 1])`, missing values left out."""
+    """Return a multi-valued column as `(values [nnz], offsets [batch + 1])`, without missing values, at most `last`."""
+    flat, offsets = _flat(column, raw)
+    values, present = single(column, flat)
+    if not present.all():
+        offsets = np.concatenate([[0], np.cumsum(present, dtype=np.int64)])[offsets]
+    return _last(values, offsets, column.last) if column.last else (values, offsets)
+
+
+def _last(values: Array, offsets: Ids, most: int) -> tuple[Array, Ids]:
+    """Return the last values of each bag, `most` of them or fewer."""
+    lengths = np.minimum(np.diff(offsets), most)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    places = np.repeat(offsets[1:] - ends[1:], lengths) + np.arange(ends[-1])
+    return values[places], ends
+
+
+def numbers(column: Column, raw: Any) -> tuple[Array, Present]:
+    """Return the numbers or vectors that are present, `[n, places]` float64, and which rows have one (bool).
+
+    Raises:
+        InputError: If a value is no number, or a vector has another size or some places without a number.
+    """
+    if column.kind != "vector":
+        values, present = _numbers(column, _plain(raw))
+        return values[:, None], present
+    if isinstance(raw, np.ndarray) and raw.ndim == 2:
+        width = raw.shape[1]
+        flat, offsets = raw.reshape(-1), np.arange(len(raw) + 1, dtype=np.int64) * width
+    else:
+        flat, offsets = _flat(column, raw)
+    lengths = np.diff(offsets)
+    wrong = (lengths != 0) & (lengths != column.size)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"column {column.name!r}: got {lengths[row]} numbers in row {row}, wanted {column.size}, or none"
+        )
+    values, present = _numbers(column, flat)
+    counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[present], minlength=len(lengths))
+    partial = (counts != 0) & (counts != column.size)
+    if partial.any():
+        row = int(partial.argmax())
+        raise InputError(
+            f"column {column.name!r}: got {counts[row]} numbers and missing ones in row {row}, wanted {column.size}"
+        )
+    return values.reshape(-1, column.size), counts > 0
+
+
+def _flat(column: Column, raw: Any) -> tuple[Any, Ids]:
+    """Return the values of lists one after another, and where each begins and ends."""
     if _is_bags(column, raw):
         flat, offsets = raw[0], raw[1].astype(np.int64)
         if offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
             raise _refuse(column, offsets, f"offsets that ascend from 0 to {len(flat)}")
-    else:
-        rows = [_bag(column, row) for row in _plain(raw)]
-        flat = list(chain.from_iterable(rows))
-        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    values, present = single(column, flat)
-    if not present.all():
-        offsets = np.concatenate([[0], np.cumsum(present, dtype=np.int64)])[offsets]
-    return values, offsets
+        return flat, offsets
+    rows = [_bag(column, row) for row in _plain(raw)]
+    return list(chain.from_iterable(rows)), np.cumsum([0, *map(len, rows)], dtype=np.int64)
 
 
 def _is_bags(column: Column, raw: Any) -> bool:
-    if column.kind != "multi" or not isinstance(raw, tuple) or len(raw) != 2:
+    if not column.is_list or not isinstance(raw, tuple) or len(raw) != 2:
         return False
     return all(isinstance(part, np.ndarray) and part.ndim == 1 for part in raw) and len(raw[1]) > 0
 
 
 def _bag(column: Column, row: Any) -> Any:
     if isinstance(row, str):
+        if column.kind == "vector":
+            return [_parsed_number(column, text) for text in row.split(column.separator)] if row.strip() else ()
         texts = [text for part in row.split(column.separator) if (text := part.strip())]
         return texts if column.type == "string" else [_parsed(column, text) for text in texts]
     if isinstance(row, list | tuple | np.ndarray):
@@ -102,6 +149,13 @@ def _parsed(column: Column, text: str) -> int:
         return int(text)
     except ValueError:
         raise _refuse(column, text, "int") from None
+
+
+def _parsed_number(column: Column, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _refuse(column, text, "a number") from None
 
 
 def _numbers(column: Column, raw: Any) -> tuple[Array, Present]:

@@ -23,7 +23,9 @@ ValueType = Literal["int", "string"]
 MAX_IDS = (1 << 31) - 1
 # More cuts than a sketch of the training values has points would be noise; longer bags are no recent past.
 MAX_BUCKETS = MAX_HISTORY = 1 << 16
+MAX_PLACES = 1 << 14  # of a vector: each has weights of its own in the first layer
 RATE_BUCKETS = 16
+NUMBERS = ("standardised", "log")  # encodings whose values are inputs themselves
 
 
 def _repeated(names: Iterable[str]) -> str | None:
@@ -175,51 +177,96 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """One feature, and how its raw values become ids of an embedding table.
+    """One feature, and how its raw values become ids of an embedding table, or inputs of the network themselves.
 
     Attributes:
         name: The column in the log, in a side table, or among the derived columns.
-        kind: `single` value, `multi` (a bag of values) or `dense` (a number, cut at quantiles of the training days).
-        type: The type of the raw values; `dense` ignores it.
+        kind: `single` value, `multi` (a bag of values), `dense` (a number) or `vector` (`size` numbers).
+        type: The type of the raw values; `dense` and `vector` ignore it.
         table: The embedding table; columns that name the same table share its ids. Empty: the column's own table.
         encoding: `vocabulary` (seen in training) or `hash` (fixed size, never fitted). Of a `dense` column `buckets`,
             cut at quantiles of all training values, which needs not be said, or `nonzero_buckets`, at quantiles of the
-            nonzero ones, with a bucket more for 0: for columns that are mostly 0.
-        size: Number of ids of a hashed table, including the one for a missing value; below 2^31.
+            nonzero ones, with a bucket more for 0: for columns that are mostly 0. `standardised` and `log` make the
+            number an input of the network, by `numbers.Scale`; of a `vector`, each of its places, `standardised` if
+            nothing is said.
+        size: Number of ids of a hashed table, including the one for a missing value; below 2^31. Of a `vector`, how
+            many numbers it has, 1 to 16,384.
         min_count: A value that is rarer than this in training counts as unseen.
-        separator: Between the values of a `multi` column that is stored as text.
+        separator: Between the values of a `multi` or `vector` column that is stored as text.
         buckets: The greatest number of buckets of a `dense` column, 2 to 65,536.
+        last: How many of a row's values count in a `multi` column: its last ones; 0 for all.
+        pooling: What a `multi` column's vector is: the `mean` of its values' embeddings, or a sum weighted by
+            `attention` to the `target` (`inputs.AttentionUnit`).
+        target: With attention, the `single` column whose value is attended to, such as the candidate. They share a
+            table: if `table` is not said, it is the target's name.
     """
 
     name: str
-    kind: Literal["single", "multi", "dense"] = "single"
+    kind: Literal["single", "multi", "dense", "vector"] = "single"
     type: ValueType = "string"
     table: str = ""
-    encoding: Literal["vocabulary", "hash", "buckets", "nonzero_buckets", "number"] = "vocabulary"
+    encoding: Literal["vocabulary", "hash", "buckets", "nonzero_buckets", "standardised", "log"] = "vocabulary"
     size: int = 0
     min_count: int = 1
     separator: str = ","
     buckets: int = 32
+    last: int = later(0)
+    pooling: Literal["mean", "attention"] = later("mean")
+    target: str | None = later(None)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", self.table or self.name)
+        object.__setattr__(self, "table", self.table or self.target or self.name)
         where = f"column {self.name!r}"
-        if self.encoding == "number":
-            no = "no input of a model is a raw number"
-            raise SchemaError(f"{where}: got encoding='number', wanted 'buckets' or 'nonzero_buckets': {no}")
         if self.encoding in ("buckets", "nonzero_buckets") and self.kind != "dense":
             raise SchemaError(f"{where}: got encoding={self.encoding!r} of kind={self.kind!r}, wanted kind='dense'")
+        if self.kind == "vector" and self.encoding == "vocabulary":
+            object.__setattr__(self, "encoding", "standardised")
+        if self.encoding in NUMBERS or self.kind == "vector":
+            self._check_numbers(where)
         if self.encoding == "buckets":
             object.__setattr__(self, "encoding", "vocabulary")  # as stored schemas have it, and so equal to them
         if self.encoding == "hash" and (self.kind == "dense" or not 2 <= self.size <= MAX_IDS):
             got = f"hash of kind={self.kind!r}, size={shown(self.size)}"
             raise SchemaError(f"{where}: got {got}, wanted categorical, size 2 to {MAX_IDS}")
-        if self.encoding != "hash" and self.size:
-            kind = "a vocabulary" if self.encoding == "vocabulary" else "buckets"
+        if self.encoding != "hash" and self.size and self.kind != "vector":
+            kind = {"vocabulary": "a vocabulary", "nonzero_buckets": "buckets"}.get(self.encoding, "a number")
             raise SchemaError(f"{where}: got size={shown(self.size)} with {kind}, wanted encoding='hash'")
         if self.min_count < 1 or not 2 <= self.buckets <= MAX_BUCKETS or not self.separator:
             got = f"min_count={shown(self.min_count)}, buckets={shown(self.buckets)}, separator={self.separator!r}"
             raise SchemaError(f"{where}: got {got}, wanted min_count >= 1, buckets 2 to {MAX_BUCKETS}, a separator")
+
+        is_plain = not self.last and self.pooling == "mean" and self.target is None
+        if not is_plain and self.kind != "multi":
+            raise SchemaError(f"{where}: got last, pooling or target of kind={self.kind!r}, wanted kind='multi'")
+        if not 0 <= self.last <= MAX_HISTORY:
+            raise SchemaError(f"{where}: got last={shown(self.last)}, wanted 1 to {MAX_HISTORY}, or 0 for all")
+        if (self.target is not None) != (self.pooling == "attention"):
+            got = f"pooling={self.pooling!r}, target={shown(self.target)}"
+            raise SchemaError(f"{where}: got {got}, wanted a target with pooling='attention', and with nothing else")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values are inputs of the network, and not ids of an embedding table."""
+        return self.encoding in NUMBERS
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its raw values are lists, or texts with a separator."""
+        return self.kind in ("multi", "vector")
+
+    @property
+    def places(self) -> int:
+        """How many numbers a value has."""
+        return self.size if self.kind == "vector" else 1
+
+    def _check_numbers(self, where: str) -> None:
+        if self.kind not in ("dense", "vector") or self.encoding not in NUMBERS:
+            wanted = "kind='dense' or 'vector' with 'standardised' or 'log'"
+            raise SchemaError(f"{where}: got encoding={self.encoding!r} of kind={self.kind!r}, wanted {wanted}")
+        if self.table != self.name:
+            raise SchemaError(f"{where}: got table={self.table!r}, wanted none: numbers have no embeddings")
+        if self.kind == "vector" and not 1 <= self.size <= MAX_PLACES:
+            raise SchemaError(f"{where}: got size={shown(self.size)} of a vector, wanted 1 to {MAX_PLACES}")
 
 
 @dataclass(frozen=True)
@@ -274,7 +321,8 @@ class History:
 
     A mean-pooled bag of a few values hides how frequent they are. With `rates` there are also two dense columns, over
     all earlier days: `<name>_count`, how many such rows the group had, and `<name>_rate`, their share of all its rows
-    (missing before the first).
+    (missing before the first). With `pooling = "attention"` each bag is summed by attention to the row's own value of
+    its column, which is a single one.
     """
 
     name: str
@@ -282,6 +330,7 @@ class History:
     columns: tuple[str, ...]
     length: int = 10
     rates: bool = False
+    pooling: Literal["mean", "attention"] = later("mean")
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= MAX_HISTORY:
@@ -348,7 +397,7 @@ class Schema:
     def __post_init__(self) -> None:
         self._check_names()
         self._check_time()
-        categorical = {column.name for column in self.columns if column.kind != "dense"}
+        categorical = {column.name for column in self.columns if column.kind in ("single", "multi")}
         for history in self.histories:
             for name in history.columns:
                 if name not in categorical:
@@ -357,17 +406,21 @@ class Schema:
         stray = next((name for name in self.context if name not in known), None)
         if stray is not None:
             raise SchemaError(f"context: got column {stray!r}, wanted features")
+        if all(column.is_number for column in self.features):
+            got = f"numbers alone ({', '.join(known)})"
+            raise SchemaError(f"columns: got {got}, wanted at least one feature with embeddings: ids, or buckets")
         twice = _repeated(column.name for column in self.features)
         if twice is not None:
             raise SchemaError(f"column {twice!r}: is also a history's, wanted one of the two")
+        self._check_targets()
         tables: dict[str, tuple[str, tuple[object, ...]]] = {}
         for column in self.features:
-            # A dense column never shares a table, since its cuts are its own: its name is part of its rule.
-            own = column.name if column.kind == "dense" else ""
+            # Numbers never share a table, since their cuts are their own: the name is part of the rule.
+            own = column.name if column.kind in ("dense", "vector") else ""
             rule = (own, column.type, column.encoding, column.size, column.min_count)
             first, wanted = tables.setdefault(column.table, (column.name, rule))
             if rule != wanted:
-                agree = "one type, encoding, size and min_count, and no dense column"
+                agree = "one type, encoding, size and min_count, and no numbers"
                 raise SchemaError(f"table {column.table!r}: {first!r} and {column.name!r} differ, wanted {agree}")
         read_by = {column.name: column.name for column in self.columns}
         read_by |= {column.days_since: column.name for column in self.derived}
@@ -383,7 +436,10 @@ class Schema:
         for history in self.histories:
             if history.rates:
                 rates += [Column(f"{history.name}_{what}", "dense", buckets=RATE_BUCKETS) for what in ("count", "rate")]
-            bags += [replace(declared[c], name=f"{history.name}_{c}", kind="multi") for c in history.columns]
+            for name in history.columns:
+                target = name if history.pooling == "attention" else None
+                pooled = replace(declared[name], kind="multi", last=0, pooling=history.pooling, target=target)
+                bags.append(replace(pooled, name=f"{history.name}_{name}"))
         return (*self.columns, *rates, *bags)
 
     @property
@@ -476,6 +532,20 @@ class Schema:
             return cls.from_stored(content) if stored else cls.from_dict(content)
         except InputError as error:
             raise SchemaError(f"{path}: {error}") from error
+
+    def _check_targets(self) -> None:
+        """Refuse attention to what is no single value of the same table."""
+        single = {column.name: column for column in self.features if column.kind == "single"}
+        for column in self.features:
+            if column.target is None:
+                continue
+            if column.target not in single:
+                raise SchemaError(
+                    f"column {column.name!r}: got target {column.target!r}, wanted a feature of kind='single'"
+                )
+            if (table := single[column.target].table) != column.table:
+                got = f"table {column.table!r} and target {column.target!r} of table {table!r}"
+                raise SchemaError(f"column {column.name!r}: got {got}, wanted one table: they are values of one kind")
 
     def _check_time(self) -> None:
         """Refuse what needs days or groups in a log that has none."""

@@ -43,6 +43,33 @@ class Numbers:
         return len(self.values)
 
 
+class Vectors:
+    """Vectors; one of NaN is missing. File: `values`, float64 `[(n + 1) * size]`, row after row."""
+
+    def __init__(self, values: NDArray[np.float64]) -> None:
+        self.values = values
+
+    def take(self, rows: Ids, are_known: bool) -> Array:
+        """Return the vectors of rows, float64 `[rows, size]`."""
+        return self.values.take(rows, axis=0)
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the arrays of the file."""
+        return {"values": self.values.reshape(-1)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], size: int) -> Vectors:
+        """Read `to_arrays` back."""
+        values = checked_array(arrays, "values", np.float64)
+        if len(values) % size:
+            raise InputError(f"values: got {len(values)} numbers, wanted a multiple of {size}")
+        return cls(values.reshape(-1, size))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.values)
+
+
 class Integers:
     """Integers that may be missing. File: `values`, int64, and `missing`, uint8, 1 where one is; both `[n + 1]`."""
 
@@ -145,7 +172,7 @@ class Bags:
         return len(self.starts) - 1
 
 
-StoredColumn = Numbers | Integers | Texts | Bags
+StoredColumn = Numbers | Vectors | Integers | Texts | Bags
 
 
 def from_raw(column: Column, raw: Any, unknown: float = np.nan) -> StoredColumn:
@@ -158,6 +185,11 @@ def from_raw(column: Column, raw: Any, unknown: float = np.nan) -> StoredColumn:
         values, offsets = raw_columns.bags(column, raw)
         items = _items(column, values, np.ones(len(values), np.bool_))
         return Bags(items, np.append(offsets, offsets[-1]))
+    if column.kind == "vector":
+        values, present = raw_columns.numbers(column, raw)
+        vectors = np.full((len(present) + 1, column.size), np.nan)
+        vectors[:-1][present] = values
+        return Vectors(vectors)
     values, present = raw_columns.single(column, raw)
     if column.kind == "dense":
         numbers = np.full(len(present) + 1, np.nan)
@@ -183,6 +215,8 @@ def _stored(column: Column, arrays: Mapping[str, Array]) -> StoredColumn:
     kind = Integers if column.type == "int" else Texts
     if column.kind == "dense":
         return Numbers.from_arrays(arrays)
+    if column.kind == "vector":
+        return Vectors.from_arrays(arrays, column.size)
     if column.kind == "single":
         return kind.from_arrays(arrays)
     named = {name.removeprefix("item."): array for name, array in arrays.items() if name.startswith("item.")}

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lt4rec_sparse.errors import told
@@ -28,7 +29,7 @@ from lt4rec_sparse.recsys.data.source import DataError
 SPLITS = ("train", "validation", "test")
 # The columns of a part of a split, or what their names begin with; see `prepare`.
 FEATURE, LABEL, MEMBER, WEIGHT, SLICE, VALUE = "feature.", "label.", "member.", "weight.", "slice.", "value."
-GROUP, DAY = "group", "day"
+GROUP, DAY, NUMBERS = "group", "day", "numbers"
 # Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
 WINDOW_ROWS = 1 << 19
 CACHE_BYTES = 4 << 30  # of decoded windows
@@ -178,10 +179,19 @@ def _decoded(table: Any) -> Batch:
             torch.from_numpy(np.stack(single, 1) if single else np.empty((table.num_rows, 0), np.int32)),
             torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids])),
             torch.from_numpy(np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)),
+            torch.from_numpy(_numbers(table)),
         ),
         _tensors(table, GROUP).get(""),
         *(_tensors(table, prefix) for prefix in (LABEL, MEMBER, WEIGHT, SLICE, VALUE)),
     )
+
+
+def _numbers(table: Any) -> NDArray[np.float32]:
+    """Return the inputs of raw numbers, `[rows, n_numbers]`."""
+    if NUMBERS not in table.column_names:
+        return np.empty((table.num_rows, 0), np.float32)
+    column = table[NUMBERS].combine_chunks()
+    return np.array(column.flatten().to_numpy().reshape(len(column), -1))
 
 
 def _with_prefix(table: Any, prefix: str) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def _hint(wanted: RawType) -> str:
 
 def _cast(column: Any, wanted: RawType) -> Any:
     text = is_text(column.type)
+    if wanted.size is not None:
+        return _vectors(column, wanted.separator, wanted.size)
     if pa.types.is_list(wanted.arrow):
         if text:  # blanks around values and empty values are dropped
             lists = pc.split_pattern(column, pattern=wanted.separator)
@@ -283,6 +285,21 @@ def _of_epochs(column: Any, unit: str) -> Any:
 def _is_plausible(value: Any, unit: str) -> bool:
     seconds = float(value) * UNITS_US[unit] / 1e6
     return (PLAUSIBLE.start - 1970) * 31_556_952 <= seconds < (PLAUSIBLE.stop - 1970) * 31_556_952
+
+
+def _vectors(column: Any, separator: str | None, size: int) -> Any:
+    """Return lists of `size` numbers, an empty one where there is none; a missing number is NaN."""
+    if is_text(column.type):
+        column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), None, column)
+        column = pc.split_pattern(column, pattern=separator)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    wrong = (lengths != 0) & (lengths != size)
+    if wrong.any():
+        raise TypeError(f"got {lengths[wrong.argmax()]} numbers in a row, wanted {size}")
+    values = column.flatten()
+    numbers = (pc.utf8_trim_whitespace(values) if is_text(values.type) else values).cast(pa.float64())
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pc.fill_null(numbers, float("nan")))
 
 
 def _bags(lists: Any, values: Any, kept: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.ranker.features import Column, Files, Group, Join, Schema, Split, Task, Time
-from lt4rec_sparse.ranker.features.schema import ValueType
+from lt4rec_sparse.ranker.features.schema import MAX_PLACES, ValueType
 from lt4rec_sparse.recsys.data.batches import SPLITS
 from lt4rec_sparse.recsys.data.casts import PLAUSIBLE, UNITS_US
 from lt4rec_sparse.recsys.data.seen import Seen, Table, all_of, tables_of
@@ -394,6 +394,12 @@ def _column(seen: Seen, of_log: bool) -> tuple[Column | None, str]:
     min_count = 3 if seen.distinct > MANY_VALUES else 1
     if seen.kind == "list":
         inner = seen.values.type.value_type
+        if pa.types.is_floating(inner):
+            lengths = {*pc.unique(pc.list_value_length(seen.values)).drop_null().to_pylist()} - {0}  # none is missing
+            least, most = min(lengths), max(lengths)
+            if least < most or most > MAX_PLACES:
+                return None, f"lists of {least:,} to {most:,} numbers, wanted as many in each for a vector"
+            return Column(seen.name, "vector", size=most), f"vectors of {most:,} numbers"
         if not (pa.types.is_integer(inner) or pa.types.is_string(inner) or pa.types.is_large_string(inner)):
             return None, f"of the type {seen.values.type}"
         kind: ValueType = "int" if pa.types.is_integer(inner) else "string"

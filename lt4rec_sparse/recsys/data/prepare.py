@@ -6,7 +6,8 @@ encoder.safetensors           the fitted tables; format and schema as JSON in it
 <split>/part-<number>.parquet one file per day of the split, in order; split is train, validation or test
 ```
 
-Columns of a part: `feature.<field>` (int32, or list of int32), and for every task `label.<task>` (float32),
+Columns of a part: `feature.<field>` (int32, or list of int32); `numbers` (fixed-size list of float32: the inputs of all
+raw numbers and vectors, one after another) if the log has any; and for every task `label.<task>` (float32),
 `member.<task>` (bool: the row belongs to the task), `weight.<task>` (float32); `group` (int64) if the log has one;
 `slice.<name>` (bool);
 `value.<column>` (float64, NaN where missing) for every carried column; `day` (string).
@@ -33,7 +34,7 @@ from safetensors.numpy import save_file
 from lt4rec_sparse.errors import shown
 from lt4rec_sparse.files import check_regular, parse_json, read_json, whole_file, write_whole
 from lt4rec_sparse.ranker.features import FeatureEncoder, Schema
-from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, LABEL, MEMBER, SPLITS, BatchStream, damaged
+from lt4rec_sparse.recsys.data.batches import DAY, FEATURE, LABEL, MEMBER, NUMBERS, SPLITS, BatchStream, damaged
 from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
 from lt4rec_sparse.recsys.data.remote import local_data
 from lt4rec_sparse.recsys.data.rows import RowReader, Rows
@@ -237,6 +238,9 @@ def _feature_columns(encoder: FeatureEncoder, rows: Rows) -> dict[str, Any]:
             columns[FEATURE + field.column] = pa.ListArray.from_arrays(ends, pa.array(values[cuts[0] : cuts[-1]]))
         else:
             columns[FEATURE + field.column] = np.ascontiguousarray(single[:, place])
+    if encoder.n_numbers:
+        flat = pa.array(encoded.numbers.numpy().reshape(-1))
+        columns[NUMBERS] = pa.FixedSizeListArray.from_arrays(flat, encoder.n_numbers)
     return columns
 
 

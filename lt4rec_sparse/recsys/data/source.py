@@ -34,6 +34,8 @@ class DataError(InputError):
 class RawType:
     """How a raw column is read: as int64, float64, string, or a list of int64 or string split at a separator.
 
+    With a `size`, a list is a vector of so many float64, or empty where it is missing.
+
     Times are timestamps of microseconds: of epochs in a `unit`, or of texts in ISO 8601 or a `format`. A string with a
     format is a date in it, and becomes an ISO date.
     """
@@ -42,6 +44,7 @@ class RawType:
     separator: str | None = None
     unit: str | None = None
     format: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def kuairand_schema() -> Schema:
 
 def feature_type(column: Column) -> RawType:
     """Return how to read a feature column from a file."""
+    if column.kind == "vector":
+        return RawType(pa.list_(pa.float64()), column.separator, size=column.size)
     if column.kind == "multi":
         return RawType(pa.list_(ARROW_TYPES[column.type]), column.separator)
     return RawType(pa.float64() if column.kind == "dense" else ARROW_TYPES[column.type])

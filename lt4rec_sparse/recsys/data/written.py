@@ -72,7 +72,7 @@ def csv_table(schema: Schema, table: Any) -> Any:
     missing = missing_texts(schema)
     columns = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
-        if name in features and features[name].kind == "multi":
+        if name in features and features[name].is_list:
             values = _joined_lists(features[name], values, missing)
         elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             if name in features:

@@ -165,7 +165,7 @@ def _of_task(batch: Batch, task: str) -> tuple[Columns, NDArray[np.float32], NDA
 
 
 def _columns(features: EncodedFeatures) -> Columns:
-    """Return `[batch, columns]`: ids of single-valued fields; of each other field its number of values and first id."""
+    """Return `[batch, columns]`: ids of single-valued fields; number of values and first id of others; raw numbers."""
     single = features.single.numpy().astype(np.float32)
     ends, ids = features.multi_offsets.numpy(), features.multi_values.numpy()
     starts, lengths = ends[:-1], np.diff(ends)
@@ -174,13 +174,13 @@ def _columns(features: EncodedFeatures) -> Columns:
     bags = (
         [column.reshape(-1, features.batch).T for column in (lengths.astype(np.float32), first)] if len(starts) else []
     )
-    return np.ascontiguousarray(np.concatenate([single, *bags], axis=1))
+    return np.ascontiguousarray(np.concatenate([single, *bags, features.numbers.numpy()], axis=1))
 
 
 def _categories(encoder: FeatureEncoder) -> list[bool]:
-    """Return which of `_columns` are categories: those of few ids that are no buckets of a number."""
+    """Return which of `_columns` are categories: those of few ids that are no number or buckets of one."""
     is_few = {field.column: encoder.table_sizes[field.table] <= MOST_CATEGORIES for field in encoder.fields}
     kinds = {column.name: column.kind for column in encoder.schema.features}
     single = [is_few[name] and kinds[name] != "dense" for name in is_few if kinds[name] != "multi"]
     multi = [is_few[name] for name in is_few if kinds[name] == "multi"]
-    return [*single, *(False for _ in multi), *multi]
+    return [*single, *(False for _ in multi), *multi, *(False for _ in range(encoder.n_numbers))]

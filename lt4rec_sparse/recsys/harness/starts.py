@@ -97,6 +97,8 @@ class Starts:
             cross=training.cross,
             exclusive_dim=training.exclusive_dim,
             sparse_gradients=training.sparse_gradients,
+            numbers=encoder.n_numbers,
+            attention=encoder.attention,
             **options,
         )
         if training.base_rates:

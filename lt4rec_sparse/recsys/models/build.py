@@ -28,6 +28,8 @@ def build(
     cross: str = "dlrm",
     exclusive_dim: int = 0,
     sparse_gradients: bool = False,
+    numbers: int = 0,
+    attention: Mapping[str, str] = {},
 ) -> MultiTask:
     """Return a new model by its name, its start drawn from torch's global generator.
 
@@ -41,6 +43,8 @@ def build(
         cross: One of `inputs.CROSSES`.
         exclusive_dim: Width of a task's own embedding; 0 for none.
         sparse_gradients: Whether gradients of embeddings are sparse tensors (`CrossedEmbeddings`).
+        numbers: Raw numbers per row (`FeatureEncoder.n_numbers`).
+        attention: Column of bags -> the column that they attend to (`FeatureEncoder.attention`).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -55,11 +59,12 @@ def build(
     for width, number, least in (("embedding_dim", embedding_dim, 1), ("exclusive_dim", exclusive_dim, 0)):
         if number < least:
             raise ValueError(f"{width}: got {number}, wanted at least {least}")
+    how: dict[str, Any] = {"sparse_gradients": sparse_gradients, "numbers": numbers, "attention": attention}
     inputs: Inputs
     if cross == "dlrm" and not exclusive_dim:
-        inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim, sparse_gradients=sparse_gradients)
+        inputs = CrossedEmbeddings(fields, table_sizes, embedding_dim, **how)
     else:
-        inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim, sparse_gradients)
+        inputs = TaskInputs(fields, table_sizes, tasks, embedding_dim, cross, exclusive_dim, **how)
     model: MultiTask = CLASSES[name](inputs, tasks, hidden)
     return model
 
@@ -86,6 +91,7 @@ def mlp_multiply_adds(model: nn.Module) -> int:
         torch.zeros(1, len(model.inputs.fields) - multi, dtype=torch.int64),
         torch.zeros(0, dtype=torch.int64),
         torch.zeros(multi + 1, dtype=torch.int64),
+        torch.zeros(1, model.inputs.numbers),
     )
     hooks = [layer.register_forward_hook(count) for layer in plain]
     try:

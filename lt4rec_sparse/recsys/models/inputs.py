@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.ranker.features import EncodedFeatures
-from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings, with_numbers
 
 CROSSES = ("dlrm", "wide_deep", "deepfm")
 Fields = Sequence[tuple[str, str, bool]]
@@ -25,7 +25,9 @@ class TaskInputs(nn.Module):
     - "wide_deep": `x = [e_1, ..., e_n]`, `l_task = FirstOrder`;
     - "deepfm": `x = [e_1, ..., e_n]`, `l_task = FirstOrder + sum over i < j of e_i . e_j`.
 
-    With `exclusive_dim`, each task has its own vectors `[s_i; e_i]` (`MultiviewEmbeddings`).
+    With `exclusive_dim`, each task has its own vectors `[s_i; e_i]` (`MultiviewEmbeddings`). Raw numbers of a row, as
+    many as `numbers`, follow at the end of `x`; they have no part in `l`. `attention` is that of `CrossedEmbeddings`;
+    first orders have none.
 
     Source: DLRM (arXiv 1906.00091); Wide & Deep (Cheng et al., arXiv 1606.07792); DeepFM (Guo et al., 1703.04247).
     """
@@ -39,13 +41,15 @@ class TaskInputs(nn.Module):
         cross: str,
         exclusive_dim: int,
         sparse_gradients: bool = False,
+        numbers: int = 0,
+        attention: Mapping[str, str] = {},
     ) -> None:
         super().__init__()
-        self.cross = cross
+        self.cross, self.numbers = cross, numbers
         self.embeddings = (
-            MultiviewEmbeddings(fields, table_sizes, tasks, dim, exclusive_dim, sparse_gradients)
+            MultiviewEmbeddings(fields, table_sizes, tasks, dim, exclusive_dim, sparse_gradients, attention)
             if exclusive_dim
-            else CrossedEmbeddings(fields, table_sizes, dim, sparse_gradients=sparse_gradients)
+            else CrossedEmbeddings(fields, table_sizes, dim, sparse_gradients=sparse_gradients, attention=attention)
         )
         self.first_order = None if cross == "dlrm" else FirstOrder(fields, table_sizes, tasks, sparse_gradients)
         self.fields = self.embeddings.fields
@@ -53,6 +57,10 @@ class TaskInputs(nn.Module):
     @property
     def out_features(self) -> int:
         """Width of a task's view."""
+        return self._width + self.numbers
+
+    @property
+    def _width(self) -> int:
         return self.embeddings.out_features if self.first_order is None else len(self.fields) * self.embeddings.dim
 
     def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -67,16 +75,17 @@ class TaskInputs(nn.Module):
         elif self.cross == "wide_deep":  # it reads no dots
             whole = dict.fromkeys(tasks, self.embeddings.embed(features).flatten(1))
         else:
-            whole = dict.fromkeys(tasks, self.embeddings(features))
+            whole = dict.fromkeys(tasks, self.embeddings.crossed(features))
+        width = self._width
+        # One tensor for tasks that share it: a model may ask whether they do.
+        views = {id(x): with_numbers(x[:, :width], features, self.numbers) for x in whole.values()}
+        x_of = {task: views[id(x)] for task, x in whole.items()}
         if self.first_order is None:
-            return whole, {}
-        width = self.out_features
+            return x_of, {}
         logits = {task: self.first_order(features, task) for task in tasks}
         if self.cross == "deepfm":
             logits = {task: logit + whole[task][:, width:].sum(1, keepdim=True) for task, logit in logits.items()}
-        # One tensor for tasks that share it: a model may ask whether they do.
-        flat = {id(x): x[:, :width] for x in whole.values()}
-        return {task: flat[id(x)] for task, x in whole.items()}, logits
+        return x_of, logits
 
 
 class FirstOrder(nn.Module):
@@ -120,11 +129,13 @@ class MultiviewEmbeddings(nn.Module):
         dim: int,
         exclusive_dim: int,
         sparse_gradients: bool = False,
+        attention: Mapping[str, str] = {},
     ) -> None:
         super().__init__()
 
         def tables(width: int) -> CrossedEmbeddings:
-            return CrossedEmbeddings(fields, table_sizes, width, sparse_gradients=sparse_gradients)
+            how: dict[str, Any] = {"sparse_gradients": sparse_gradients, "attention": attention}
+            return CrossedEmbeddings(fields, table_sizes, width, **how)
 
         self.shared = tables(dim)
         self.exclusive = nn.ModuleDict({task: tables(exclusive_dim) for task in tasks})
@@ -139,10 +150,10 @@ class MultiviewEmbeddings(nn.Module):
     def forward(self, features: EncodedFeatures, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Return task -> `[batch, out_features]`; the shared part is computed once."""
         pairs = self.shared.pairs.numel()
-        flat, dots = _flat_and_dots(self.shared(features), pairs)
+        flat, dots = _flat_and_dots(self.shared.crossed(features), pairs)
         views = {}
         for task in tasks:
-            own_flat, own_dots = _flat_and_dots(self.exclusive[task](features), pairs)
+            own_flat, own_dots = _flat_and_dots(cast(CrossedEmbeddings, self.exclusive[task]).crossed(features), pairs)
             views[task] = torch.cat([flat, own_flat, dots + own_dots], dim=1)
         return views
 

@@ -60,6 +60,9 @@ def test_columns_are_ids_and_bags_are_length_and_first_id(small_log):
     single = features.single.shape[1]
     fields = small_log.encoder.fields
     assert columns.shape == (50, single + 2 * (len(fields) - single))
+    numbers = torch.arange(100.0).view(50, 2)
+    with_two = module._columns(replace(features, numbers=numbers))
+    assert np.array_equal(with_two, np.concatenate([columns, numbers.numpy()], 1))
     assert np.array_equal(columns[:, :single], features.single.numpy())
     offsets = features.multi_offsets.tolist()
     for bag in range(len(fields) - single):

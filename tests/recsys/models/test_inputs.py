@@ -3,6 +3,8 @@ import torch
 from oracle import assert_exact
 from recsys.models.samples import FIELDS, SIZES, TASKS, features, naive_vectors, reached, with_integers
 
+from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.models.inputs import CROSSES, FirstOrder, MultiviewEmbeddings, TaskInputs
 
@@ -22,6 +24,36 @@ def test_shapes(cross, exclusive_dim):
     wanted = {} if cross == "dlrm" else dict.fromkeys(("like", "ctr"), (4, 1))
     assert {task: logit.shape for task, logit in terms.items()} == wanted
     assert (views["like"] is views["ctr"]) == (exclusive_dim == 0)
+
+
+@pytest.mark.parametrize("exclusive_dim", [0, 2])
+@pytest.mark.parametrize("cross", CROSSES)
+def test_raw_numbers_end_each_view_and_change_nothing_else(cross, exclusive_dim):
+    bare, numbers = new(cross, exclusive_dim), torch.arange(8.0).view(4, 2)
+    inputs = TaskInputs(FIELDS, SIZES, TASKS, 3, cross, exclusive_dim, numbers=2)
+    inputs.load_state_dict(bare.state_dict())
+    rows = features()
+    with_two = EncodedFeatures(rows.single, rows.multi_values, rows.multi_offsets, numbers)
+    (views, terms), (wanted, wanted_terms) = inputs(with_two, TASKS), bare(rows, TASKS)
+    assert inputs.out_features == bare.out_features + 2
+    for task in TASKS:
+        assert torch.equal(views[task], torch.cat([wanted[task], numbers], 1))
+        assert cross == "dlrm" or torch.equal(terms[task], wanted_terms[task])
+    with pytest.raises(InputError, match="numbers: got 0 per row, wanted 2"):
+        inputs(rows, TASKS)
+
+
+@pytest.mark.parametrize("exclusive_dim", [0, 2])
+@pytest.mark.parametrize("cross", CROSSES)
+def test_attention_is_each_tables_own_and_first_orders_have_none(cross, exclusive_dim):
+    inputs = with_integers(TaskInputs(FIELDS, SIZES, TASKS, 3, cross, exclusive_dim, attention={"past": "video"}))
+    units = {name.partition(".units.")[0] for name, _ in inputs.named_parameters() if ".units." in name}
+    own = {f"embeddings.exclusive.{task}" for task in TASKS}
+    assert units == ({"embeddings.shared", *own} if exclusive_dim else {"embeddings"})
+    views, _ = inputs(features(), ("ctr",))
+    loss = views["ctr"].sum()
+    moved = {name for name in reached(inputs, loss) if ".units." in name}
+    assert {name.partition(".units.")[0] for name in moved} == units - (own - {"embeddings.exclusive.ctr"})
 
 
 def test_dlrm_without_exclusive_embeddings_is_the_cross_of_the_served_input():
