@@ -217,7 +217,9 @@ def run(
     from lt4rec_sparse.recsys.data.remote import data_name, located
     from lt4rec_sparse.recsys.harness.settings import SIMULATED, RunSettings
     from lt4rec_sparse.recsys.harness.study import Resources
+    from lt4rec_sparse.recsys.run import Finished
     from lt4rec_sparse.recsys.run import run as run_product
+    from lt4rec_sparse.recsys.training import led
 
     given: dict[str, Any] = {
         "embedding_dim": embedding_dim,
@@ -249,10 +251,15 @@ def run(
         **{name: value for name, value in given.items() if value is not None},
     )
     out = out or Path("runs") / ("simulated" if data is None else data_name(data))
-    with shown_progress(quiet) as progress:
-        finished = run_product(
-            None if data is None else located(data), out, settings, progress, Resources(workers, tracker=tracker)
-        )
+
+    def carried_out() -> Finished:
+        with shown_progress(quiet) as progress:
+            source = None if data is None else located(data)
+            return run_product(source, out, settings, progress, Resources(workers, tracker=tracker))
+
+    finished = led(carried_out)
+    if finished is None:  # one of torchrun's other processes: the first one speaks
+        return
     for warning in finished.warnings:
         _warn(warning)
     typer.echo(finished.verdict)
@@ -345,6 +352,7 @@ def experiment(
     from lt4rec_sparse.recsys.data.remote import data_name, located
     from lt4rec_sparse.recsys.harness.study import Resources
     from lt4rec_sparse.recsys.harness.trials import Training
+    from lt4rec_sparse.recsys.training import led
 
     if name == "regimes" and data is not None:
         raise InputError(f"--data: got {data} for regimes, wanted none: its logs are simulated")
@@ -375,14 +383,18 @@ def experiment(
     variants = Variants(cvr_scale, _conflict(conflict), exclusive_dim, wider)
     if data is None and (training, variants, top_k) != (Training(dtype=dtype), Variants(), 0):
         raise InputError("regimes: got options of networks or training, wanted none: its rows train in one way")
-    with shown_progress(quiet) as progress:
-        if data is None:
-            regimes = around(Regime() if impressions is None else Regime(impressions))
-            report = run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress, _warn)
-        else:
+
+    def carried_out() -> Path:
+        with shown_progress(quiet) as progress:
+            if data is None:
+                regimes = around(Regime() if impressions is None else Regime(impressions))
+                return run_regimes(out, seeds, regimes, replace(TRAINING, dtype=dtype), resources, progress, _warn)
             args = name, located(data), out, seeds, training, resources
-            report = run_experiment(*args, progress, variants, top_k, _warn)
-    typer.echo(f"{report}, report.html, records.json")
+            return run_experiment(*args, progress, variants, top_k, _warn)
+
+    report = led(carried_out)
+    if report is not None:  # in torchrun's other processes: the first one speaks
+        typer.echo(f"{report}, report.html, records.json")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
 from lt4rec_sparse.recsys.harness.trackers import NONE, tracking
 from lt4rec_sparse.recsys.harness.trials import SCORED, SEARCHED, Search, Training, Trial
+from lt4rec_sparse.recsys.training import joined
 
 DATA = "data"
 EXECUTORS = ("processes", "ray", "here")
@@ -135,10 +136,19 @@ def run_jobs(
 
     There is a worker per core unless `workers` says otherwise. The executor "ray" takes Ray's workers, of the cluster
     that `RAY_ADDRESS` names, if any; "here" runs one job after another in this process, with all its threads.
-    `progress` is told the number of jobs done and of all jobs.
+    `progress` is told the number of jobs done and of all jobs. Where `torchrun` started several processes, jobs run one
+    after another, since all processes share each training.
+
+    Raises:
+        InputError: If there is no such executor, or workers or Ray are asked for besides `torchrun`'s processes.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")
+    if joined().size > 1:
+        if workers is not None or executor == "ray":
+            got = "ray" if executor == "ray" else f"{workers} workers"
+            raise InputError(f"executor: got {got} under torchrun, wanted none: its processes share each training")
+        executor = "here"
     place = {key: i for i, key in enumerate(jobs)}
     order = TopologicalSorter({key: job.needs for key, job in jobs.items()})
     order.prepare()

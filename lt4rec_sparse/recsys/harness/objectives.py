@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
 from lt4rec_sparse.recsys.models import Conflict, UncertaintyWeights, entire_space, loss_of, pcgrad
-from lt4rec_sparse.recsys.training import Alternating, Factors, Joint, Objective, Projected, TaskLosses
-from lt4rec_sparse.recsys.training.objectives import forward, logits_of, rows_of
+from lt4rec_sparse.recsys.training import Alternating, Joint, Objective, Projected, TaskLosses
+from lt4rec_sparse.recsys.training.objectives import forward, logits_of, own_part, rows_of, share
 
 PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}  # `Training.dtype` -> dtype of `torch.autocast`
 DURATION = "duration_ms"  # the carried column by which conflicts are recognised
@@ -23,15 +25,17 @@ def plain(training: Training, tasks: tuple[str, ...], kinds: Mapping[str, str]) 
 
 
 def loss_on(objective: Objective, model: nn.Module, task: str) -> Callable[[Batch], Tensor]:
-    """Return a function from a batch to a task's loss, with its graph, for an objective that `plain` made."""
+    """Return a function from a batch to a task's loss, with its graph, for an objective that `plain` made.
+
+    It is the loss on all rows of the batch in every process.
+    """
     assert isinstance(objective, Alternating)
-    losses = objective.losses
+    return partial(_loss, objective.losses, model, task)
 
-    def loss(batch: Batch) -> Tensor:
-        rows = rows_of(batch, task)
-        return losses.of(task, batch, rows, logits_of(model, batch, rows, task, losses.dtype))
 
-    return loss
+def _loss(losses: TaskLosses, model: nn.Module, task: str, batch: Batch) -> Tensor:
+    rows = rows_of(batch, task)
+    return losses.of(task, batch, rows, logits_of(model, batch, rows, task, losses.dtype))
 
 
 def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -> str | None:
@@ -55,12 +59,13 @@ def obstacle(trial: Trial, kinds: Mapping[str, str], carried: Collection[str]) -
 
 def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights | None = None) -> Objective:
     """Return a trial's objective; `balance` are the learned weights of an "uncertainty" objective."""
-    factors = None if trial.conflict is None else _conflict(trial.conflict, trial.tasks, kinds)
+    of_trained = {task: kinds[task] for task in trial.tasks}
+    factors = None if trial.conflict is None else _ConflictFactors(trial.conflict, of_trained)
     named = dict(trial.training.losses)
     of_tasks = {task: loss_of(kinds[task], named.get(task)) for task in trial.tasks}
     losses = TaskLosses(of_tasks, dict(trial.scales), factors, PRODUCTS[trial.training.dtype])
     if trial.model == "esmm":
-        return _entire_space(trial, losses)
+        return Joint(_EntireSpace(losses, *trial.tasks), trial.tasks)
     match trial.objective:
         case "alternating":
             return Alternating(losses)
@@ -68,35 +73,43 @@ def of_trial(trial: Trial, kinds: Mapping[str, str], balance: UncertaintyWeights
             return Joint(losses, trial.tasks)
         case "uncertainty":
             return Joint(losses, trial.tasks, balance)
-    generator = torch.Generator().manual_seed(trial.seed)
-    return Projected(losses, trial.tasks, lambda gradients: pcgrad(gradients, generator))
+    return Projected(losses, trial.tasks, partial(pcgrad, generator=torch.Generator().manual_seed(trial.seed)))
 
 
-def _conflict(conflict: Conflict, tasks: tuple[str, ...], kinds: Mapping[str, str]) -> Factors:
-    (ratio,) = (task for task in tasks if kinds[task] == "ratio")
+@dataclass(frozen=True)
+class _ConflictFactors:
+    """The factors of `Conflict` in the loss of each task, of which one is a ratio."""
 
-    def factors(batch: Batch) -> dict[str, Tensor]:
+    conflict: Conflict
+    kinds: Mapping[str, str]
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        (ratio,) = (task for task, kind in self.kinds.items() if kind == "ratio")
         # The ratio's rows are those that were clicked and have a duration.
         label, clicked = batch.labels[ratio], batch.rows[ratio]
-        click, watch = conflict.factors(label, clicked, batch.values[DURATION])
-        return {task: watch if kinds[task] == "ratio" else click for task in tasks}
-
-    return factors
+        click, watch = self.conflict.factors(label, clicked, batch.values[DURATION])
+        return {task: watch if kind == "ratio" else click for task, kind in self.kinds.items()}
 
 
-def _entire_space(trial: Trial, losses: TaskLosses) -> Objective:
-    """Return ESMM's objective: clicks, and clicks times conversions, over all impressions."""
-    click, conversion = trial.tasks
+@dataclass(frozen=True)
+class _EntireSpace:
+    """ESMM's losses: clicks, and clicks times conversions, over all impressions."""
 
-    def both(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logits = forward(model, batch.features, None, losses.dtype)
-        rows = batch.rows[click].nonzero().squeeze(1)
-        result = {click: losses.of(click, batch, rows, logits[rows, 0])}
+    losses: TaskLosses
+    click: str
+    conversion: str
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        click, conversion = self.click, self.conversion
+        part, features = own_part(batch)
+        logits = forward(model, features, None, self.losses.dtype)
+        own = batch.rows[click][part].nonzero().squeeze(1)
+        result = {click: self.losses.of(click, batch, part[own], logits[own, 0])}
         # A clicked row without a duration has no known conversion; a row that nobody clicked has the conversion 0.
         known = batch.rows[click] & ((batch.labels[click] < 0.5) | batch.rows[conversion])
-        label, weight = batch.labels[conversion][known], batch.weights[click][known]
-        if len(label):
-            result[conversion] = entire_space(logits[known, 0], logits[known, 1], label, weight)
+        if known.any():
+            own = known[part].nonzero().squeeze(1)
+            rows, weights = part[own], batch.weights[click]
+            term = entire_space(logits[own, 0], logits[own, 1], batch.labels[conversion][rows], weights[rows])
+            result[conversion] = term * share(weights, rows, known.nonzero().squeeze(1))
         return result
-
-    return Joint(both, trial.tasks)

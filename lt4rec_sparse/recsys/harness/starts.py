@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from lt4rec_sparse.recsys.training import (
     Schedule,
     TaskAdam,
     averaged_model,
+    current,
     evaluate,
     sparse_steps,
+    together,
     train,
 )
 
@@ -52,6 +54,10 @@ class Starts:
         self.kinds = {task.name: task.kind for task in prepared.schema.tasks}
         self._streams: dict[tuple[str, int, int], BatchStream] = {}
         self._rates: dict[tuple[tuple[str, ...], bool], dict[str, float]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send to another process where the log is: it opens its own, and keeps the rows that it decodes."""
+        return _opened, (type(self), self.prepared.folder.absolute(), self.folder.absolute())
 
     def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
         """Return the record of a single-task baseline, `validation` and `seconds`; train it first if need be.
@@ -170,57 +176,78 @@ class Starts:
         are left out at the start; `described` is what a tracker is told of the training besides; `how` is for
         `training.train`.
         """
+        how |= {"skip": skip}
+        if not has_state and "after_batch" not in how:
+            how["checkpoint"] = path.with_suffix(".checkpoint.pt")
+        settings = None
+        if self.tracking.is_on:
+            settings = {"tasks": objective.names, "seed": seed, **asdict(training), **(described or {})}
+        stays = optimizer is None and not has_state and "after_batch" not in how  # what has a state knows the model
+        with sparse_steps(model) if training.sparse_steps and stays else nullcontext():
+            stepping = optimizer or self.optimizer(model, training)
+            return together(Starts._steps, self, path, model, objective, training, seed, stepping, settings, how)
+
+    def _steps(
+        self,
+        path: Path,
+        model: nn.Module,
+        objective: Objective,
+        training: Training,
+        seed: int | None,
+        optimizer: TaskAdam,
+        settings: Mapping[str, Any] | None,
+        how: Mapping[str, Any],
+    ) -> float:
+        """Train a model, all processes together; a tracker is told of the `settings` by the first one, if any."""
         latest: list[Judged] = []  # what patience has judged and the tracker was not told of
 
         def losses(model: nn.Module) -> dict[str, float]:
             latest[:] = [self.judge(path, model, "validation", objective.names)]
             return {task: latest[0]["all"][task][LOSS[self.kinds[task]]] for task in objective.names}
 
-        def watched(course: Course, done: int, means: Mapping[str, float], judged: nn.Module | None) -> None:
+        def watched(course: Course | None, done: int, means: Mapping[str, float], judged: nn.Module | None) -> None:
             metrics = {f"train_loss/{name}": mean for name, mean in means.items()}
             if judged is not None:
                 found = latest or [self.judge(path, judged, "validation", objective.names)]
                 metrics |= flat("validation", found[0])
                 latest.clear()
-            course.log(done, metrics)
+            if course is not None:
+                course.log(done, metrics)
 
-        stays = optimizer is None and not has_state and "after_batch" not in how  # what has a state knows the model
         schedule = Schedule(training.schedule, training.warm_up_steps)
         is_whole = not {"after_batch", "batches"} & how.keys()
         stream = self.stream("train", training.batch_size, seed)
         watch = None
-        if self.tracking.is_on:
-            settings = {"tasks": objective.names, "seed": seed, **asdict(training), **(described or {})}
-            watch = partial(watched, self.tracking.course(self._stage(path), settings))
+        if settings is not None:  # every process judges, the first one tells
+            watch = partial(watched, self.tracking.course(self._stage(path), settings) if current().leads else None)
         next(stream.epoch(0))  # the stream decodes its rows now, before the clock starts
-        with sparse_steps(model) if training.sparse_steps and stays else nullcontext():
-            stepping = optimizer or self.optimizer(model, training)
 
-            def before_batch(done: int, total: int) -> None:
-                stepping.factor = schedule.factor(done, total)
+        def before_batch(done: int, total: int) -> None:
+            optimizer.factor = schedule.factor(done, total)
 
-            return train(
-                model,
-                stepping,
-                stream,
-                objective,
-                training.epochs,
-                skip=skip,
-                checkpoint=None if has_state or "after_batch" in how else path.with_suffix(".checkpoint.pt"),
-                log=lambda record: self._log(path, {"split": "train", **record}),
-                stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
-                before_batch=before_batch,
-                averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
-                watch=watch,
-                **how,
-            )
+        return train(
+            model,
+            optimizer,
+            stream,
+            objective,
+            training.epochs,
+            log=lambda record: self._log(path, {"split": "train", **record}),
+            stopping=EarlyStopping(losses, training.patience) if training.patience and is_whole else None,
+            before_batch=before_batch,
+            averaged=averaged_model(model, training.ema) if training.ema and is_whole else None,
+            watch=watch,
+            **how,
+        )
 
     def judge(self, path: Path, model: nn.Module, split: str, tasks: tuple[str, ...], top_k: int = 0) -> Judged:
         """Return a model's metrics on a split; `path` names the model in the log, `top_k` is as in `metrics_of`."""
-        kinds = {task: self.kinds[task] for task in tasks}
-        judged = evaluate(model, self.stream(split, JUDGED_ROWS, None), kinds, top_k)
+        judged = together(Starts._judged, self, model, split, tasks, top_k)
         self._log(path, {"split": split, "metrics": judged})
         return judged
+
+    def _judged(self, model: nn.Module, split: str, tasks: tuple[str, ...], top_k: int) -> Judged:
+        kinds = {task: self.kinds[task] for task in tasks}
+        return evaluate(model, self.stream(split, JUDGED_ROWS, None), kinds, top_k)
 
     def stream(self, split: str, batch_size: int, seed: int | None) -> BatchStream:
         """Return a split's batches, shuffled by `seed` or in the order of the files; its rows are decoded once."""
@@ -241,9 +268,16 @@ class Starts:
         return str(path.relative_to(self.folder).with_suffix(""))
 
     def _log(self, path: Path, record: Mapping[str, Any]) -> None:
+        if not current().leads:
+            return
         line = json.dumps({"stage": self._stage(path), **record})
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
+
+
+@lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
+def _opened(kind: type[Starts], prepared: Path, folder: Path) -> Starts:
+    return kind(Prepared.load(prepared), folder)
 
 
 def warm_name(training: Training, tasks: tuple[str, ...]) -> str:

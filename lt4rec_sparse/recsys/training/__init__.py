@@ -1,6 +1,7 @@
 """One plain loop for every model: what a step is (objectives), the loop itself, and how a model is judged."""
 
 from lt4rec_sparse.recsys.training.averages import averaged_model
+from lt4rec_sparse.recsys.training.distributed import current, joined, led, together
 from lt4rec_sparse.recsys.training.evaluation import Predictions, evaluate, predict
 from lt4rec_sparse.recsys.training.loop import train
 from lt4rec_sparse.recsys.training.objectives import Alternating, Factors, Joint, Objective, Projected, TaskLosses
@@ -23,9 +24,13 @@ __all__ = [
     "TaskAdam",
     "TaskLosses",
     "averaged_model",
+    "current",
     "evaluate",
     "fastest_dtype",
+    "joined",
+    "led",
     "predict",
     "sparse_steps",
+    "together",
     "train",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lt4rec_sparse.recsys.data import BatchStream
+from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.metrics import Metric, metrics_of
+from lt4rec_sparse.recsys.training.distributed import current
 from lt4rec_sparse.recsys.training.objectives import rows_of
 
 
@@ -30,14 +32,14 @@ def evaluate(
     """Judge a model, `model(features, task) -> logits [rows, 1]`, on one epoch of `stream`.
 
     `kinds` is task -> kind of its label, which with `top_k` names its metrics (`metrics_of`). The result is slice name
-    ("all", and each slice of the data) -> task -> metric -> value.
+    ("all", and each slice of the data) -> task -> metric -> value. Several processes share the work and have equal
+    results: those of one, to the bit, if their models are.
     """
     model.eval()
     parts: dict[str, dict[str, dict[str, Metric]]] = {}
-    for batch in stream.epoch(0):
+    for batch, of_tasks in _judged(model, stream, tuple(kinds)):
         for task, kind in kinds.items():
-            rows = rows_of(batch, task)
-            logits = model(batch.features.take(rows), task).squeeze(1).double()
+            rows, logits = rows_of(batch, task), of_tasks[task]
             labels, groups = batch.labels[task][rows].double(), None if batch.groups is None else batch.groups[rows]
             inside = {"all": None} | {name: chosen[rows] for name, chosen in batch.slices.items()}
             for name, chosen in inside.items():
@@ -50,6 +52,26 @@ def evaluate(
         name: {task: {key: metric.compute() for key, metric in metrics.items()} for task, metrics in tasks.items()}
         for name, tasks in parts.items()
     }
+
+
+def _judged(model: nn.Module, stream: BatchStream, tasks: Sequence[str]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Yield each batch with the logits of each task's rows, float64 `[rows of the task]`.
+
+    Of several processes each computes whole batches in turn, as one process would, and gets the others' results.
+    """
+    ranks, epoch = current(), stream.epoch(0)
+    while batches := list(islice(epoch, ranks.size)):
+        found = []
+        for place, batch in enumerate(batches):
+            rows = {task: rows_of(batch, task) for task in tasks}
+            if place == ranks.rank:
+                found.append(
+                    {task: model(batch.features.take(r), task).squeeze(1).double() for task, r in rows.items()}
+                )
+            else:
+                found.append({task: torch.zeros(len(r), dtype=torch.float64) for task, r in rows.items()})
+        ranks.sum_([logits for of_tasks in found for logits in of_tasks.values()])  # with zeros: gathers them
+        yield from zip(batches, found, strict=True)
 
 
 @torch.inference_mode()

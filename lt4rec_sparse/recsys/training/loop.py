@@ -16,6 +16,7 @@ from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.stored import load_checkpoint
+from lt4rec_sparse.recsys.training.distributed import current
 from lt4rec_sparse.recsys.training.objectives import Objective
 from lt4rec_sparse.recsys.training.stopping import EarlyStopping
 
@@ -63,17 +64,22 @@ def train(
     the call before, and at the end with the model as `stopping` judges it, after that, else None. Its time does not
     count, and it must leave the model as it is, but for `train` and `eval`.
 
+    Several processes that call it `together` take the steps of one, each on its part of every batch; the first one
+    alone reads and writes the checkpoint.
+
     Returns:
-        Seconds of processor time, of all cores together, including those before an interruption.
+        Seconds of processor time, of all cores and processes together, including those before an interruption.
 
     Raises:
         InputError: If a loss is NaN or infinite; the message names the batch and the task.
+        RuntimeError: If the processes have different weights at the end of an epoch.
     """
+    ranks = current()
     total = epochs * len(stream) if batches is None else min(batches, epochs * len(stream))
     nothing: Losses = dict.fromkeys(objective.names, (0.0, 0))  # of the epoch so far
     (first_epoch, first_batch), sums, before = divmod(skip, len(stream)), dict(nothing), 0.0
-    if checkpoint is not None and checkpoint.exists():
-        state = load_checkpoint(checkpoint)
+    state = ranks.first(lambda: load_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None)
+    if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         (first_epoch, first_batch), sums, before = state["cursor"], state["sums"], state["seconds"]
@@ -90,13 +96,19 @@ def train(
             watch(done, means, judged)
         started += process_time() - began
 
+    def seconds() -> float:
+        return before + ranks.add(process_time() - started)
+
     def save(path: Path, following: tuple[int, int]) -> None:
+        took = seconds()
+        if not ranks.leads:
+            return
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "cursor": following,
             "sums": sums,
-            "seconds": before + process_time() - started,
+            "seconds": took,
             "stopping": None if stopping is None else stopping.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
         }
@@ -129,6 +141,7 @@ def train(
                 save(checkpoint, (epoch, index + 1))
         for name, (whole, count) in sums.items():
             log({"task": name, "epoch": epoch, "batches": count, "train_loss": whole / count if count else None})
+        ranks.check_equal(model)
         judged = model if averaged is None else averaged.module
         is_over = stopping is not None and stopping.is_over(judged)
         watched(done, judged)
@@ -141,9 +154,9 @@ def train(
         model.load_state_dict(averaged.module.state_dict())
     if stopping is not None:
         stopping.restore(model)
-    if checkpoint is not None:
+    if checkpoint is not None and ranks.leads:
         checkpoint.unlink(missing_ok=True)
-    return before + process_time() - started
+    return seconds()
 
 
 def _since(before: Losses, now: Losses) -> dict[str, float]:

@@ -12,19 +12,26 @@ from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.features import EncodedFeatures
 from lt4rec_sparse.recsys.data import Batch
 from lt4rec_sparse.recsys.models.losses import Loss
+from lt4rec_sparse.recsys.training.distributed import current
 
 Factors = Callable[[Batch], Mapping[str, Tensor]]
 """Maps a batch to factors of its rows' losses: task -> `[batch]`. Factors scale the loss; weights distribute it."""
 
 Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
-"""Maps a model and a batch to the losses of one joint step, by name; a task without rows is left out."""
+"""Maps a model and a batch to the losses of one joint step, by name; a task without rows is left out.
+
+Of several processes each returns its part's term of every loss; see `share`.
+"""
 
 ROW_TILE = 64  # few distinct row counts, and few rows of padding
 
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`."""
+    """Each task's loss on its own rows: `scale * sum(factor w loss) / sum(w)`.
+
+    Of a part of the batch it is the part's term of that quotient: the sum below is over all rows of the task.
+    """
 
     losses: Mapping[str, Loss]  # in the order of alternation
     scales: Mapping[str, float] = field(default_factory=dict)  # Eq 2's a and b; 1 for tasks not named
@@ -32,18 +39,20 @@ class TaskLosses:
     dtype: torch.dtype | None = None  # of matrix products (`torch.autocast`); None for that of the weights
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of all tasks that have rows; the model runs once, over the whole batch."""
-        logits = forward(model, batch.features, None, self.dtype)
-        return {
-            task: self.of(task, batch, rows, logits[rows, place])
-            for place, task in enumerate(self.losses)
-            if len(rows := rows_of(batch, task))
-        }
+        """Return the losses of all tasks that have rows; the model runs once, over this process's part of the batch."""
+        part, features = own_part(batch)
+        logits = forward(model, features, None, self.dtype)
+        found = {}
+        for place, task in enumerate(self.losses):
+            if batch.rows[task].any():
+                own = batch.rows[task][part].nonzero().squeeze(1)
+                found[task] = self.of(task, batch, part[own], logits[own, place])
+        return found
 
     def of(self, task: str, batch: Batch, rows: Tensor, logits: Tensor) -> Tensor:
-        """Return one task's loss on its rows at positions `rows [n]`, at least one, with the logits `[n]`."""
+        """Return one task's loss on its rows at positions `rows [n]`, all or a part, with the logits `[n]`."""
         labels, weights = batch.labels[task][rows], batch.weights[task][rows]
-        scale: float | Tensor = self.scales.get(task, 1.0)
+        scale: float | Tensor = self.scales.get(task, 1.0) * share(batch.weights[task], rows, rows_of(batch, task))
         if self.factors is not None:
             factor = self.factors(batch)[task][rows].to(weights.dtype)
             tiny = torch.finfo(weights.dtype).tiny
@@ -56,7 +65,8 @@ class TaskLosses:
 class Alternating:
     """A step for each task in turn, on the rows that are the task's (LT4REC, Algorithm 1, lines 12 to 17).
 
-    A step changes only what its task owns. A task without rows in a batch takes no step.
+    A step changes only what its task owns. A task without rows in a batch takes no step. Of several processes each
+    takes an equal part of the task's rows.
     """
 
     losses: TaskLosses
@@ -67,14 +77,17 @@ class Alternating:
         return tuple(self.losses.losses)
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        result = {}
+        result, ranks = {}, current()
         for task in self.names:
-            rows = rows_of(batch, task)
-            if not len(rows):
+            everything = rows_of(batch, task)
+            if not len(everything):
                 continue
+            rows = ranks.part(everything)
             optimizer.zero_grad()
-            loss = self.losses.of(task, batch, rows, logits_of(model, batch, rows, task, self.losses.dtype))
+            term = self.losses.of(task, batch, rows, logits_of(model, batch, rows, task, self.losses.dtype))
+            loss = ranks.total({task: term})[task]
             torch.autograd.backward(loss)
+            ranks.sum_gradients(model)
             optimizer.step(task)
             result[task] = loss.detach()
         return result
@@ -89,10 +102,12 @@ class Joint:
     combine: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        losses = self.losses(model, batch)
+        ranks = current()
+        losses = ranks.total(self.losses(model, batch))
         optimizer.zero_grad()
         whole = torch.stack(list(losses.values())).sum() if self.combine is None else self.combine(losses)
         torch.autograd.backward(whole)
+        ranks.sum_gradients(model)  # what `combine` learns is no part of the model: its gradient is whole already
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -109,7 +124,8 @@ class Projected:
     project: Callable[[Sequence[Sequence[Tensor]]], Iterable[Tensor]]
 
     def step(self, model: nn.Module, optimizer: MaskedAdam, batch: Batch) -> dict[str, Tensor]:
-        losses = self.losses(model, batch)
+        ranks = current()
+        losses = ranks.total(self.losses(model, batch))
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = []
         for loss in losses.values():
@@ -117,6 +133,7 @@ class Projected:
             if any(g is not None and g.is_sparse for g in found):
                 raise ValueError("gradients: got a sparse one, wanted dense ones to project")
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+            ranks.sum_(gradients[-1])
         optimizer.zero_grad()
         for parameter, gradient in zip(parameters, self.project(gradients), strict=True):
             parameter.grad = gradient
@@ -131,6 +148,24 @@ Objective = Alternating | Joint | Projected
 def rows_of(batch: Batch, task: str) -> Tensor:
     """Return the positions of the task's rows, int64 `[n]`."""
     return batch.rows[task].nonzero().squeeze(1)
+
+
+def own_part(batch: Batch) -> tuple[Tensor, EncodedFeatures]:
+    """Return the positions of the rows that this process computes, int64 `[n]`, and their features."""
+    everything = torch.arange(batch.batch, device=batch.features.single.device)
+    part = current().part(everything)
+    return part, batch.features if len(part) == batch.batch else batch.features.take(part)
+
+
+def share(weights: Tensor, part: Tensor, whole: Tensor) -> float:
+    """Return `sum(w) of part / sum(w) of whole`, positions `[n]` each: what a mean over a part counts in the whole's.
+
+    Of all rows it is 1, also where no row has weight.
+    """
+    if len(part) == len(whole):
+        return 1.0
+    of_whole = weights[whole].double().sum().item()
+    return weights[part].double().sum().item() / of_whole if of_whole else 0.0
 
 
 def logits_of(model: nn.Module, batch: Batch, rows: Tensor, task: str, dtype: torch.dtype | None) -> Tensor:
