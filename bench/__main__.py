@@ -21,6 +21,7 @@ from bench import (
     gpu_bytes,
     memory,
     networks,
+    prepare,
     record,
     request,
     serving,
@@ -37,7 +38,8 @@ USAGE = (
     " | training PREPARED_FOLDER [--short] | daily LOG_FOLDER [--short]"
     " | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
-    " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
+    " | prepare [ROWS ... | --short] | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME"
+    " | commands COMMAND SECONDS ... | memory | tables"
 )
 
 
@@ -116,6 +118,10 @@ def main(arguments: list[str]) -> int:
         case ["commands", *timed]:
             commands = [{"command": c, "seconds": float(s)} for c, s in zip(timed[::2], timed[1::2], strict=True)]
             print(record.write("commands", {"machine": record.machine(), "commands": commands}))
+        case ["prepare", "--short"]:
+            print(json.dumps(prepare.measured(prepare.SHORT_ROWS), indent=1))
+        case ["prepare", *rows]:
+            print(prepare.run(tuple(map(int, rows)) or prepare.ROWS))
         case ["memory"]:
             print(memory.run())
         case ["tables"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import itertools
 import json
@@ -10,7 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +72,71 @@ def whole_folder(target: Path) -> Iterator[Path]:
     remove_abandoned(target)
     with _temporary_folder(target) as fresh:
         yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            if path.is_file() or path.is_dir():
-                _sync(path)
-        with _temporary_folder(target) as aside:
-            old = aside / target.name
-            try:
-                if target.exists():
-                    target.rename(old)
-                fresh.rename(target)
-            except BaseException:
-                if (old.exists() or old.is_symlink()) and not target.exists():
-                    old.rename(target)
-                raise
-            _sync(target.parent)
+        take_place(fresh, target)
+
+
+def take_place(fresh: Path, target: Path) -> None:
+    """Move a folder to `target`, on the same disk, durably; an earlier folder is moved aside first, and removed."""
+    for path in (*fresh.rglob("*"), fresh):
+        if path.is_file() or path.is_dir():
+            _sync(path)
+    with _temporary_folder(target) as aside:
+        old = aside / target.name
+        try:
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        except BaseException:
+            if (old.exists() or old.is_symlink()) and not target.exists():
+                old.rename(target)
+            raise
+        _sync(target.parent)
+
+
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """Give a folder `.<name>.unfinished` beside `target`, for what takes long: the next process goes on in it.
+
+    A process that is killed or interrupted leaves it. On a clean exit, and after an error that starting again does not
+    mend (`InputError`), it is removed, unless `take_place` has moved it. One process at a time has it, others wait.
+    """
+    remove_abandoned(target)
+    folder = target.with_name(f".{target.name}.unfinished").absolute()
+    descriptor = _locked(folder)
+    try:
+        yield folder
+    except InputError:
+        _remove_own(folder, descriptor)
+        raise
+    else:
+        _remove_own(folder, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """Return a descriptor of a folder, made if it is absent, that no other process has locked."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(folder, descriptor):  # else its last owner has moved or removed it
+                return descriptor
+            os.close(descriptor)
+
+
+def _remove_own(folder: Path, descriptor: int) -> None:
+    """Remove a folder unless it was moved: then there may be one of another process."""
+    if _is_at(folder, descriptor):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -1179,7 +1179,7 @@ def refused_at_once(monkeypatch, *arguments):
     def read(*_):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("lt4rec_sparse.recsys.data.days._deal", read)
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.days.deal_log", read)
     monkeypatch.setattr("lt4rec_sparse.recsys.scoring.read_candidates", read)
     monkeypatch.setattr("lt4rec_sparse.recsys.data.complete_requests", read)
     return refusal(*arguments)

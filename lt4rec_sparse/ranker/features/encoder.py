@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,23 +173,34 @@ class FeatureEncoder:
         return sum(self.numbers.values())
 
     @classmethod
-    def fit(cls, schema: Schema, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
+    def fit(
+        cls,
+        schema: Schema,
+        chunks: Iterable[Mapping[str, Any]],
+        until: str | None = None,
+        scratch: Path | None = None,
+    ) -> FeatureEncoder:
         """Learn vocabularies, quantiles and scales from the chunks of the training days, one in memory at a time.
 
-        Columns that share a table share its counts. Chunks and errors are as in `encode`.
+        Columns that share a table share its counts. Chunks and errors are as in `encode`. With a folder `scratch` for
+        temporary files, memory holds the counts of at most `tables.HELD` values of each table, and then what is kept;
+        the result is the same.
         """
-        return cls(schema, *_fitted(schema.features, chunks), until)
+        return cls(schema, *_fitted(schema.features, chunks, scratch), until)
 
-    def grown(self, chunks: Iterable[Mapping[str, Any]], until: str | None = None) -> FeatureEncoder:
+    def grown(
+        self, chunks: Iterable[Mapping[str, Any]], until: str | None = None, scratch: Path | None = None
+    ) -> FeatureEncoder:
         """Return the encoder with values of later days added to its vocabularies: no id of before changes.
 
         Values are counted in these chunks alone: one that they have at least `min_count` times is added, by descending
-        count, then value. Hashed tables, quantiles and scales stay. Chunks and errors are as in `encode`.
+        count, then value. Hashed tables, quantiles and scales stay. Chunks and errors are as in `encode`, and `scratch`
+        as in `fit`.
         """
         kinds = (IntVocabulary, StringVocabulary)
         columns = [column for column in self.schema.features if isinstance(self._tables.get(column.table), kinds)]
         grown: dict[str, Any] = dict(self._tables)
-        for name, found in _fitted(columns, chunks)[0].items():
+        for name, found in _fitted(columns, chunks, scratch)[0].items():
             grown[name] = grown[name].grown(found)
         return FeatureEncoder(self.schema, grown, self._scales, until)
 
@@ -312,9 +324,9 @@ class FeatureEncoder:
 
 
 def _fitted(
-    columns: Sequence[Column], chunks: Iterable[Mapping[str, Any]]
+    columns: Sequence[Column], chunks: Iterable[Mapping[str, Any]], scratch: Path | None
 ) -> tuple[dict[str, Table], dict[str, Scale]]:
-    fits = {column.table: _new_fit(column) for column in columns if not column.is_number}
+    fits = {column.table: _new_fit(column, scratch) for column in columns if not column.is_number}
     scales = {column.name: ScaleFit(column) for column in columns if column.is_number}
     for chunk in chunks:
         for column in columns:
@@ -326,12 +338,13 @@ def _fitted(
     return {name: fit.table() for name, fit in fits.items()}, {name: fit.scale() for name, fit in scales.items()}
 
 
-def _new_fit(column: Column) -> Fit:
+def _new_fit(column: Column, scratch: Path | None) -> Fit:
     if column.kind == "dense":
         return id_tables.QuantileFit(column.buckets, column.encoding == "nonzero_buckets")
     if column.encoding == "hash":
         return id_tables.HashTable(column.size)
-    return id_tables.IntFit(column.min_count) if column.type == "int" else id_tables.StringFit(column.min_count)
+    of_type = id_tables.IntFit if column.type == "int" else id_tables.StringFit
+    return of_type(column.min_count, scratch)
 
 
 def _stored_scale(column: Column, arrays: dict[str, Array]) -> Scale:

@@ -8,11 +8,14 @@ what was fitted, which `from_arrays` reads back. A fit takes training values in 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise, repeat
-from typing import Any
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +28,10 @@ Ids = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 # Merging costs a sort: counts wait until there are this many of them, or as many as the vocabulary has values.
 MERGE_AT = 1 << 20
+# Of more values than this, searches for ascending distinct ones miss the caches less, which is worth a sort.
+SEARCHED_AT_ONCE = 4096
+# Distinct values whose counts a fit holds at most before it writes them to disk.
+HELD = 1 << 20
 # A sketch of this many points places a quantile within 1e-5 of its rank.
 SKETCH_POINTS = 1 << 17
 
@@ -40,6 +47,12 @@ class IntVocabulary:
 
     def lookup(self, values: Array) -> Ids:
         """Return ids by binary search."""
+        if len(values) > SEARCHED_AT_ONCE:
+            distinct, place = np.unique(values, return_inverse=True)
+            return self._searched(distinct)[place]
+        return self._searched(values)
+
+    def _searched(self, values: Array) -> Ids:
         ids = np.full(len(values), UNSEEN, np.int64)
         if len(self.keys):
             place = np.minimum(np.searchsorted(self._sorted, values), len(self.keys) - 1)
@@ -149,21 +162,105 @@ class QuantileTable:
         return cls(cuts)
 
 
-class StringFit:
-    """Counts of strings."""
+class SpilledCounts:
+    """Counts of values in a file, dealt by the values' hash to parts that are read back one at a time.
 
-    def __init__(self, min_count: int) -> None:
+    Attributes:
+        path: The file; None until something was added.
+    """
+
+    PARTS = 64
+
+    def __init__(self, folder: Path) -> None:
+        self.path: Path | None = None
+        self._folder = folder
+        self._places: list[list[int]] = [[] for _ in range(self.PARTS)]
+
+    def add(self, values: Array, counts: Ids) -> None:
+        """Append the counts of distinct values, int64 or objects (str)."""
+        if self.path is None:
+            descriptor, name = mkstemp(".counts", dir=self._folder)
+            os.close(descriptor)
+            self.path = Path(name)
+        part_of = hash64(values) % np.uint64(self.PARTS)
+        with self.path.open("ab") as file:
+            for part, places in enumerate(self._places):
+                chosen = part_of == part
+                places.append(file.tell())
+                for array in (*_as_numbers(values[chosen]), counts[chosen]):
+                    np.save(file, array)
+
+    def parts(self) -> Iterator[list[tuple[Array, Ids]]]:
+        """Yield what was added, part by part: values and their counts, one pair per call of `add`; remove the file."""
+        if self.path is None:
+            return
+        with self.path.open("rb") as file:
+            for places in self._places:
+                yield [_read_counts(file, place) for place in places]
+        self.path.unlink()
+        self.path = None
+
+
+def _as_numbers(values: Array) -> tuple[Array, Ids]:
+    """Return values as int64 or bytes, and for strings where each begins and ends."""
+    if values.dtype != np.object_:
+        return values, np.empty(0, np.int64)
+    stored = StringVocabulary(values.tolist()).to_arrays()
+    return stored["bytes"], stored["offsets"]
+
+
+def _read_counts(file: BinaryIO, place: int) -> tuple[Array, Ids]:
+    file.seek(place)
+    values, offsets, counts = (np.load(file) for _ in range(3))
+    if len(offsets):
+        keys = StringVocabulary.from_arrays({"bytes": values, "offsets": offsets}).keys
+        values = np.empty(len(keys), object)
+        values[:] = keys
+    return values, counts
+
+
+class StringFit:
+    """Counts of strings.
+
+    Args:
+        min_count: Strings that come up less often are unknown.
+        scratch: A folder for counts beyond `HELD`; without one all are in memory.
+    """
+
+    def __init__(self, min_count: int, scratch: Path | None = None) -> None:
         self._min_count = min_count
         self._counts: Counter[str] = Counter()
+        self._spilled = None if scratch is None else SpilledCounts(scratch)
 
     def add(self, values: Array) -> None:
         """Count one chunk."""
         self._counts.update(values.tolist())
+        if self._spilled is not None and len(self._counts) > HELD:
+            self._spill(self._spilled)
 
     def table(self) -> StringVocabulary:
         """Return the values seen at least `min_count` times."""
-        kept = (key for key, count in self._counts.items() if count >= self._min_count)
-        return StringVocabulary(sorted(kept, key=lambda key: (-self._counts[key], key)))
+        kept: dict[str, int] = {}
+        parts: Iterable[Counter[str]] = (self._counts,)
+        if self._spilled is not None and self._spilled.path is not None:
+            self._spill(self._spilled)
+            parts = map(_counter, self._spilled.parts())
+        for counts in parts:
+            kept.update((key, count) for key, count in counts.items() if count >= self._min_count)
+        return StringVocabulary(sorted(kept, key=lambda key: (-kept[key], key)))
+
+    def _spill(self, spilled: SpilledCounts) -> None:
+        keys = np.empty(len(self._counts), object)
+        keys[:] = [*self._counts]
+        spilled.add(keys, np.fromiter(self._counts.values(), np.int64, len(keys)))
+        self._counts.clear()
+
+
+def _counter(pieces: list[tuple[Array, Ids]]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for values, of_values in pieces:
+        counts.update(dict(zip(values.tolist(), of_values.tolist(), strict=True)))
+    return counts
 
 
 class _Histogram:
@@ -201,17 +298,46 @@ class _Histogram:
 
 
 class IntFit(_Histogram):
-    """Counts of integers."""
+    """Counts of integers; the arguments are those of `StringFit`."""
 
-    def __init__(self, min_count: int) -> None:
+    def __init__(self, min_count: int, scratch: Path | None = None) -> None:
         super().__init__(np.int64)
         self._min_count = min_count
+        self._spilled = None if scratch is None else SpilledCounts(scratch)
+
+    def add(self, values: Array) -> None:
+        """Count one chunk."""
+        super().add(values)
+        if self._spilled is not None and self._waiting + len(self._values) > HELD:
+            self._merged()
+            if len(self._values) > HELD // 2:
+                self._spill(self._spilled)
 
     def table(self) -> IntVocabulary:
         """Return the values seen at least `min_count` times."""
-        keys, counts = self._merged()
-        keys, counts = keys[counts >= self._min_count], counts[counts >= self._min_count]
+        self._merged()
+        kept = [self._kept()]
+        if self._spilled is not None and self._spilled.path is not None:
+            self._spill(self._spilled)
+            kept = []
+            for pieces in self._spilled.parts():
+                self._pending = pieces
+                self._merged()
+                kept.append(self._kept())
+                self._empty()
+        keys, counts = (np.concatenate(part) for part in zip(*kept, strict=True))
         return IntVocabulary(keys[np.lexsort((keys, -counts))])
+
+    def _kept(self) -> tuple[Array, Ids]:
+        often = self._counts >= self._min_count
+        return self._values[often], self._counts[often]
+
+    def _spill(self, spilled: SpilledCounts) -> None:
+        spilled.add(self._values, self._counts)
+        self._empty()
+
+    def _empty(self) -> None:
+        self._values, self._counts = self._values[:0], self._counts[:0]
 
 
 class QuantileFit(_Histogram):

@@ -1,39 +1,33 @@
 """The log, day by day: read once, labels checked while the file is still known, and each row's split noted.
 
-One pass distributes the rows to one file per day; then each day is freed of duplicates if the schema asks for it,
-sorted and written with the columns that the schema needs. Memory is bounded by one day of the log, however long the log
-is. A log without a time is one day, named "", in the order of the files, and streamed but for dropping duplicates.
+One pass deals the rows to one file per day (`dealt.py`); then each day is freed of duplicates if the schema asks for
+it, sorted (`ordered.py`) and written with the columns that the schema needs. Memory is bounded, however long the log or
+a day of it is. A log without a time is one day, named "", in the order of the files.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from lt4rec_sparse.ranker.features import Schema, Time
+from lt4rec_sparse.files import read_json, whole_file, write_whole
+from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.batches import SPLITS
-from lt4rec_sparse.recsys.data.casts import is_list
-from lt4rec_sparse.recsys.data.labels import stray_label
+from lt4rec_sparse.recsys.data.dealt import LZ4, SPLIT, days_of, deal_log
+from lt4rec_sparse.recsys.data.ordered import in_chunks, ordered
 from lt4rec_sparse.recsys.data.reading import Form, column_names, is_parquet, log_form, read_file
-from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, raw_types
-from lt4rec_sparse.recsys.data.splits import RowSplits, split_counts, split_days
+from lt4rec_sparse.recsys.data.source import DataError, Source, raw_types
+from lt4rec_sparse.recsys.data.splits import split_counts, split_days
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
-
-POSITION, SPLIT = "__position__", "__split__"
-# Each day keeps a file open while rows are distributed, and a process may usually open 1,024.
-MAX_DAYS = 900
-MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class DayLog:
 
     def read(self, day: str) -> Iterator[Any]:
         """Yield the rows of a day, in order, as record batches."""
-        with pa.memory_map(str(self.paths[day])) as file:
+        with pa.OSFile(str(self.paths[day])) as file:  # a map would count as memory of the process
             yield from pa.ipc.open_stream(file)
 
 
@@ -131,11 +125,19 @@ def _header_hint(path: Path, form: Form, names: list[str]) -> str:
     return f"; its first line is {', '.join(names)[:80]}: if that is no header, wanted names = [...] in [files]"
 
 
-def partition(source: Source, folder: Path, batch_rows: int, progress: Progress, keep: Collection[str] = ()) -> DayLog:
+def partition(
+    source: Source,
+    folder: Path,
+    batch_rows: int,
+    progress: Progress,
+    keep: Collection[str] = (),
+    resumed: bool = False,
+) -> DayLog:
     """Read the log once and write it to `folder`, for temporary files, by day and in order.
 
     `DayLog.read` yields record batches of `batch_rows`, of the columns that the schema needs and those in `keep`.
-    Progress is reported after every file read and day sorted.
+    Progress is reported after every file read and day sorted. If it is `resumed`, what an earlier call for the same
+    source with the same arguments left in `folder` is not done again.
 
     Raises:
         DataError: If a file, a type, a label or a day contradicts the schema, or the log has no such column to keep.
@@ -145,130 +147,47 @@ def partition(source: Source, folder: Path, batch_rows: int, progress: Progress,
     absent = next((name for name in keep if name not in names), None)
     if absent is not None:
         raise DataError(f"{source.log[0]}: column {absent!r} is absent, wanted one of {', '.join(names)}")
-    dealt, rows_read = _deal(source, folder, types, names, progress)
+    dealt = deal_log(source, folder, types, names, progress, resumed)
     if not dealt:
         raise DataError(f"{source.log[0]}: got no row, wanted a log")
     _check_order(source.log[0], schema, dealt)
     days = sorted(dealt, key=int if are_numbers(dealt) else str)
     by_rows = schema.split_by != "day"
     needed = [name for name in names if name in types or name in keep] + [SPLIT] * by_rows
-    paths: dict[str, Path] = {}
+    paths = {day: folder / f"day-{index}.arrow" for index, day in enumerate(days)}
     split: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
     kept = 0
     for index, day in enumerate(days):
-        paths[day] = folder / f"day-{index}.arrow"
-        counts: Counter[str] = Counter()
-        with pa.memory_map(str(dealt[day])) as dealt_file, ExitStack() as stack:
-            reader, writer = pa.ipc.open_stream(dealt_file), None
-            for table in _ordered(reader, schema, names, needed, batch_rows):
-                if writer is None:
-                    file = stack.enter_context(pa.OSFile(str(paths[day]), "wb"))
-                    writer = stack.enter_context(pa.ipc.new_stream(file, table.schema))
-                writer.write_table(table, max_chunksize=batch_rows)
-                kept += table.num_rows
-                if by_rows:
-                    counts.update(split_counts(table[SPLIT].to_numpy()))
-        split = {name: (*held, day) if counts[name] else held for name, held in split.items()}
-        dealt[day].unlink()
+        counted = paths[day].with_suffix(".json")
+        if not (resumed and counted.exists()):
+            tables = ordered(dealt[day], schema, names, folder / f"day-{index}")
+            counts = _write_day(paths[day], in_chunks((table.select(needed) for table in tables), batch_rows))
+            write_whole(counted, json.dumps(counts))
+        dealt[day].remove()
+        counts = read_json(counted)
+        kept += counts["rows"]
+        split = {name: (*held, day) if counts.get(name) else held for name, held in split.items()}
         progress("order days", index + 1, len(days))
+    rows_read = sum(rows.rows for rows in dealt.values())
     if schema.duplicates == "drop":
         progress("duplicates dropped", rows_read - kept, rows_read)
     return DayLog(names, rows_read, rows_read - kept, paths, split if by_rows else None)
 
 
-def _ordered(reader: Any, schema: Schema, names: list[str], needed: list[str], batch_rows: int) -> Iterator[Any]:
-    """Yield the rows of a day as tables: at once if they are sorted or compared, else some batches at a time."""
-    order = schema.order
-    if order is None and schema.duplicates == "keep":
-        held: list[Any] = []
-        for batch in reader:
-            held.append(batch.select(needed))
-            if sum(part.num_rows for part in held) >= batch_rows:
-                table = pa.Table.from_batches(held)
-                whole = table.num_rows - table.num_rows % batch_rows
-                yield table.slice(0, whole).combine_chunks()
-                held = table.slice(whole).combine_chunks().to_batches()
-        if held:
-            yield pa.Table.from_batches(held).combine_chunks()
-        return
-    table = reader.read_all()
-    if schema.duplicates == "drop":
-        table = _distinct(table, names)
-    if order is not None:  # stable: rows at the same moment keep the order of the files
-        table = table.take(np.argsort(table[order].to_numpy(), kind="stable"))
-    yield table.select(needed)
-
-
-def _deal(
-    source: Source, folder: Path, types: Mapping[str, RawType], names: list[str], progress: Progress
-) -> tuple[dict[str, Path], int]:
-    paths: dict[str, Path] = {}
-    writers: dict[str, Any] = {}
-    layout, rows = None, 0
-    splits = None if source.schema.split_by == "day" else RowSplits(source)
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with ExitStack() as stack:
-        for done, path in enumerate(source.log):
-            for batch in read_file(path, types, names, log_form(source.schema)):
-                _check(path, batch, source.schema)
-                if splits is not None:
-                    batch = batch.append_column(SPLIT, pa.array(splits.of(path, batch)))
-                layout = layout or batch.schema
-                for day, part in _by_day(path, batch, source.schema.time) if source.schema.time else [("", batch)]:
-                    if day not in writers:
-                        paths[day] = folder / f"dealt-{len(paths)}.arrow"
-                        if len(paths) > MAX_DAYS:
-                            raise DataError(f"{path}: got more than {MAX_DAYS} days, wanted a column of days")
-                        file = stack.enter_context(pa.OSFile(str(paths[day]), "wb"))
-                        writers[day] = stack.enter_context(pa.ipc.new_stream(file, layout, options=options))
-                    writers[day].write_batch(_alike(path, part, layout))
-                rows += batch.num_rows
-            progress("read log", done + 1, len(source.log))
-    return paths, rows
-
-
-def _alike(path: Path, batch: Any, layout: Any) -> Any:
-    """Return a batch in the types of the first one: files may differ in the types of columns that the schema omits."""
-    columns = []
-    for field in layout:
-        column = batch[field.name]
-        try:
-            columns.append(column.cast(field.type))
-        except pa.ArrowException as error:
-            wanted = f"{field.type} as in the log's first file"
-            raise DataError(f"{path}: column {field.name!r}: got {column.type}, wanted {wanted}") from error
-    return pa.RecordBatch.from_arrays(columns, schema=layout)
-
-
-def days_of(path: Path, batch: Any, time: Time) -> Any:
-    """Return the day of every row of a batch as text, from the column that says it.
-
-    Raises:
-        DataError: If one is missing.
-    """
-    column = time.day or time.timestamp or ""
-    days = batch[column]
-    if days.null_count:
-        raise DataError(f"{path}: column {column!r}: got a missing day, wanted one in every row")
-    if time.timestamp is None:
-        return days
-    return _local(days, time).cast(pa.date32(), safe=False).cast(pa.string())
-
-
-def _local(moments: Any, time: Time) -> Any:
-    """Return moments of UTC as they are in the schema's zone."""
-    zone = time.zone
-    offset = re.fullmatch(r"([+-])(\d\d):?(\d\d)", zone or "")
-    if offset is not None:
-        shift = timedelta(hours=int(offset[2]), minutes=int(offset[3]))
-        return pc.add(moments, pa.scalar(shift if offset[1] == "+" else -shift))
-    if zone is None:
-        return pc.add(moments, pa.scalar(timedelta(hours=time.utc_offset_hours)))
-    try:
-        return pc.local_timestamp(moments.cast(pa.timestamp("us", zone)))
-    except pa.ArrowInvalid as error:
-        got = f"time: got zone={zone!r}"
-        raise DataError(f"{got}, wanted a name such as Asia/Shanghai, or an offset such as +05:30") from error
+def _write_day(path: Path, tables: Iterator[Any]) -> dict[str, int]:
+    """Write the rows of a day and return how many they are, of all splits and of each, if rows are not split by day."""
+    counts: Counter[str] = Counter()
+    with whole_file(path) as temporary, ExitStack() as stack:
+        writer = None
+        for table in tables:
+            if writer is None:
+                file = stack.enter_context(pa.OSFile(str(temporary), "wb"))
+                writer = stack.enter_context(pa.ipc.new_stream(file, table.schema, options=LZ4))
+            writer.write_table(table)
+            counts["rows"] += table.num_rows
+            if SPLIT in table.column_names:
+                counts.update(split_counts(table[SPLIT].to_numpy()))
+    return dict(counts)
 
 
 def check_days(source: Source, days: Collection[str], where: str) -> None:
@@ -323,57 +242,3 @@ def _check_order(path: Path, schema: Schema, days: Collection[str]) -> None:
 def _form(day: str) -> str:
     """Return a day with its digits as zeros."""
     return re.sub(r"\d", "0", day)
-
-
-def _by_day(path: Path, batch: Any, time: Time) -> Iterator[tuple[str, Any]]:
-    """Cut a batch into its days; rows keep their order."""
-    coded = days_of(path, batch, time).dictionary_encode()
-    codes = coded.indices.to_numpy()
-    order = np.argsort(codes, kind="stable")
-    ends = np.cumsum(np.bincount(codes, minlength=len(coded.dictionary)))
-    ordered = batch.take(pa.array(order))
-    for day, begin, end in zip(coded.dictionary.to_pylist(), [0, *ends], ends, strict=False):
-        yield day, ordered.slice(begin, end - begin)
-
-
-def _distinct(table: Any, names: list[str]) -> Any:
-    """Return the rows of a day without those that equal an earlier one in every column."""
-    keys = table.append_column(POSITION, pa.array(np.arange(table.num_rows)))
-    for place, name in enumerate(names):
-        if is_list(table[name].type):  # Arrow does not group by lists: they become text
-            text = pc.binary_join(table[name].cast(pa.list_(pa.string())), "\x1f")
-            keys = keys.set_column(place, name, text)
-    first = keys.group_by(names).aggregate([(POSITION, "min")])[f"{POSITION}_min"]
-    return table.take(first.take(pc.sort_indices(first)))
-
-
-def _check(path: Path, batch: Any, schema: Schema) -> None:
-    """Refuse labels out of range, weights that are negative or no float32, and rows without a group.
-
-    A missing label is no error: its row does not belong to the task. With `divide_by` no value is an error.
-    """
-    if schema.group is not None and batch[schema.group.column].null_count:
-        raise DataError(f"{path}: column {schema.group.column!r}: got a missing value, wanted the group of every row")
-    for task in schema.tasks:
-        label = batch[task.label]
-        if task.positive:
-            stray = stray_label(task, label)
-            if stray is not None:
-                wanted = f"one of {', '.join((*task.positive, *task.negative))} for task {task.name!r}"
-                raise DataError(f"{path}: column {task.label!r}: got {stray!r}, wanted {wanted}")
-        elif task.kind == "binary":
-            fine, wanted = pc.or_(pc.equal(label, 0), pc.equal(label, 1)), "0 or 1"
-        else:
-            fine, wanted = pc.and_(pc.greater_equal(label, 0), pc.less_equal(label, 1)), "a ratio in [0, 1]"
-        if task.divide_by is None and not task.positive:
-            _refuse_first(path, task.label, label, fine, f"{wanted} for task {task.name!r}")
-        if task.weight is not None:
-            weight = batch[task.weight]
-            fine = pc.and_(pc.greater_equal(weight, 0), pc.less_equal(weight, MAX_WEIGHT))
-            _refuse_first(path, task.weight, weight, fine, f"a finite weight of at least 0 for task {task.name!r}")
-
-
-def _refuse_first(path: Path, name: str, values: Any, fine: Any, wanted: str) -> None:
-    wrong = values.filter(pc.invert(fine))  # a missing value compares as missing, and is dropped
-    if len(wrong):
-        raise DataError(f"{path}: column {name!r}: got {wrong[0].as_py()}, wanted {wanted}")

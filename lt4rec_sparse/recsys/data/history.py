@@ -22,6 +22,8 @@ from lt4rec_sparse.recsys.data.labels import number_of
 Floats = NDArray[np.float64]
 # The groups of some rows, which of the rows count for a history, and the history's columns of those that do.
 Events = tuple[Ids, NDArray[np.bool_], dict[str, Any]]
+# Rows of a day that are noted before those that no list will hold are dropped.
+NOTED_ROWS = 1 << 20
 # All past strings together may have more than the 2 GiB that Arrow's usual types hold.
 WIDE = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.large_list(pa.large_string())}
 
@@ -36,6 +38,7 @@ class Histories:
         self._schema = schema
         self._pasts = {history: PastRows(history) for history in schema.histories}
         self._noted: dict[History, list[Events]] = {history: [] for history in self._pasts}
+        self._today: dict[History, PastRows] = {}  # of a day too long to be noted whole: what will be left of it
 
     @property
     def groups(self) -> Ids:
@@ -59,15 +62,27 @@ class Histories:
             counts = np.nan_to_num(number_of(self._schema, history.when, columns[history.when])) != 0
             kept = pa.array(counts)
             noted.append((groups, counts, {name: columns[name].filter(kept) for name in history.columns}))
+            if sum(len(of_part) for of_part, *_ in noted) >= NOTED_ROWS:
+                self._today.setdefault(history, PastRows(history)).add_day(*_together(history, noted))
+                noted.clear()
 
     def end_day(self) -> None:
         """Let the rows that were noted be past."""
         for history, noted in self._noted.items():
-            if noted:
-                groups, counts, kept = zip(*noted, strict=True)
-                columns = {name: pa.concat_arrays([part[name] for part in kept]) for name in history.columns}
-                self._pasts[history].add_day(np.concatenate(groups), np.concatenate(counts), columns)
-                noted.clear()
+            past, today = self._pasts[history], self._today.pop(history, None)
+            if today is not None:
+                if noted:
+                    today.add_day(*_together(history, noted))
+                past.add_past(today)
+            elif noted:
+                past.add_day(*_together(history, noted))
+            noted.clear()
+
+
+def _together(history: History, noted: list[Events]) -> Events:
+    groups, counts, kept = zip(*noted, strict=True)
+    columns = {name: pa.concat_arrays([part[name] for part in kept]) for name in history.columns}
+    return np.concatenate(groups), np.concatenate(counts), columns
 
 
 class PastRows:
@@ -112,13 +127,29 @@ class PastRows:
 
         `columns` are the history's columns of the rows that count, Arrow arrays of values or of lists.
         """
+        slots = self._slots_of(groups)
+        known = len(self._index.keys)
+        self._seen[:-1] += np.stack([np.bincount(rows, minlength=known) for rows in (slots[counts], slots)], axis=1)
+        self._append(slots[counts], columns)
+
+    def add_past(self, other: PastRows) -> None:
+        """Add rows of a later time that another one has taken in, of the same history."""
+        slots = self._slots_of(other.groups)
+        self._seen[slots] += other._seen[:-1]
+        self._append(slots[other._slots], other._columns)
+
+    def _slots_of(self, groups: Ids) -> Ids:
+        """Return the slot of each group, and give one to those that have none."""
         fresh = np.setdiff1d(groups, self._index.keys)
         self._index = IntVocabulary(np.concatenate([self._index.keys, fresh]))
+        self._seen = np.concatenate([self._seen[:-1], np.zeros((len(fresh) + 1, 2), np.int64)])
+        slots: Ids = self._index.lookup(groups) - 2
+        return slots
+
+    def _append(self, slots: Ids, columns: dict[str, Any]) -> None:
+        """Append rows that count, at their slots, and drop what is too old."""
         known = len(self._index.keys)
-        slots = self._index.lookup(groups) - 2
-        of_day = np.stack([np.bincount(rows, minlength=known + 1) for rows in (slots[counts], slots)], axis=1)
-        self._seen = np.concatenate([self._seen[:-1], np.zeros((len(fresh) + 1, 2), np.int64)]) + of_day
-        slots = np.concatenate([self._slots, slots[counts]])
+        slots = np.concatenate([self._slots, slots])
         order = np.argsort(slots, kind="stable")
         slots = slots[order]
         # The last row of its group has age 1; rows older than the length of the list are dropped.

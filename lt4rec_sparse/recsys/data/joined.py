@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lt4rec_sparse.ranker.features import Join
 from lt4rec_sparse.ranker.features.tables import Ids, IntVocabulary, StringVocabulary, hash64
+from lt4rec_sparse.recsys.data.casts import is_text
 from lt4rec_sparse.recsys.data.reading import Form, column_names, join_form, log_form, read_file
 from lt4rec_sparse.recsys.data.source import DataError, RawType, Source, raw_types
 
@@ -47,7 +48,7 @@ class Joined:
         self.sides = []
         for join, paths in zip(source.schema.joins, source.joins, strict=True):
             side = SideTable(join, paths, types, left, join_form(source.schema, join))
-            left = [name for name in left if name not in side.columns]
+            left = [name for name in left if name not in side.names]
             self.sides.append(side)
         self.absent = tuple(name for name in lacked if name in of_log or name in left)
 
@@ -69,7 +70,7 @@ class Joined:
         dates = {name: date for name, date in self._derived.items() if names is None or name in names}
         columns = dict(rows)
         for side in self.sides:
-            of_side = [name for name in side.columns if names is None or name in names or name in dates.values()]
+            of_side = [name for name in side.names if names is None or name in names or name in dates.values()]
             if of_side:
                 columns |= side.lookup(columns[side.on], of_side)
         return columns | {name: _days_since(day, date, columns[date]) for name, date in dates.items()}
@@ -83,9 +84,11 @@ class Joined:
 class SideTable:
     """A side table in memory: only the wanted columns, found by key.
 
+    Texts are coded: most are of few kinds, and there may be millions of rows.
+
     Attributes:
         on: The column of the key.
-        columns: Name -> values of every row, an Arrow array; the key is not among them.
+        names: The columns; the key is not among them.
         keys: The key of every row, int64 or str.
     """
 
@@ -100,16 +103,18 @@ class SideTable:
             if join.on not in there:
                 raise DataError(f"{path}: column {join.on!r} is absent, wanted the key of the side table")
             columns = [join.on, *(name for name in wanted if name in there and name != join.on)]
-            parts += [pa.table(batch) for batch in read_file(path, types, columns, form)]
+            parts += [_coded(batch, join.on) for batch in read_file(path, types, columns, form)]
         if len({tuple(part.column_names) for part in parts}) > 1:
             raise DataError(f"{where}: differ in columns, wanted the same in each")
         if not parts:
             raise DataError(f"{where}: got no row, wanted a side table")
-        table = pa.concat_tables(parts)
+        table = pa.concat_tables(parts).unify_dictionaries()
+        parts.clear()
         # Nothing joins a row without a key; and a missing int key would turn all keys into floats.
         table = table.filter(table[join.on].is_valid()).combine_chunks()
-        self.columns = {name: table[name].combine_chunks() for name in table.column_names}
-        keys = self.columns.pop(join.on)
+        keys = table[join.on].combine_chunks()
+        self._columns = {name: table[name].combine_chunks() for name in table.column_names if name != join.on}
+        self.names = tuple(self._columns)
         counts = pc.value_counts(keys)
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(twice):
@@ -118,13 +123,31 @@ class SideTable:
         self.keys = keys.to_numpy(zero_copy_only=False)
         self._index = IntVocabulary(self.keys) if join.type == "int" else StringVocabulary(self.keys)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Name -> values of every row, an Arrow array."""
+        return {name: _plain(column) for name, column in self._columns.items()}
+
     def lookup(self, keys: Any, names: Collection[str]) -> dict[str, Any]:
         """Return the named columns at the keys; an unknown or missing key has missing values."""
         present = keys.is_valid().to_numpy(zero_copy_only=False)
         places = np.full(len(keys), -1, np.int64)
         places[present] = self._index.lookup(keys.drop_null().to_numpy(zero_copy_only=False)) - 2
         rows = pa.array(places, mask=places < 0)
-        return {name: self.columns[name].take(rows) for name in names}
+        return {name: _plain(self._columns[name].take(rows)) for name in names}
+
+
+def _coded(batch: Any, key: str) -> Any:
+    """Return a table whose columns of texts are dictionaries, but for the key."""
+    columns = {
+        name: column.dictionary_encode() if is_text(column.type) and name != key else column
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    return pa.table(columns)
+
+
+def _plain(column: Any) -> Any:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def group_ids(column: Any) -> Ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,15 @@ def prepare_later(
         train, validation = _days(log, encoder.until, days, validation_days)
         split_of = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
 
-        def read(*wanted: str) -> Iterator[Rows]:
-            for rows in reader.read(frozenset(wanted)):
+        def read(wanted: Collection[str], done: Collection[str] = ()) -> Iterator[Rows]:
+            for rows in reader.read(frozenset(wanted), done=done):
                 yield rows._replace(split=split_of[rows.day])
 
-        first = reported(read(*train), "grow vocabularies", len(train), progress)
-        grown = encoder.grown((rows.features for rows in first), train[-1])
-        rows = reported(read(*split_of), "encode", len(split_of), progress)
-        return Encoded({"train": train, "validation": validation, "test": ()}, grown, rows)
+        def grow(scratch: Path) -> FeatureEncoder:
+            first = reported(read(train), "grow vocabularies", len(train), progress)
+            return encoder.grown((rows.features for rows in first), train[-1], scratch)
+
+        return Encoded({"train": train, "validation": validation, "test": ()}, grow, lambda done: read(split_of, done))
 
     arrays, described = encoder.to_arrays()
     digest = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}

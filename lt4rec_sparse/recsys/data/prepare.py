@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -42,6 +42,8 @@ from lt4rec_sparse.recsys.data.source import DataError, Source, open_source, pre
 from lt4rec_sparse.recsys.data.splits import described
 
 PREPARED, ENCODER = "prepared.json", "encoder.safetensors"
+# In the folder's `scratch/` while it is unfinished: what it is made of, and the days that are encoded.
+BEGUN, ENCODED = "begun.json", "encoded.json"
 # To be raised when the layout or the contents change: older prepared folders are then stale.
 VERSION = 2
 ROW_GROUP_ROWS = 65_536
@@ -99,9 +101,12 @@ def prepare(
 ) -> Prepared:
     """Read a click log, join, split, fit the encoder on the training rows and write encoded Parquet.
 
-    The log is streamed: memory holds one day of it, the side tables, the vocabularies and the histories. `out` appears
-    completely or not at all; if it was prepared from the same files with the same schema, it is opened unchanged. Files
-    are the same if their bytes are; files whose size and modification time have not changed are not read again.
+    The log is streamed: memory holds the side tables, the known values of the vocabularies and the histories, and a
+    bounded part of the rows. `out` appears completely or not at all; if it was prepared from the same files with the
+    same schema, it is opened unchanged. Files are the same if their bytes are; files whose size and modification time
+    have not changed are not read again. If the process is killed, the next one goes on after the last file read, day
+    ordered, encoder fitted or day encoded, in `.<name>.unfinished` beside `out`, and its result is the same. Of several
+    processes that prepare the same folder one does, and the others wait for it.
 
     `source_folder` and `schema` are those of `open_source`; the files of a URL are first copied to `<out>.copy`, which
     stays (`local_data`). `progress` is called with stage, done and total. Rows of a group of `row_group_rows` are read
@@ -116,21 +121,23 @@ def prepare(
 
     def encoded(log: DayLog, reader: RowReader) -> Encoded:
         splits = log.days_of(source.schema)
-        train = reported(reader.read(split="train"), "fit", len(splits["train"]), progress)
         until = next(reversed(splits["train"]), "") or None  # "" is the day of a log without a time
-        encoder = FeatureEncoder.fit(source.schema, (rows.features for rows in train), until)
-        days = {day for split in SPLITS for day in splits[split]}
-        return Encoded(splits, encoder, reported(reader.read(), "encode", len(days), progress))
+
+        def fit(scratch: Path) -> FeatureEncoder:
+            train = reported(reader.read(split="train"), "fit", len(splits["train"]), progress)
+            return FeatureEncoder.fit(source.schema, (rows.features for rows in train), until, scratch)
+
+        return Encoded(splits, fit, lambda done: reader.read(done=done))
 
     return prepare_as(source, out, (), encoded, progress, row_group_rows, replace)
 
 
 class Encoded(NamedTuple):
-    """What is written of a log: the days of each split, the encoder, and the rows with their splits, day by day."""
+    """What is written of a log; nothing is read before it is asked for."""
 
-    splits: Mapping[str, tuple[str, ...]]
-    encoder: FeatureEncoder
-    rows: Iterator[Rows]
+    splits: Mapping[str, tuple[str, ...]]  # the days of each
+    fit: Callable[[Path], FeatureEncoder]  # the encoder, given a folder for temporary files
+    rows: Callable[[Collection[str]], Iterator[Rows]]  # with their splits, day by day, without days that are done
 
 
 def prepare_as(
@@ -155,47 +162,82 @@ def prepare_as(
     if not replace and (out / PREPARED).is_file():
         changed = f"got data of other files, contents, schema or version than {source.folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
-    with prepared_folder(out, PREPARED) as folder:
-        # Before the log is read, so that a file that changes meanwhile is noticed next time.
-        states = source.states({})
-        scratch = folder / "scratch"
-        scratch.mkdir()
-        log = partition(source, scratch, row_group_rows, progress)
-        splits, encoder, stream = encoded(log, RowReader(source, log))
+    with prepared_folder(out, PREPARED, resumed=True) as folder:
+        if not _is_current(out, source, fingerprint):  # another process may have prepared it meanwhile
+            _prepare(source, folder, fingerprint, encoded, progress, row_group_rows, tasks)
+    return Prepared.load(out)
+
+
+def _prepare(
+    source: Source,
+    folder: Path,
+    fingerprint: str,
+    encoded: Callable[[DayLog, RowReader], Encoded],
+    progress: Progress,
+    row_group_rows: int,
+    tasks: Sequence[str],
+) -> None:
+    """Fill a folder that may hold a part of the same: the stages and days that are there are not done again."""
+    scratch = folder / "scratch"
+    states = _begin(source, folder, fingerprint)
+    if not (folder / PREPARED).is_file():
+        log = partition(source, scratch, row_group_rows, progress, resumed=True)
+        made = encoded(log, RowReader(source, log))
+        if not (folder / ENCODER).is_file():
+            arrays, meta = made.fit(scratch).to_arrays()
+            with whole_file(folder / ENCODER) as path:  # for the permissions: safetensors gives them to the owner alone
+                save_file(arrays, path, metadata={"encoder": json.dumps(meta)})
         counts: dict[str, Any] = {"rows_read": log.rows_read, "duplicates": log.duplicates}
         if (split_by := described(source.schema)) is not None:
             counts["split_by"] = split_by
-        counts |= _write(folder, encoder, stream, splits, str(source.folder), tasks)
-        arrays, meta = encoder.to_arrays()
-        with whole_file(folder / ENCODER) as path:  # for the permissions: safetensors gives them to the owner alone
-            save_file(arrays, path, metadata={"encoder": json.dumps(meta)})
-        shutil.rmtree(scratch)
+        counts |= _write(folder, load_encoder(folder), made, str(source.folder), tasks, progress)
         content = {"version": VERSION, "fingerprint": fingerprint, "files": states, "counts": counts}
-        (folder / PREPARED).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return Prepared.load(out)
+        write_whole(folder / PREPARED, json.dumps(content, indent=1))
+    if scratch.exists():
+        shutil.rmtree(scratch)
+
+
+def _begin(source: Source, folder: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Return the states of the source's files, and empty the folder if it was begun with other ones or other rules."""
+    begun = folder / "scratch" / BEGUN
+    before = read_json(begun) if begun.is_file() else _content(folder)
+    # Before the log is read, so that a file that changes meanwhile is noticed next time.
+    states = source.states(before.get("files", {}))
+    content = {"fingerprint": fingerprint, "files": states}
+    if not content.items() <= before.items():
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        begun.parent.mkdir()
+        write_whole(begun, json.dumps(content))
+    return states
 
 
 def _write(
     folder: Path,
     encoder: FeatureEncoder,
-    stream: Iterator[Rows],
-    splits: Mapping[str, tuple[str, ...]],
+    encoded: Encoded,
     where: str,
-    wanted: Sequence[str] = (),
+    wanted: Sequence[str],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the parts of every split and return its counts; no wanted task may be without rows in a split with days."""
     tasks = [task.name for task in encoder.schema.tasks]
+    finished = folder / "scratch" / ENCODED
     counts: dict[str, Any] = {
         split: {
             "days": [day for day in days if day],
             "rows": 0,
             "tasks": {task: {"rows": 0, "label_mean": 0.0} for task in tasks},
         }
-        for split, days in splits.items()
+        for split, days in encoded.splits.items()
     }
+    done: list[str] = []
     parts = dict.fromkeys(SPLITS, 0)
+    if finished.is_file():
+        so_far = read_json(finished, "days", "parts", "counts")
+        done, parts, counts = so_far["days"], so_far["parts"], so_far["counts"]
 
-    def encoded(rows: Rows) -> Any:
+    def table_of(rows: Rows) -> Any:
         table = pa.table(_feature_columns(encoder, rows) | rows.columns)
         counts[rows.split]["rows"] += len(table)
         for name, task in counts[rows.split]["tasks"].items():
@@ -205,20 +247,24 @@ def _write(
         return table.append_column(DAY, pa.repeat(rows.day, len(table)))
 
     for split in SPLITS:
-        (folder / split).mkdir()
-    for _, of_day in groupby(stream, lambda rows: rows.day):
+        (folder / split).mkdir(exist_ok=True)
+    days = {day for split in SPLITS for day in encoded.splits[split]}
+    for day, of_day in groupby(encoded.rows(done), lambda rows: rows.day):
         writers: dict[str, Any] = {}
         with ExitStack() as stack:
             for rows in of_day:
-                split, table = rows.split, encoded(rows)
+                split, table = rows.split, table_of(rows)
                 if split not in writers:
-                    path = folder / split / f"part-{parts[split]:05}.parquet"
+                    path = stack.enter_context(whole_file(folder / split / f"part-{parts[split]:05}.parquet"))
                     writers[split] = stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
                     parts[split] += 1
                 writers[split].write_table(table)
+        done.append(day)
+        write_whole(finished, json.dumps({"days": done, "parts": parts, "counts": counts}))
+        progress("encode", len(done), len(days))
     for split, count in counts.items():
         for name, task in count["tasks"].items():
-            if not task["rows"] and splits[split] and name in (wanted or tasks):
+            if not task["rows"] and encoded.splits[split] and name in (wanted or tasks):
                 got = f"{count['rows']} rows and none of task {name!r}"
                 raise DataError(f"{where}: split {split!r}: got {got}, wanted some of every task")
             task["label_mean"] /= max(task["rows"], 1)

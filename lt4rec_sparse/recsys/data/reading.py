@@ -21,6 +21,7 @@ from lt4rec_sparse.recsys.data.source import DataError, RawType
 
 # Text of about 150,000 rows of a wide log: large enough to be fast, small compared with a day of any log.
 CSV_BLOCK_BYTES = 16 << 20
+PARQUET_BUFFER_BYTES = 1 << 20  # of each column
 NULL_TEXTS = ("", "NA", "N/A", "NULL", "null", "NaN", "nan")
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, LookupError, csv.Error)
 
@@ -101,7 +102,8 @@ def _opened(path: Path, columns: list[str] | None, form: Form) -> Iterator[tuple
     """Give the names of a file's columns, and some or all columns as record batches."""
     try:
         if is_parquet(path):
-            with pq.ParquetFile(path) as parquet:
+            # A page at a time: by default whole row groups would be in memory, and a file may be a single one.
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as parquet:
                 yield parquet.schema_arrow.names, parquet.iter_batches(columns=columns)
             return
         delimiter = form.delimiter or ("\t" if ".tsv" in path.suffixes else ",")

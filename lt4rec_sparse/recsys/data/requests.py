@@ -17,7 +17,8 @@ import pyarrow as pa
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.casts import typed
-from lt4rec_sparse.recsys.data.days import Progress, check_days, days_of, partition
+from lt4rec_sparse.recsys.data.days import Progress, check_days, partition
+from lt4rec_sparse.recsys.data.dealt import days_of
 from lt4rec_sparse.recsys.data.joined import Joined, group_ids
 from lt4rec_sparse.recsys.data.past import Past
 from lt4rec_sparse.recsys.data.reading import column_names, read_file, request_form

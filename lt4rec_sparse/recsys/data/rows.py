@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,8 @@ from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.features.tables import Ids
 from lt4rec_sparse.recsys.data.batches import GROUP, LABEL, MEMBER, SLICE, SPLITS, VALUE, WEIGHT
 from lt4rec_sparse.recsys.data.casts import floats
-from lt4rec_sparse.recsys.data.days import SPLIT, DayLog
+from lt4rec_sparse.recsys.data.days import DayLog
+from lt4rec_sparse.recsys.data.dealt import SPLIT
 from lt4rec_sparse.recsys.data.history import Histories
 from lt4rec_sparse.recsys.data.joined import Joined, raw_column
 from lt4rec_sparse.recsys.data.labels import label_of, number_of
@@ -40,11 +41,13 @@ class RowReader:
         self._joined = Joined(source, log.columns, (*raw_types(source.schema), *made))
         self._joined.check_none_absent()
 
-    def read(self, days: frozenset[str] | None = None, split: str | None = None) -> Iterator[Rows]:
+    def read(
+        self, days: frozenset[str] | None = None, split: str | None = None, done: Collection[str] = ()
+    ) -> Iterator[Rows]:
         """Yield rows in order: of some days or of all that have such rows, and of one split or of all three.
 
-        Days that are not asked for only enter the histories. Where rows are split by day, days that are asked for may
-        be in no split, and their rows have the split "".
+        Days that are not asked for, and those that are `done`, only enter the histories. Where rows are split by day,
+        days that are asked for may be in no split, and their rows have the split "".
         """
         histories = Histories(self._schema)
         wanted = SPLITS if split is None else (split,)
@@ -53,6 +56,7 @@ class RowReader:
             of_splits = self._log.days_of(self._schema)
             split_of = {day: name for name in wanted for day in of_splits[name]}
             days = frozenset(split_of)
+        days = days.difference(done)
         last = max(map(self._log.days.index, days), default=-1)
         past_only = columns_of_histories(self._schema)
         for day in self._log.days[: last + 1]:

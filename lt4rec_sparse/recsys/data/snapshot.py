@@ -51,7 +51,7 @@ def take_snapshot(
     keys = list(schema.keys)
     features = {column.name for column in schema.columns}
     joined = Joined(source, keys, [column.name for column in schema.columns])
-    if not schema.histories and not any(side.columns for side in joined.sides):
+    if not schema.histories and not any(side.names for side in joined.sides):
         wanted = "a model with histories, or features of side tables"
         raise DataError(f"schema {schema.name!r}: got no feature that is found by a key, wanted {wanted}")
     if schema.histories or (at is None and schema.time is not None):
@@ -62,7 +62,8 @@ def take_snapshot(
     elif at is not None:
         check_days(source, [at], "--at")
     for side in joined.sides:
-        columns = side.columns | joined.derived(at or "", side.columns)
+        of_side = side.columns
+        columns = of_side | joined.derived(at or "", of_side)
         raw = {name: raw_column(column) for name, column in columns.items() if name in features}
         if raw:
             tables.append(FeatureTable(side.on, side.keys, raw))

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.files import check_regular, whole_folder
+from lt4rec_sparse.files import check_regular, take_place, unfinished_folder, whole_folder
 from lt4rec_sparse.ranker.features import Column, Schema
 
 SCHEMA_FILE = "schema.toml"
@@ -203,19 +203,28 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def prepared_folder(out: Path, marker: str) -> Iterator[Path]:
+def prepared_folder(out: Path, marker: str, resumed: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `out` that takes its place on a clean exit and is removed otherwise.
 
     Parents that had to be made for `out` are removed with it. `out` is a new or an empty folder, or an earlier one,
     which has a file `marker` and is replaced; anything else would be lost and is refused.
+
+    If it is `resumed` it is that of `unfinished_folder`, with what an earlier process left in it, and takes the place
+    only with a `marker` in it.
     """
     if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: got files without {marker}, wanted a new, an empty or an earlier folder")
     made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_folder(out) as fresh:
-            yield fresh
+        if resumed:
+            with unfinished_folder(out) as folder:
+                yield folder
+                if (folder / marker).is_file():
+                    take_place(folder, out)
+        else:
+            with whole_folder(out) as folder:
+                yield folder
     finally:
         for parent in made:
             with suppress(OSError):  # it holds `out`, or somebody else's files

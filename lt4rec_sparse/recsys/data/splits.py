@@ -94,6 +94,10 @@ class RowSplits:
             places[drawn] = VALIDATION
         return places
 
+    def skip(self, rows: int) -> None:
+        """Pass over rows of the log that are split already."""
+        self._rows += rows
+
     def _present(self, path: Path, batch: Any) -> Any:
         column = batch[self._split.column]
         if column.null_count:
