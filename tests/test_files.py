@@ -19,6 +19,8 @@ from lt4rec_sparse.files import (
     read_json,
     scratch_beside,
     sweep,
+    take_place,
+    unfinished_folder,
     whole_file,
     whole_folder,
     write_whole,
@@ -258,6 +260,39 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"data: got a file, wanted a folder$"), whole_folder(tmp_path / "data"):
         pytest.fail("refused before anything is written")
     assert (tmp_path / "data").read_text() == "x"
+
+
+def test_an_unfinished_folder_is_left_to_the_next_process_unless_the_input_was_wrong(tmp_path):
+    target = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt), unfinished_folder(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == [".data.unfinished"]
+    with pytest.raises(InputError), unfinished_folder(target) as folder:
+        assert [path.name for path in folder.iterdir()] == ["half"]
+        raise InputError("wrong")
+    assert not list(tmp_path.iterdir())
+    with unfinished_folder(target) as folder:
+        (folder / "whole").touch()
+        take_place(folder, target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "whole"]
+
+
+def test_one_at_a_time_has_an_unfinished_folder_and_the_next_one_gets_a_new_one(tmp_path):
+    target = tmp_path / "data"
+
+    def wait():
+        with unfinished_folder(target) as folder:
+            return target.exists(), list(folder.iterdir())
+
+    with ThreadPoolExecutor() as pool:
+        with unfinished_folder(target) as folder:
+            (folder / "whole").touch()
+            waiting = [pool.submit(wait) for _ in range(3)]
+            assert not any(future.done() for future in waiting)
+            take_place(folder, target)
+        assert [future.result() for future in waiting] == [(True, [])] * 3
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "whole"]
 
 
 def test_altered_weights_are_named_and_those_without_checksums_are_read(tmp_path):

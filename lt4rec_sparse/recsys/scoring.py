@@ -59,7 +59,7 @@ def score_log(
     """Score rows of a log as training would have seen them: joined, with histories of strictly earlier days.
 
     Rows come by day, within a day in the order of the schema, without those that training dropped as duplicates. Memory
-    holds one day of the log.
+    holds a bounded part of the log.
 
     Args:
         ranker: The model.

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from rankers import NA
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker.features import Column, EncodedFeatures, FeatureEncoder, Schema, SchemaError
+from lt4rec_sparse.ranker.features import tables as id_tables
 from lt4rec_sparse.ranker.features.raw import bags, single
 from lt4rec_sparse.ranker.features.tables import (
     IntFit,
     IntVocabulary,
     QuantileFit,
     QuantileTable,
+    StringFit,
     StringVocabulary,
     hash64,
 )
@@ -430,6 +433,38 @@ def test_a_table_that_columns_share_is_read_once(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(kind, "from_arrays", counted)
     FeatureEncoder.from_arrays(arrays, meta)
     assert sorted(read) == sorted(name.rpartition(".")[2] for name in arrays)  # "seen" has the table of "video"
+
+
+COUNTED = st.lists(st.lists(st.integers(-9, 9), max_size=12), max_size=6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(COUNTED, st.integers(1, 3), st.integers(1, 8))
+def test_counts_on_disk_are_those_in_memory(chunks: list[list[int]], min_count: int, held: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, patch.object(id_tables, "HELD", held):
+        for kind, values_of in (
+            (IntFit, lambda chunk: np.array(chunk, np.int64)),
+            (StringFit, lambda chunk: np.array([f"é{number}" * abs(number) for number in chunk], object)),
+        ):
+            in_memory, on_disk = kind(min_count), kind(min_count, Path(folder))
+            for chunk in chunks:
+                in_memory.add(values_of(chunk))
+                on_disk.add(values_of(chunk))
+            assert [*on_disk.table().keys] == [*in_memory.table().keys]
+            assert not [*Path(folder).iterdir()]
+
+
+def test_counts_beyond_a_bound_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(id_tables, "HELD", 100)
+    numbers, texts = IntFit(1, tmp_path), StringFit(1, tmp_path)
+    for first in range(0, 1000, 50):
+        chunk = np.arange(first, first + 50)
+        numbers.add(chunk)
+        texts.add(chunk.astype(str).astype(object))
+        assert len(numbers._values) + numbers._waiting <= 200 and len(texts._counts) <= 100
+    assert len([*tmp_path.iterdir()]) == 2
+    assert numbers.table().keys.tolist() == list(range(1000))
+    assert texts.table().keys == tuple(sorted(map(str, range(1000))))
 
 
 @given(ROWS)

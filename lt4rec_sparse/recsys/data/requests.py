@@ -52,7 +52,8 @@ def complete_requests(
     A column that the log has is the log's, as in training: requests bring it, or it is missing. Any other that requests
     have takes precedence over those of side tables; those that are no feature are carried through. Equal rows stay,
     each with its own result. A group without a past has empty histories, a count of 0 and no rate; a key that a side
-    table lacks has missing values. Memory holds the requests, the side tables, the histories and one day of the log.
+    table lacks has missing values. Memory holds the requests, the side tables, the histories and a bounded part of the
+    log.
 
     Args:
         source: The log with its side tables, and the schema of the model.

@@ -46,3 +46,28 @@ def test_histories_equal_a_naive_implementation(days: list[list[Event]], length:
         counts = np.array([counts for counts, _, _, _ in day], np.bool_)
         past.add_day(np.array([group for _, group, _, _ in day], np.int64), counts, columns)
         seen += day
+
+
+@given(DAYS, DAYS, st.integers(1, 4))
+def test_a_day_may_come_in_parts_of_which_only_what_is_left_is_added(
+    before: list[list[Event]], parts: list[list[Event]], length: int
+) -> None:
+    def past_of(days: list[list[Event]]) -> PastRows:
+        past = PastRows(History("past", "click", ("video", "tags"), length))
+        for day in days:
+            columns = {
+                "video": pa.array([video for counts, _, video, _ in day if counts], pa.int64()),
+                "tags": pa.array([tags for counts, _, _, tags in day if counts], pa.list_(pa.string())),
+            }
+            counts = np.array([counts for counts, _, _, _ in day], np.bool_)
+            past.add_day(np.array([group for _, group, _, _ in day], np.int64), counts, columns)
+        return past
+
+    together, in_parts = past_of([*before, [event for part in parts for event in part]]), past_of(before)
+    in_parts.add_past(past_of(parts))
+    assert in_parts.groups.tolist() == together.groups.tolist()
+    for one, other in zip(in_parts.rates(GROUPS), together.rates(GROUPS), strict=True):
+        assert np.array_equal(one, other, equal_nan=True)
+    for name, (values, offsets) in together.bags(GROUPS).items():
+        found, cuts = in_parts.bags(GROUPS)[name]
+        assert found.tolist() == values.tolist() and cuts.tolist() == offsets.tolist()
