@@ -626,6 +626,35 @@ def _daily() -> str:
     return f"{_where(found['machine'])}. {how}\n\n{daily.daily_table(found)}"
 
 
+def _prepare() -> str:
+    cases = record.read("prepare")["cases"]
+    rows = [
+        [
+            f"{case['rows'] / 1e6:,.0f} million",
+            f"{case['log_bytes'] / 1e9:.2f} GB",
+            f"{case['prepared_bytes'] / 1e9:.2f} GB",
+            f"{case['video_ids']:,}",
+            f"{case['cpu_seconds'] / 60:.1f}",
+            f"{case['rows'] / case['cpu_seconds']:,.0f}",
+            f"{case['imported_bytes'] / 2**20:,.0f} MiB",
+            f"{case['high_water_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for case in cases
+    ]
+    heads = [
+        "rows",
+        "CSV",
+        "prepared",
+        "known videos",
+        "minutes of one core",
+        "rows per second of it",
+        "at start",
+        "peak",
+    ]
+    of = cases[-1]["machine"]["processor"]
+    return table(heads, rows) + f"\n\nOn {of}, beside other work, which time of the core does not count."
+
+
 def _commands() -> str:
     timed = record.read("commands")
     rows = [[c["command"], f"{c['seconds']:.0f}"] for c in timed["commands"]]
@@ -648,6 +677,7 @@ def _serving() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
+    "prepare": _prepare,
     "models": _models,
     "frontier": partial(_frontier, "kuairand_pure_frontier"),
     "frontier_census": partial(_frontier, "census_income_frontier"),

@@ -1,19 +1,22 @@
-"""Scores of a file of candidates, or of a log's own rows, written with the columns that say which row is which."""
+"""Scores of candidates, in a file or a record batch, or of a log's own rows, beside columns that say which is which."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.files import scratch_beside
 from lt4rec_sparse.ranker import Ranker
+from lt4rec_sparse.ranker.artefact import load
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data import read_candidates
 from lt4rec_sparse.recsys.data.batches import SPLITS
-from lt4rec_sparse.recsys.data.candidates import ids_of
+from lt4rec_sparse.recsys.data.candidates import features_of, ids_of
 from lt4rec_sparse.recsys.data.days import DayLog, Progress, partition
 from lt4rec_sparse.recsys.data.reading import column_names, list_columns, log_form
 from lt4rec_sparse.recsys.data.rows import RowReader
@@ -21,6 +24,38 @@ from lt4rec_sparse.recsys.data.source import Source
 from lt4rec_sparse.recsys.data.written import check_flat, check_table_name, written_table
 
 CHUNK_ROWS = 16_384  # scored together: the MLP's input is of some thousand bytes per row
+
+
+def score(batch: Any, model: str | Path, keep: Sequence[str] = ()) -> Any:
+    """Return the columns to keep of a `pyarrow.RecordBatch` of candidates, then the scores of every task (float32).
+
+    `functools.partial(score, model=..., keep=...)` is what Ray's `map_batches` and Spark's `mapInArrow` run, and can be
+    pickled: a process loads the artefact at its first batch, and again once the file is another one.
+
+    Args:
+        batch: A column for every feature, of the types of training or of such that fit these without loss; rows are
+            scored for themselves.
+        model: The artefact.
+        keep: Columns of the batch.
+
+    Returns:
+        A `pyarrow.RecordBatch` with the rows of `batch`, in its order.
+
+    Raises:
+        InputError: If a feature or a column to keep is absent, has a wrong value, or has the name of a task.
+    """
+    stat = Path(model).stat()
+    ranker = _loaded(str(model), stat.st_ino, stat.st_mtime_ns)
+    _check_kept(ranker, keep)
+    features = features_of(batch, ranker.encoder.schema, keep)
+    kept = {name: batch.column(name) for name in dict.fromkeys(keep)}
+    return pa.RecordBatch.from_pydict(kept | {task: pa.array(of) for task, of in ranker.score(features).items()})
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, *_: int) -> Ranker:
+    """Return the ranker of a file in a state; one process scores with one model."""
+    return load(model)
 
 
 def score_file(ranker: Ranker, candidates: Path, out: Path, keep: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from math import ceil
 from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lt4rec_sparse.errors import told
 from lt4rec_sparse.ranker.features import EncodedFeatures
+from lt4rec_sparse.recsys.data.memory import cache_bytes
 from lt4rec_sparse.recsys.data.source import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -32,7 +34,6 @@ FEATURE, LABEL, MEMBER, WEIGHT, SLICE, VALUE = "feature.", "label.", "member.", 
 GROUP, DAY, NUMBERS = "group", "day", "numbers"
 # Ten million ids or so: large enough to shuffle well, small enough that a few fit in memory.
 WINDOW_ROWS = 1 << 19
-CACHE_BYTES = 4 << 30  # of decoded windows
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class BatchStream:
     whole cursor: `stream.epoch(3, start=40)` yields, bit for bit, what `stream.epoch(3)` yields from its 41st batch on.
     Without `shuffle` rows keep the order of the files. The last batch may be smaller than `batch_size`.
 
+    Memory holds a window or two, and besides, of all streams of this process together, as many decoded windows as
+    `memory.cache_bytes` allows.
+
     Raises:
         ValueError: If the batch size is not positive or there is no such split.
         DataError: If a file of the split is damaged; the message begins with its path.
@@ -108,6 +112,8 @@ class BatchStream:
         count = ceil(self.rows / WINDOW_ROWS) if shuffle else len(groups)
         self._windows = [groups[first::count] for first in range(count)]
         self._cache: dict[int, Batch] = {}
+        self._cached_bytes = 0
+        _STREAMS.add(self)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -142,8 +148,9 @@ class BatchStream:
             return self._cache[window]
         batch = self._decoded(window)
         # An epoch visits every window once: those that fit are kept for ever, and none would be a better choice.
-        if batch.nbytes + sum(cached.nbytes for cached in self._cache.values()) <= CACHE_BYTES:
+        if batch.nbytes + sum(stream._cached_bytes for stream in _STREAMS) <= cache_bytes():
             self._cache[window] = batch
+            self._cached_bytes += batch.nbytes
         return batch
 
     def _decoded(self, window: int) -> Batch:
@@ -152,6 +159,10 @@ class BatchStream:
             groups.setdefault(file, []).append(group)
         tables = [_read(self._files[file], methodcaller("read_row_groups", chosen)) for file, chosen in groups.items()]
         return _decoded(pa.concat_tables(tables).combine_chunks())
+
+
+# Those that live: their caches share the memory.
+_STREAMS: WeakSet[BatchStream] = WeakSet()
 
 
 def damaged(path: Path, error: Exception) -> DataError:

@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from lt4rec_sparse.files import check_regular
 from lt4rec_sparse.ranker.features import Schema
+from lt4rec_sparse.recsys.data.casts import typed
 from lt4rec_sparse.recsys.data.joined import raw_column
 from lt4rec_sparse.recsys.data.reading import column_names, list_columns, read_file, request_form
-from lt4rec_sparse.recsys.data.source import DataError, feature_type
+from lt4rec_sparse.recsys.data.source import DataError, RawType, feature_type
 
 EVERY = "every feature of the model, as `lt4rec-sparse candidates` makes them of requests"
 
@@ -46,12 +47,7 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
             column's type.
     """
     check_regular(path, kind=DataError)
-    there = column_names(path)
-    types = {column.name: feature_type(column) for column in schema.features}
-    for names, wanted in ((types, EVERY), (keep, f"one of {', '.join(there)}")):
-        for name in names:
-            if name not in there:
-                raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
+    types = _types(path, column_names(path), schema, keep)
     names = list(dict.fromkeys((*types, *keep)))
     batches = list(read_file(path, types, names, request_form(schema)))
     if not batches:
@@ -59,3 +55,27 @@ def read_candidates(path: Path, schema: Schema, keep: Sequence[str] = ()) -> tup
     table = pa.Table.from_batches(batches)
     features = {name: raw_column(pa.concat_arrays(table[name].chunks)) if table.num_rows else [] for name in types}
     return features, table.select(list(dict.fromkeys(keep)))
+
+
+def features_of(batch: Any, schema: Schema, keep: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the features of a record batch as `read_candidates` does those of a file of Parquet.
+
+    Raises:
+        DataError: If a feature or a column to keep is absent, or a value is not of its column's type.
+    """
+    where = Path("batch")
+    types = _types(where, batch.schema.names, schema, keep)
+    if not batch.num_rows:
+        return {name: [] for name in types}
+    columns = typed(where, batch.select([*types]), types, schema.files.missing)
+    return {name: raw_column(columns.column(name)) for name in types}
+
+
+def _types(path: Path, there: Sequence[str], schema: Schema, keep: Sequence[str]) -> dict[str, RawType]:
+    """Return how to read every feature; all and the columns to keep must be there."""
+    types = {column.name: feature_type(column) for column in schema.features}
+    for names, wanted in ((types, EVERY), (keep, f"one of {', '.join(there)}")):
+        for name in names:
+            if name not in there:
+                raise DataError(f"{path}: column {name!r} is absent, wanted {wanted}")
+    return types

@@ -26,7 +26,7 @@ from lt4rec_sparse.recsys.training.objectives import rows_of
 CONSTANT, TREES = "constant", "trees"
 TITLES = {CONSTANT: "a constant (base rates)", TREES: "gradient-boosted trees"}
 NEEDED = (1, 7)  # of scikit-learn, which since then stops early by rows that it is given
-MOST_ROWS = 5_000_000  # of the training days; trees read them all at once, as floats
+MOST_ROWS = 5_000_000  # of the training or the validation days; trees read them all at once, as floats
 MOST_CATEGORIES = 255  # scikit-learn's limit; ids of larger tables are taken as numbers, which are ranks by frequency
 ROUNDS, PATIENCE, DRAW = 1000, 20, 65_536
 
@@ -64,8 +64,9 @@ def obstacle(prepared: Prepared, tasks: tuple[str, ...]) -> str | None:
     if found == "none" or tuple(map(int, found.split(".")[:2])) < NEEDED:
         return f"scikit-learn: got {found}, wanted 1.7 or newer: `pip install 'lt4rec-sparse[baselines]'`"
     train, kinds = prepared.counts["train"], {task.name: task.kind for task in prepared.schema.tasks}
-    if train["rows"] > MOST_ROWS:
-        return f"got {train['rows']:,} training rows, wanted at most {MOST_ROWS:,}"
+    for split, name in (("train", "training"), ("validation", "validation")):
+        if (rows := prepared.counts[split]["rows"]) > MOST_ROWS:
+            return f"got {rows:,} {name} rows, wanted at most {MOST_ROWS:,}"
     for task in tasks:
         if kinds[task] == "binary" and (mean := train["tasks"][task]["label_mean"]) in (0, 1):
             return f"got only labels {mean:.0f} of {task} on the training days, wanted 0 and 1"

@@ -19,6 +19,7 @@ from typing import Any
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.data.memory import CACHE, cache_bytes
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
 from lt4rec_sparse.recsys.harness.trackers import NONE, tracking
@@ -178,7 +179,8 @@ def _submitter(executor: str, workers: int | None) -> Iterator[Callable[..., Fut
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A fresh interpreter: a forked one would inherit torch's threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or cores, context, initializer=prepare_worker) as pool:
+    count = workers or cores or 1
+    with ProcessPoolExecutor(count, context, initializer=prepare_worker, initargs=(count,)) as pool:
         try:
             yield pool.submit
         except BaseException:
@@ -204,7 +206,7 @@ def _ray(workers: int | None) -> Iterator[Callable[..., Future[Any]]]:
 
 
 def _in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
-    prepare_worker()
+    prepare_worker(os.cpu_count() or 1)  # of this machine, which Ray may fill with workers
     return function(*arguments)
 
 
@@ -217,8 +219,10 @@ def _at_once(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
     return future
 
 
-def prepare_worker() -> None:
-    """Make this process compute in one thread, keep freed memory, and end when its parent ends.
+def prepare_worker(workers: int) -> None:
+    """Make this process, one of some workers, compute in one thread, keep freed memory, and end when its parent ends.
+
+    Its caches may take its part of the memory.
 
     glibc returns large blocks to the system at once, and the next training step pages them in again, which takes a
     tenth of its time. Other allocators are left alone.
@@ -226,6 +230,7 @@ def prepare_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.setdefault(CACHE, str(cache_bytes(workers)))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lt4rec_sparse.recsys.data import Batch, BatchStream, DataError, Prepared
+from lt4rec_sparse.recsys.data.memory import CACHE
 
 # The function-scoped fixture sets a constant, the same for every example.
 few_examples = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,13 +120,31 @@ def test_cache_holds_what_fits(prepared: Prepared, monkeypatch: pytest.MonkeyPat
     epochs = []
     for cache_bytes, times_read in ((0, 2), (1 << 30, 1)):
         read.clear()
-        monkeypatch.setattr("lt4rec_sparse.recsys.data.batches.CACHE_BYTES", cache_bytes)
+        monkeypatch.setenv(CACHE, str(cache_bytes))
         stream = prepared.stream("train", 100, shuffle=False)
         epochs += [list(stream.epoch(0)) for _ in range(2)]
         assert all(read.count(window) == times_read for window in set(read))
     for batches in zip(*epochs, strict=True):
         for batch in batches[1:]:
             assert_same(batch, batches[0])
+
+
+def test_all_streams_of_a_process_share_the_memory_of_caches(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.batches._STREAMS", WeakSet[BatchStream]())
+    monkeypatch.setenv(CACHE, str(1 << 30))
+    first = prepared.stream("validation", 100)
+    list(first.epoch(0))
+    monkeypatch.setenv(CACHE, str(int(first._cached_bytes * 1.5)))
+    second = prepared.stream("validation", 100)
+    list(second.epoch(0))
+    assert len(first._cache) == len(first._windows) > len(second._cache)
+    assert second._cached_bytes <= first._cached_bytes / 2
+    monkeypatch.setenv(CACHE, str(first._cached_bytes))
+    del first
+    list(second.epoch(0))
+    assert len(second._cache) == len(second._windows)
 
 
 def test_taking_slices_and_joining_batches(prepared: Prepared) -> None:

@@ -75,11 +75,14 @@ def test_columns_are_ids_and_bags_are_length_and_first_id(small_log):
 
 
 def test_trees_that_cannot_be_are_left_out_with_the_reason(lab, monkeypatch):
-    counts = {**lab.prepared.counts, "train": {**lab.prepared.counts["train"], "rows": 5_000_001}}
-    large = replace(lab.prepared, counts=counts)
-    assert obstacle(large, TASKS) == "got 5,000,001 training rows, wanted at most 5,000,000"
+    for split, name in (("train", "training"), ("validation", "validation")):
+        counts = {**lab.prepared.counts, split: {**lab.prepared.counts[split], "rows": 5_000_001}}
+        large = replace(lab.prepared, counts=counts)
+        assert obstacle(large, TASKS) == f"got 5,000,001 {name} rows, wanted at most 5,000,000"
     one_class = {"rows": 9, "tasks": {"ctr": {"rows": 9, "label_mean": 0.0}}}
-    assert "got only labels 0 of ctr" in obstacle(replace(large, counts={"train": one_class}), ("ctr",))
+    assert "got only labels 0 of ctr" in obstacle(
+        replace(large, counts={"train": one_class, "validation": one_class}), ("ctr",)
+    )
     monkeypatch.setattr(module, "version", lambda name: "1.6.2")
     assert obstacle(lab.prepared, TASKS).startswith("scikit-learn: got 1.6.2, wanted 1.7 or newer")
     monkeypatch.setattr(module, "find_spec", lambda name: None)

@@ -4,6 +4,7 @@ import os
 import select
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -67,12 +68,36 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
         assert file.read() == ""  # the worker's end of the pipe is closed
 
 
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
 def test_ray_is_asked_for_by_name_where_it_is_missing():
-    try:
-        import ray
-    except ImportError:
-        with pytest.raises(InputError, match="pip install ray"):
-            run_jobs({"a": Job(os.getpid, ())}, executor="ray")
-    else:
-        assert ray
-        assert run_jobs({"threads": Job(torch.get_num_threads, ())}, workers=1, executor="ray") == {"threads": 1}
+    with pytest.raises(InputError, match="pip install ray"):
+        run_jobs({"a": Job(os.getpid, ())}, executor="ray")
+
+
+KILLED_ONCE = """
+import os, signal
+from pathlib import Path
+mark = Path(MARK)
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+mark.write_text("done by another worker")
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+@pytest.mark.skipif(find_spec("ray") is None, reason="no Ray: pip install ray")
+def test_on_ray_a_job_outlives_its_worker_and_errors_arrive(tmp_path):
+    mark = tmp_path / "mark"
+    jobs = {
+        "killed": Job(exec, (KILLED_ONCE.replace("MARK", repr(str(mark))), {})),
+        "after": Job(mark.read_text, (), ("killed",)),
+        "threads": Job(torch.get_num_threads, ()),
+        "process": Job(os.getpid, ()),
+    }
+    results = run_jobs(jobs, workers=2, executor="ray")
+    assert results["after"] == "done by another worker"
+    assert results["threads"] == 1 and results["process"] != os.getpid()
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_jobs({"bad": Job(int, ("no number",)), "after": Job(os.getpid, (), ("bad",))}, workers=2, executor="ray")

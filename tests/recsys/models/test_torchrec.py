@@ -1,6 +1,6 @@
 """A model's embeddings may be TorchRec's, sharded over processes: the same model code, given the vectors of its fields.
 
-TorchRec is no dependency: docs/scaling_processes_part.md says how it is installed.
+TorchRec is no dependency: docs/scaling.md says how it is installed.
 """
 
 import os
