@@ -157,6 +157,14 @@ def test_the_daily_suite_runs_in_its_short_form(small_folder: Path, capsys: pyte
     assert lines[3].startswith("| mean |") and "ctr AUC, updated against alone: " in lines[-1]
 
 
+@pytest.mark.bench_short
+def test_the_suite_of_long_logs_runs_in_its_short_form() -> None:
+    measured = json.loads(bench("prepare", "--short"))
+    assert list(measured["stage_seconds"]) == ["read log", "order days", "fit", "encode"]
+    assert measured["imported_bytes"] < measured["high_water_bytes"] < 1 << 30
+    assert measured["prepared_bytes"] > 0 and measured["video_ids"] > 2
+
+
 @needs_engine
 @pytest.mark.bench_short
 def test_the_suite_of_servers_runs_in_its_short_form(tmp_path: Path) -> None:

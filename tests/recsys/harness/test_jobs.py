@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.recsys.data.memory import CACHE, cache_bytes
 from lt4rec_sparse.recsys.harness.jobs import Job, run_jobs
 
 
@@ -43,9 +44,15 @@ def test_jobs_that_cannot_be_are_refused():
         run_jobs({}, executor="cloud")
 
 
-def test_workers_are_processes_of_one_thread():
-    jobs = {"process": Job(os.getpid, ()), "threads": Job(torch.get_num_threads, ())}
-    found = run_jobs(jobs, workers=1)
+def test_workers_are_processes_of_one_thread_that_share_the_memory_of_caches(monkeypatch):
+    monkeypatch.delenv(CACHE, raising=False)
+    jobs = {
+        "process": Job(os.getpid, ()),
+        "threads": Job(torch.get_num_threads, ()),
+        "cache": Job(cache_bytes, ()),
+    }
+    found = run_jobs(jobs, workers=2)
+    assert found["cache"] == cache_bytes(2)
     assert found["process"] != os.getpid()
     assert found["threads"] == 1
 
