@@ -71,15 +71,27 @@ class Ranks:
     def sum_gradients(self, model: nn.Module) -> None:
         """Replace the gradient of each of a model's parameters by its sum over the processes.
 
-        A sparse gradient then names the rows that any process names.
+        A parameter has one if it has one in any process: a part of a batch may hold no value of some bag, say. A sparse
+        gradient then names the rows that any process names.
         """
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self.sum_([gradient for gradient in gradients if not gradient.is_sparse])
-        for parameter in model.parameters():
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = self._sum_of_rows(parameter.grad.coalesce())
+        parameters = list(model.parameters())
+        found = torch.zeros(2, len(parameters), dtype=torch.int64)  # how many have a dense one, and a sparse one
+        for place, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                found[int(parameter.grad.is_sparse), place] = 1
+        self.sum_([found])
+        dense, sparse = ([p for p, n in zip(parameters, of, strict=True) if n] for of in found.tolist())
+        for parameter in dense:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.sum_([parameter.grad for parameter in dense if parameter.grad is not None])
+        for parameter in sparse:
+            if parameter.grad is None:
+                nothing = torch.zeros(1, 0, dtype=torch.int64), parameter.new_zeros(0, *parameter.shape[1:])
+                parameter.grad = torch.sparse_coo_tensor(*nothing, parameter.shape, check_invariants=False)
+            parameter.grad = self._sum_of_rows(parameter.grad.coalesce())
 
     def _sum_of_rows(self, gradient: Tensor) -> Tensor:
         """Return the sum of coalesced gradients `[rows, dim]`: entries in the order of the processes."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import UNIT_ROUNDOFF, Bounded, assert_rounding
+from oracle import UNIT_ROUNDOFF, Bounded, assert_exact, assert_rounding
 from safetensors.torch import load_file
 
 from lt4rec_sparse.errors import InputError
@@ -254,6 +254,23 @@ def test_a_process_with_other_weights_is_noticed():
         return True
 
     assert side_by_side(2, go) == [True, True]
+
+
+def test_a_gradient_that_some_processes_lack_is_summed_in_all():
+    def go():
+        model = torch.nn.ModuleList(
+            [torch.nn.Linear(2, 1), torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(1, 1)]
+        )
+        if current().rank == 1:
+            (model[0](torch.ones(3, 2)).sum() + model[1](torch.tensor([3, 0, 3])).sum()).backward()
+        current().sum_gradients(model)
+        return [None if p.grad is None else p.grad.to_dense() for p in model.parameters()]
+
+    for weight, bias, rows, *others in side_by_side(2, go):
+        assert_exact(weight, torch.full((1, 2), 3.0))
+        assert_exact(bias, torch.full((1,), 3.0))
+        assert_exact(rows, torch.tensor([1.0, 0, 0, 2, 0]).unsqueeze(1).expand(5, 2))
+        assert others == [None, None]
 
 
 def test_a_process_alone_just_calls():
