@@ -336,8 +336,9 @@ class CrossedEmbeddings(nn.Module):
         batch, first = features.batch, (place - self.n_single) * features.batch
         offsets = features.multi_offsets[first : first + batch + 1]
         ids = features.multi_values[int(offsets[0]) : int(offsets[-1])]
-        if not len(ids):
-            return torch.zeros_like(target)
+        if not len(ids):  # a sum of nothing, so that the unit has a gradient, as it has in processes with values
+            nothing: Tensor = unit(target[:0], target[:0]).sum()
+            return torch.zeros_like(target) + nothing.to(target.dtype)
         h = self._rows(ids + self.table_starts[place])
         row_of = torch.repeat_interleave(torch.arange(batch, device=ids.device), offsets.diff())
         weights = unit(h, target.index_select(0, row_of)).squeeze(1).to(h.dtype)

@@ -135,9 +135,9 @@ def test_a_bag_is_the_sum_of_its_values_each_weighted_by_itself_and_the_target(b
     embedded.sum().backward()
     wanted.sum().backward()
     for (name, ours), (_, theirs) in zip(inputs.named_parameters(), by_hand.named_parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name
-        if theirs.grad is not None:
-            assert_exact(ours.grad, theirs.grad)
+        # Where no bag has a value, the naive sum has no unit; ours has zeros, which processes can add up.
+        assert ours.grad is not None, name
+        assert_exact(ours.grad, torch.zeros_like(ours) if theirs.grad is None else theirs.grad)
 
 
 @given(BATCH.filter(bool))
