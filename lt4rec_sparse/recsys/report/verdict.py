@@ -70,7 +70,8 @@ def _word(difference: Difference, metric: str) -> str:
 def _sure(run: Run) -> str:
     if run.seeds == 1:
         return "This is one seed, which cannot tell a difference from the noise of another start."
-    return f"Clear is beyond the noise of {run.seeds} seeds (paired t-test, p < {UNLIKELY:g})."
+    said = "Better and worse are said of differences beyond the noise"
+    return f"{said} of {run.seeds} seeds alone (paired t-test, p < {UNLIKELY:g})."
 
 
 def _costs(run: Run) -> str:
