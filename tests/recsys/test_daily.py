@@ -16,9 +16,10 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.nn import MaskedMLP, SparseMLP
 from lt4rec_sparse.ranker import Ranker, load, save
+from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.daily import UpdateSettings, update
-from lt4rec_sparse.recsys.data import DataError, Prepared
+from lt4rec_sparse.recsys.data import DataError, Prepared, prepare
 from lt4rec_sparse.recsys.frozen import calibrated
 from lt4rec_sparse.recsys.harness import starts
 from lt4rec_sparse.recsys.models import SparseSharing
@@ -197,6 +198,29 @@ def test_rounded_artefacts_start_from_what_they_hold_and_stay_as_they_were(ranke
     assert new.mlp.network.quantization is None
     start = f"embeddings {kind}, network bfloat16"
     assert start in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_attention_goes_on_and_scales_of_raw_numbers_stay(small_log, small_folder, tmp_path):
+    parts = small_log.schema.to_dict()
+    columns = [{**c, "encoding": "standardised"} if c["name"] == "duration_ms" else c for c in parts["columns"]]
+    histories = [{**h, "columns": ["video_id", "author_id"], "pooling": "attention"} for h in parts["histories"]]
+    schema = Schema.from_dict({**parts, "columns": columns, "histories": histories})
+    folder = shutil.copytree(small_folder, tmp_path / "log")
+    (folder / "schema.toml").write_text(schema.to_toml())
+    prepared = prepare(folder, tmp_path / "data", schema)
+    encoder = prepared.encoder
+    torch.manual_seed(0)
+    how = {"numbers": encoder.n_numbers, "attention": encoder.attention}
+    model = SparseSharing(CrossedEmbeddings(encoder.fields, encoder.table_sizes, 4, **how), TASKS, (8,))
+    old = Ranker(encoder, model.inputs, calibrated(model, prepared))
+    save(old, tmp_path / "old.safetensors")
+    new = load(update(tmp_path / "old.safetensors", folder, tmp_path / "out", SETTINGS).model)
+    assert new.inputs.attention == old.inputs.attention and len(new.inputs.units) == 2
+    for before, after in zip(old.inputs.units.parameters(), new.inputs.units.parameters(), strict=True):
+        assert not torch.equal(before, after)
+    arrays = (ranker.encoder.scale("duration_ms").to_arrays() for ranker in (old, new))
+    for before, after in zip(*(part.values() for part in arrays), strict=True):
+        assert (before == after).all()
 
 
 def test_what_cannot_be_trained_is_refused_before_the_log_is_read(ranker, tmp_path):
