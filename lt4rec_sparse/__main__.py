@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # What the extras `recsys` and `serve` install, by import name.
-EXTRA = ("click", "markdown_it", "matplotlib", "pyarrow", "rich", "tomli", "typer")
+EXTRA = ("click", "jinja2", "markdown_it", "matplotlib", "pyarrow", "rich", "tomli", "typer")
 SERVE = ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop")
 
 
