@@ -201,7 +201,8 @@ def _embedding_step(embedding: nn.Embedding, optimizer: Any, generator: torch.Ge
 def _search(prepared: Prepared) -> dict[str, Any]:
     """Time the search of both tasks' tickets, including baselines, and the plain loop."""
     training = Training(dtype=fastest_dtype())
-    result = {
+    result: dict[str, Any] = {
+        "dtype": training.dtype,
         "ours_s": _seconds_of_search(prepared, Rows(TASKS, training)),
         "ours_in_blocks_s": _seconds_of_search(
             prepared, Rows(TASKS, replace(training, sparse_steps=True), granularity="16x4")
