@@ -223,8 +223,8 @@ def _training_of(found: dict[str, Any]) -> str:
             table(["MMoE, the same rows, features, widths and batch", "rows per second"], rows),
             f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
             "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
-            f"{search['ours_s']:.0f} s (two processes, {search.get('dtype', 'bfloat16')}, the baseline as first round), "
-            f"where the plain loop takes {search['plain_s']:.0f} s (fp32, two threads, baselines apart)."
+            f"{search['ours_s']:.0f} s (two processes, {search.get('dtype', 'bfloat16')}, the baseline as first "
+            f"round), where the plain loop takes {search['plain_s']:.0f} s (fp32, two threads, baselines apart)."
             f"{_search_in_blocks(search)}",
             *([_joint_training(found["joint"])] if "joint" in found else []),
             *large,
