@@ -105,6 +105,33 @@ inline __m512i unpack16(__m512i a, __m512i b, int half) {
   });
 }
 
+// Within each 128 bits: lanes of `a` and `b` in turn, the lower two of each, or the upper two.
+inline __m512 unpack(__m512 a, __m512 b, int half) {
+  const auto x = lanes_of<float>(a), y = lanes_of<float>(b);
+  return make<__m512, float>([&](int i) {
+    const int from = i / 4 * 4 + 2 * half + i % 4 / 2;
+    return i % 2 ? y.lane[from] : x.lane[from];
+  });
+}
+
+// Within each 128 bits: two of `a`, then two of `b`, each at the place that two bits of `places` say.
+inline __m512 shuffle(__m512 a, __m512 b, int places) {
+  const auto x = lanes_of<float>(a), y = lanes_of<float>(b);
+  return make<__m512, float>([&](int i) {
+    const int from = i / 4 * 4 + (places >> 2 * (i % 4) & 3);
+    return i % 4 < 2 ? x.lane[from] : y.lane[from];
+  });
+}
+
+// The same of parts of 128 bits.
+inline __m512 shuffle_parts(__m512 a, __m512 b, int places) {
+  const auto x = lanes_of<float>(a), y = lanes_of<float>(b);
+  return make<__m512, float>([&](int i) {
+    const int part = i / 4, from = (places >> 2 * part & 3) * 4 + i % 4;
+    return part < 2 ? x.lane[from] : y.lane[from];
+  });
+}
+
 // Saturates: within each 128 bits first those of `a`, then those of `b`.
 template <class From, class To>
 __m512i pack(__m512i a, __m512i b, int64_t least, int64_t most) {
@@ -180,6 +207,12 @@ inline __m512i lt4rec_words(__m512 v) { return ::emulated::load<__m512i>(&v); }
 inline __m512i lt4rec_within(__m512i index) { return LT4REC_EACH(__m512i, uint8_t, LT4REC_LANES(uint8_t, index)[i] & 63); }
 #define _mm512_unpacklo_epi16(a, b) ::emulated::unpack16(a, b, 0)
 #define _mm512_unpackhi_epi16(a, b) ::emulated::unpack16(a, b, 1)
+#define _mm512_maskz_unpacklo_ps(mask, a, b) ::emulated::unpack(a, b, 0)
+#define _mm512_maskz_unpackhi_ps(mask, a, b) ::emulated::unpack(a, b, 1)
+#undef _mm512_maskz_shuffle_ps
+#define _mm512_maskz_shuffle_ps(mask, a, b, places) ::emulated::shuffle(a, b, places)
+#undef _mm512_maskz_shuffle_f32x4
+#define _mm512_maskz_shuffle_f32x4(mask, a, b, places) ::emulated::shuffle_parts(a, b, places)
 #define _mm512_packs_epi32(a, b) (::emulated::pack<int32_t, int16_t>(a, b, -32768, 32767))
 #define _mm512_packus_epi16(a, b) (::emulated::pack<int16_t, uint8_t>(a, b, 0, 255))
 
