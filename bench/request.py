@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from bench import record, runtimes
+from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.onnx import to_onnx
 from lt4rec_sparse.ranker import Ranker, load
@@ -114,6 +115,8 @@ def request(encoder: FeatureEncoder, batch: EncodedFeatures, size: int) -> tuple
 
 def raw_columns(encoder: FeatureEncoder, features: EncodedFeatures) -> Columns:
     """Return values that have these ids; of hashed tables, whose ids no value is known of, missing ones."""
+    if encoder.n_numbers:
+        raise InputError("encoder: got raw numbers, wanted ids alone: values of numbers are not told by them")
     columns: Columns = {}
     singles = [field for field in encoder.fields if not field.multi]
     for place, field in enumerate(singles):

@@ -21,7 +21,8 @@ def score_files(model: str, candidates: str, out: str, keep: tuple[str, ...]) ->
     scored = partial(score, model=model, keep=keep)
 
     def of_block(block: pa.Table) -> pa.Table:
-        return pa.Table.from_batches(map(scored, block.combine_chunks().to_batches()))
+        batches = block.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], block.schema)]
+        return pa.Table.from_batches(map(scored, batches))
 
     ray.data.read_parquet(candidates).map_batches(of_block, batch_format="pyarrow", batch_size=ROWS).write_parquet(out)
 

@@ -72,9 +72,10 @@ def update(
     model.safetensors, and report.md with the old and the new model on days that neither has seen.
     """
     from lt4rec_sparse.cli import shown_progress, training_dtype
-    from lt4rec_sparse.recsys.daily import UpdateSettings
+    from lt4rec_sparse.recsys.daily import Updated, UpdateSettings
     from lt4rec_sparse.recsys.daily import update as update_model
     from lt4rec_sparse.recsys.data.remote import located
+    from lt4rec_sparse.recsys.training import led
 
     settings = UpdateSettings(
         days=days,
@@ -89,7 +90,13 @@ def update(
         seed=seed,
         embeddings=embeddings,
     )
-    with shown_progress(quiet) as progress:
-        done = update_model(model, located(data), out, settings, progress)
+
+    def carried_out() -> Updated:
+        with shown_progress(quiet) as progress:
+            return update_model(model, located(data), out, settings, progress)
+
+    done = led(carried_out)
+    if done is None:  # one of torchrun's other processes: the first one speaks
+        return
     typer.echo(done.verdict)
     typer.echo(f"{done.model}, report.md, results.json")

@@ -22,7 +22,7 @@ from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, schema_of
 from lt4rec_sparse.recsys.data.table_folder import write_tables
 from lt4rec_sparse.recsys.frozen import freeze_trial
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
-from lt4rec_sparse.recsys.harness.jobs import laboratory
+from lt4rec_sparse.recsys.harness.jobs import forget_laboratories, laboratory
 from lt4rec_sparse.recsys.harness.settings import RunSettings
 from lt4rec_sparse.recsys.harness.study import Progress, Resources
 from lt4rec_sparse.recsys.run import MODEL, Given, begun, served_row, trained
@@ -120,17 +120,20 @@ def _fit(
         given = Given(data_name(table), partial(_of_folder, table, schema, out, progress))
     else:
         given = Given(TABLE, partial(_of_tables, table, schema, joins, out / TABLE))
-    with torch.random.fork_rng(devices=[]), begun(given, out, settings, progress) as log:
-        here = resources or Resources(executor="here")
-        study = trained(log, out, progress, here, lambda row: any(trial.masks for trial in row.trials))
-        row = served_row(study.records, log.settings.masks, log.tasks)
-        lab = laboratory(out)
-        freeze_trial(lab, study.trials[row, 0][0], out / MODEL, log.settings.embeddings)
-        record = next(record for record in study.records if (record["row"], record["seed"]) == (row, 0))
-        training = log.settings.training
-        if warning := few_steps(lab.batches(training) * training.epochs):
-            warnings.warn(warning, RuntimeWarning, stacklevel=3)
-        return Fitted(load(out / MODEL), {split: record[split]["all"] for split in ("validation", "test")})
+    try:
+        with torch.random.fork_rng(devices=[]), begun(given, out, settings, progress) as log:
+            here = resources or Resources(executor="here")
+            study = trained(log, out, progress, here, lambda row: any(trial.masks for trial in row.trials))
+            row = served_row(study.records, log.settings.masks, log.tasks)
+            lab = laboratory(out)
+            freeze_trial(lab, study.trials[row, 0][0], out / MODEL, log.settings.embeddings)
+            record = next(record for record in study.records if (record["row"], record["seed"]) == (row, 0))
+            training = log.settings.training
+            if warning := few_steps(lab.batches(training) * training.epochs):
+                warnings.warn(warning, RuntimeWarning, stacklevel=3)
+            return Fitted(load(out / MODEL), {split: record[split]["all"] for split in ("validation", "test")})
+    finally:
+        forget_laboratories()  # whoever fits a model keeps no decoded rows
 
 
 def _of_tables(

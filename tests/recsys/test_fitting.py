@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -130,6 +132,15 @@ def test_a_call_that_stops_underway_is_continued(fitted, tmp_path):
     assert (tmp_path / "config.json").exists()
     assert not (tmp_path / MODEL).exists()
     assert_same_scores(fit(log(), SCHEMA, joins={"item": ITEMS}, out=tmp_path, **HOW), fitted[1])
+
+
+def test_another_log_in_the_place_of_one_is_fitted_as_it_is(tmp_path):
+    fit(log(), SCHEMA, joins={"item": ITEMS}, out=tmp_path / "out", **HOW)
+    shutil.rmtree(tmp_path / "out")
+    others = pa.table({"item": [1_000 + i for i in range(20)], "town": ["Ulm", "Graz"] * 10})
+    moved = log().set_column(0, "item", pc.add(log()["item"], 1_000))
+    ranker = fit(moved, SCHEMA, joins={"item": others}, out=tmp_path / "out", **HOW)
+    assert ranker.encoder.table("item").keys.min() >= 1_000
 
 
 def test_other_tables_schemas_and_settings_are_refused_and_nothing_changes(fitted):

@@ -2,7 +2,7 @@
 
 from lt4rec_sparse.recsys.data.batches import SPLITS, Batch, BatchStream
 from lt4rec_sparse.recsys.data.candidates import read_candidates
-from lt4rec_sparse.recsys.data.prepare import Prepared, prepare
+from lt4rec_sparse.recsys.data.prepare import Prepared, prepare, state_of
 from lt4rec_sparse.recsys.data.requests import Candidates, complete_requests
 from lt4rec_sparse.recsys.data.simulator import SimulatorConfig, simulate
 from lt4rec_sparse.recsys.data.snapshot import Snapshot, take_snapshot
@@ -23,5 +23,6 @@ __all__ = [
     "prepare",
     "read_candidates",
     "simulate",
+    "state_of",
     "take_snapshot",
 ]

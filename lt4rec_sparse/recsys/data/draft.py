@@ -396,6 +396,8 @@ def _column(seen: Seen, of_log: bool) -> tuple[Column | None, str]:
         inner = seen.values.type.value_type
         if pa.types.is_floating(inner):
             lengths = {*pc.unique(pc.list_value_length(seen.values)).drop_null().to_pylist()} - {0}  # none is missing
+            if not lengths:
+                return None, "lists without a number"
             least, most = min(lengths), max(lengths)
             if least < most or most > MAX_PLACES:
                 return None, f"lists of {least:,} to {most:,} numbers, wanted as many in each for a vector"

@@ -98,12 +98,17 @@ def _by_range(rows: Dealt, order: str, folder: Path) -> Iterator[tuple[Dealt, bo
 def _cuts(rows: Dealt, order: str) -> NDArray[Any]:
     """Return some of the moments of the rows, ascending, with about as many rows between any two."""
     step = -(-rows.rows // SAMPLES)
-    sampled, done = [], 0
+    sampled, done, present = [], 0, np.empty(0)
     for batch in rows.read([order]):
-        sampled.append(batch[order].to_numpy(zero_copy_only=False)[-done % step :: step])
+        found = batch[order].to_numpy(zero_copy_only=False)
+        sampled.append(found[-done % step :: step])
+        if not len(present):
+            present = found[~np.isnan(found)][:1]
         done += batch.num_rows
     moments = np.sort(np.concatenate(sampled))
     moments = moments[~np.isnan(moments)]
+    if not len(moments):
+        return present  # one cut tells all that is missing from the few that are not
     # A second piece for each that the bytes ask for: they are not of one size.
     count = min(2 * -(-rows.nbytes // PIECE_BYTES), MOST_PIECES // 2)
     return np.unique(moments[len(moments) * np.arange(1, count) // count])

@@ -49,6 +49,15 @@ VERSION = 2
 ROW_GROUP_ROWS = 65_536
 
 
+def state_of(folder: Path) -> tuple[int, ...]:
+    """Return what tells a prepared folder from one that takes its place later; nothing where there is none."""
+    path = folder / PREPARED
+    if not path.is_file():
+        return ()
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A prepared folder, with the encoder as fitted on the training days.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.recsys.data import Prepared
+from lt4rec_sparse.recsys.data import Prepared, state_of
 from lt4rec_sparse.recsys.data.memory import CACHE, cache_bytes
 from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.starts import warm_name
@@ -107,9 +107,18 @@ def _search_key(trial: Trial, task: str) -> Hashable:
     return (search.folder(task), task, warm, trial.seed)
 
 
-@lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
 def laboratory(folder: Path) -> Laboratory:
     """Return this process's laboratory over a folder with a prepared log."""
+    return _laboratory(folder, folder.absolute(), state_of(folder / DATA))
+
+
+def forget_laboratories() -> None:
+    """Let go of this process's laboratories, and of the rows that they have decoded."""
+    _laboratory.cache_clear()
+
+
+@lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
+def _laboratory(folder: Path, place: Path, state: tuple[int, ...]) -> Laboratory:
     return Laboratory(Prepared.load(folder / DATA), folder)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lt4rec_sparse.files import read_json, write_whole
-from lt4rec_sparse.recsys.data import BatchStream, Prepared
+from lt4rec_sparse.recsys.data import BatchStream, Prepared, state_of
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.base_rates import base_rates
 from lt4rec_sparse.recsys.harness.trackers import Course, Tracking, flat
@@ -57,7 +57,7 @@ class Starts:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send to another process where the log is: it opens its own, and keeps the rows that it decodes."""
-        return _opened, (type(self), self.prepared.folder.absolute(), self.folder.absolute())
+        return _open, (type(self), self.prepared.folder.absolute(), self.folder.absolute())
 
     def single(self, training: Training, task: str, seed: int) -> dict[str, Any]:
         """Return the record of a single-task baseline, `validation` and `seconds`; train it first if need be.
@@ -275,8 +275,12 @@ class Starts:
             file.write(f"{line}\n")  # one short write, so that lines of several processes do not mix
 
 
+def _open(kind: Any, prepared: Path, folder: Path) -> Starts:
+    return _opened(kind, prepared, folder, state_of(prepared))
+
+
 @lru_cache(maxsize=2)  # an experiment over many logs goes through them in order
-def _opened(kind: type[Starts], prepared: Path, folder: Path) -> Starts:
+def _opened(kind: type[Starts], prepared: Path, folder: Path, state: tuple[int, ...]) -> Starts:
     return kind(Prepared.load(prepared), folder)
 
 

@@ -136,13 +136,16 @@ def test_candidates_come_back_from_a_file_as_they_were(tmp_path, kind):
 @pytest.mark.parametrize("name", ["lists.parquet", "fixed.parquet", "empty.parquet"])
 def test_a_draft_names_vectors_and_leaves_other_lists_of_numbers_out(tmp_path, name):
     odd = pa.array([[i / 2] * (1 + i % 2) for i in range(ROWS)])
-    pq.write_table(log_of(FORMS[name]()).append_column("odd", odd), tmp_path / "log.parquet")
+    bare = pa.array([[] if i % 2 else None for i in range(ROWS)], pa.list_(pa.float64()))
+    table = log_of(FORMS[name]()).append_column("odd", odd).append_column("bare", bare)
+    pq.write_table(table, tmp_path / "log.parquet")
     text = draft_schema(tmp_path)
     (tmp_path / "schema.toml").write_text(text)
     columns = {column.name: column for column in Schema.from_toml(tmp_path / "schema.toml").columns}
     assert (columns["view"].kind, columns["view"].size, columns["view"].encoding) == ("vector", 3, "standardised")
     assert "vectors of 3 numbers" in text
     assert "odd, lists of 1 to 2 numbers, wanted as many in each for a vector" in text
+    assert "bare, lists without a number" in text
 
 
 def test_histories_with_attention_and_last_values_are_prepared_and_trained_on(tmp_path):

@@ -64,6 +64,15 @@ def test_pieces_do_not_matter(rows: list[Any], batch_rows: int, piece_bytes: int
     assert list(map(repr, whole.to_pylist())) == list(map(repr, naive))
 
 
+@pytest.mark.parametrize("present", [[], [7], [7, 3, 3], list(range(20))])
+def test_moments_that_are_missing_in_many_rows_are_last(tmp_path: Path, present: list[int]) -> None:
+    rows = [(None if i not in present else float(-i), i, "text", []) for i in range(20)]
+    day = dealt(rows, 5, tmp_path)
+    with patch.object(module, "PIECE_BYTES", 100), patch.object(module, "SAMPLES", 2):
+        ids = pa.concat_tables(ordered(day, schema_of(True, False), LAYOUT.names, tmp_path / "pieces"))["id"]
+    assert ids.to_pylist() == [*sorted(set(present), reverse=True), *(i for i in range(20) if i not in present)]
+
+
 @given(st.lists(st.integers(0, 12), max_size=8), st.integers(1, 10))
 def test_chunks_have_the_rows_in_order_and_are_full_but_for_the_last(sizes: list[int], rows: int) -> None:
     firsts = [sum(sizes[:place]) for place in range(len(sizes))]
