@@ -81,17 +81,19 @@ def compare_log(
     days: str = "test",
     k: int = 10,
     progress: Progress = lambda stage, done, total: None,
+    data_of_b: Path | None = None,
 ) -> ScoreDifference:
     """Compare scores on rows of a log, each as its own schema makes features of them; see `scoring.score_log`.
 
     `scratch` is an empty folder for temporary files of the size of the log, or twice of it if the schemas differ.
+    `data_of_b` is another copy of the same log, with the side tables of B's schema, where `data` has only those of A's.
 
     Raises:
         InputError: As `score_log` and `check_same_rows`, if `k` is below 1, or no task is in both.
     """
     check_same_rows(a.encoder.schema, b.encoder.schema, days)
 
-    def read(schema: Schema) -> Iterator[Part]:
+    def read(data: Path, schema: Schema) -> Iterator[Part]:
         source, folder = open_source(data, schema), scratch / str(len(list(scratch.iterdir())))
         folder.mkdir()
         log = partition(source, folder, CHUNK_ROWS, progress)
@@ -100,8 +102,8 @@ def compare_log(
             yield rows.features, rows.columns.get(GROUP)
 
     if a.encoder.schema == b.encoder.schema:
-        return _compared(a, b, ((part, part) for part in read(a.encoder.schema)), k)
-    return _compared(a, b, _alike(read(a.encoder.schema), read(b.encoder.schema)), k)
+        return _compared(a, b, ((part, part) for part in read(data, a.encoder.schema)), k)
+    return _compared(a, b, _alike(read(data, a.encoder.schema), read(data_of_b or data, b.encoder.schema)), k)
 
 
 def check_same_rows(a: Schema, b: Schema, days: str) -> None:

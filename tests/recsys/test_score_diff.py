@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt4rec_sparse import MaskedMLP, freeze
+from lt4rec_sparse.cli_diff import _scores
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker import Ranker
-from lt4rec_sparse.ranker.features import FeatureEncoder
+from lt4rec_sparse.ranker import Ranker, save
+from lt4rec_sparse.ranker.features import Column, FeatureEncoder, Join
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import complete_requests, open_source
 from lt4rec_sparse.recsys.score_diff import _spearman, _top_overlap, compare_file, compare_log
@@ -137,3 +139,24 @@ def test_another_split_of_named_days_is_compared(small_log, small_folder, tmp_pa
     a, b = ranker_of(small_log.encoder, 0), ranker_of(encoder, 0)
     found = compare_log(a, b, small_folder, tmp_path, "2024-01-06")
     assert {scores.largest for scores in found.tasks.values()} == {0}
+
+
+def test_side_tables_of_both_schemas_are_copied_from_a_url(small_log, small_folder, tmp_path):
+    system = fsspec.filesystem("memory")
+    for path in small_folder.rglob("*.parquet"):
+        system.pipe_file(f"/bucket/two/{path.relative_to(small_folder)}", path.read_bytes())
+    system.pipe_file("/bucket/two/shops.csv", b"user_id,shop\n1,2\n")
+    schema = small_log.schema
+    other = replace(
+        schema,
+        columns=(*schema.columns, Column("shop", "single")),
+        joins=(*schema.joins, Join(("shops.csv",), "user_id")),
+    )
+    b = FeatureEncoder.fit(other, [{c.name: [] for c in other.features}])
+    save(ranker_of(small_log.encoder, 0), tmp_path / "a.safetensors")
+    save(ranker_of(b, 0), tmp_path / "b.safetensors")
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for pair in (paths, paths[::-1]):
+        found = _scores(*pair, None, "memory://bucket/two", "2024-01-06", 10, lambda *_: None)
+        assert found is not None and found.rows > 100
+    system.rm("/bucket/two", recursive=True)
