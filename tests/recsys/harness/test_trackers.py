@@ -226,6 +226,22 @@ def test_a_whole_run_is_told_when_it_has_more_seeds(tmp_path, tiny):
     assert told[2][2] == {"base/ctr/auc": pytest.approx(0.55, rel=1e-15)}
 
 
+@pytest.mark.parametrize("method", ["made", "start", "log", "finish"])
+def test_a_finished_run_is_told_by_the_next_command(tmp_path, tiny, method):
+    def told_whole():
+        tracking.cache_clear()
+        tracking(tmp_path, NAME).whole({}, 1, [], [])
+        return [x[1] for x in tiny.told if x[1] in ("log", "finish")]
+
+    tiny.raises = {(method, None): RuntimeError("no server")}
+    told_whole()
+    tiny.told, tiny.raises = [], {}
+    assert told_whole() == (["finish"] if method == "finish" else ["log", "finish"])
+    assert not list(tmp_path.rglob("failed"))
+    tiny.told = []
+    assert told_whole() == []
+
+
 def test_unknown_and_missing_trackers_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"^tracker: got 'wandb', wanted one of none, tensorboard, mlflow, json$"):
         Resources(tracker="wandb")
