@@ -242,6 +242,21 @@ def test_a_finished_run_is_told_by_the_next_command(tmp_path, tiny, method):
     assert told_whole() == []
 
 
+def test_a_tracker_is_told_what_another_one_was_told_and_of_no_error_of_its(tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "csv", "")
+    monkeypatch.setattr(Tracking, "tracker", lambda self, *entry: Tiny(*entry))
+    for name in (NAME, "csv"):
+        found = tracking(tmp_path, name)
+        found.begin()
+        found.course("singles/a").log(5, {})
+        found.finish("singles/a", {})
+        found.guarded(lambda: int("no"))
+    assert [x[1] for x in tiny.told if x[0] == "singles/a"] == ["made", "start", "log", "finish"] * 2
+    assert not Tracking(tmp_path, NAME).is_on
+    tracking(tmp_path, NAME).begin()
+    assert Tracking(tmp_path, NAME).is_on and not Tracking(tmp_path, "csv").is_on
+
+
 def test_unknown_and_missing_trackers_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"^tracker: got 'wandb', wanted one of none, tensorboard, mlflow, json$"):
         Resources(tracker="wandb")

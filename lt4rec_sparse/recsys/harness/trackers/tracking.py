@@ -69,7 +69,8 @@ class Tracking:
     """Tells a tracker of the trainings in a folder.
 
     `tracking/` in the folder holds what must outlive a process: the folder's identity, by which entries are found
-    again, the last step of each entry, and the first error, which ends the tracking until the next `begin`.
+    again, and per tracker, in a folder of its name, the last step that it was told of each entry, and its first error,
+    which ends the tracking until the next `begin`.
     """
 
     def __init__(self, folder: Path, name: str = NONE) -> None:
@@ -80,7 +81,7 @@ class Tracking:
     @property
     def is_on(self) -> bool:
         """Whether there is a tracker that has not failed."""
-        return self.name != NONE and not self._path(FAILED).exists()
+        return self.name != NONE and not self._own(FAILED).exists()
 
     def begin(self) -> None:
         """Prepare the tracker, before processes that train do so at the same time; try one again that failed."""
@@ -88,7 +89,7 @@ class Tracking:
             return
         self._is_begun = True
         self._courses.clear()  # what they were not told is not in their journals
-        self._path(FAILED).unlink(missing_ok=True)
+        self._own(FAILED).unlink(missing_ok=True)
         if not self._path(IDENTITY).exists():
             write_whole(self._path(IDENTITY), json.dumps({"identity": uuid4().hex}))
         self.guarded(lambda: self.tracker("run", 0))
@@ -96,7 +97,7 @@ class Tracking:
     def course(self, entry: str, config: Mapping[str, Any] | None = None) -> Course:
         """Return the course of a training that this process carries out; it starts with `config` where it is new."""
         if entry not in self._courses:
-            self._courses[entry] = Course(self, entry, self._path(f"{entry}.json"), config or {})
+            self._courses[entry] = Course(self, entry, self._own(f"{entry}.json"), config or {})
         return self._courses[entry]
 
     def finish(self, entry: str, results: Mapping[str, float], files: Sequence[Path] = ()) -> None:
@@ -127,13 +128,13 @@ class Tracking:
                 self.finish(entry, {}, files)
 
     def guarded(self, call: Callable[[], Any]) -> bool:
-        """Return whether a call raises nothing; what it raises is told once per folder."""
+        """Return whether a call raises nothing; what it raises is told once per folder and tracker."""
         try:
             call()
         except Exception as error:  # whatever a tracker raises, trainings go on without it
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             try:
-                with self._path(FAILED).open("x", encoding="utf-8") as file:
+                with self._own(FAILED).open("x", encoding="utf-8") as file:
                     file.write(reason)
             except FileExistsError:
                 return False
@@ -147,6 +148,10 @@ class Tracking:
         identity = read_json(self._path(IDENTITY), "identity")["identity"]
         tracker: Tracker = getattr(importlib.import_module(module), name)(self.folder, identity, entry, step)
         return tracker
+
+    def _own(self, name: str) -> Path:
+        """Return a path of this tracker's: what one was told, another one was not."""
+        return self._path(f"{self.name}/{name}")
 
     def _path(self, name: str) -> Path:
         path = self.folder / FOLDER / name
