@@ -168,6 +168,17 @@ def test_what_was_trained_is_not_told_again(small_log, tmp_path, tiny):
         assert [what for name, what in told if name == entry and what != "log"] == ["made", "start", "finish"]
 
 
+def test_warm_ups_and_rewinds_are_finished_without_results(small_log, tmp_path, tiny):
+    lab = lab_of(small_log, tmp_path)
+    lab.tracking.begin()
+    warm = replace(TRAINING, epochs=1, warm_up=0.5)
+    lab.tickets(Search(warm, rounds=1, density=0.3, rewind=0.5), "ctr", TASKS, 0)
+    ends = {entry: what for entry, *what in tiny.told if entry != "run"}
+    assert {what[0] for what in ends.values()} == {"finish"}
+    bare = [entry for entry, (_, results, _) in ends.items() if not results]
+    assert sorted(entry.rpartition("/")[2].partition("-")[0] for entry in bare) == ["rewind", "warm"]
+
+
 def test_a_finished_entry_is_not_begun_again_by_a_trial_with_equal_masks(small_log, tmp_path, tiny):
     masks = Masks("random", Search(TRAINING, density=0.3))
     trial = Trial("sparse_sharing", TASKS, 0, TRAINING, masks)
