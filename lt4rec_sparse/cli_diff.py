@@ -72,16 +72,20 @@ def _scores(
 
     from lt4rec_sparse.ranker import load
     from lt4rec_sparse.recsys.data.remote import local_data
-    from lt4rec_sparse.recsys.score_diff import compare_file, compare_log
+    from lt4rec_sparse.recsys.score_diff import check_same_rows, compare_file, compare_log
 
     if requests is not None:
         return compare_file(load(a), load(b), requests, top_k)
     if data is None:
         return None
-    first = load(a)
+    first, second = load(a), load(b)
+    of_a, of_b = first.encoder.schema, second.encoder.schema
+    check_same_rows(of_a, of_b, days)  # before a log is copied
     with TemporaryDirectory() as copies, TemporaryDirectory() as scratch:
-        folder = local_data(data, Path(copies) / "log", first.encoder.schema, progress)
-        return compare_log(first, load(b), folder, Path(scratch), days, top_k, progress)
+        folder = other = local_data(data, Path(copies) / "a" / "log", of_a, progress)
+        if of_a.joins != of_b.joins:  # a copy has the side tables of one schema alone
+            other = local_data(data, Path(copies) / "b" / "log", of_b, progress)
+        return compare_log(first, second, folder, Path(scratch), days, top_k, progress, other)
 
 
 def _parts(found: Difference, scores: ScoreDifference | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from lt4rec_sparse.recsys.data import open_source, prepare
 from lt4rec_sparse.recsys.data.remote import COPY, local_data
 from lt4rec_sparse.recsys.harness.baselines import baselines
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
-from lt4rec_sparse.recsys.harness.jobs import DATA, has_trained, laboratory
+from lt4rec_sparse.recsys.harness.jobs import DATA, check_executor, has_trained, laboratory
 from lt4rec_sparse.recsys.harness.rows import RANDOM, S_WEIGHT, Row, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
 from lt4rec_sparse.recsys.harness.study import Progress, Resources, carrier, carry_out
@@ -122,13 +122,15 @@ def run_experiment(
 
     Raises:
         InputError: If there is no such experiment or no seed, a loss names an unknown task, or another process works in
-            `out`.
+            `out`; or as `check_executor`.
         DataError: If the data do not match their schema, or `out` holds trials on other data.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"experiment: got {name!r}, wanted one of {', '.join(EXPERIMENTS)}")
     check_counts(seeds=seeds)
     check_top_k(top_k)
+    resources = resources or Resources()
+    check_executor(resources.workers, resources.executor)
     experiment = EXPERIMENTS[name]
     data = local_data(data, out / COPY, progress=progress)
     training, schema = training or Training(), open_source(data).schema
@@ -137,7 +139,6 @@ def run_experiment(
     unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
     if unknown:
         raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
-    resources = resources or Resources()
     with locked(out):
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))

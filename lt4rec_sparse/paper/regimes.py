@@ -21,7 +21,7 @@ from lt4rec_sparse.paper.pages import Findings
 from lt4rec_sparse.recsys.data import SimulatorConfig, prepare, simulate
 from lt4rec_sparse.recsys.data.source import TRUTH
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
-from lt4rec_sparse.recsys.harness.jobs import DATA, Job, has_trained, laboratory, run_jobs
+from lt4rec_sparse.recsys.harness.jobs import DATA, Job, check_executor, has_trained, laboratory, run_jobs
 from lt4rec_sparse.recsys.harness.recovery import recovery
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT_LAST, Rows
 from lt4rec_sparse.recsys.harness.settings import locked
@@ -99,6 +99,7 @@ def run_regimes(
     see `run_experiment`; the hidden widths are the regime's own.
     """
     regimes, resources = regimes or around(Regime()), resources or Resources()
+    check_executor(resources.workers, resources.executor)
     folders = {title: out / title.replace(" ", "_").replace("%", "percent") for title in regimes}
     with locked(out):
         logs = {folders[title]: Job(prepare_regime, (folders[title], r.config())) for title, r in regimes.items()}

@@ -25,7 +25,7 @@ from lt4rec_sparse.recsys.data import SPLITS, DataError, Prepared, SimulatorConf
 from lt4rec_sparse.recsys.data.remote import COPY, data_name, local_data
 from lt4rec_sparse.recsys.frozen import freeze_and_compare
 from lt4rec_sparse.recsys.harness.baselines import baselines
-from lt4rec_sparse.recsys.harness.jobs import DATA, laboratory
+from lt4rec_sparse.recsys.harness.jobs import DATA, check_executor, laboratory
 from lt4rec_sparse.recsys.harness.recovery import PLANTED, recovery
 from lt4rec_sparse.recsys.harness.rows import S_WEIGHT, S_WEIGHT_LAST, Row, Rows, narrow_factor
 from lt4rec_sparse.recsys.harness.settings import (
@@ -80,11 +80,13 @@ def run(
         resources: The processes that train, and what tracks them.
 
     Raises:
-        InputError: If `out` holds a run with other settings or of another version, or another process works there.
+        InputError: If `out` holds a run with other settings or of another version, or another process works there; or
+            as `check_executor`.
         DataError: If `out` holds a run on other data, or the data do not match their schema.
         SchemaError: If the schema contradicts itself, or has a name that cannot be used here.
     """
-    started = perf_counter()
+    started, resources = perf_counter(), resources or Resources()
+    check_executor(resources.workers, resources.executor)
     given = _simulated(out, progress) if data is None else _of_folder(data, out, progress)
     with begun(given, out, settings, progress) as log:
         facts = {
@@ -96,7 +98,7 @@ def run(
         }
         if data is None:
             facts["truth"] = read_json(log.source / "truth.json", "fields")
-        results, resources = _earlier(out, log.config), resources or Resources()
+        results = _earlier(out, log.config)
         if results is None:
             results = {
                 "data": facts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker import Ranker
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data import open_source, read_candidates
-from lt4rec_sparse.recsys.data.batches import GROUP
+from lt4rec_sparse.recsys.data.batches import GROUP, SPLITS
 from lt4rec_sparse.recsys.data.days import Progress, partition
 from lt4rec_sparse.recsys.data.joined import group_ids
 from lt4rec_sparse.recsys.data.reading import column_names
@@ -81,17 +81,19 @@ def compare_log(
     days: str = "test",
     k: int = 10,
     progress: Progress = lambda stage, done, total: None,
+    data_of_b: Path | None = None,
 ) -> ScoreDifference:
     """Compare scores on rows of a log, each as its own schema makes features of them; see `scoring.score_log`.
 
     `scratch` is an empty folder for temporary files of the size of the log, or twice of it if the schemas differ.
+    `data_of_b` is another copy of the same log, with the side tables of B's schema, where `data` has only those of A's.
 
     Raises:
-        InputError: As `score_log`, if the schemas make different numbers of rows, `k` is below 1, or no task is in
-            both.
+        InputError: As `score_log` and `check_same_rows`, if `k` is below 1, or no task is in both.
     """
+    check_same_rows(a.encoder.schema, b.encoder.schema, days)
 
-    def read(schema: Schema) -> Iterator[Part]:
+    def read(data: Path, schema: Schema) -> Iterator[Part]:
         source, folder = open_source(data, schema), scratch / str(len(list(scratch.iterdir())))
         folder.mkdir()
         log = partition(source, folder, CHUNK_ROWS, progress)
@@ -100,8 +102,27 @@ def compare_log(
             yield rows.features, rows.columns.get(GROUP)
 
     if a.encoder.schema == b.encoder.schema:
-        return _compared(a, b, ((part, part) for part in read(a.encoder.schema)), k)
-    return _compared(a, b, _alike(read(a.encoder.schema), read(b.encoder.schema)), k)
+        return _compared(a, b, ((part, part) for part in read(data, a.encoder.schema)), k)
+    return _compared(a, b, _alike(read(data, a.encoder.schema), read(data_of_b or data, b.encoder.schema)), k)
+
+
+def check_same_rows(a: Schema, b: Schema, days: str) -> None:
+    """Check that two schemas read the same rows of a log in the same order, since scores are compared row by row.
+
+    Raises:
+        InputError: If they differ in what decides it; the message names the first difference and both values.
+    """
+    decide = ("time", "group", *(("split",) if days in SPLITS else ()))
+    found = [("files.log", a.files.log, b.files.log), ("duplicates", a.duplicates, b.duplicates)]
+    for part in decide:
+        of_a, of_b = getattr(a, part), getattr(b, part)
+        if of_a is None or of_b is None:
+            found.append((part, of_a, of_b))
+        else:
+            found += [(f"{part}.{x.name}", getattr(of_a, x.name), getattr(of_b, x.name)) for x in fields(of_a)]
+    for name, first, second in found:
+        if first != second:
+            raise InputError(f"{name}: got {first!r} in A's schema and {second!r} in B's, wanted the same rows of both")
 
 
 def _alike(of_a: Iterable[Part], of_b: Iterable[Part]) -> Iterator[tuple[Part, Part]]:

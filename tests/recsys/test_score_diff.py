@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt4rec_sparse import MaskedMLP, freeze
+from lt4rec_sparse.cli_diff import _scores
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.ranker import Ranker
-from lt4rec_sparse.ranker.features import FeatureEncoder
+from lt4rec_sparse.ranker import Ranker, save
+from lt4rec_sparse.ranker.features import Column, FeatureEncoder, Join
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import complete_requests, open_source
 from lt4rec_sparse.recsys.score_diff import _spearman, _top_overlap, compare_file, compare_log
@@ -107,7 +109,54 @@ def test_what_cannot_be_compared_is_refused(small_log, small_folder, tmp_path):
         compare_log(a, b, small_folder, tmp_path)
     with pytest.raises(InputError, match="top_k: got 0, wanted at least 1"):
         compare_log(a, a, small_folder, tmp_path, k=0)
-    schema = replace(small_log.schema, duplicates="keep")
-    other = ranker_of(FeatureEncoder(schema, {n: small_log.encoder.table(n) for n in small_log.encoder.table_sizes}), 0)
-    with pytest.raises(InputError, match=r"rows: got .* by the two schemas, wanted the same rows"):
-        compare_log(a, other, small_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "days", "message"),
+    [
+        (
+            "time",
+            {"order": "play_time_ms"},
+            "2024-01-06",
+            r"time.order: got .* in A's schema and 'play_time_ms' in B's",
+        ),
+        ("split", {"validation_days": 1}, "test", r"split.validation_days: got 2 in A's schema and 1 in B's, wanted"),
+        (None, {"duplicates": "keep"}, "test", r"duplicates: got 'drop' in A's schema and 'keep' in B's, wanted"),
+        (None, {"group": None, "histories": ()}, "test", r"group: got Group\(.* in A's schema and None in B's, wanted"),
+    ],
+)
+def test_schemas_of_other_rows_are_refused_before_a_log_is_read(small_log, tmp_path, part, change, days, message):
+    schema = small_log.schema
+    other = replace(schema, **(change if part is None else {part: replace(getattr(schema, part), **change)}))
+    b = ranker_of(FeatureEncoder.fit(other, [{c.name: [] for c in other.features}]), 0)
+    with pytest.raises(InputError, match=message):
+        compare_log(ranker_of(small_log.encoder, 0), b, tmp_path / "absent", tmp_path, days)
+
+
+def test_another_split_of_named_days_is_compared(small_log, small_folder, tmp_path):
+    other = replace(small_log.schema, split=replace(small_log.schema.split, validation_days=1))
+    encoder = FeatureEncoder(other, {n: small_log.encoder.table(n) for n in small_log.encoder.table_sizes})
+    a, b = ranker_of(small_log.encoder, 0), ranker_of(encoder, 0)
+    found = compare_log(a, b, small_folder, tmp_path, "2024-01-06")
+    assert {scores.largest for scores in found.tasks.values()} == {0}
+
+
+def test_side_tables_of_both_schemas_are_copied_from_a_url(small_log, small_folder, tmp_path):
+    system = fsspec.filesystem("memory")
+    for path in small_folder.rglob("*.parquet"):
+        system.pipe_file(f"/bucket/two/{path.relative_to(small_folder)}", path.read_bytes())
+    system.pipe_file("/bucket/two/shops.csv", b"user_id,shop\n1,2\n")
+    schema = small_log.schema
+    other = replace(
+        schema,
+        columns=(*schema.columns, Column("shop", "single")),
+        joins=(*schema.joins, Join(("shops.csv",), "user_id")),
+    )
+    b = FeatureEncoder.fit(other, [{c.name: [] for c in other.features}])
+    save(ranker_of(small_log.encoder, 0), tmp_path / "a.safetensors")
+    save(ranker_of(b, 0), tmp_path / "b.safetensors")
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for pair in (paths, paths[::-1]):
+        found = _scores(*pair, None, "memory://bucket/two", "2024-01-06", 10, lambda *_: None)
+        assert found is not None and found.rows > 100
+    system.rm("/bucket/two", recursive=True)

@@ -132,6 +132,19 @@ def _train(folder: Path, tracker: str, what: str, *arguments: Any) -> Any:
     return None
 
 
+def check_executor(workers: int | None, executor: str) -> None:
+    """Check what is to carry out jobs; also before a log is prepared for them, which can take hours.
+
+    Raises:
+        InputError: If there is no such executor, or workers or Ray are asked for besides `torchrun`'s processes.
+    """
+    if executor not in EXECUTORS:
+        raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")
+    if joined().size > 1 and (workers is not None or executor == "ray"):
+        got = "ray" if executor == "ray" else f"{workers} workers"
+        raise InputError(f"executor: got {got} under torchrun, wanted none: its processes share each training")
+
+
 def run_jobs(
     jobs: Mapping[Any, Job],
     workers: int | None = None,
@@ -150,14 +163,10 @@ def run_jobs(
     after another, since all processes share each training.
 
     Raises:
-        InputError: If there is no such executor, or workers or Ray are asked for besides `torchrun`'s processes.
+        InputError: As `check_executor`.
     """
-    if executor not in EXECUTORS:
-        raise InputError(f"executor: got {executor!r}, wanted one of {', '.join(EXECUTORS)}")
+    check_executor(workers, executor)
     if joined().size > 1:
-        if workers is not None or executor == "ray":
-            got = "ray" if executor == "ray" else f"{workers} workers"
-            raise InputError(f"executor: got {got} under torchrun, wanted none: its processes share each training")
         executor = "here"
     place = {key: i for i, key in enumerate(jobs)}
     order = TopologicalSorter({key: job.needs for key, job in jobs.items()})

@@ -151,6 +151,8 @@ class Starts:
         if not (path.exists() and took.exists()):
             seconds = self.train(path, model, objective, training, seed, **how)
             save_weights(model, path)
+            if "batches" in how:  # a warm-up or what is rewound to: nobody judges it
+                self.tracking.finish(self._stage(path), {})
             write_whole(took, json.dumps(seconds))
         load_weights(model, path)
         return read_seconds(took)

@@ -168,6 +168,17 @@ def test_what_was_trained_is_not_told_again(small_log, tmp_path, tiny):
         assert [what for name, what in told if name == entry and what != "log"] == ["made", "start", "finish"]
 
 
+def test_warm_ups_and_rewinds_are_finished_without_results(small_log, tmp_path, tiny):
+    lab = lab_of(small_log, tmp_path)
+    lab.tracking.begin()
+    warm = replace(TRAINING, epochs=1, warm_up=0.5)
+    lab.tickets(Search(warm, rounds=1, density=0.3, rewind=0.5), "ctr", TASKS, 0)
+    ends = {entry: what for entry, *what in tiny.told if entry != "run"}
+    assert {what[0] for what in ends.values()} == {"finish"}
+    bare = [entry for entry, (_, results, _) in ends.items() if not results]
+    assert sorted(entry.rpartition("/")[2].partition("-")[0] for entry in bare) == ["rewind", "warm"]
+
+
 def test_a_finished_entry_is_not_begun_again_by_a_trial_with_equal_masks(small_log, tmp_path, tiny):
     masks = Masks("random", Search(TRAINING, density=0.3))
     trial = Trial("sparse_sharing", TASKS, 0, TRAINING, masks)
@@ -224,6 +235,37 @@ def test_a_whole_run_is_told_when_it_has_more_seeds(tmp_path, tiny):
     assert [x[:2] for x in told] == [("log", 1), finish[:2], ("log", 2), finish[:2]]
     assert told[0][2] == {"base/ctr/auc": 0.5} and told[1] == finish
     assert told[2][2] == {"base/ctr/auc": pytest.approx(0.55, rel=1e-15)}
+
+
+@pytest.mark.parametrize("method", ["made", "start", "log", "finish"])
+def test_a_finished_run_is_told_by_the_next_command(tmp_path, tiny, method):
+    def told_whole():
+        tracking.cache_clear()
+        tracking(tmp_path, NAME).whole({}, 1, [], [])
+        return [x[1] for x in tiny.told if x[1] in ("log", "finish")]
+
+    tiny.raises = {(method, None): RuntimeError("no server")}
+    told_whole()
+    tiny.told, tiny.raises = [], {}
+    assert told_whole() == (["finish"] if method == "finish" else ["log", "finish"])
+    assert not list(tmp_path.rglob("failed"))
+    tiny.told = []
+    assert told_whole() == []
+
+
+def test_a_tracker_is_told_what_another_one_was_told_and_of_no_error_of_its(tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "csv", "")
+    monkeypatch.setattr(Tracking, "tracker", lambda self, *entry: Tiny(*entry))
+    for name in (NAME, "csv"):
+        found = tracking(tmp_path, name)
+        found.begin()
+        found.course("singles/a").log(5, {})
+        found.finish("singles/a", {})
+        found.guarded(lambda: int("no"))
+    assert [x[1] for x in tiny.told if x[0] == "singles/a"] == ["made", "start", "log", "finish"] * 2
+    assert not Tracking(tmp_path, NAME).is_on
+    tracking(tmp_path, NAME).begin()
+    assert Tracking(tmp_path, NAME).is_on and not Tracking(tmp_path, "csv").is_on
 
 
 def test_unknown_and_missing_trackers_are_refused(monkeypatch):

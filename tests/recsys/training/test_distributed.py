@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.lottery import DropAndGrow, GradualPruning
+from lt4rec_sparse.paper.experiment import run_experiment
+from lt4rec_sparse.paper.regimes import run_regimes
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.harness import objectives
@@ -286,6 +288,20 @@ def test_processes_that_share_trainings_run_no_others_beside():
             run_jobs(jobs, workers=3)
         with pytest.raises(InputError, match="got ray under torchrun, wanted none"):
             run_jobs(jobs, executor="ray")
+
+
+def test_workers_beside_torchrun_are_refused_before_a_folder_is_touched(tmp_path):
+    out, resources = tmp_path / "out", Resources(workers=3)
+    calls = (
+        lambda: run(None, out, RunSettings(), resources=resources),
+        lambda: run_experiment("table3", tmp_path / "absent", out, 1, resources=resources),
+        lambda: run_regimes(out, 1, resources=resources),
+    )
+    with distributed._set(distributed._joined, Ranks(0, 2)):
+        for call in calls:
+            with pytest.raises(InputError, match="got 3 workers under torchrun, wanted none"):
+                call()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("method", ["gradual", "drop_and_grow"])

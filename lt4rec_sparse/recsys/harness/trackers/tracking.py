@@ -69,23 +69,27 @@ class Tracking:
     """Tells a tracker of the trainings in a folder.
 
     `tracking/` in the folder holds what must outlive a process: the folder's identity, by which entries are found
-    again, the last step of each entry, and the first error, which ends the tracking until the next `begin`.
+    again, and per tracker, in a folder of its name, the last step that it was told of each entry, and its first error,
+    which ends the tracking until the next `begin`.
     """
 
     def __init__(self, folder: Path, name: str = NONE) -> None:
         self.folder, self.name = folder, name
         self._courses: dict[str, Course] = {}
+        self._is_begun = False
 
     @property
     def is_on(self) -> bool:
         """Whether there is a tracker that has not failed."""
-        return self.name != NONE and not self._path(FAILED).exists()
+        return self.name != NONE and not self._own(FAILED).exists()
 
     def begin(self) -> None:
-        """Prepare the tracker, before processes that train do so at the same time."""
+        """Prepare the tracker, before processes that train do so at the same time; try one again that failed."""
         if self.name == NONE:
             return
-        self._path(FAILED).unlink(missing_ok=True)
+        self._is_begun = True
+        self._courses.clear()  # what they were not told is not in their journals
+        self._own(FAILED).unlink(missing_ok=True)
         if not self._path(IDENTITY).exists():
             write_whole(self._path(IDENTITY), json.dumps({"identity": uuid4().hex}))
         self.guarded(lambda: self.tracker("run", 0))
@@ -93,7 +97,7 @@ class Tracking:
     def course(self, entry: str, config: Mapping[str, Any] | None = None) -> Course:
         """Return the course of a training that this process carries out; it starts with `config` where it is new."""
         if entry not in self._courses:
-            self._courses[entry] = Course(self, entry, self._path(f"{entry}.json"), config or {})
+            self._courses[entry] = Course(self, entry, self._own(f"{entry}.json"), config or {})
         return self._courses[entry]
 
     def finish(self, entry: str, results: Mapping[str, float], files: Sequence[Path] = ()) -> None:
@@ -110,23 +114,33 @@ class Tracking:
         files: Sequence[Path],
         entry: str = "run",
     ) -> None:
-        """Tell of a whole run: its settings, the `figures` of its records after so many seeds, and its files."""
-        if self.is_on and self.course(entry, config).log(seeds, figures(records)):
-            self.finish(entry, {}, files)
+        """Tell of a whole run: its settings, the `figures` of its records after so many seeds, and its files.
 
-    def guarded(self, call: Callable[[], Any]) -> Any:
-        """Return what a call returns; None if it raises, which is told once per folder."""
+        A command that trained nothing has not begun before.
+        """
+        if not self._is_begun:
+            self.begin()
+        self._is_begun = False  # the next command begins again
+        if self.is_on:
+            course = self.course(entry, config)
+            course.log(seeds, figures(records))
+            if not course.is_finished:  # also where an earlier command logged the figures and then failed
+                self.finish(entry, {}, files)
+
+    def guarded(self, call: Callable[[], Any]) -> bool:
+        """Return whether a call raises nothing; what it raises is told once per folder and tracker."""
         try:
-            return call()
+            call()
         except Exception as error:  # whatever a tracker raises, trainings go on without it
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             try:
-                with self._path(FAILED).open("x", encoding="utf-8") as file:
+                with self._own(FAILED).open("x", encoding="utf-8") as file:
                     file.write(reason)
             except FileExistsError:
-                return None
+                return False
             LOG.warning("warning: tracker %s: got %s; the run goes on without it", self.name, reason[:300])
-            return None
+            return False
+        return True
 
     def tracker(self, entry: str, step: int) -> Tracker:
         """Return the tracker's object for an entry, which was told of the steps up to `step`."""
@@ -135,6 +149,10 @@ class Tracking:
         tracker: Tracker = getattr(importlib.import_module(module), name)(self.folder, identity, entry, step)
         return tracker
 
+    def _own(self, name: str) -> Path:
+        """Return a path of this tracker's: what one was told, another one was not."""
+        return self._path(f"{self.name}/{name}")
+
     def _path(self, name: str) -> Path:
         path = self.folder / FOLDER / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +160,10 @@ class Tracking:
 
 
 class Course:
-    """The course of one training; its last step is on disk before the tracker is told, so that none is told twice."""
+    """The course of one training; its last step is on disk before the tracker is told, so that none is told twice.
+
+    A step at which the tracker raised is taken back: the next command may tell it.
+    """
 
     def __init__(self, tracking: Tracking, entry: str, journal: Path, config: Mapping[str, Any]) -> None:
         self._tracking, self._entry, self._journal, self._config = tracking, entry, journal, config
@@ -151,12 +172,15 @@ class Course:
         self._told: list[str] | None = known.get("told")  # names of results; None while it goes on
         self._tracker: Tracker | None = None  # started when there is something to tell
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Tell the tracker metrics after so many steps, unless it was told of that step; return whether it was not."""
-        if step <= self._step:
-            return False
-        self._tell(lambda tracker: tracker.log(step, metrics), step, None)
-        return True
+    @property
+    def is_finished(self) -> bool:
+        """Whether the tracker was told that there is no more."""
+        return self._told is not None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell the tracker metrics after so many steps, unless it was told of that step."""
+        if step > self._step:
+            self._tell(lambda tracker: tracker.log(step, metrics), step, None)
 
     def finish(self, results: Mapping[str, float], files: Sequence[Path]) -> None:
         """Tell the tracker the results that it was not told, if any, or that there is none."""
@@ -166,10 +190,16 @@ class Course:
             self._tell(lambda tracker: tracker.finish(new, files), self._step, told)
 
     def _tell(self, call: Callable[[Tracker], None], step: int, told: list[str] | None) -> None:
-        before, self._step, self._told = self._step, step, told
+        before = self._step, self._told
+        self._step, self._told = step, told
         if self._tracking.is_on:
-            write_whole(self._journal, json.dumps({"step": step, "told": told}))
-            self._tracking.guarded(lambda: call(self._started(before)))
+            self._note()
+            if not self._tracking.guarded(lambda: call(self._started(before[0]))):
+                self._step, self._told = before
+                self._note()
+
+    def _note(self) -> None:
+        write_whole(self._journal, json.dumps({"step": self._step, "told": self._told}))
 
     def _started(self, step: int) -> Tracker:
         if self._tracker is None:
