@@ -213,7 +213,8 @@ def _begin(source: Source, folder: Path, fingerprint: str) -> dict[str, dict[str
     # Before the log is read, so that a file that changes meanwhile is noticed next time.
     states = source.states(before.get("files", {}))
     content = {"fingerprint": fingerprint, "files": states}
-    if not content.items() <= before.items():
+    known = {name: state.get("digest") for name, state in before.get("files", {}).items()}
+    if before.get("fingerprint") != fingerprint or {name: state["digest"] for name, state in states.items()} != known:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         begun.parent.mkdir()

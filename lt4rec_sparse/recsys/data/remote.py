@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from lt4rec_sparse.errors import InputError, told
-from lt4rec_sparse.files import read_json, scratch_beside, whole_file, write_whole
+from lt4rec_sparse.files import TEMPORARY, read_json, scratch_beside, whole_file, write_whole
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data.seen import is_table, table_suffix
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, TRUTH, DataError, check_pattern, kuairand_schema, schema_of
@@ -131,10 +131,20 @@ def copy_file(url: str, path: Path) -> None:
 
     Raises what `local_data` does.
     """
+    copied, name = _copy_of(url, path)
+    copied.take([name], {name: path})
+
+
+def is_copy(url: str, path: Path) -> bool:
+    """Return whether `path` is what `copy_file` wrote of a URL that has not changed since; raises what it does."""
+    copied, name = _copy_of(url, path)
+    return copied.has(name, path)
+
+
+def _copy_of(url: str, path: Path) -> tuple[_Copy, str]:
     parent, _, name = url.rpartition("/")
     states = path.parent.with_name(f"{path.parent.name}.{path.name}.json")
-    copied = _Copy(_Remote(parent), path.parent, lambda stage, done, total: None, states)
-    copied.take([name], {name: path})
+    return _Copy(_Remote(parent), path.parent, lambda stage, done, total: None, states), name
 
 
 class _Remote:
@@ -212,13 +222,18 @@ class _Copy:
         known = content.get("files") if content.get("url") == remote.url else None
         self._states: dict[str, Any] = known if isinstance(known, dict) else {}
 
+    def has(self, name: str, path: Path) -> bool:
+        """Return whether a path is the copy that was made of a file as it is now."""
+        is_there = path.is_file() and not path.is_symlink()
+        return is_there and self._states.get(name) == {"remote": self._remote.state(name), "copy": _identity(path)}
+
     def take(self, names: Sequence[str], paths: Mapping[str, Path] | None = None) -> None:
         """Copy the named files that changed; each to its path, by default below the folder."""
         for done, name in enumerate(names):
             path = (paths or {}).get(name) or self._folder / name
-            state = self._remote.state(name)
-            if path.is_file() and self._states.get(name) == state:
+            if self.has(name, path):
                 continue
+            state = self._remote.state(name)
             self._progress("copy files", done, len(names))
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
@@ -226,7 +241,7 @@ class _Copy:
                 size, got = state.get("size"), temporary.stat().st_size
                 if size not in (None, got):
                     raise DataError(f"{self._remote.url}/{name}: got {got:,} bytes, wanted {size:,}")
-            self._states[name] = state
+            self._states[name] = {"remote": state, "copy": _identity(path)}
             write_whole(self._path, json.dumps({"url": self._remote.url, "files": self._states}, indent=1))
         if names:
             self._progress("copy files", len(names), len(names))
@@ -235,5 +250,12 @@ class _Copy:
         """Remove copies of files that are no longer there."""
         wanted = {self._folder / name for name in names}
         for path in self._folder.rglob("*"):
-            if path.is_file() and path not in wanted:
+            is_underway = any(TEMPORARY.fullmatch(part.name) for part in path.parents)  # of another process
+            if path.is_file() and path not in wanted and not is_underway:
                 path.unlink()
+
+
+def _identity(path: Path) -> list[int]:
+    """Return what tells a file from another one that takes its place."""
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_mtime_ns]

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lt4rec_sparse.errors import InputError, shown
-from lt4rec_sparse.files import whole_file
+from lt4rec_sparse.files import scratch_beside, whole_file
 from lt4rec_sparse.ranker.features import Join, Schema
 from lt4rec_sparse.ranker.features.schema import ValueType
 from lt4rec_sparse.recsys.data.casts import plain_column
 from lt4rec_sparse.recsys.data.draft import draft_schema
-from lt4rec_sparse.recsys.data.remote import copy_file, located
+from lt4rec_sparse.recsys.data.remote import copy_file, is_copy, located
 from lt4rec_sparse.recsys.data.seen import TABLES, table_suffix
 from lt4rec_sparse.recsys.data.source import SCHEMA_FILE, DataError
 
@@ -115,31 +115,49 @@ def _write(table: Any, folder: Path, stem: str, where: str, is_begun: bool) -> P
     """Write or link a table; return the path of its file."""
     if isinstance(table, str | Path):
         place = located(table)
-        return _link(place, folder, stem, where) if isinstance(place, Path) else _copied(place, folder, stem, where)
+        if isinstance(place, Path):
+            return _link(place, folder, stem, where, is_begun)
+        return _copied(place, folder, stem, where, is_begun)
     path = folder / f"{stem}.parquet"
     with whole_file(path) as temporary:
         _write_batches(_batches(table, where), temporary, where)
-        if is_begun and not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
-            raise DataError(f"{where}: got another table than the one in {folder}, wanted the same, or another folder")
+        if is_begun:
+            _check_same(temporary, path, where)
     return path
 
 
-def _link(table: Path, folder: Path, stem: str, where: str) -> Path:
+def _check_same(new: Path, path: Path, where: str) -> None:
+    if not (path.exists() and filecmp.cmp(new, path, shallow=False)):
+        got = f"{where}: got another table than the one in {path.parent}"
+        raise DataError(f"{got}, wanted the same, or another folder")
+
+
+def _link(table: Path, folder: Path, stem: str, where: str, is_begun: bool) -> Path:
     if not table.is_file() or table_suffix(table) is None:
         raise DataError(f"{where}: got {str(table)!r}, wanted a file, {', '.join(sorted(TABLES))}")
-    link = folder / f"{stem}{table_suffix(table)}"
+    target, link = table.resolve(), folder / f"{stem}{table_suffix(table)}"
+    if link.exists() and link.resolve() == target:  # also the file itself, which a link would replace
+        return link
+    if is_begun:
+        _check_same(target, link, where)
+        return link
     with suppress(FileNotFoundError):
         link.unlink()
-    link.symlink_to(table.resolve())
+    link.symlink_to(target)
     return link
 
 
-def _copied(url: str, folder: Path, stem: str, where: str) -> Path:
+def _copied(url: str, folder: Path, stem: str, where: str, is_begun: bool) -> Path:
     suffix = table_suffix(PurePosixPath(url))
     if suffix is None:
         raise DataError(f"{where}: got {url!r}, wanted a file, {', '.join(sorted(TABLES))}")
     path = folder / f"{stem}{suffix}"
-    copy_file(url, path)
+    if is_begun and not is_copy(url, path):
+        with scratch_beside(path) as scratch:
+            copy_file(url, scratch / "copy" / path.name)
+            _check_same(scratch / "copy" / path.name, path, where)
+    else:
+        copy_file(url, path)
     return path
 
 

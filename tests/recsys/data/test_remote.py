@@ -14,6 +14,7 @@ import fsspec
 import pytest
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.recsys.data import DataError, open_source, prepare, remote
 from lt4rec_sparse.recsys.data.remote import data_name, is_folder, local_data, local_tables, located
@@ -177,6 +178,26 @@ def test_a_table_at_a_url_is_copied(memory: Any, uploaded: tuple[Path, Schema], 
     assert (tmp_path / "table" / "side_0.csv").read_bytes() == (folder / "users.csv").read_bytes()
     with pytest.raises(DataError, match=r"table: got 'memory://bucket/shop', wanted a file, "):
         write_tables("memory://bucket/shop", schema, {}, tmp_path / "table", False)
+
+
+def test_a_copy_is_known_from_what_took_its_place(memory: Any, tmp_path: Path) -> None:
+    memory.pipe_file("/bucket/log.csv", b"a\n1\n")
+    copy, url = tmp_path / "t" / "log.csv", "memory://bucket/log.csv"
+    remote.copy_file(url, copy)
+    assert remote.is_copy(url, copy)
+    with whole_file(copy) as temporary:
+        temporary.write_bytes(b"a\n2\n")
+    assert not remote.is_copy(url, copy)
+    remote.copy_file(url, copy)
+    assert copy.read_bytes() == b"a\n1\n"
+
+
+def test_files_that_another_process_is_copying_stay(memory: Any, uploaded: tuple[Path, Schema], tmp_path: Path) -> None:
+    underway = tmp_path / "copy" / ".log.csv.host.12.1.tmp" / "log.csv"
+    underway.parent.mkdir(parents=True)
+    underway.write_bytes(b"half")
+    local_data(URL, tmp_path / "copy")
+    assert underway.read_bytes() == b"half"
 
 
 def test_all_tables_are_copied_for_a_draft(memory: Any, uploaded: tuple[Path, Schema], tmp_path: Path) -> None:

@@ -322,3 +322,16 @@ def test_without_a_schema_one_is_drafted_with_the_keys_that_are_named(tmp_path: 
     assert open_source(tmp_path / "csv").schema.files == Files(("log.txt",), ";", missing=("",))
     with pytest.raises(DataError, match=r"joins: got the key 'text', wanted a column of the log whose values are once"):
         write_tables(log, None, {"text": side}, tmp_path / "text", False)
+
+
+def test_a_path_takes_the_place_of_no_table_that_something_was_made_of(tmp_path: Path) -> None:
+    folder, other = tmp_path / "t", tmp_path / "other.parquet"
+    write_tables(LOG, SCHEMA, {}, folder, False)
+    before = (folder / "log.parquet").read_bytes()
+    write_tables(folder / "log.parquet", SCHEMA, {}, folder, True)  # the file itself
+    pq.write_table(LOG.slice(1), other)
+    with pytest.raises(DataError, match=r"table: got another table than the one in .*, wanted the same"):
+        write_tables(other, SCHEMA, {}, folder, True)
+    other.write_bytes(before)
+    write_tables(other, SCHEMA, {}, folder, True)
+    assert (folder / "log.parquet").read_bytes() == before and not (folder / "log.parquet").is_symlink()
