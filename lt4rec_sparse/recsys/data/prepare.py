@@ -218,6 +218,7 @@ def _begin(source: Source, folder: Path, fingerprint: str) -> dict[str, dict[str
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         begun.parent.mkdir()
+    if begun.parent.is_dir() and not content.items() <= before.items():  # also new times of the same files
         write_whole(begun, json.dumps(content))
     return states
 

@@ -119,15 +119,23 @@ def _write(table: Any, folder: Path, stem: str, where: str, is_begun: bool) -> P
             return _link(place, folder, stem, where, is_begun)
         return _copied(place, folder, stem, where, is_begun)
     path = folder / f"{stem}.parquet"
-    with whole_file(path) as temporary:
-        _write_batches(_batches(table, where), temporary, where)
+    with scratch_beside(path) as scratch:
+        new = scratch / path.name
+        _write_batches(_batches(table, where), new, where)
         if is_begun:
-            _check_same(temporary, path, where)
+            _check_same(new, path, where)
+        elif path.is_symlink() or not _is_same(new, path):  # else it stays, and its time with it
+            with whole_file(path) as temporary:
+                new.replace(temporary)
     return path
 
 
+def _is_same(new: Path, path: Path) -> bool:
+    return path.exists() and filecmp.cmp(new, path, shallow=False)
+
+
 def _check_same(new: Path, path: Path, where: str) -> None:
-    if not (path.exists() and filecmp.cmp(new, path, shallow=False)):
+    if not _is_same(new, path):
         got = f"{where}: got another table than the one in {path.parent}"
         raise DataError(f"{got}, wanted the same, or another folder")
 

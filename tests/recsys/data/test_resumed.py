@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +75,21 @@ def test_what_was_done_before_an_interruption_is_not_done_again(
     assert not read and "fit" not in {stage for stage, *_ in told}
     assert next(done for stage, done, _ in told if stage == "encode") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_new_times_of_the_same_files_are_noted_and_nothing_is_done_again(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, schema = make()
+    read: list[Path] = []
+    monkeypatch.setattr("lt4rec_sparse.recsys.data.dealt._deal_file", lambda *a: read.append(a[0]) or _deal_file(*a))
+    for moment in (1, 2):
+        os.utime(folder / "log.csv", ns=(moment, moment))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, tmp_path / "out", schema, interrupted_at("encode", moment))
+        begun = json.loads((tmp_path / ".out.unfinished" / "scratch" / "begun.json").read_text())
+        assert begun["files"]["log.csv"]["changed_ns"] == moment
+    assert len(read) == 1
 
 
 def test_work_on_other_contents_or_another_schema_is_thrown_away(make: Any, tmp_path: Path) -> None:

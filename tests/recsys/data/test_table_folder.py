@@ -335,3 +335,15 @@ def test_a_path_takes_the_place_of_no_table_that_something_was_made_of(tmp_path:
     other.write_bytes(before)
     write_tables(other, SCHEMA, {}, folder, True)
     assert (folder / "log.parquet").read_bytes() == before and not (folder / "log.parquet").is_symlink()
+
+
+def test_a_table_that_is_there_already_stays_and_a_link_to_it_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "t" / "log.parquet"
+    write_tables(LOG, SCHEMA, {}, path.parent, False)
+    before = path.stat()
+    for is_begun in (False, True):
+        write_tables(LOG, SCHEMA, {}, path.parent, is_begun)
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    path.symlink_to(path.rename(tmp_path / "other.parquet"))
+    write_tables(LOG, SCHEMA, {}, path.parent, False)
+    assert not path.is_symlink() and {file.name for file in path.parent.iterdir()} == {path.name, "schema.toml"}
