@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import itertools
@@ -11,7 +12,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,40 +103,46 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
     """
     remove_abandoned(target)
     folder = target.with_name(f".{target.name}.unfinished").absolute()
-    descriptor = _locked(folder)
-    try:
-        yield folder
-    except InputError:
-        _remove_own(folder, descriptor)
-        raise
-    else:
-        _remove_own(folder, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _locked(folder: Path) -> int:
-    """Return a descriptor of a folder, made if it is absent, that no other process has locked."""
-    while True:
+    with _locked(folder.with_name(f"{folder.name}.lock")):
         folder.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(folder, descriptor):  # else its last owner has moved or removed it
-                return descriptor
+        try:
+            yield folder
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, made if it is absent and removed afterwards; a process that dies loses it.
+
+    It is no lock of the folder itself: NFS gives an exclusive one only of what is open for writing.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _holds(path, descriptor):
+                continue
+            try:
+                yield
+            finally:
+                if _holds(path, descriptor):
+                    path.unlink()  # while it is held: whoever waits for it sees that it is gone
+            return
+        finally:
             os.close(descriptor)
 
 
-def _remove_own(folder: Path, descriptor: int) -> None:
-    """Remove a folder unless it was moved: then there may be one of another process."""
-    if _is_at(folder, descriptor):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
+def _holds(path: Path, descriptor: int) -> bool:
+    """Wait for the lock of an open file; return whether it is still at its path: its last owner has removed it."""
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second is NFS's, where another machine removed it
+            raise
         return False
 
 

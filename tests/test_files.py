@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import re
@@ -293,6 +295,35 @@ def test_one_at_a_time_has_an_unfinished_folder_and_the_next_one_gets_a_new_one(
             take_place(folder, target)
         assert [future.result() for future in waiting] == [(True, [])] * 3
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "whole"]
+
+
+def test_an_unfinished_folder_is_locked_where_only_files_open_for_writing_can_be(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, [True]
+
+    def as_nfs(descriptor, how):
+        if removed and removed.pop():  # by another machine, while this one waited
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if how & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    with unfinished_folder(tmp_path / "data") as folder:
+        assert folder.is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
+    killed = (
+        "import os, sys, pathlib; from lt4rec_sparse.files import unfinished_folder\n"
+        "with unfinished_folder(pathlib.Path(sys.argv[1])) as folder: (folder / 'half').touch(); os._exit(9)"
+    )
+    target = tmp_path / "data"
+    assert subprocess.run([sys.executable, "-c", killed, str(target)], check=False).returncode == 9
+    assert {path.name for path in tmp_path.iterdir()} == {".data.unfinished", ".data.unfinished.lock"}
+    with unfinished_folder(target) as folder:
+        assert [path.name for path in folder.iterdir()] == ["half"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_altered_weights_are_named_and_those_without_checksums_are_read(tmp_path):
