@@ -88,7 +88,8 @@ class Reader:
         for task in self.tasks:
             h = x
             for layer in self.layers(task):
-                h = ACTIVATIONS[layer.activation](h @ layer.weight.T + layer.bias, layer.slope)
+                with np.errstate(over="ignore"):  # exp of much: what is divided by it is 0
+                    h = ACTIVATIONS[layer.activation](h @ layer.weight.T + layer.bias, layer.slope)
             scores[task] = h[:, 0]
         return scores
 

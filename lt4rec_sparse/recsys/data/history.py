@@ -134,6 +134,8 @@ class PastRows:
 
     def add_past(self, other: PastRows) -> None:
         """Add rows of a later time that another one has taken in, of the same history."""
+        if not len(other.groups):  # its columns have no types yet
+            return
         slots = self._slots_of(other.groups)
         self._seen[slots] += other._seen[:-1]
         self._append(slots[other._slots], other._columns)
