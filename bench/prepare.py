@@ -17,6 +17,7 @@ from typing import Any
 
 from bench import record
 from bench.long_log import write_log
+from lt4rec_sparse.recsys.tables import table
 
 ROWS = (1_000_000, 3_000_000, 10_000_000, 30_000_000)
 SHORT_ROWS = 20_000
@@ -41,6 +42,25 @@ def measured(rows: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "bench.prepare", str(log), str(out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
         return {"rows": rows, "log_bytes": _bytes(log), **json.loads(done.stdout), "prepared_bytes": _bytes(out)}
+
+
+def table_of(cases: list[dict[str, Any]]) -> str:
+    """Return a row per length of log."""
+    rows = [
+        [
+            f"{case['rows'] / 1e6:,.0f} million",
+            f"{case['log_bytes'] / 1e9:.2f} GB",
+            f"{case['prepared_bytes'] / 1e9:.2f} GB",
+            f"{case['video_ids']:,}",
+            f"{case['cpu_seconds'] / 60:.1f}",
+            f"{case['rows'] / case['cpu_seconds']:,.0f}",
+            f"{case['imported_bytes'] / 2**20:,.0f} MiB",
+            f"{case['high_water_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for case in cases
+    ]
+    sizes = ["rows", "CSV", "prepared", "known videos"]
+    return table([*sizes, "minutes of one core", "rows per second of it", "at start", "peak"], rows)
 
 
 def _bytes(folder: Path) -> int:

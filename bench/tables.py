@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
-from bench import daily, default, experiments, gpu, networks, record, serving, sparse_training, wide
+from bench import daily, default, experiments, gpu, networks, prepare, record, serving, sparse_training, training, wide
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -207,60 +207,10 @@ def _granularity() -> str:
 
 
 def _training() -> str:
-    return "\n\n".join(map(_training_of, record.read("training").values()))
-
-
-def _training_of(found: dict[str, Any]) -> str:
-    steps, search = found["steps"], found["search"]
-    rows = [[name, f"{rate:,.0f}"] for name, rate in steps["rows_per_second"].items()]
-    of = steps["rows_per_second"]
-    ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
-    # Older records lack the last parts.
-    large = [_large_tables(found["embeddings"])] if "embeddings" in found else []
     return "\n\n".join(
-        [
-            f"{_where(found['machine'])}, threads: {found['threads']}:",
-            table(["MMoE, the same rows, features, widths and batch", "rows per second"], rows),
-            f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
-            "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
-            f"{search['ours_s']:.0f} s (two processes, {search.get('dtype', 'bfloat16')}, the baseline as first "
-            f"round), where the plain loop takes {search['plain_s']:.0f} s (fp32, two threads, baselines apart)."
-            f"{_search_in_blocks(search)}",
-            *([_joint_training(found["joint"])] if "joint" in found else []),
-            *large,
-        ]
+        f"{_where(found['machine'])}, threads: {found['threads']}:\n\n{training.tables_of(found)}"
+        for found in record.read("training").values()
     )
-
-
-def _search_in_blocks(search: dict[str, Any]) -> str:
-    if "ours_in_blocks_s" not in search:
-        return ""
-    return f" In blocks, by steps of kept weights alone from the second round on: {search['ours_in_blocks_s']:.0f} s."
-
-
-def _joint_training(found: list[dict[str, Any]]) -> str:
-    metrics = [
-        (task, MAIN_METRIC["binary" if "auc" in of_task else "ratio"])
-        for task, of_task in found[0]["validation"].items()
-    ]
-    rows = []
-    for steps in dict.fromkeys(part["steps"] for part in found):
-        parts = [part for part in found if part["steps"] == steps]
-        line = [steps, f"{median(part['train_s'] for part in parts):.1f}"]
-        for task, metric in metrics:
-            values = [part["validation"][task][metric] for part in parts]
-            line.append(", ".join(f"{value:.5f}" for value in values))
-        rows.append(line)
-    header = ["joint training in blocks, 20 % kept; steps", "seconds, median"]
-    header += [f"{task}: validation {metric} of each seed" for task, metric in metrics]
-    return table(header, rows)
-
-
-def _large_tables(found: dict[str, Any]) -> str:
-    us = {name: timing["median_us"] for name, timing in found["timings_us"].items()}
-    rows = [[name, f"{taken / 1e3:.2f}", f"{taken / us['torch.optim.SparseAdam']:.2f}"] for name, taken in us.items()]
-    what = f"{found['batch']:,} rows of a table of {found['rows']:,} x {found['dim']}: lookup, gradient and step"
-    return table([what, "ms", "against SparseAdam"], rows)
 
 
 def _embeddings() -> str:
@@ -629,31 +579,8 @@ def _daily() -> str:
 
 def _prepare() -> str:
     cases = record.read("prepare")["cases"]
-    rows = [
-        [
-            f"{case['rows'] / 1e6:,.0f} million",
-            f"{case['log_bytes'] / 1e9:.2f} GB",
-            f"{case['prepared_bytes'] / 1e9:.2f} GB",
-            f"{case['video_ids']:,}",
-            f"{case['cpu_seconds'] / 60:.1f}",
-            f"{case['rows'] / case['cpu_seconds']:,.0f}",
-            f"{case['imported_bytes'] / 2**20:,.0f} MiB",
-            f"{case['high_water_bytes'] / 2**20:,.0f} MiB",
-        ]
-        for case in cases
-    ]
-    heads = [
-        "rows",
-        "CSV",
-        "prepared",
-        "known videos",
-        "minutes of one core",
-        "rows per second of it",
-        "at start",
-        "peak",
-    ]
     of = cases[-1]["machine"]["processor"]
-    return table(heads, rows) + f"\n\nOn {of}, beside other work, which time of the core does not count."
+    return f"{prepare.table_of(cases)}\n\nOn {of}, beside other work, which time of the core does not count."
 
 
 def _commands() -> str:

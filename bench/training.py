@@ -25,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -43,6 +44,7 @@ from lt4rec_sparse.recsys.harness.laboratory import Laboratory
 from lt4rec_sparse.recsys.harness.rows import Rows
 from lt4rec_sparse.recsys.harness.trials import Masks, Search, Training, Trial
 from lt4rec_sparse.recsys.models import build, loss_of
+from lt4rec_sparse.recsys.tables import table
 from lt4rec_sparse.recsys.training import Joint, TaskLosses, fastest_dtype, train
 from lt4rec_sparse.stopwatch import interleaved
 
@@ -77,6 +79,46 @@ def measured(data: Path, steps: int, rounds: int) -> dict[str, Any]:
         "joint": _joint(prepared, SEEDS if rounds > 1 else 1),
         "embeddings": embedding_steps(TABLE, rounds),
     }
+
+
+def tables_of(found: dict[str, Any]) -> str:
+    """Return what was measured on one machine; older records lack the last parts."""
+    of, search = found["steps"]["rows_per_second"], found["search"]
+    ratios = [of[f"lt4rec_sparse, {dtype}"] / of["torch-rechub"] for dtype in ("fp32", "bf16")]
+    said = (
+        f"{ratios[0]:.1f}x as fast as torch-rechub as its users run it in fp32, {ratios[1]:.1f}x in bf16, which it "
+        "does not offer. The search of both tasks' tickets, single-task baselines included, on the same two cores: "
+        f"{search['ours_s']:.0f} s (two processes, {search.get('dtype', 'bfloat16')}, the baseline as first round), "
+        f"where the plain loop takes {search['plain_s']:.0f} s (fp32, two threads, baselines apart)."
+    )
+    if "ours_in_blocks_s" in search:
+        seconds = search["ours_in_blocks_s"]
+        said += f" In blocks, by steps of kept weights alone where they are faster: {seconds:.0f} s."
+    rates = [[name, f"{rate:,.0f}"] for name, rate in of.items()]
+    parts = [table(["MMoE, the same rows, features, widths and batch", "rows per second"], rates), said]
+    if "joint" in found:
+        parts.append(_joint_table(found["joint"]))
+    if "embeddings" in found:
+        parts.append(_embedding_table(found["embeddings"]))
+    return "\n\n".join(parts)
+
+
+def _joint_table(found: list[dict[str, Any]]) -> str:
+    mains = {"ctr": "auc", "cvr": "mse"}
+    rows = []
+    for steps in dict.fromkeys(part["steps"] for part in found):
+        parts = [part for part in found if part["steps"] == steps]
+        metrics = [", ".join(f"{part['validation'][t][m]:.5f}" for part in parts) for t, m in mains.items()]
+        rows.append([steps, f"{median(part['train_s'] for part in parts):.1f}", *metrics])
+    header = ["joint training in blocks, 20 % kept; steps", "seconds, median"]
+    return table([*header, *(f"{t}: validation {m} of each seed" for t, m in mains.items())], rows)
+
+
+def _embedding_table(found: dict[str, Any]) -> str:
+    us = {name: timing["median_us"] for name, timing in found["timings_us"].items()}
+    rows = [[name, f"{taken / 1e3:.2f}", f"{taken / us['torch.optim.SparseAdam']:.2f}"] for name, taken in us.items()]
+    what = f"{found['batch']:,} rows of a table of {found['rows']:,} x {found['dim']}: lookup, gradient and step"
+    return table([what, "ms", "against SparseAdam"], rows)
 
 
 def _steps(prepared: Prepared, steps: int, rounds: int) -> dict[str, Any]:
@@ -132,12 +174,12 @@ def _rechub(prepared: Prepared, batches: list[Batch]) -> dict[str, Callable[[], 
     encoder = prepared.encoder
     first: dict[str, str] = {}
     fields = []
-    for column, table, multi in encoder.fields:
+    for column, of_table, multi in encoder.fields:
         kind = features.SequenceFeature if multi else features.SparseFeature
-        shared = first.setdefault(table, column)
+        shared = first.setdefault(of_table, column)
         own: dict[str, Any] = {"padding_idx": 0} if multi else {}
         fields.append(
-            kind(column, encoder.table_sizes[table], 16, shared_with=None if shared == column else shared, **own)
+            kind(column, encoder.table_sizes[of_table], 16, shared_with=None if shared == column else shared, **own)
         )
     torch.manual_seed(0)
     model = mmoe(
