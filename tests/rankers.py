@@ -76,6 +76,11 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def schema_of(columns: list[dict[str, Any]], **changes: Any) -> Schema:
+    task = {"name": "ctr", "kind": "binary", "label": "click"}
+    return Schema.from_dict({"name": "t", "files": {"log": ["*"]}, "columns": columns, "tasks": [task], **changes})
+
+
 def make(
     context: bool = True,
     kind: str = "fp32",

@@ -15,8 +15,9 @@ from lt4rec_sparse.files import whole_file
 from lt4rec_sparse.nn import SparseMLP
 from lt4rec_sparse.onnx.writer import Writer, floats
 from lt4rec_sparse.ranker import Ranker
+from lt4rec_sparse.ranker.attention import AttentionUnit
 from lt4rec_sparse.ranker.features import Field
-from lt4rec_sparse.ranker.inputs import AttentionUnit, CrossedEmbeddings
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.module import PADDING, ordered_fields
 
 X = "x"  # the input of an MLP

@@ -26,14 +26,14 @@ from lt4rec_sparse.errors import InputError, shown, told
 from lt4rec_sparse.formats import VALUE_DTYPES
 from lt4rec_sparse.network import PRECISIONS, FrozenNetwork
 from lt4rec_sparse.nn import SparseMLP
+from lt4rec_sparse.ranker.attention import AttentionUnit
 from lt4rec_sparse.ranker.features import FeatureEncoder
-from lt4rec_sparse.ranker.inputs import AttentionUnit, CrossedEmbeddings, inputs_width
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings, inputs_width
 from lt4rec_sparse.ranker.ranker import Ranker
 from lt4rec_sparse.ranker.rows import RoundedRows
 
 KEY = "lt4rec_sparse"
 VERSIONS = (1, 2, 3, 4, 5, 6)
-UNIT = ("weight", "bias", "slope", "out", "out_bias")  # the tensors of an attention unit
 # The dtypes of weights, bit planes, embeddings, offsets and the encoder's arrays, as safetensors spells them.
 DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F64")
 
@@ -165,7 +165,9 @@ def _embedding(tensors: Mapping[str, Tensor]) -> Tensor | RoundedRows:
 
 def _unit(tensors: Mapping[str, Tensor], place: int, dim: int) -> AttentionUnit:
     where = f"inputs.attention.{place}"
-    of_unit = {name: network_state.tensor(tensors, f"{where}.{name}", (torch.float32,)) for name in UNIT}
+    of_unit = {
+        name: network_state.tensor(tensors, f"{where}.{name}", (torch.float32,)) for name in AttentionUnit.TENSORS
+    }
     try:
         return AttentionUnit.from_tensors(of_unit, dim)
     except ValueError as error:

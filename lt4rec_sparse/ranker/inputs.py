@@ -14,74 +14,12 @@ from torch.autograd.function import once_differentiable
 from lt4rec_sparse import ops
 from lt4rec_sparse.errors import InputError, shown
 from lt4rec_sparse.formats import VALUE_DTYPES
+from lt4rec_sparse.ranker.attention import AttentionUnit
 from lt4rec_sparse.ranker.features import EncodedFeatures, Field
 from lt4rec_sparse.ranker.features.tables import UNSEEN
 from lt4rec_sparse.ranker.rows import EMBEDDINGS, RoundedRows
 
 STD = 0.05  # of initial embeddings
-ATTENTION_WIDTH = 36
-
-
-class AttentionUnit(nn.Module):
-    """Sum a bag's vectors by their attention to a target: `y = sum over i of a(h_i, t) h_i`, without a softmax.
-
-    `a(h, t) = out(prelu(hidden([h, t, h * t])))` says how much a value of the bag matters for the target. What a bag
-    holds more often weighs more, and an empty one is zero. PReLU has a slope per unit.
-
-    Args:
-        dim: Width of the vectors `h` and `t`.
-        width: Hidden units.
-
-    Source: Deep Interest Network (arXiv 1706.06978), section 4.3 and Figure 2; its Figure has 36 units.
-    """
-
-    def __init__(self, dim: int, width: int = ATTENTION_WIDTH) -> None:
-        super().__init__()
-        self.hidden, self.out = nn.Linear(3 * dim, width), nn.Linear(width, 1)
-        self.slope = nn.Parameter(torch.full((width,), 0.25))  # torch's start of a PReLU
-
-    def forward(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return the weights `a [..., 1]` of `h [..., dim]` for `t [..., dim]`."""
-        z = self.hidden(torch.cat([h, t, h * t], dim=-1))
-        # torch takes slopes of the second dimension, in one operation: three that spell it take 20 times as long.
-        activated = F.prelu(z.reshape(-1, z.shape[-1]), self.slope.to(z.dtype)).view_as(z)
-        weights: Tensor = self.out(activated)
-        return weights
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return `weight [width, 3 dim]`, `bias`, `slope` and `out [width]`, and `out_bias [1]`."""
-        return {
-            "weight": self.hidden.weight.detach(),
-            "bias": self.hidden.bias.detach(),
-            "slope": self.slope.detach(),
-            "out": self.out.weight.detach().flatten(),
-            "out_bias": self.out.bias.detach(),
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], dim: int) -> AttentionUnit:
-        """Read `to_tensors` back, float32.
-
-        Raises:
-            ValueError: If a tensor has another shape.
-        """
-        weight = tensors["weight"]
-        width = len(weight) if weight.dim() else 0
-        shapes = {"weight": (width, 3 * dim), "bias": (width,), "slope": (width,), "out": (width,), "out_bias": (1,)}
-        for name, shape in shapes.items():
-            if tuple(tensors[name].shape) != shape or not width:
-                raise ValueError(f"{name}: got shape {list(tensors[name].shape)}, wanted {list(shape)}, no side 0")
-        with torch.device("meta"):
-            unit = cls(dim, width)
-        state = {
-            "hidden.weight": weight,
-            "hidden.bias": tensors["bias"],
-            "slope": tensors["slope"],
-            "out.weight": tensors["out"].view(1, width),
-            "out.bias": tensors["out_bias"],
-        }
-        unit.load_state_dict(state, assign=True)
-        return unit
 
 
 class CrossedEmbeddings(nn.Module):

@@ -184,7 +184,7 @@ def _gain(layer: Any) -> Any:
 def samples_of(column: Column) -> list[Any]:
     """Return three values of a column."""
     if column.kind == "vector":
-        return [[2.5] * column.size, None, "|".join(["100"] * column.size).replace("|", column.separator)]
+        return [[2.5] * column.size, None, column.separator.join(["100"] * column.size)]
     return SAMPLES[column.kind if column.kind == "dense" else f"{column.kind} {column.type}"]
 
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rankers import columns_of, schema_of
 
 from lt4rec_sparse import MaskedMLP, Ranker, checked_file, freeze, load, save
 from lt4rec_sparse.errors import InputError
 from lt4rec_sparse.ranker import ArtefactError
 from lt4rec_sparse.ranker.artefact import KEY
+from lt4rec_sparse.ranker.attention import AttentionUnit
 from lt4rec_sparse.ranker.diff import diff
 from lt4rec_sparse.ranker.features import EncodedFeatures, FeatureEncoder, Schema, SchemaError
-from lt4rec_sparse.ranker.inputs import AttentionUnit, CrossedEmbeddings
+from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.ranker.module import padded_ids
 from tests.oracle import assert_exact, small_integers
 from tests.ranker.agreement import assert_agrees, bounded_scores
@@ -56,11 +58,6 @@ REQUEST = st.lists(
 )
 
 
-def schema_of(columns: list[dict[str, Any]], **changes: Any) -> Schema:
-    task = {"name": "ctr", "kind": "binary", "label": "click"}
-    return Schema.from_dict({"name": "t", "files": {"log": ["*"]}, "columns": columns, "tasks": [task], **changes})
-
-
 def ranker_of(columns: list[dict[str, Any]] = COLUMNS, **changes: Any) -> Ranker:
     encoder = FeatureEncoder.fit(schema_of(columns, **changes), [ROWS])
     torch.manual_seed(0)
@@ -76,10 +73,6 @@ def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("attention") / "model.safetensors"
     save(RANKER, path)
     return path
-
-
-def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 FIELDS = [("item", "item", False), ("seen", "item", True), ("tags", "tag", True)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rankers import columns_of, schema_of
 
 from lt4rec_sparse import MaskedMLP, Ranker, freeze, load, save
 from lt4rec_sparse.errors import InputError
@@ -61,11 +62,6 @@ REQUEST = st.lists(
 )
 
 
-def schema_of(columns: list[dict[str, Any]], **changes: Any) -> Schema:
-    task = {"name": "ctr", "kind": "binary", "label": "click"}
-    return Schema.from_dict({"name": "t", "files": {"log": ["*"]}, "columns": columns, "tasks": [task], **changes})
-
-
 def ranker_of(**changes: Any) -> Ranker:
     encoder = FeatureEncoder.fit(schema_of(COLUMNS, **changes), [ROWS])
     torch.manual_seed(0)
@@ -81,10 +77,6 @@ def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("numbers") / "model.safetensors"
     save(RANKER, path)
     return path
-
-
-def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def scale(column: Column, *chunks: Any) -> Scale:

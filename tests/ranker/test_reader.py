@@ -17,7 +17,7 @@ from tests.ranker.agreement import assert_agrees, bounded_scores
 from tests.ranker.reader import Reader, hashed
 
 HERE = Path(__file__).parent
-VERSIONS = (1, 2, 3, 5, 6)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 
 
 def golden(version):
@@ -47,7 +47,7 @@ def test_both_readers_score_alike(version):
 def test_and_so_does_what_is_written_now(version, kind, tmp_path):
     path, candidates, given = golden(version)
     ranker = load(path)
-    without = {1: ["video_id", "tags"], 2: [], 3: ["words"], 5: ["tags"], 6: ["tags"]}[version]
+    without = {1: ["video_id", "tags"], 2: [], 3: ["words"], 4: ["tags"], 5: ["tags"], 6: ["tags"]}[version]
     features = ranker.encoder.encode(candidates, {column: len(rows) for column, rows in given.items()})
     vectors = ranker.inputs.embed(features, {column: torch.from_numpy(rows) for column, rows in given.items()})
     elsewhere = {

@@ -104,7 +104,8 @@ def numbers(column: Column, raw: Any) -> tuple[Array, Present]:
             f"column {column.name!r}: got {lengths[row]} numbers in row {row}, wanted {column.size}, or none"
         )
     values, present = _numbers(column, flat)
-    counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[present], minlength=len(lengths))
+    counts = np.zeros(len(lengths), np.int64)
+    counts[lengths != 0] = present.reshape(-1, column.size).sum(1)
     partial = (counts != 0) & (counts != column.size)
     if partial.any():
         row = int(partial.argmax())
@@ -122,7 +123,16 @@ def _flat(column: Column, raw: Any) -> tuple[Any, Ids]:
             raise _refuse(column, offsets, f"offsets that ascend from 0 to {len(flat)}")
         return flat, offsets
     rows = [_bag(column, row) for row in _plain(raw)]
-    return list(chain.from_iterable(rows)), np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    there = [row for row in rows if len(row)]
+    # Arrays of numbers of one dtype stay arrays; of several, ints would become floats.
+    if len({getattr(row, "dtype", None) for row in there}) == 1 and all(_is_numeric(row) for row in there):
+        return np.concatenate(there), offsets
+    return list(chain.from_iterable(there)), offsets
+
+
+def _is_numeric(row: Any) -> bool:
+    return type(row) is np.ndarray and row.ndim == 1 and row.dtype.kind in "biuf"
 
 
 def _is_bags(column: Column, raw: Any) -> bool:

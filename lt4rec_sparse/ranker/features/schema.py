@@ -196,7 +196,7 @@ class Column:
         buckets: The greatest number of buckets of a `dense` column, 2 to 65,536.
         last: How many of a row's values count in a `multi` column: its last ones; 0 for all.
         pooling: What a `multi` column's vector is: the `mean` of its values' embeddings, or a sum weighted by
-            `attention` to the `target` (`inputs.AttentionUnit`).
+            `attention` to the `target` (`attention.AttentionUnit`).
         target: With attention, the `single` column whose value is attended to, such as the candidate. They share a
             table: if `table` is not said, it is the target's name.
     """
