@@ -11,9 +11,7 @@ from functools import partial
 import pyarrow as pa
 import ray
 
-from lt4rec_sparse.recsys.scoring import score
-
-ROWS = 16_384  # scored together: the network's input is of some thousand bytes per row
+from lt4rec_sparse.recsys.scoring import CHUNK_ROWS, score
 
 
 def score_files(model: str, candidates: str, out: str, keep: tuple[str, ...]) -> None:
@@ -24,7 +22,9 @@ def score_files(model: str, candidates: str, out: str, keep: tuple[str, ...]) ->
         batches = block.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], block.schema)]
         return pa.Table.from_batches(map(scored, batches))
 
-    ray.data.read_parquet(candidates).map_batches(of_block, batch_format="pyarrow", batch_size=ROWS).write_parquet(out)
+    ray.data.read_parquet(candidates).map_batches(
+        of_block, batch_format="pyarrow", batch_size=CHUNK_ROWS
+    ).write_parquet(out)
 
 
 if __name__ == "__main__":

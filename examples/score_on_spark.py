@@ -17,8 +17,9 @@ from lt4rec_sparse.recsys.scoring import score
 def score_files(model: str, candidates: str, out: str, keep: tuple[str, ...]) -> None:
     """Write the scores of every row, as Parquet files in the folder `out`."""
     frame = SparkSession.builder.getOrCreate().read.parquet(candidates)
-    types = dict(frame.dtypes) | dict.fromkeys(load(model).tasks, "float")
-    columns = ", ".join(f"`{name}` {types[name]}" for name in (*keep, *load(model).tasks))
+    tasks = load(model).tasks
+    types = dict(frame.dtypes) | dict.fromkeys(tasks, "float")
+    columns = ", ".join(f"`{name}` {types[name]}" for name in (*keep, *tasks))
     scored = partial(score, model=model, keep=keep)
     frame.mapInArrow(lambda batches: map(scored, batches), columns).write.parquet(out)
 

@@ -70,7 +70,9 @@ def compare_file(a: Ranker, b: Ranker, candidates: Path, k: int = 10) -> ScoreDi
         features, kept = read_candidates(candidates, schema, keep)
         yield features, group_ids(kept[keep[0]].combine_chunks()) if keep and kept.num_rows else None
 
-    return _compared(a, b, zip(read(a.encoder.schema), read(b.encoder.schema), strict=True), k)
+    of_a = list(read(a.encoder.schema))
+    of_b = of_a if a.encoder.schema == b.encoder.schema else read(b.encoder.schema)
+    return _compared(a, b, zip(of_a, of_b, strict=True), k)
 
 
 def compare_log(

@@ -112,7 +112,6 @@ class BatchStream:
         count = ceil(self.rows / WINDOW_ROWS) if shuffle else len(groups)
         self._windows = [groups[first::count] for first in range(count)]
         self._cache: dict[int, Batch] = {}
-        self._cached_bytes = 0
         _STREAMS.add(self)
 
     def __len__(self) -> int:
@@ -148,9 +147,9 @@ class BatchStream:
             return self._cache[window]
         batch = self._decoded(window)
         # An epoch visits every window once: those that fit are kept for ever, and none would be a better choice.
-        if batch.nbytes + sum(stream._cached_bytes for stream in _STREAMS) <= cache_bytes():
+        held = sum(cached.nbytes for stream in _STREAMS for cached in stream._cache.values())
+        if batch.nbytes + held <= cache_bytes():
             self._cache[window] = batch
-            self._cached_bytes += batch.nbytes
         return batch
 
     def _decoded(self, window: int) -> Batch:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lt4rec_sparse.files import scratch_beside
 from lt4rec_sparse.ranker.features import Schema
 from lt4rec_sparse.ranker.features.tables import hash64
-from lt4rec_sparse.recsys.data.casts import is_list
+from lt4rec_sparse.recsys.data.casts import is_list, is_text
 from lt4rec_sparse.recsys.data.dealt import Dealing, Dealt
 
 POSITION = "__position__"
@@ -163,11 +163,11 @@ def _deal(dealing: Dealing, batch: Any, places: NDArray[np.int64]) -> None:
 
 
 def _hashed(batch: Any, names: Sequence[str]) -> NDArray[np.uint64]:
-    """Return a hash of each row, the same of equal rows; lists are left out."""
+    """Return a hash of each row, the same of equal rows; of numbers, times and texts alone."""
     mixed = np.zeros(batch.num_rows, np.uint64)
     for name in names:
         column = batch[name]
-        if not is_list(column.type):
+        if is_text(column.type) or (pa.types.is_primitive(column.type) and not pa.types.is_interval(column.type)):
             mixed = hash64((mixed ^ _bits(column)).view(np.int64))
     return mixed
 

@@ -166,14 +166,17 @@ def prepare_as(
     """
     how = json.dumps([source.schema.to_stored(), [VERSION, row_group_rows], *rules], sort_keys=True)
     fingerprint = hashlib.sha256(how.encode()).hexdigest()  # the states of the files cover the rest
+    before = state_of(out)
     if _is_current(out, source, fingerprint):
         return Prepared.load(out)
     if not replace and (out / PREPARED).is_file():
         changed = f"got data of other files, contents, schema or version than {source.folder} has now"
         raise DataError(f"{out}: {changed}, wanted the same")
     with prepared_folder(out, PREPARED, resumed=True) as folder:
-        if not _is_current(out, source, fingerprint):  # another process may have prepared it meanwhile
-            _prepare(source, folder, fingerprint, encoded, progress, row_group_rows, tasks)
+        # Another process may have prepared it meanwhile.
+        if state_of(out) == before or not _is_current(out, source, fingerprint):
+            known = _content(out).get("files", {})  # files that have not changed are not read for their digests again
+            _prepare(source, folder, fingerprint, known, encoded, progress, row_group_rows, tasks)
     return Prepared.load(out)
 
 
@@ -181,6 +184,7 @@ def _prepare(
     source: Source,
     folder: Path,
     fingerprint: str,
+    known: Mapping[str, Any],
     encoded: Callable[[DayLog, RowReader], Encoded],
     progress: Progress,
     row_group_rows: int,
@@ -188,7 +192,7 @@ def _prepare(
 ) -> None:
     """Fill a folder that may hold a part of the same: the stages and days that are there are not done again."""
     scratch = folder / "scratch"
-    states = _begin(source, folder, fingerprint)
+    states = _begin(source, folder, fingerprint, known)
     if not (folder / PREPARED).is_file():
         log = partition(source, scratch, row_group_rows, progress, resumed=True)
         made = encoded(log, RowReader(source, log))
@@ -206,15 +210,19 @@ def _prepare(
         shutil.rmtree(scratch)
 
 
-def _begin(source: Source, folder: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """Return the states of the source's files, and empty the folder if it was begun with other ones or other rules."""
+def _begin(source: Source, folder: Path, fingerprint: str, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the states of the source's files, and empty the folder if it was begun with other ones or other rules.
+
+    `known` are earlier states of the files.
+    """
     begun = folder / "scratch" / BEGUN
     before = read_json(begun) if begun.is_file() else _content(folder)
     # Before the log is read, so that a file that changes meanwhile is noticed next time.
-    states = source.states(before.get("files", {}))
+    states = source.states({**known, **before.get("files", {})})
     content = {"fingerprint": fingerprint, "files": states}
-    known = {name: state.get("digest") for name, state in before.get("files", {}).items()}
-    if before.get("fingerprint") != fingerprint or {name: state["digest"] for name, state in states.items()} != known:
+    begun_with = {name: state.get("digest") for name, state in before.get("files", {}).items()}
+    digests = {name: state["digest"] for name, state in states.items()}
+    if (before.get("fingerprint"), begun_with) != (fingerprint, digests):
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         begun.parent.mkdir()
@@ -329,8 +337,7 @@ def _is_current(out: Path, source: Source, fingerprint: str) -> bool:
     content = _content(out)
     if content.get("fingerprint") != fingerprint:
         return False
-    # A damaged state is unknown.
-    known = {name: state for name, state in content["files"].items() if isinstance(state, dict)}
+    known = content["files"]
     states = source.states(known)
     if {name: s["digest"] for name, s in states.items()} != {name: s.get("digest") for name, s in known.items()}:
         return False
@@ -349,4 +356,6 @@ def _content(folder: Path) -> dict[str, Any]:
     for name, kind in {"version": int, "fingerprint": str, "files": dict, "counts": dict}.items():
         if not isinstance(content.get(name), kind):
             raise DataError(f"{path}: {name}: got {shown(content.get(name))}, wanted a {kind.__name__}")
+    # A damaged state is unknown.
+    content["files"] = {name: state for name, state in content["files"].items() if isinstance(state, dict)}
     return content

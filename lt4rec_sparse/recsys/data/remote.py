@@ -79,6 +79,11 @@ def local_data(
     if isinstance(place, Path):
         return place
     remote = _Remote(place)
+    noted = folder.with_name(f"{folder.name}.json")
+    if folder.is_dir() and any(folder.iterdir()) and not noted.is_file():
+        raise DataError(
+            f"{folder}: got files without {noted.name}, wanted a new, an empty or an earlier folder of copies"
+        )
     there = [name for name in (SCHEMA_FILE, TRUTH) if remote.has(name)]
     copied = _Copy(remote, folder, progress)
     copied.take(there)
@@ -95,7 +100,7 @@ def local_data(
         if not matches:
             raise DataError(f"{place}: got no file {pattern!r}, wanted one there or in data/")
         names |= dict.fromkeys(matches)
-    copied.take(list(names))
+    copied.take([name for name in names if name not in there])
     copied.drop_others(names)
     return folder
 
@@ -217,7 +222,10 @@ class _Copy:
     def __init__(self, remote: _Remote, folder: Path, progress: Progress, states: Path | None = None) -> None:
         self._remote, self._folder, self._progress = remote, folder, progress
         self._path = states or folder.with_name(f"{folder.name}.json")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not self._path.is_file():  # before the folder: it says that its files are copies
+            self._note({})
+        folder.mkdir(exist_ok=True)
         content = read_json(self._path) if self._path.is_file() else {}
         known = content.get("files") if content.get("url") == remote.url else None
         self._states: dict[str, Any] = known if isinstance(known, dict) else {}
@@ -242,9 +250,12 @@ class _Copy:
                 if size not in (None, got):
                     raise DataError(f"{self._remote.url}/{name}: got {got:,} bytes, wanted {size:,}")
             self._states[name] = {"remote": state, "copy": _identity(path)}
-            write_whole(self._path, json.dumps({"url": self._remote.url, "files": self._states}, indent=1))
+            self._note(self._states)
         if names:
             self._progress("copy files", len(names), len(names))
+
+    def _note(self, states: Mapping[str, Any]) -> None:
+        write_whole(self._path, json.dumps({"url": self._remote.url, "files": states}, indent=1))
 
     def drop_others(self, names: Mapping[str, Any]) -> None:
         """Remove copies of files that are no longer there."""

@@ -135,6 +135,9 @@ def _is_same(new: Path, path: Path) -> bool:
 
 
 def _check_same(new: Path, path: Path, where: str) -> None:
+    if path.is_symlink() and not path.exists():
+        got = f"{where}: got {path}, a link to {path.readlink()}, which is gone"
+        raise DataError(f"{got}, wanted it to lead to the same file, or another folder")
     if not _is_same(new, path):
         got = f"{where}: got another table than the one in {path.parent}"
         raise DataError(f"{got}, wanted the same, or another folder")
@@ -160,12 +163,12 @@ def _copied(url: str, folder: Path, stem: str, where: str, is_begun: bool) -> Pa
     if suffix is None:
         raise DataError(f"{where}: got {url!r}, wanted a file, {', '.join(sorted(TABLES))}")
     path = folder / f"{stem}{suffix}"
-    if is_begun and not is_copy(url, path):
+    if not is_begun:
+        copy_file(url, path)
+    elif not is_copy(url, path):
         with scratch_beside(path) as scratch:
             copy_file(url, scratch / "copy" / path.name)
             _check_same(scratch / "copy" / path.name, path, where)
-    else:
-        copy_file(url, path)
     return path
 
 

@@ -134,8 +134,7 @@ class MultiviewEmbeddings(nn.Module):
         super().__init__()
 
         def tables(width: int) -> CrossedEmbeddings:
-            how: dict[str, Any] = {"sparse_gradients": sparse_gradients, "attention": attention}
-            return CrossedEmbeddings(fields, table_sizes, width, **how)
+            return CrossedEmbeddings(fields, table_sizes, width, sparse_gradients=sparse_gradients, attention=attention)
 
         self.shared = tables(dim)
         self.exclusive = nn.ModuleDict({task: tables(exclusive_dim) for task in tasks})

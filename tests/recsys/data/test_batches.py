@@ -136,12 +136,13 @@ def test_all_streams_of_a_process_share_the_memory_of_caches(
     monkeypatch.setenv(CACHE, str(1 << 30))
     first = prepared.stream("validation", 100)
     list(first.epoch(0))
-    monkeypatch.setenv(CACHE, str(int(first._cached_bytes * 1.5)))
+    held = sum(window.nbytes for window in first._cache.values())
+    monkeypatch.setenv(CACHE, str(int(held * 1.5)))
     second = prepared.stream("validation", 100)
     list(second.epoch(0))
     assert len(first._cache) == len(first._windows) > len(second._cache)
-    assert second._cached_bytes <= first._cached_bytes / 2
-    monkeypatch.setenv(CACHE, str(first._cached_bytes))
+    assert sum(window.nbytes for window in second._cache.values()) <= held / 2
+    monkeypatch.setenv(CACHE, str(held))
     del first
     list(second.epoch(0))
     assert len(second._cache) == len(second._windows)

@@ -73,6 +73,18 @@ def test_moments_that_are_missing_in_many_rows_are_last(tmp_path: Path, present:
     assert ids.to_pylist() == [*sorted(set(present), reverse=True), *(i for i in range(20) if i not in present)]
 
 
+def test_rows_that_differ_in_bytes_alone_are_kept(tmp_path: Path) -> None:
+    layout = pa.schema({**TYPES, "raw": pa.binary()})
+    with Dealing(tmp_path) as dealing:
+        columns = [[None] * 6, [1] * 6, ["t"] * 6, [[]] * 6, [b"\xff", b"\xfe", b"\xff", None, b"\xfe", None]]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, layout, strict=True)]
+        dealing.write("day", pa.RecordBatch.from_arrays(arrays, schema=layout))
+    day = dealing.dealt()["day"]
+    with patch.object(module, "PIECE_BYTES", 20):
+        kept = pa.concat_tables(ordered(day, schema_of(False, True), layout.names, tmp_path / "pieces"))
+    assert kept["raw"].to_pylist() == [b"\xff", b"\xfe", None]
+
+
 @given(st.lists(st.integers(0, 12), max_size=8), st.integers(1, 10))
 def test_chunks_have_the_rows_in_order_and_are_full_but_for_the_last(sizes: list[int], rows: int) -> None:
     firsts = [sum(sizes[:place]) for place in range(len(sizes))]

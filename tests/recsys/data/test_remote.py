@@ -196,8 +196,17 @@ def test_files_that_another_process_is_copying_stay(memory: Any, uploaded: tuple
     underway = tmp_path / "copy" / ".log.csv.host.12.1.tmp" / "log.csv"
     underway.parent.mkdir(parents=True)
     underway.write_bytes(b"half")
+    (tmp_path / "copy.json").write_text("{}")
     local_data(URL, tmp_path / "copy")
     assert underway.read_bytes() == b"half"
+
+
+def test_a_folder_of_other_files_is_refused(uploaded: tuple[Path, Schema], tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"copy: got files without copy.json, wanted a new, an empty or an earlier"):
+        local_data(URL, tmp_path / "copy")
+    assert (tmp_path / "copy" / "mine.txt").read_text() == "mine"
 
 
 def test_all_tables_are_copied_for_a_draft(memory: Any, uploaded: tuple[Path, Schema], tmp_path: Path) -> None:

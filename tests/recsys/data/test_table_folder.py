@@ -337,6 +337,15 @@ def test_a_path_takes_the_place_of_no_table_that_something_was_made_of(tmp_path:
     assert (folder / "log.parquet").read_bytes() == before and not (folder / "log.parquet").is_symlink()
 
 
+def test_a_file_that_was_moved_is_named(tmp_path: Path) -> None:
+    folder, file = tmp_path / "t", tmp_path / "log.parquet"
+    pq.write_table(LOG, file)
+    write_tables(file, SCHEMA, {}, folder, False)
+    moved = file.rename(tmp_path / "moved.parquet")
+    with pytest.raises(DataError, match=r"a link to .*log.parquet, which is gone, wanted it to lead to the same file"):
+        write_tables(moved, SCHEMA, {}, folder, True)
+
+
 def test_a_table_that_is_there_already_stays_and_a_link_to_it_does_not(tmp_path: Path) -> None:
     path = tmp_path / "t" / "log.parquet"
     write_tables(LOG, SCHEMA, {}, path.parent, False)
