@@ -22,6 +22,7 @@ from bench import (
     memory,
     networks,
     prepare,
+    processes,
     record,
     request,
     serving,
@@ -38,7 +39,7 @@ USAGE = (
     " | training PREPARED_FOLDER [--short] | daily LOG_FOLDER [--short]"
     " | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
-    " | prepare [ROWS ... | --short] | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME"
+    " | prepare [ROWS ... | --short] | processes PREPARED_FOLDER [--short] | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME"
     " | commands COMMAND SECONDS ... | memory | tables"
 )
 
@@ -122,6 +123,10 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(prepare.measured(prepare.SHORT_ROWS), indent=1))
         case ["prepare", *rows]:
             print(prepare.run(tuple(map(int, rows)) or prepare.ROWS))
+        case ["processes", prepared]:
+            print(processes.run(Path(prepared)))
+        case ["processes", prepared, "--short"]:
+            print(json.dumps(processes.measured(Path(prepared), processes.SHORT, rounds=1)))
         case ["memory"]:
             print(memory.run())
         case ["tables"]:

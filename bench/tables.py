@@ -10,7 +10,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import daily, default, experiments, gpu, networks, prepare, record, serving, sparse_training, training, wide
+from bench import (
+    daily,
+    default,
+    experiments,
+    gpu,
+    networks,
+    prepare,
+    processes,
+    record,
+    serving,
+    sparse_training,
+    training,
+    wide,
+)
 from bench.cpu import KINDS, PRECISIONS, best, has, ratio, speed_table
 from lt4rec_sparse.paper.equal_time import chosen_table
 from lt4rec_sparse.recsys.harness.rows import BASE, S_WEIGHT
@@ -583,6 +596,11 @@ def _prepare() -> str:
     return f"{prepare.table_of(cases)}\n\nOn {of}, beside other work, which time of the core does not count."
 
 
+def _processes() -> str:
+    found = record.read("processes")
+    return f"{_where(found['machine'])}, one thread per process:\n\n{processes.table_of(found['cases'])}"
+
+
 def _commands() -> str:
     timed = record.read("commands")
     rows = [[c["command"], f"{c['seconds']:.0f}"] for c in timed["commands"]]
@@ -606,6 +624,7 @@ def _serving() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "prepare": _prepare,
+    "processes": _processes,
     "models": _models,
     "frontier": partial(_frontier, "kuairand_pure_frontier"),
     "frontier_census": partial(_frontier, "census_income_frontier"),

@@ -176,6 +176,12 @@ def test_the_suite_of_servers_runs_in_its_short_form(tmp_path: Path) -> None:
     assert counts["lost"] == counts["wrong"] == 0 and counts["answered"] > 0 and counts["refused"] > 0
 
 
+@pytest.mark.bench_short
+def test_the_suite_of_several_processes_runs_in_its_short_form(small_log: Any) -> None:
+    (case,) = json.loads(bench("processes", str(small_log.folder), "--short"))
+    assert len(case["one_ms"]) == len(case["two_ms"]) == 1 and min(*case["one_ms"], *case["two_ms"]) > 0
+
+
 def test_a_run_of_servers_ends_within_its_time_and_drops_a_model_after_two_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
