@@ -39,8 +39,8 @@ USAGE = (
     " | training PREPARED_FOLDER [--short] | daily LOG_FOLDER [--short]"
     " | embeddings RUN_FOLDER [--short] | request RUN_FOLDER [--short]"
     " | serving RUN_FOLDER [--short] | soak RUN_FOLDER SECONDS"
-    " | prepare [ROWS ... | --short] | processes PREPARED_FOLDER [--short] | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME"
-    " | commands COMMAND SECONDS ... | memory | tables"
+    " | prepare [ROWS ... | --short] | processes PREPARED_FOLDER [--short]"
+    " | keep RUN_FOLDER NAME | keep-experiment FOLDER NAME | commands COMMAND SECONDS ... | memory | tables"
 )
 
 
