@@ -23,10 +23,13 @@ from lt4rec_sparse.cli_training import (
     Ema,
     Patience,
     PatienceOfRun,
+    Quiet,
     Schedule,
+    SparseGradients,
     SparseSteps,
     TopK,
     Tracker,
+    TrainingPrecision,
     WarmUpSteps,
     WeightDecay,
 )
@@ -105,17 +108,6 @@ def options(
     """Options of all commands."""
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
-TrainingPrecision = Annotated[
-    str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
-]
-SparseGradients = Annotated[
-    bool,
-    typer.Option(
-        "--sparse-gradients",
-        help="Let a step move only the embeddings that its batch looks up: faster with large tables.",
-    ),
-]
 Workers = Annotated[
     int | None,
     typer.Option(callback=_within(1, 1024), help="Trainings side by side, each in a process. By default one per core."),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lt4rec_sparse.cli_training import Quiet
+
 if TYPE_CHECKING:
     from lt4rec_sparse.ranker.diff import Difference, WeightDifference
     from lt4rec_sparse.recsys.score_diff import ScoreDifference
@@ -36,7 +38,7 @@ def diff(
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many rows at the top of each group are compared.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what differs between two artefacts.
 

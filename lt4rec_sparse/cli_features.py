@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lt4rec_sparse.cli_training import Quiet
+
 Model = Annotated[Path, typer.Argument(help="The artefact that `run` wrote: model.safetensors.")]
 Data = Annotated[
     str,
@@ -16,7 +18,6 @@ Data = Annotated[
         "model says.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
 
 
 def candidates(

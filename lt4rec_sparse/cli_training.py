@@ -1,4 +1,4 @@
-"""Options of `run` and `experiment` that say how models train; docs/training.md describes them."""
+"""Options that several commands share; docs/training.md describes those that say how models train."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ _EMA = (
 _SPARSE_STEPS = (
     "Let steps through masks that stay as they are compute with kept weights alone, in fp32, where that is faster."
 )
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
+TrainingPrecision = Annotated[
+    str, typer.Option(help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.")
+]
+SparseGradients = Annotated[
+    bool,
+    typer.Option(
+        "--sparse-gradients",
+        help="Let a step move only the embeddings that its batch looks up: faster with large tables.",
+    ),
+]
 SparseSteps = Annotated[bool, typer.Option("--sparse-steps/--dense-steps", help=_SPARSE_STEPS)]
 BaseRates = Annotated[bool, typer.Option("--base-rates/--no-base-rates", help=_BASE_RATES)]
 Patience = Annotated[int, typer.Option(help=_PATIENCE)]

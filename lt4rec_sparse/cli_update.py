@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lt4rec_sparse.cli_training import ClipNorm, SparseSteps, WeightDecay
+from lt4rec_sparse.cli_training import ClipNorm, Quiet, SparseGradients, SparseSteps, TrainingPrecision, WeightDecay
 
 
 def update(
@@ -43,19 +43,8 @@ def update(
         int | None,
         typer.Option(help="Impressions per training step. By default 1024, or fewer for under 150 steps."),
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="How training multiplies matrices: fp32, bf16, or auto, the faster one on this machine.",
-        ),
-    ] = "auto",
-    sparse_gradients: Annotated[
-        bool,
-        typer.Option(
-            "--sparse-gradients",
-            help="Let a step move only the embeddings that its batch looks up: faster with large tables.",
-        ),
-    ] = False,
+    precision: TrainingPrecision = "auto",
+    sparse_gradients: SparseGradients = False,
     sparse_steps: SparseSteps = True,
     weight_decay: WeightDecay = 0.0,
     clip_norm: ClipNorm = 0.0,
@@ -64,7 +53,7 @@ def update(
         str | None,
         typer.Option(help="How the new artefact holds embeddings: fp32, fp16 or int8. By default as the old one does."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a model on with later days of its log.
 

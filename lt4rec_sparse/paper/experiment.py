@@ -132,14 +132,14 @@ def run_experiment(
     resources = resources or Resources()
     check_executor(resources.workers, resources.executor)
     experiment = EXPERIMENTS[name]
-    data = local_data(data, out / COPY, progress=progress)
-    training, schema = training or Training(), open_source(data).schema
-    kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
-    part = experiment.obstacle(kinds, schema.carried, schema.group is not None)
-    unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
-    if unknown:
-        raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
     with locked(out):
+        data = local_data(data, out / COPY, progress=progress)
+        training, schema = training or Training(), open_source(data).schema
+        kinds = {task.name: task.kind for task in schema.tasks if experiment.all_tasks or not task.extra}
+        part = experiment.obstacle(kinds, schema.carried, schema.group is not None)
+        unknown = dict(training.losses).keys() - {task.name for task in schema.tasks}
+        if unknown:
+            raise InputError(f"losses: got one of {', '.join(unknown)}, wanted them of the log's tasks")
         # Earlier trials were trained on the data as they were then.
         prepared = prepare(data, out / DATA, schema, progress, replace=not has_trained(out))
         few = few_steps(laboratory(out).batches(training) * training.epochs)

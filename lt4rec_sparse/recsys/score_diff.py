@@ -199,7 +199,7 @@ def _top_overlap(a: Floats, b: Floats, groups: Groups, k: int) -> float | None:
 
 def _places(scores: Floats, group: NDArray[np.intp], counts: NDArray[np.intp]) -> NDArray[np.int64]:
     """Return each row's place in its group, from 0, by descending score; rows of one score in their order."""
-    order = np.lexsort((np.arange(len(scores)), -scores, group))
+    order = np.lexsort((-scores, group))
     places = np.empty(len(scores), np.int64)
     places[order] = np.arange(len(scores)) - np.repeat(counts.cumsum() - counts, counts)
     return places

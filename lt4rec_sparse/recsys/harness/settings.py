@@ -16,6 +16,7 @@ from lt4rec_sparse.ranker.features import Schema, Task
 from lt4rec_sparse.ranker.rows import EMBEDDINGS
 from lt4rec_sparse.recsys.harness.by_rows import Sizes, by_rows
 from lt4rec_sparse.recsys.harness.trials import LATER, Search, Training, as_before, check_counts, check_top_k
+from lt4rec_sparse.recsys.training.distributed import is_apart
 
 CONFIG, LOCK = "config.json", ".lock"
 LAYOUT = 2  # of a run folder; folders of layout 1 have no such entry in their config.json
@@ -163,6 +164,8 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl  # POSIX only, like training
 
     refused = f"{folder}: another process works in this folder, wanted to wait for it, or another --out"
+    if is_apart():
+        refused += "; processes of torchrun share one by lt4rec_sparse.recsys.training.led"
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     before, path = set(folder.iterdir()), folder / LOCK

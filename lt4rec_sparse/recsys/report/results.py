@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lt4rec_sparse.recsys.harness.rows import BASE, HARD, SMALL
-from lt4rec_sparse.recsys.harness.statistics import Difference, paired_difference, summary
+from lt4rec_sparse.recsys.harness.statistics import Difference, is_clear, paired_difference, summary
 from lt4rec_sparse.recsys.metrics import HIGHER_IS_BETTER, LOSS, MAIN_METRIC
 from lt4rec_sparse.recsys.tables import values_of
 
@@ -42,10 +42,11 @@ class Run:
         mine, others = (values_of(self.records, which, task, metric) for which in (self.served, row))
         return paired_difference(mine, others, metric in LOSS.values())
 
-    def is_beaten(self, row: str) -> bool:
-        """Return whether a row is better than the served one at every task."""
-        mains = {task: MAIN_METRIC[kind] for task, kind in self.tasks.items()}
-        return all(is_gain(-self.difference(row, task).mean, metric) for task, metric in mains.items())
+    def is_beaten(self, row: str, task: str, metric: str | None = None) -> bool:
+        """Return whether a row is better than the served one at a task: over several seeds, clearly (`is_clear`)."""
+        metric = metric or MAIN_METRIC[self.tasks[task]]
+        difference = self.difference(row, task, metric)
+        return is_gain(-difference.mean, metric) and (difference.seeds == 1 or is_clear(difference))
 
     def cost(self, row: str, what: str) -> float:
         """Return a number of a row's records, such as "multiply_adds": of its models together, the mean over seeds."""

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from lt4rec_sparse.recsys.harness.baselines import CONSTANT, TREES
 from lt4rec_sparse.recsys.harness.by_rows import few_steps
 from lt4rec_sparse.recsys.harness.rows import HARD, SMALL
-from lt4rec_sparse.recsys.harness.statistics import is_clear
 from lt4rec_sparse.recsys.metrics import LOSS, MAIN_METRIC
 from lt4rec_sparse.recsys.report.page import worded
-from lt4rec_sparse.recsys.report.results import Results, Run, is_gain
+from lt4rec_sparse.recsys.report.results import Results, Run
 from lt4rec_sparse.recsys.tables import count
 
 CALIBRATED = 0.05  # how far predicted over observed may be from 1 without a word, in practice
@@ -52,7 +51,7 @@ def _beaten(run: Run) -> list[Warned]:
         if better:
             text = f"better than the served model on the test days at {' and at '.join(better)}. {advice}"
             found.append(Warned(who, text))
-    if HARD + SMALL in run.titles and run.is_beaten(HARD + SMALL):
+    if HARD + SMALL in run.titles and all(run.is_beaten(HARD + SMALL, task) for task in run.tasks):
         text = "better than the served model at every task on the test days, and simpler to serve: consider it instead."
         found.append(Warned("the narrow dense network", text))
     return found
@@ -62,8 +61,7 @@ def _gains(run: Run, row: str, task: str) -> str:
     """Return what a row gains over the served one, such as "ctr (AUC 0.72 against 0.71)"; empty if nothing is clear."""
     kind, gains = run.tasks[task], []
     for metric in dict.fromkeys((MAIN_METRIC[kind], LOSS[kind])):
-        difference = run.difference(row, task, metric)
-        if is_gain(-difference.mean, metric) and (difference.seeds == 1 or is_clear(difference)):
+        if run.is_beaten(row, task, metric):
             mine, other = run.mean(run.served, task, metric), run.mean(row, task, metric)
             gains.append(f"{WORDS[metric]} {other:.4f} against {mine:.4f}")
     return f"{task} ({', '.join(gains)})" if gains else ""

@@ -158,6 +158,11 @@ def current() -> Ranks:
     return _current.get()
 
 
+def is_apart() -> bool:
+    """Return whether `torchrun` started this process beside others that it has not joined, as it does in `led`."""
+    return joined().size == 1 and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def together(function: Callable[..., T], /, *arguments: Any, **named: Any) -> T:
     """Call a function in every process at once, with copies of the arguments in all but the first; return the result.
 
@@ -168,7 +173,11 @@ def together(function: Callable[..., T], /, *arguments: Any, **named: Any) -> T:
         return function(*arguments, **named)
     ranks.sent((function, arguments, named), is_call=True)
     with _set(_current, ranks):
-        return function(*arguments, **named)
+        try:
+            return function(*arguments, **named)
+        except BaseException:
+            _joined.set(ALONE)  # the others fail in this call too, or wait in it: they hear of no other
+            raise
 
 
 def led(call: Callable[[], T]) -> T | None:
@@ -179,24 +188,28 @@ def led(call: Callable[[], T]) -> T | None:
         `torchrun`, or is the only one, just calls.
 
     Raises:
-        Whatever the call raises. The other processes then end with an error of their own, or by torchrun's hand.
+        Whatever the call raises. The other processes then return None, or end with an error if one of the calls that
+        they joined in failed.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not is_apart():
         return call()
     known, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     store = _store(known, leads=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=STEP)
-    result = _shared(call, Ranks(rank, size, dist.new_group(timeout=CALL)))
-    dist.destroy_process_group()
-    return result
+    try:
+        return _shared(call, Ranks(rank, size, dist.new_group(timeout=CALL)))
+    finally:
+        dist.destroy_process_group()
 
 
 def _shared(call: Callable[[], T], ranks: Ranks) -> T | None:
     with _set(_joined, ranks):
         if ranks.leads:
-            result = call()
-            ranks.sent(None, is_call=True)
-            return result
+            try:
+                return call()
+            finally:
+                if joined() is ranks:  # no call has failed: the others wait for the next one
+                    ranks.sent(None, is_call=True)
         with _set(_current, ranks):
             while (received := ranks.sent(None, is_call=True)) is not None:
                 function, arguments, named = received

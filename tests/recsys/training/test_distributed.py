@@ -20,14 +20,14 @@ from oracle import UNIT_ROUNDOFF, Bounded, assert_exact, assert_rounding
 from safetensors.torch import load_file
 
 from lt4rec_sparse.errors import InputError
-from lt4rec_sparse.lottery import DropAndGrow, GradualPruning
+from lt4rec_sparse.lottery import DropAndGrow, GradualPruning, random_masks
 from lt4rec_sparse.paper.experiment import run_experiment
 from lt4rec_sparse.paper.regimes import run_regimes
 from lt4rec_sparse.recsys import frozen
 from lt4rec_sparse.recsys.data import Batch, BatchStream
 from lt4rec_sparse.recsys.harness import objectives
 from lt4rec_sparse.recsys.harness.jobs import Job, run_jobs
-from lt4rec_sparse.recsys.harness.settings import RunSettings
+from lt4rec_sparse.recsys.harness.settings import RunSettings, locked
 from lt4rec_sparse.recsys.harness.study import Resources
 from lt4rec_sparse.recsys.harness.trials import Training, Trial
 from lt4rec_sparse.recsys.models import UncertaintyWeights, build
@@ -129,11 +129,8 @@ def new_model(log, name="sparse_sharing", sparse_gradients=False, tasks=TASKS):
         torch.manual_seed(0)
         model = build(name, fields, sizes, tasks, (16, 8), 4, sparse_gradients=sparse_gradients).double()
     if name == "sparse_sharing":
-        generator = torch.Generator().manual_seed(1)
-        for task in tasks:
-            mask = model.mlp.mask(task)
-            half = {layer: kept.numel() // 2 for layer, kept in mask.items()}
-            model.mlp.set_mask(type(mask).random(mask.shapes, half, generator), task)
+        shapes = model.mlp.mask(tasks[0]).shapes
+        model.mlp.set_mask(random_masks(shapes, 0.5, tasks, torch.Generator().manual_seed(1)))
     return model
 
 
@@ -273,6 +270,37 @@ def test_a_gradient_that_some_processes_lack_is_summed_in_all():
         assert_exact(bias, torch.full((1,), 3.0))
         assert_exact(rows, torch.tensor([1.0, 0, 0, 2, 0]).unsqueeze(1).expand(5, 2))
         assert others == [None, None]
+
+
+def test_an_error_of_the_first_process_ends_the_others():
+    def fail():
+        together(sorted, [2, 1])
+        raise ZeroDivisionError
+
+    def go(ranks):
+        try:
+            return distributed._shared(fail, ranks)
+        except ZeroDivisionError:
+            return "caught"
+
+    assert as_threads(3, go) == ["caught", None, None]
+
+
+def test_an_error_in_a_call_that_all_make_is_that_of_each():
+    def go(ranks):
+        try:
+            return distributed._shared(lambda: together(sorted, [1, "a"]), ranks)
+        except TypeError:
+            return "caught"
+
+    assert as_threads(2, go) == ["caught", "caught"]
+
+
+def test_processes_that_have_not_joined_are_told_how(tmp_path, monkeypatch):
+    monkeypatch.setattr("lt4rec_sparse.recsys.harness.settings.is_apart", lambda: True)
+    refused = pytest.raises(InputError, match=r"another --out; processes of torchrun share one by .*led")
+    with locked(tmp_path), refused, locked(tmp_path):
+        pass
 
 
 def test_a_process_alone_just_calls():

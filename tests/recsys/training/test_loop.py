@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lt4rec_sparse.errors import InputError
+from lt4rec_sparse.lottery import random_masks
 from lt4rec_sparse.nn.optim import MaskedAdam
 from lt4rec_sparse.ranker.inputs import CrossedEmbeddings
 from lt4rec_sparse.recsys.data import Prepared
@@ -33,11 +34,8 @@ def new_model(prepared: Prepared, kind=SparseSharing, tasks=("ctr", "cvr"), spar
     inputs = CrossedEmbeddings(encoder.fields, encoder.table_sizes, dim=4, sparse_gradients=sparse_gradients)
     model = kind(inputs, tasks, (16, 8))
     if kind is SparseSharing:
-        generator = torch.Generator().manual_seed(1)
-        for task in tasks:
-            mask = model.mlp.mask(task)
-            half = {name: kept.numel() // 2 for name, kept in mask.items()}
-            model.mlp.set_mask(type(mask).random(mask.shapes, half, generator), task)
+        shapes = model.mlp.mask(tasks[0]).shapes
+        model.mlp.set_mask(random_masks(shapes, 0.5, tasks, torch.Generator().manual_seed(1)))
     return model
 
 
